@@ -1,0 +1,122 @@
+"""The Mixture-of-Transformers: untied weights per tower, one joint attention (arXiv 2411.04996, algorithm 1).
+
+Hidden states travel as streams: tower name to [B, slots, D]. A tower's slots lie together, so its weights are applied
+by plain dense products; the streams meet, concatenated along the slots, only in the attention. Reading order is no
+matter of layout: the mask and the rotary positions carry it.
+
+Norms stand before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.adapters import UNET_GROUPS
+from transfusion_mot.models.attention import AttentionMask, KVCache, joint_attention
+from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotate
+
+Streams = dict[str, Tensor]
+SHARED = "shared"
+
+
+class TowerModules(nn.Module):
+    """One component of a block: a module for each tower if it is untied, else a single one that all towers call."""
+
+    def __init__(self, config: ModelConfig, component: str, build: Callable[[TowerConfig], nn.Module]) -> None:
+        super().__init__()
+        untied = component in config.untied
+        self.owner = {tower: tower if untied else SHARED for tower in config.towers}
+        self.owned = nn.ModuleDict()
+        for tower, owner in self.owner.items():
+            if owner not in self.owned:
+                self.owned[owner] = build(config.towers[tower])
+
+    def __getitem__(self, tower: str) -> nn.Module:
+        return self.owned[self.owner[tower]]
+
+
+class MoTBlock(nn.Module):
+    """A transformer block over all streams."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num_kv_heads = config.num_kv_heads or config.num_heads
+        attention_size = config.num_heads * config.head_dim
+        self.attention_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
+        self.qkv = TowerModules(
+            config,
+            "qkv",
+            lambda t: QKVProjection(
+                t.hidden_size, config.num_heads, num_kv_heads, config.head_dim, config.qk_norm, config.norm_eps
+            ),
+        )
+        self.output = TowerModules(config, "output", lambda t: nn.Linear(attention_size, t.hidden_size, bias=False))
+        self.ffn_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
+        self.ffn = TowerModules(config, "ffn", lambda t: SwiGLU(t.hidden_size, t.intermediate_size))
+
+    def forward(
+        self,
+        streams: Streams,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Streams:
+        """Streams => streams. With a cache, attention also reads what it holds of this layer."""
+        projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
+        q_BSNH, k_BSMH, v_BSMH = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
+        q_BNSH, k_BMSH = rotate(q_BSNH, *rotary).transpose(1, 2), rotate(k_BSMH, *rotary).transpose(1, 2)
+        v_BMSH = v_BSMH.transpose(1, 2)
+        if cache is not None:
+            k_BMSH, v_BMSH = cache.update(layer, k_BMSH, v_BMSH)
+        attended_BSA = joint_attention(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).flatten(2)
+        lengths = [hidden.shape[1] for hidden in streams.values()]
+        result = {}
+        for (tower, hidden), attended in zip(streams.items(), attended_BSA.split(lengths, dim=1), strict=True):
+            hidden = hidden + self.output[tower](attended)
+            result[tower] = hidden + self.ffn[tower](self.ffn_norm[tower](hidden))
+        return result
+
+
+def check_architecture(config: ModelConfig) -> None:
+    """Refuse sizes that do not go together.
+
+    Raises:
+        UserError: Names the key, what it holds and what it needs.
+    """
+    for modality in ("text", "image"):
+        if config.modalities.get(modality) not in config.towers:
+            raise UserError(
+                f"model.modalities gives '{modality}' the tower {config.modalities.get(modality)!r}; it needs one of "
+                f"model.towers: {', '.join(config.towers)}"
+            )
+    if set(config.modalities) != {"text", "image"}:
+        raise UserError(f"model.modalities has {sorted(config.modalities)}; it needs exactly 'text' and 'image'")
+    if idle := set(config.towers) - set(config.modalities.values()):
+        raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
+    widths = {tower.hidden_size for tower in config.towers.values()}
+    if len(widths) > 1 and len(config.untied) < 4:
+        raise UserError(
+            f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} can share nothing; "
+            "use [norm, qkv, output, ffn]"
+        )
+    if len({t.intermediate_size for t in config.towers.values()}) > 1 and "ffn" not in config.untied:
+        raise UserError("model.towers differ in intermediate_size; then model.untied needs 'ffn'")
+    if config.head_dim % 2:
+        raise UserError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
+    if config.num_heads % (config.num_kv_heads or config.num_heads):
+        raise UserError(
+            f"model.num_heads {config.num_heads} is no multiple of model.num_kv_heads {config.num_kv_heads}"
+        )
+    if config.patch_size not in (1, 2, 4, 8):
+        raise UserError(f"model.patch_size is {config.patch_size}; known: 1, 2, 4, 8")
+    if config.image_adapter == "unet":
+        widths_needed = config.patch_size.bit_length()
+        if len(config.unet_channels) < widths_needed or any(width % UNET_GROUPS for width in config.unet_channels):
+            raise UserError(
+                f"model.unet_channels is {config.unet_channels}; model.patch_size {config.patch_size} needs at least "
+                f"{widths_needed} widths, each a multiple of {UNET_GROUPS}"
+            )

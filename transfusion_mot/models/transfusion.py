@@ -1,0 +1,174 @@
+"""The whole model: text and images in, next-token logits and image predictions out.
+
+Shapes: B rows, T text slots, K images a row, P patches an image, S = T + K*P, D width, V vocabulary, C latent channels,
+Y and X latent height and width.
+
+Initialisation (the table is `_initialise`):
+
+| parameters | values |
+| --- | --- |
+| token embedding, text head, matrices of the blocks | normal, standard deviation 0.02 (Llama) |
+| block matrices whose output is added to the residual stream | normal, 0.02 / sqrt(2 * num_layers) (GPT-2) |
+| last layer of the image adapter | zero, so that training starts from the mean prediction |
+| norms | one |
+| rest of the image adapter | as torch and diffusers set it |
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
+from transfusion_mot.models.attention import KVCache, SlotIds, training_mask
+from transfusion_mot.models.layers import RMSNorm, rotary_angles
+from transfusion_mot.models.mot import MoTBlock, Streams, TowerModules, check_architecture
+
+
+class TransfusionOutput(NamedTuple):
+    """Predictions of both modalities.
+
+    Attributes:
+        logits: [B, T, V], the next token at every text slot; None without text.
+        prediction: [B, K, C, Y, X], the network's side of the diffusion loss; None without images.
+    """
+
+    logits: Tensor | None
+    prediction: Tensor | None
+
+
+class TransfusionMoT(ModelMixin, ConfigMixin):
+    """One transformer over text tokens and noisy image patches, with a tower of weights per modality.
+
+    Args:
+        vocab_size: Token ids, special ones included.
+        latent_channels: Channels of the autoencoder's latents.
+        architecture: The fields of `ModelConfig`.
+    """
+
+    # What `compile_repeated_blocks` compiles: every block has the same code, so it is compiled once.
+    _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(self, vocab_size: int, latent_channels: int, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        towers = {name: TowerConfig(**sizes) for name, sizes in architecture["towers"].items()}
+        self.architecture = config = ModelConfig(**{**architecture, "towers": towers})
+        check_architecture(config)
+        text_size = towers[config.modalities["text"]].hidden_size
+        image_size = towers[config.modalities["image"]].hidden_size
+        self.token_embedding = nn.Embedding(vocab_size, text_size)
+        if config.image_adapter == "linear":
+            self.image_adapter: LinearAdapter | UNetAdapter = LinearAdapter(
+                latent_channels, image_size, config.patch_size
+            )
+        else:
+            self.image_adapter = UNetAdapter(
+                latent_channels, image_size, config.patch_size, config.unet_channels, config.unet_num_layers
+            )
+        self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.num_layers))
+        self.final_norm = TowerModules(config, "norm", lambda tower: RMSNorm(tower.hidden_size, config.norm_eps))
+        self.text_head = nn.Linear(text_size, vocab_size, bias=False)
+        self._initialise()
+
+    @classmethod
+    def from_config_section(cls, vocab_size: int, latent_channels: int, config: ModelConfig) -> "TransfusionMoT":
+        """Build a model from its section of the run's configuration."""
+        return cls(vocab_size=vocab_size, latent_channels=latent_channels, architecture=to_dict(config))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load config.json and safetensors as diffusers does, but refuse weights that do not match the model.
+
+        Raises:
+            UserError: Parameters are missing from the file, or the file has others; the message lists them.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+        if problems:
+            raise UserError(
+                f"{args[0]} does not hold this model's weights: {problems}; use the folder of another model"
+            )
+        return (model, info) if wants_info else model
+
+    def _initialise(self) -> None:
+        std = 0.02
+        nn.init.normal_(self.token_embedding.weight, std=std)
+        nn.init.normal_(self.text_head.weight, std=std)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2:
+                to_residual = ".output." in name or name.endswith(".down.weight")
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.blocks)) if to_residual else std)
+
+    def forward(
+        self,
+        text_ids: Tensor | None,
+        noisy_latents: Tensor | None,
+        timesteps: Tensor | None,
+        document_ids: Tensor,
+        order: Tensor,
+        span_ids: Tensor,
+        rope_positions: Tensor,
+        cache: KVCache | None = None,
+    ) -> TransfusionOutput:
+        """Predict the next token of every text slot and the diffusion target of every image.
+
+        Args:
+            text_ids: [B, T], or None where there is no text.
+            noisy_latents: [B, K, C, Y, X], or None where there are no images.
+            timesteps: [B, K] in [0, 1], one per image.
+            document_ids, order, span_ids: [B, S], see `SlotIds`; text slots first, then the patches of each image.
+            rope_positions: [B, S] or [B, S, 3].
+            cache: While sampling, what earlier calls left; new slots attend to it too.
+        """
+        config = self.architecture
+        embedded: dict[str, Tensor] = {}
+        if text_ids is not None:
+            embedded["text"] = self.token_embedding(text_ids)
+        kept: tuple[Tensor, ...] = ()
+        if noisy_latents is not None and timesteps is not None:
+            tokens, kept = self.image_adapter.embed(noisy_latents.flatten(0, 1), timesteps.flatten())
+            embedded["image"] = tokens.unflatten(0, noisy_latents.shape[:2]).flatten(1, 2)
+        if config.image_attention == "causal":
+            span_ids = torch.full_like(span_ids, -1)
+        slots = SlotIds(document_ids, order, span_ids)
+        mask = training_mask(slots) if cache is None else cache.mask(slots)
+        rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
+        # Under autocast the residual stream has its number format, not that of the embedding.
+        device_type = document_ids.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            embedded = {modality: hidden.to(dtype) for modality, hidden in embedded.items()}
+        streams = self._to_streams(embedded)
+        for layer, block in enumerate(self.blocks):
+            streams = block(streams, rotary, mask, cache, layer)
+        hidden = self._from_streams(streams, embedded)
+        logits = self.text_head(hidden["text"]) if "text" in hidden else None
+        prediction = None
+        if noisy_latents is not None:
+            images = hidden["image"].unflatten(1, (noisy_latents.shape[1], -1)).flatten(0, 1)
+            height, width = noisy_latents.shape[-2:]
+            prediction = self.image_adapter.predict(images, kept, height, width).view(noisy_latents.shape)
+        return TransfusionOutput(logits, prediction)
+
+    def _to_streams(self, embedded: dict[str, Tensor]) -> Streams:
+        """Join the modalities of each tower into its stream."""
+        parts: dict[str, list[Tensor]] = {}
+        for modality, hidden in embedded.items():
+            parts.setdefault(self.architecture.modalities[modality], []).append(hidden)
+        return {tower: hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1) for tower, hidden in parts.items()}
+
+    def _from_streams(self, streams: Streams, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Apply the final norms and cut the streams back into modalities."""
+        normed = {tower: self.final_norm[tower](hidden) for tower, hidden in streams.items()}
+        result = {}
+        for modality, tokens in embedded.items():
+            tower, length = self.architecture.modalities[modality], tokens.shape[1]
+            result[modality], normed[tower] = normed[tower].split([length, normed[tower].shape[1] - length], dim=1)
+        return result
