@@ -1,0 +1,122 @@
+"""The image autoencoder: pixels => normalised latents => pixels.
+
+Latent scale and shift are applied here and nowhere else: everybody outside sees latents of about zero mean and unit
+variance. `python -m transfusion_mot.autoencoder --config FILE` trains one (see `autoencoder_training`).
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKL
+
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+
+class Autoencoder:
+    """A frozen diffusers `AutoencoderKL` with its normalisation inside `encode` and `decode`.
+
+    Latents are normalised with the config's `latents_mean` and `latents_std`, one value a channel, where it has them,
+    else with `shift_factor` and `scaling_factor` (Rombach et al. 2022, appendix G; `(raw - shift) * scale`).
+
+    Attributes:
+        vae: The wrapped model, in evaluation mode and without gradients.
+        latent_channels: Channels C of the latents.
+        downsampling: Factor f from latent to image height and width.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.latent_channels: int = vae.config.latent_channels
+        self.downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
+        if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+            mean, std = list(vae.config.latents_mean), list(vae.config.latents_std)
+        else:
+            mean = [vae.config.shift_factor or 0.0] * self.latent_channels
+            std = [1.0 / vae.config.scaling_factor] * self.latent_channels
+        self._mean = torch.tensor(mean).view(-1, 1, 1)
+        self._std = torch.tensor(std).view(-1, 1, 1)
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a folder written by `save_pretrained`, or an autoencoder of that name from the Hugging Face hub.
+
+        Raises:
+            UserError: It is not there, is something else than an `AutoencoderKL`, or its weights are incomplete.
+        """
+        config = Path(path) / "config.json"
+        if (Path(path) / "model_index.json").is_file():
+            raise UserError(f"autoencoder path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
+        if Path(path).exists() and not config.is_file():
+            raise UserError(
+                f"autoencoder path '{path}' has no config.json; give a folder that holds a diffusers AutoencoderKL, "
+                "such as the output_dir of `python -m transfusion_mot.autoencoder`"
+            )
+        try:
+            class_name = json.loads(config.read_text())["_class_name"] if config.is_file() else "AutoencoderKL"
+            if class_name != "AutoencoderKL":
+                raise UserError(f"autoencoder path '{path}' holds a {class_name}; an AutoencoderKL is needed")
+            # Low memory usage would leave missing weights without storage, before they can be told.
+            vae, loading = AutoencoderKL.from_pretrained(
+                path, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"no autoencoder at '{path}' ({' '.join(str(error).split())[:300]}); give a folder that holds a "
+                "diffusers AutoencoderKL, the name of one on the Hugging Face hub, or train one: "
+                "python -m transfusion_mot.autoencoder --config configs/vae/emoji.yaml"
+            ) from None
+        if loading["missing_keys"]:
+            raise UserError(f"the autoencoder at '{path}' has no weights for {', '.join(loading['missing_keys'][:5])}")
+        memory_format = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+        return cls(vae.to(device=device, memory_format=memory_format))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of weights and config; the same in every number format that holds the saved weights exactly."""
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, weight in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.float().contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pixels` in [-1, 1] `[B, 3, H, W]` => posterior mean and standard deviation of the normalised latents.
+
+        A sample of the posterior is `mean + std * noise`.
+
+        Returns:
+            Two float32 tensors `[B, C, H/f, W/f]`.
+        """
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        shift, scale = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return (posterior.mean.float() - shift) / scale, posterior.std.float() / scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents `[B, C, h, w]` => `pixels` clamped to [-1, 1], float32 `[B, 3, h*f, w*f]`."""
+        raw = latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.float().clamp(-1.0, 1.0)
+
+
+def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:
+    """Write the statistics of the raw latents, one value a channel, into the config that `save_pretrained` writes.
+
+    The scaling factor becomes 1, so that diffusers' own pipelines, which apply it on top of the statistics, agree with
+    `Autoencoder`.
+    """
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+
+
+if __name__ == "__main__":
+    from transfusion_mot.autoencoder_training import main
+
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,68 @@
+"""The batch: rows of text slots and images, laid out by modality, with the ids that carry reading order.
+
+Shapes: B rows, T text slots, K images a row, P patches an image, S = T + K*P, C latent channels, Y and X latent height
+and width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Rows of a training batch.
+
+    Attributes:
+        text_ids: [B, T] token ids.
+        text_labels: [B, T] the next token, `IGNORE_INDEX` where there is no loss.
+        latents: [B, K, C, Y, X] clean normalised latents.
+        noise: [B, K, C, Y, X] the noise that will be mixed in.
+        timesteps: [B, K] one t in (0, 1] per image.
+        document_ids: [B, S] the document a slot belongs to; -1 is padding.
+        order: [B, S] reading order inside the document.
+        span_ids: [B, S] the image a patch belongs to; -1 on text.
+        rope_positions: [B, S] or [B, S, 3] rotary positions.
+    """
+
+    text_ids: Tensor
+    text_labels: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    document_ids: Tensor
+    order: Tensor
+    span_ids: Tensor
+    rope_positions: Tensor
+
+    @property
+    def image_mask(self) -> Tensor:
+        """[B, K] bool, True where the slot holds an image."""
+        text_slots, images = self.text_ids.shape[1], self.latents.shape[1]
+        return self.document_ids[:, text_slots:].unflatten(1, (images, -1))[:, :, 0] >= 0
+
+    def _map(self, function) -> Self:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        """Copy to a device, without waiting where the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Called by the data loader, so that the copy to the device need not wait."""
+        return self._map(Tensor.pin_memory)
+
+    def split(self, rows: int) -> list[Self]:
+        """Cut into microbatches of `rows` rows; the last may be smaller."""
+        parts = {f.name: getattr(self, f.name).split(rows) for f in dataclasses.fields(self)}
+        return [type(self)(**dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)]
+
+    @classmethod
+    def cat(cls, parts: list[Self]) -> Self:
+        """Join rows."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})

@@ -1,0 +1,114 @@
+"""Image files => uint8 arrays => pixels in [-1, 1], and back to pictures one can look at."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from transfusion_mot.errors import UserError
+
+ImageArray = npt.NDArray[np.uint8]
+
+_CELL = 128
+_MARGIN = 12
+_FONT_SIZE = 13
+
+
+def load_image(source: str | Path | Image.Image, image_size: int) -> ImageArray:
+    """A picture of any mode and size => `uint8 [image_size, image_size, 3]`, RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is brought to 8 bits, the centre square
+    is cut out and resized with antialiased Lanczos. Of an animation the first frame is taken.
+
+    Raises:
+        UserError: The file is missing, no image, cut off, has more pixels than Pillow's limit against decompression
+            bombs, or holds floating-point values, whose range is anybody's guess. The message names the file.
+    """
+    if isinstance(source, Image.Image):
+        return _bring_to_size(source, image_size, "the given picture")
+    try:
+        with Image.open(source) as image:
+            return _bring_to_size(image, image_size, str(source))
+    except FileNotFoundError:
+        raise UserError(f"image '{source}' does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"image '{source}' is not in a format that Pillow reads") from None
+    # Pillow raises SyntaxError and ValueError, too, on damaged files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"image '{source}' cannot be read: {error}") from None
+
+
+def _bring_to_size(image: Image.Image, image_size: int, name: str) -> ImageArray:
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise UserError(
+            f"image '{name}' has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
+        )
+    image = _to_rgb(ImageOps.exif_transpose(image), name)
+    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    return np.array(image, dtype=np.uint8)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise UserError(f"image '{name}' holds floating-point values; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        # 16-bit grey ("I;16", "I;16B"), which older formats hand over as 32-bit "I": Pillow's own convert would clip.
+        values = np.asarray(image).astype(np.float64).clip(0, 65535)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def to_pixels(images_uint8: ImageArray | torch.Tensor) -> torch.Tensor:
+    """`uint8 [..., H, W, 3]` => `pixels` in [-1, 1], float32 `[..., 3, H, W]`, on the device of the input."""
+    return torch.as_tensor(images_uint8).movedim(-1, -3).float().div(127.5).sub(1.0)
+
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    """`pixels` in [-1, 1] `[B, 3, H, W]` => RGB pictures; values outside the range are clamped."""
+    images_uint8 = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    return [Image.fromarray(image) for image in images_uint8.movedim(1, -1).numpy()]
+
+
+def grid(images: Sequence[Image.Image], labels: Sequence[str] | None, columns: int) -> Image.Image:
+    """A contact sheet on white: `columns` pictures a line, each with its label wrapped underneath.
+
+    Small pictures are enlarged by a whole factor without smoothing, so that every pixel stays visible.
+    """
+    factor = max(1, _CELL // max(image.width for image in images))
+    enlarged = [
+        image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images
+    ]
+    cell_width = max(image.width for image in enlarged)
+    cell_height = max(image.height for image in enlarged)
+
+    # Pillow's built-in font knows Latin letters only; matplotlib brings DejaVu Sans.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
+    line_length = max(1, int(cell_width / font.getlength("n")))
+    wrapped = [textwrap.wrap(label, line_length) for label in labels or [""] * len(images)]
+    line_height = _FONT_SIZE + 3
+
+    lines = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    heights = [cell_height + line_height * max(len(wrapped[index]) for index in line) + _MARGIN for line in lines]
+    sheet_width = min(columns, len(images)) * (cell_width + _MARGIN) + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, sum(heights) + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for line, height in zip(lines, heights, strict=True):
+        for column, index in enumerate(line):
+            left = _MARGIN + column * (cell_width + _MARGIN)
+            sheet.paste(enlarged[index], (left, top))
+            for row, text in enumerate(wrapped[index]):
+                draw.text((left, top + cell_height + 2 + row * line_height), text, fill="#333333", font=font)
+        top += height
+    return sheet

@@ -1,0 +1,101 @@
+"""Batches for a rank: its lanes' rows of every step, prepared by worker processes, resumable at any step."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.packing import Cursors, Packer
+
+Chunk = tuple[Batch, Tensor, Counter[str]]
+
+
+class _LaneRows(IterableDataset[Chunk]):
+    """Each worker owns a block of the rank's lanes and yields their rows, step after step."""
+
+    def __init__(self, packer: Packer, lanes: range, cursors: Tensor, first_step: int, num_steps: int) -> None:
+        self.packer = packer
+        self.lanes = lanes
+        self.cursors = cursors
+        self.first_step = first_step
+        self.num_steps = num_steps
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker = get_worker_info()
+        share = len(self.lanes) // (worker.num_workers if worker else 1)
+        start = share * (worker.id if worker else 0)
+        lanes = self.lanes[start : start + share]
+        state: list[Cursors] = list(self.cursors[start : start + share].numpy())
+        for step in range(self.first_step, self.num_steps):
+            counts: Counter[str] = Counter()
+            rows = []
+            for position, lane in enumerate(lanes):
+                row, state[position], row_counts = self.packer.row(lane, step, state[position])
+                rows.append(row)
+                counts.update(row_counts)
+            yield Batch.cat(rows), torch.from_numpy(np.stack(state)), counts
+
+
+class LaneLoader:
+    """Iterates over the steps of one rank => (batch of its rows, what was counted).
+
+    After a step, `cursors` [rows, sources, 2] is the state of this rank's lanes: with those of all ranks it resumes the
+    run, on any number of ranks and workers.
+
+    Args:
+        packer: Builds rows.
+        rank, world_size: This process and their number; ranks own consecutive blocks of lanes.
+        num_workers: At most this many worker processes; lowered to a divisor of the rank's rows.
+        cursors: State of all lanes [num_lanes, sources, 2], or None to begin.
+        first_step: The step to begin with.
+        num_steps: The step to end before.
+    """
+
+    def __init__(
+        self,
+        packer: Packer,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        cursors: Tensor | None,
+        first_step: int,
+        num_steps: int,
+    ) -> None:
+        rows = packer.num_lanes // world_size
+        self.lanes = range(rank * rows, (rank + 1) * rows)
+        if cursors is None:
+            cursors = torch.from_numpy(packer.initial_cursors()).expand(packer.num_lanes, -1, -1)
+        self.cursors = cursors[self.lanes.start : self.lanes.stop].clone()
+        self.num_steps = num_steps
+        self.first_step = first_step
+        self.num_workers = max((n for n in range(1, num_workers + 1) if rows % n == 0), default=0)
+        self._loader = DataLoader(
+            _LaneRows(packer, self.lanes, self.cursors, first_step, num_steps),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self.num_workers else None,
+            worker_init_fn=_quiet_worker,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Batch, Counter[str]]]:
+        # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
+        chunks = iter(self._loader)
+        for _ in range(self.first_step, self.num_steps):
+            parts = [next(chunks) for _ in range(max(1, self.num_workers))]
+            counts: Counter[str] = Counter()
+            for _, _, part_counts in parts:
+                counts.update(part_counts)
+            self.cursors = torch.cat([cursors for _, cursors, _ in parts])
+            yield Batch.cat([batch for batch, _, _ in parts]), counts
+
+
+def _quiet_worker(worker: int) -> None:
+    """Rows are small: one thread a worker, and no warning from the tokenizer's own threads after the fork."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,111 @@
+"""The text tokenizer, and the one place where the special tokens are named."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from transfusion_mot.errors import UserError
+
+BOS, EOS, PAD, BOI, EOI = "<bos>", "<eos>", "<pad>", "<boi>", "<eoi>"
+_NUM_BYTES = 256
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer with the special tokens that documents need.
+
+    The begin- and end-of-image tokens are added to it, as are begin of text, end of text and padding where it has none;
+    existing ids stay what they are.
+
+    Attributes:
+        hf: The wrapped tokenizer.
+        bos_id, eos_id: Begin and end of a document.
+        boi_id, eoi_id: Begin and end of an image.
+        pad_id: Filler of unused text slots.
+        vocab_size: One more than the largest id.
+        fingerprint: Hash of everything that decides the ids.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+        self.hf = hf
+        missing = {
+            role: _special(name)
+            for role, name in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
+            if getattr(hf, role) is None
+        }
+        if missing:
+            hf.add_special_tokens(missing)
+        hf.add_tokens([_special(BOI), _special(EOI)], special_tokens=True)
+        self.bos_id: int = hf.bos_token_id
+        self.eos_id: int = hf.eos_token_id
+        self.pad_id: int = hf.pad_token_id
+        self.boi_id: int = hf.convert_tokens_to_ids(BOI)
+        self.eoi_id: int = hf.convert_tokens_to_ids(EOI)
+        self.vocab_size = max(hf.get_vocab().values()) + 1
+        special_ids = [self.bos_id, self.eos_id, self.pad_id, self.boi_id, self.eoi_id]
+        self.fingerprint = hashlib.sha256(f"{hf.backend_tokenizer.to_str()} {special_ids}".encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens: a "<boi>" that somebody types is five characters, not a command."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` read."""
+        self.hf.save_pretrained(path)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE: every Unicode text is encoded and decoded without loss.
+
+    Args:
+        texts: What the merges are learnt from.
+        vocab_size: Number of ids, of which 256 are bytes and 5 special tokens; fewer come out if `texts` have fewer
+            distinct words.
+
+    Raises:
+        UserError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    special_tokens = [PAD, BOS, EOS, BOI, EOI]
+    smallest = _NUM_BYTES + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(f"tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_special(name) for name in special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    )
+
+
+def load_tokenizer(path_or_name: str) -> TextTokenizer:
+    """Load a tokenizer from a folder or, by name, from the Hugging Face hub.
+
+    Raises:
+        UserError: It is not there, cannot be loaded, or has no fast (Rust) implementation.
+    """
+    try:
+        hf = AutoTokenizer.from_pretrained(path_or_name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no tokenizer at '{path_or_name}' ({' '.join(str(error).split())[:300]}); give a folder written by "
+            "save_pretrained, or the name of one on the Hugging Face hub"
+        ) from None
+    if not hf.is_fast:
+        raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
+    return TextTokenizer(hf)
+
+
+def _special(name: str) -> AddedToken:
+    return AddedToken(name, special=True, normalized=False)
