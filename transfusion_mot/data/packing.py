@@ -7,7 +7,7 @@ each document once per epoch. A lane's whole state is one cursor pair per source
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.latents import LatentCache
+from transfusion_mot.data.sources import TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.positions import PositionCounter
@@ -25,31 +27,13 @@ Cursors = NDArray[np.int64]
 COUNTED = ("images", "texts", "text_tokens", "pad_slots", "truncated_captions")
 
 
-class ImageDocuments(Protocol):
-    """Captioned images as latents (a `LatentCache`); mean and std are [N, C, Y, X]."""
-
-    captions: list[str]
-    mean: NDArray[np.float16]
-    std: NDArray[np.float16]
-
-    def __len__(self) -> int: ...
-
-
-class TextOnlyDocuments(Protocol):
-    """Documents of text alone."""
-
-    def __len__(self) -> int: ...
-
-    def text(self, index: int) -> str: ...
-
-
 @dataclass(frozen=True)
 class Sources:
     """What rows are filled from: captioned images and texts, each with its relative weight."""
 
-    images: Sequence[ImageDocuments]
+    images: Sequence[LatentCache]
     image_weights: Sequence[float]
-    texts: Sequence[TextOnlyDocuments] = ()
+    texts: Sequence[TextDocuments] = ()
     text_weights: Sequence[float] = ()
 
     @property

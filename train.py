@@ -1,0 +1,227 @@
+"""Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.config import RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.data.images import grid
+from transfusion_mot.data.loader import LaneLoader
+from transfusion_mot.data.mixture import open_sources, training_texts
+from transfusion_mot.data.packing import Packer, Sources
+from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.training.checkpoint import find_state, load_state, save_state, written_aside
+from transfusion_mot.training.metrics import RunLog
+from transfusion_mot.training.optimizer import EMA, make_lr_schedule, make_optimizer
+from transfusion_mot.training.plot import plot_losses
+from transfusion_mot.training.step import train_step
+from transfusion_mot.training.validation import Validation
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_config(RunConfig, arguments, __doc__ or "")
+    run = Path(config.output_dir)
+    training = config.training
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision, log_with=training.tracker, project_dir=config.output_dir
+    )
+    if training.num_rows % accelerator.num_processes:
+        raise UserError(
+            f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
+            "evenly; give a multiple of their number"
+        )
+    state_folder = find_state(run, config.resume)
+    set_seed(training.seed)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+
+    # What is read: the main process makes the caches, the others then open them.
+    autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
+    with accelerator.main_process_first():
+        sources = open_sources(config.data, autoencoder, config.autoencoder, "train")
+        held_out = open_sources(config.data, autoencoder, config.autoencoder, "held_out")
+        tokenizer = open_tokenizer(config, run, resumes=state_folder is not None)
+
+    # What is trained.
+    diffusion = Diffusion(
+        make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
+        config.diffusion.timestep_distribution,
+    )
+    bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
+    bare_model.to(accelerator.device)
+    ema = EMA(bare_model, training.ema_decay)
+    optimizer = make_optimizer(bare_model, config.optimizer)
+    lr_schedule = make_lr_schedule(optimizer, config.optimizer, training.num_steps)
+
+    # What a run must find again to go on.
+    stateful = {"model": bare_model, "ema": ema.model, "optimizer": optimizer, "lr_schedule": lr_schedule}
+    made_of = {
+        "autoencoder": autoencoder.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "model": to_dict(config.model),
+    }
+    first_step, cursors, seen = 0, None, Counter[str]()
+    if state_folder is not None:
+        state = load_state(state_folder)
+        refuse_other_run(state, made_of, config, state_folder)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        first_step, cursors, seen = state["step"], state["cursors"], Counter(state["seen"])
+        accelerator.print(f"resuming {run} after step {first_step}")
+
+    if training.compile and accelerator.device.type == "cuda":
+        bare_model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    model = accelerator.prepare_model(bare_model)
+    packer = Packer(
+        sources,
+        tokenizer,
+        config.data,
+        config.model.rope,
+        config.model.patch_size,
+        training.num_rows,
+        training.seed,
+        diffusion.timesteps_from_uniform,
+    )
+    loader = LaneLoader(
+        packer,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.data.num_workers,
+        cursors,
+        first_step,
+        training.num_steps,
+    )
+    validation = Validation(held_out, tokenizer, config, diffusion)
+    pipeline = TransfusionPipeline(
+        transformer=ema.model,
+        vae=autoencoder.vae,
+        scheduler=diffusion.scheduler,
+        tokenizer=tokenizer.hf,
+        image_size=config.data.image_size,
+        max_prompt_tokens=config.data.text_slots - 4,
+        num_inference_steps=config.diffusion.num_inference_steps,
+        guidance_scale=config.diffusion.guidance_scale,
+    )
+    microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
+    log = RunLog(accelerator, run, config, bare_model, first_step, seen)
+    describe(accelerator, bare_model, packer, sources)
+
+    progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
+    for step, (batch, counts) in enumerate(loader, first_step):
+        batch = batch.to(accelerator.device)
+        result = train_step(
+            model,
+            batch,
+            diffusion,
+            optimizer,
+            accelerator,
+            microbatch_rows,
+            training.diffusion_loss_weight,
+            config.optimizer.max_grad_norm,
+        )
+        lr_schedule.step()
+        ema.update(bare_model, step)
+
+        done = step + 1
+        is_last = done == training.num_steps
+        progress.update()
+        log.add(result, batch, counts)
+        if done == 1 or is_due(done, training.log_every) or is_last:
+            progress.set_postfix(log.write(done, optimizer.param_groups[0]["lr"]))
+        if is_due(done, training.validate_every) or is_last:
+            log.write_validation(done, validation.losses(ema.model, accelerator))
+        if is_due(done, training.sample_every) or is_last:
+            if accelerator.is_main_process:
+                save_samples(pipeline, run / "samples" / f"step-{done:07d}.png", training.sample_prompts)
+            accelerator.wait_for_everyone()
+        if is_due(done, training.save_every) or is_last:
+            all_cursors = accelerator.gather(loader.cursors.to(accelerator.device)).cpu()
+            if accelerator.is_main_process:
+                parts = {name: part.state_dict() for name, part in stateful.items()}
+                rest = {"step": done, "cursors": all_cursors, "seen": dict(log.seen), "made_of": made_of}
+                save_state(run, done, parts | rest)
+                with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
+                    pipeline.save_pretrained(folder)
+                plot_losses(run / "metrics.jsonl", run / "loss.png")
+            accelerator.wait_for_everyone()
+    progress.close()
+    accelerator.end_training()
+    accelerator.print(
+        f"snapshot: {run / 'snapshots' / f'step-{training.num_steps:07d}'}\nloss plot: {run / 'loss.png'}"
+    )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def open_tokenizer(config: RunConfig, run: Path, resumes: bool) -> TextTokenizer:
+    """The run's own tokenizer if it has one to go on with, else the configured one, else a newly trained one."""
+    folder = run / "tokenizer"
+    if resumes:
+        return load_tokenizer(str(folder))
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    else:
+        tokenizer = train_tokenizer(training_texts(config.data), config.tokenizer.vocab_size)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Refuse to resume with another autoencoder, tokenizer, model or number of rows.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    for part, now in made_of.items():
+        if state["made_of"][part] != now:
+            raise UserError(
+                f"{folder} was trained with another {part}: {state['made_of'][part]}, and the configuration has {now}; "
+                "use the one it was trained with, or another output_dir"
+            )
+    if len(state["cursors"]) != config.training.num_rows:
+        raise UserError(
+            f"{folder} was trained with training.num_rows={len(state['cursors'])}, not {config.training.num_rows}; "
+            "keep it (microbatch_rows and the number of processes may change)"
+        )
+
+
+def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, sources: Sources) -> None:
+    """Print what is about to be trained on what."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    images = sum(len(source) for source in sources.images)
+    texts = sum(len(source) for source in sources.texts)
+    row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {packer.patches} patches"
+    accelerator.print(
+        f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
+        f"data: {images} images with captions, {texts} texts\n"
+        f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}"
+    )
+
+
+def save_samples(pipeline: TransfusionPipeline, path: Path, prompts: list[str]) -> None:
+    """Write a labelled grid of one image per prompt, from the averaged weights."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    images = pipeline(prompts, generator=generators).images
+    path.parent.mkdir(exist_ok=True)
+    grid(images, prompts, columns=4).save(path)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -1,0 +1,228 @@
+"""Captioning metrics in pure Python: CIDEr-D, BLEU-1 to 4 and ROUGE-L with the conventions of COCO's evaluation.
+
+Each scorer takes one tokenised candidate an image and that image's tokenised references, in the same order, and equals
+the scorer of that name in pycocoevalcap. Scores are of the corpus: the inverse document frequencies of CIDEr and the
+lengths of BLEU come from all images together, so numbers of different sets of images cannot be compared.
+"""
+
+import json
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
+
+Words = Sequence[str]
+_Ngram = tuple[str, ...]
+
+_logger = logging.getLogger(__name__)
+_MAX_ORDER = 4
+_FEW_IMAGES = 1000
+
+
+def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Score one caption an image against that image's references.
+
+    Args:
+        candidates: One caption an image, untokenised; an empty one scores 0.
+        references: For each image, at least one reference caption.
+
+    Returns:
+        `CIDEr` (0 to 10; 10 needs captions of four words and more that equal all their references), `CIDEr x100` (as
+        papers print it), `BLEU-1` to `BLEU-4`
+        and `ROUGE-L` (both 0 to 1).
+
+    Raises:
+        UserError: There are no candidates, their number differs from that of the references, or an image has none.
+    """
+    if not candidates:
+        raise UserError("there are no candidate captions; captioning metrics need at least one image")
+    if len(candidates) != len(references):
+        raise UserError(f"{len(candidates)} candidate captions but references for {len(references)} images")
+    for index, image_references in enumerate(references):
+        if not image_references:
+            raise UserError(f"image {index} (counted from 0) has no reference caption; every image needs at least one")
+    if len(candidates) < _FEW_IMAGES:
+        _logger.warning(
+            "CIDEr of only %d images: its word weights come from their own references, so compare it with nothing but "
+            "the same images (COCO's test split has 5,000)",
+            len(candidates),
+        )
+    candidate_words = [tokenize_caption(caption) for caption in candidates]
+    reference_words = [[tokenize_caption(caption) for caption in captions] for captions in references]
+    cider = cider_d(candidate_words, reference_words)
+    scores = {"CIDEr": cider, "CIDEr x100": 100 * cider}
+    for order, value in enumerate(bleu(candidate_words, reference_words), start=1):
+        scores[f"BLEU-{order}"] = value
+    scores["ROUGE-L"] = rouge_l(candidate_words, reference_words)
+    return scores
+
+
+def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
+    """How often each n-gram occurs; entry n - 1 holds the n-grams of n words."""
+    return [
+        Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
+        for order in range(1, _MAX_ORDER + 1)
+    ]
+
+
+def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> float:
+    """CIDEr-D (arXiv 1411.5726, section 6), averaged over images; 0 to 10.
+
+    An n-gram weighs (its count) x log(number of images / number of images whose references hold it). A candidate's
+    weights are clipped at the reference's, the cosine is damped by exp(-(length difference)^2 / 2 sigma^2), averaged
+    over the references and n = 1..4, and multiplied by 10. A single image has weights of zero and a score of zero.
+    """
+    document_frequency: Counter[_Ngram] = Counter()
+    reference_counts = [[_ngram_counts(words) for words in captions] for captions in references]
+    for captions in reference_counts:
+        document_frequency.update({ngram for counts in captions for order in counts for ngram in order})
+    log_images = math.log(len(references))
+
+    def weigh(counts: list[Counter[_Ngram]]) -> list[dict[_Ngram, float]]:
+        return [
+            {ngram: n * (log_images - math.log(max(1, document_frequency[ngram]))) for ngram, n in order.items()}
+            for order in counts
+        ]
+
+    def similarity(candidate: list[Counter[_Ngram]], reference: list[Counter[_Ngram]]) -> float:
+        total = 0.0
+        for ours, theirs in zip(weigh(candidate), weigh(reference), strict=True):
+            norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+            if norms:
+                total += (
+                    sum(min(w, theirs[ngram]) * theirs[ngram] for ngram, w in ours.items() if ngram in theirs) / norms
+                )
+        length_difference = candidate[0].total() - reference[0].total()
+        return total / _MAX_ORDER * math.exp(-(length_difference**2) / (2 * sigma**2))
+
+    scores = []
+    for words, captions in zip(candidates, reference_counts, strict=True):
+        candidate = _ngram_counts(words)
+        scores.append(10 * sum(similarity(candidate, reference) for reference in captions) / len(captions))
+    return float(np.mean(scores))
+
+
+def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of the corpus, each 0 to 1, without smoothing (Papineni et al. 2002).
+
+    The brevity penalty uses, for each image, the length of the reference that is closest to the candidate's, the
+    shorter one of two equally close.
+    """
+    correct, guessed = np.zeros(_MAX_ORDER), np.zeros(_MAX_ORDER)
+    candidate_length = reference_length = 0
+    for words, captions in zip(candidates, references, strict=True):
+        candidate_length += len(words)
+        reference_length += min((abs(len(caption) - len(words)), len(caption)) for caption in captions)[1]
+        reference_counts = [_ngram_counts(caption) for caption in captions]
+        for order, counts in enumerate(_ngram_counts(words)):
+            # | of counters is the maximum, & the minimum.
+            most: Counter[_Ngram] = Counter()
+            for caption_counts in reference_counts:
+                most |= caption_counts[order]
+            correct[order] += (counts & most).total()
+            guessed[order] += counts.total()
+    # COCO's constants against division by zero; they show where no n-gram of an order is right, or none is long enough.
+    precisions = (correct + 1e-15) / (guessed + 1e-9)
+    ratio = (candidate_length + 1e-15) / (reference_length + 1e-9)
+    penalty = math.exp(min(0.0, 1 - 1 / ratio))
+    return [float(penalty * np.prod(precisions[:order]) ** (1 / order)) for order in range(1, _MAX_ORDER + 1)]
+
+
+def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> float:
+    """ROUGE-L (Lin 2004), averaged over images; 0 to 1.
+
+    F-measure, with recall weighted by `beta`, of the best precision and the best recall of the longest common
+    subsequence over the references. COCO's code takes no words for one empty word, as is done here.
+    """
+    scores = []
+    for words, captions in zip(candidates, references, strict=True):
+        common = [_common_subsequence_length(words or [""], caption or [""]) for caption in captions]
+        precision = max(common) / max(1, len(words))
+        recall = max(length / max(1, len(caption)) for length, caption in zip(common, captions, strict=True))
+        scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0)
+    return float(np.mean(scores))
+
+
+def _common_subsequence_length(first: Words, second: Words) -> int:
+    lengths = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for index, other in enumerate(second, start=1):
+            above = lengths[index]
+            lengths[index] = diagonal + 1 if word == other else max(above, lengths[index - 1])
+            diagonal = above
+    return lengths[-1]
+
+
+def read_captions(path: str | Path) -> dict[str, list[str]]:
+    """Captions by image, in the order of the file.
+
+    The file is JSON lines or a JSON list of objects with `file_name` (or `image_id`) and `caption`, `text` or
+    `captions` (a list); objects of one image are gathered. COCO's annotation files, whose list is under `annotations`,
+    are read too.
+
+    Raises:
+        UserError: The file cannot be read, is not of that form, or holds no caption.
+    """
+    path = Path(path)
+    captions: defaultdict[str, list[str]] = defaultdict(list)
+    for number, entry in enumerate(_read_objects(path), start=1):
+        entry = entry if isinstance(entry, dict) else {"": entry}
+        image = entry.get("file_name", entry.get("image_id"))
+        found = next((entry[key] for key in ("captions", "caption", "text") if key in entry), None)
+        found = [found] if isinstance(found, str) else found
+        if image is None or not isinstance(found, list) or not all(isinstance(caption, str) for caption in found):
+            raise UserError(
+                f"{path}: entry {number} is {json.dumps(entry)[:80]}, but needs 'file_name' and 'caption', for example "
+                '{"file_name": "000.png", "caption": "a red apple"}'
+            )
+        captions[str(image)] += found
+    if not captions:
+        raise UserError(f"{path} holds no captions")
+    return dict(captions)
+
+
+def _read_objects(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid {'JSON lines' if path.suffix == '.jsonl' else 'JSON'}: {error}") from None
+    content = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(content, list):
+        raise UserError(f"{path} must be a JSON list of objects, or JSON lines in a file that ends in .jsonl")
+    return content
+
+
+def match_captions(
+    candidates: dict[str, list[str]], references: dict[str, list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Candidates and references of the same images in the same order, for `caption_metrics`.
+
+    Raises:
+        UserError: An image has several candidates, or is in one of the two only.
+    """
+    for image, captions in candidates.items():
+        if len(captions) != 1:
+            raise UserError(f"image {image} has {len(captions)} candidate captions; exactly one is scored")
+    for images, others, missing in (
+        (candidates, references, "candidate captions have no reference"),
+        (references, candidates, "reference images have no candidate caption"),
+    ):
+        lacking = [image for image in images if image not in others]
+        if lacking:
+            raise UserError(
+                f"{len(lacking)} of {len(images)} {missing}, first {lacking[0]}; both must be about the same images"
+            )
+    return [captions[0] for captions in candidates.values()], [references[image] for image in candidates]

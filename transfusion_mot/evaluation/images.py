@@ -1,0 +1,194 @@
+"""Images from a folder or from memory, decoded in worker processes => batches on a device.
+
+Generated images and images from disk meet the same code here, at their own size unless one is asked for.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from transfusion_mot.data.images import load_image
+from transfusion_mot.errors import UserError
+
+ImageSource = Path | Image.Image
+ImageArray = npt.NDArray[np.uint8]
+
+_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Every .png, .jpg, .jpeg and .webp file under a folder, sorted by path.
+
+    Raises:
+        UserError: The folder does not exist or holds no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is not a folder; give a folder of images")
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS and path.is_file())
+    if not images:
+        raise UserError(f"'{folder}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+    return images
+
+
+def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Images of a folder and the texts they were made from, in the order of its `metadata.jsonl`.
+
+    Each line is a JSON object with `file_name` and `text` (or `prompt`), as `sample.py` writes it.
+
+    Raises:
+        UserError: The file is missing, a line is not of that form, or an image does not exist.
+    """
+    metadata = Path(folder) / "metadata.jsonl"
+    if not metadata.is_file():
+        raise UserError(
+            f"'{metadata}' does not exist; give a folder that holds images and a metadata.jsonl of lines like "
+            '{"file_name": "000.png", "text": "a red apple"}'
+        )
+    images, texts = [], []
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"] if "text" in entry else entry["prompt"]
+        except (ValueError, KeyError, TypeError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(f"{metadata}, line {number}: not a JSON object with 'file_name' and 'text'")
+        if not (metadata.parent / name).is_file():
+            raise UserError(f"{metadata}, line {number}: image '{metadata.parent / name}' does not exist")
+        images.append(metadata.parent / name)
+        texts.append(text)
+    if not images:
+        raise UserError(f"{metadata} has no lines")
+    return images, texts
+
+
+def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
+    """A file or picture => RGB `uint8 [H, W, 3]`, transparency laid on white.
+
+    With `image_size` it is brought to that size as training data are (centre square, Lanczos); without, it keeps its
+    size and the orientation in which it is stored, as clean-fid reads it.
+
+    Raises:
+        UserError: The file cannot be read or holds more than 8 bits a channel; the message names it.
+    """
+    if image_size is not None:
+        return load_image(source, image_size)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the given picture")
+    try:
+        with Image.open(source) as image:
+            return _to_rgb(image, str(source))
+    except UnidentifiedImageError:
+        raise UserError(f"image '{source}' is not in a format that Pillow reads") from None
+    except UserError:
+        raise
+    # Pillow raises SyntaxError and ValueError, too, on damaged files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image '{source}' cannot be read: {error}") from None
+
+
+def _to_rgb(image: Image.Image, name: str) -> ImageArray:
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"image '{name}' has more than 8 bits a channel; save it with 8")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+class _Images(Dataset[torch.Tensor | UserError]):
+    """Prepared images; one that cannot be read is handed over as its error, because DataLoader buries raised ones."""
+
+    def __init__(
+        self, images: Sequence[ImageSource], prepare: Callable[[ImageArray], torch.Tensor], image_size: int | None
+    ) -> None:
+        self.images, self.prepare, self.image_size = images, prepare, image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | UserError:
+        try:
+            return self.prepare(load_rgb(self.images[index], self.image_size))
+        except UserError as error:
+            return error
+
+
+def _stack(items: list[torch.Tensor | UserError]) -> torch.Tensor | UserError:
+    tensors = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        tensors.append(item)
+    return torch.stack(tensors)
+
+
+def prepared_batches(
+    images: Sequence[ImageSource],
+    prepare: Callable[[ImageArray], torch.Tensor],
+    device: torch.device,
+    batch_size: int | None,
+    num_workers: int,
+    description: str,
+    image_size: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Batches `[B, ...]` of `prepare(image)` on `device`, in the order of `images`, with a progress bar.
+
+    Without a `batch_size`, 64 images at a time on a GPU and 4 on a CPU, where larger ones only cost memory traffic.
+
+    Raises:
+        UserError: An image cannot be read, or a number is out of range.
+    """
+    if batch_size is None:
+        batch_size = 4 if device.type == "cpu" else 64
+    for name, value, least in (
+        ("batch size", batch_size, 1),
+        ("number of workers", num_workers, 0),
+        ("image size", image_size, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"the {name} must be at least {least}, but is {value}")
+    loader = DataLoader(
+        _Images(images, prepare, image_size),
+        batch_size,
+        num_workers=min(num_workers, len(images)),
+        collate_fn=_stack,
+        pin_memory=device.type == "cuda",
+    )
+    with tqdm(total=len(images), desc=description, unit="image") as progress:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch.to(device, non_blocking=True)
+            progress.update(len(batch))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; by default CUDA if there is one, else the CPU.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def default_num_workers() -> int:
+    """Processes that decode images: the processor's cores, at most 8."""
+    return min(8, multiprocessing.cpu_count())
