@@ -1,5 +1,6 @@
 """Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`."""
 
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -102,8 +103,9 @@ def main(arguments: list[str]) -> None:
         cursors,
         first_step,
         training.num_steps,
+        accelerator.device,
     )
-    validation = Validation(held_out, tokenizer, config, diffusion)
+    validation = Validation(held_out, tokenizer, config, diffusion) if held_out.images else None
     pipeline = TransfusionPipeline(
         transformer=ema.model,
         vae=autoencoder.vae,
@@ -120,7 +122,6 @@ def main(arguments: list[str]) -> None:
 
     progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     for step, (batch, counts) in enumerate(loader, first_step):
-        batch = batch.to(accelerator.device)
         result = train_step(
             model,
             batch,
@@ -140,7 +141,7 @@ def main(arguments: list[str]) -> None:
         log.add(result, batch, counts)
         if done == 1 or is_due(done, training.log_every) or is_last:
             progress.set_postfix(log.write(done, optimizer.param_groups[0]["lr"]))
-        if is_due(done, training.validate_every) or is_last:
+        if validation is not None and (is_due(done, training.validate_every) or is_last):
             log.write_validation(done, validation.losses(ema.model, accelerator))
         if is_due(done, training.sample_every) or is_last:
             if accelerator.is_main_process:
@@ -223,5 +224,6 @@ def save_samples(pipeline: TransfusionPipeline, path: Path, prompts: list[str]) 
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
     with exit_on_user_error():
         main(sys.argv[1:])

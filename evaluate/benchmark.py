@@ -66,10 +66,7 @@ def main() -> None:
             bar.update(len(latents))
     for name, images in (("real", real), ("reconstructed", reconstructed), ("generated", generated)):
         save_images(images, captions, output / name)
-    lines = [
-        {"file_name": f"{index:05d}.png", "caption": candidate, "captions": [caption]}
-        for index, (candidate, caption) in enumerate(zip(candidates, captions, strict=True))
-    ]
+    lines = [{"file_name": f"{index:05d}.png", "caption": caption} for index, caption in enumerate(candidates)]
     (output / "captions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     sampled = {
@@ -84,7 +81,9 @@ def main() -> None:
         clip = load_clip(arguments.clip, device)
         metrics += with_protocol(clip_scores(generated, captions, clip), "generated", sampled)
         metrics += with_protocol(clip_scores(real, captions, clip), "real", {})
-    metrics += caption_metrics(candidates, [[caption] for caption in captions])
+    decoded = {"images": len(items), "references": "1 an image", "decoding": "greedy"}
+    scores = caption_metrics(candidates, [[caption] for caption in captions])
+    metrics += [Metric(name, value, decoded) for name, value in scores.items()]
     metrics += held_out_losses(pipeline, sources, config)
     save_metrics(metrics, output / "metrics.json", sys.argv)
     table = metrics_table(metrics)
@@ -96,9 +95,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument(
-        "--config", metavar="FILE", help="configuration that names the data (default: the run's)"
-    )
+    parser.add_argument("--config", metavar="FILE", help="configuration that names the data (default: the run's)")
     parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/ in the run folder)")
     parser.add_argument("--num-images", type=int, metavar="N", help="held-out documents to use (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
@@ -107,9 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i has seed N + i (default: 0)")
     parser.add_argument("--features", choices=["auto", "inception", "efficientnet"], default="auto")
     parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")
-    parser.add_argument(
-        "--clip", metavar="NAME_OR_FOLDER", help="CLIP model for a CLIP score (default: none)"
-    )
+    parser.add_argument("--clip", metavar="NAME_OR_FOLDER", help="CLIP model for a CLIP score (default: none)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     return parser.parse_args()
 

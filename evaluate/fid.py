@@ -20,7 +20,11 @@ from transfusion_mot.evaluation.report import metrics_table, save_metrics
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("real", metavar="REAL_FOLDER", help="real images: .png, .jpg, .jpeg, .webp, in subfolders too")
+    parser.add_argument(
+        "real",
+        metavar="REAL_FOLDER",
+        help="real images: those in its metadata.jsonl, else every .png, .jpg, .jpeg and .webp, in subfolders too",
+    )
     parser.add_argument("generated", metavar="GENERATED_FOLDER", help="generated images, as many as possible")
     parser.add_argument("--features", choices=["auto", "inception", "efficientnet"], default="auto")
     parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")

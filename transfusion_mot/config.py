@@ -127,8 +127,8 @@ class ModelConfig:
         image_attention: `bidirectional` inside an image, or `causal` for comparison.
         patch_size: Latent pixels per side of a patch.
         image_adapter: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
-        unet_channels: Widths of the U-Net adapter's blocks: one for each halving of the patch size and at least one more,
-            multiples of 32.
+        unet_channels: Widths of the U-Net adapter's blocks, multiples of 32: one for each halving of the patch size and
+            at least one more.
         unet_num_layers: Residual layers in each block of the U-Net adapter.
         norm_eps: Epsilon of every RMSNorm.
     """

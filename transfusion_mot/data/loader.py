@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.packing import Cursors, Packer
 
-Chunk = tuple[Batch, Tensor, Counter[str]]
+# Counts travel as a plain dict: the data loader copies a Counter by `update`, which would double it.
+Chunk = tuple[Batch, Tensor, dict[str, int]]
 
 
 class _LaneRows(IterableDataset[Chunk]):
@@ -38,7 +39,7 @@ class _LaneRows(IterableDataset[Chunk]):
                 row, state[position], row_counts = self.packer.row(lane, step, state[position])
                 rows.append(row)
                 counts.update(row_counts)
-            yield Batch.cat(rows), torch.from_numpy(np.stack(state)), counts
+            yield Batch.cat(rows), torch.from_numpy(np.stack(state)), dict(counts)
 
 
 class LaneLoader:
@@ -54,6 +55,7 @@ class LaneLoader:
         cursors: State of all lanes [num_lanes, sources, 2], or None to begin.
         first_step: The step to begin with.
         num_steps: The step to end before.
+        device: Where batches go, without the host waiting for the copy.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class LaneLoader:
         cursors: Tensor | None,
         first_step: int,
         num_steps: int,
+        device: torch.device,
     ) -> None:
+        self.device = device
         rows = packer.num_lanes // world_size
         self.lanes = range(rank * rows, (rank + 1) * rows)
         if cursors is None:
@@ -78,7 +82,7 @@ class LaneLoader:
             _LaneRows(packer, self.lanes, self.cursors, first_step, num_steps),
             batch_size=None,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
             prefetch_factor=4 if self.num_workers else None,
             worker_init_fn=_quiet_worker,
         )
@@ -92,7 +96,8 @@ class LaneLoader:
             for _, _, part_counts in parts:
                 counts.update(part_counts)
             self.cursors = torch.cat([cursors for _, cursors, _ in parts])
-            yield Batch.cat([batch for batch, _, _ in parts]), counts
+            # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
+            yield Batch.cat([batch.to(self.device) for batch, _, _ in parts]), counts
 
 
 def _quiet_worker(worker: int) -> None:

@@ -14,24 +14,24 @@ Split = Literal["train", "held_out"]
 
 
 def open_sources(data: DataConfig, autoencoder: Autoencoder, config: AutoencoderConfig, split: Split) -> Sources:
-    """Open every source of a split, images as latents.
+    """Open every source of a split, images as latents; a source of which nothing is held out is left out.
 
     Raises:
-        UserError: No source has images.
+        UserError: No source has images to train on.
     """
-    of_images = [source for source in data.sources if source.kind != "text"]
-    of_text = [source for source in data.sources if source.kind == "text"]
-    if not of_images:
+    sources = Sources([], [])
+    for source in data.sources:
+        if source.kind == "text":
+            sources.texts.append(load_text_documents(source, data, split))
+            sources.text_weights.append(source.weight)
+            continue
+        images = load_captioned_images(source, data, split)
+        if len(images) or split == "train":
+            sources.images.append(cached_latents(images, autoencoder, data.cache_dir, config.batch_size))
+            sources.image_weights.append(source.weight)
+    if split == "train" and not sources.images:
         raise UserError("data.sources has no source with images; add one of kind openmoji or imagefolder")
-    return Sources(
-        images=[
-            cached_latents(load_captioned_images(source, data, split), autoencoder, data.cache_dir, config.batch_size)
-            for source in of_images
-        ],
-        image_weights=[source.weight for source in of_images],
-        texts=[load_text_documents(source, data, split) for source in of_text],
-        text_weights=[source.weight for source in of_text],
-    )
+    return sources
 
 
 def training_texts(data: DataConfig) -> Iterator[str]:

@@ -31,13 +31,14 @@ COUNTED = ("images", "texts", "text_tokens", "pad_slots", "truncated_captions")
 class Sources:
     """What rows are filled from: captioned images and texts, each with its relative weight."""
 
-    images: Sequence[LatentCache]
-    image_weights: Sequence[float]
-    texts: Sequence[TextDocuments] = ()
-    text_weights: Sequence[float] = ()
+    images: list[LatentCache]
+    image_weights: list[float]
+    texts: list[TextDocuments] = field(default_factory=list)
+    text_weights: list[float] = field(default_factory=list)
 
     @property
     def count(self) -> int:
+        """Number of sources, images before texts."""
         return len(self.images) + len(self.texts)
 
 

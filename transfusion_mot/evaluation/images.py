@@ -7,6 +7,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,24 @@ from transfusion_mot.errors import UserError
 ImageSource = Path | Image.Image
 ImageArray = npt.NDArray[np.uint8]
 
+_METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Every .png, .jpg, .jpeg and .webp file under a folder, sorted by path.
+    """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one.
+
+    Without that file, every .png, .jpg, .jpeg and .webp file under the folder. With it, pictures that `sample.py` adds
+    for looking at, such as its grid, are left out.
 
     Raises:
-        UserError: The folder does not exist or holds no such file.
+        UserError: The folder does not exist or holds no images, or what is listed is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not a folder; give a folder of images")
+    if (folder / _METADATA).is_file():
+        return sorted({image for _, image, _ in _listed_images(folder)})
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS and path.is_file())
     if not images:
         raise UserError(f"'{folder}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
@@ -47,30 +54,41 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
     Raises:
         UserError: The file is missing, a line is not of that form, or an image does not exist.
     """
-    metadata = Path(folder) / "metadata.jsonl"
-    if not metadata.is_file():
+    folder = Path(folder)
+    if not (folder / _METADATA).is_file():
         raise UserError(
-            f"'{metadata}' does not exist; give a folder that holds images and a metadata.jsonl of lines like "
+            f"'{folder / _METADATA}' does not exist; give a folder that holds images and a {_METADATA} of lines like "
             '{"file_name": "000.png", "text": "a red apple"}'
         )
     images, texts = [], []
+    for where, image, entry in _listed_images(folder):
+        text = entry.get("text", entry.get("prompt"))
+        if not isinstance(text, str):
+            raise UserError(f"{where}: has no 'text' (or 'prompt'), the text that the image was made from")
+        images.append(image)
+        texts.append(text)
+    return images, texts
+
+
+def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
+    """Place, image and content of each line of a folder's metadata."""
+    metadata = folder / _METADATA
+    listed = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{metadata}, line {number}"
         try:
             entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"] if "text" in entry else entry["prompt"]
+            image = folder / entry["file_name"]
         except (ValueError, KeyError, TypeError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(f"{metadata}, line {number}: not a JSON object with 'file_name' and 'text'")
-        if not (metadata.parent / name).is_file():
-            raise UserError(f"{metadata}, line {number}: image '{metadata.parent / name}' does not exist")
-        images.append(metadata.parent / name)
-        texts.append(text)
-    if not images:
-        raise UserError(f"{metadata} has no lines")
-    return images, texts
+            raise UserError(f"{where}: not a JSON object with 'file_name'") from None
+        if not image.is_file():
+            raise UserError(f"{where}: image '{image}' does not exist")
+        listed.append((where, image, entry))
+    if not listed:
+        raise UserError(f"{metadata} lists no images")
+    return listed
 
 
 def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:

@@ -119,11 +119,8 @@ def choose_tokens(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor
     below = probabilities.cumsum(dim=-1) - probabilities
     kept = torch.where(below < decoding.top_p, probabilities, 0.0)
     cumulative = kept.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-    # A product rounded up to the total is past the last token that was kept.
-    last_kept = (kept > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, drawn.minimum(last_kept))[:, 0]
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
+    return ids.gather(1, drawn)[:, 0]
 
 
 def _decode(

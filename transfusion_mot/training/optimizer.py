@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from transfusion_mot.config import OptimizerConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -43,7 +46,7 @@ def make_lr_schedule(optimizer: AdamW, config: OptimizerConfig, num_steps: int) 
     return LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, config))
 
 
-class EMA:
+class EMA(Generic[Model]):
     """Averaged weights, which samples and snapshots use.
 
     Args:
@@ -51,7 +54,7 @@ class EMA:
         decay: Weight of the past; early in a run it is (1 + step) / (10 + step), so that the random start is forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 

@@ -1,0 +1,216 @@
+"""Small shared builders: models, rows and data at toy size."""
+
+import os
+import sys
+from pathlib import Path
+
+# The scripts at the top are no package.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+# Toy models are too small to share among threads, which only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from transfusion_mot.autoencoder import Autoencoder, set_normalisation
+from transfusion_mot.config import DataConfig, ModelConfig, SourceConfig, TowerConfig
+from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+VOCAB_SIZE = 29
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Token:
+    """A slot that holds something, as reading order sees it; `image` and `patch` are None for text."""
+
+    row: int
+    slot: int
+    image: int | None
+    patch: int | None
+    position: tuple[int, ...]
+
+
+@dataclass
+class Rows:
+    """Arguments of the model, and the same documents as plain lists in reading order."""
+
+    inputs: dict[str, Any]
+    documents: list[list[Token]]
+    text_slots: int
+    patches: int
+
+
+def make_rows(
+    spec: Sequence[Sequence[Sequence[int | str]]],
+    text_slots: int,
+    image_slots: int,
+    grid: tuple[int, int] = (2, 2),
+    patch_size: int = 2,
+    rope: str = "1d",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Rows:
+    """Rows of documents of segments: a number is that many tokens of text, "image" is an image."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, patches = len(spec), grid[0] * grid[1]
+    slots = text_slots + image_slots * patches
+    document_ids = torch.full((rows, slots), -1)
+    order = torch.zeros(rows, slots, dtype=torch.long)
+    span_ids = torch.full((rows, slots), -1)
+    rope_positions = torch.zeros((rows, slots) if rope == "1d" else (rows, slots, 3), dtype=torch.long)
+    documents = []
+    for row, row_spec in enumerate(spec):
+        next_text, next_image = 0, 0
+        for document, segments in enumerate(row_spec):
+            tokens: list[Token] = []
+            here = 0
+            for segment in segments:
+                if segment == "image":
+                    for patch in range(patches):
+                        y, x = patch // grid[1], patch % grid[1]
+                        position = (here + patch,) if rope == "1d" else (here, here + y, here + x)
+                        slot = text_slots + next_image * patches + patch
+                        tokens.append(Token(row, slot, next_image, patch, position))
+                        span_ids[row, slot] = next_image
+                    here += patches if rope == "1d" else max(grid)
+                    next_image += 1
+                else:
+                    for _ in range(int(segment)):
+                        tokens.append(Token(row, next_text, None, None, (here,) if rope == "1d" else (here,) * 3))
+                        next_text, here = next_text + 1, here + 1
+            for place, token in enumerate(tokens):
+                document_ids[row, token.slot] = document
+                order[row, token.slot] = place
+                rope_positions[row, token.slot] = torch.tensor(token.position[0] if rope == "1d" else token.position)
+            documents.append(tokens)
+        assert next_text <= text_slots
+        assert next_image <= image_slots
+    shape = (rows, image_slots, CHANNELS, grid[0] * patch_size, grid[1] * patch_size)
+    inputs = {
+        "text_ids": torch.randint(VOCAB_SIZE, (rows, text_slots), generator=generator),
+        "noisy_latents": torch.randn(shape, generator=generator, dtype=dtype),
+        # Small, because the sinusoids of 1000 t are computed in float32.
+        "timesteps": torch.rand(rows, image_slots, generator=generator, dtype=dtype) / 64,
+        "document_ids": document_ids,
+        "order": order,
+        "span_ids": span_ids,
+        "rope_positions": rope_positions,
+    }
+    return Rows(inputs, documents, text_slots, patches)
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two layers, two towers of different feed-forward width, two heads of width 8."""
+    towers = {"text": TowerConfig(16, 24), "image": TowerConfig(16, 24)}
+    fields: dict[str, Any] = {"towers": towers, "num_layers": 2, "num_heads": 2, "head_dim": 8, "rope": "1d"}
+    return ModelConfig(**(fields | changes))
+
+
+DENSE: dict[str, Any] = {"towers": {"shared": TowerConfig(16, 24)}, "modalities": {"text": "shared", "image": "shared"}}
+
+
+def tiny_model(
+    config: ModelConfig, vocab_size: int = VOCAB_SIZE, channels: int = CHANNELS, dtype: torch.dtype = torch.float64
+) -> TransfusionMoT:
+    """A model in float64 whose parameters are all random: the zeros of a fresh one would hide mistakes."""
+    model = TransfusionMoT.from_config_section(vocab_size, channels, config)
+    randomise(model)
+    return model.to(dtype)
+
+
+def randomise(model: torch.nn.Module, seed: int = 1) -> None:
+    """Draw every parameter: matrices by their fan-in, vectors around one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(scale * drawn + (parameter.ndim == 1))
+
+
+@dataclass
+class ArrayImages:
+    """Captioned images as latents in memory."""
+
+    captions: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def numbered_images(captions: list[str], first: int = 0, side: int = 4) -> ArrayImages:
+    """Image i of the source has latents that are all i + `first`, and no spread."""
+    values = np.arange(first, first + len(captions), dtype=np.float16)
+    mean = np.broadcast_to(values[:, None, None, None], (len(captions), CHANNELS, side, side))
+    return ArrayImages(captions, mean, np.zeros_like(mean))
+
+
+@dataclass
+class ListTexts:
+    """Texts in memory."""
+
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def text(self, index: int) -> str:
+        return self.texts[index]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> TextTokenizer:
+    """Without merges: a text of n ASCII characters has n tokens."""
+    return train_tokenizer(["a"], 261)
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    """One process on the CPU."""
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture(scope="session")
+def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where drawn emoji and latents are kept for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> Path:
+    """An autoencoder with random weights (downsampling 4, 4 latent channels), normalised on real emoji."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 16, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    # A posterior as narrow as that of a trained one.
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -10
+    data = DataConfig(image_size=32, cache_dir=str(emoji_cache))
+    images = load_captioned_images(SourceConfig("openmoji"), data, "train")
+    pixels = to_pixels(np.stack([images.image(index) for index in range(0, len(images), len(images) // 64)]))
+    raw = Autoencoder(vae).encode(pixels)[0] / vae.config.scaling_factor
+    set_normalisation(vae, raw.mean(dim=(0, 2, 3)).tolist(), raw.std(dim=(0, 2, 3)).tolist())
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder

@@ -1,0 +1,132 @@
+"""Imports go one way, and the other rules that a machine can check."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "transfusion_mot"
+FILES = sorted(
+    path
+    for path in (*ROOT.glob("*.py"), *(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "evaluate").rglob("*.py"))
+    if "__pycache__" not in path.parts
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# From the top to the ground; each may import what stands below it, and its own layer.
+LAYERS = [
+    ["train", "sample", "evaluate"],
+    ["pipeline", "sampling"],
+    ["training"],
+    ["evaluation"],
+    ["autoencoder_training"],
+    ["data"],
+    ["models"],
+    ["diffusion", "losses", "autoencoder"],
+    ["config"],
+    ["errors", ""],
+]
+
+
+def part_of(module: str) -> str:
+    """transfusion_mot.data.images => data; train => train; transfusion_mot => ""."""
+    names = module.split(".")
+    return names[0] if names[0] != PACKAGE else (names[1] if len(names) > 1 else "")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of everything of ours that a file imports, wherever in the file it does."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return [pair for pair in found if pair[0].split(".")[0] in (PACKAGE, "train", "sample", "evaluate")]
+
+
+def layer_of(part: str) -> int:
+    (layer,) = (index for index, parts in enumerate(LAYERS) if part in parts)
+    return layer
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
+def test_imports_go_down(path: Path) -> None:
+    here = layer_of(part_of(module_of(path)))
+    for module, name in imports_of(path):
+        if module == PACKAGE and name and not name.startswith("__"):
+            module = f"{PACKAGE}.{name}"
+        # `python -m transfusion_mot.autoencoder` trains one: the only import up, inside its `__main__`.
+        if (module_of(path), module) == (f"{PACKAGE}.autoencoder", f"{PACKAGE}.autoencoder_training"):
+            continue
+        assert layer_of(part_of(module)) >= here, f"{module_of(path)} imports {module}"
+        assert here == 0 or part_of(module) not in LAYERS[0], f"{module_of(path)} imports the script {module}"
+
+
+def test_there_is_no_cycle_between_modules() -> None:
+    graph = {module_of(path): {module for module, _ in imports_of(path)} for path in FILES}
+    graph[f"{PACKAGE}.autoencoder"].discard(f"{PACKAGE}.autoencoder_training")
+
+    def reaches(start: str, seen: set[str]) -> set[str]:
+        for module in graph.get(start, ()):
+            if module not in seen:
+                seen.add(module)
+                reaches(module, seen)
+        return seen
+
+    assert [module for module in graph if module in reaches(module, set())] == []
+
+
+def test_package_files_import_nothing_in_init() -> None:
+    for path in (path for path in FILES if path.name == "__init__.py"):
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)], path
+
+
+def test_evaluate_is_a_folder_of_scripts() -> None:
+    """PyPI has a package of that name, which a package here would hide."""
+    assert not (ROOT / "evaluate" / "__init__.py").exists()
+    assert {"fid.py", "clip_score.py", "captioning.py"} <= {path.name for path in (ROOT / "evaluate").glob("*.py")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
+def test_private_names_stay_at_home(path: Path) -> None:
+    private = [
+        f"{module}.{name}"
+        for module, name in imports_of(path)
+        if any(part.startswith("_") and not part.startswith("__") for part in (*module.split("."), name))
+    ]
+    assert private == []
+
+
+@pytest.mark.parametrize("path", FILES + TESTS, ids=lambda path: module_of(path))
+def test_files_have_one_subject(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 500
+
+
+def test_latent_scale_and_shift_are_known_to_the_autoencoder_alone() -> None:
+    words = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    homes = {ROOT / PACKAGE / "autoencoder.py", ROOT / PACKAGE / "autoencoder_training.py"}
+    found = [(path.name, word) for path, word in itertools.product(FILES, words) if word in path.read_text()]
+    assert [(name, word) for name, word in found if name not in {home.name for home in homes}] == []
+
+
+def test_every_public_function_and_class_says_what_it_does() -> None:
+    missing = []
+    for path in (path for path in FILES if path.is_relative_to(ROOT / PACKAGE)):
+        tree = ast.parse(path.read_text())
+        if path.name != "__init__.py" and ast.get_docstring(tree) is None:
+            missing.append(module_of(path))
+        missing += [
+            f"{module_of(path)}.{node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and ast.get_docstring(node) is None
+        ]
+    assert missing == []

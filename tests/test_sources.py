@@ -1,0 +1,303 @@
+"""Data sources: what is read, what is skipped, what is refused, and who is held out."""
+
+import json
+import logging
+import pickle
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
+from transfusion_mot.data.sources import load_captioned_images, load_text_documents, split_of
+from transfusion_mot.errors import UserError
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def image_folder(folder, num_images=60, seed=None):
+    """A folder of flat pictures; picture number i has the grey value i and the caption "picture i"."""
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for number in range(num_images):
+        Image.new("RGB", (20, 24), (number, number, number)).save(folder / f"{number}.png")
+        entries.append({"file_name": f"{number}.png", "text": f"picture {number}"})
+    if seed is not None:
+        random.Random(seed).shuffle(entries)
+    write_metadata(folder, entries)
+    return entries
+
+
+def write_metadata(folder, entries):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def open_folder(folder, split="train", **data):
+    source = SourceConfig(kind="imagefolder", path=str(folder))
+    return load_captioned_images(source, DataConfig(**({"image_size": SIZE, "held_out_fraction": 0.2} | data)), split)
+
+
+# --- emoji ---------------------------------------------------------------------------------------------------------
+
+
+def test_emoji_have_clean_distinct_captions():
+    captions = emoji_captions()
+    assert len(captions) > 3900
+    assert captions["1F34E"] == "red apple"
+    assert captions["1F419"] == "octopus"
+    assert captions["1F1EF-1F1F5"] == "flag: Japan"
+    assert captions["1F3F4-E0067-E0062-E0065-E006E-E0067-E007F"] == "flag: England"
+    assert captions["1F3F3-FE0F-200D-1F308"] == "rainbow flag"
+    assert len(set(captions.values())) == len(captions)
+    assert not any(re.search(r"[_\n]|^:|:$|  ", caption) for caption in captions.values())
+    assert sum(caption.startswith("flag: ") for caption in captions.values()) > 250
+
+
+def test_emoji_are_drawn_on_white_and_in_colour():
+    apple = render_emoji("1F34E", 64)
+    assert apple.shape == (64, 64, 3)
+    assert apple.dtype == np.uint8
+    assert (apple[0, 0] == 255).all()
+    red, green, blue = apple[40, 32].astype(int)
+    assert red > green + 50
+    assert red > blue + 50
+
+
+def test_emoji_split_shares_nothing_and_loses_nothing(cache_dir):
+    data = DataConfig(image_size=SIZE, cache_dir=cache_dir)
+    train = load_captioned_images(SourceConfig(), data, "train")
+    held_out = load_captioned_images(SourceConfig(), data, "held_out")
+    assert not set(train.captions) & set(held_out.captions)
+    assert set(train.captions) | set(held_out.captions) == set(emoji_captions().values())
+    assert 0.03 < len(held_out) / len(emoji_captions()) < 0.07
+    assert train.fingerprint != held_out.fingerprint
+
+    stem_of = {caption: stem for stem, caption in emoji_captions().items()}
+    for images in (train, held_out):
+        for index in (0, len(images) // 2, len(images) - 1):
+            np.testing.assert_array_equal(
+                images.image(index), render_emoji(stem_of[images.captions[index]], SIZE), images.captions[index]
+            )
+
+
+def test_emoji_are_drawn_once(cache_dir):
+    first = rendered_emoji(SIZE, cache_dir)
+    assert isinstance(first, np.memmap)
+    (file,) = Path(cache_dir).iterdir()
+    before = file.stat()
+    again = rendered_emoji(SIZE, cache_dir)
+    np.testing.assert_array_equal(first, again)
+    after = file.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert len(list(file.parent.iterdir())) == 1, "nothing is left beside it"
+
+
+# --- image folders -------------------------------------------------------------------------------------------------
+
+
+def test_image_folder_gives_images_with_their_captions(tmp_path):
+    image_folder(tmp_path)
+    numbers = set()
+    for split in ("train", "held_out"):
+        images = open_folder(tmp_path, split)
+        for index in range(len(images)):
+            image = images.image(index)
+            number = int(image[0, 0, 0])
+            assert image.shape == (SIZE, SIZE, 3)
+            assert images.captions[index] == f"picture {number}"
+            numbers.add(number)
+    assert numbers == set(range(60))
+
+
+def test_split_does_not_depend_on_order_or_on_other_items(tmp_path):
+    entries = image_folder(tmp_path)
+    held_out = set(open_folder(tmp_path, "held_out").captions)
+    assert 0 < len(held_out) < 30
+    random.Random(1).shuffle(entries)
+    kept = entries[:40]
+    write_metadata(tmp_path, kept)
+    assert set(open_folder(tmp_path, "held_out").captions) == held_out & {entry["text"] for entry in kept}
+    assert set(open_folder(tmp_path, "held_out", split_seed=1).captions) != held_out & {e["text"] for e in kept}
+
+
+def test_a_caption_is_never_on_both_sides(tmp_path):
+    entries = image_folder(tmp_path)
+    write_metadata(tmp_path, [entry | {"text": f"kind {number % 7}"} for number, entry in enumerate(entries)])
+    train, held_out = open_folder(tmp_path), open_folder(tmp_path, "held_out")
+    assert len(train) + len(held_out) == 60
+    assert not set(train.captions) & set(held_out.captions)
+
+
+@given(st.text(), st.integers(0, 5), st.floats(0, 1))
+def test_split_grows_with_its_fraction(text, seed, fraction):
+    smaller = DataConfig(split_seed=seed, held_out_fraction=fraction * 0.5)
+    larger = DataConfig(split_seed=seed, held_out_fraction=fraction)
+    if split_of(text, smaller) == "held_out":
+        assert split_of(text, larger) == "held_out"
+    assert split_of(text, DataConfig(held_out_fraction=0.0)) == "train"
+    assert split_of(text, DataConfig(held_out_fraction=1.0)) == "held_out"
+
+
+def test_what_cannot_be_used_is_counted_and_told(tmp_path, caplog):
+    entries = image_folder(tmp_path, 8)
+    (tmp_path / "3.png").unlink()
+    entries[5]["text"] = " "
+    entries[6]["text"] = None
+    write_metadata(tmp_path, entries)
+    with caplog.at_level(logging.WARNING):
+        images = open_folder(tmp_path, held_out_fraction=0.0)
+    assert images.skipped == {"missing file": 1, "empty caption": 2}
+    assert len(images) == 5
+    message = caplog.messages[0]
+    assert "skipped 3 of 8" in message
+    assert "3.png" in message
+    assert "metadata.jsonl:6" in message
+
+
+def test_caption_field_and_unicode(tmp_path):
+    image_folder(tmp_path, 2)
+    lines = [
+        '{"file_name": "0.png", "caption": "ein Äpfelchen 🍎"}',
+        "",
+        '{"file_name": "1.png", "text": "half \\ud83d"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert open_folder(tmp_path, held_out_fraction=0.0).captions == ["ein Äpfelchen 🍎", "half ?"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"file_name": "0.png", "text": ', "not a line of JSON"),
+        (b'["0.png", "x"]', "must be a JSON object"),
+        (b'{"text": "x"}', "'file_name'"),
+        (b'{"file_name": "0.png"}', "'text' or 'caption'"),
+        (b'{"file_name": "0.png", "text": 3}', "must be a text"),
+        (b'{"file_name": "0.png", "text": "\xe4pfel"}', "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    image_folder(tmp_path, 1)
+    good = (tmp_path / "metadata.jsonl").read_bytes()
+    (tmp_path / "metadata.jsonl").write_bytes(good * 2 + line + b"\n" + good)
+    with pytest.raises(UserError, match=rf"metadata\.jsonl:3: .*{re.escape(message)}"):
+        open_folder(tmp_path)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match="needs 'path'"):
+        load_captioned_images(SourceConfig(kind="imagefolder"), DataConfig(), "train")
+    with pytest.raises(UserError, match="is not a folder"):
+        open_folder(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"no metadata\.jsonl"):
+        open_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
+    with pytest.raises(UserError, match=r"no image to train on.*missing file"):
+        open_folder(tmp_path, held_out_fraction=0.0)
+    assert len(open_folder(tmp_path, "held_out", held_out_fraction=0.0)) == 0
+    with pytest.raises(UserError, match="holds no images"):
+        load_captioned_images(SourceConfig(kind="text", path="x"), DataConfig(), "train")
+
+
+def test_a_corrupt_image_is_told_when_it_is_read(tmp_path):
+    image_folder(tmp_path, 3)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    images = open_folder(tmp_path, held_out_fraction=0.0)
+    with pytest.raises(UserError, match=r"1\.png"):
+        images.image(1)
+    assert images.image(2)[0, 0, 0] == 2
+
+
+def test_fingerprint_follows_what_decides_the_pixels(tmp_path):
+    entries = image_folder(tmp_path)
+    first = open_folder(tmp_path).fingerprint
+    assert open_folder(tmp_path).fingerprint == first
+    assert open_folder(tmp_path, image_size=SIZE * 2).fingerprint != first
+    write_metadata(tmp_path, entries[::-1])
+    assert open_folder(tmp_path).fingerprint != first
+    write_metadata(tmp_path, entries)
+    assert open_folder(tmp_path).fingerprint == first
+    for number in range(60):
+        Image.new("RGB", (20, 24), "red").save(tmp_path / f"{number}.png")
+    assert open_folder(tmp_path).fingerprint != first
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def open_text(path, split="train", **data):
+    source = SourceConfig(kind="text", path=str(path))
+    return load_text_documents(source, DataConfig(**({"held_out_fraction": 0.0} | data)), split)
+
+
+def all_texts(documents):
+    return [documents.text(index) for index in range(len(documents))]
+
+
+TEXT = "First paragraph,\ntwo lines.\n\n  Second, indented.\n   \n\n\nDritter Absatz: äöü 🦑\n"
+
+
+def test_paragraphs_of_a_text_file(tmp_path):
+    expected = [part.strip() for part in re.split(r"\n\s*\n", TEXT) if part.strip()]
+    assert len(expected) == 3
+    for name, content in (
+        ("a.txt", TEXT.encode()),
+        ("crlf.txt", b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        documents = open_text(tmp_path / name)
+        assert all_texts(documents) == expected
+        assert all_texts(pickle.loads(pickle.dumps(documents))) == expected
+
+
+@given(texts=st.lists(st.text(min_size=1).filter(lambda text: text.strip() == text and text), min_size=1, max_size=5))
+def test_json_lines_round_trip(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("texts") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    assert all_texts(open_text(path)) == texts
+
+
+def test_a_folder_of_texts_and_its_split(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "b.txt").write_text("\n\n".join(f"paragraph {number}" for number in range(50)))
+    lines = [json.dumps({"text": f"line {number}"}) for number in range(50)] + [json.dumps({"text": ""})]
+    (tmp_path / "below" / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "readme.md").write_text("not read")
+    documents = open_text(tmp_path)
+    assert sorted(all_texts(documents)) == sorted(f"{kind} {n}" for kind in ("paragraph", "line") for n in range(50))
+    assert documents.skipped == {"empty text": 1}
+    train = open_text(tmp_path, held_out_fraction=0.3)
+    held_out = open_text(tmp_path, "held_out", held_out_fraction=0.3)
+    assert sorted(all_texts(train) + all_texts(held_out)) == sorted(all_texts(documents))
+    assert len(held_out) > 10
+    assert len({documents.fingerprint, train.fingerprint, held_out.fingerprint}) == 3
+    assert open_text(tmp_path).fingerprint == documents.fingerprint
+
+
+def test_texts_that_cannot_be_used(tmp_path):
+    with pytest.raises(UserError, match="is not a file or folder"):
+        open_text(tmp_path / "missing.txt")
+    with pytest.raises(UserError, match=r"\.txt or \.jsonl"):
+        open_text(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("gut\n\nÄpfel".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt:3: not UTF-8"):
+        open_text(tmp_path)
+    (tmp_path / "latin.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="no document to train on"):
+        open_text(tmp_path)
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"\.txt or \.jsonl"):
+        open_text(tmp_path / "table.csv")
+    with pytest.raises(UserError, match="not a source of text"):
+        load_text_documents(SourceConfig(), DataConfig(), "train")

@@ -1,0 +1,448 @@
+"""Whole runs of train.py on real emoji: exact resuming, one process and two, learning, and how it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train
+import yaml
+from PIL import Image
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.tokenizer import load_tokenizer
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.training.checkpoint import find_snapshot, find_state, load_state
+from transfusion_mot.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TOWER = {"hidden_size": 16, "intermediate_size": 32}
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory, emoji_cache) -> Path:
+    """Forty real emoji as an image folder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images = load_captioned_images(
+        SourceConfig("openmoji"), DataConfig(image_size=32, cache_dir=str(emoji_cache)), "train"
+    )
+    lines = []
+    for number, index in enumerate(range(0, len(images), len(images) // 40)):
+        Image.fromarray(images.image(index)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": images.captions[index]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "texts.txt").write_text("\n\n".join(f"a paragraph about the number {n}, and no image" for n in range(40)))
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, picture_folder: Path, random_vae: Path, emoji_cache: Path) -> Arguments:
+    """Command line of a tiny run into tmp_path/run; keyword arguments change sections."""
+    sections: dict[str, Any] = {
+        "data": {
+            "sources": [
+                {"kind": "imagefolder", "path": str(picture_folder)},
+                {"kind": "text", "path": str(picture_folder / "texts.txt")},
+            ],
+            "image_size": 32,
+            "held_out_fraction": 0.2,
+            "text_slots": 32,
+            "images_per_row": 2,
+            "num_workers": 0,
+            "cache_dir": str(emoji_cache),
+        },
+        "tokenizer": {"vocab_size": 300},
+        "autoencoder": {"path": str(random_vae)},
+        "model": {"towers": {"text": TOWER, "image": TOWER}, "num_layers": 2, "num_heads": 2, "head_dim": 8},
+        "diffusion": {"num_inference_steps": 2},
+        "optimizer": {"warmup_steps": 2, "lr": 0.01},
+        "training": {
+            "num_steps": 6,
+            "num_rows": 4,
+            "microbatch_rows": 2,
+            "mixed_precision": "no",
+            "log_every": 1,
+            "num_validation_documents": 4,
+            "sample_prompts": ["sun"],
+            "tracker": None,
+        },
+    }
+
+    def build(run: str = "run", resume: str = "auto", **changes: dict[str, Any]) -> list[str]:
+        merged = {name: section | changes.get(name, {}) for name, section in sections.items()}
+        file = tmp_path / f"{run}.yaml"
+        file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / run), "resume": resume, **merged}))
+        return ["--config", str(file)]
+
+    return build
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by path."""
+    if isinstance(value, dict):
+        return {name: leaf for key, inner in value.items() for name, leaf in flat(inner, f"{path}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return {name: leaf for key, inner in enumerate(value) for name, leaf in flat(inner, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    return load_state(find_state(run, "auto"))
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float | None = None) -> None:
+    """The same training state: bit for bit, or with its parameters as close as `tolerance`."""
+    leaves, others = flat(one), flat(two)
+    assert leaves.keys() == others.keys()
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, torch.Tensor):
+            assert leaf == others[name], name
+        elif tolerance is None or not leaf.is_floating_point():
+            assert torch.equal(leaf, others[name]), name
+        elif name.split("/")[1] in ("model", "ema"):
+            torch.testing.assert_close(leaf, others[name], rtol=0, atol=tolerance, msg=name)
+
+
+def interrupt_after(monkeypatch, step: int) -> None:
+    """Make the next run end, as by an error, after that step and its save."""
+    original = train.LaneLoader.__iter__
+
+    def iterate(loader):
+        for number, item in enumerate(original(loader), loader.first_step):
+            if number == step:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(train.LaneLoader, "__iter__", iterate)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_three_and_three_steps_equal_six_bit_for_bit(arguments, tmp_path, monkeypatch, workers: int) -> None:
+    data = {"num_workers": workers}
+    train.main(arguments("whole", data=data))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            # Validation and samples in between must not touch the run's randomness.
+            train.main(
+                arguments("parts", data=data, training={"save_every": 3, "validate_every": 2, "sample_every": 1})
+            )
+    assert find_state(tmp_path / "parts", "auto").name == "step-0000003"
+    before = final_state(tmp_path / "parts")
+    train.main(arguments("parts", data=data))
+    whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    assert_same(whole, parts)
+    assert not torch.equal(before["model"]["text_head.weight"], parts["model"]["text_head.weight"])
+    assert parts["optimizer"]["state"][0]["step"] == 6
+    assert not torch.equal(parts["model"]["text_head.weight"], parts["ema"]["text_head.weight"])
+    lines = [
+        [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
+        for run in ("whole", "parts")
+    ]
+    timed = ("seconds_per_step", "tokens_per_second", "images_per_second")
+    for one, two in zip(*lines, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_run_folder_holds_what_is_promised(arguments, tmp_path) -> None:
+    train.main(arguments())
+    run = tmp_path / "run"
+    assert {"config.yaml", "metrics.jsonl", "tokenizer", "samples", "loss.png", "state", "snapshots"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert Image.open(run / "samples" / "step-0000006.png").size > (0, 0)
+    line = next(line for line in read_metrics(run / "metrics.jsonl") if line["step"] == 6)
+    assert {"text_loss", "diffusion_loss", "loss", "grad_norm", "lr", "images_seen", "pad_fraction"} <= line.keys()
+    validation = next(line for line in read_metrics(run / "metrics.jsonl") if "validation/caption_loss" in line)
+    assert validation["step"] == 6
+    # The run's own configuration repeats it.
+    text = (run / "config.yaml").read_text().replace(str(run), str(tmp_path / "again"))
+    (tmp_path / "again.yaml").write_text(text)
+    train.main(["--config", str(tmp_path / "again.yaml")])
+    one, two = final_state(run), final_state(tmp_path / "again")
+    assert_same(one, two)
+
+    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(str(run)))
+    pipeline.set_progress_bar_config(disable=True)
+    for name, parameter in pipeline.transformer.state_dict().items():
+        assert torch.equal(parameter, one["ema"][name]), name
+    assert pipeline("sun").images[0].size == (32, 32)
+
+
+def test_finished_run_started_again_changes_nothing(arguments, tmp_path) -> None:
+    train.main(arguments())
+    before = final_state(tmp_path / "run")
+    train.main(arguments())
+    assert_same(before, final_state(tmp_path / "run"))
+
+
+def test_run_can_be_made_longer(arguments, tmp_path) -> None:
+    """The rows go on where they were; with a constant rate it is the longer run."""
+    constant = {"lr_schedule": "constant", "warmup_steps": 0}
+    train.main(arguments("whole", optimizer=constant))
+    train.main(arguments("short", optimizer=constant, training={"num_steps": 4}))
+    train.main(arguments("short", optimizer=constant))
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "short"))
+
+
+# --- More than one process, and an end without warning. ---
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+
+
+def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    if processes > 1:
+        # With --cpu the launcher would start one process, whatever the number; ACCELERATE_USE_CPU keeps these off GPUs.
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+        launcher += ["--num_processes", str(processes), "--main_process_port", "0", "--dynamo_backend", "no"]
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_equal_one_and_resume_each_other(arguments, tmp_path) -> None:
+    train.main(arguments("one"))
+    finished = launch(arguments("two"), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert "on 2 x cpu" in finished.stdout
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert_same(one, two, tolerance=2e-5)
+    losses = [
+        [
+            (line["step"], line["text_loss"], line["diffusion_loss"], line["images_seen"])
+            for line in lines
+            if "loss" in line
+        ]
+        for lines in (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
+    ]
+    for first, second in zip(*losses, strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+    validations = [
+        next(line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "validation/text_loss" in line)
+        for run in ("one", "two")
+    ]
+    assert validations[1] == pytest.approx(validations[0], rel=1e-3)
+
+    # From one process to two, and back.
+    changes = {"optimizer": {"lr_schedule": "constant"}}
+    train.main(arguments("constant", **changes))
+    train.main(arguments("mixed", **changes, training={"num_steps": 2}))
+    finished = launch(arguments("mixed", **changes, training={"num_steps": 4}), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming" in finished.stdout
+    assert "on 2 x cpu" in finished.stdout
+    train.main(arguments("mixed", **changes))
+    assert_same(final_state(tmp_path / "constant"), final_state(tmp_path / "mixed"), tolerance=2e-5)
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(arguments, tmp_path) -> None:
+    training = {"num_steps": 24, "save_every": 2}
+    train.main(arguments("whole", training=training | {"save_every": 0}))
+    run = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments("killed", training=training)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "snapshots" / "step-0000004").exists():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    left = final_state(run)
+    assert left["step"] < 24, "killed too late to prove anything"
+    train.main(arguments("killed", training=training))
+    assert_same(final_state(tmp_path / "whole"), final_state(run))
+    assert find_snapshot(str(run)).name == "step-0000024"
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == list(range(1, 25))
+
+
+def test_run_killed_between_its_last_state_and_snapshot_still_gets_the_snapshot(
+    arguments, tmp_path, monkeypatch
+) -> None:
+    def killed(*_args, **_kwargs) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TransfusionPipeline, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments())
+    train.main(arguments())
+    assert find_snapshot(str(tmp_path / "run")).name == "step-0000006"
+
+
+# --- Learning. ---
+
+
+def test_both_losses_fall_on_real_emoji(arguments, tmp_path, emoji_cache) -> None:
+    train.main(
+        arguments(
+            data={"sources": [{"kind": "openmoji"}], "held_out_fraction": 0.05, "text_slots": 48, "images_per_row": 4},
+            tokenizer={"vocab_size": 512},
+            model={"towers": {name: {"hidden_size": 48, "intermediate_size": 96} for name in ("text", "image")}},
+            optimizer={"lr": 0.01, "warmup_steps": 10},
+            training={"num_steps": 150, "num_rows": 8, "microbatch_rows": None, "log_every": 15},
+        )
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "run" / "tokenizer"))
+    data = DataConfig(image_size=32, held_out_fraction=0.05, cache_dir=str(emoji_cache))
+    captions = load_captioned_images(SourceConfig("openmoji"), data, "train").captions
+    tokens = Counter(token for caption in captions for token in [*tokenizer.encode(caption), tokenizer.eos_id])
+    total = sum(tokens.values())
+    frequencies_alone = -sum(count / total * math.log(count / total) for count in tokens.values())
+    # From each noisy element alone, with data of variance one, nothing predicts noise - clean better than
+    # 2 - integral of (2t - 1)^2 / (t^2 + (1 - t)^2) = pi / 2.
+    elements_alone = math.pi / 2
+
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    first, last = ([line for line in lines if "loss" in line][i] for i in (0, -1))
+    (validation,) = (line for line in lines if "validation/text_loss" in line)
+    assert first["text_loss"] == pytest.approx(math.log(512), abs=0.2)
+    assert first["diffusion_loss"] == pytest.approx(2.0, abs=0.2)
+    for text_loss, diffusion_loss in (
+        (last["text_loss"], last["diffusion_loss"]),
+        (validation["validation/text_loss"], validation["validation/diffusion_loss"]),
+        (validation["validation/caption_loss"], validation["validation/diffusion_loss"]),
+    ):
+        assert text_loss < frequencies_alone - 1
+        assert diffusion_loss < elements_alone - 0.1
+
+
+# --- Refusals. ---
+
+
+def refused(arguments: list[str], capfd) -> str:
+    """The sentence with which a run ends."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        train.main(arguments)
+    assert stop.value.code == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert errors.rstrip().endswith(sentence)
+    return sentence
+
+
+def test_error_of_the_user_is_one_sentence_and_status_two(arguments) -> None:
+    """As a user meets it; the other refusals are tested in this process."""
+    finished = launch(arguments(autoencoder={"path": "no/such/vae"}))
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("error: ")
+    assert "no/such/vae" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"autoencoder": {"path": "no/such/vae"}}, ["no/such/vae", "transfusion_mot.autoencoder"]),
+        ({"data": {"sources": []}}, ["no source with images", "openmoji"]),
+        ({"data": {"sources": [{"kind": "imagefolder", "path": "no/such/folder"}]}}, ["no/such/folder"]),
+        ({"tokenizer": {"path": "no/such/tokenizer"}}, ["no/such/tokenizer"]),
+        ({"tokenizer": {"vocab_size": 100}}, ["tokenizer.vocab_size is 100", "261"]),
+        ({"model": {"num_heads": 3, "num_kv_heads": 2}}, ["num_heads 3"]),
+        ({"diffusion": {"scheduler": "PNDMScheduler"}}, ["PNDMScheduler", "DDPMScheduler"]),
+        ({"training": {"num_stepz": 3}}, ["num_stepz", "training.num_steps"]),
+        # Numbers that no run can have.
+        ({"training": {"num_rows": 0}}, ["num_rows"]),
+        ({"training": {"microbatch_rows": 0}}, ["microbatch_rows"]),
+        ({"training": {"num_steps": 0}}, ["num_steps"]),
+        ({"data": {"text_slots": 3}}, ["text_slots"]),
+        ({"data": {"images_per_row": 0}}, ["images_per_row"]),
+        ({"data": {"image_size": 30}}, ["image_size"]),
+        ({"model": {"patch_size": 8, "image_adapter": "linear"}, "data": {"image_size": 16}}, ["patch_size"]),
+        ({"data": {"sources": [{"kind": "openmoji", "weight": 0.0}]}}, ["weight"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(arguments, capfd, changes, words) -> None:
+    sentence = refused(arguments(**changes), capfd)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_everything_trained_on_and_nothing_held_out(arguments, tmp_path) -> None:
+    train.main(arguments(data={"held_out_fraction": 0.0}))
+    assert find_snapshot(str(tmp_path / "run"))
+
+
+def test_text_source_of_which_nothing_is_held_out(arguments, tmp_path, picture_folder) -> None:
+    (tmp_path / "one.txt").write_text("a single paragraph of text")
+    sources = [
+        {"kind": "imagefolder", "path": str(picture_folder)},
+        {"kind": "text", "path": str(tmp_path / "one.txt")},
+    ]
+    train.main(arguments(data={"sources": sources}))
+    assert find_snapshot(str(tmp_path / "run"))
+
+
+def other_vae(tmp_path: Path, random_vae: Path) -> str:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    config = json.loads((random_vae / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latents_mean": [0.5] * 4}))
+    weights = "diffusion_pytorch_model.safetensors"
+    (folder / weights).write_bytes((random_vae / weights).read_bytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize("other", ["never", "model", "rows", "autoencoder", "sources", "path"])
+def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
+    arguments, tmp_path, capfd, picture_folder, random_vae, other: str
+) -> None:
+    train.main(arguments())
+    run = tmp_path / "run"
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    changes, words = {
+        "never": ({"resume": "never"}, ["resume=auto"]),
+        "model": ({"model": {"num_layers": 3}}, ["another model"]),
+        "rows": ({"training": {"num_rows": 8}}, ["num_rows=4", "8"]),
+        "autoencoder": ({"autoencoder": {"path": other_vae(tmp_path, random_vae)}}, ["another autoencoder"]),
+        "sources": ({"data": {"sources": [{"kind": "imagefolder", "path": str(picture_folder)}]}}, ["sources"]),
+        "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
+    }[other]
+    if other not in ("never", "path"):
+        changes["training"] = {"num_steps": 8} | changes.get("training", {})
+    sentence = refused(arguments(**changes), capfd)
+    assert all(word in sentence for word in words), sentence
+    now = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert [path.name for path in kept.keys() | now.keys() if kept.get(path) != now.get(path)] == []
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_spoils_no_state(arguments, tmp_path) -> None:
+    changes = {"optimizer": {"lr": 1e30, "warmup_steps": 0}, "training": {"save_every": 1, "log_every": 4}}
+    with pytest.raises(FloatingPointError, match=r"between steps 2 and 4"):
+        train.main(arguments(**changes))
+    for folder in (tmp_path / "run" / "state").glob("step-*"):
+        leaves = flat(load_state(folder)["model"])
+        assert all(leaf.isfinite().all() for leaf in leaves.values()), f"{folder.name} cannot be resumed from"
+
+
+def test_rows_that_do_not_divide_are_refused(arguments) -> None:
+    finished = launch(arguments(training={"num_rows": 3}), processes=2)
+    assert finished.returncode != 0
+    assert "training.num_rows is 3" in finished.stderr
+
+
+def test_user_error_is_a_value_error() -> None:
+    assert issubclass(UserError, ValueError)
