@@ -21,7 +21,7 @@ from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
 from transfusion_mot.training.checkpoint import find_state, load_state, save_state, written_aside
 from transfusion_mot.training.metrics import RunLog
 from transfusion_mot.training.optimizer import EMA, make_lr_schedule, make_optimizer
@@ -44,12 +44,10 @@ def main(arguments: list[str]) -> None:
         )
     state_folder = find_state(run, config.resume)
     set_seed(training.seed)
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
 
     # What is read: the main process makes the caches, the others then open them.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
+    check_image_size(config.data.image_size, autoencoder, config.model.patch_size)
     with accelerator.main_process_first():
         sources = open_sources(config.data, autoencoder, config.autoencoder, "train")
         held_out = open_sources(config.data, autoencoder, config.autoencoder, "held_out")
@@ -72,6 +70,8 @@ def main(arguments: list[str]) -> None:
         "autoencoder": autoencoder.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "model": to_dict(config.model),
+        "list of data.sources": [cache.images.fingerprint for cache in sources.images]
+        + [texts.fingerprint for texts in sources.texts],
     }
     first_step, cursors, seen = 0, None, Counter[str]()
     if state_folder is not None:
@@ -116,6 +116,10 @@ def main(arguments: list[str]) -> None:
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
     )
+    if training.sample_prompts:
+        pipeline.check_prompts(training.sample_prompts)
+    if accelerator.is_main_process:
+        save_config(config, run / "config.yaml")
     microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
     log = RunLog(accelerator, run, config, bare_model, first_step, seen)
     describe(accelerator, bare_model, packer, sources)
@@ -139,24 +143,29 @@ def main(arguments: list[str]) -> None:
         is_last = done == training.num_steps
         progress.update()
         log.add(result, batch, counts)
-        if done == 1 or is_due(done, training.log_every) or is_last:
+        validates = is_due(done, training.validate_every) or is_last
+        samples = is_due(done, training.sample_every) or is_last
+        saves = is_due(done, training.save_every) or is_last
+        if done == 1 or is_due(done, training.log_every) or saves:
+            # Before anything is saved, because it stops at what is not finite.
             progress.set_postfix(log.write(done, optimizer.param_groups[0]["lr"]))
-        if validation is not None and (is_due(done, training.validate_every) or is_last):
-            log.write_validation(done, validation.losses(ema.model, accelerator))
-        if is_due(done, training.sample_every) or is_last:
-            if accelerator.is_main_process:
-                save_samples(pipeline, run / "samples" / f"step-{done:07d}.png", training.sample_prompts)
-            accelerator.wait_for_everyone()
-        if is_due(done, training.save_every) or is_last:
-            all_cursors = accelerator.gather(loader.cursors.to(accelerator.device)).cpu()
-            if accelerator.is_main_process:
+        with log.paused():
+            if validates and validation is not None:
+                log.write_validation(done, validation.losses(ema.model, accelerator))
+            if saves:
+                all_cursors = accelerator.gather(loader.cursors.to(accelerator.device)).cpu()
+            if saves and accelerator.is_main_process:
+                # The snapshot first: a state whose snapshot is missing would never get one.
+                with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
+                    pipeline.save_pretrained(folder)
                 parts = {name: part.state_dict() for name, part in stateful.items()}
                 rest = {"step": done, "cursors": all_cursors, "seen": dict(log.seen), "made_of": made_of}
                 save_state(run, done, parts | rest)
-                with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
-                    pipeline.save_pretrained(folder)
                 plot_losses(run / "metrics.jsonl", run / "loss.png")
-            accelerator.wait_for_everyone()
+            if samples and training.sample_prompts and accelerator.is_main_process:
+                save_samples(pipeline, run / "samples" / f"step-{done:07d}.png", training.sample_prompts)
+            if saves or samples:
+                accelerator.wait_for_everyone()
     progress.close()
     accelerator.end_training()
     accelerator.print(

@@ -51,7 +51,7 @@ def trained_and_sampler(trained: str, arguments: dict, sampler: str) -> tuple[Di
 
 
 def posterior_mean(diffusion: Diffusion, noisy: Tensor, t: Tensor, mean: Tensor, variance: float) -> Tensor:
-    """The best prediction when every element of the data is normal: of clean, noise, and what the type mixes of them."""
+    """The best prediction when every element of the data is normal; with a variance of zero, the perfect one."""
     alpha, sigma = diffusion.alpha_sigma(t.double().reshape(1))
     gain = alpha * variance / (alpha**2 * variance + sigma**2)
     clean = mean + gain * (noisy - alpha * mean)
@@ -150,7 +150,7 @@ def test_best_network_of_normal_data_gives_the_datas_mean_and_spread(
         return posterior_mean(diffusion, noisy, t, mean, spread**2)
 
     result = reverse.sample(predict, noise, 200)
-    # The exact flow keeps the quantile: it is linear, from N(alpha mean, alpha^2 spread^2 + sigma^2) to N(mean, spread^2).
+    # The exact flow keeps the quantile, from N(alpha mean, alpha^2 spread^2 + sigma^2) to N(mean, spread^2).
     start, alpha, sigma = first[0]
     expected = mean + spread * (start - alpha * mean) / (alpha**2 * spread**2 + sigma**2).sqrt()
     torch.testing.assert_close(result, expected, rtol=0, atol=0.05)
@@ -309,6 +309,22 @@ def test_steps_are_as_many_as_asked_for(name: str, predict_calls: int) -> None:
     reverse.sample(predict, torch.randn(1, 1, 2, 2), 7, on_step=lambda step, latents: reported.append(step))
     assert len(calls) == predict_calls
     assert reported == list(range(predict_calls))
+
+
+@pytest.mark.parametrize("sampler", FLOW_SCHEDULERS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampling_spends_its_steps_where_the_shift_says(sampler: str, shift: float) -> None:
+    _, reverse = trained_and_sampler(FLOW, {"shift": shift}, sampler)
+    seen = []
+
+    def predict(noisy: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t))
+        return noisy
+
+    reverse.sample(predict, torch.randn(1, 1, 2, 2), 100)
+    middle = torch.tensor(seen).median().item()
+    assert middle == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.02)
+    assert seen[0] == pytest.approx(1.0, abs=2e-3)
 
 
 def test_scheduler_of_a_snapshot_is_recognised(tmp_path) -> None:

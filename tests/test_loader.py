@@ -12,6 +12,7 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.packing import Packer, Sources
 
 NUM_LANES, NUM_STEPS = 4, 6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def steps_of(
     """Batches, cursors and counts of all ranks together, step after step."""
     ranks = []
     for rank in range(world_size):
-        loader = LaneLoader(packer, rank, world_size, workers, cursors, first_step, NUM_STEPS)
+        loader = LaneLoader(packer, rank, world_size, workers, cursors, first_step, NUM_STEPS, CPU)
         ranks.append([(batch, loader.cursors, counts) for batch, counts in loader])
     batches, all_cursors, all_counts = [], [], []
     for parts in zip(*ranks, strict=True):
@@ -70,15 +71,15 @@ def test_rows_go_on_from_saved_cursors_at_any_step(packer, world_size: int, work
 def test_cursors_are_those_of_the_step_just_taken_not_of_what_was_prepared(packer) -> None:
     """Workers run ahead; a state saved after step n must not skip what they prepared."""
     _, saved, _ = steps_of(packer, 1, 0)
-    loader = LaneLoader(packer, 0, 1, 2, None, 0, NUM_STEPS)
+    loader = LaneLoader(packer, 0, 1, 2, None, 0, NUM_STEPS, CPU)
     for step, _ in enumerate(loader):
         assert torch.equal(loader.cursors, saved[step])
 
 
 @pytest.mark.parametrize(("world_size", "asked", "used"), [(1, 3, 2), (1, 8, 4), (2, 3, 2), (4, 2, 1), (1, 0, 0)])
 def test_workers_divide_the_rows(packer, world_size: int, asked: int, used: int) -> None:
-    assert LaneLoader(packer, 0, world_size, asked, None, 0, 1).num_workers == used
+    assert LaneLoader(packer, 0, world_size, asked, None, 0, 1, CPU).num_workers == used
 
 
 def test_nothing_is_left_to_do_after_the_last_step(packer) -> None:
-    assert list(LaneLoader(packer, 0, 1, 0, None, NUM_STEPS, NUM_STEPS)) == []
+    assert list(LaneLoader(packer, 0, 1, 0, None, NUM_STEPS, NUM_STEPS, CPU)) == []

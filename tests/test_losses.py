@@ -1,6 +1,7 @@
 """Loss sums against loops, and a step that does not depend on how its batch is split."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def make_batch(dtype: torch.dtype = torch.float64) -> Batch:
     inputs = rows.inputs
     labels = torch.full_like(inputs["text_ids"], IGNORE_INDEX)
     for tokens in rows.documents:
-        for token, following in zip(tokens, tokens[1:], strict=False):
+        for token, following in itertools.pairwise(tokens):
             if token.image is None and following.image is None:
                 labels[token.row, token.slot] = inputs["text_ids"][token.row, following.slot]
     latents = inputs.pop("noisy_latents")

@@ -1,4 +1,4 @@
-"""What a run reports: means over steps, counts, FLOPs against hand counts, and the stop at a loss that is not finite."""
+"""What a run reports: means over steps, counts, FLOPs by hand, and the stop at a loss that is not finite."""
 
 import json
 from collections import Counter
@@ -84,7 +84,7 @@ def test_new_run_in_an_old_folder_begins_a_new_file(accelerator, tmp_path: Path)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_validation_lines_have_their_prefix_and_restart_the_interval(accelerator, tmp_path: Path, capsys) -> None:
+def test_validation_lines_have_their_prefix(accelerator, tmp_path: Path, capsys) -> None:
     log = make_log(accelerator, tmp_path)
     log.write_validation(7, {"text_loss": 1.0, "caption_loss": 2.0, "diffusion_loss": 3.0})
     (line,) = read_metrics(tmp_path / "metrics.jsonl")

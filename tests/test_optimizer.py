@@ -1,5 +1,6 @@
 """Learning-rate schedules at their ends, decay groups, and the averaged weights by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def test_wsd_is_flat_and_then_falls_in_a_line() -> None:
     assert values[9:80] == pytest.approx([1.0] * 71)
     assert values[80] == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.0)
-    steps = [one - two for one, two in zip(values[80:], values[81:], strict=False)]
+    steps = [one - two for one, two in itertools.pairwise(values[80:])]
     assert steps == pytest.approx([1 / 19] * 19)
 
 

@@ -119,7 +119,8 @@ def check_lane(
                 assert (before[:where], tokens[where:]) in (
                     ([bos, *caption, boi], [eoi, eos]),
                     ([bos, boi], [eoi, *caption, eos]),
-                    ([bos, boi], [eoi, eos]),
+                    # The prompt dropped: that there is none is not to be learnt.
+                    ([bos, boi], [eoi]),
                 )
                 images.append(index)
                 found_images += 1
@@ -268,7 +269,8 @@ def shares(packer: Packer, tokenizer: TextTokenizer, rows: int) -> tuple[int, fl
             spans = [span for _, span, _ in document]
             where = next(i for i, span in enumerate(spans) if span is not None)
             behind = len(document) - where - PATCHES
-            caption_first = behind == 2
+            # [EOI EOS] behind a prompt, [EOI] where it was dropped, [EOI caption EOS] where the image stands first.
+            caption_first = behind <= 2
             total += 1
             first += caption_first
             dropped += caption_first and where == 2

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import train
 import yaml
 from PIL import Image
 
+import train
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources import load_captioned_images
 from transfusion_mot.data.tokenizer import load_tokenizer
@@ -367,12 +367,15 @@ def test_error_of_the_user_is_one_sentence_and_status_two(arguments) -> None:
         ({"training": {"num_stepz": 3}}, ["num_stepz", "training.num_steps"]),
         # Numbers that no run can have.
         ({"training": {"num_rows": 0}}, ["num_rows"]),
-        ({"training": {"microbatch_rows": 0}}, ["microbatch_rows"]),
+        ({"training": {"microbatch_rows": -1}}, ["microbatch_rows"]),
         ({"training": {"num_steps": 0}}, ["num_steps"]),
         ({"data": {"text_slots": 3}}, ["text_slots"]),
         ({"data": {"images_per_row": 0}}, ["images_per_row"]),
         ({"data": {"image_size": 30}}, ["image_size"]),
-        ({"model": {"patch_size": 8, "image_adapter": "linear"}, "data": {"image_size": 16}}, ["patch_size"]),
+        (
+            {"model": {"patch_size": 8, "image_adapter": "linear"}, "data": {"image_size": 16}},
+            ["image_size is 16", "32"],
+        ),
         ({"data": {"sources": [{"kind": "openmoji", "weight": 0.0}]}}, ["weight"]),
     ],
 )
@@ -431,11 +434,23 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
 
 def test_loss_that_is_not_finite_stops_the_run_and_spoils_no_state(arguments, tmp_path) -> None:
     changes = {"optimizer": {"lr": 1e30, "warmup_steps": 0}, "training": {"save_every": 1, "log_every": 4}}
-    with pytest.raises(FloatingPointError, match=r"between steps 2 and 4"):
+    with pytest.raises(FloatingPointError, match=r"between steps 2 and 2"):
         train.main(arguments(**changes))
     for folder in (tmp_path / "run" / "state").glob("step-*"):
         leaves = flat(load_state(folder)["model"])
         assert all(leaf.isfinite().all() for leaf in leaves.values()), f"{folder.name} cannot be resumed from"
+
+
+def test_prompt_that_is_too_long_is_refused_before_training(arguments, tmp_path, capfd) -> None:
+    """Not at its end, before the state is saved."""
+    sentence = refused(arguments(training={"sample_prompts": ["a very long prompt, " * 20]}), capfd)
+    assert "prompt" in sentence
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_run_without_sample_prompts_ends_well(arguments, tmp_path) -> None:
+    train.main(arguments(training={"sample_prompts": []}))
+    assert find_snapshot(str(tmp_path / "run"))
 
 
 def test_rows_that_do_not_divide_are_refused(arguments) -> None:

@@ -6,6 +6,7 @@ names the key and the nearest valid name. The resolved configuration is what a r
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -341,7 +342,63 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
         sections = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
         raise UserError(_explain(str(error), arguments, config_class)) from None
-    return config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
+    except TypeError as error:  # what the parser makes of a section without keys
+        raise UserError(
+            f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
+        ) from None
+    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
+    _check_ranges(config)
+    return config
+
+
+# Smallest value of every key that has one; 0 is excluded where it would be meaningless.
+_AT_LEAST = {
+    "data.image_size": 8,
+    "data.text_slots": 8,
+    "data.images_per_row": 1,
+    "data.num_workers": 0,
+    "autoencoder.batch_size": 1,
+    "training.num_steps": 1,
+    "training.num_rows": 1,
+    "training.microbatch_rows": 1,
+    "training.seed": 0,
+    "training.log_every": 1,
+    "training.validate_every": 0,
+    "training.sample_every": 0,
+    "training.save_every": 0,
+    "training.num_validation_documents": 1,
+    "optimizer.warmup_steps": 0,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "diffusion.num_inference_steps": 1,
+    "num_steps": 1,
+    "batch_size": 1,
+}
+_SHARES = (
+    "data.held_out_fraction",
+    "data.caption_first_prob",
+    "data.image_first_max_timestep",
+    "data.prompt_dropout_prob",
+    "training.ema_decay",
+    "ema_decay",
+)
+
+
+def _check_ranges(config: Any) -> None:
+    """Refuse numbers that no run can have."""
+
+    def value(key: str) -> Any:
+        return functools.reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
+
+    for key, smallest in _AT_LEAST.items():
+        if (given := value(key)) is not None and given < smallest:
+            raise UserError(f"configuration: {key} is {given}; it must be at least {smallest}")
+    for key in _SHARES:
+        if (given := value(key)) is not None and not 0 <= given <= 1:
+            raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
+    for source in config.data.sources:
+        if source.weight <= 0:
+            raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
 
 
 def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
@@ -355,8 +412,13 @@ def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     else:
         return f"configuration: {sentence}"
     names = _key_names(config_class)
-    near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
-    near = near or [name for name in names if difflib.get_close_matches(unknown, [name.split(".")[-1]], cutoff=0.6)]
+    if "." in unknown:
+        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
+    else:
+        # A name from a file comes without its section.
+        last = {name: name.split(".")[-1] for name in names}
+        closest = difflib.get_close_matches(unknown, list(last.values()), n=3, cutoff=0.5)
+        near = sorted((name for name in names if last[name] in closest), key=lambda name: closest.index(last[name]))
     hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
     return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
 

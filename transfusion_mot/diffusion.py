@@ -31,8 +31,10 @@ VARIANCE_PRESERVING_SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
 )
+# HeunDiscreteScheduler is missing on purpose: on a cosine schedule its first step jumps over most of the noise, and a
+# perfect network for normal data of deviation 0.5 is sampled with 5.2 in 10 steps.
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
@@ -52,6 +54,11 @@ def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
     if unknown := set(arguments) - set(accepted):
         raise UserError(
             f"diffusion.scheduler_args: {name} has no argument {sorted(unknown)}; it has {list(accepted)[1:]}"
+        )
+    if arguments.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
+        raise UserError(
+            f"diffusion.scheduler_args has prediction_type '{arguments['prediction_type']}'; {name} knows "
+            f"{', '.join(PREDICTION_TYPES)} (flow comes with FlowMatchEulerDiscreteScheduler)"
         )
     defaults = {"clip_sample": False, "timestep_spacing": "trailing"}
     return scheduler_class(**{key: value for key, value in defaults.items() if key in accepted} | arguments)
@@ -111,6 +118,8 @@ class Diffusion:
             # sigma / alpha at t = 0, 1/T, ..., 1. Its linear interpolation is what diffusers' Euler scheduler uses
             # between training timesteps.
             alphas_cumprod = scheduler.alphas_cumprod.double()
+            # Pure noise at the end would give infinity; diffusers' Euler scheduler takes this number instead.
+            alphas_cumprod = torch.where(alphas_cumprod == 0, 2**-24, alphas_cumprod)
             ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
             self._noise_ratios = torch.cat([ratios.new_zeros(1), ratios])
 
@@ -177,23 +186,26 @@ class Diffusion:
         """
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=noise.device)
-        # On the host, because the network's timestep must not cost a device synchronisation in every step.
-        times = self._network_times()
+        if hasattr(scheduler, "set_begin_index"):
+            # Else the first step looks its timestep up, and the host waits for the device.
+            scheduler.set_begin_index(0)
+        # All at once, for the same reason.
+        times = self._network_times().to(noise)
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = latents
             if hasattr(scheduler, "scale_model_input"):
                 scaled = scheduler.scale_model_input(latents, timestep)
-            prediction = predict(scaled, torch.tensor(times[step], dtype=noise.dtype, device=noise.device))
+            prediction = predict(scaled, times[step])
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
             if on_step is not None:
                 on_step(step, latents)
         return latents
 
-    def _network_times(self) -> list[float]:
+    def _network_times(self) -> Tensor:
         """t in [0, 1] of each of the scheduler's timesteps."""
         if self.prediction_type == "flow":
             # Not from its timesteps: some flow schedulers round those to integers.
-            return self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist()
-        return ((self.scheduler.timesteps.double() + 1) / self.num_train_timesteps).tolist()
+            return self.scheduler.sigmas[: len(self.scheduler.timesteps)]
+        return (self.scheduler.timesteps.double() + 1) / self.num_train_timesteps

@@ -85,9 +85,7 @@ class TransfusionPipeline(DiffusionPipeline):
                 f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
                 f"{model.vocab_size}; use the tokenizer that the transformer was trained with"
             )
-        patch_pixels = self.autoencoder.downsampling * self.transformer.architecture.patch_size
-        if self.config.image_size % patch_pixels:
-            raise UserError(f"image_size is {self.config.image_size}; it must be a multiple of {patch_pixels} pixels")
+        check_image_size(self.config.image_size, self.autoencoder, self.transformer.architecture.patch_size)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -290,6 +288,17 @@ class TransfusionPipeline(DiffusionPipeline):
             return to_pil(pixels)
         pixels = pixels / 2 + 0.5
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_image_size(image_size: int, autoencoder: Autoencoder, patch_size: int) -> None:
+    """Refuse images that do not divide into patches.
+
+    Raises:
+        UserError: Names the size and what it must be a multiple of.
+    """
+    patch_pixels = autoencoder.downsampling * patch_size
+    if image_size % patch_pixels:
+        raise UserError(f"image_size is {image_size}; it must be a multiple of {patch_pixels} pixels, a patch's side")
 
 
 def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:

@@ -22,8 +22,10 @@ def open_sources(data: DataConfig, autoencoder: Autoencoder, config: Autoencoder
     sources = Sources([], [])
     for source in data.sources:
         if source.kind == "text":
-            sources.texts.append(load_text_documents(source, data, split))
-            sources.text_weights.append(source.weight)
+            texts = load_text_documents(source, data, split)
+            if len(texts):
+                sources.texts.append(texts)
+                sources.text_weights.append(source.weight)
             continue
         images = load_captioned_images(source, data, split)
         if len(images) or split == "train":

@@ -23,6 +23,10 @@ from transfusion_mot.models.positions import PositionCounter
 
 Cursors = NDArray[np.int64]
 
+# Keeps the draws of layouts and of epochs apart from those of rows, which count steps in the same place.
+_LAYOUT_DRAWS = 2**62
+_EPOCH_DRAWS = 2**63
+
 # What a row reports: documents with and without image, text slots filled, slots left empty, captions cut.
 COUNTED = ("images", "texts", "text_tokens", "pad_slots", "truncated_captions")
 
@@ -50,30 +54,14 @@ class Document:
         before, behind: Token ids; `behind` is empty for text alone.
         image: (source, index) of the latents, or None.
         max_timestep: Highest timestep of the image.
+        truncated: Whether its caption was cut.
     """
 
     before: list[int]
     behind: list[int] = field(default_factory=list)
     image: tuple[int, int] | None = None
     max_timestep: float = 1.0
-
-
-def image_document(
-    caption: list[int],
-    tokenizer: TextTokenizer,
-    image: tuple[int, int],
-    caption_first: bool,
-    image_first_max_timestep: float,
-) -> Document:
-    """Lay a captioned image out: the caption, then the image, or the other way round.
-
-    An image that stands before its caption is noised less, so that the caption can be read off it (Transfusion,
-    section 4.3.4).
-    """
-    bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
-    if caption_first:
-        return Document([bos, *caption, boi], [eoi, eos], image)
-    return Document([bos, boi], [eoi, *caption, eos], image, image_first_max_timestep)
+    truncated: bool = False
 
 
 class Packer:
@@ -125,12 +113,13 @@ class Packer:
         row = _Row(self)
         while row.images < self.config.images_per_row:
             source = _choose(rng, self.sources.image_weights)
-            document = self._next_image_document(rng, source, lane, cursors, counts)
+            document = self._image_document(source, lane, int(cursors[source, 0]))
             if len(document.before) + len(document.behind) > row.free_text_slots:
                 break  # Its cursor stays where it was: it comes first in the next row.
             row.add(document)
             cursors[source, 0] += 1
             counts["images"] += 1
+            counts["truncated_captions"] += document.truncated
         # A text of one token would have no label.
         while self.sources.texts and row.free_text_slots >= 2:
             self._add_text(rng, lane, row, cursors, counts)
@@ -138,22 +127,29 @@ class Packer:
         counts["pad_slots"] += row.free_text_slots + (self.config.images_per_row - row.images) * self.patches
         return row.finish(rng), cursors, counts
 
-    def _next_image_document(
-        self, rng: np.random.Generator, source: int, lane: int, cursors: Cursors, counts: Counter[str]
-    ) -> Document:
-        index = self._index(source, len(self.sources.images[source]), lane, cursors[source, 0])
-        caption = self.tokenizer.encode(self.sources.images[source].captions[index])
-        caption_first = bool(rng.random() < self.config.caption_first_prob)
-        # Only a caption that precedes its image conditions it.
-        if rng.random() < self.config.prompt_dropout_prob and caption_first:
-            caption = []
-        room = self.config.text_slots - 4
-        if len(caption) > room:
-            counts["truncated_captions"] += 1
-            caption = caption[:room]
-        return image_document(
-            caption, self.tokenizer, (source, index), caption_first, self.config.image_first_max_timestep
-        )
+    def _image_document(self, source: int, lane: int, taken: int) -> Document:
+        """The lane's next document of a source of images.
+
+        Its layout has draws of its own, which do not change while it waits for a row with room.
+        """
+        config, tokenizer = self.config, self.tokenizer
+        index = self._index(source, len(self.sources.images[source]), lane, taken)
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, taken, source, _LAYOUT_DRAWS]))
+        caption_first, prompt_dropped = rng.random(2) < (config.caption_first_prob, config.prompt_dropout_prob)
+        caption = tokenizer.encode(self.sources.images[source].captions[index])
+        room = config.text_slots - 4
+        truncated = len(caption) > room
+        caption = caption[:room]
+        bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
+        image = (source, index)
+        if not caption_first:
+            # Noised less, so that the caption can be read off it (Transfusion, section 4.3.4).
+            behind, max_timestep = [eoi, *caption, eos], config.image_first_max_timestep
+            return Document([bos, boi], behind, image, max_timestep, truncated)
+        if prompt_dropped:
+            # Ends at EOI, without a label there: that the image has no caption is not for the model to learn.
+            return Document([bos, boi], [eoi], image)
+        return Document([bos, *caption, boi], [eoi, eos], image, truncated=truncated)
 
     def _add_text(
         self, rng: np.random.Generator, lane: int, row: "_Row", cursors: Cursors, counts: Counter[str]
@@ -178,7 +174,7 @@ class Packer:
         """Which item of a source is the lane's next: one global permutation per epoch, dealt out to the lanes."""
         epoch, position = divmod(lane + int(taken) * self.num_lanes, length)
         if (source, epoch) not in self._permutations:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=[0, epoch, source, 2**63]))
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=[0, epoch, source, _EPOCH_DRAWS]))
             # Neighbouring lanes differ by at most an epoch; what is older is not asked for again.
             self._permutations = {key: value for key, value in self._permutations.items() if key[1] >= epoch - 1}
             self._permutations[source, epoch] = rng.permutation(length)

@@ -89,7 +89,10 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             UserError: Parameters are missing from the file, or the file has others; the message lists them.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except (ValueError, RuntimeError) as error:  # what diffusers raises for another shape
+            raise UserError(f"{args[0]} does not hold this model's weights: {' '.join(str(error).split())}") from None
         problems = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
         if problems:
             raise UserError(

@@ -1,6 +1,7 @@
 """The two things a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"training state {folder} cannot be read ({error}); remove it to use the one before") from None
 
 
@@ -97,4 +98,4 @@ def find_snapshot(path: str) -> Path:
 
 def _steps(folder: Path) -> list[Path]:
     """The folders step-N in `folder`, by N."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))

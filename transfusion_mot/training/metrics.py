@@ -4,6 +4,8 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,11 @@ class RunLog:
         self.seen.update(interval)
         seconds, steps = time.perf_counter() - self.started, step - self.first_step
         text_loss, diffusion_loss = (s / max(1.0, c) for s, c in zip(totals[:2], self.counts.tolist(), strict=True))
-        if not math.isfinite(text_loss + diffusion_loss):
+        grad_norm = float(self.grad_norm)
+        if not math.isfinite(text_loss + diffusion_loss + grad_norm):
             raise FloatingPointError(
-                f"a loss is not finite between steps {self.first_step + 1} and {step}: text {text_loss}, diffusion "
-                f"{diffusion_loss}; training states saved before are unharmed"
+                f"not finite between steps {self.first_step + 1} and {step}: text loss {text_loss}, diffusion loss "
+                f"{diffusion_loss}, gradient norm {grad_norm}; training states saved before are unharmed"
             )
         rows = steps * self.config.training.num_rows
         used_slots = rows * self.slots_per_row - interval["pad_slots"]
@@ -97,7 +100,7 @@ class RunLog:
             "text_loss": text_loss,
             "diffusion_loss": diffusion_loss,
             "loss": text_loss + self.config.training.diffusion_loss_weight * diffusion_loss,
-            "grad_norm": float(self.grad_norm),
+            "grad_norm": grad_norm,
             "lr": lr,
             "seconds_per_step": seconds / steps,
             "tokens_per_second": used_slots / seconds,
@@ -115,11 +118,17 @@ class RunLog:
         return {"text": f"{text_loss:.3f}", "diffusion": f"{diffusion_loss:.4f}", "images/s": images}
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Write held-out losses; their time is not counted as training time."""
+        """Write held-out losses."""
         self._write(step, {f"validation/{name}": loss for name, loss in losses.items()})
         summary = ", ".join(f"{name} {losses[name]:.4f}" for name in ("text_loss", "caption_loss", "diffusion_loss"))
         self.accelerator.print(f"\nstep {step}: held-out {summary}")
-        self._begin_interval(step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is not training: its time counts in no speed."""
+        begun = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begun
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         self.accelerator.log(values, step=step)

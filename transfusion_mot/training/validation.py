@@ -21,8 +21,8 @@ SEED = 0
 class Validation:
     """Held-out rows, and the losses of a model on them.
 
-    Captions stand before their images for `text_loss` (of the caption alone) and `diffusion_loss` (of the image, given
-    the caption), and behind clean images for `caption_loss`.
+    Captions stand before their images for `text_loss` (of captions and texts alone) and `diffusion_loss` (of images,
+    given their captions), and behind clean images for `caption_loss`.
 
     Args:
         sources: Held-out sources.
@@ -38,15 +38,15 @@ class Validation:
         available = sum(len(source) for source in sources.images)
         self.num_rows = max(1, min(config.training.num_validation_documents, available) // per_row)
 
-        def packer(caption_first_prob: float) -> Packer:
+        def packer(sources: Sources, caption_first_prob: float) -> Packer:
             data = dataclasses.replace(config.data, caption_first_prob=caption_first_prob, prompt_dropout_prob=0.0)
             rope, patch_size = config.model.rope, config.model.patch_size
             return Packer(
                 sources, tokenizer, data, rope, patch_size, self.num_rows, SEED, diffusion.timesteps_from_uniform
             )
 
-        self.caption_first = packer(1.0)
-        self.image_first = packer(0.0)
+        self.caption_first = packer(sources, 1.0)
+        self.image_first = packer(Sources(sources.images, sources.image_weights), 0.0)
 
     @torch.no_grad()
     def losses(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -60,11 +60,9 @@ class Validation:
             behind = self._rows(self.image_first, chunk).to(device)
             with accelerator.autocast():
                 sums[0] += self._sum_and_count(model, behind, 0.0)[0]
+                sums[1] += self._sum_and_count(model, before, 0.0)[0]
                 for index, timestep in enumerate(TIMESTEPS):
-                    text, image = self._sum_and_count(model, before, timestep)
-                    sums[2 + index] += image
-                # A caption in front of its image does not see it: the same at any timestep.
-                sums[1] += text
+                    sums[2 + index] += self._sum_and_count(model, before, timestep)[1]
         sums = accelerator.reduce(sums, reduction="sum")
         caption, text, *per_timestep = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         by_timestep = {f"diffusion_loss/t={t}": loss for t, loss in zip(TIMESTEPS, per_timestep, strict=True)}
