@@ -23,12 +23,14 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: install
 	$(LAUNCH) train.py --config configs/quickstart.yaml output_dir=$(RUN)
-	$(BIN)/python sample.py --checkpoint $(RUN) --output $(RUN)/quickstart-samples $(PROMPTS)
+	rm -rf $(RUN)/painted
+	$(BIN)/python sample.py --checkpoint $(RUN) --output $(RUN)/painted $(PROMPTS)
 	$(BIN)/python evaluate/benchmark.py --checkpoint $(RUN) --output $(RUN)/evaluation
+	$(BIN)/python sample.py --checkpoint $(RUN) --caption $(RUN)/evaluation/real/00000.png
 	@echo
 	@cat $(RUN)/evaluation/metrics.md
 	@echo
-	@echo "sample grid:   $(RUN)/quickstart-samples/grid.png"
+	@echo "sample grid:   $(RUN)/painted/grid.png"
 	@echo "loss plot:     $(RUN)/loss.png"
 	@echo "metrics table: $(RUN)/evaluation/metrics.md"
 

@@ -51,7 +51,7 @@ def slots_of(inputs) -> SlotIds:
     return SlotIds(inputs["document_ids"], inputs["order"], inputs["span_ids"])
 
 
-@pytest.mark.parametrize("length", LAYOUTS)
+@pytest.mark.parametrize("length", [256, 200])
 def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int) -> None:
     slots = slots_of(on_gpu(rows_for(length).inputs))
     mask = training_mask(slots)
@@ -91,14 +91,15 @@ def test_flex_attention_equals_dense_attention_with_gradients(
 
     def run(precision: torch.dtype, mask) -> list[torch.Tensor]:
         q, k, v = (tensor.detach().to(precision).requires_grad_() for tensor in wide)
-        if isinstance(mask, BlockMask):
+        if precision != torch.float64:
             result = joint_attention(q, k, v, mask)
         else:
             result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
         gradients = torch.autograd.grad((result * used * upstream.to(precision)).sum(), (q, k, v))
         return [(result * used).double(), *(gradient.double() for gradient in gradients)]
 
-    flex = run(dtype, block_mask(slots))
+    # Rows of 100 and 24 slots are shorter than a block and take the dense mask.
+    flex = run(dtype, training_mask(slots))
     dense = run(torch.float64, dense_mask(slots, slots))
     for one, two in zip(flex, dense, strict=True):
         assert (one - two).abs().max() <= tolerance * two.abs().max()

@@ -67,9 +67,15 @@ def block_mask(slots: SlotIds) -> BlockMask:
     return _create_block_mask(mask_mod, rows, None, length, length, device=document_ids.device)
 
 
+# FlexAttention skips blocks of this many slots, so a shorter row gives it nothing to skip. Before PyTorch pull request
+# 185349 it also fails there with grouped heads.
+_BLOCK = 128
+
+
 def training_mask(slots: SlotIds) -> AttentionMask:
     """The mask in the form that is fastest on the device (FlexAttention has no backward on the CPU)."""
-    return block_mask(slots) if slots.document_ids.is_cuda else dense_mask(slots, slots)
+    rows_have_blocks = slots.order.shape[1] >= _BLOCK
+    return block_mask(slots) if slots.order.is_cuda and rows_have_blocks else dense_mask(slots, slots)
 
 
 def joint_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, mask: AttentionMask) -> Tensor:
