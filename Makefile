@@ -10,7 +10,7 @@ PROMPTS := "red apple" "octopus" "flag: Japan" "sun" "green heart" "pizza" "rock
 
 .PHONY: help install quickstart test lint types
 help:
-	@echo "make quickstart   install, train a small model on emoji, sample it and measure it (about 12 minutes on 2 CPU cores)"
+	@echo "make quickstart   install, train a small model on emoji, sample it and measure it (10 to 15 minutes on 2 CPU cores)"
 	@echo "make test         install and run all tests"
 	@echo "make lint types   check style and types"
 

@@ -1,14 +1,13 @@
 """Small shared builders: models, rows and data at toy size."""
 
 import os
-import sys
 from pathlib import Path
 
-# The scripts at the top are no package.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 # Toy models are too small to share among threads, which only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test depends on the network: a name that is no folder is not found, at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -80,6 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        show_progress=False,
         special_tokens=[_special(name) for name in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
