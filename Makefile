@@ -30,8 +30,6 @@ quickstart: install
 	$(BIN)/python evaluate/benchmark.py --checkpoint $(RUN) --output $(RUN)/evaluation
 	$(BIN)/python sample.py --checkpoint $(RUN) --caption $(RUN)/evaluation/real/00000.png
 	@echo
-	@cat $(RUN)/evaluation/metrics.md
-	@echo
 	@echo "sample grid:   $(RUN)/painted/grid.png"
 	@echo "loss plot:     $(RUN)/loss.png"
 	@echo "metrics table: $(RUN)/evaluation/metrics.md"
