@@ -1,14 +1,16 @@
 """Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`."""
 
+import hashlib
 import logging
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
@@ -16,15 +18,16 @@ from transfusion_mot.config import RunConfig, parse_config, save_config, to_dict
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import open_sources, training_texts
-from transfusion_mot.data.packing import Packer, Sources
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
-from transfusion_mot.training.checkpoint import find_state, load_state, save_state, written_aside
+from transfusion_mot.training.checkpoint import drop_later, find_state, load_state, save_state, written_aside
 from transfusion_mot.training.metrics import RunLog
-from transfusion_mot.training.optimizer import EMA, make_lr_schedule, make_optimizer
+from transfusion_mot.training.optimizer import EMA, load_moments, make_optimizer, set_lr
 from transfusion_mot.training.plot import plot_losses
 from transfusion_mot.training.step import train_step
 from transfusion_mot.training.validation import Validation
@@ -34,14 +37,31 @@ def main(arguments: list[str]) -> None:
     config = parse_config(RunConfig, arguments, __doc__ or "")
     run = Path(config.output_dir)
     training = config.training
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision, log_with=training.tracker, project_dir=config.output_dir
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            log_with=training.tracker,
+            project_dir=config.output_dir,
+            # The other ranks wait while the first one encodes the images.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate refuses the settings, training.tracker perhaps: {error}") from None
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; train.py runs on one device or DDP"
+        )
     if training.num_rows % accelerator.num_processes:
         raise UserError(
             f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
             "evenly; give a multiple of their number"
         )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        Path(config.data.cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
+    check_architecture(config.model)
     state_folder = find_state(run, config.resume)
     set_seed(training.seed)
 
@@ -51,7 +71,7 @@ def main(arguments: list[str]) -> None:
     with accelerator.main_process_first():
         sources = open_sources(config.data, autoencoder, config.autoencoder, "train")
         held_out = open_sources(config.data, autoencoder, config.autoencoder, "held_out")
-        tokenizer = open_tokenizer(config, run, resumes=state_folder is not None)
+        tokenizer = open_tokenizer(config, run, state_folder, accelerator.is_main_process)
 
     # What is trained.
     diffusion = Diffusion(
@@ -62,24 +82,33 @@ def main(arguments: list[str]) -> None:
     bare_model.to(accelerator.device)
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
-    lr_schedule = make_lr_schedule(optimizer, config.optimizer, training.num_steps)
 
     # What a run must find again to go on.
-    stateful = {"model": bare_model, "ema": ema.model, "optimizer": optimizer, "lr_schedule": lr_schedule}
+    stateful = {"model": bare_model, "ema": ema.model, "optimizer": optimizer}
     made_of = {
         "autoencoder": autoencoder.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "model": to_dict(config.model),
-        "list of data.sources": [cache.images.fingerprint for cache in sources.images]
+        "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
+        "training.seed": training.seed,
+        # By what is in them, not where they lie: a run may move to another machine.
+        "list of data.sources": [
+            hashlib.sha256("\n".join(c.captions).encode()).hexdigest()[:16] for c in sources.images
+        ]
         + [texts.fingerprint for texts in sources.texts],
     }
     first_step, cursors, seen = 0, None, Counter[str]()
     if state_folder is not None:
         state = load_state(state_folder)
         refuse_other_run(state, made_of, config, state_folder)
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
+        bare_model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        load_moments(optimizer, state["optimizer"])
         first_step, cursors, seen = state["step"], state["cursors"], Counter(state["seen"])
+        del state  # Else its copy of everything stays in memory for the whole run.
+        if first_step >= training.num_steps:
+            accelerator.print(f"{run} has done {first_step} steps; raise training.num_steps to go on with it")
+            return
         accelerator.print(f"resuming {run} after step {first_step}")
 
     if training.compile and accelerator.device.type == "cuda":
@@ -105,7 +134,8 @@ def main(arguments: list[str]) -> None:
         training.num_steps,
         accelerator.device,
     )
-    validation = Validation(held_out, tokenizer, config, diffusion) if held_out.images else None
+    microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
+    validation = Validation(held_out, tokenizer, config, diffusion, microbatch_rows) if held_out.images else None
     pipeline = TransfusionPipeline(
         transformer=ema.model,
         vae=autoencoder.vae,
@@ -116,16 +146,20 @@ def main(arguments: list[str]) -> None:
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
     )
+    # What sampling would refuse is refused before training, not after it.
+    pipeline.sampling_settings(None, None)
     if training.sample_prompts:
         pipeline.check_prompts(training.sample_prompts)
     if accelerator.is_main_process:
         save_config(config, run / "config.yaml")
-    microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
+        if first_step:
+            drop_later(run, first_step)
     log = RunLog(accelerator, run, config, bare_model, first_step, seen)
-    describe(accelerator, bare_model, packer, sources)
+    describe(accelerator, bare_model, packer)
 
     progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     for step, (batch, counts) in enumerate(loader, first_step):
+        lr = set_lr(optimizer, config.optimizer, step, training.num_steps)
         result = train_step(
             model,
             batch,
@@ -136,7 +170,6 @@ def main(arguments: list[str]) -> None:
             training.diffusion_loss_weight,
             config.optimizer.max_grad_norm,
         )
-        lr_schedule.step()
         ema.update(bare_model, step)
 
         done = step + 1
@@ -148,7 +181,7 @@ def main(arguments: list[str]) -> None:
         saves = is_due(done, training.save_every) or is_last
         if done == 1 or is_due(done, training.log_every) or saves:
             # Before anything is saved, because it stops at what is not finite.
-            progress.set_postfix(log.write(done, optimizer.param_groups[0]["lr"]))
+            progress.set_postfix(log.write(done, lr))
         with log.paused():
             if validates and validation is not None:
                 log.write_validation(done, validation.losses(ema.model, accelerator))
@@ -178,16 +211,23 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def open_tokenizer(config: RunConfig, run: Path, resumes: bool) -> TextTokenizer:
-    """The run's own tokenizer if it has one to go on with, else the configured one, else a newly trained one."""
+def open_tokenizer(config: RunConfig, run: Path, state: Path | None, is_main_process: bool) -> TextTokenizer:
+    """The tokenizer of the run that is gone on with, else the configured one, else a newly trained one.
+
+    The main process saves it into the run folder; the others, which come later, find it there.
+    """
     folder = run / "tokenizer"
-    if resumes:
+    if not is_main_process:
         return load_tokenizer(str(folder))
-    if config.tokenizer.path is not None:
+    kept = state.parent.parent / "tokenizer" if state is not None else None
+    if kept is not None:
+        tokenizer = load_tokenizer(str(kept))
+    elif config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
     else:
         tokenizer = train_tokenizer(training_texts(config.data), config.tokenizer.vocab_size)
-    tokenizer.save(folder)
+    if kept is None or kept.resolve() != folder.resolve():
+        tokenizer.save(folder)
     return tokenizer
 
 
@@ -197,10 +237,17 @@ def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: Run
     Raises:
         UserError: Names what differs.
     """
+    if "made_of" not in state:
+        raise UserError(f"{folder} holds no training state of train.py; remove it, or give another output_dir")
     for part, now in made_of.items():
-        if state["made_of"][part] != now:
+        before = state["made_of"][part]
+        if before != now:
+            if isinstance(now, dict):
+                before, now = (
+                    {key: side.get(key) for key in now if before.get(key) != now[key]} for side in (before, now)
+                )
             raise UserError(
-                f"{folder} was trained with another {part}: {state['made_of'][part]}, and the configuration has {now}; "
+                f"{folder} was trained with another {part}: {before}, and now it is {now}; "
                 "use the one it was trained with, or another output_dir"
             )
     if len(state["cursors"]) != config.training.num_rows:
@@ -210,15 +257,18 @@ def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: Run
         )
 
 
-def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, sources: Sources) -> None:
-    """Print what is about to be trained on what."""
+def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer) -> None:
+    """Print what is about to be trained on what, and what of it was left out."""
+    sources = packer.sources
+    left_out = {cache.images.name: cache.skipped for cache in sources.images if cache.skipped}
+    left_out |= {texts.name: texts.skipped for texts in sources.texts if texts.skipped}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     images = sum(len(source) for source in sources.images)
     texts = sum(len(source) for source in sources.texts)
     row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {packer.patches} patches"
     accelerator.print(
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
-        f"data: {images} images with captions, {texts} texts\n"
+        f"data: {images} images with captions, {texts} texts{f', left out: {left_out}' if left_out else ''}\n"
         f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}"
     )
 

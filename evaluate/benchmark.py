@@ -45,9 +45,14 @@ def main() -> None:
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
     pipeline.set_progress_bar_config(disable=True)
     network = load_feature_network(arguments.features, device, arguments.inception_weights)
+    clip = load_clip(arguments.clip, device) if arguments.clip is not None else None
     steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
     sources = open_sources(config.data, pipeline.autoencoder, config.autoencoder, "held_out")
     items = [(cache, item) for cache in sources.images for item in range(len(cache))][: arguments.num_images]
+    if len(items) < 2:
+        raise UserError(
+            f"{len(items)} images are held out, and 2 are needed; data.held_out_fraction says how many there are"
+        )
     output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
 
     captions = [cache.captions[item] for cache, item in items]
@@ -77,8 +82,7 @@ def main() -> None:
     }
     metrics = with_protocol(image_distance(real, generated, network), "generated", sampled)
     metrics += with_protocol(image_distance(real, reconstructed, network), "reconstructed", {})
-    if arguments.clip is not None:
-        clip = load_clip(arguments.clip, device)
+    if clip is not None:
         metrics += with_protocol(clip_scores(generated, captions, clip), "generated", sampled)
         metrics += with_protocol(clip_scores(real, captions, clip), "real", {})
     decoded = {"images": len(items), "references": "1 an image", "decoding": "greedy"}
@@ -135,15 +139,15 @@ def with_protocol(metrics: list[Metric], images: str, protocol: dict[str, Any]) 
 def held_out_losses(pipeline: TransfusionPipeline, sources: Sources, config: RunConfig) -> list[Metric]:
     """Text loss in nats per token, diffusion loss as squared error per element."""
     diffusion = Diffusion(pipeline.scheduler, config.diffusion.timestep_distribution)
-    validation = Validation(sources, pipeline.text_tokenizer, config, diffusion)
+    validation = Validation(sources, pipeline.text_tokenizer, config, diffusion, rows_at_once=8)
     # One process, in float32: what the sampler computes with.
     losses = validation.losses(
         pipeline.transformer, Accelerator(mixed_precision="no", cpu=pipeline.device.type == "cpu")
     )
-    protocol = {"documents": validation.num_rows * config.data.images_per_row, "prediction": diffusion.prediction_type}
+    protocol = {"rows": validation.num_rows, "prediction": diffusion.prediction_type}
     at = f"mean of t = {', '.join(map(str, TIMESTEPS))}"
     return [
-        Metric("text loss (caption alone)", losses["text_loss"], {**protocol, "unit": "nats per token"}),
+        Metric("text loss (captions and texts alone)", losses["text_loss"], {**protocol, "unit": "nats per token"}),
         Metric("text loss (caption of an image)", losses["caption_loss"], {**protocol, "unit": "nats per token"}),
         Metric("diffusion loss", losses["diffusion_loss"], {**protocol, "unit": "squared error per element", "at": at}),
     ]

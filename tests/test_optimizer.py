@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from transfusion_mot.config import OptimizerConfig
-from transfusion_mot.training.optimizer import EMA, lr_factor, make_lr_schedule, make_optimizer
+from transfusion_mot.training.optimizer import EMA, load_moments, lr_factor, make_optimizer, set_lr
 
 
 def factors(num_steps: int, **changes) -> list[float]:
@@ -50,13 +50,22 @@ def test_schedule_sets_the_rate_of_each_step() -> None:
     config = OptimizerConfig(lr=0.5, warmup_steps=3, weight_decay=0.0)
     parameter = torch.nn.Linear(1, 1)
     optimizer = make_optimizer(parameter, config)
-    schedule = make_lr_schedule(optimizer, config, 12)
-    for step in range(12):
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
-            [0.5 * lr_factor(step, 12, config)] * 2
-        )
-        optimizer.step()
-        schedule.step()
+    for step in (0, 11, 5):
+        lr = set_lr(optimizer, config, step, 12)
+        assert lr == pytest.approx(0.5 * lr_factor(step, 12, config))
+        assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
+
+
+def test_moments_come_back_and_settings_stay_those_of_the_configuration() -> None:
+    model = torch.nn.Linear(2, 1)
+    saved = make_optimizer(model, OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95)))
+    model(torch.ones(1, 2)).sum().backward()
+    saved.step()
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3, betas=(0.8, 0.9)))
+    load_moments(optimizer, saved.state_dict())
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], saved.state[model.weight]["exp_avg"])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
 
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not() -> None:

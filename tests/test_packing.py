@@ -234,6 +234,19 @@ def test_sources_are_mixed_by_weight_and_each_is_read_in_whole_epochs(byte_token
     assert max(chars[c] for c in "0123") - min(chars[c] for c in "0123") <= 12
 
 
+def test_weights_hold_for_documents_of_any_length(byte_tokenizer) -> None:
+    """A long caption that waits for room is not passed over for a short one of another source."""
+    short, long = ["x" * 4] * 50, ["y" * 70] * 50
+    first, second = (make_packer(byte_tokenizer, captions).sources.images[0] for captions in (short, long))
+    config = DataConfig(text_slots=88, images_per_row=8)
+    packer = Packer(Sources([first, second], [1.0, 1.0]), byte_tokenizer, config, "1d", 2, 1, 0, lambda u: u)
+    cursors = packer.initial_cursors()
+    for step in range(1000):
+        _, cursors, _ = packer.row(0, step, cursors)
+    taken = cursors[:, 0]
+    assert taken[0] / taken.sum() == pytest.approx(0.5, abs=4.5 * (0.25 / taken.sum()) ** 0.5)
+
+
 def test_rows_depend_on_seed_lane_step_and_cursors_alone(byte_tokenizer) -> None:
     def packer(seed: int = 0) -> Packer:
         return make_packer(byte_tokenizer, ["one", "three", "x"], ["some text"], lanes=4, seed=seed)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,27 @@ def test_run_killed_between_its_last_state_and_snapshot_still_gets_the_snapshot(
             train.main(arguments())
     train.main(arguments())
     assert find_snapshot(str(tmp_path / "run")).name == "step-0000006"
+
+
+def test_run_is_taken_back_to_an_earlier_state(arguments, tmp_path) -> None:
+    """The steps behind it are gone, so that nothing takes them for the run's newest."""
+    train.main(arguments(training={"save_every": 2}))
+    run = tmp_path / "run"
+    (tmp_path / "other").mkdir()
+    train.main(arguments(resume=str(run / "state" / "step-0000004"), output_dir=str(tmp_path / "other")))
+    assert find_snapshot(str(tmp_path / "other")).name == "step-0000006"
+    assert (run / "snapshots" / "step-0000006").exists(), "another run is left alone"
+    changes = {"num_steps": 5, "save_every": 0}
+    train.main(arguments(resume=str(run / "state" / "step-0000004"), training=changes))
+    assert find_snapshot(str(run)).name == "step-0000005"
+    assert not (run / "state" / "step-0000006").exists()
+
+
+def test_run_without_its_states_is_not_started_over(arguments, tmp_path, capfd) -> None:
+    train.main(arguments())
+    shutil.rmtree(tmp_path / "run" / "state")
+    assert "no training state" in refused(arguments(), capfd)
+    assert find_snapshot(str(tmp_path / "run"))
 
 
 # --- Learning. ---

@@ -36,7 +36,7 @@ def make_validation(
     )
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     model = tiny_model(config.model, vocab_size=tokenizer.vocab_size, dtype=torch.float32)
-    return Validation(sources, tokenizer, config, diffusion), model
+    return Validation(sources, tokenizer, config, diffusion, microbatch or 16), model
 
 
 @torch.no_grad()

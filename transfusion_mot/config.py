@@ -338,10 +338,14 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     parser.add_class_arguments(config_class, as_group=False)
     # `key=value` is the same as `--key=value`.
     arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
+    # A list of sources takes the place of the one before; the parser would merge the two item by item.
+    arguments = [part for word in arguments for part in _replacing(word)]
     try:
         sections = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
         raise UserError(_explain(str(error), arguments, config_class)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"configuration: {' '.join(arguments)}: a file is no UTF-8 text ({error})") from None
     except TypeError as error:  # what the parser makes of a section without keys
         raise UserError(
             f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
@@ -368,9 +372,16 @@ _AT_LEAST = {
     "training.save_every": 0,
     "training.num_validation_documents": 1,
     "optimizer.warmup_steps": 0,
+    "data.split_seed": 0,
+    "training.diffusion_loss_weight": 0,
+    "optimizer.weight_decay": 0,
+    "diffusion.guidance_scale": 0,
     "model.num_layers": 1,
     "model.num_heads": 1,
+    "model.head_dim": 2,
+    "model.unet_num_layers": 1,
     "diffusion.num_inference_steps": 1,
+    "tokenizer.vocab_size": 1,
     "num_steps": 1,
     "batch_size": 1,
 }
@@ -379,6 +390,8 @@ _SHARES = (
     "data.caption_first_prob",
     "data.image_first_max_timestep",
     "data.prompt_dropout_prob",
+    "optimizer.min_lr_ratio",
+    "optimizer.decay_fraction",
     "training.ema_decay",
     "ema_decay",
 )
@@ -396,9 +409,21 @@ def _check_ranges(config: Any) -> None:
     for key in _SHARES:
         if (given := value(key)) is not None and not 0 <= given <= 1:
             raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
+    for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
+        if (given := value(key)) is not None and given <= 0:
+            raise UserError(f"configuration: {key} is {given}; it must be above 0")
+    if not config.output_dir:
+        raise UserError("configuration: output_dir is empty; give a folder")
+    for name, tower in (value("model.towers") or {}).items():
+        if min(tower.hidden_size, tower.intermediate_size) < 1:
+            raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
     for source in config.data.sources:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
+
+
+def _replacing(argument: str) -> list[str]:
+    return ["--data.sources=[]", argument] if argument.startswith("--data.sources=") else [argument]
 
 
 def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
@@ -410,7 +435,8 @@ def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
         unknown = found[1]
     else:
-        return f"configuration: {sentence}"
+        files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
+        return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
     names = _key_names(config_class)
     if "." in unknown:
         near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)

@@ -61,7 +61,12 @@ def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
             f"{', '.join(PREDICTION_TYPES)} (flow comes with FlowMatchEulerDiscreteScheduler)"
         )
     defaults = {"clip_sample": False, "timestep_spacing": "trailing"}
-    return scheduler_class(**{key: value for key, value in defaults.items() if key in accepted} | arguments)
+    try:
+        scheduler = scheduler_class(**{key: value for key, value in defaults.items() if key in accepted} | arguments)
+        scheduler.set_timesteps(2)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"diffusion.scheduler_args {arguments} do not make a {name}: {error}") from None
+    return scheduler
 
 
 def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixin:
@@ -142,7 +147,10 @@ class Diffusion:
         """Timesteps in [0, 1] => (alpha, sigma), same shape."""
         if self.prediction_type == "flow":
             return 1 - timesteps, timesteps
-        ratios = self._noise_ratios.to(timesteps)
+        if self._noise_ratios.device != timesteps.device:
+            # Once: a copy from the host in every step would make it wait for the device.
+            self._noise_ratios = self._noise_ratios.to(timesteps.device)
+        ratios = self._noise_ratios.to(timesteps.dtype)
         position = timesteps * self.num_train_timesteps
         lower = position.floor().clamp(0, self.num_train_timesteps - 1)
         index = lower.long()

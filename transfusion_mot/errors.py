@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Something the user gave cannot be used; the message says what was given, what is needed and what to do."""
 
 
+class NotFiniteError(UserError, FloatingPointError):
+    """Training has diverged: a loss or gradient is not finite."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into one line on standard error and exit status 2; a defect of ours keeps its stack trace."""

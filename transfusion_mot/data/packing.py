@@ -5,7 +5,7 @@ each document once per epoch. A lane's whole state is one cursor pair per source
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ Cursors = NDArray[np.int64]
 
 # Keeps the draws of layouts and of epochs apart from those of rows, which count steps in the same place.
 _LAYOUT_DRAWS = 2**62
+_SOURCE_DRAWS = 2**62 + 1
 _EPOCH_DRAWS = 2**63
 
 # What a row reports: documents with and without image, text slots filled, slots left empty, captions cut.
@@ -100,6 +101,7 @@ class Packer:
         self.patch_rows, self.patch_columns = (size // patch_size for size in self.latent_shape[1:])
         self.patches = self.patch_rows * self.patch_columns
         self._permutations: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._texts_begun: dict[int, tuple[int, int, list[int]]] = {}
 
     def initial_cursors(self) -> Cursors:
         """Cursors of a lane that has read nothing: [sources, 2], documents taken and tokens of the next one used."""
@@ -112,17 +114,18 @@ class Packer:
         counts: Counter[str] = Counter()
         row = _Row(self)
         while row.images < self.config.images_per_row:
-            source = _choose(rng, self.sources.image_weights)
+            taken = int(cursors[: len(self.sources.images), 0].sum())
+            source = self._choose(self.sources.image_weights, lane, taken)
             document = self._image_document(source, lane, int(cursors[source, 0]))
             if len(document.before) + len(document.behind) > row.free_text_slots:
-                break  # Its cursor stays where it was: it comes first in the next row.
+                break  # The cursors stay as they are: it comes first in the next row.
             row.add(document)
             cursors[source, 0] += 1
             counts["images"] += 1
             counts["truncated_captions"] += document.truncated
         # A text of one token would have no label.
         while self.sources.texts and row.free_text_slots >= 2:
-            self._add_text(rng, lane, row, cursors, counts)
+            self._add_text(lane, row, cursors, counts)
         counts["text_tokens"] += self.config.text_slots - row.free_text_slots
         counts["pad_slots"] += row.free_text_slots + (self.config.images_per_row - row.images) * self.patches
         return row.finish(rng), cursors, counts
@@ -151,16 +154,24 @@ class Packer:
             return Document([bos, boi], [eoi], image)
         return Document([bos, *caption, boi], [eoi, eos], image, truncated=truncated)
 
-    def _add_text(
-        self, rng: np.random.Generator, lane: int, row: "_Row", cursors: Cursors, counts: Counter[str]
-    ) -> None:
+    def _choose(self, weights: list[float], lane: int, taken: int) -> int:
+        """Which source the lane's next document comes from; a function of how many it has taken, not of the row."""
+        if len(weights) == 1:
+            return 0
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, taken, 0, _SOURCE_DRAWS]))
+        cumulative = np.cumsum(weights)
+        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+    def _add_text(self, lane: int, row: "_Row", cursors: Cursors, counts: Counter[str]) -> None:
         """Add the next text, cut where the row ends; its rest begins the lane's next row."""
-        choice = _choose(rng, self.sources.text_weights)
-        source = len(self.sources.images) + choice
-        texts = self.sources.texts[choice]
+        first = len(self.sources.images)
+        begun = np.flatnonzero(cursors[first:, 1])
+        total = int(cursors[first:, 0].sum())
+        choice = int(begun[0]) if len(begun) else self._choose(self.sources.text_weights, lane, total)
+        source = first + choice
         taken, used = cursors[source]
-        text = texts.text(self._index(source, len(texts), lane, taken))
-        tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(text), self.tokenizer.eos_id][used:]
+        tokens = self._text_tokens(lane, choice, self._index(source, len(self.sources.texts[choice]), lane, taken))
+        tokens = tokens[used:]
         room = row.free_text_slots
         # The token behind the cut is still the label of the last one before it, and the first input of the rest.
         row.add(Document(tokens[:room]), next_token=tokens[room] if len(tokens) > room else IGNORE_INDEX)
@@ -170,20 +181,26 @@ class Packer:
             cursors[source] = taken + 1, 0
             counts["texts"] += 1
 
+    def _text_tokens(self, lane: int, choice: int, index: int) -> list[int]:
+        """Token ids of a text; kept until the lane asks for another, because a long one fills many rows."""
+        kept = self._texts_begun.get(lane)
+        if kept is None or kept[:2] != (choice, index):
+            tokenizer = self.tokenizer
+            tokens = [tokenizer.bos_id, *tokenizer.encode(self.sources.texts[choice].text(index)), tokenizer.eos_id]
+            kept = self._texts_begun[lane] = (choice, index, tokens)
+        return kept[2]
+
     def _index(self, source: int, length: int, lane: int, taken: int) -> int:
         """Which item of a source is the lane's next: one global permutation per epoch, dealt out to the lanes."""
         epoch, position = divmod(lane + int(taken) * self.num_lanes, length)
         if (source, epoch) not in self._permutations:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=[0, epoch, source, _EPOCH_DRAWS]))
-            # Neighbouring lanes differ by at most an epoch; what is older is not asked for again.
-            self._permutations = {key: value for key, value in self._permutations.items() if key[1] >= epoch - 1}
+            # Lanes are seldom more than an epoch of a source apart; what is older can be drawn again.
+            self._permutations = {
+                key: value for key, value in self._permutations.items() if key[0] != source or key[1] >= epoch - 1
+            }
             self._permutations[source, epoch] = rng.permutation(length)
         return int(self._permutations[source, epoch][position])
-
-
-def _choose(rng: np.random.Generator, weights: Sequence[float]) -> int:
-    cumulative = np.cumsum(weights)
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
 class _Row:

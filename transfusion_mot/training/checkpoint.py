@@ -49,6 +49,11 @@ def find_state(run: Path, resume: str) -> Path | None:
         UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
     """
     states = _steps(run / "state")
+    if resume in ("auto", "never") and not states and (snapshots := _steps(run / "snapshots")):
+        raise UserError(
+            f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
+            "folder, or remove snapshots/ to start over"
+        )
     if resume == "auto":
         return states[-1] if states else None
     if resume == "never":
@@ -62,6 +67,13 @@ def find_state(run: Path, resume: str) -> Path | None:
     if not (folder / STATE_FILE).is_file():
         raise UserError(f"resume={resume} is no training state; it needs a folder state/step-N that holds {STATE_FILE}")
     return folder
+
+
+def drop_later(run: Path, step: int) -> None:
+    """Remove the states and snapshots behind a step: a run that goes on from there would be mistaken for them."""
+    for later in [*_steps(run / "state"), *_steps(run / "snapshots")]:
+        if _step_number(later) > step:
+            shutil.rmtree(later)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -98,4 +110,8 @@ def find_snapshot(path: str) -> Path:
 
 def _steps(folder: Path) -> list[Path]:
     """The folders step-N in `folder`, by N."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_number)
+
+
+def _step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

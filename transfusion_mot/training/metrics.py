@@ -16,6 +16,7 @@ from torch import nn
 from transfusion_mot.config import ModelConfig, RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.packing import COUNTED
+from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.mot import SHARED
 from transfusion_mot.training.step import StepResult
@@ -50,13 +51,17 @@ class RunLog:
         self.config = config
         self.model = model
         self.seen = Counter(seen)
+        self.peak_flops = peak_flops(accelerator.device)
         self.flops_per_row = 0.0
         self.slots_per_row = 0
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         if config.training.tracker is not None:
-            accelerator.init_trackers("tracker")
+            try:
+                accelerator.init_trackers("transfusion_mot")
+            except (ValueError, ImportError) as error:
+                raise UserError(f"training.tracker '{config.training.tracker}' cannot be used: {error}") from None
         self._begin_interval(first_step)
 
     def _begin_interval(self, step: int) -> None:
@@ -71,15 +76,17 @@ class RunLog:
         self.counts += result.counts
         self.grad_norm = result.grad_norm
         self.interval.update(counts)
-        if not self.flops_per_row:
-            self.flops_per_row = flops_per_row(self.model, self.config.model, batch)
+        if not self.slots_per_row:
             self.slots_per_row = batch.order.shape[1]
+            if self.peak_flops is not None:
+                # Of one row: the mask over all rows could be larger than what training needs.
+                self.flops_per_row = flops_per_row(self.model, self.config.model, batch.split(1)[0])
 
     def write(self, step: int, lr: float) -> dict[str, str]:
         """Write the means since the last call => what the progress bar shows.
 
         Raises:
-            FloatingPointError: A loss is not finite; names the steps.
+            NotFiniteError: A loss is not finite; names the steps.
         """
         # The one place where the host waits for the device.
         counted = self.sums.new_tensor([self.interval[name] for name in COUNTED])
@@ -90,9 +97,10 @@ class RunLog:
         text_loss, diffusion_loss = (s / max(1.0, c) for s, c in zip(totals[:2], self.counts.tolist(), strict=True))
         grad_norm = float(self.grad_norm)
         if not math.isfinite(text_loss + diffusion_loss + grad_norm):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"not finite between steps {self.first_step + 1} and {step}: text loss {text_loss}, diffusion loss "
-                f"{diffusion_loss}, gradient norm {grad_norm}; training states saved before are unharmed"
+                f"{diffusion_loss}, gradient norm {grad_norm}; states saved before are unharmed: resume with a lower "
+                "optimizer.lr"
             )
         rows = steps * self.config.training.num_rows
         used_slots = rows * self.slots_per_row - interval["pad_slots"]
@@ -108,9 +116,8 @@ class RunLog:
             "pad_fraction": interval["pad_slots"] / (rows * self.slots_per_row),
             **{f"{name}_seen": self.seen[name] for name in COUNTED},
         }
-        peak = peak_flops(self.accelerator.device)
-        if peak is not None:
-            values["mfu"] = self.flops_per_row * rows / seconds / (peak * self.accelerator.num_processes)
+        if self.peak_flops is not None:
+            values["mfu"] = self.flops_per_row * rows / seconds / (self.peak_flops * self.accelerator.num_processes)
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(step, values)
         self._begin_interval(step)

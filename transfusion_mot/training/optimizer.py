@@ -2,12 +2,11 @@
 
 import copy
 import math
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from transfusion_mot.config import OptimizerConfig
 
@@ -41,9 +40,17 @@ def lr_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def make_lr_schedule(optimizer: AdamW, config: OptimizerConfig, num_steps: int) -> LambdaLR:
-    """The schedule to be stepped once after every optimizer step."""
-    return LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, config))
+def set_lr(optimizer: AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Set the learning rate of step 0, 1, ..., which is a function of the step alone => the rate."""
+    lr = config.lr * lr_factor(step, num_steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def load_moments(optimizer: AdamW, saved: dict[str, Any]) -> None:
+    """Take over the moments of a saved optimizer; betas, epsilon and weight decay stay those of the configuration."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class EMA(Generic[Model]):

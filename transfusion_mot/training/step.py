@@ -68,15 +68,14 @@ def train_step(
     """
     counts = accelerator.reduce(loss_counts(batch), reduction="sum")
     # Data parallelism averages over ranks what must be a sum.
-    weights = accelerator.num_processes / counts.clamp(min=1)
-    weights = (weights * weights.new_tensor([1.0, diffusion_loss_weight])).float()
+    text_scale, diffusion_scale = (accelerator.num_processes / counts.clamp(min=1)).float().unbind()
     sums = torch.zeros(2, device=batch.text_ids.device)
     microbatches = batch.split(microbatch_rows)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             losses = loss_sums(model, microbatch, diffusion)
-            accelerator.backward((losses * weights).sum())
+            accelerator.backward(losses[0] * text_scale + diffusion_loss_weight * losses[1] * diffusion_scale)
             sums += losses.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()

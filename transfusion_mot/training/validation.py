@@ -29,11 +29,14 @@ class Validation:
         tokenizer: Of the run.
         config: Of the run.
         diffusion: Of the run.
+        rows_at_once: Rows of one forward.
     """
 
-    def __init__(self, sources: Sources, tokenizer: TextTokenizer, config: RunConfig, diffusion: Diffusion) -> None:
+    def __init__(
+        self, sources: Sources, tokenizer: TextTokenizer, config: RunConfig, diffusion: Diffusion, rows_at_once: int
+    ) -> None:
         self.diffusion = diffusion
-        self.rows_at_once = config.training.microbatch_rows or config.training.num_rows
+        self.rows_at_once = rows_at_once
         per_row = config.data.images_per_row
         available = sum(len(source) for source in sources.images)
         self.num_rows = max(1, min(config.training.num_validation_documents, available) // per_row)
@@ -51,7 +54,7 @@ class Validation:
     @torch.no_grad()
     def losses(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses over all held-out rows; called by all ranks, which share the rows."""
-        device = accelerator.device
+        device = next(model.parameters()).device
         sums = torch.zeros(2 + len(TIMESTEPS), 2, dtype=torch.float64, device=device)
         lanes = range(accelerator.process_index, self.num_rows, accelerator.num_processes)
         for start in range(0, len(lanes), self.rows_at_once):
