@@ -297,8 +297,7 @@ def test_run_is_taken_back_to_an_earlier_state(arguments, tmp_path) -> None:
     """The steps behind it are gone, so that nothing takes them for the run's newest."""
     train.main(arguments(training={"save_every": 2}))
     run = tmp_path / "run"
-    (tmp_path / "other").mkdir()
-    train.main(arguments(resume=str(run / "state" / "step-0000004"), output_dir=str(tmp_path / "other")))
+    train.main(arguments("other", str(run / "state" / "step-0000004")))
     assert find_snapshot(str(tmp_path / "other")).name == "step-0000006"
     assert (run / "snapshots" / "step-0000006").exists(), "another run is left alone"
     changes = {"num_steps": 5, "save_every": 0}
