@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             log_with=training.tracker,
-            project_dir=config.output_dir,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(run / "tracker")),
             # The other ranks wait while the first one encodes the images.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
