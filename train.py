@@ -65,6 +65,11 @@ def main(arguments: list[str]) -> None:
     state_folder = find_state(run, config.resume)
     set_seed(training.seed)
 
+    diffusion = Diffusion(
+        make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
+        config.diffusion.timestep_distribution,
+    )
+
     # What is read: the main process makes the caches, the others then open them.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
     check_image_size(config.data.image_size, autoencoder, config.model.patch_size)
@@ -74,10 +79,6 @@ def main(arguments: list[str]) -> None:
         tokenizer = open_tokenizer(config, run, state_folder, accelerator.is_main_process)
 
     # What is trained.
-    diffusion = Diffusion(
-        make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
-        config.diffusion.timestep_distribution,
-    )
     bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
     bare_model.to(accelerator.device)
     ema = EMA(bare_model, training.ema_decay)
@@ -142,7 +143,7 @@ def main(arguments: list[str]) -> None:
         scheduler=diffusion.scheduler,
         tokenizer=tokenizer.hf,
         image_size=config.data.image_size,
-        max_prompt_tokens=config.data.text_slots - 4,
+        max_prompt_tokens=config.data.max_caption_tokens,
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
     )

@@ -75,8 +75,10 @@ def test_values_of_every_kind() -> None:
 def test_list_of_sources_replaces_the_one_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("data:\n  sources:\n  - {kind: imagefolder, path: a, weight: 3}\n  - {kind: text, path: b}\n")
-    config = parse("--config", str(file), "data.sources=[{kind: text, path: c}, {kind: imagefolder, path: d}]")
-    assert [(s.kind, s.path, s.weight) for s in config.data.sources] == [("text", "c", 1.0), ("imagefolder", "d", 1.0)]
+    sources = "[{kind: text, path: c}, {kind: imagefolder, path: d}]"
+    for given in ([f"data.sources={sources}"], [f"--data.sources={sources}"], ["--data.sources", sources]):
+        parsed = parse("--config", str(file), *given).data.sources
+        assert [(s.kind, s.path, s.weight) for s in parsed] == [("text", "c", 1.0), ("imagefolder", "d", 1.0)]
 
 
 def test_command_line_wins_over_file_over_defaults(tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ class DataConfig:
     num_workers: int = 2
     cache_dir: str = ".cache/transfusion_mot"
 
+    @property
+    def max_caption_tokens(self) -> int:
+        """Longest caption that fits a row beside its BOS, BOI, EOI and EOS."""
+        return self.text_slots - 4
+
 
 @dataclass
 class TokenizerConfig:
@@ -423,7 +428,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def _replacing(argument: str) -> list[str]:
-    return ["--data.sources=[]", argument] if argument.startswith("--data.sources=") else [argument]
+    return ["--data.sources=[]", argument] if argument.split("=")[0] == "--data.sources" else [argument]
 
 
 def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:

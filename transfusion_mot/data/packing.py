@@ -109,13 +109,13 @@ class Packer:
 
     def row(self, lane: int, step: int, cursors: Cursors) -> tuple[Batch, Cursors, Counter[str]]:
         """The row of `lane` at `step` => (batch of one row, cursors behind it, what was counted)."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, 0, 0, step]))
+        rng = self._rng(lane, step)
         cursors = cursors.copy()
         counts: Counter[str] = Counter()
         row = _Row(self)
         while row.images < self.config.images_per_row:
             taken = int(cursors[: len(self.sources.images), 0].sum())
-            source = self._choose(self.sources.image_weights, lane, taken)
+            source = self._choose(self.sources.image_weights, lane, taken, 0)
             document = self._image_document(source, lane, int(cursors[source, 0]))
             if len(document.before) + len(document.behind) > row.free_text_slots:
                 break  # The cursors stay as they are: it comes first in the next row.
@@ -137,12 +137,11 @@ class Packer:
         """
         config, tokenizer = self.config, self.tokenizer
         index = self._index(source, len(self.sources.images[source]), lane, taken)
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, taken, source, _LAYOUT_DRAWS]))
+        rng = self._rng(lane, _LAYOUT_DRAWS, taken, source)
         caption_first, prompt_dropped = rng.random(2) < (config.caption_first_prob, config.prompt_dropout_prob)
         caption = tokenizer.encode(self.sources.images[source].captions[index])
-        room = config.text_slots - 4
-        truncated = len(caption) > room
-        caption = caption[:room]
+        truncated = len(caption) > config.max_caption_tokens
+        caption = caption[: config.max_caption_tokens]
         bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
         image = (source, index)
         if not caption_first:
@@ -154,11 +153,18 @@ class Packer:
             return Document([bos, boi], [eoi], image)
         return Document([bos, *caption, boi], [eoi, eos], image, truncated=truncated)
 
-    def _choose(self, weights: list[float], lane: int, taken: int) -> int:
-        """Which source the lane's next document comes from; a function of how many it has taken, not of the row."""
+    def _rng(self, lane: int, purpose: int, number: int = 0, source: int = 0) -> np.random.Generator:
+        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, number, source, purpose]))
+
+    def _choose(self, weights: list[float], lane: int, taken: int, first: int) -> int:
+        """Which source, counted from source `first`, the lane's next document comes from.
+
+        A function of how many documents it has taken, not of the row.
+        """
         if len(weights) == 1:
             return 0
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, taken, 0, _SOURCE_DRAWS]))
+        rng = self._rng(lane, _SOURCE_DRAWS, taken, first)
         cumulative = np.cumsum(weights)
         return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
@@ -167,7 +173,7 @@ class Packer:
         first = len(self.sources.images)
         begun = np.flatnonzero(cursors[first:, 1])
         total = int(cursors[first:, 0].sum())
-        choice = int(begun[0]) if len(begun) else self._choose(self.sources.text_weights, lane, total)
+        choice = int(begun[0]) if len(begun) else self._choose(self.sources.text_weights, lane, total, first)
         source = first + choice
         taken, used = cursors[source]
         tokens = self._text_tokens(lane, choice, self._index(source, len(self.sources.texts[choice]), lane, taken))
@@ -194,12 +200,11 @@ class Packer:
         """Which item of a source is the lane's next: one global permutation per epoch, dealt out to the lanes."""
         epoch, position = divmod(lane + int(taken) * self.num_lanes, length)
         if (source, epoch) not in self._permutations:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, 0], counter=[0, epoch, source, _EPOCH_DRAWS]))
             # Lanes are seldom more than an epoch of a source apart; what is older can be drawn again.
             self._permutations = {
                 key: value for key, value in self._permutations.items() if key[0] != source or key[1] >= epoch - 1
             }
-            self._permutations[source, epoch] = rng.permutation(length)
+            self._permutations[source, epoch] = self._rng(0, _EPOCH_DRAWS, epoch, source).permutation(length)
         return int(self._permutations[source, epoch][position])
 
 
