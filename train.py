@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         accelerator.print(f"resuming {run} after step {first_step}")
 
     if training.compile and accelerator.device.type == "cuda":
-        bare_model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        bare_model.compile_blocks()
     model = accelerator.prepare_model(bare_model)
     packer = Packer(
         sources,

@@ -24,8 +24,11 @@ def exact_and_freshly_compiled():
     """No TF32; and no compiled code of other shapes, of which dynamo keeps a limited number."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     torch._dynamo.reset()
     yield
+    torch.backends.cudnn.allow_tf32 = convolutions
     torch.set_float32_matmul_precision(before)
 
 
@@ -48,7 +51,7 @@ def on_gpu(inputs):
 
 
 def slots_of(inputs) -> SlotIds:
-    return SlotIds(inputs["document_ids"], inputs["order"], inputs["span_ids"])
+    return SlotIds.from_spans(inputs["document_ids"], inputs["order"], inputs["span_ids"])
 
 
 @pytest.mark.parametrize("length", [256, 200])

@@ -9,6 +9,7 @@ import torch
 from conftest import DENSE, VOCAB_SIZE, make_rows, tiny_config, tiny_model
 from torch import Tensor
 
+from transfusion_mot import losses
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum, text_loss_sum
@@ -41,18 +42,56 @@ def make_batch(dtype: torch.dtype = torch.float64) -> Batch:
     return Batch(text_labels=labels, latents=latents, noise=noise, **inputs)
 
 
+LABELS = torch.tensor([[1, 2, IGNORE_INDEX, 6, 0], [IGNORE_INDEX] * 5, [3, 3, 3, IGNORE_INDEX, 5]])
+
+
+def drawn_hidden_and_weight(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, 5, 4), (7, 4))]
+
+
 def test_text_loss_is_the_sum_over_labelled_tokens() -> None:
-    logits = 3 * torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[1, 2, IGNORE_INDEX, 6, 0], [IGNORE_INDEX] * 5, [3, 3, 3, IGNORE_INDEX, 5]])
+    hidden, weight = drawn_hidden_and_weight()
     expected = 0.0
     for row in range(3):
         for slot in range(5):
-            if labels[row, slot] != IGNORE_INDEX:
-                values = [math.exp(float(x)) for x in logits[row, slot]]
-                expected -= math.log(values[int(labels[row, slot])] / sum(values))
-    assert text_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-5)
-    assert text_loss_sum(logits.bfloat16(), labels).dtype == torch.float32
-    assert text_loss_sum(logits, torch.full_like(labels, IGNORE_INDEX)) == 0
+            if LABELS[row, slot] != IGNORE_INDEX:
+                values = [math.exp(float(hidden[row, slot] @ vector)) for vector in weight]
+                expected -= math.log(values[int(LABELS[row, slot])] / sum(values))
+    assert text_loss_sum(hidden, weight, LABELS).item() == pytest.approx(expected, rel=1e-9)
+    assert text_loss_sum(hidden.bfloat16(), weight, LABELS).dtype == torch.float32
+    assert text_loss_sum(hidden, weight, torch.full_like(LABELS, IGNORE_INDEX)) == 0
+
+
+@pytest.mark.parametrize("logits_at_once", [2**28, 30, 7, 1])
+def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, logits_at_once: int
+) -> None:
+    """Also where the labels of a whole chunk are missing, and with a factor before the loss."""
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", logits_at_once)
+    hidden, weight = (tensor.requires_grad_() for tensor in drawn_hidden_and_weight())
+    expected = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    loss = text_loss_sum(hidden, weight, LABELS)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(text_loss_sum(hidden, weight, LABELS), expected, rtol=1e-12, atol=0)
+    for one, two in zip(
+        torch.autograd.grad(0.3 * loss, (hidden, weight)),
+        torch.autograd.grad(0.3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_text_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32() -> None:
+    hidden, weight = drawn_hidden_and_weight(torch.float32)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(text_loss_sum(hidden.bfloat16(), weight, LABELS), weight)
+    (exact,) = torch.autograd.grad(text_loss_sum(hidden, weight, LABELS), weight)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.05)
 
 
 def test_diffusion_loss_is_the_sum_over_elements_of_real_images() -> None:

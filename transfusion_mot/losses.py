@@ -1,16 +1,84 @@
 """The two losses, each as a sum and a count, so that any split of a batch gives the same gradient."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Label of a slot without text loss: padding, the input BOI (Transfusion, footnote 8), the end of a document.
 IGNORE_INDEX = -100
 
+# Logits that exist at a time: 0.5 GiB in bfloat16. The whole of a large vocabulary would be most of a step's memory.
+_LOGITS_AT_ONCE = 2**28
 
-def text_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over labelled slots: logits [B, T, V], labels [B, T] => []."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
+
+    The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss
+    and its gradient before the next one is computed, so that there is no more arithmetic than without chunks.
+
+    Args:
+        hidden: [B, T, D], in the number format of the logits.
+        weight: [V, D], in any number format.
+        labels: [B, T], `IGNORE_INDEX` where there is no loss.
+
+    Returns:
+        [], in float32 (float64 if `hidden` is).
+    """
+    flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels)
+    narrow = weight.to(hidden.dtype)
+    parts = _chunks(flat_hidden, flat_labels, len(weight))
+    return torch.stack([_loss_and_gradient(h @ narrow.T, target)[0] for h, target in parts]).sum()
+
+
+def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Equal parts of the slots (but for the last), each with few enough logits."""
+    slots = max(1, _LOGITS_AT_ONCE // vocab_size)
+    count = -(-len(labels) // slots)
+    return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V], labels [N] => summed cross-entropy [], its gradient by the logits [N, V]."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    labelled = (labels != IGNORE_INDEX)[:, None]
+    log_sum = wide.logsumexp(dim=-1, keepdim=True)
+    target = labels.clamp(min=0)[:, None]
+    loss = torch.where(labelled, log_sum - wide.gather(1, target), 0.0).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    gradient = torch.where(labelled, (wide - log_sum).exp() - is_target.to(wide.dtype), 0.0)
+    return loss, gradient.to(logits.dtype)
+
+
+# On a GPU the softmax is read once for the sum and once for the gradient; eager kernels pass over it nine times.
+_compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes its gradients in the forward pass, while the logits are there; the loss is a sum, so that all the
+    backward pass has to do is to scale them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        narrow = weight.to(hidden.dtype)
+        loss_and_gradient = _compiled_loss_and_gradient if hidden.is_cuda else _loss_and_gradient
+        losses, hidden_gradients = [], []
+        weight_gradient = torch.zeros_like(weight)
+        for part, target in _chunks(hidden, labels, len(weight)):
+            loss, gradient = loss_and_gradient(part @ narrow.T, target)
+            losses.append(loss)
+            hidden_gradients.append(gradient @ narrow)
+            weight_gradient += gradient.T @ part
+        ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * upstream, weight_gradient * upstream, None
 
 
 def diffusion_loss_sum(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:

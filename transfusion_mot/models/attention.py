@@ -4,6 +4,7 @@ Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +21,39 @@ class SlotIds:
     Attributes:
         document_ids: [B, S], the document a slot belongs to; -1 is padding, which attends to padding alone.
         order: [B, S], reading order inside the document.
-        span_ids: [B, S], the image a patch belongs to; -1 on text.
+        horizon: [B, S], the reading order up to which a slot sees its document: a token to itself, a patch to the last
+            patch of its image.
     """
 
     document_ids: Tensor
     order: Tensor
-    span_ids: Tensor
+    horizon: Tensor
+
+    @classmethod
+    def from_spans(cls, document_ids: Tensor, order: Tensor, span_ids: Tensor) -> Self:
+        """Find the horizons.
+
+        Args:
+            document_ids, order: [B, S].
+            span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
+        """
+        spans = span_ids + 1
+        last = order.new_zeros(order.shape[0], order.shape[1] + 1).scatter_reduce(1, spans, order, "amax")
+        return cls(document_ids, order, torch.where(span_ids >= 0, last.gather(1, spans), order))
 
 
-def _may_attend(
-    document_q: Tensor, order_q: Tensor, span_q: Tensor, document_k: Tensor, order_k: Tensor, span_k: Tensor
-) -> Tensor:
-    """Transfusion, section 3: causal within a document, and bidirectional within an image."""
-    same_image = (span_q == span_k) & (span_q >= 0)
-    return (document_q == document_k) & ((order_k <= order_q) | same_image)
+def _may_attend(document_q: Tensor, horizon_q: Tensor, document_k: Tensor, order_k: Tensor) -> Tensor:
+    """Transfusion, section 3: causal within a document, and bidirectional within an image.
+
+    Between a patch and its horizon lies nothing but its image, so that one comparison says both.
+    """
+    return (document_q == document_k) & (order_k <= horizon_q)
 
 
 def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
     """Bool [B, S_q, S_k], True = may attend."""
     return _may_attend(
-        queries.document_ids[:, :, None],
-        queries.order[:, :, None],
-        queries.span_ids[:, :, None],
-        keys.document_ids[:, None, :],
-        keys.order[:, None, :],
-        keys.span_ids[:, None, :],
+        queries.document_ids[:, :, None], queries.horizon[:, :, None], keys.document_ids[:, None], keys.order[:, None]
     )
 
 
@@ -56,12 +65,11 @@ _flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def block_mask(slots: SlotIds) -> BlockMask:
     """FlexAttention's sparse form of the mask, the same for all heads; built once per batch."""
-    document_ids, order, span_ids = slots.document_ids, slots.order, slots.span_ids
+    # The kernel reads them for every pair of slots: 32 bits are half of the bytes and of the instructions.
+    document_ids, order, horizon = slots.document_ids.int(), slots.order.int(), slots.horizon.int()
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _may_attend(
-            document_ids[b, q], order[b, q], span_ids[b, q], document_ids[b, k], order[b, k], span_ids[b, k]
-        )
+        return _may_attend(document_ids[b, q], horizon[b, q], document_ids[b, k], order[b, k])
 
     rows, length = document_ids.shape
     return _create_block_mask(mask_mod, rows, None, length, length, device=document_ids.device)
@@ -78,11 +86,22 @@ def training_mask(slots: SlotIds) -> AttentionMask:
     return block_mask(slots) if slots.order.is_cuda and rows_have_blocks else dense_mask(slots, slots)
 
 
+# Where the last block is cut, the compiler's default tile (128 x 128 for heads of 64) computes all of it: 600 slots
+# take 0.53 ms with it on an H100 and 0.23 ms with this one.
+_SMALL_TILE = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+
+
+def _kernel_options(q_BNSH: Tensor) -> Any:
+    cut = q_BNSH.shape[2] % _BLOCK != 0
+    return _SMALL_TILE if cut and q_BNSH.shape[3] <= 64 and q_BNSH.element_size() == 2 else None
+
+
 def joint_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, mask: AttentionMask) -> Tensor:
     """One softmax over all slots that the mask allows => [B, N, S_q, H]. Key/value heads may be fewer (GQA)."""
     grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
     if isinstance(mask, BlockMask):
-        return _flex_attention(q_BNSH, k_BMSH, v_BMSH, block_mask=mask, enable_gqa=grouped)
+        options = _kernel_options(q_BNSH)
+        return _flex_attention(q_BNSH, k_BMSH, v_BMSH, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, attn_mask=mask[:, None], enable_gqa=grouped)
 
 
@@ -117,7 +136,7 @@ class KVCache:
         end = self.length + slots.order.shape[1]
         if end > self.ids.shape[2]:
             raise ValueError(f"the cache has {self.ids.shape[2]} slots and {end} are needed")
-        self.ids[:, :, self.length : end] = torch.stack([slots.document_ids, slots.order, slots.span_ids])
+        self.ids[:, :, self.length : end] = torch.stack([slots.document_ids, slots.order, slots.horizon])
         return dense_mask(slots, SlotIds(*self.ids[:, :, :end]))
 
     def update(self, layer: int, k_BMSH: Tensor, v_BMSH: Tensor) -> tuple[Tensor, Tensor]:

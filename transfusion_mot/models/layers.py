@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 class QKVProjection(nn.Module):
-    """Hidden states [B, S, D] => queries [B, S, N, H], keys and values [B, S, M, H]."""
+    """Queries, keys and values of a tower, in one matrix product; norms of queries and keys as an option."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, eps: float
@@ -31,12 +31,18 @@ class QKVProjection(nn.Module):
         super().__init__()
         self.heads = [num_heads, num_kv_heads, num_kv_heads]
         self.head_dim = head_dim
+        self.eps = eps
         self.linear = nn.Linear(hidden_size, sum(self.heads) * head_dim, bias=False)
         self.q_norm = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
 
-    def forward(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSNH, k_BSMH, v_BSMH = self.linear(hidden_BSD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Hidden states => projection [B, S, (N + 2M) * H]."""
+        return self.linear(hidden_BSD)
+
+    def split(self, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projection => normed queries [B, S, N, H], keys and values [B, S, M, H]."""
+        q_BSNH, k_BSMH, v_BSMH = projection.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         return self.q_norm(q_BSNH), self.k_norm(k_BSMH), v_BSMH
 
 

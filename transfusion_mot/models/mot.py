@@ -7,7 +7,9 @@ matter of layout: the mask and the rotary positions carry it.
 Norms stand before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
 """
 
+import importlib.util
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.adapters import UNET_GROUPS
 from transfusion_mot.models.attention import AttentionMask, KVCache, joint_attention
 from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotate
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # It comes with torch for CUDA only.
+if HAS_TRITON:
+    from transfusion_mot.models.kernels import join_heads
 
 Streams = dict[str, Tensor]
 SHARED = "shared"
@@ -66,19 +72,36 @@ class MoTBlock(nn.Module):
         layer: int = 0,
     ) -> Streams:
         """Streams => streams. With a cache, attention also reads what it holds of this layer."""
+        lengths = [hidden.shape[1] for hidden in streams.values()]
         projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
-        q_BSNH, k_BSMH, v_BSMH = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
-        q_BNSH, k_BMSH = rotate(q_BSNH, *rotary).transpose(1, 2), rotate(k_BSMH, *rotary).transpose(1, 2)
-        v_BMSH = v_BSMH.transpose(1, 2)
+        q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)
+        q_BNSH, k_BMSH, v_BMSH = q_BSNH.transpose(1, 2), k_BSMH.transpose(1, 2), v_BSMH.transpose(1, 2)
         if cache is not None:
             k_BMSH, v_BMSH = cache.update(layer, k_BMSH, v_BMSH)
         attended_BSA = joint_attention(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).flatten(2)
-        lengths = [hidden.shape[1] for hidden in streams.values()]
         result = {}
         for (tower, hidden), attended in zip(streams.items(), attended_BSA.split(lengths, dim=1), strict=True):
             hidden = hidden + self.output[tower](attended)
             result[tower] = hidden + self.ffn[tower](self.ffn_norm[tower](hidden))
         return result
+
+    def _joint_heads(
+        self, towers: list[str], projected: list[Tensor], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each tower's projection [B, slots, (N + 2M) * H] => normed and rotated q [B, S, N, H], k, v [B, S, M, H]."""
+        modules = cast(list[QKVProjection], [self.qkv[tower] for tower in towers])
+        if HAS_TRITON and projected[0].is_cuda and projected[0].dtype != torch.float64:
+            q_weights = [module.q_norm.weight for module in modules if isinstance(module.q_norm, RMSNorm)]
+            k_weights = [module.k_norm.weight for module in modules if isinstance(module.k_norm, RMSNorm)]
+            heads, kv_heads, _ = modules[0].heads
+            return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, modules[0].eps)
+        angles = zip(*(angle.split([part.shape[1] for part in projected], dim=1) for angle in rotary), strict=True)
+        parts = []
+        for module, projection, (cos, sin) in zip(modules, projected, angles, strict=True):
+            q_BSNH, k_BSMH, v_BSMH = module.split(projection)
+            parts.append((rotate(q_BSNH, cos, sin), rotate(k_BSMH, cos, sin), v_BSMH))
+        q_BSNH, k_BSMH, v_BSMH = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return q_BSNH, k_BSMH, v_BSMH
 
 
 def check_architecture(config: ModelConfig) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
+from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
 from transfusion_mot.models.attention import KVCache, SlotIds, training_mask
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
@@ -34,12 +35,14 @@ class TransfusionOutput(NamedTuple):
     """Predictions of both modalities.
 
     Attributes:
-        logits: [B, T, V], the next token at every text slot; None without text.
+        logits: [B, T, V], the next token at every text slot; None without text, or where `text_loss` is asked for.
         prediction: [B, K, C, Y, X], the network's side of the diffusion loss; None without images.
+        text_loss: [], cross-entropy in nats summed over labelled text slots; None without labels.
     """
 
     logits: Tensor | None
     prediction: Tensor | None
+    text_loss: Tensor | None
 
 
 class TransfusionMoT(ModelMixin, ConfigMixin):
@@ -100,6 +103,13 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             )
         return (model, info) if wants_info else model
 
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks in place, once for all of them; for CUDA devices.
+
+        Not the whole model: that takes 3 % off a step at 163M and two minutes more to start (benchmarks/README.md).
+        """
+        self.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
     def _initialise(self) -> None:
         std = 0.02
         nn.init.normal_(self.token_embedding.weight, std=std)
@@ -118,6 +128,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         order: Tensor,
         span_ids: Tensor,
         rope_positions: Tensor,
+        text_labels: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> TransfusionOutput:
         """Predict the next token of every text slot and the diffusion target of every image.
@@ -128,6 +139,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             timesteps: [B, K] in [0, 1], one per image.
             document_ids, order, span_ids: [B, S], see `SlotIds`; text slots first, then the patches of each image.
             rope_positions: [B, S] or [B, S, 3].
+            text_labels: [B, T], the next token or `IGNORE_INDEX`: gives `text_loss` in place of `logits`, which for a
+                large vocabulary would be most of the memory of a training step.
             cache: While sampling, what earlier calls left; new slots attend to it too.
         """
         config = self.architecture
@@ -140,7 +153,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             embedded["image"] = tokens.unflatten(0, noisy_latents.shape[:2]).flatten(1, 2)
         if config.image_attention == "causal":
             span_ids = torch.full_like(span_ids, -1)
-        slots = SlotIds(document_ids, order, span_ids)
+        slots = SlotIds.from_spans(document_ids, order, span_ids)
         mask = training_mask(slots) if cache is None else cache.mask(slots)
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
         # Under autocast the residual stream has its number format, not that of the embedding.
@@ -152,13 +165,17 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         for layer, block in enumerate(self.blocks):
             streams = block(streams, rotary, mask, cache, layer)
         hidden = self._from_streams(streams, embedded)
-        logits = self.text_head(hidden["text"]) if "text" in hidden else None
+        logits, text_loss = None, None
+        if "text" in hidden and text_labels is not None:
+            text_loss = text_loss_sum(hidden["text"], self.text_head.weight, text_labels)
+        elif "text" in hidden:
+            logits = self.text_head(hidden["text"])
         prediction = None
         if noisy_latents is not None:
             images = hidden["image"].unflatten(1, (noisy_latents.shape[1], -1)).flatten(0, 1)
             height, width = noisy_latents.shape[-2:]
             prediction = self.image_adapter.predict(images, kept, height, width).view(noisy_latents.shape)
-        return TransfusionOutput(logits, prediction)
+        return TransfusionOutput(logits, prediction, text_loss)
 
     def _to_streams(self, embedded: dict[str, Tensor]) -> Streams:
         """Join the modalities of each tower into its stream."""

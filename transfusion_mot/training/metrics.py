@@ -175,16 +175,21 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
     return shared + sum(p.numel() for name, p in model.named_parameters() if name.startswith(own) and p.ndim == 2)
 
 
-def flops_per_row(model: nn.Module, config: ModelConfig, batch: Batch) -> float:
+def flops_per_row(model: nn.Module, config: ModelConfig, batch: Batch, pairs: float | None = None) -> float:
     """FLOPs of forward and backward over one row (Chowdhery et al., arXiv 2204.02311, appendix B).
 
-    6 per parameter and slot, and 12 per layer, attention width and pair of slots that attend, counted in `batch`.
-    Convolutions of a U-Net adapter are not counted.
+    6 per parameter and slot, and 12 per layer, attention width and pair of slots that attend. Convolutions of a U-Net
+    adapter are not counted.
+
+    Args:
+        batch: One row or more.
+        pairs: Pairs of slots a row to count; those that attend in `batch` if None.
     """
     text_slots = batch.text_ids.shape[1]
     patches = batch.order.shape[1] - text_slots
-    slots = SlotIds(batch.document_ids, batch.order, batch.span_ids)
-    pairs = dense_mask(slots, slots).sum().item() / batch.order.shape[0]
+    if pairs is None:
+        slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids)
+        pairs = dense_mask(slots, slots).sum().item() / batch.order.shape[0]
     weights = 6 * (
         active_parameters(model, config, "text") * text_slots + active_parameters(model, config, "image") * patches
     )

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum, text_loss_sum
+from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum
 
 
 class StepResult(NamedTuple):
@@ -45,10 +45,10 @@ def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion) -> Tensor:
         order=batch.order,
         span_ids=batch.span_ids,
         rope_positions=batch.rope_positions,
+        text_labels=batch.text_labels,
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
-    text = text_loss_sum(output.logits, batch.text_labels)
-    return torch.stack([text, diffusion_loss_sum(output.prediction, target, batch.image_mask)])
+    return torch.stack([output.text_loss, diffusion_loss_sum(output.prediction, target, batch.image_mask)])
 
 
 def train_step(

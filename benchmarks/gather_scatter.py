@@ -1,0 +1,182 @@
+"""A contender for the training-step benchmark: Mixture-of-Transformers by gather and scatter, with the same weights.
+
+The tokens of a batch lie packed in reading order, and every operation with weights per modality takes out each
+modality's tokens by index and puts the results back into a new buffer. So do
+BAGEL (https://github.com/ByteDance-Seed/Bagel, `modeling/bagel/qwen2_navit.py`, the decoder layer of its MoT) and
+Mixture-of-Transformers (https://github.com/facebookresearch/Mixture-of-Transformers, `src`).
+
+As in BAGEL: one packed sequence [L, D] without a batch axis; index tensors made once per batch and used by all layers;
+in every layer a gather and a scatter for the first norm, for queries, keys and values (one buffer each), for the output
+projection and for norm and feed-forward together; residual additions on the packed sequence; one FlexAttention over all
+modalities.
+
+Unlike ours, it has no kernel of its own for the norm and rotation of queries and keys, as the originals have none.
+
+Kinder than the originals:
+
+| here | there |
+| --- | --- |
+| `compile_blocks` compiles each block, gathers and scatters included | BAGEL: attention and mask alone |
+| the backward of a gather can so become atomic additions | sorts the indices |
+| indices | Mixture-of-Transformers: boolean masks, at each of which the host waits for the device |
+| constant shapes, padding included: compiled once | BAGEL: lengths change with the batch |
+| buffers start uninitialised | BAGEL: filled with zeros |
+| query, key and value are one matrix product | three |
+| the norm of queries and keys in the same gather | BAGEL: a gather and a scatter each |
+| attention by rows [B, N, S, H], a view of the packed sequence | BAGEL: one row of L |
+| the mask has B x S x S entries, once for all heads | BAGEL: L x L, once for each head |
+| heads read the final norm's result of their modality | BAGEL: scattered once more, then gathered |
+| our text loss, which never holds all logits | BAGEL: all logits of labelled tokens |
+
+Shapes: B rows, S slots a row, L = B*S, T text slots, K images, P patches, N query heads, M key/value heads, H head
+width, D width.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.losses import text_loss_sum
+from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
+from transfusion_mot.models.layers import QKVProjection, rotary_angles, rotate
+from transfusion_mot.models.mot import MoTBlock
+from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
+
+Indexes = dict[str, Tensor]
+
+
+class ReadingOrder(NamedTuple):
+    """Where the slots of a batch stand when its rows are packed in reading order.
+
+    Attributes:
+        slots: [B, S], the slot of its row that each place of the packed row holds.
+        places: [B, S], the place in the packed sequence of L that each slot goes to.
+    """
+
+    slots: Tensor
+    places: Tensor
+
+
+def reading_order(document_ids: Tensor, order: Tensor) -> ReadingOrder:
+    """Sort the slots of each row by document and order, padding last; without waiting for the device."""
+    length = document_ids.shape[1]
+    # A row has at most S documents, and a document at most S slots.
+    documents = torch.where(document_ids < 0, length, document_ids)
+    slots = (documents * length + order).argsort(dim=1, stable=True)
+    starts = torch.arange(len(slots), device=slots.device)[:, None] * length
+    return ReadingOrder(slots, slots.argsort(dim=1) + starts)
+
+
+def scatter(values: list[Tensor], indexes: Indexes) -> Tensor:
+    """Values of each modality [its slots, ...] => packed [L, ...]."""
+    packed = values[0].new_empty(sum(map(len, values)), *values[0].shape[1:])
+    for index, value in zip(indexes.values(), values, strict=True):
+        packed[index] = value
+    return packed
+
+
+class GatherScatterBlock(nn.Module):
+    """The computation of a `MoTBlock`, on packed tokens.
+
+    Args:
+        block: Its weights.
+        towers: Modality to tower.
+    """
+
+    def __init__(self, block: MoTBlock, towers: dict[str, str]) -> None:
+        super().__init__()
+        self.block = block
+        self.towers = towers
+
+    def forward(
+        self, packed_LD: Tensor, indexes: Indexes, rotary: tuple[Tensor, Tensor], mask: AttentionMask
+    ) -> Tensor:
+        """Packed tokens => packed tokens; `rotary` and `mask` in reading order by rows [B, S]."""
+        block, towers = self.block, self.towers
+        normed_LD = scatter([block.attention_norm[towers[m]](packed_LD[i]) for m, i in indexes.items()], indexes)
+        qkv = {m: cast(QKVProjection, block.qkv[towers[m]]) for m in indexes}
+        projected = [qkv[m].split(qkv[m](normed_LD[i][None])) for m, i in indexes.items()]
+        rows = rotary[0].shape[:2]
+        q_BSNH, k_BSMH, v_BSMH = (
+            scatter([part[0] for part in parts], indexes).unflatten(0, rows) for parts in zip(*projected, strict=True)
+        )
+        q_BNSH, k_BMSH = rotate(q_BSNH, *rotary).transpose(1, 2), rotate(k_BSMH, *rotary).transpose(1, 2)
+        attended_LA = joint_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), mask).transpose(1, 2).flatten(2)
+        attended_LA = attended_LA.flatten(0, 1)
+        packed_LD = packed_LD + scatter([block.output[towers[m]](attended_LA[i]) for m, i in indexes.items()], indexes)
+        return packed_LD + scatter(
+            [block.ffn[towers[m]](block.ffn_norm[towers[m]](packed_LD[i])) for m, i in indexes.items()], indexes
+        )
+
+
+class GatherScatterMoT(nn.Module):
+    """A `TransfusionMoT` computed by gather and scatter; its parameters are that model's own.
+
+    Args:
+        model: The weights. Its towers need one width, since their tokens share a buffer.
+
+    Raises:
+        UserError: The towers differ in width.
+    """
+
+    def __init__(self, model: TransfusionMoT) -> None:
+        super().__init__()
+        widths = {name: tower.hidden_size for name, tower in model.architecture.towers.items()}
+        if len(set(widths.values())) > 1:
+            raise UserError(f"model.towers have hidden_size {widths}; gather and scatter need the same for all")
+        self.model = model
+        towers = model.architecture.modalities
+        self.blocks = nn.ModuleList(GatherScatterBlock(cast(MoTBlock, block), towers) for block in model.blocks)
+
+    def compile_blocks(self) -> None:
+        """Compile every block; they have the same code, so it is compiled once."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+    def forward(
+        self,
+        text_ids: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        document_ids: Tensor,
+        order: Tensor,
+        span_ids: Tensor,
+        rope_positions: Tensor,
+        text_labels: Tensor | None = None,
+    ) -> TransfusionOutput:
+        """As `TransfusionMoT.forward` in training: arguments of both modalities, and no cache."""
+        model = self.model
+        config = model.architecture
+        (rows, text_slots), images = text_ids.shape, noisy_latents.shape[1]
+        slots, places = reading_order(document_ids, order)
+        indexes = {"text": places[:, :text_slots].flatten(), "image": places[:, text_slots:].flatten()}
+        if config.image_attention == "causal":
+            span_ids = torch.full_like(span_ids, -1)
+        in_reading_order = (ids.gather(1, slots) for ids in (document_ids, order, span_ids))
+        mask = training_mask(SlotIds.from_spans(*in_reading_order))
+        positions = rope_positions[torch.arange(rows, device=slots.device)[:, None], slots]
+        rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
+
+        patches, kept = model.image_adapter.embed(noisy_latents.flatten(0, 1), timesteps.flatten())
+        embedded = [model.token_embedding(text_ids).flatten(0, 1), patches.flatten(0, 1)]
+        # Under autocast the residual stream has its number format, as in the model.
+        device_type = document_ids.device.type
+        if torch.is_autocast_enabled(device_type):
+            embedded = [tokens.to(torch.get_autocast_dtype(device_type)) for tokens in embedded]
+        packed_LD = scatter(embedded, indexes)
+        for block in self.blocks:
+            packed_LD = block(packed_LD, indexes, rotary, mask)
+
+        hidden = {m: model.final_norm[config.modalities[m]](packed_LD[i]) for m, i in indexes.items()}
+        text_hidden = hidden["text"].unflatten(0, (rows, text_slots))
+        logits, text_loss = None, None
+        if text_labels is None:
+            logits = model.text_head(text_hidden)
+        else:
+            text_loss = text_loss_sum(text_hidden, model.text_head.weight, text_labels)
+        height, width = noisy_latents.shape[-2:]
+        by_image = hidden["image"].unflatten(0, (rows * images, -1))
+        prediction = model.image_adapter.predict(by_image, kept, height, width).view(noisy_latents.shape)
+        return TransfusionOutput(logits, prediction, text_loss)

@@ -1,0 +1,51 @@
+"""Where the time of a step on a GPU goes: its kernels, by what they do."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# In the order in which they are tried; the first that a kernel's name holds a word of.
+CATEGORIES = {
+    "attention": ("flex_attention",),
+    "matrix products": ("gemm", "nvjet", "cutlass"),
+    "norm, rotation and joining of heads": ("join_heads",),
+    "cross-entropy": ("logsumexp",),
+    "SwiGLU": ("silu",),
+    "optimizer and clipping": ("multi_tensor_apply", "foreach"),
+    "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add"),
+    "casts and copies": ("copy", "memcpy", "memset"),
+}
+
+
+def profile_step(step: Callable[[], Any], repetitions: int = 2) -> dict[str, Any]:
+    """Run a step under the profiler => milliseconds a step by category and of the longest kernels, kernels a step."""
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        for _ in range(repetitions):
+            step()
+        torch.cuda.synchronize()
+    categories: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    launches = 0
+    for event in recorded.events():
+        # Ranges that people and the compiler marked stand on the device's timeline, too.
+        if event.device_type.name != "CUDA" or event.is_user_annotation:
+            continue
+        milliseconds = event.device_time / 1000 / repetitions
+        kernels[event.name] += milliseconds
+        categories[category(event.name)] += milliseconds
+        launches += 1
+    return {
+        "total": sum(categories.values()),
+        "kernels_per_step": launches / repetitions,
+        "categories": dict(categories.most_common()),
+        "longest": {name[:120]: milliseconds for name, milliseconds in kernels.most_common(40)},
+    }
+
+
+def category(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    name = kernel.lower()
+    return next((key for key, words in CATEGORIES.items() if any(word in name for word in words)), "other")

@@ -1,0 +1,338 @@
+"""Time of a training step, side by side: `python -m benchmarks.train_step --size 760m`.
+
+Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer.
+They take turns, so that a warmer chip or a busier host meets all of them; while one works, the others' weights and
+moments wait in host memory.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.optim import Optimizer
+
+from benchmarks.gather_scatter import GatherScatterMoT
+from benchmarks.profile import profile_step
+from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
+from transfusion_mot.config import OptimizerConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.models.attention import SlotIds, dense_mask
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.metrics import flops_per_row, peak_flops
+from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.step import train_step
+
+_logger = logging.getLogger(__name__)
+CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
+# Latent channels of the repository's autoencoder.
+CHANNELS = 4
+
+
+class Contender:
+    """A model with its optimizer, trained by the step function of `train.py`.
+
+    Args:
+        name: `mot`, `dense` or `gather_scatter`.
+        size: Of the model.
+        batches: Endless batches.
+        diffusion: The objective.
+        accelerator: Of the run.
+    """
+
+    def __init__(
+        self, name: str, size: Size, batches: Iterator[Batch], diffusion: Diffusion, accelerator: Accelerator
+    ) -> None:
+        torch.manual_seed(0)
+        self.name = name
+        self.batches = batches
+        self.diffusion = diffusion
+        self.accelerator = accelerator
+        self.config = size.model(dense=name == "dense")
+        # Drawing a billion weights on the host would take longer than all the steps.
+        with accelerator.device:
+            self.model = TransfusionMoT.from_config_section(size.vocab_size, CHANNELS, self.config)
+        self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
+        trained: nn.Module = self.model
+        on_gpu = accelerator.device.type == "cuda"
+        if name == "gather_scatter":
+            trained = GatherScatterMoT(self.model)
+            if on_gpu:
+                trained.compile_blocks()
+        elif on_gpu:
+            self.model.compile_blocks()
+        self.trained = accelerator.prepare_model(trained)
+
+    def step(self) -> Tensor:
+        """One optimizer step => summed losses [2]."""
+        batch = next(self.batches)
+        rows = batch.text_ids.shape[0]
+        weight, max_norm = 5.0, 1.0
+        result = train_step(
+            self.trained, batch, self.diffusion, self.optimizer, self.accelerator, rows, weight, max_norm
+        )
+        return result.loss_sums
+
+    def move(self, device: torch.device) -> None:
+        """Take parameters and moments to a device; compiled code finds them there when they are back."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(device)
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    state[key] = value.to(device)
+
+
+class Rival:
+    """The package transfusion-pytorch with documents of its own, as many as fit."""
+
+    def __init__(self, size: Size, device: torch.device, rows: int) -> None:
+        from benchmarks.transfusion_pytorch_rival import Shape, TransfusionPytorch
+
+        shape = Shape(
+            size.hidden_size,
+            size.num_layers,
+            size.num_heads,
+            size.head_dim,
+            size.intermediate_size,
+            size.vocab_size,
+        )
+        self.name = "transfusion_pytorch"
+        self.rival = TransfusionPytorch(shape, device, rows)
+        self.model = self.rival.model
+        if device.type == "cuda":
+            self.rival.compile()
+
+    def step(self) -> Tensor:
+        """One optimizer step => loss."""
+        return self.rival.step()
+
+    def move(self, device: torch.device) -> None:
+        """It trains alone: nothing has to make room for it."""
+
+
+def timed_steps(contender: Contender | Rival, count: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `count` steps, begun while the one before still computes."""
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        for _ in range(count):
+            contender.step()
+            times.append(time.perf_counter())
+        return [1000 * (after - before) for before, after in pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        contender.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
+
+
+def assert_equal(ours: Contender, rival: Contender, batch: Batch) -> float:
+    """With the same weights both compute the same logits and predictions for a row => largest relative difference.
+
+    Raises:
+        AssertionError: The difference is more than bfloat16 explains.
+    """
+    rival.model.load_state_dict(ours.model.state_dict())
+    row = batch.split(1)[0]
+    inputs = {
+        "text_ids": row.text_ids,
+        "noisy_latents": ours.diffusion.add_noise(row.latents, row.noise, row.timesteps),
+        "timesteps": row.timesteps,
+        "document_ids": row.document_ids,
+        "order": row.order,
+        "span_ids": row.span_ids,
+        "rope_positions": row.rope_positions,
+    }
+    with torch.no_grad(), ours.accelerator.autocast():
+        one, two = ours.model(**inputs), rival.trained(**inputs)
+    differences = [
+        ((a.float() - b.float()).norm() / a.float().norm()).item()
+        for a, b in ((one.logits, two.logits), (one.prediction, two.prediction))
+    ]
+    # Relative errors of bfloat16 are 2^-9; they add up over the layers.
+    assert max(differences) < 0.05, f"{ours.name} and {rival.name} differ by {differences} in logits and prediction"
+    return max(differences)
+
+
+def waits_for_device(contender: Contender | Rival) -> bool:
+    """Whether the host waits for the device inside of a step."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        contender.step()
+    except RuntimeError as error:
+        _logger.warning("%s: %s", contender.name, error)
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def block_pairs(batch: Batch, block: int = 128) -> float:
+    """Pairs of slots in the blocks of a row that FlexAttention cannot skip, mean over rows."""
+    total = 0
+    for row in batch.split(1):
+        slots = SlotIds.from_spans(row.document_ids, row.order, row.span_ids)
+        mask = dense_mask(slots, slots)[0]
+        pad = -len(mask) % block
+        tiles = nn.functional.pad(mask, (0, pad, 0, pad)).unflatten(1, (-1, block)).unflatten(0, (-1, block))
+        total += int(tiles.any(dim=3).any(dim=1).sum()) * block * block
+    return total / len(batch.text_ids)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="163m", help="model (default: %(default)s)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="batch (default: that of the size)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS[:3]))
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns in which they are taken (default: %(default)s)")
+    parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
+    parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    options = parser.parse_args(arguments)
+    size, layout = SIZES[options.size], LAYOUTS[options.layout or options.size]
+
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    device = accelerator.device
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
+    with tempfile.TemporaryDirectory() as folder:
+        loader = make_loader(layout, diffusion, accelerator, Path(folder), 10**6, options.workers)
+        batches = (batch for batch, _ in loader)
+        report = {
+            "command": "python -m benchmarks.train_step " + " ".join(arguments),
+            **surroundings(device),
+            "layout": vars(layout),
+            "processes": accelerator.num_processes,
+            "contenders": {},
+        }
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"train_step-{options.size}-{options.layout or options.size}-{accelerator.num_processes}x.json"
+        for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
+            if accelerator.is_main_process:
+                (options.output / name).write_text(json.dumps(report, indent=1))
+    accelerator.print(table(report))
+
+
+def compare(
+    options: argparse.Namespace,
+    size: Size,
+    layout: Layout,
+    batches: Iterator[Batch],
+    diffusion: Diffusion,
+    accelerator: Accelerator,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Build every contender, let them take turns => what is known of each, after every turn."""
+    device, host = accelerator.device, torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    results: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, Contender | Rival] = {}
+    sample = next(batches)
+    slots_per_step = layout.rows * layout.slots
+    for turn in range(options.rounds):
+        for name in options.contenders:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            if turn == 0:
+                begun = time.perf_counter()
+                if name == "transfusion_pytorch":
+                    contenders[name] = Rival(size, device, options.rival_rows)
+                else:
+                    contenders[name] = Contender(name, size, batches, diffusion, accelerator)
+            contender = contenders[name]
+            contender.move(device)
+            if turn == 0:
+                loss = contender.step()
+                if not bool(loss.isfinite().all()):
+                    raise SystemExit(f"{name}: the loss is not finite: {loss.tolist()}")
+                results[name] = {
+                    "first_step_seconds": time.perf_counter() - begun,
+                    "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
+                    "slots_per_step": slots_per_step
+                    if isinstance(contender, Contender)
+                    else contender.rival.tokens_per_step,
+                    "milliseconds": [],
+                }
+            result = results[name]
+            for _ in range(4 if turn == 0 else 2):
+                contender.step()
+            graphs = counters["stats"]["unique_graphs"]
+            result["milliseconds"] += timed_steps(contender, options.steps // options.rounds, device)
+            result["recompiles"] = result.get("recompiles", 0) + counters["stats"]["unique_graphs"] - graphs
+            if on_gpu:
+                result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                result["waits_for_device"] = waits_for_device(contender)
+            if turn == 0 and isinstance(contender, Contender) and (peak := peak_flops(device)) is not None:
+                config = contender.config
+                pairs = block_pairs(sample)
+                row_flops = flops_per_row(contender.model, config, sample.split(1)[0], pairs)
+                result |= {"flops_per_step": row_flops * layout.rows, "peak_flops": peak}
+            if turn == 0 and name == "mot" and options.profile:
+                result["profile"] = profile_step(contender.step)
+            if name == "gather_scatter" and turn == 0 and isinstance(ours := contenders.get("mot"), Contender):
+                ours.move(device)
+                assert isinstance(contender, Contender)
+                result["difference_to_mot"] = assert_equal(ours, contender, sample)
+                ours.move(host)
+            accelerator.print(f"{name}: {statistics.median(result['milliseconds']):.1f} ms", flush=True)
+            if len(options.contenders) > 1:
+                contender.move(host)
+                gc.collect()
+                if on_gpu:
+                    torch.cuda.empty_cache()
+            yield results
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What a number is worth nothing without: hardware, versions, commit, date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or None,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people, in Markdown."""
+    lines = [
+        "| contender | parameters | ms a step | to mot | tokens/s | MFU | peak GiB | first step | recompiles | waits |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    contenders = report["contenders"]
+    reference = statistics.median(contenders["mot"]["milliseconds"]) if "mot" in contenders else float("nan")
+    for name, result in contenders.items():
+        median = statistics.median(result["milliseconds"])
+        rate = result["slots_per_step"] * report["processes"] / median * 1000
+        mfu = result["flops_per_step"] / median * 1000 / result["peak_flops"] if "flops_per_step" in result else None
+        lines.append(
+            f"| {name} | {result['parameters'] / 1e6:.0f}M | {median:.1f} | {reference / median:.3f} | {rate:,.0f} "
+            f"| {f'{mfu:.3f}' if mfu else '-'} | {result.get('peak_gib', float('nan')):.1f} "
+            f"| {result['first_step_seconds']:.0f} s | {result['recompiles']} | {result.get('waits_for_device', '-')} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,115 @@
+"""What the benchmarks train on: real rows of emoji with their names and of English text, at a given shape."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from accelerate import Accelerator
+from PIL import Image
+
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.config import AutoencoderConfig, DataConfig, ModelConfig, SourceConfig, TowerConfig
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.data.loader import LaneLoader
+from transfusion_mot.data.mixture import open_sources
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.tokenizer import train_tokenizer
+from transfusion_mot.diffusion import Diffusion
+
+AUTOENCODER = Path(__file__).parent.parent / "checkpoints" / "vae-emoji"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model: the field names of `ModelConfig` and `TowerConfig`."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int = 32000
+
+    def model(self, dense: bool) -> ModelConfig:
+        """Two towers of this size, or one that both modalities share."""
+        tower = TowerConfig(self.hidden_size, self.intermediate_size)
+        towers = {"shared": tower} if dense else {"text": tower, "image": tower}
+        modalities = {"text": "shared", "image": "shared"} if dense else {"text": "text", "image": "image"}
+        return ModelConfig(
+            towers=towers,
+            modalities=modalities,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch on one device: rows of text slots and images."""
+
+    rows: int
+    text_slots: int
+    images: int
+    image_size: int = 128
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row; the autoencoder makes 4 x 4 pixels one latent, the model 2 x 2 latents one patch."""
+        return self.text_slots + self.images * (self.image_size // 8) ** 2
+
+
+# The Transfusion paper's sizes with heads of 128.
+SIZES = {
+    "tiny": Size(32, 2, 2, 16, 48, 512),
+    "163m": Size(768, 16, 6, 128, 2048),
+    "760m": Size(1536, 24, 12, 128, 4096),
+    "1.4b": Size(2048, 24, 16, 128, 5632),
+}
+LAYOUTS = {
+    "tiny": Layout(2, 64, 2, 32),
+    "163m": Layout(32, 1024, 4),
+    "760m": Layout(8, 2048, 8),
+    "1.4b": Layout(4, 2048, 8),
+    "short": Layout(128, 64, 1),
+    "images-10": Layout(8, 3840, 1),
+    "images-50": Layout(8, 2048, 8),
+    "images-90": Layout(8, 512, 14),
+}
+
+
+def make_loader(
+    layout: Layout, diffusion: Diffusion, accelerator: Accelerator, folder: Path, num_steps: int, num_workers: int
+) -> LaneLoader:
+    """Batches of `layout` on each device, through the tokenizer, latent cache, packer and workers of training."""
+    data = DataConfig(
+        sources=[SourceConfig("imagefolder", str(folder / "images")), SourceConfig("text", str(folder / "text.jsonl"))],
+        image_size=layout.image_size,
+        held_out_fraction=0.0,
+        text_slots=layout.text_slots,
+        images_per_row=layout.images,
+        cache_dir=str(folder / "cache"),
+    )
+    with accelerator.main_process_first():
+        if not (folder / "text.jsonl").exists():
+            write_sources(folder, layout.image_size)
+        autoencoder = Autoencoder.load(str(AUTOENCODER), accelerator.device)
+        sources = open_sources(data, autoencoder, AutoencoderConfig(), "train")
+    tokenizer = train_tokenizer(topics.values(), 512)
+    rows = layout.rows * accelerator.num_processes
+    packer = Packer(sources, tokenizer, data, "3d", 2, rows, 0, diffusion.timesteps_from_uniform)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    return LaneLoader(packer, rank, ranks, num_workers, None, 0, num_steps, accelerator.device)
+
+
+def write_sources(folder: Path, image_size: int, num_images: int = 64) -> None:
+    """A folder of emoji with their names, and the topics of Python's own help as texts."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for stem, caption in list(emoji_captions().items())[:num_images]:
+        Image.fromarray(render_emoji(stem, image_size)).save(images / f"{stem}.png")
+        lines.append(json.dumps({"file_name": f"{stem}.png", "text": caption}))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in topics.values()))

