@@ -1,7 +1,7 @@
 """Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`."""
 
-import hashlib
 import logging
+import math
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -17,7 +17,8 @@ from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import RunConfig, parse_config, save_config, to_dict
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import open_sources, training_texts
+from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
+from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
@@ -63,22 +64,26 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
     state_folder = find_state(run, config.resume)
-    set_seed(training.seed)
 
     diffusion = Diffusion(
         make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
         config.diffusion.timestep_distribution,
     )
 
-    # What is read: the main process makes the caches, the others then open them.
+    # What is read: the main process indexes it, the others then find the index; all encode the images together.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
-    check_image_size(config.data.image_size, autoencoder, config.model.patch_size)
+    for side in {config.data.image_size, *(side for size in config.data.buckets for side in size)}:
+        check_image_size(side, autoencoder, config.model.patch_size)
     with accelerator.main_process_first():
-        sources = open_sources(config.data, autoencoder, config.autoencoder, "train")
-        held_out = open_sources(config.data, autoencoder, config.autoencoder, "held_out")
-        tokenizer = open_tokenizer(config, run, state_folder, accelerator.is_main_process)
+        documents = open_documents(config.data, "train")
+        held_out_documents = open_documents(config.data, "held_out")
+        tokenizer = open_tokenizer(config, run, state_folder, documents, accelerator.is_main_process)
+    sources = with_latents(documents, config.data, autoencoder, config.autoencoder, accelerator)
+    held_out = with_latents(held_out_documents, config.data, autoencoder, config.autoencoder, accelerator)
+    encoder = OnlineEncoder(autoencoder, config.autoencoder.batch_size)
 
-    # What is trained.
+    # What is trained. The seed comes after the data: encoding, which a cache may spare, draws numbers.
+    set_seed(training.seed)
     bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
     bare_model.to(accelerator.device)
     ema = EMA(bare_model, training.ema_decay)
@@ -93,19 +98,18 @@ def main(arguments: list[str]) -> None:
         "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
         "training.seed": training.seed,
         # By what is in them, not where they lie: a run may move to another machine.
-        "list of data.sources": [
-            hashlib.sha256("\n".join(c.captions).encode()).hexdigest()[:16] for c in sources.images
-        ]
-        + [texts.fingerprint for texts in sources.texts],
+        "list of data.sources": sources.contents(),
+        "data.buckets": config.data.buckets,
+        "data.lookahead": config.data.lookahead,
     }
-    first_step, cursors, seen = 0, None, Counter[str]()
+    first_step, lanes, seen = 0, None, Counter[str]()
     if state_folder is not None:
         state = load_state(state_folder)
         refuse_other_run(state, made_of, config, state_folder)
         bare_model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         load_moments(optimizer, state["optimizer"])
-        first_step, cursors, seen = state["step"], state["cursors"], Counter(state["seen"])
+        first_step, lanes, seen = state["step"], state["lanes"], Counter(state["seen"])
         del state  # Else its copy of everything stays in memory for the whole run.
         if first_step >= training.num_steps:
             accelerator.print(f"{run} has done {first_step} steps; raise training.num_steps to go on with it")
@@ -130,13 +134,16 @@ def main(arguments: list[str]) -> None:
         accelerator.process_index,
         accelerator.num_processes,
         config.data.num_workers,
-        cursors,
+        lanes,
         first_step,
         training.num_steps,
         accelerator.device,
+        encoder,
     )
     microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
-    validation = Validation(held_out, tokenizer, config, diffusion, microbatch_rows) if held_out.images else None
+    validation = None
+    if held_out.num_image_documents():
+        validation = Validation(held_out, tokenizer, config, diffusion, encoder, microbatch_rows)
     pipeline = TransfusionPipeline(
         transformer=ema.model,
         vae=autoencoder.vae,
@@ -155,7 +162,7 @@ def main(arguments: list[str]) -> None:
         save_config(config, run / "config.yaml")
         if first_step:
             drop_later(run, first_step)
-    log = RunLog(accelerator, run, config, bare_model, first_step, seen)
+    log = RunLog(accelerator, run, config, bare_model, first_step, seen, sources)
     describe(accelerator, bare_model, packer)
 
     progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
@@ -187,13 +194,13 @@ def main(arguments: list[str]) -> None:
             if validates and validation is not None:
                 log.write_validation(done, validation.losses(ema.model, accelerator))
             if saves:
-                all_cursors = accelerator.gather(loader.cursors.to(accelerator.device)).cpu()
+                all_lanes = accelerator.gather(loader.states.to(accelerator.device)).cpu()
             if saves and accelerator.is_main_process:
                 # The snapshot first: a state whose snapshot is missing would never get one.
                 with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
                     pipeline.save_pretrained(folder)
                 parts = {name: part.state_dict() for name, part in stateful.items()}
-                rest = {"step": done, "cursors": all_cursors, "seen": dict(log.seen), "made_of": made_of}
+                rest = {"step": done, "lanes": all_lanes, "seen": dict(log.seen), "made_of": made_of}
                 save_state(run, done, parts | rest)
                 plot_losses(run / "metrics.jsonl", run / "loss.png")
             if samples and training.sample_prompts and accelerator.is_main_process:
@@ -203,6 +210,7 @@ def main(arguments: list[str]) -> None:
     progress.close()
     accelerator.end_training()
     accelerator.print(
+        f"{sources.report(log.seen)}\n"
         f"snapshot: {run / 'snapshots' / f'step-{training.num_steps:07d}'}\nloss plot: {run / 'loss.png'}"
     )
 
@@ -212,7 +220,9 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def open_tokenizer(config: RunConfig, run: Path, state: Path | None, is_main_process: bool) -> TextTokenizer:
+def open_tokenizer(
+    config: RunConfig, run: Path, state: Path | None, documents: list[Source], is_main_process: bool
+) -> TextTokenizer:
     """The tokenizer of the run that is gone on with, else the configured one, else a newly trained one.
 
     The main process saves it into the run folder; the others, which come later, find it there.
@@ -226,7 +236,7 @@ def open_tokenizer(config: RunConfig, run: Path, state: Path | None, is_main_pro
     elif config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
     else:
-        tokenizer = train_tokenizer(training_texts(config.data), config.tokenizer.vocab_size)
+        tokenizer = train_tokenizer(training_texts(documents), config.tokenizer.vocab_size)
     if kept is None or kept.resolve() != folder.resolve():
         tokenizer.save(folder)
     return tokenizer
@@ -241,7 +251,7 @@ def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: Run
     if "made_of" not in state:
         raise UserError(f"{folder} holds no training state of train.py; remove it, or give another output_dir")
     for part, now in made_of.items():
-        before = state["made_of"][part]
+        before = state["made_of"].get(part)
         if before != now:
             if isinstance(now, dict):
                 before, now = (
@@ -251,25 +261,23 @@ def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: Run
                 f"{folder} was trained with another {part}: {before}, and now it is {now}; "
                 "use the one it was trained with, or another output_dir"
             )
-    if len(state["cursors"]) != config.training.num_rows:
+    if len(state["lanes"]) != config.training.num_rows:
         raise UserError(
-            f"{folder} was trained with training.num_rows={len(state['cursors'])}, not {config.training.num_rows}; "
+            f"{folder} was trained with training.num_rows={len(state['lanes'])}, not {config.training.num_rows}; "
             "keep it (microbatch_rows and the number of processes may change)"
         )
 
 
 def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer) -> None:
     """Print what is about to be trained on what, and what of it was left out."""
-    sources = packer.sources
-    left_out = {cache.images.name: cache.skipped for cache in sources.images if cache.skipped}
-    left_out |= {texts.name: texts.skipped for texts in sources.texts if texts.skipped}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = sum(len(source) for source in sources.images)
-    texts = sum(len(source) for source in sources.texts)
-    row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {packer.patches} patches"
+    sizes = " or ".join(
+        str(math.prod(packer.patch_grid(bucket))) for bucket in range(len(packer.sources.latent_shapes))
+    )
+    row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {sizes} patches"
     accelerator.print(
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
-        f"data: {images} images with captions, {texts} texts{f', left out: {left_out}' if left_out else ''}\n"
+        f"{packer.sources}\n"
         f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}"
     )
 

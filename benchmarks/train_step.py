@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 from torch.optim import Optimizer
 
 from benchmarks.gather_scatter import GatherScatterMoT
-from benchmarks.profile import profile_step
+from benchmarks.kernel_profile import profile_step
 from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.data.batch import Batch

@@ -12,7 +12,7 @@ from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import AutoencoderConfig, DataConfig, ModelConfig, SourceConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import open_sources
+from transfusion_mot.data.mixture import open_documents, with_latents
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.diffusion import Diffusion
@@ -94,8 +94,9 @@ def make_loader(
     with accelerator.main_process_first():
         if not (folder / "text.jsonl").exists():
             write_sources(folder, layout.image_size)
-        autoencoder = Autoencoder.load(str(AUTOENCODER), accelerator.device)
-        sources = open_sources(data, autoencoder, AutoencoderConfig(), "train")
+        documents = open_documents(data, "train")
+    autoencoder = Autoencoder.load(str(AUTOENCODER), accelerator.device)
+    sources = with_latents(documents, data, autoencoder, AutoencoderConfig(), accelerator)
     tokenizer = train_tokenizer(topics.values(), 512)
     rows = layout.rows * accelerator.num_processes
     packer = Packer(sources, tokenizer, data, "3d", 2, rows, 0, diffusion.timesteps_from_uniform)

@@ -9,6 +9,7 @@ generated/, captions.jsonl, metrics.json and the table metrics.md; see docs/eval
 """
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -22,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.data.images import to_pil
-from transfusion_mot.data.mixture import open_sources
-from transfusion_mot.data.packing import Sources
+from transfusion_mot.data.images import to_pil, to_pixels
+from transfusion_mot.data.mixture import Sources, open_documents, with_latents
+from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.captioning import caption_metrics
@@ -47,28 +49,40 @@ def main() -> None:
     network = load_feature_network(arguments.features, device, arguments.inception_weights)
     clip = load_clip(arguments.clip, device) if arguments.clip is not None else None
     steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
-    sources = open_sources(config.data, pipeline.autoencoder, config.autoencoder, "held_out")
-    items = [(cache, item) for cache in sources.images for item in range(len(cache))][: arguments.num_images]
+    sources = with_latents(
+        open_documents(config.data, "held_out"), config.data, pipeline.autoencoder, config.autoencoder
+    )
+    documents = [(sources.sources[pool.source].documents, pool) for pool in sources.pools]
+    items = [
+        (images, pool.item(position))
+        for images, pool in documents
+        if isinstance(images, CaptionedImages)
+        for position in range(pool.length)
+    ][: arguments.num_images]
     if len(items) < 2:
         raise UserError(
             f"{len(items)} images are held out, and 2 are needed; data.held_out_fraction says how many there are"
         )
     output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
 
-    captions = [cache.captions[item] for cache, item in items]
-    real = [Image.fromarray(cache.images.image(cache.indices[item])) for cache, item in items]
+    references = [images.captions(item) for images, item in items]
+    captions = [first for first, *_ in references]
+    real = [Image.fromarray(images.image(item)) for images, item in items]
     reconstructed: list[Image.Image] = []
     generated: list[Image.Image] = []
     candidates: list[str] = []
     with tqdm(total=len(items), desc="painting and captioning", unit="image") as bar:
         for start in range(0, len(items), arguments.batch_size):
             batch = slice(start, start + arguments.batch_size)
-            latents = np.stack([cache.mean[item] for cache, item in items[batch]]).astype(np.float32)
-            reconstructed += to_pil(pipeline.autoencoder.decode(torch.from_numpy(latents).to(device)))
-            generators = [torch.Generator().manual_seed(arguments.seed + start + i) for i in range(len(latents))]
+            # Of one bucket at a time; those of one stand together.
+            for _, same_size in itertools.groupby(real[batch], key=lambda image: image.size):
+                pixels = to_pixels(np.stack([np.asarray(image) for image in same_size])).to(device)
+                latents, _ = pipeline.autoencoder.encode(pixels)
+                reconstructed += to_pil(pipeline.autoencoder.decode(latents))
+            generators = [torch.Generator().manual_seed(arguments.seed + start + i) for i in range(len(real[batch]))]
             generated += pipeline(captions[batch], steps, scale, generator=generators).images
             candidates += pipeline.caption(real[batch])
-            bar.update(len(latents))
+            bar.update(len(real[batch]))
     for name, images in (("real", real), ("reconstructed", reconstructed), ("generated", generated)):
         save_images(images, captions, output / name)
     lines = [{"file_name": f"{index:05d}.png", "caption": caption} for index, caption in enumerate(candidates)]
@@ -85,8 +99,9 @@ def main() -> None:
     if clip is not None:
         metrics += with_protocol(clip_scores(generated, captions, clip), "generated", sampled)
         metrics += with_protocol(clip_scores(real, captions, clip), "real", {})
-    decoded = {"images": len(items), "references": "1 an image", "decoding": "greedy"}
-    scores = caption_metrics(candidates, [[caption] for caption in captions])
+    most = max(map(len, references))
+    decoded = {"images": len(items), "references": f"{'up to ' * (most > 1)}{most} an image", "decoding": "greedy"}
+    scores = caption_metrics(candidates, references)
     metrics += [Metric(name, value, decoded) for name, value in scores.items()]
     metrics += held_out_losses(pipeline, sources, config)
     save_metrics(metrics, output / "metrics.json", sys.argv)
@@ -139,7 +154,8 @@ def with_protocol(metrics: list[Metric], images: str, protocol: dict[str, Any]) 
 def held_out_losses(pipeline: TransfusionPipeline, sources: Sources, config: RunConfig) -> list[Metric]:
     """Text loss in nats per token, diffusion loss as squared error per element."""
     diffusion = Diffusion(pipeline.scheduler, config.diffusion.timestep_distribution)
-    validation = Validation(sources, pipeline.text_tokenizer, config, diffusion, rows_at_once=8)
+    encoder = OnlineEncoder(pipeline.autoencoder, config.autoencoder.batch_size)
+    validation = Validation(sources, pipeline.text_tokenizer, config, diffusion, encoder, rows_at_once=8)
     # One process, in float32: what the sampler computes with.
     losses = validation.losses(
         pipeline.transformer, Accelerator(mixed_precision="no", cpu=pipeline.device.type == "cpu")

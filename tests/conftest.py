@@ -22,7 +22,8 @@ from diffusers import AutoencoderKL
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import DataConfig, ModelConfig, SourceConfig, TowerConfig
 from transfusion_mot.data.images import to_pixels
-from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.mixture import Source, Sources
+from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
 
@@ -139,36 +140,93 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> None:
             parameter.copy_(scale * drawn + (parameter.ndim == 1))
 
 
-@dataclass
 class ArrayImages:
-    """Captioned images as latents in memory."""
+    """Captioned images whose latents lie in memory: what a source holds, and its latent cache.
 
-    captions: list[str]
-    mean: np.ndarray
-    std: np.ndarray
+    A caption of several lines is several captions.
+    """
+
+    def __init__(
+        self,
+        captions: list[str],
+        mean: np.ndarray,
+        std: np.ndarray,
+        buckets: list[int] | None = None,
+        name: str = "images",
+    ) -> None:
+        self.name, self.fingerprint, self.skipped = name, "", {}
+        self.captions_fingerprint = "|".join(captions)
+        self.buckets = np.array(buckets or [0] * len(captions), dtype=np.int16)
+        self.readable = np.ones(len(captions), dtype=np.bool_)
+        self.all_captions, self.mean, self.std = captions, mean, std
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.all_captions)
+
+    def captions(self, index: int) -> list[str]:
+        return self.all_captions[index].split("\n")
+
+    def image(self, index: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def posterior(self, index: int, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        step = -1 if flipped else 1
+        return self.mean[index][..., ::step], self.std[index][..., ::step]
 
 
-def numbered_images(captions: list[str], first: int = 0, side: int = 4) -> ArrayImages:
+def numbered_images(
+    captions: list[str], first: int = 0, side: int = 4, weight: float = 1.0, buckets: list[int] | None = None
+) -> Source:
     """Image i of the source has latents that are all i + `first`, and no spread."""
     values = np.arange(first, first + len(captions), dtype=np.float16)
     mean = np.broadcast_to(values[:, None, None, None], (len(captions), CHANNELS, side, side))
-    return ArrayImages(captions, mean, np.zeros_like(mean))
+    images = ArrayImages(captions, mean, np.zeros_like(mean), buckets, name=f"images from {first}")
+    return Source(images, weight, images)
 
 
-@dataclass
 class ListTexts:
     """Texts in memory."""
 
-    texts: list[str]
+    def __init__(self, texts: list[str], name: str = "texts") -> None:
+        self.name, self.fingerprint, self.skipped = name, "|".join(texts), {}
+        self.texts = texts
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def text(self, index: int) -> str:
         return self.texts[index]
+
+
+class ListDocuments:
+    """Interleaved documents in memory; numbers are images of `images`."""
+
+    def __init__(self, documents: list[list[str | int]], images: ArrayImages) -> None:
+        self.name, self.fingerprint, self.skipped = "documents", str(documents), {}
+        self.documents, self.images = documents, images
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def segments(self, index: int) -> list[str | int]:
+        return self.documents[index]
+
+
+def texts_of(texts: list[str], weight: float = 1.0) -> Source:
+    """A source of texts."""
+    return Source(ListTexts(texts), weight)
+
+
+def documents_of(documents: list[list[str | int]], weight: float = 1.0, side: int = 4) -> Source:
+    """A source of interleaved documents, whose image i has latents that are all i."""
+    count = 1 + max((item for document in documents for item in document if isinstance(item, int)), default=0)
+    images = numbered_images([""] * count, side=side).images
+    return Source(ListDocuments(documents, images), weight, images)
+
+
+def sources_of(*sources: Source, side: int = 4) -> Sources:
+    """Sources of square latents."""
+    return Sources(list(sources), [(CHANNELS, side, side)])
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +264,7 @@ def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> P
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -10
     data = DataConfig(image_size=32, cache_dir=str(emoji_cache))
-    images = load_captioned_images(SourceConfig("openmoji"), data, "train")
+    images = open_source(SourceConfig("openmoji"), data, "train")
     pixels = to_pixels(np.stack([images.image(index) for index in range(0, len(images), len(images) // 64)]))
     raw = Autoencoder(vae).encode(pixels)[0] / vae.config.scaling_factor
     set_normalisation(vae, raw.mean(dim=(0, 2, 3)).tolist(), raw.std(dim=(0, 2, 3)).tolist())

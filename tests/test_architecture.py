@@ -25,6 +25,7 @@ LAYERS = [
     ["models"],
     ["diffusion", "losses", "autoencoder"],
     ["config"],
+    ["config_checks"],
     ["errors", ""],
 ]
 

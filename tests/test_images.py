@@ -1,13 +1,20 @@
 """Pictures of every mode and condition => arrays of one size, and back."""
 
+import io
+import math
+import struct
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, features
 
-from transfusion_mot.data.images import grid, load_image, to_pil, to_pixels
+from transfusion_mot.data.images import displayed_size, grid, load_image, nearest_buckets, to_pil, to_pixels
 from transfusion_mot.errors import UserError
 
 RED, BLUE = (220, 20, 60), (30, 60, 200)
@@ -115,6 +122,89 @@ def test_extreme_proportions_cost_no_memory():
     assert load_image(Image.new("L", (1, 20000), 7), 64).mean() == 7
 
 
+def test_sixteen_bit_colour_is_brought_to_eight(tmp_path):
+    """Pillow cannot write it: a PNG by hand, of one row."""
+    values = np.linspace(0, 65535, 48).astype(">u2").reshape(16, 3)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 16, 1, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes())) + chunk(b"IEND", b"")
+    loaded = load_image(b"\x89PNG\r\n\x1a\n" + content, (1, 16))
+    assert np.abs(loaded[0] - values / 257).max() < 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (20, 40), (60, 30)])
+def test_fits_against_their_definitions(height, width):
+    """A picture of 120 x 60 with a flat border of 10, brought to sizes of other proportions."""
+    picture = Image.new("RGB", (120, 60), RED)
+    picture.paste(BLUE, (10, 10, 110, 50))
+    lanczos = Image.Resampling.LANCZOS
+    stretched = load_image(picture, (height, width), "stretch")
+    np.testing.assert_array_equal(stretched, np.asarray(picture.resize((width, height), lanczos)))
+
+    # The largest centred piece in the wanted proportions.
+    scale = min(120 / width, 60 / height)
+    box = (60 - scale * width / 2, 30 - scale * height / 2, 60 + scale * width / 2, 30 + scale * height / 2)
+    cropped = load_image(picture, (height, width), "crop")
+    np.testing.assert_allclose(cropped, np.asarray(picture.resize((width, height), lanczos, box=box)), atol=1)
+
+    # The whole picture in the middle of white.
+    scale = min(width / 120, height / 60)
+    inner = (round(120 * scale), round(60 * scale))
+    expected = Image.new("RGB", (width, height), "white")
+    expected.paste(picture.resize(inner, lanczos), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    padded = load_image(picture, (height, width), "pad")
+    np.testing.assert_array_equal(padded, np.asarray(expected))
+    assert {array.shape for array in (stretched, cropped, padded)} == {(height, width, 3)}
+
+
+def test_the_content_of_a_file_is_as_good_as_its_path(tmp_path):
+    halves().save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    np.testing.assert_array_equal(load_image(content, 16), load_image(tmp_path / "a.jpg", 16))
+    with pytest.raises(UserError, match=r"shard\.tar:a\.jpg"):
+        load_image(content[:300], 16, name="shard.tar:a.jpg")
+
+
+def test_large_jpegs_are_decoded_small_without_a_visible_difference():
+    """Against the whole picture, decoded at its full size; and a picture in memory is left as it is."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    whole = Image.open(io.BytesIO(buffer.getvalue()))
+    expected = load_image(whole, 64).astype(int)
+    assert whole.size == (1600, 1200)
+    difference = np.abs(load_image(buffer.getvalue(), 64) - expected)
+    assert 0 < difference.max() <= 6
+
+
+def test_displayed_size_is_that_of_the_decoded_picture(tmp_path):
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        for extension in ("jpg", "png", "webp"):
+            path = tmp_path / f"{orientation}.{extension}"
+            Image.new("RGB", (30, 20)).save(path, exif=exif)
+            assert displayed_size(path) == ((30, 20) if orientation >= 5 else (20, 30)), path
+    assert displayed_size(Image.new("L", (7, 9))) == (9, 7)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes()[:20])
+    with pytest.raises(UserError, match=r"cut\.png"):
+        displayed_size(tmp_path / "cut.png")
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20),
+    buckets=st.lists(st.tuples(st.integers(8, 512), st.integers(8, 512)), min_size=1, max_size=8),
+)
+def test_nearest_bucket_against_every_bucket(sizes, buckets):
+    found = nearest_buckets(np.array(sizes), buckets)
+    for (height, width), index in zip(sizes, found, strict=True):
+        distances = [abs(math.log(height / width * w / h)) for h, w in buckets]
+        assert distances[index] <= min(distances) + 1e-9
+
+
 def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):
     halves(width=200, height=200).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
@@ -134,6 +224,27 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UserError, match=r"whole\.png.*(limit|decompression bomb)"):
             load_image(tmp_path / "whole.png", 16)
+
+
+@pytest.mark.parametrize("mode", ["JPEG RGB", "JPEG CMYK", "PNG RGBA", "PNG P", "WEBP RGB", "AVIF RGB"])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(mode, data):
+    format_name, mode = mode.split()
+    if format_name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "described"
+    buffer = io.BytesIO()
+    halves(width=24, height=20).convert(mode).save(buffer, format_name, exif=exif)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    with suppress(UserError):
+        assert load_image(bytes(content), 16).shape == (16, 16, 3)
+    with suppress(UserError):
+        assert min(displayed_size(bytes(content))) >= 1
 
 
 def test_pixels_and_back_is_the_identity():

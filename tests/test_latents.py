@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import pickle
+import re
+import time
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.latents import cached_latents
-from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
+
+NUM_IMAGES = 7
 
 
 def build_autoencoder(seed=0):
@@ -31,26 +36,40 @@ def build_autoencoder(seed=0):
     return Autoencoder(vae)
 
 
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "images"
+def write_images(folder, sizes):
     folder.mkdir()
     generator = np.random.default_rng(0)
     entries = []
-    for number in range(7):
-        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    for number, (height, width) in enumerate(sizes):
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
         entries.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(entries))
-    return open_images(folder)
 
 
-def open_images(folder, **data):
-    data = DataConfig(**({"image_size": 16, "held_out_fraction": 0.0} | data))
-    return load_captioned_images(SourceConfig(kind="imagefolder", path=str(folder)), data, "train")
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "images", [(16, 16)] * NUM_IMAGES)
+    return tmp_path / "images"
 
 
-def latent_folders(cache_dir):
-    return sorted(path.name for path in cache_dir.iterdir())
+def config(folder, **changes):
+    settings = {"image_size": 16, "held_out_fraction": 0.0, "num_workers": 0, "cache_dir": str(folder.parent / "cache")}
+    return DataConfig(**(settings | changes))
+
+
+def open_images(folder, data):
+    return open_source(SourceConfig(kind="imagefolder", path=str(folder)), data, "train")
+
+
+def encode(folder, autoencoder=None, batch_size=4, **changes):
+    """The cache of the folder, in shards of three images."""
+    data = config(folder, **changes)
+    return cached_latents(open_images(folder, data), autoencoder or build_autoencoder(), data, batch_size, None, 3)
+
+
+def cache_folders(folder):
+    return sorted((folder.parent / "cache").glob("latents-*"))
 
 
 class CountingAutoencoder(Autoencoder):
@@ -63,93 +82,157 @@ class CountingAutoencoder(Autoencoder):
         return super().encode(pixels)
 
 
-def test_cache_holds_the_posterior_of_every_image(images, tmp_path):
+def assert_posterior(cache, index, pixels, autoencoder, flipped=False):
+    expected = autoencoder.encode(pixels[None])
+    for part, whole in zip(cache.posterior(index, flipped), expected, strict=True):
+        assert part.dtype == np.float16
+        np.testing.assert_allclose(part, whole[0], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_cache_holds_the_posterior_of_every_image(folder, num_workers, batch_size):
     autoencoder = build_autoencoder()
-    cache = cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=3)
-    assert len(cache) == 7
-    assert cache.captions == images.captions
-    assert isinstance(cache.mean, np.memmap)
-    assert (cache.mean.dtype, cache.mean.shape, cache.std.shape) == (np.float16, (7, 4, 8, 8), (7, 4, 8, 8))
-    for index in range(7):
-        mean, std = autoencoder.encode(to_pixels(images.image(index))[None])
-        np.testing.assert_allclose(cache.mean[index], mean[0], atol=2e-3, rtol=2e-3)
-        np.testing.assert_allclose(cache.std[index], std[0], atol=2e-3, rtol=2e-3)
+    cache = encode(folder, autoencoder, batch_size, num_workers=num_workers)
+    assert cache.readable.tolist() == [True] * NUM_IMAGES
+    assert cache.latent_shapes == [(4, 8, 8)]
+    assert cache.num_encoded == NUM_IMAGES
+    for index in range(NUM_IMAGES):
+        assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
+    # Two numbers of two bytes for each latent; the rest is headers.
+    files = sum(path.stat().st_size for path in cache.folder.rglob("0*/*"))
+    assert cache.num_bytes == files
+    assert 0 < files - NUM_IMAGES * 2 * 2 * 4 * 8 * 8 < 500
 
 
-def test_second_call_encodes_nothing(images, tmp_path):
+class ImagesOfBuckets:
+    """Drawn images, number i of the size of bucket `buckets[i]`."""
+
+    name, fingerprint, skipped = "drawn", "0", {}
+
+    def __init__(self, sizes, buckets):
+        self.sizes, self.buckets = sizes, np.array(buckets, dtype=np.int16)
+
+    def __len__(self):
+        return len(self.buckets)
+
+    def image(self, index):
+        if index == 3:
+            raise UserError("drawing 3 is torn")
+        size = self.sizes[self.buckets[index]]
+        return np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("buckets", [[0, 1, 0, 2, 0, 1, 1, 2], [2, 2, 2, 0, 1, 0, 1, 1, 2], [0] * 4, [2] * 3])
+def test_every_bucket_and_the_mirror_images(tmp_path, buckets):
+    sizes = [[16, 16], [8, 16], [16, 8]]
+    images = ImagesOfBuckets(sizes, buckets)
+    data = config(tmp_path / "images", buckets=sizes, random_flip=True)
+    autoencoder = build_autoencoder()
+    cache = cached_latents(images, autoencoder, data, 2, None, 3)
+    assert cache.latent_shapes == [(4, 8, 8), (4, 4, 8), (4, 8, 4)]
+    assert cache.readable.tolist() == [index != 3 for index in range(len(buckets))]
+    for index in np.flatnonzero(cache.readable):
+        pixels = to_pixels(images.image(index))
+        assert_posterior(cache, index, pixels, autoencoder)
+        assert_posterior(cache, index, pixels.flip(-1), autoencoder, flipped=True)
+        assert not np.array_equal(cache.posterior(index)[0], cache.posterior(index, flipped=True)[0])
+
+
+def test_second_call_encodes_nothing(folder):
     autoencoder = CountingAutoencoder(build_autoencoder().vae)
-    first = cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=4)
-    assert autoencoder.num_encoded == 7
-    second = cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=2)
-    assert autoencoder.num_encoded == 7
-    np.testing.assert_array_equal(first.mean, second.mean)
-    assert len(latent_folders(tmp_path / "cache")) == 1
+    first = encode(folder, autoencoder)
+    assert autoencoder.num_encoded == NUM_IMAGES
+    second = encode(folder, autoencoder, batch_size=2)
+    assert (autoencoder.num_encoded, second.num_encoded) == (NUM_IMAGES, 0)
+    np.testing.assert_array_equal(first.posterior(5), second.posterior(5))
+    assert len(cache_folders(folder)) == 1
 
 
-def test_another_autoencoder_or_another_image_is_encoded_again(images, tmp_path):
-    cache_dir = tmp_path / "cache"
-    first = cached_latents(images, build_autoencoder(), str(cache_dir), batch_size=4)
-    other_weights = cached_latents(images, build_autoencoder(seed=1), str(cache_dir), batch_size=4)
-    assert not np.allclose(first.mean, other_weights.mean)
+def test_latents_that_do_not_fit_are_made_again_or_refused_by_name(folder, caplog):
+    caplog.set_level(logging.INFO)
+    first, other = build_autoencoder(), build_autoencoder(seed=1)
+    original = encode(folder, first)
 
-    other_normalisation = build_autoencoder().vae
-    set_normalisation(other_normalisation, [0.0] * 4, [1.0] * 4)
-    cached_latents(images, Autoencoder(other_normalisation), str(cache_dir), batch_size=4)
-    assert len(latent_folders(cache_dir)) == 3
+    def encoded_because():
+        return next(message for message in caplog.messages if "encoding 3 of 3 shards" in message)
 
-    Image.new("RGB", (18, 18), "red").save(images.paths[2])
-    folder = tmp_path / "images"
-    edited = cached_latents(open_images(folder), build_autoencoder(), str(cache_dir), batch_size=4)
-    np.testing.assert_array_equal(edited.mean[[0, 1, 3]], first.mean[[0, 1, 3]])
-    assert not np.allclose(edited.mean[2], first.mean[2])
-    smaller = cached_latents(open_images(folder, image_size=8), build_autoencoder(), str(cache_dir), batch_size=4)
-    assert smaller.mean.shape == (7, 4, 4, 4)
-    assert len(latent_folders(cache_dir)) == 5
+    hashes = rf"autoencoder \({first.fingerprint}, and now it is {other.fingerprint}\)"
+    with pytest.raises(
+        UserError, match=rf"'{re.escape(str(folder))}' in .*were made with another {hashes}.*data.cache"
+    ):
+        encode(folder, other, latents="prepared")
+    assert len(cache_folders(folder)) == 1
+    caplog.clear()
+    assert not np.allclose(encode(folder, other).posterior(0)[0], original.posterior(0)[0])
+    assert re.search(hashes, encoded_because())
+
+    for change, words in (
+        ({"image_size": 8}, r"another image sizes \(\[\[16, 16\]\], and now it is \[\[8, 8\]\]\)"),
+        ({"image_fit": "stretch"}, r"another image_fit \(crop, and now it is stretch\)"),
+        ({"random_flip": True}, r"another random_flip \(False, and now it is True\)"),
+    ):
+        with pytest.raises(UserError, match=f"made with {words};"):
+            encode(folder, first, latents="prepared", **change)
+        caplog.clear()
+        encode(folder, first, **change)
+        assert re.search(words, encoded_because())
+
+    Image.new("RGB", (18, 18), "red").save(folder / "2.png")
+    with pytest.raises(UserError, match=rf"made with another images \({original.images.fingerprint}"):
+        encode(folder, first, latents="prepared")
+    edited = encode(folder, first)
+    np.testing.assert_array_equal(edited.posterior(3), original.posterior(3))
+    assert not np.allclose(edited.posterior(2)[0], original.posterior(2)[0])
+    assert encode(folder, first, latents="prepared").num_encoded == 0
 
 
-def test_other_captions_need_no_encoding(images, tmp_path):
-    autoencoder = CountingAutoencoder(build_autoencoder().vae)
-    cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=4)
-    metadata = tmp_path / "images" / "metadata.jsonl"
+def test_prepared_without_any_latents_says_what_to_do(folder):
+    with pytest.raises(UserError, match=r"has no latents of .*python -m transfusion_mot\.data\.cache"):
+        encode(folder, latents="prepared")
+
+
+def test_other_captions_need_no_encoding(folder):
+    encode(folder)
+    metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("picture", "drawing"))
-    cache = cached_latents(open_images(tmp_path / "images"), autoencoder, str(tmp_path / "cache"), batch_size=4)
-    assert autoencoder.num_encoded == 7
-    assert cache.captions[3] == "drawing 3"
+    cache = encode(folder)
+    assert cache.num_encoded == 0
+    assert cache.images.captions(3) == ["drawing 3"]
 
 
-def test_corrupt_images_are_counted_and_the_rest_stays_aligned(images, tmp_path, caplog):
-    (tmp_path / "images" / "0.png").write_bytes(b"")
-    (tmp_path / "images" / "4.png").write_bytes(b"no picture")
-    (tmp_path / "images" / "5.png").unlink()
-    images = open_images(tmp_path / "images")
+def test_corrupt_images_are_counted_and_the_rest_stays_aligned(folder, caplog):
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "4.png").write_bytes(b"no picture")
+    (folder / "5.png").unlink()
     autoencoder = build_autoencoder()
     with caplog.at_level(logging.WARNING):
+        open_images(folder, config(folder))
         caplog.clear()
-        cache = cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=2)
-    assert cache.captions == [f"picture {number}" for number in (1, 2, 3, 6)]
+        cache = encode(folder, autoencoder, 2)
+    captions = [cache.images.captions(index)[0] for index in range(len(cache.images))]
+    assert captions == [f"picture {number}" for number in (0, 1, 2, 3, 4, 6)]
+    assert cache.readable.tolist() == [False, True, True, True, False, True]
     assert cache.skipped == {"missing file": 1, "unreadable image": 2}
-    assert len(cache.mean) == 4
-    for index, caption in enumerate(cache.captions):
-        mean, _ = autoencoder.encode(to_pixels(images.image(images.captions.index(caption)))[None])
-        np.testing.assert_allclose(cache.mean[index], mean[0], atol=2e-3, rtol=2e-3)
-    (message,) = caplog.messages
+    for index in np.flatnonzero(cache.readable):
+        assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
+    (message,) = (message for message in caplog.messages if "unreadable" in message)
     assert "skipped 2 of 6" in message
     assert "0.png" in message
     assert "4.png" in message
-    again = cached_latents(images, autoencoder, str(tmp_path / "cache"), batch_size=1)
-    assert again.skipped == cache.skipped
-    assert len(caplog.messages) == 1, "told once"
+    assert encode(folder, autoencoder).skipped == cache.skipped
+    assert sum("unreadable" in message for message in caplog.messages) == 1, "told once"
 
 
-def test_no_usable_image_is_refused(images, tmp_path):
-    for path in images.paths:
-        open(path, "wb").close()
-    with pytest.raises(UserError, match=r"none of the 7 images.*7 unreadable image.*0\.png"):
-        cached_latents(images, build_autoencoder(), str(tmp_path / "cache"), batch_size=4)
-    assert latent_folders(tmp_path / "cache") == []
+def test_no_usable_image_is_refused(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the 7 images.*0\.png"):
+            encode(folder)
 
 
-class InterruptedImages:
+class EventfulImages:
     """The given images, with something happening at image number 5."""
 
     def __init__(self, images, event):
@@ -165,39 +248,85 @@ class InterruptedImages:
         return self.images.image(index)
 
 
-def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(images, tmp_path):
+def test_an_interrupted_run_goes_on_with_the_shards_that_are_whole(folder):
     def interrupt():
         raise KeyboardInterrupt
 
-    cache_dir = tmp_path / "cache"
+    data, autoencoder = config(folder), CountingAutoencoder(build_autoencoder().vae)
+    images = open_images(folder, data)
     with pytest.raises(KeyboardInterrupt):
-        cached_latents(InterruptedImages(images, interrupt), build_autoencoder(), str(cache_dir), batch_size=2)
-    assert latent_folders(cache_dir) == []
+        cached_latents(EventfulImages(images, interrupt), autoencoder, data, 2, None, 3)
+    (unfinished,) = cache_folders(folder)
+    assert [path.name for path in unfinished.iterdir()] == ["000000"]
+    with pytest.raises(UserError, match="has 1 of the 3 shards of latents"):
+        encode(folder, autoencoder, latents="prepared")
 
-    # Killed without a chance to clean up: the unfinished folder is still there.
-    whole = cached_latents(images, build_autoencoder(), str(tmp_path / "other"), batch_size=2)
-    unfinished = cache_dir / f"{whole.folder.name}.partial-1234"
-    unfinished.mkdir()
-    (unfinished / "mean.npy").write_bytes(b"half")
-    cache = cached_latents(images, build_autoencoder(), str(cache_dir), batch_size=2)
-    np.testing.assert_array_equal(cache.mean, whole.mean)
-
-
-def test_two_processes_at_once_end_with_the_same_files(images, tmp_path):
-    cache_dir = tmp_path / "cache"
-
-    def be_overtaken():
-        cached_latents(images, build_autoencoder(), str(cache_dir), batch_size=7)
-
-    cache = cached_latents(InterruptedImages(images, be_overtaken), build_autoencoder(), str(cache_dir), batch_size=2)
-    assert latent_folders(cache_dir) == [cache.folder.name]
-    assert len(cache) == 7
+    # Killed without a chance to clean up: what was half written is still there.
+    (unfinished / "000001.partial-1234").mkdir()
+    (unfinished / "000001.partial-1234" / "0.npy").write_bytes(b"half")
+    (unfinished / "readable.npy.partial-1234").write_bytes(b"half")
+    autoencoder.num_encoded = 0
+    cache = encode(folder, autoencoder)
+    assert (autoencoder.num_encoded, cache.num_encoded) == (4, 4)
+    for index in range(NUM_IMAGES):
+        assert_posterior(cache, index, to_pixels(images.image(index)), autoencoder)
+    names = {path.name for path in unfinished.iterdir()}
+    assert names == {"000000", "000001", "000002", "index.json", "readable.npy"}
 
 
-def test_a_worker_receives_the_path_and_not_the_latents(images, tmp_path):
-    cache = cached_latents(images, build_autoencoder(), str(tmp_path / "cache"), batch_size=4)
-    pickled = pickle.dumps(cache)
-    assert len(pickled) < cache.mean.nbytes
-    received = pickle.loads(pickled)
-    np.testing.assert_array_equal(received.std, cache.std)
-    assert received.captions == cache.captions
+def test_what_a_dead_run_left_goes_but_not_what_a_living_one_writes(folder):
+    def look():
+        assert not old.exists()
+        assert new.exists()
+
+    data = config(folder)
+    images = open_images(folder, data)
+    cache_folder = encode(folder).folder
+    (cache_folder / "index.json").unlink()
+    (cache_folder / "000001" / "0.npy").unlink()
+    (cache_folder / "000001" / "unreadable.json").unlink()
+    (cache_folder / "000001").rmdir()
+    old, new = (cache_folder / f"000001.partial-{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.mkdir()
+    two_hours_ago = time.time() - 7200
+    os.utime(old, (two_hours_ago, two_hours_ago))
+    cached_latents(EventfulImages(images, look), build_autoencoder(), data, 2, None, 3)
+    assert not new.exists(), "once all shards are there, nothing is being written"
+
+
+def test_two_runs_at_once_end_with_the_same_files(folder):
+    data = config(folder)
+    images = open_images(folder, data)
+    overtaking = EventfulImages(images, lambda: encode(folder, batch_size=7))
+    cache = cached_latents(overtaking, build_autoencoder(), data, 2, None, 3)
+    assert cache_folders(folder) == [cache.folder]
+    assert not list(cache.folder.glob("*.partial-*"))
+    assert cache.readable.all()
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    data = config(tmp_path / "images")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot make the folder .*set data\.cache_dir"):
+        cached_latents(ImagesOfBuckets([[16, 16]], [0, 0]), build_autoencoder(), data, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fast_encoding_on_a_gpu_is_close_to_exact(compiled):
+    autoencoder = Autoencoder(build_autoencoder().vae.to("cuda"))
+    pixels = torch.rand(5, 3, 32, 32, device="cuda") * 2 - 1
+    for fast, exact in zip(autoencoder.encode_fast(pixels, 2, compiled), autoencoder.encode(pixels), strict=True):
+        assert fast.dtype == torch.float32
+        torch.testing.assert_close(fast, exact, atol=0.05, rtol=0.05)
+        assert not torch.equal(fast, exact), "computed in bfloat16"
+
+
+def test_a_worker_receives_the_path_and_not_the_latents(folder):
+    cache = encode(folder)
+    cache.posterior(0)
+    received = pickle.loads(pickle.dumps(cache))
+    assert len(pickle.dumps(cache)) < cache.num_bytes / 2
+    np.testing.assert_array_equal(received.posterior(6), cache.posterior(6))

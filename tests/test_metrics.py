@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DENSE, tiny_config, tiny_model
+from conftest import DENSE, numbered_images, sources_of, texts_of, tiny_config, tiny_model
 from test_losses import SPEC, make_batch
 
 from transfusion_mot.config import RunConfig
@@ -20,7 +20,9 @@ def make_log(accelerator, run: Path, first_step: int = 0, seen: dict[str, int] |
     config.training.tracker = None
     config.training.num_rows = 8
     config.training.diffusion_loss_weight = 2.0
-    return RunLog(accelerator, run, config, tiny_model(config.model), first_step, seen or {})
+    sources = sources_of(numbered_images(["a"] * 4), texts_of(["b"] * 10))
+    sources.sources[1].documents.skipped = {"empty text": 2}
+    return RunLog(accelerator, run, config, tiny_model(config.model), first_step, seen or {}, sources)
 
 
 def result(text: float, tokens: float, image: float, elements: float, norm: float = 1.0) -> StepResult:
@@ -58,6 +60,23 @@ def test_loss_that_is_not_finite_stops_and_names_the_steps(accelerator, tmp_path
     with pytest.raises(FloatingPointError, match=r"between steps 41 and 45"):
         log.write(45, 0.1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [], "every line is JSON that any reader takes"
+
+
+def test_sources_are_counted_apart(accelerator, tmp_path: Path) -> None:
+    log = make_log(accelerator, tmp_path, seen={"sources/texts/taken": 5, "sources/texts/documents": 4})
+    log.add(
+        result(1.0, 1.0, 1.0, 1.0),
+        make_batch(),
+        Counter({"sources/texts/taken": 10, "sources/images from 0/images": 3, "sources/images from 0/taken": 3}),
+    )
+    log.write(1, 0.1)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["sources/images from 0/images_seen"] == 3
+    assert line["sources/images from 0/epochs"] == 3 / 4
+    assert (line["sources/texts/taken_seen"], line["sources/texts/documents_seen"]) == (15, 4)
+    assert line["sources/texts/epochs"] == 1.5
+    assert line["sources/texts/unreadable_images_seen"] == 0
+    assert line["sources/texts/left_out/empty text"] == 2
 
 
 def test_batch_without_labels_has_a_loss_of_zero(accelerator, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CHANNELS, ListTexts, numbered_images
+from conftest import CHANNELS, ArrayImages, numbered_images, sources_of, texts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.packing import Packer, Sources
+from transfusion_mot.data.mixture import Source, counter
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 
@@ -29,18 +30,16 @@ def make_packer(
     seed: int = 0,
     **data,
 ) -> Packer:
-    sources = Sources(
-        [numbered_images(captions)], [1.0], [ListTexts(list(texts))] if texts else [], [1.0] if texts else []
-    )
+    sources = sources_of(numbered_images(captions), *([texts_of(list(texts))] if texts else []))
     config = DataConfig(text_slots=text_slots, images_per_row=images_per_row, **data)
     return Packer(sources, tokenizer, config, rope, 2, lanes, seed, lambda uniform: uniform)
 
 
 def rows_of_lane(packer: Packer, lane: int, steps: int) -> list[tuple[Batch, Counter]]:
-    cursors, result = packer.initial_cursors(), []
+    state, result = packer.initial_state()[None], []
     for step in range(steps):
-        batch, cursors, counts = packer.row(lane, step, cursors)
-        result.append((batch, counts))
+        rows, state, counts = packer.rows([lane], step, state)
+        result.append((rows.batch, counts))
     return result
 
 
@@ -176,7 +175,7 @@ def test_every_document_is_read_once_per_epoch(
 ) -> None:
     captions = [chr(97 + i) * length for i, length in enumerate(caption_lengths)]
     texts = [chr(65 + i) * length for i, length in enumerate(text_lengths)]
-    packer = make_packer(byte_tokenizer, captions, texts, text_slots, images_per_row, lanes, rope, seed)
+    packer = make_packer(byte_tokenizer, captions, texts, text_slots, images_per_row, lanes, rope, seed, lookahead=1)
     # A row takes at least one image.
     steps = 2 * -(-len(captions) // lanes)
     lanes_read = [check_lane(packer, byte_tokenizer, lane, steps, captions, texts) for lane in range(lanes)]
@@ -210,11 +209,11 @@ def test_epochs_and_seeds_have_their_own_order(byte_tokenizer) -> None:
 
 
 def test_sources_are_mixed_by_weight_and_each_is_read_in_whole_epochs(byte_tokenizer) -> None:
-    sources = Sources(
-        [numbered_images(["aa"] * 10), numbered_images(["bb"] * 5, first=100)],
-        [3.0, 1.0],
-        [ListTexts([str(i) * 6 for i in range(4)]), ListTexts(["x" * 9, "y" * 9])],
-        [1.0, 2.0],
+    sources = sources_of(
+        numbered_images(["aa"] * 10, weight=3.0),
+        texts_of([str(i) * 6 for i in range(4)]),
+        numbered_images(["bb"] * 5, first=100),
+        texts_of(["x" * 9, "y" * 9], weight=2.0),
     )
     packer = Packer(sources, byte_tokenizer, DataConfig(text_slots=40, images_per_row=2), "3d", 2, 1, 0, lambda u: u)
     indices, chars = [], Counter()
@@ -237,17 +236,16 @@ def test_sources_are_mixed_by_weight_and_each_is_read_in_whole_epochs(byte_token
 def test_weights_hold_for_documents_of_any_length(byte_tokenizer) -> None:
     """A long caption that waits for room is not passed over for a short one of another source."""
     short, long = ["x" * 4] * 50, ["y" * 70] * 50
-    first, second = (make_packer(byte_tokenizer, captions).sources.images[0] for captions in (short, long))
     config = DataConfig(text_slots=88, images_per_row=8)
-    packer = Packer(Sources([first, second], [1.0, 1.0]), byte_tokenizer, config, "1d", 2, 1, 0, lambda u: u)
-    cursors = packer.initial_cursors()
-    for step in range(1000):
-        _, cursors, _ = packer.row(0, step, cursors)
-    taken = cursors[:, 0]
-    assert taken[0] / taken.sum() == pytest.approx(0.5, abs=4.5 * (0.25 / taken.sum()) ** 0.5)
+    sources = sources_of(numbered_images(short), numbered_images(long, first=50))
+    packer = Packer(sources, byte_tokenizer, config, "1d", 2, 1, 0, lambda u: u)
+    counts = sum((counts for _, counts in rows_of_lane(packer, 0, 1000)), Counter())
+    placed = [counts[counter(name, "documents")] for name in sources.names]
+    assert placed[0] / sum(placed) == pytest.approx(0.5, abs=4.5 * (0.25 / sum(placed)) ** 0.5)
+    assert all(placed[i] <= counts[counter(sources.names[i], "taken")] <= placed[i] + 16 for i in range(2))
 
 
-def test_rows_depend_on_seed_lane_step_and_cursors_alone(byte_tokenizer) -> None:
+def test_rows_depend_on_seed_lane_step_and_state_alone(byte_tokenizer) -> None:
     def packer(seed: int = 0) -> Packer:
         return make_packer(byte_tokenizer, ["one", "three", "x"], ["some text"], lanes=4, seed=seed)
 
@@ -257,27 +255,28 @@ def test_rows_depend_on_seed_lane_step_and_cursors_alone(byte_tokenizer) -> None
         rows_of_lane(other, lane, 7)
     for (one, _), (two, _) in zip(first, rows_of_lane(other, 2, 5), strict=True):
         assert all(torch.equal(value, getattr(two, name)) for name, value in vars(one).items())
-    cursors = packer().initial_cursors()
-    noises = [packer(seed).row(lane, step, cursors)[0].noise for seed in (0, 1) for lane in (0, 1) for step in (0, 1)]
+    state = packer().initial_state()[None]
+    noises = [
+        packer(seed).rows([lane], step, state)[0].batch.noise for seed in (0, 1) for lane in (0, 1) for step in (0, 1)
+    ]
     for i, one in enumerate(noises):
         assert all(not torch.equal(one, two) for two in noises[:i])
 
 
-def test_cursors_given_are_not_changed(byte_tokenizer) -> None:
+def test_states_given_are_not_changed(byte_tokenizer) -> None:
     packer = make_packer(byte_tokenizer, ["one"], ["text"])
-    cursors = packer.initial_cursors()
-    _, after, _ = packer.row(0, 0, cursors)
-    assert (cursors == 0).all()
-    assert (after != 0).any()
+    states = np.tile(packer.initial_state(), (2, 1))
+    before = states.copy()
+    _, after, _ = packer.rows([0, 1], 0, states)
+    assert (states == before).all()
+    assert (after != before).any(axis=1).all()
 
 
 def shares(packer: Packer, tokenizer: TextTokenizer, rows: int) -> tuple[int, float, float, list[float], list[float]]:
     """=> (images, share of captions in front, share of those dropped, timesteps of each order)."""
     first = dropped = total = 0
     timesteps: tuple[list[float], list[float]] = ([], [])
-    cursors = packer.initial_cursors()
-    for step in range(rows):
-        batch, cursors, _ = packer.row(0, step, cursors)
+    for batch, _ in rows_of_lane(packer, 0, rows):
         for document in read_row(batch, packer.config.text_slots):
             spans = [span for _, span, _ in document]
             where = next(i for i, span in enumerate(spans) if span is not None)
@@ -326,10 +325,11 @@ def test_truncation_is_counted_once_for_each_caption_cut(byte_tokenizer) -> None
 
 
 def test_noise_and_posterior_are_standard_normal_and_independent(byte_tokenizer) -> None:
-    images = numbered_images(["a"] * 8)
-    images.mean = np.full((8, CHANNELS, 4, 4), 3.0, dtype=np.float16)
-    images.std = np.full((8, CHANNELS, 4, 4), 0.5, dtype=np.float16)
-    packer = Packer(Sources([images], [1.0]), byte_tokenizer, DataConfig(text_slots=40), "3d", 2, 1, 0, lambda u: u)
+    mean, std = (np.full((8, CHANNELS, 4, 4), value, dtype=np.float16) for value in (3.0, 0.5))
+    images = ArrayImages(["a"] * 8, mean, std)
+    packer = Packer(
+        sources_of(Source(images, 1.0, images)), byte_tokenizer, DataConfig(text_slots=40), "3d", 2, 1, 0, lambda u: u
+    )
     rows = [batch for batch, _ in rows_of_lane(packer, 0, 200)]
     noise = torch.cat([batch.noise for batch in rows]).flatten()
     spread = (torch.cat([batch.latents for batch in rows]).flatten() - 3) / 0.5

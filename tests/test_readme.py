@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.sources.open import open_source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,12 +53,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("configs", "evaluate", "checkpoints", "train.py", "sample.py"):
         (folder / name).symlink_to(ROOT / name)
     data = DataConfig(image_size=64, cache_dir=str(folder / "emoji"))
-    emoji = load_captioned_images(SourceConfig("openmoji"), data, "train")
+    emoji = open_source(SourceConfig("openmoji"), data, "train")
     (folder / "my-images").mkdir()
     lines = []
     for index in range(0, 240, 10):
         Image.fromarray(emoji.image(index)).save(folder / "my-images" / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": emoji.captions[index]}) + "\n")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": emoji.captions(index)[0]}) + "\n")
     (folder / "my-images" / "metadata.jsonl").write_text("".join(lines))
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "one.txt").write_text("A lighthouse at dusk.\n\nThe sea is calm.\n\nA ship goes by.\n")

@@ -7,18 +7,19 @@ import random
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from source_files import SIZE, all_captions, open_with
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
-from transfusion_mot.data.sources import load_captioned_images, load_text_documents, split_of
+from transfusion_mot.data.sources.base import split_of
+from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
-
-SIZE = 16
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,13 @@ def write_metadata(folder, entries):
 
 
 def open_folder(folder, split="train", **data):
-    source = SourceConfig(kind="imagefolder", path=str(folder))
-    return load_captioned_images(source, DataConfig(**({"image_size": SIZE, "held_out_fraction": 0.2} | data)), split)
+    data = {"held_out_fraction": 0.2} | data
+    return open_with({"kind": "imagefolder", "path": folder}, folder.parent / f"{folder.name}-cache", split, **data)
+
+
+def captions_of(images):
+    """The one caption of every image."""
+    return [caption for (caption,) in all_captions(images)]
 
 
 # --- emoji ---------------------------------------------------------------------------------------------------------
@@ -76,10 +82,10 @@ def test_emoji_are_drawn_on_white_and_in_colour():
 
 def test_emoji_split_shares_nothing_and_loses_nothing(cache_dir):
     data = DataConfig(image_size=SIZE, cache_dir=cache_dir)
-    train = load_captioned_images(SourceConfig(), data, "train")
-    held_out = load_captioned_images(SourceConfig(), data, "held_out")
-    assert not set(train.captions) & set(held_out.captions)
-    assert set(train.captions) | set(held_out.captions) == set(emoji_captions().values())
+    train = open_source(SourceConfig(), data, "train")
+    held_out = open_source(SourceConfig(), data, "held_out")
+    assert not set(captions_of(train)) & set(captions_of(held_out))
+    assert set(captions_of(train)) | set(captions_of(held_out)) == set(emoji_captions().values())
     assert 0.03 < len(held_out) / len(emoji_captions()) < 0.07
     assert train.fingerprint != held_out.fingerprint
 
@@ -87,20 +93,20 @@ def test_emoji_split_shares_nothing_and_loses_nothing(cache_dir):
     for images in (train, held_out):
         for index in (0, len(images) // 2, len(images) - 1):
             np.testing.assert_array_equal(
-                images.image(index), render_emoji(stem_of[images.captions[index]], SIZE), images.captions[index]
+                images.image(index), render_emoji(stem_of[images.captions(index)[0]], SIZE), images.captions(index)[0]
             )
 
 
 def test_emoji_are_drawn_once(cache_dir):
     first = rendered_emoji(SIZE, cache_dir)
     assert isinstance(first, np.memmap)
-    (file,) = Path(cache_dir).iterdir()
+    (file,) = Path(cache_dir).glob("*.npy")
     before = file.stat()
     again = rendered_emoji(SIZE, cache_dir)
     np.testing.assert_array_equal(first, again)
     after = file.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert len(list(file.parent.iterdir())) == 1, "nothing is left beside it"
+    assert not list(file.parent.glob("*.partial*")), "nothing is left beside it"
 
 
 # --- image folders -------------------------------------------------------------------------------------------------
@@ -115,20 +121,20 @@ def test_image_folder_gives_images_with_their_captions(tmp_path):
             image = images.image(index)
             number = int(image[0, 0, 0])
             assert image.shape == (SIZE, SIZE, 3)
-            assert images.captions[index] == f"picture {number}"
+            assert images.captions(index)[0] == f"picture {number}"
             numbers.add(number)
     assert numbers == set(range(60))
 
 
 def test_split_does_not_depend_on_order_or_on_other_items(tmp_path):
     entries = image_folder(tmp_path)
-    held_out = set(open_folder(tmp_path, "held_out").captions)
+    held_out = set(captions_of(open_folder(tmp_path, "held_out")))
     assert 0 < len(held_out) < 30
     random.Random(1).shuffle(entries)
     kept = entries[:40]
     write_metadata(tmp_path, kept)
-    assert set(open_folder(tmp_path, "held_out").captions) == held_out & {entry["text"] for entry in kept}
-    assert set(open_folder(tmp_path, "held_out", split_seed=1).captions) != held_out & {e["text"] for e in kept}
+    assert set(captions_of(open_folder(tmp_path, "held_out"))) == held_out & {entry["text"] for entry in kept}
+    assert set(captions_of(open_folder(tmp_path, "held_out", split_seed=1))) != held_out & {e["text"] for e in kept}
 
 
 def test_a_caption_is_never_on_both_sides(tmp_path):
@@ -136,7 +142,7 @@ def test_a_caption_is_never_on_both_sides(tmp_path):
     write_metadata(tmp_path, [entry | {"text": f"kind {number % 7}"} for number, entry in enumerate(entries)])
     train, held_out = open_folder(tmp_path), open_folder(tmp_path, "held_out")
     assert len(train) + len(held_out) == 60
-    assert not set(train.captions) & set(held_out.captions)
+    assert not set(captions_of(train)) & set(captions_of(held_out))
 
 
 @given(st.text(), st.integers(0, 5), st.floats(0, 1))
@@ -173,7 +179,7 @@ def test_caption_field_and_unicode(tmp_path):
         '{"file_name": "1.png", "text": "half \\ud83d"}',
     ]
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert open_folder(tmp_path, held_out_fraction=0.0).captions == ["ein Äpfelchen 🍎", "half ?"]
+    assert captions_of(open_folder(tmp_path, held_out_fraction=0.0)) == ["ein Äpfelchen 🍎", "half ?"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="needs 'path'"):
-        load_captioned_images(SourceConfig(kind="imagefolder"), DataConfig(), "train")
+        open_source(SourceConfig(kind="imagefolder"), DataConfig(), "train")
     with pytest.raises(UserError, match="is not a folder"):
         open_folder(tmp_path / "missing")
     with pytest.raises(UserError, match=r"no metadata\.jsonl"):
@@ -206,8 +212,6 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"no image to train on.*missing file"):
         open_folder(tmp_path, held_out_fraction=0.0)
     assert len(open_folder(tmp_path, "held_out", held_out_fraction=0.0)) == 0
-    with pytest.raises(UserError, match="holds no images"):
-        load_captioned_images(SourceConfig(kind="text", path="x"), DataConfig(), "train")
 
 
 def test_a_corrupt_image_is_told_when_it_is_read(tmp_path):
@@ -237,8 +241,7 @@ def test_fingerprint_follows_what_decides_the_pixels(tmp_path):
 
 
 def open_text(path, split="train", **data):
-    source = SourceConfig(kind="text", path=str(path))
-    return load_text_documents(source, DataConfig(**({"held_out_fraction": 0.0} | data)), split)
+    return open_with({"kind": "text", "path": path}, path.parent / f"{path.name}-cache", split, **data)
 
 
 def all_texts(documents):
@@ -285,10 +288,39 @@ def test_a_folder_of_texts_and_its_split(tmp_path):
     assert open_text(tmp_path).fingerprint == documents.fingerprint
 
 
+def write_texts(folder, texts):
+    """The same texts as a parquet file and as a data set => the configurations of both."""
+    dataset = datasets.Dataset.from_dict({"content": texts, "split": ["train"] * (len(texts) - 1) + ["dev"]})
+    dataset.to_parquet(folder / "texts.parquet")
+    dataset.save_to_disk(folder / "saved")
+    return [{"kind": "text", "path": folder / "texts.parquet"}, {"kind": "datasets", "path": folder / "saved"}]
+
+
+def test_texts_of_tables(tmp_path):
+    texts = [f"line {number} äöü 🦑" for number in range(1500)]
+    texts[3], texts[1200] = "", None
+    for source in write_texts(tmp_path, texts):
+        with pytest.raises(UserError, match=r"needs a field 'text'; it has \['content', 'split'\]"):
+            open_with(source, tmp_path / "cache")
+        source["text_column"] = "content"
+        documents = open_with(source, tmp_path / "cache")
+        assert all_texts(documents) == [text for text in texts[:-1] if text]
+        assert documents.skipped == {"empty text": 2}
+        assert all_texts(open_with(source, tmp_path / "cache", "held_out")) == texts[-1:]
+        assert all_texts(pickle.loads(pickle.dumps(documents))) == all_texts(documents)
+
+
+def test_a_damaged_table_of_texts_is_refused(tmp_path):
+    source = write_texts(tmp_path, ["a", "b"])[0]
+    source["path"].write_bytes(source["path"].read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"texts\.parquet' is not a whole parquet file"):
+        open_with(source, tmp_path / "cache")
+
+
 def test_texts_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="is not a file or folder"):
         open_text(tmp_path / "missing.txt")
-    with pytest.raises(UserError, match=r"\.txt or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.txt, \.jsonl or \.parquet"):
         open_text(tmp_path)
     (tmp_path / "latin.txt").write_bytes("gut\n\nÄpfel".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt:3: not UTF-8"):
@@ -297,7 +329,5 @@ def test_texts_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="no document to train on"):
         open_text(tmp_path)
     (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"\.txt or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.txt, \.jsonl or \.parquet"):
         open_text(tmp_path / "table.csv")
-    with pytest.raises(UserError, match="not a source of text"):
-        load_text_documents(SourceConfig(), DataConfig(), "train")

@@ -20,7 +20,7 @@ from PIL import Image
 
 import train
 from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data.sources import load_captioned_images
+from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -41,13 +41,11 @@ def on_the_cpu(monkeypatch) -> None:
 def picture_folder(tmp_path_factory, emoji_cache) -> Path:
     """Forty real emoji as an image folder."""
     folder = tmp_path_factory.mktemp("pictures")
-    images = load_captioned_images(
-        SourceConfig("openmoji"), DataConfig(image_size=32, cache_dir=str(emoji_cache)), "train"
-    )
+    images = open_source(SourceConfig("openmoji"), DataConfig(image_size=32, cache_dir=str(emoji_cache)), "train")
     lines = []
     for number, index in enumerate(range(0, len(images), len(images) // 40)):
         Image.fromarray(images.image(index)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": images.captions[index]}))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": images.captions(index)[0]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     (folder / "texts.txt").write_text("\n\n".join(f"a paragraph about the number {n}, and no image" for n in range(40)))
     return folder
@@ -328,7 +326,8 @@ def test_both_losses_fall_on_real_emoji(arguments, tmp_path, emoji_cache) -> Non
     )
     tokenizer = load_tokenizer(str(tmp_path / "run" / "tokenizer"))
     data = DataConfig(image_size=32, held_out_fraction=0.05, cache_dir=str(emoji_cache))
-    captions = load_captioned_images(SourceConfig("openmoji"), data, "train").captions
+    images = open_source(SourceConfig("openmoji"), data, "train")
+    captions = [images.captions(index)[0] for index in range(len(images))]
     tokens = Counter(token for caption in captions for token in [*tokenizer.encode(caption), tokenizer.eos_id])
     total = sum(tokens.values())
     frequencies_alone = -sum(count / total * math.log(count / total) for count in tokens.values())
@@ -430,7 +429,7 @@ def other_vae(tmp_path: Path, random_vae: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("other", ["never", "model", "rows", "autoencoder", "sources", "path"])
+@pytest.mark.parametrize("other", ["never", "model", "rows", "autoencoder", "sources", "lookahead", "path"])
 def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     arguments, tmp_path, capfd, picture_folder, random_vae, other: str
 ) -> None:
@@ -443,6 +442,7 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
         "rows": ({"training": {"num_rows": 8}}, ["num_rows=4", "8"]),
         "autoencoder": ({"autoencoder": {"path": other_vae(tmp_path, random_vae)}}, ["another autoencoder"]),
         "sources": ({"data": {"sources": [{"kind": "imagefolder", "path": str(picture_folder)}]}}, ["sources"]),
+        "lookahead": ({"data": {"lookahead": 3}}, ["data.lookahead", "16", "3"]),
         "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
     }[other]
     if other not in ("never", "path"):

@@ -1,16 +1,18 @@
 """Held-out losses against losses computed document by document."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHANNELS, ArrayImages, ListTexts, tiny_config, tiny_model
+from conftest import CHANNELS, ArrayImages, documents_of, sources_of, texts_of, tiny_config, tiny_model
 
 from transfusion_mot.config import DataConfig, RunConfig, TrainingConfig
-from transfusion_mot.data.packing import Sources
+from transfusion_mot.data.mixture import Source, Sources
+from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.training.validation import TIMESTEPS, Validation
@@ -23,20 +25,27 @@ def held_out(texts: list[str] | None = None) -> Sources:
     generator = np.random.default_rng(0)
     mean = generator.standard_normal((len(CAPTIONS), CHANNELS, 4, 4)).astype(np.float16)
     images = ArrayImages(CAPTIONS, mean, np.zeros_like(mean))
-    return Sources([images], [1.0], [] if texts is None else [ListTexts(texts)], [] if texts is None else [1.0])
+    return sources_of(Source(images, 1.0, images), *([] if texts is None else [texts_of(texts)]))
 
 
 def make_validation(
-    tokenizer: TextTokenizer, sources: Sources, documents: int = 8, images_per_row: int = 2, microbatch: int | None = 3
+    tokenizer: TextTokenizer,
+    sources: Sources,
+    documents: int = 8,
+    images_per_row: int = 2,
+    microbatch: int | None = 3,
+    text_slots: int = TEXT_SLOTS,
 ) -> tuple[Validation, torch.nn.Module]:
     config = RunConfig(
-        data=DataConfig(text_slots=TEXT_SLOTS, images_per_row=images_per_row),
+        data=DataConfig(text_slots=text_slots, images_per_row=images_per_row),
         model=tiny_config(),
         training=TrainingConfig(num_validation_documents=documents, microbatch_rows=microbatch),
     )
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     model = tiny_model(config.model, vocab_size=tokenizer.vocab_size, dtype=torch.float32)
-    return Validation(sources, tokenizer, config, diffusion, microbatch or 16), model
+    # The latents are there: nothing is left to encode.
+    encoder = OnlineEncoder(None, 1)
+    return Validation(sources, tokenizer, config, diffusion, encoder, microbatch or 16), model
 
 
 @torch.no_grad()
@@ -44,7 +53,7 @@ def naive_text_loss(model, tokenizer: TextTokenizer, sources: Sources, caption_f
     """Mean cross-entropy of the captions, one document at a time; behind a clean image, or in front of any."""
     total, count = 0.0, 0
     bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
-    for caption, mean in zip(CAPTIONS, sources.images[0].mean, strict=True):
+    for caption, mean in zip(CAPTIONS, sources.sources[0].latents.mean, strict=True):
         ids = tokenizer.encode(caption)
         before, behind = ([bos, *ids, boi], [eoi, eos]) if caption_first else ([bos, boi], [eoi, *ids, eos])
         text = torch.tensor([before + behind])
@@ -93,9 +102,9 @@ def test_diffusion_losses_of_known_predictions(byte_tokenizer, accelerator) -> N
     per_timestep = [losses[f"diffusion_loss/t={t}"] for t in TIMESTEPS]
     assert per_timestep == pytest.approx([per_timestep[0]] * len(TIMESTEPS), rel=1e-5)
     assert losses["diffusion_loss"] == pytest.approx(sum(per_timestep) / len(per_timestep))
-    elements = sources.images[0].mean.size
+    elements = sources.sources[0].latents.mean.size
     assert losses["diffusion_loss"] == pytest.approx(
-        1 + np.square(sources.images[0].mean.astype(float)).mean(), abs=4.5 * math.sqrt(8 / elements)
+        1 + np.square(sources.sources[0].latents.mean.astype(float)).mean(), abs=4.5 * math.sqrt(8 / elements)
     )
 
 
@@ -151,6 +160,55 @@ def test_no_held_out_image_is_counted_twice(byte_tokenizer, accelerator, documen
     validation.losses(model, accelerator)
     assert len(seen) == 2 * rows, "two images a row"
     assert len({tuple(latents.flatten().tolist()) for latents in seen}) == len(seen)
+
+
+def test_no_held_out_image_is_counted_twice_where_captions_hardly_fit(byte_tokenizer, accelerator) -> None:
+    """One that does not fit is not passed over for others, which belong to other rows."""
+    validation, model = make_validation(byte_tokenizer, held_out(), 8, text_slots=18)
+    seen = []
+    original = model.forward
+
+    def forward(**inputs):
+        if (inputs["timesteps"] == TIMESTEPS[0]).all():
+            seen.extend(inputs["noisy_latents"][inputs["document_ids"][:, 18::4] >= 0])
+        return original(**inputs)
+
+    model.forward = forward
+    validation.losses(model, accelerator)
+    assert 4 <= len(seen) < 8
+    assert len({tuple(latents.flatten().tolist()) for latents in seen}) == len(seen)
+
+
+def test_every_bucket_is_measured_and_no_image_twice(byte_tokenizer, accelerator) -> None:
+    captioned = held_out().sources[0]
+    captioned.documents.buckets[:] = [0, 1, 1, 0, 1, 0, 0, 0]
+    sources = Sources([captioned], [(CHANNELS, 4, 4)] * 2)
+    validation, model = make_validation(byte_tokenizer, sources, documents=100)
+    inputs = []
+    original = model.forward
+
+    def forward(**given):
+        if (given["timesteps"] == 0).all():
+            used = given["document_ids"][:, TEXT_SLOTS::4] >= 0
+            inputs.append(given["noisy_latents"][used])
+        return original(**given)
+
+    model.forward = forward
+    losses = validation.losses(model, accelerator)
+    seen = Counter(tuple(latents.flatten().tolist()) for latents in torch.cat(inputs))
+    # With its caption in front and, for the loss of captions, behind.
+    assert set(seen.values()) == {2}
+    assert {bucket for bucket, _ in validation.caption_first} == {0, 1}
+    assert validation.num_rows == 5 // 2 + 3 // 2
+    assert len(seen) == 2 * validation.num_rows
+    assert validation.losses(model, accelerator) == losses
+
+
+def test_documents_without_captions_have_no_caption_loss(byte_tokenizer, accelerator) -> None:
+    validation, model = make_validation(byte_tokenizer, sources_of(documents_of([["one", 0, "two", 1], ["three", 2]])))
+    losses = validation.losses(model, accelerator)
+    assert losses.keys() == {"text_loss", "diffusion_loss", *(f"diffusion_loss/t={t}" for t in TIMESTEPS)}
+    assert all(math.isfinite(loss) for loss in losses.values())
 
 
 def test_caption_loss_is_of_captions_alone(byte_tokenizer, accelerator) -> None:

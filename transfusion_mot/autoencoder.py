@@ -6,6 +6,7 @@ variance. `python -m transfusion_mot.autoencoder --config FILE` trains one (see 
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -37,8 +38,9 @@ class Autoencoder:
         else:
             mean = [vae.config.shift_factor or 0.0] * self.latent_channels
             std = [1.0 / vae.config.scaling_factor] * self.latent_channels
-        self._mean = torch.tensor(mean).view(-1, 1, 1)
-        self._std = torch.tensor(std).view(-1, 1, 1)
+        # On the device from the start: a copy at every call would make the host wait for it.
+        self._mean = torch.tensor(mean, device=vae.device).view(-1, 1, 1)
+        self._std = torch.tensor(std, device=vae.device).view(-1, 1, 1)
 
     @classmethod
     def load(cls, path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Self:
@@ -96,14 +98,46 @@ class Autoencoder:
             Two float32 tensors `[B, C, H/f, W/f]`.
         """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        shift, scale = self._mean.to(pixels.device), self._std.to(pixels.device)
+        shift, scale = self._normalisation(pixels.device)
         return (posterior.mean.float() - shift) / scale, posterior.std.float() / scale
+
+    def encode_fast(self, pixels: torch.Tensor, batch_size: int, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `encode`, for many images: `batch_size` at a time, and on CUDA in bfloat16.
+
+        Args:
+            compiled: Compile the encoder on its first use (CUDA only); every batch then has the same shape.
+        """
+        if self.vae.device.type != "cuda":
+            parts = [self.encode(batch) for batch in pixels.split(batch_size)]
+        else:
+            encode = self._compiled_encode if compiled else self.encode
+            parts = []
+            with torch.autocast("cuda", torch.bfloat16):
+                for batch in pixels.split(batch_size):
+                    padding = batch_size - len(batch) if compiled else 0
+                    padded = torch.cat([batch, batch.new_zeros(padding, *batch.shape[1:])])
+                    mean, std = encode(padded)
+                    parts.append((mean[: len(batch)], std[: len(batch)]))
+        means, stds = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(stds)
+
+    @cached_property
+    def _compiled_encode(self) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        return torch.compile(self.encode, dynamic=False)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents `[B, C, h, w]` => `pixels` clamped to [-1, 1], float32 `[B, 3, h*f, w*f]`."""
-        raw = latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
+        shift, scale = self._normalisation(latents.device)
+        raw = latents.float() * scale + shift
         return self.vae.decode(raw.to(self.vae.dtype)).sample.float().clamp(-1.0, 1.0)
+
+    def _normalisation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and scale of the raw latents."""
+        if self._mean.device != device:
+            # Once: a copy from the host in every call would make it wait for the device.
+            self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self._mean, self._std
 
 
 def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:

@@ -3,6 +3,7 @@
 After Esser et al. 2021 (VQGAN) and Rombach et al. 2022, as used in Transfusion (Zhou et al. 2024), appendix A.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, parse_config, save_config
 from transfusion_mot.data.images import ImageArray, grid, to_pil, to_pixels
-from transfusion_mot.data.sources import SkippedItems, Split, load_captioned_images, read_images
+from transfusion_mot.data.sources.base import CaptionedImages, SkippedItems, Split, read_images
+from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
 
 _LOG_EVERY = 100
@@ -133,13 +135,16 @@ def _build(config: AutoencoderTrainingConfig) -> AutoencoderKL:
 
 
 def _read_split(data: DataConfig, split: Split) -> tuple[ImageArray, list[str]]:
-    """All readable images of all sources of images, `uint8 [N, H, W, 3]`, and their captions."""
+    """All readable images of all sources of captioned images, `uint8 [N, H, W, 3]`, and the first caption of each."""
+    data = dataclasses.replace(data, buckets=[])
     images_uint8: list[ImageArray] = []
     captions: list[str] = []
     for source in data.sources:
         if source.kind == "text":
             continue
-        images = load_captioned_images(source, data, split)
+        images = open_source(source, data, split)
+        if not isinstance(images, CaptionedImages):
+            continue
         skipped = SkippedItems()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             starts = range(0, len(images), _READ_AT_ONCE)
@@ -147,7 +152,7 @@ def _read_split(data: DataConfig, split: Split) -> tuple[ImageArray, list[str]]:
                 batch = range(start, min(start + _READ_AT_ONCE, len(images)))
                 readable = read_images(images, batch, skipped, pool)
                 images_uint8 += readable.values()
-                captions += [images.captions[index] for index in readable]
+                captions += [images.captions(index)[0] for index in readable]
         skipped.warn(images.name, len(images))
     if split == "train" and not images_uint8:
         raise UserError("data.sources holds no readable image to train on")

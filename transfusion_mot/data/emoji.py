@@ -93,3 +93,16 @@ def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:
             np.save(file, images_uint8)
         os.replace(partial, path)
     return np.load(path, mmap_mode="r")
+
+
+if __name__ == "__main__":
+    # The command draws the emoji of ten styles (see `emoji_corpus`); what stands above are those of one.
+    import logging
+    import sys
+
+    from transfusion_mot.data.emoji_corpus import main
+    from transfusion_mot.errors import exit_on_user_error
+
+    logging.basicConfig(format="%(message)s")
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -1,58 +1,121 @@
 """Image files => uint8 arrays => pixels in [-1, 1], and back to pictures one can look at."""
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from transfusion_mot.errors import UserError
 
 ImageArray = npt.NDArray[np.uint8]
+ImageFit = Literal["crop", "stretch", "pad"]
 
 _CELL = 128
 _MARGIN = 12
 _FONT_SIZE = 13
 
 
-def load_image(source: str | Path | Image.Image, image_size: int) -> ImageArray:
-    """A picture of any mode and size => `uint8 [image_size, image_size, 3]`, RGB.
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    image_size: int | tuple[int, int],
+    fit: ImageFit = "crop",
+    name: str | None = None,
+) -> ImageArray:
+    """A picture of any mode and size => `uint8 [height, width, 3]`, RGB.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is brought to 8 bits, the centre square
-    is cut out and resized with antialiased Lanczos. Of an animation the first frame is taken.
+    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is brought to 8 bits, and the picture is
+    brought to its size with antialiased Lanczos. Of an animation the first frame is taken.
+
+    Args:
+        source: A file, the content of one, or a picture.
+        image_size: (height, width), or one number for both.
+        fit: `crop` cuts out the centre in the wanted proportions, `stretch` changes the proportions, `pad` adds white.
+        name: What to call the picture in messages, if not by its path.
 
     Raises:
         UserError: The file is missing, no image, cut off, has more pixels than Pillow's limit against decompression
             bombs, or holds floating-point values, whose range is anybody's guess. The message names the file.
     """
-    if isinstance(source, Image.Image):
-        return _bring_to_size(source, image_size, "the given picture")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    with _opened(source, name) as (image, name):
+        if not isinstance(source, Image.Image):
+            # Decoding a JPEG at a half, quarter or eighth is faster; at twice the final size or more it does not show.
+            image.draft(None, (2 * max(size), 2 * max(size)))
+        return _bring_to_size(image, size, fit, name)
+
+
+def displayed_size(source: str | Path | bytes | Image.Image, name: str | None = None) -> tuple[int, int]:
+    """(height, width) of a picture as it is seen, from its header alone.
+
+    Raises:
+        UserError: As `load_image`, as far as the header tells.
+    """
+    with _opened(source, name) as (image, _):
+        width, height = image.size
+        # Not the method of PNG files, which decodes the whole picture to find a tag that stands behind it.
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int16]:
+    """Index of the bucket (height, width) whose proportions are nearest to those of each of `sizes` `[N, 2]`."""
+    proportions = np.log(sizes[:, 0] / sizes[:, 1])
+    wanted = np.log([height / width for height, width in buckets])
+    nearest = np.zeros(len(sizes), dtype=np.int16)
+    distance = np.abs(proportions - wanted[0])
+    # One bucket at a time: N times their number would not fit into memory.
+    for index in range(1, len(buckets)):
+        other = np.abs(proportions - wanted[index])
+        nearest[other < distance] = index
+        np.minimum(distance, other, out=distance)
+    return nearest
+
+
+@contextmanager
+def _opened(source: str | Path | bytes | Image.Image, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+    """A picture that is not decoded yet, with its name; whatever goes wrong with it is a `UserError` that names it."""
+    name = name or ("the given picture" if isinstance(source, bytes | Image.Image) else str(source))
     try:
-        with Image.open(source) as image:
-            return _bring_to_size(image, image_size, str(source))
+        with ExitStack() as stack:
+            if isinstance(source, Image.Image):
+                image = source
+            else:
+                image = stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+            width, height = image.size
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise UserError(
+                    f"image '{name}' has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
+                )
+            yield image, name
     except FileNotFoundError:
-        raise UserError(f"image '{source}' does not exist") from None
+        raise UserError(f"image '{name}' does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"image '{source}' is not in a format that Pillow reads") from None
-    # Pillow raises SyntaxError and ValueError, too, on damaged files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"image '{source}' cannot be read: {error}") from None
+        raise UserError(f"image '{name}' is not in a format that Pillow reads") from None
+    except UserError:
+        raise
+    # Decoders raise anything, RuntimeError and AttributeError too; one damaged file of millions must not end a run.
+    except Exception as error:
+        raise UserError(f"image '{name}' cannot be read: {error}") from None
 
 
-def _bring_to_size(image: Image.Image, image_size: int, name: str) -> ImageArray:
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise UserError(
-            f"image '{name}' has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
-        )
+def _bring_to_size(image: Image.Image, size: tuple[int, int], fit: ImageFit, name: str) -> ImageArray:
     image = _to_rgb(ImageOps.exif_transpose(image), name)
-    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    width_and_height = (size[1], size[0])
+    lanczos = Image.Resampling.LANCZOS
+    if fit == "crop":
+        image = ImageOps.fit(image, width_and_height, lanczos)
+    elif fit == "stretch":
+        image = image.resize(width_and_height, lanczos)
+    else:
+        image = ImageOps.pad(image, width_and_height, lanczos, color="white")
     return np.array(image, dtype=np.uint8)
 
 

@@ -4,25 +4,27 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.packing import Cursors, Packer
+from transfusion_mot.data.batch import Batch, Rows
+from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.errors import UserError
 
-# Counts travel as a plain dict: the data loader copies a Counter by `update`, which would double it.
-Chunk = tuple[Batch, Tensor, dict[str, int]]
+# Counts travel as a plain dict: the data loader copies a Counter by `update`, which would double it. A sentence is an
+# error of the user, which the data loader would bury under a traceback.
+Chunk = tuple[Rows, Tensor, dict[str, int]] | str
 
 
 class _LaneRows(IterableDataset[Chunk]):
     """Each worker owns a block of the rank's lanes and yields their rows, step after step."""
 
-    def __init__(self, packer: Packer, lanes: range, cursors: Tensor, first_step: int, num_steps: int) -> None:
+    def __init__(self, packer: Packer, lanes: range, states: Tensor, first_step: int, num_steps: int) -> None:
         self.packer = packer
         self.lanes = lanes
-        self.cursors = cursors
+        self.states = states
         self.first_step = first_step
         self.num_steps = num_steps
 
@@ -31,31 +33,31 @@ class _LaneRows(IterableDataset[Chunk]):
         share = len(self.lanes) // (worker.num_workers if worker else 1)
         start = share * (worker.id if worker else 0)
         lanes = self.lanes[start : start + share]
-        state: list[Cursors] = list(self.cursors[start : start + share].numpy())
+        states = self.states[start : start + share].numpy()
         for step in range(self.first_step, self.num_steps):
-            counts: Counter[str] = Counter()
-            rows = []
-            for position, lane in enumerate(lanes):
-                row, state[position], row_counts = self.packer.row(lane, step, state[position])
-                rows.append(row)
-                counts.update(row_counts)
-            yield Batch.cat(rows), torch.from_numpy(np.stack(state)), dict(counts)
+            try:
+                rows, states, counts = self.packer.rows(lanes, step, states)
+            except UserError as error:
+                yield str(error)
+                return
+            yield rows, torch.from_numpy(states), dict(counts)
 
 
 class LaneLoader:
     """Iterates over the steps of one rank => (batch of its rows, what was counted).
 
-    After a step, `cursors` [rows, sources, 2] is the state of this rank's lanes: with those of all ranks it resumes the
-    run, on any number of ranks and workers.
+    After a step, `states` [rows, n] holds what this rank's lanes remember: with those of all ranks it resumes the run,
+    on any number of ranks and workers.
 
     Args:
         packer: Builds rows.
         rank, world_size: This process and their number; ranks own consecutive blocks of lanes.
         num_workers: At most this many worker processes; lowered to a divisor of the rank's rows.
-        cursors: State of all lanes [num_lanes, sources, 2], or None to begin.
+        states: Of all lanes [num_lanes, n], or None to begin.
         first_step: The step to begin with.
         num_steps: The step to end before.
         device: Where batches go, without the host waiting for the copy.
+        encoder: Encodes images there, unless their latents are cached.
     """
 
     def __init__(
@@ -64,22 +66,24 @@ class LaneLoader:
         rank: int,
         world_size: int,
         num_workers: int,
-        cursors: Tensor | None,
+        states: Tensor | None,
         first_step: int,
         num_steps: int,
         device: torch.device,
+        encoder: OnlineEncoder | None = None,
     ) -> None:
         self.device = device
+        self.encoder = encoder
         rows = packer.num_lanes // world_size
         self.lanes = range(rank * rows, (rank + 1) * rows)
-        if cursors is None:
-            cursors = torch.from_numpy(packer.initial_cursors()).expand(packer.num_lanes, -1, -1)
-        self.cursors = cursors[self.lanes.start : self.lanes.stop].clone()
+        if states is None:
+            states = torch.from_numpy(packer.initial_state()).expand(packer.num_lanes, -1)
+        self.states = states[self.lanes.start : self.lanes.stop].clone()
         self.num_steps = num_steps
         self.first_step = first_step
         self.num_workers = max((n for n in range(1, num_workers + 1) if rows % n == 0), default=0)
         self._loader = DataLoader(
-            _LaneRows(packer, self.lanes, self.cursors, first_step, num_steps),
+            _LaneRows(packer, self.lanes, self.states, first_step, num_steps),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
@@ -91,13 +95,19 @@ class LaneLoader:
         # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
         chunks = iter(self._loader)
         for _ in range(self.first_step, self.num_steps):
-            parts = [next(chunks) for _ in range(max(1, self.num_workers))]
+            parts = []
+            for _ in range(max(1, self.num_workers)):
+                chunk = next(chunks)
+                if isinstance(chunk, str):
+                    raise UserError(chunk)
+                parts.append(chunk)
             counts: Counter[str] = Counter()
             for _, _, part_counts in parts:
                 counts.update(part_counts)
-            self.cursors = torch.cat([cursors for _, cursors, _ in parts])
+            self.states = torch.cat([states for _, states, _ in parts])
             # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
-            yield Batch.cat([batch.to(self.device) for batch, _, _ in parts]), counts
+            rows = Rows.cat([rows.to(self.device) for rows, _, _ in parts])
+            yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
 
 
 def _quiet_worker(worker: int) -> None:

@@ -1,12 +1,11 @@
-"""Documents into full rows: the row of a lane at a step is a pure function of (seed, lane, step, cursors of the lane).
+"""Documents into full rows: the row of a lane at a step is a pure function of (seed, lane, step, state of the lane).
 
-Lane r of R takes documents r, r + R, r + 2R, ... of every source's shuffled sequence, so that all lanes together read
-each document once per epoch. A lane's whole state is one cursor pair per source.
+Lane r of R takes documents r, r + R, r + 2R, ... of every pool's shuffled sequence, so that all lanes together read
+each document once per epoch.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,55 +13,29 @@ import torch
 from numpy.typing import NDArray
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.latents import LatentCache
-from transfusion_mot.data.sources import TextDocuments
+from transfusion_mot.data.batch import Batch, Rows
+from transfusion_mot.data.documents import Document, DocumentReader, ImageSegment, Piece
+from transfusion_mot.data.lanes import LaneArray, LaneState, Waiting
+from transfusion_mot.data.mixture import Pool, Sources, counter
+from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
 from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.positions import PositionCounter
 
-Cursors = NDArray[np.int64]
-
-# Keeps the draws of layouts and of epochs apart from those of rows, which count steps in the same place.
+# Keeps the draws of layouts, sources, buckets and epochs apart from those of rows, which count steps in the same place.
 _LAYOUT_DRAWS = 2**62
 _SOURCE_DRAWS = 2**62 + 1
+_BUCKET_DRAWS = 2**62 + 2
 _EPOCH_DRAWS = 2**63
 
-# What a row reports: documents with and without image, text slots filled, slots left empty, captions cut.
+# What rows report besides the counters of sources: images, texts, text slots filled, slots left empty, captions cut.
 COUNTED = ("images", "texts", "text_tokens", "pad_slots", "truncated_captions")
 
-
-@dataclass(frozen=True)
-class Sources:
-    """What rows are filled from: captioned images and texts, each with its relative weight."""
-
-    images: list[LatentCache]
-    image_weights: list[float]
-    texts: list[TextDocuments] = field(default_factory=list)
-    text_weights: list[float] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """Number of sources, images before texts."""
-        return len(self.images) + len(self.texts)
-
-
-@dataclass
-class Document:
-    """One training item: text before an image, the image, text behind it; or text alone.
-
-    Attributes:
-        before, behind: Token ids; `behind` is empty for text alone.
-        image: (source, index) of the latents, or None.
-        max_timestep: Highest timestep of the image.
-        truncated: Whether its caption was cut.
-    """
-
-    before: list[int]
-    behind: list[int] = field(default_factory=list)
-    image: tuple[int, int] | None = None
-    max_timestep: float = 1.0
-    truncated: bool = False
+# BOS or EOS or a word, BOI and EOI: nothing with an image is shorter.
+_SHORTEST_DOCUMENT = 3
+# So many documents in turn without anything readable are no accident.
+_MOST_DROPPED = 1000
 
 
 class Packer:
@@ -94,195 +67,278 @@ class Packer:
         self.tokenizer = tokenizer
         self.config = config
         self.rope: Literal["1d", "3d"] = rope
+        self.patch_size = patch_size
         self.num_lanes = num_lanes
         self.seed = seed
         self.timesteps_from_uniform = timesteps_from_uniform
-        self.latent_shape = sources.images[0].mean.shape[1:]
-        self.patch_rows, self.patch_columns = (size // patch_size for size in self.latent_shape[1:])
-        self.patches = self.patch_rows * self.patch_columns
-        self._permutations: dict[tuple[int, int], NDArray[np.int64]] = {}
-        self._texts_begun: dict[int, tuple[int, int, list[int]]] = {}
+        self._reader = DocumentReader(tokenizer, config)
+        self._round_keys: dict[tuple[int, int], list[int]] = {}
+        # Documents that wait or are cut, so that they are not read again for every row.
+        self._read: dict[tuple[int, int, int], Document] = {}
 
-    def initial_cursors(self) -> Cursors:
-        """Cursors of a lane that has read nothing: [sources, 2], documents taken and tokens of the next one used."""
-        return np.zeros((self.sources.count, 2), dtype=np.int64)
+    def initial_state(self) -> LaneArray:
+        """State of a lane that has read nothing."""
+        state = LaneState.initial(len(self.sources.pools), len(self.sources.image_pools))
+        return state.to_array(self.config.lookahead)
 
-    def row(self, lane: int, step: int, cursors: Cursors) -> tuple[Batch, Cursors, Counter[str]]:
-        """The row of `lane` at `step` => (batch of one row, cursors behind it, what was counted)."""
-        rng = self._rng(lane, step)
-        cursors = cursors.copy()
+    def bucket(self, step: int) -> int:
+        """The bucket of all images of a step."""
+        shares = self.sources.bucket_shares
+        return 0 if len(shares) == 1 else _pick(shares, self._rng(0, _BUCKET_DRAWS, step))
+
+    def patch_grid(self, bucket: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of a bucket."""
+        _, height, width = self.sources.latent_shapes[bucket]
+        return height // self.patch_size, width // self.patch_size
+
+    def rows(
+        self, lanes: Sequence[int], step: int, states: NDArray[np.int64], bucket: int | None = None
+    ) -> tuple[Rows, NDArray[np.int64], Counter[str]]:
+        """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states behind them, what was counted).
+
+        Args:
+            bucket: Of the images; that of the step if None.
+
+        Raises:
+            UserError: Nothing of a source can be read.
+        """
+        bucket = self.bucket(step) if bucket is None else bucket
+        arrays = _RowArrays(self, len(lanes), bucket)
         counts: Counter[str] = Counter()
-        row = _Row(self)
-        while row.images < self.config.images_per_row:
-            taken = int(cursors[: len(self.sources.images), 0].sum())
-            source = self._choose(self.sources.image_weights, lane, taken, 0)
-            document = self._image_document(source, lane, int(cursors[source, 0]))
-            if len(document.before) + len(document.behind) > row.free_text_slots:
-                break  # The cursors stay as they are: it comes first in the next row.
-            row.add(document)
-            cursors[source, 0] += 1
-            counts["images"] += 1
-            counts["truncated_captions"] += document.truncated
-        # A text of one token would have no label.
-        while self.sources.texts and row.free_text_slots >= 2:
-            self._add_text(lane, row, cursors, counts)
-        counts["text_tokens"] += self.config.text_slots - row.free_text_slots
-        counts["pad_slots"] += row.free_text_slots + (self.config.images_per_row - row.images) * self.patches
-        return row.finish(rng), cursors, counts
+        new_states = np.empty_like(states)
+        num_pools, num_buckets = len(self.sources.pools), len(self.sources.image_pools)
+        for position, lane in enumerate(lanes):
+            state = LaneState.from_array(states[position], num_pools, num_buckets)
+            row = _Row(arrays, position)
+            self._add_documents(row, lane, state, bucket, counts)
+            # A text of one token would have no label.
+            while self.sources.text_pools and row.free_text_slots >= 2:
+                self._add_text(row, lane, state, counts)
+            row.finish(self._rng(lane, step))
+            new_states[position] = state.to_array(self.config.lookahead)
+            counts["text_tokens"] += self.config.text_slots - row.free_text_slots
+            counts["pad_slots"] += row.free_text_slots + row.free_image_slots * arrays.patches
+        return arrays.rows(), new_states, counts
 
-    def _image_document(self, source: int, lane: int, taken: int) -> Document:
-        """The lane's next document of a source of images.
+    def _add_documents(self, row: "_Row", lane: int, state: LaneState, bucket: int, counts: Counter[str]) -> None:
+        """Fill the image slots: first with documents that wait, in the order in which they came, then with new ones.
 
-        Its layout has draws of its own, which do not change while it waits for a row with room.
+        What does not fit waits for a later row while others are tried. The first one always fits, and so none waits for
+        ever.
         """
-        config, tokenizer = self.config, self.tokenizer
-        index = self._index(source, len(self.sources.images[source]), lane, taken)
-        rng = self._rng(lane, _LAYOUT_DRAWS, taken, source)
-        caption_first, prompt_dropped = rng.random(2) < (config.caption_first_prob, config.prompt_dropout_prob)
-        caption = tokenizer.encode(self.sources.images[source].captions[index])
-        truncated = len(caption) > config.max_caption_tokens
-        caption = caption[: config.max_caption_tokens]
-        bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
-        image = (source, index)
-        if not caption_first:
-            # Noised less, so that the caption can be read off it (Transfusion, section 4.3.4).
-            behind, max_timestep = [eoi, *caption, eos], config.image_first_max_timestep
-            return Document([bos, boi], behind, image, max_timestep, truncated)
-        if prompt_dropped:
-            # Ends at EOI, without a label there: that the image has no caption is not for the model to learn.
-            return Document([bos, boi], [eoi], image)
-        return Document([bos, *caption, boi], [eoi, eos], image, truncated=truncated)
+        waiting: list[Waiting] = []
+        for entry in state.waiting[bucket]:
+            waiting += self._place(row, lane, entry, counts)
+        while (
+            row.free_image_slots and row.free_text_slots >= _SHORTEST_DOCUMENT and len(waiting) < self.config.lookahead
+        ):
+            entry = self._take(lane, state, self.sources.image_pools[bucket], bucket, counts)
+            waiting += self._place(row, lane, entry, counts)
+        state.waiting[bucket] = waiting
 
-    def _rng(self, lane: int, purpose: int, number: int = 0, source: int = 0) -> np.random.Generator:
-        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, number, source, purpose]))
+    def _place(self, row: "_Row", lane: int, entry: Waiting, counts: Counter[str]) -> list[Waiting]:
+        """Add a document, or the next piece of one that is longer than a row, if there is room => what still waits."""
+        config = self.config
+        document = self._document(lane, entry)
+        piece = document.piece(entry.used, config.text_slots, config.images_per_row, self.tokenizer.boi_id)
+        if not piece.segments:
+            # Its image could be read when it was taken, and after the run was resumed it cannot.
+            self._drop(lane, entry, counts)
+            return []
+        if piece.num_tokens > row.free_text_slots or piece.num_images > row.free_image_slots:
+            return [entry]
+        return self._add(row, lane, entry, document, piece, counts)
 
-    def _choose(self, weights: list[float], lane: int, taken: int, first: int) -> int:
-        """Which source, counted from source `first`, the lane's next document comes from.
-
-        A function of how many documents it has taken, not of the row.
-        """
-        if len(weights) == 1:
-            return 0
-        rng = self._rng(lane, _SOURCE_DRAWS, taken, first)
-        cumulative = np.cumsum(weights)
-        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-
-    def _add_text(self, lane: int, row: "_Row", cursors: Cursors, counts: Counter[str]) -> None:
+    def _add_text(self, row: "_Row", lane: int, state: LaneState, counts: Counter[str]) -> None:
         """Add the next text, cut where the row ends; its rest begins the lane's next row."""
-        first = len(self.sources.images)
-        begun = np.flatnonzero(cursors[first:, 1])
-        total = int(cursors[first:, 0].sum())
-        choice = int(begun[0]) if len(begun) else self._choose(self.sources.text_weights, lane, total, first)
-        source = first + choice
-        taken, used = cursors[source]
-        tokens = self._text_tokens(lane, choice, self._index(source, len(self.sources.texts[choice]), lane, taken))
-        tokens = tokens[used:]
-        room = row.free_text_slots
-        # The token behind the cut is still the label of the last one before it, and the first input of the rest.
-        row.add(Document(tokens[:room]), next_token=tokens[room] if len(tokens) > room else IGNORE_INDEX)
-        if len(tokens) > room:
-            cursors[source, 1] += room
-        else:
-            cursors[source] = taken + 1, 0
-            counts["texts"] += 1
+        entry = state.begun or self._take(lane, state, self.sources.text_pools, len(state.waiting), counts)
+        document = self._document(lane, entry)
+        piece = document.piece(entry.used, row.free_text_slots, 0, self.tokenizer.boi_id)
+        rest = self._add(row, lane, entry, document, piece, counts)
+        state.begun = rest[0] if rest else None
+        counts["texts"] += not rest
 
-    def _text_tokens(self, lane: int, choice: int, index: int) -> list[int]:
-        """Token ids of a text; kept until the lane asks for another, because a long one fills many rows."""
-        kept = self._texts_begun.get(lane)
-        if kept is None or kept[:2] != (choice, index):
-            tokenizer = self.tokenizer
-            tokens = [tokenizer.bos_id, *tokenizer.encode(self.sources.texts[choice].text(index)), tokenizer.eos_id]
-            kept = self._texts_begun[lane] = (choice, index, tokens)
-        return kept[2]
+    def _add(
+        self, row: "_Row", lane: int, entry: Waiting, document: Document, piece: Piece, counts: Counter[str]
+    ) -> list[Waiting]:
+        source = self.sources.pools[entry.pool].source
+        name = self.sources.names[source]
+        row.add(piece, source)
+        counts["images"] += piece.num_images
+        counts[counter(name, "images")] += piece.num_images
+        counts[counter(name, "tokens")] += piece.num_tokens
+        # The token behind a cut is still the label of the last one before it, and the first input of the rest.
+        if piece.next_token != IGNORE_INDEX:
+            counts[counter(name, "cut_documents")] += entry.used == 0
+            return [entry._replace(used=piece.used)]
+        counts[counter(name, "documents")] += 1
+        counts[counter(name, "cut_captions")] += document.caption_cut
+        counts["truncated_captions"] += document.caption_cut
+        del self._read[lane, entry.pool, entry.number]
+        return []
 
-    def _index(self, source: int, length: int, lane: int, taken: int) -> int:
-        """Which item of a source is the lane's next: one global permutation per epoch, dealt out to the lanes."""
-        epoch, position = divmod(lane + int(taken) * self.num_lanes, length)
-        if (source, epoch) not in self._permutations:
-            # Lanes are seldom more than an epoch of a source apart; what is older can be drawn again.
-            self._permutations = {
-                key: value for key, value in self._permutations.items() if key[0] != source or key[1] >= epoch - 1
+    def _take(self, lane: int, state: LaneState, pools: list[int], kind: int, counts: Counter[str]) -> Waiting:
+        """Take the lane's next document of which something can be read from `pools`, which are numbered `kind`.
+
+        Which pool it comes from is a function of how many documents the lane has taken from them, not of the row.
+        """
+        for _ in range(_MOST_DROPPED):
+            pool = pools[0]
+            if len(pools) > 1:
+                taken = sum(state.taken[pool] for pool in pools)
+                rng = self._rng(lane, _SOURCE_DRAWS, taken, kind)
+                pool = pools[_pick([self.sources.shares[pool] for pool in pools], rng)]
+            entry = Waiting(pool, state.taken[pool], 0)
+            state.taken[pool] += 1
+            name = self.sources.names[self.sources.pools[pool].source]
+            document = self._document(lane, entry)
+            counts[counter(name, "taken")] += 1
+            counts[counter(name, "unreadable_images")] += document.unreadable_images
+            if document.segments:
+                return entry
+            self._drop(lane, entry, counts)
+        raise UserError(
+            f"nothing of {_MOST_DROPPED} documents in turn can be read, the last of source '{name}'; is its folder "
+            "still there and whole?"
+        )
+
+    def _drop(self, lane: int, entry: Waiting, counts: Counter[str]) -> None:
+        counts[counter(self.sources.names[self.sources.pools[entry.pool].source], "dropped_documents")] += 1
+        del self._read[lane, entry.pool, entry.number]
+
+    def _document(self, lane: int, entry: Waiting) -> Document:
+        """The document; its layout has draws of its own, which do not change while it waits for a row with room."""
+        key = lane, entry.pool, entry.number
+        if key not in self._read:
+            pool = self.sources.pools[entry.pool]
+            item = pool.item(self._position(pool, entry.pool, lane, entry.number))
+            rng = self._rng(lane, _LAYOUT_DRAWS, entry.number, entry.pool)
+            self._read[key] = self._reader.read(self.sources.sources[pool.source], item, rng)
+        return self._read[key]
+
+    def _position(self, pool: Pool, index: int, lane: int, number: int) -> int:
+        """Which item of a pool is the lane's next: one global shuffled order per epoch, dealt out to the lanes."""
+        epoch, position = divmod(lane + number * self.num_lanes, pool.length)
+        if (index, epoch) not in self._round_keys:
+            # Lanes are seldom more than an epoch of a pool apart; what is older can be drawn again.
+            self._round_keys = {
+                key: value for key, value in self._round_keys.items() if key[0] != index or key[1] >= epoch - 1
             }
-            self._permutations[source, epoch] = self._rng(0, _EPOCH_DRAWS, epoch, source).permutation(length)
-        return int(self._permutations[source, epoch][position])
+            keys = self._rng(0, _EPOCH_DRAWS, epoch, index).integers(2**64, size=NUM_ROUNDS, dtype=np.uint64)
+            self._round_keys[index, epoch] = keys.tolist()
+        return permuted(position, pool.length, self._round_keys[index, epoch])
+
+    def _rng(self, lane: int, purpose: int, number: int = 0, kind: int = 0) -> np.random.Generator:
+        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, number, kind, purpose]))
+
+
+def _pick(weights: list[float], rng: np.random.Generator) -> int:
+    """An index, drawn by weight."""
+    cumulative = np.cumsum(weights)
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+class _RowArrays:
+    """The arrays of some rows."""
+
+    def __init__(self, packer: Packer, num_rows: int, bucket: int) -> None:
+        self.packer = packer
+        config = packer.config
+        self.text_slots, self.image_slots = config.text_slots, config.images_per_row
+        shape = packer.sources.latent_shapes[bucket]
+        self.patch_rows, self.patch_columns = packer.patch_grid(bucket)
+        self.patches = self.patch_rows * self.patch_columns
+        slots = self.text_slots + self.image_slots * self.patches
+        self.text_ids = np.full((num_rows, self.text_slots), packer.tokenizer.pad_id)
+        self.text_labels = np.full((num_rows, self.text_slots), IGNORE_INDEX)
+        self.document_ids = np.full((num_rows, slots), -1)
+        self.order = np.zeros((num_rows, slots), dtype=np.int64)
+        self.span_ids = np.full((num_rows, slots), -1)
+        self.rope_positions = np.zeros((num_rows, slots, 3)[: 2 if packer.rope == "1d" else 3], dtype=np.int64)
+        self.timesteps = torch.empty(num_rows, self.image_slots)
+        self.latents = np.zeros((num_rows, self.image_slots, *shape), dtype=np.float32)
+        self.noise = np.empty_like(self.latents)
+        self.images_uint8: NDArray[np.uint8] | None = None
+        if config.latents == "online":
+            height, width = config.image_sizes[bucket]
+            self.images_uint8 = np.zeros((num_rows, self.image_slots, height, width, 3), dtype=np.uint8)
+
+    def rows(self) -> Rows:
+        """As tensors."""
+        names = ("text_ids", "text_labels", "latents", "noise", "document_ids", "order", "span_ids", "rope_positions")
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
+        images = None if self.images_uint8 is None else torch.from_numpy(self.images_uint8)
+        return Rows(Batch(timesteps=self.timesteps, **tensors), images)
 
 
 class _Row:
     """A row being filled."""
 
-    def __init__(self, packer: Packer) -> None:
-        self.packer = packer
-        config = packer.config
-        self.text_slots, self.image_slots = config.text_slots, config.images_per_row
-        slots = self.text_slots + self.image_slots * packer.patches
-        self.text_ids = np.full(self.text_slots, packer.tokenizer.pad_id)
-        self.text_labels = np.full(self.text_slots, IGNORE_INDEX)
-        self.document_ids = np.full(slots, -1)
-        self.order = np.zeros(slots, dtype=np.int64)
-        self.span_ids = np.full(slots, -1)
-        self.rope_positions = np.zeros((slots,) if packer.rope == "1d" else (slots, 3), dtype=np.int64)
-        self.image_items: list[tuple[int, int]] = []
-        self.max_timesteps = np.ones(self.image_slots, dtype=np.float32)
+    def __init__(self, arrays: _RowArrays, row: int) -> None:
+        self.arrays = arrays
+        self.row = row
+        self.images: list[tuple[int, ImageSegment]] = []
         self.text_used = 0
         self.documents = 0
 
     @property
-    def images(self) -> int:
-        return len(self.image_items)
+    def free_image_slots(self) -> int:
+        return self.arrays.image_slots - len(self.images)
 
     @property
     def free_text_slots(self) -> int:
-        return self.text_slots - self.text_used
+        return self.arrays.text_slots - self.text_used
 
-    def add(self, document: Document, next_token: int = IGNORE_INDEX) -> None:
-        """Place a document; `next_token` is the label of its last token."""
-        packer = self.packer
-        counter = PositionCounter(packer.rope)
-        self._add_text(document.before, counter)
-        if document.image is None:
-            self.text_labels[self.text_used - 1] = next_token
-        else:
+    def add(self, piece: Piece, source: int) -> None:
+        """Place a piece of a document of a source."""
+        arrays, tokenizer = self.arrays, self.arrays.packer.tokenizer
+        positions = PositionCounter(arrays.packer.rope)
+        run: list[int] = []
+        for segment in piece.segments:
+            if not isinstance(segment, ImageSegment):
+                run = run + segment if run else segment
+                continue
             # The input BOI has no label: what follows it is an image (Transfusion, footnote 8).
-            start = self.text_slots + self.images * packer.patches
-            slots = slice(start, start + packer.patches)
-            self.order[slots], self.rope_positions[slots] = counter.image(packer.patch_rows, packer.patch_columns)
-            self.document_ids[slots] = self.documents
-            self.span_ids[slots] = self.images
-            self.max_timesteps[self.images] = document.max_timestep
-            self.image_items.append(document.image)
-            self._add_text(document.behind, counter)
+            self._add_run([*run, tokenizer.boi_id], IGNORE_INDEX, positions)
+            start = arrays.text_slots + len(self.images) * arrays.patches
+            where = self.row, slice(start, start + arrays.patches)
+            arrays.order[where], arrays.rope_positions[where] = positions.image(arrays.patch_rows, arrays.patch_columns)
+            arrays.document_ids[where] = self.documents
+            arrays.span_ids[where] = len(self.images)
+            self.images.append((source, segment))
+            run = [tokenizer.eoi_id]
+        self._add_run(run, piece.next_token, positions)
         self.documents += 1
 
-    def _add_text(self, tokens: list[int], counter: PositionCounter) -> None:
-        slots = slice(self.text_used, self.text_used + len(tokens))
-        self.text_ids[slots] = tokens
-        self.text_labels[slots] = [*tokens[1:], IGNORE_INDEX]
-        self.order[slots], self.rope_positions[slots] = counter.text(len(tokens))
-        self.document_ids[slots] = self.documents
-        self.text_used += len(tokens)
+    def _add_run(self, tokens: list[int], next_token: int, positions: PositionCounter) -> None:
+        """Place tokens that follow each other, and the label of the last."""
+        arrays, end = self.arrays, self.text_used + len(tokens)
+        where = self.row, slice(self.text_used, end)
+        arrays.text_ids[where] = tokens
+        arrays.text_labels[self.row, self.text_used : end - 1] = arrays.text_ids[self.row, self.text_used + 1 : end]
+        arrays.text_labels[self.row, end - 1] = next_token
+        arrays.order[where], arrays.rope_positions[where] = positions.text(len(tokens))
+        arrays.document_ids[where] = self.documents
+        self.text_used = end
 
-    def finish(self, rng: np.random.Generator) -> Batch:
-        """Draw what is random about the images => a batch of one row."""
-        packer = self.packer
-        shape = (self.image_slots, *packer.latent_shape)
+    def finish(self, rng: np.random.Generator) -> None:
+        """Draw what is random about the images."""
+        arrays, packer = self.arrays, self.arrays.packer
+        latents, noise = arrays.latents[self.row], arrays.noise[self.row]
+        max_timesteps = torch.ones(arrays.image_slots)
         # Always the same number of draws, so that a row's draws do not depend on how full it is.
-        uniform = torch.from_numpy(rng.random(self.image_slots, dtype=np.float32))
-        posterior_noise = rng.standard_normal(shape, dtype=np.float32)
-        noise = rng.standard_normal(shape, dtype=np.float32)
-        latents = np.zeros(shape, dtype=np.float32)
-        for slot, (source, index) in enumerate(self.image_items):
-            documents = packer.sources.images[source]
-            latents[slot] = documents.mean[index] + documents.std[index] * posterior_noise[slot]
-        fields = {
-            "text_ids": torch.from_numpy(self.text_ids),
-            "text_labels": torch.from_numpy(self.text_labels),
-            "latents": torch.from_numpy(latents),
-            "noise": torch.from_numpy(noise),
-            "timesteps": packer.timesteps_from_uniform(uniform) * torch.from_numpy(self.max_timesteps),
-            "document_ids": torch.from_numpy(self.document_ids),
-            "order": torch.from_numpy(self.order),
-            "span_ids": torch.from_numpy(self.span_ids),
-            "rope_positions": torch.from_numpy(self.rope_positions),
-        }
-        return Batch(**{name: value[None] for name, value in fields.items()})
+        uniform = torch.from_numpy(rng.random(arrays.image_slots, dtype=np.float32))
+        posterior_noise = rng.standard_normal(latents.shape, dtype=np.float32)
+        rng.standard_normal(dtype=np.float32, out=noise)
+        for slot, (source, image) in enumerate(self.images):
+            max_timesteps[slot] = image.max_timestep
+            cache = packer.sources.sources[source].latents
+            if cache is not None:
+                mean, std = cache.posterior(image.index, image.flipped)
+                latents[slot] = mean + std * posterior_noise[slot]
+            elif arrays.images_uint8 is not None and image.pixels is not None:
+                # The latents are made of it and the pixels on the device.
+                latents[slot] = posterior_noise[slot]
+                arrays.images_uint8[self.row, slot] = image.pixels
+        arrays.timesteps[self.row] = packer.timesteps_from_uniform(uniform) * max_timesteps

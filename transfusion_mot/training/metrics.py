@@ -15,6 +15,7 @@ from torch import nn
 
 from transfusion_mot.config import ModelConfig, RunConfig
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.mixture import SOURCE_COUNTED, Sources, counter
 from transfusion_mot.data.packing import COUNTED
 from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.attention import SlotIds, dense_mask
@@ -35,6 +36,7 @@ class RunLog:
         model: The bare model, for its FLOPs.
         first_step: Steps done before; later lines of an earlier attempt are dropped.
         seen: Documents, tokens and slots of those steps, over all ranks.
+        sources: Of the run.
     """
 
     def __init__(
@@ -45,15 +47,22 @@ class RunLog:
         model: nn.Module,
         first_step: int,
         seen: dict[str, int],
+        sources: Sources,
     ) -> None:
         self.accelerator = accelerator
         self.path = run / "metrics.jsonl"
         self.config = config
         self.model = model
         self.seen = Counter(seen)
+        self.sources = sources
+        self.counted = [*COUNTED, *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED)]
+        self.left_out = {
+            counter(name, f"left_out/{reason}"): count
+            for index, name in enumerate(sources.names)
+            for reason, count in sources.left_out(index).items()
+        }
         self.peak_flops = peak_flops(accelerator.device)
         self.flops_per_row = 0.0
-        self.slots_per_row = 0
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -69,6 +78,7 @@ class RunLog:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self.counts = torch.zeros_like(self.sums)
         self.interval: Counter[str] = Counter()
+        self.slots = 0
 
     def add(self, result: StepResult, batch: Batch, counts: Counter[str]) -> None:
         """Take a step in, without waiting for the device."""
@@ -76,11 +86,11 @@ class RunLog:
         self.counts += result.counts
         self.grad_norm = result.grad_norm
         self.interval.update(counts)
-        if not self.slots_per_row:
-            self.slots_per_row = batch.order.shape[1]
-            if self.peak_flops is not None:
-                # Of one row: the mask over all rows could be larger than what training needs.
-                self.flops_per_row = flops_per_row(self.model, self.config.model, batch.split(1)[0])
+        # Buckets differ in their patches.
+        self.slots += batch.order.numel() * self.accelerator.num_processes
+        if self.peak_flops is not None and not self.flops_per_row:
+            # Of one row: the mask over all rows could be larger than what training needs.
+            self.flops_per_row = flops_per_row(self.model, self.config.model, batch.split(1)[0])
 
     def write(self, step: int, lr: float) -> dict[str, str]:
         """Write the means since the last call => what the progress bar shows.
@@ -89,9 +99,9 @@ class RunLog:
             NotFiniteError: A loss is not finite; names the steps.
         """
         # The one place where the host waits for the device.
-        counted = self.sums.new_tensor([self.interval[name] for name in COUNTED])
+        counted = self.sums.new_tensor([self.interval[name] for name in self.counted])
         totals = self.accelerator.reduce(torch.cat([self.sums, counted]), reduction="sum").tolist()
-        interval = dict(zip(COUNTED, map(int, totals[2:]), strict=True))
+        interval = dict(zip(self.counted, map(int, totals[2:]), strict=True))
         self.seen.update(interval)
         seconds, steps = time.perf_counter() - self.started, step - self.first_step
         text_loss, diffusion_loss = (s / max(1.0, c) for s, c in zip(totals[:2], self.counts.tolist(), strict=True))
@@ -103,7 +113,7 @@ class RunLog:
                 "optimizer.lr"
             )
         rows = steps * self.config.training.num_rows
-        used_slots = rows * self.slots_per_row - interval["pad_slots"]
+        used_slots = self.slots - interval["pad_slots"]
         values = {
             "text_loss": text_loss,
             "diffusion_loss": diffusion_loss,
@@ -113,8 +123,10 @@ class RunLog:
             "seconds_per_step": seconds / steps,
             "tokens_per_second": used_slots / seconds,
             "images_per_second": interval["images"] / seconds,
-            "pad_fraction": interval["pad_slots"] / (rows * self.slots_per_row),
-            **{f"{name}_seen": self.seen[name] for name in COUNTED},
+            "pad_fraction": interval["pad_slots"] / self.slots,
+            **{f"{name}_seen": self.seen[name] for name in self.counted},
+            **{counter(name, "epochs"): epochs for name, epochs in self.sources.epochs(self.seen).items()},
+            **self.left_out,
         }
         if self.peak_flops is not None:
             values["mfu"] = self.flops_per_row * rows / seconds / (self.peak_flops * self.accelerator.num_processes)
@@ -127,7 +139,7 @@ class RunLog:
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write held-out losses."""
         self._write(step, {f"validation/{name}": loss for name, loss in losses.items()})
-        summary = ", ".join(f"{name} {losses[name]:.4f}" for name in ("text_loss", "caption_loss", "diffusion_loss"))
+        summary = ", ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
         self.accelerator.print(f"\nstep {step}: held-out {summary}")
 
     @contextmanager

@@ -1,0 +1,125 @@
+"""The cache by several processes: the command, and a run that is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from test_latents import (
+    assert_posterior,
+    build_autoencoder,
+    cache_folders,
+    config,
+    open_images,
+    write_images,
+)
+
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.data.cache import main
+from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.latents import cached_latents
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, capsys):
+    folder = tmp_path / "images"
+    write_images(folder, [(16, 16)] * 7)
+    build_autoencoder().vae.save_pretrained(folder.parent / "vae")
+    (folder / "4.png").write_bytes(b"no picture")
+    arguments = [
+        *(f"data.sources=[{{kind: imagefolder, path: {folder}}}]", f"data.cache_dir={folder.parent / 'cache'}"),
+        *(f"autoencoder.path={folder.parent / 'vae'}", "data.image_size=16", "data.held_out_fraction=0.3"),
+        *("data.num_workers=1", "data.latents=prepared"),
+    ]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--num_processes", "2", "--main_process_port", "0", "--dynamo_backend", "no"]
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "transfusion_mot.data.cache", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2" in result.stderr
+    assert re.search(r"\(train\): \d images, \d of them new; skipped: .*MB in ", result.stdout)
+    assert "(held_out)" in result.stdout
+    assert result.stdout.count("1 unreadable image") == 1
+    assert re.search(r"encoded 7 images in [\d.]+ s: [\d.]+ images/s", result.stdout)
+    assert len(cache_folders(folder)) == 2
+
+    data = config(folder, held_out_fraction=0.3, latents="prepared")
+    autoencoder = Autoencoder.load(str(folder.parent / "vae"), "cpu")
+    cache = cached_latents(open_images(folder, data), autoencoder, data, 4)
+    for index in np.flatnonzero(cache.readable):
+        assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
+    main(arguments)
+    output = capsys.readouterr().out
+    assert "0 of them new" in output
+    assert "encoded" not in output
+
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from accelerate import Accelerator
+from test_latents import build_autoencoder, config, open_images
+from transfusion_mot.data.latents import cached_latents
+folder = Path(sys.argv[1])
+data, accelerator = config(folder), Accelerator(cpu=True)
+cache = cached_latents(open_images(folder, data), build_autoencoder(), data, 2, accelerator, 3)
+print(f"[{accelerator.process_index}:{cache.num_encoded}]", flush=True)
+accelerator.end_training()
+"""
+
+
+def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
+    """Killed with every process it has started, as soon as there is a shard."""
+    folder = tmp_path / "images"
+    write_images(folder, [(16, 16)] * 40)
+    (tmp_path / "encode.py").write_text(TWO_RANKS)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(tmp_path / "encode.py"), str(folder)),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    process = start()
+    while not list(tmp_path.glob("cache/latents-*/0?????")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    everybody = psutil.Process(process.pid)
+    for one in (*everybody.children(recursive=True), everybody):
+        one.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    (unfinished,) = cache_folders(folder)
+    assert not (unfinished / "index.json").exists()
+    process = start()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    whole = cached_latents(
+        open_images(folder, config(folder)),
+        build_autoencoder(),
+        config(folder, cache_dir=str(tmp_path / "other")),
+        2,
+        None,
+        3,
+    )
+    encoded = dict(re.findall(r"\[(\d):(\d+)\]", output))
+    assert encoded.keys() == {"0", "1"}
+    assert 0 < int(encoded["0"]) < 40
+    for name in [f"{shard:06d}/0.npy" for shard in range(14)] + ["readable.npy"]:
+        np.testing.assert_allclose(np.load(unfinished / name), np.load(whole.folder / name), atol=1e-3)
+    assert not list(unfinished.glob("*.partial-*"))

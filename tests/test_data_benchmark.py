@@ -1,0 +1,36 @@
+"""The benchmark of the data path runs, at toy size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_benchmark_measures_both_ways_to_an_image(tmp_path):
+    output = tmp_path / "results" / "data.json"
+    arguments = [
+        *("--workers", "0", "2", "--rows", "4", "--text-slots", "64", "--images-per-row", "2", "--image-size", "16"),
+        *("--num-images", "24", "--seconds", "0.3", "--device", "cpu", "--consumption", "10", "--output", str(output)),
+    ]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "data.py"), *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads(output.read_text())
+    metrics = content["metrics"]
+    assert [(metric["protocol"]["from"], metric["protocol"]["workers"]) for metric in metrics] == [
+        *(("cached latents", 0), ("cached latents", 2), ("JPEG files", 0), ("JPEG files", 2)),
+    ]
+    for metric in metrics:
+        assert metric["value"] > 0
+        assert abs(metric["protocol"]["times the consumption"] - metric["value"] / 10) < 0.01
+    assert "--num-images 24" in content["command"]
+    assert result.stdout.count("\n| ") >= 5

@@ -1,0 +1,155 @@
+"""The look at the data: what it counts is what the documents are, and the picture shows the row."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.inspect import Inspection, histogram, main, thumbnails_of
+from transfusion_mot.data.row_picture import draw_row
+from transfusion_mot.errors import UserError
+
+# Caption lengths in tokens, with a tokenizer of bytes.
+LENGTHS = [4, 4, 4, 8, 8, 12, 5, 6, 7, 20]
+IMAGE_SIZE = 16
+
+
+@pytest.fixture
+def folder(tmp_path, random_vae):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number, length in enumerate(LENGTHS):
+        colour = (20 * number, 255 - 20 * number, 7 * number)
+        Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour).save(tmp_path / "images" / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", "text": "abcdefghijklmnopqrstuvwxyz"[:length]})
+    (tmp_path / "images" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": c * 30}) + "\n" for c in "qrstuv"))
+    return tmp_path
+
+
+def arguments(folder, random_vae, *more, texts=False):
+    sources = [f"{{kind: imagefolder, path: {folder / 'images'}}}"]
+    sources += [f"{{kind: text, path: {folder / 'text.jsonl'}}}"] * texts
+    return [
+        *(f"data.sources=[{', '.join(sources)}]", f"data.cache_dir={folder / 'cache'}", "data.held_out_fraction=0"),
+        *(f"data.image_size={IMAGE_SIZE}", "data.text_slots=48", "data.images_per_row=3", "tokenizer.vocab_size=261"),
+        *(f"autoencoder.path={random_vae}", f"output_dir={folder / 'run'}", "data.random_flip=true", *more),
+    ]
+
+
+def inspection_of(folder, random_vae, *more, texts=False):
+    return Inspection(parse_config(RunConfig, arguments(folder, random_vae, *more, texts=texts), ""))
+
+
+def test_lengths_are_those_of_the_documents(folder, random_vae):
+    inspection = inspection_of(folder, random_vae, texts=True)
+    tokens, images = inspection.lengths(0)
+    assert tokens.tolist() == LENGTHS
+    assert images.tolist() == [1] * len(LENGTHS)
+    tokens, images = inspection.lengths(1)
+    assert tokens.tolist() == [30] * 6
+    assert images.tolist() == [0] * 6
+
+
+def test_a_histogram_counts_every_value_once():
+    values = np.array([3] * 50 + [4] * 25 + [9] * 20 + [1000] * 5)
+    heading, *lines = histogram(values, "words", num_bins=4)
+    assert heading == "  words: mean 54.3, 50 % 4, 90 % 9, 99 % 1000, largest 1000"
+    shares = [float(re.search(r"([\d.]+) %", line)[1]) for line in lines]
+    assert sum(shares) == pytest.approx(100)
+    assert max(len(line) for line in lines) < 80
+    heading, *lines = histogram(np.array([1, 1, 2, 2, 2, 5]), "words")
+    counts = {line.split()[0]: float(line.split()[1]) for line in lines}
+    assert counts == {"1": 33.3, "2": 50.0, "3": 0.0, "4": 0.0, "5": 16.7}
+
+
+def test_padding_is_what_the_rows_leave_empty(folder, random_vae):
+    inspection = inspection_of(folder, random_vae)
+    counts, batch, num_slots = inspection.pack(inspection.data, 40)
+    assert num_slots == 40 * (48 + 3 * 4)
+    assert batch.order.shape == (8, 48 + 3 * 4)
+    assert counts["text_tokens"] + 4 * counts["images"] + counts["pad_slots"] == num_slots
+    layout = inspection.layout(48, 3, 40)
+    assert layout.pad_fraction == counts["pad_slots"] / num_slots
+    # Two captions in ten are longer than eight tokens, and one prompt in ten is dropped.
+    assert inspection.layout(12, 3, 400).cut_fraction == pytest.approx(0.2 * 0.92, abs=0.04)
+    with_texts = inspection_of(folder, random_vae, texts=True)
+    assert with_texts.layout(48, 3).pad_fraction < 0.02
+
+
+def test_suggested_layouts_keep_the_budget_and_begin_with_the_best(folder, random_vae):
+    inspection = inspection_of(folder, random_vae)
+    layouts = inspection.suggested(160, 24, 16.0)
+    assert len(layouts) > 3
+    assert all(120 <= layout.text_slots + 4 * layout.images_per_row <= 160 for layout in layouts)
+    assert all(layout.text_slots >= 24 for layout in layouts)
+    pads = [layout.pad_fraction for layout in layouts]
+    assert pads == sorted(pads)
+    assert pads[0] < inspection.layout(96, 2).pad_fraction
+    assert inspection.suggested(20, 24, 12.0) == []
+    half = inspection_of(folder, random_vae, texts=True).suggested(96, 24, 12.0)[0]
+    assert (half.text_slots + 4 * half.images_per_row, half.images_per_row) == (96, 12)
+
+
+def test_thumbnails_are_the_images_of_the_row(folder, random_vae):
+    inspection = inspection_of(folder, random_vae)
+    _, batch, _ = inspection.pack(inspection.data, 8)
+    for row in batch.split(1):
+        thumbnails = thumbnails_of(row, inspection.sources)
+        captions = {
+            bytes(inspection.tokenizer.decode(row.text_ids[0][row.document_ids[0, :48] == document].tolist()), "utf-8")
+            for document in range(int(row.document_ids.max()) + 1)
+        }
+        for slot, thumbnail in enumerate(thumbnails):
+            assert (thumbnail is not None) == bool(row.image_mask[0, slot])
+            if thumbnail is not None:
+                number = int(thumbnail[0, 0, 0]) // 20
+                # Without a caption where the prompt was dropped.
+                assert {b"abcdefghijklmnopqrstuvwxyz"[: LENGTHS[number]], b""} & captions
+
+
+def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae):
+    inspection = inspection_of(folder, random_vae, texts=True)
+    _, batch, _ = inspection.pack(inspection.data, 8)
+    row = batch.split(1)[0]
+    green = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (1, 250, 3), dtype=np.uint8)
+    draw_row(row, inspection.tokenizer, [green] * 3, "a row", folder / "row.png")
+    pixels = np.asarray(Image.open(folder / "row.png"))
+    assert pixels.shape[1] == 2000
+    assert (pixels == (1, 250, 3)).all(axis=-1).sum() > 3 * 100 * 100
+    # The square, found by what nobody attends to; every cell of it against a double loop over the slots as one reads.
+    faint = (pixels == 250).all(axis=-1)
+    lines, columns = np.flatnonzero(faint.sum(1) > 100), np.flatnonzero(faint.sum(0) > 100)
+    square = pixels[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
+    ids, order, spans = (getattr(row, name)[0].tolist() for name in ("document_ids", "order", "span_ids"))
+    slots = sorted((slot for slot, document in enumerate(ids) if document >= 0), key=lambda s: (ids[s], order[s]))
+    text, text_to_image, image_to_text, image = (52, 101, 164), (158, 190, 228), (249, 200, 158), (232, 126, 46)
+    right = 0
+    for y, q in enumerate(slots):
+        for x, k in enumerate(slots):
+            attends = ids[q] == ids[k] and (order[k] <= order[q] or spans[q] == spans[k] >= 0)
+            colours = ((text, text_to_image), (image_to_text, image))[spans[q] >= 0]
+            expected = colours[spans[k] >= 0] if attends else (250, 250, 250)
+            centre = (np.array([y, x]) + 0.5) * square.shape[:2] / len(slots)
+            right += tuple(square[tuple(centre.astype(int))]) == expected
+    assert right > 0.97 * len(slots) ** 2, "but for the numbers of the documents, which lie over some cells"
+
+
+def test_the_command_prints_and_draws(folder, random_vae, capsys):
+    picture = folder / "pictures" / "row.png"
+    main(["--rows", "16", "--slots", "100", "--picture", str(picture), *arguments(folder, random_vae, texts=True)])
+    output = capsys.readouterr().out
+    assert "tokens a caption: mean 7.8" in output
+    assert "packed 16 rows of 48 text slots + 3 images of 4 patches" in output
+    assert re.search(r"\d\.\d\d % of the slots are padding", output)
+    assert "layouts of at most 100 slots a row" in output
+    assert Image.open(picture).format == "PNG"
+    assert not list((folder / "cache").glob("latents-*")), "nothing is encoded"
+
+
+def test_an_image_size_without_whole_patches_is_refused(folder, random_vae):
+    with pytest.raises(UserError, match=r"\[\(20, 20\)\] are not all multiples of 8"):
+        inspection_of(folder, random_vae, "data.image_size=20")

@@ -1,0 +1,195 @@
+"""Interleaved documents: every token and every image once and in order, whatever the row, and cut where they may be."""
+
+from collections import Counter
+
+import pytest
+from conftest import documents_of, sources_of, texts_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_packing import check_positions, read_row
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.lanes import LaneState
+from transfusion_mot.data.mixture import counter
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.losses import IGNORE_INDEX
+
+# What a slot holds: a token, or the number of an image.
+Stream = list[int | str]
+
+
+def stream_of(document: list[str | int], tokenizer: TextTokenizer) -> Stream:
+    """A document as one sequence."""
+    stream: Stream = [tokenizer.bos_id]
+    for item in document:
+        if isinstance(item, str):
+            stream += tokenizer.encode(item)
+        else:
+            stream += [tokenizer.boi_id, f"image {item}", tokenizer.eoi_id]
+    return [*stream, tokenizer.eos_id]
+
+
+def pieces_of(batch: Batch, text_slots: int, rope: str) -> list[tuple[Stream, int]]:
+    """What a row holds of documents, in its order: (sequence, label of its last token), after checking labels."""
+    pieces = []
+    ids, labels = batch.text_ids[0].tolist(), batch.text_labels[0].tolist()
+    for slots in read_row(batch, text_slots):
+        check_positions(slots, rope)
+        stream: Stream = []
+        of: list[int | None] = []
+        for slot, span, _ in slots:
+            if span is None:
+                stream.append(ids[slot])
+                of.append(slot)
+            elif stream[-1] != (image := f"image {int(batch.latents[0, span, 0, 0, 0])}"):
+                stream.append(image)
+                of.append(None)
+        for place, slot in enumerate(of[:-1]):
+            if slot is not None:
+                following = stream[place + 1]
+                assert labels[slot] == (following if isinstance(following, int) else IGNORE_INDEX)
+        assert of[-1] is not None, "no piece ends with an image: EOI belongs to it"
+        pieces.append((stream, labels[of[-1]]))
+    return pieces
+
+
+def letters(number: int, length: int) -> str:
+    """A text that no other number has, and no two places of which are alike for long."""
+    return "".join(chr(ord("A") + number) + chr(ord("a") + place % 26) for place in range(-(-length // 2)))[:length]
+
+
+SEGMENTS = st.lists(st.one_of(st.integers(1, 40), st.just("image")), min_size=1, max_size=9)
+
+
+@given(
+    shapes=st.lists(SEGMENTS, min_size=6, max_size=16),
+    text_slots=st.integers(8, 30),
+    images_per_row=st.integers(1, 4),
+    lookahead=st.integers(1, 4),
+    lanes=st.integers(1, 2),
+    rope=st.sampled_from(["1d", "3d"]),
+    with_text=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_token_and_image_comes_once_and_in_order(
+    byte_tokenizer, shapes, text_slots, images_per_row, lookahead, lanes, rope, with_text, seed
+) -> None:
+    documents: list[list[str | int]] = []
+    next_image = 0
+    for number, shape in enumerate(shapes):
+        document: list[str | int] = []
+        for segment in shape:
+            if segment == "image":
+                document.append(next_image)
+                next_image += 1
+            else:
+                document.append(letters(number, segment))
+        documents.append(document)
+    sources = [documents_of(documents)] + ([texts_of(["0" * 5000])] if with_text else [])
+    config = DataConfig(text_slots=text_slots, images_per_row=images_per_row, lookahead=lookahead)
+    packer = Packer(sources_of(*sources), byte_tokenizer, config, rope, 2, lanes, seed, lambda uniform: uniform)
+    name = packer.sources.names[0]
+    streams = [stream_of(document, byte_tokenizer) for document in documents]
+    read: dict[int, Stream] = {}
+    complete, waiting, totals = set(), 0, Counter()
+    for lane in range(lanes):
+        state = packer.initial_state()[None]
+        # The first epoch alone: there every document is read once.
+        for step in range(60):
+            rows, new_state, counts = packer.rows([lane], step, state)
+            # The last document taken stood behind the first epoch: leave it, and the whole row.
+            last = LaneState.from_array(new_state[0], len(packer.sources.pools), 1).taken[0] - 1
+            if lane + last * lanes >= len(streams):
+                break
+            state = new_state
+            totals.update(counts)
+            pieces = pieces_of(rows.batch, text_slots, rope)
+            for stream, label in pieces:
+                if "0" in byte_tokenizer.decode([token for token in stream if isinstance(token, int)]):
+                    continue  # The endless text.
+                candidates = [
+                    number
+                    for number, whole in enumerate(streams)
+                    if number not in complete
+                    and whole[len(read.get(number, [])) :][: len(stream)] == stream
+                    and (len(read.get(number, [])) > 0) == (stream[0] != byte_tokenizer.bos_id)
+                ]
+                assert candidates, "a piece goes on where the one before it ended"
+                number = candidates[0]
+                read[number] = read.get(number, []) + stream
+                whole, done = streams[number], len(read[number])
+                if done == len(whole):
+                    assert label == IGNORE_INDEX
+                    complete.add(number)
+                else:
+                    assert label == whole[done], "the label of the last token is the first token of the rest"
+        waiting += len(LaneState.from_array(state[0], len(packer.sources.pools), 1).waiting[0])
+    assert totals[counter(name, "documents")] == len(complete)
+    assert totals[counter(name, "taken")] == len(complete) + waiting
+    assert set(read) >= complete
+    used = sum(len([item for item in stream if isinstance(item, int)]) for stream in read.values())
+    assert totals[counter(name, "tokens")] == used
+    assert totals[counter(name, "images")] == sum(isinstance(item, str) for stream in read.values() for item in stream)
+
+
+def rows_of(tokenizer: TextTokenizer, document: list[str | int], steps: int, **data) -> list[list[tuple[Stream, int]]]:
+    """Rows of a source of one document."""
+    packer = Packer(sources_of(documents_of([document])), tokenizer, DataConfig(**data), "1d", 2, 1, 0, lambda u: u)
+    state, result = packer.initial_state()[None], []
+    for step in range(steps):
+        rows, state, _ = packer.rows([0], step, state)
+        result.append(pieces_of(rows.batch, data["text_slots"], "1d"))
+    return result
+
+
+def test_document_that_is_too_long_is_cut_between_segments(byte_tokenizer) -> None:
+    bos, eos, boi, eoi = (getattr(byte_tokenizer, f"{name}_id") for name in ("bos", "eos", "boi", "eoi"))
+    encode = byte_tokenizer.encode
+    document = ["four", 0, "more", 1, 2, "ten letter", "x" * 21, 3]
+    rows = rows_of(byte_tokenizer, document, 5, text_slots=16, images_per_row=2, lookahead=1)
+    text = encode("ten letter" + "x" * 21)
+    assert rows[:4] == [
+        # The third image has no slot, and so the piece ends before it.
+        [([bos, *encode("four"), boi, "image 0", eoi, *encode("more"), boi, "image 1", eoi], boi)],
+        # The text behind it does not fit whole.
+        [([boi, "image 2", eoi], text[0])],
+        # Longer than a row by itself: the only place where a segment is cut.
+        [(text[:16], text[16])],
+        [(text[16:], boi)],
+    ]
+    # What is left, and the document once more.
+    assert rows[4][0] == ([boi, "image 3", eoi, eos], IGNORE_INDEX)
+
+
+def test_document_that_fits_a_row_is_not_cut(byte_tokenizer) -> None:
+    """It waits for the next row rather than being cut to what is left of this one."""
+    for row in rows_of(byte_tokenizer, ["ten letter", 0, "x"], 20, text_slots=24, images_per_row=3, lookahead=2):
+        (piece,) = row
+        assert (piece[0][0], piece[0][-1]) == (byte_tokenizer.bos_id, byte_tokenizer.eos_id)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_counted(byte_tokenizer) -> None:
+    source = documents_of([["one", 0, "two", 1], [2], ["three", 3]])
+    source.latents.readable[[0, 2]] = False
+    config = DataConfig(text_slots=40, images_per_row=2)
+    packer = Packer(sources_of(source), byte_tokenizer, config, "1d", 2, 1, 0, lambda uniform: uniform)
+    state, totals, read = packer.initial_state()[None], Counter(), []
+    for step in range(30):
+        rows, state, counts = packer.rows([0], step, state)
+        totals.update(counts)
+        read += [tuple(stream) for stream, _ in pieces_of(rows.batch, 40, "1d")]
+    expected = {tuple(stream_of(document, byte_tokenizer)) for document in (["onetwo", 1], ["three", 3])}
+    assert set(read) == expected
+    assert totals[counter("documents", "documents")] == len(read)
+    dropped, unreadable = (totals[counter("documents", what)] for what in ("dropped_documents", "unreadable_images"))
+    epochs = packer.sources.epochs(totals)["documents"]
+    assert dropped == pytest.approx(epochs, abs=1)
+    assert unreadable == pytest.approx(2 * epochs, abs=2)
+
+
+def test_document_of_text_alone_is_read_like_the_others(byte_tokenizer) -> None:
+    rows = rows_of(byte_tokenizer, ["text and nothing else"], 4, text_slots=30, images_per_row=2, lookahead=2)
+    assert all(row == [(stream_of(["text and nothing else"], byte_tokenizer), IGNORE_INDEX)] for row in rows)

@@ -1,0 +1,155 @@
+"""Every kind of source trains for some steps, alone, and all of them together."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from source_files import SIZE, picture, picture_dataset, shard, write_coco, write_tar
+
+import train
+from transfusion_mot.errors import UserError
+from transfusion_mot.training.metrics import read_metrics
+
+TOWER = {"hidden_size": 16, "intermediate_size": 32}
+NUM_IMAGES = 24
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """The same pictures in every format."""
+    folder = tmp_path_factory.mktemp("files")
+    write_coco(folder / "coco", NUM_IMAGES)
+    for first in (0, 12):
+        write_tar(folder / f"shard-{first}.tar", shard(range(first, first + 12)))
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(NUM_IMAGES):
+        # Upright and flat ones, for the buckets.
+        (pictures / f"{number}.png").write_bytes(picture(number, size=(20, 40) if number % 3 else (40, 20)))
+    lines = [{"file_name": f"{number}.png", "text": f"picture {number}"} for number in range(NUM_IMAGES)]
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = picture_dataset(range(NUM_IMAGES))
+    dataset.to_parquet(folder / "pictures.parquet")
+    dataset.save_to_disk(folder / "dataset")
+    texts = [{"text": f"a paragraph about the number {number}, and no image"} for number in range(NUM_IMAGES)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
+    (folder / "texts.txt").write_text("\n\n".join(line["text"] for line in texts))
+    documents = [
+        {
+            "texts": [f"before {n}", None, "between", None, None],
+            "images": [None, f"{n}.png", None, f"{n}.png", f"{n - 1}.png"],
+        }
+        for n in range(1, NUM_IMAGES)
+    ]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in documents))
+    return folder
+
+
+def source_of(files: Path, kind: str) -> dict[str, Any]:
+    return {
+        "imagefolder": {"kind": "imagefolder", "path": str(files / "pictures")},
+        "webdataset": {"kind": "webdataset", "path": str(files / "shard-*.tar")},
+        "coco": {
+            "kind": "coco",
+            "path": str(files / "coco" / "train2017"),
+            "annotations": str(files / "coco" / "annotations" / "captions_train2017.json"),
+        },
+        "parquet": {"kind": "parquet", "path": str(files / "pictures.parquet")},
+        "datasets": {"kind": "datasets", "path": str(files / "dataset"), "image_column": "image"},
+        "text jsonl": {"kind": "text", "path": str(files / "texts.jsonl")},
+        "text txt": {"kind": "text", "path": str(files / "texts.txt")},
+        "datasets of texts": {"kind": "datasets", "path": str(files / "dataset")},
+        "interleaved": {
+            "kind": "interleaved",
+            "path": str(files / "documents.jsonl"),
+            "images": str(files / "pictures"),
+        },
+        "openmoji": {"kind": "openmoji"},
+    }[kind]
+
+
+def run(tmp_path: Path, vae: Path, sources: list[dict[str, Any]], data: dict[str, Any], steps: int = 2) -> list[dict]:
+    """Train => the lines of metrics.jsonl."""
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {
+            "sources": sources,
+            "image_size": SIZE,
+            "held_out_fraction": 0.2,
+            "text_slots": 64,
+            "images_per_row": 3,
+            "num_workers": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        | data,
+        "tokenizer": {"vocab_size": 300},
+        "autoencoder": {"path": str(vae)},
+        "model": {"towers": {"text": TOWER, "image": TOWER}, "num_layers": 1, "num_heads": 2, "head_dim": 8},
+        "training": {
+            "num_steps": steps,
+            "num_rows": 2,
+            "mixed_precision": "no",
+            "log_every": 1,
+            "num_validation_documents": 6,
+            "sample_prompts": [],
+            "tracker": None,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    train.main(["--config", str(tmp_path / "run.yaml")])
+    return read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+KINDS = ["imagefolder", "webdataset", "coco", "parquet", "datasets", "interleaved", "text jsonl", "text txt"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "datasets of texts"])
+def test_source_trains(files: Path, tmp_path: Path, random_vae: Path, capsys, kind: str) -> None:
+    source = source_of(files, kind)
+    beside = [source_of(files, "imagefolder")] if "text" in kind else []
+    lines = run(tmp_path, random_vae, [*beside, source], {})
+    last = next(line for line in lines if line["step"] == 2 and "loss" in line)
+    assert math.isfinite(last["loss"])
+    seen = {what: last[f"sources/{source['path']}/{what}_seen"] for what in ("documents", "tokens", "images")}
+    assert seen["documents"] > 0
+    assert seen["tokens"] > 0
+    assert (seen["images"] > 0) == ("text" not in kind)
+    assert 0 < last[f"sources/{source['path']}/epochs"] < 3
+    validation = next(line for line in lines if "validation/text_loss" in line)
+    assert ("validation/caption_loss" in validation) == (kind != "interleaved")
+    # The report at the end.
+    assert f" {seen['tokens']} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("latents", ["cache", "online"])
+def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Path, latents: str) -> None:
+    """In buckets, mirrored, and with workers."""
+    kinds = [*KINDS, "openmoji"]
+    data = {
+        "latents": latents,
+        "buckets": [[16, 16], [24, 8], [8, 24]],
+        "random_flip": True,
+        "num_workers": 2,
+        "text_slots": 128,
+    }
+    lines = run(tmp_path, random_vae, [source_of(files, kind) for kind in kinds], data, steps=30)
+    last = next(line for line in lines if line["step"] == 30 and "loss" in line)
+    seen = {name: value for name, value in last.items() if name.endswith("/documents_seen")}
+    assert len(seen) == len(kinds)
+    assert all(count > 0 for count in seen.values()), seen
+    assert last["images_seen"] == sum(value for name, value in last.items() if name.endswith("/images_seen"))
+    assert last["text_tokens_seen"] == sum(value for name, value in last.items() if name.endswith("/tokens_seen"))
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_bucket_that_does_not_divide_into_patches_is_refused(files: Path, tmp_path: Path, random_vae: Path) -> None:
+    with pytest.raises(UserError, match="is 20; it must be a multiple of 8"):
+        run(tmp_path, random_vae, [source_of(files, "imagefolder")], {"buckets": [[16, 20]]})

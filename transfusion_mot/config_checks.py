@@ -1,0 +1,118 @@
+"""What is wrong with a configuration, in one sentence: numbers out of range, unknown keys."""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from transfusion_mot.errors import UserError
+
+# Smallest value of every key that has one; 0 is excluded where it would be meaningless.
+_AT_LEAST = {
+    "data.image_size": 8,
+    "data.text_slots": 8,
+    "data.images_per_row": 1,
+    "data.lookahead": 1,
+    "data.num_workers": 0,
+    "autoencoder.batch_size": 1,
+    "training.num_steps": 1,
+    "training.num_rows": 1,
+    "training.microbatch_rows": 1,
+    "training.seed": 0,
+    "training.log_every": 1,
+    "training.validate_every": 0,
+    "training.sample_every": 0,
+    "training.save_every": 0,
+    "training.num_validation_documents": 1,
+    "optimizer.warmup_steps": 0,
+    "data.split_seed": 0,
+    "training.diffusion_loss_weight": 0,
+    "optimizer.weight_decay": 0,
+    "diffusion.guidance_scale": 0,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.head_dim": 2,
+    "model.unet_num_layers": 1,
+    "diffusion.num_inference_steps": 1,
+    "tokenizer.vocab_size": 1,
+    "num_steps": 1,
+    "batch_size": 1,
+}
+_SHARES = (
+    "data.held_out_fraction",
+    "data.caption_first_prob",
+    "data.image_first_max_timestep",
+    "data.prompt_dropout_prob",
+    "optimizer.min_lr_ratio",
+    "optimizer.decay_fraction",
+    "training.ema_decay",
+    "ema_decay",
+)
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers that no run can have.
+
+    Raises:
+        UserError: Names the key, what it is and what it must be.
+    """
+
+    def value(key: str) -> Any:
+        return functools.reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
+
+    for key, smallest in _AT_LEAST.items():
+        if (given := value(key)) is not None and given < smallest:
+            raise UserError(f"configuration: {key} is {given}; it must be at least {smallest}")
+    for key in _SHARES:
+        if (given := value(key)) is not None and not 0 <= given <= 1:
+            raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
+    for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
+        if (given := value(key)) is not None and given <= 0:
+            raise UserError(f"configuration: {key} is {given}; it must be above 0")
+    if not config.output_dir:
+        raise UserError("configuration: output_dir is empty; give a folder")
+    for name, tower in (value("model.towers") or {}).items():
+        if min(tower.hidden_size, tower.intermediate_size) < 1:
+            raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
+    for source in config.data.sources:
+        if source.weight <= 0:
+            raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
+    for size in config.data.buckets:
+        if len(size) != 2 or min(size) < 8:
+            raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
+
+
+def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
+    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
+    sentence = " ".join(message.replace("Parser key ", "").split())
+    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
+    if "unrecognized arguments" in sentence:
+        unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
+    elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
+        unknown = found[1]
+    else:
+        files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
+        return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
+    names = _key_names(config_class)
+    if "." in unknown:
+        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
+    else:
+        # A name from a file comes without its section.
+        last = {name: name.split(".")[-1] for name in names}
+        closest = difflib.get_close_matches(unknown, list(last.values()), n=3, cutoff=0.5)
+        near = sorted((name for name in names if last[name] in closest), key=lambda name: closest.index(last[name]))
+    hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
+    return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
+
+
+def _key_names(config_class: Any, prefix: str = "") -> list[str]:
+    """Dotted names of every key, sections included; items of lists and dicts by their own names."""
+    names = []
+    for key, kind in get_type_hints(config_class).items():
+        names.append(prefix + key)
+        for inner in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(inner):
+                names += _key_names(inner, f"{prefix}{key}.")
+    return names

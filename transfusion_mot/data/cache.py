@@ -1,0 +1,63 @@
+"""Encode the images of a configuration's sources to latents, once, on any number of devices.
+
+    accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml
+
+Takes the configuration of train.py, and fills `data.cache_dir` with what it will read from there. Run it again after an
+interruption: it goes on with what is missing.
+"""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.latents import cached_latents
+from transfusion_mot.data.mixture import open_documents
+from transfusion_mot.data.sources.base import Split, TextDocuments
+from transfusion_mot.errors import exit_on_user_error
+
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Encode and report, as the command line says."""
+    config = parse_config(RunConfig, arguments, __doc__ or "")
+    # A run that wants its latents prepared is what this prepares.
+    data = dataclasses.replace(config.data, latents="cache")
+    # Processes that have less to do wait for the others at the end.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
+    lines = []
+    num_images, seconds = 0, 0.0
+    for split in SPLITS:
+        # The first process indexes the sources, the others find the index.
+        with accelerator.main_process_first():
+            sources = open_documents(data, split)
+        for images in (source.images for source in sources if not isinstance(source.documents, TextDocuments)):
+            begun = time.perf_counter()
+            cache = cached_latents(images, autoencoder, data, config.autoencoder.batch_size, accelerator)
+            num_images += cache.num_encoded
+            seconds += time.perf_counter() - begun
+            skipped = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items()) or "none"
+            lines.append(
+                f"{images.name} ({split}): {int(cache.readable.sum()):,} images, {cache.num_encoded:,} of them new; "
+                f"skipped: {skipped}; {cache.num_bytes / 1e6:,.1f} MB in {cache.folder}"
+            )
+    accelerator.print("\n".join(lines))
+    if num_images:
+        accelerator.print(f"encoded {num_images:,} images in {seconds:.1f} s: {num_images / seconds:,.1f} images/s")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("transfusion_mot").setLevel(logging.INFO)
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -1,0 +1,171 @@
+"""Documents: what a source holds => segments of text and images, and the pieces of them that fit a row."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.images import ImageArray
+from transfusion_mot.data.mixture import Source
+from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments
+from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.errors import UserError
+from transfusion_mot.losses import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """An image of a document; it takes a text slot before it (BOI) and one behind it (EOI).
+
+    Attributes:
+        index: Of the image in its source.
+        flipped: Whether it is mirrored.
+        max_timestep: Highest timestep it is noised to.
+        pixels: `uint8 [H, W, 3]` where images are encoded on the device, else None.
+    """
+
+    index: int
+    flipped: bool
+    max_timestep: float
+    pixels: ImageArray | None
+
+
+# Token ids of text, or an image.
+Segment = list[int] | ImageSegment
+
+
+class Piece(NamedTuple):
+    """What a row takes of a document at once: all of it, unless it is too long.
+
+    Attributes:
+        segments: In reading order.
+        num_tokens, num_images: Text slots and image slots it takes.
+        next_token: First token of the rest, the label of the piece's last token; `IGNORE_INDEX` at the document's end.
+        used: Tokens of text and images of the document in this piece and those before.
+    """
+
+    segments: list[Segment]
+    num_tokens: int
+    num_images: int
+    next_token: int
+    used: int
+
+
+@dataclass
+class Document:
+    """One training item.
+
+    Attributes:
+        segments: In reading order; none if nothing of it can be read.
+        caption_cut: Whether its caption was longer than a row.
+        unreadable_images: Images of it that cannot be read, and so are left out.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    caption_cut: bool = False
+    unreadable_images: int = 0
+
+    def piece(self, used: int, text_slots: int, image_slots: int, boi_id: int) -> Piece:
+        """What fits so many slots of the document behind its first `used` tokens of text and images.
+
+        It ends between two segments; only a text that is longer than that by itself is cut inside.
+        """
+        segments: list[Segment] = []
+        num_tokens = num_images = passed = 0
+        for segment in self.segments:
+            length = 1 if isinstance(segment, ImageSegment) else len(segment)
+            skipped = max(0, used - passed)
+            passed += length
+            if skipped >= length:
+                continue
+            if isinstance(segment, ImageSegment):
+                if num_images == image_slots or num_tokens + 2 > text_slots:
+                    return Piece(segments, num_tokens, num_images, boi_id, passed - 1)
+                segments.append(segment)
+                num_images += 1
+                num_tokens += 2
+                continue
+            if num_tokens + length - skipped > text_slots:
+                end = skipped if segments else skipped + text_slots
+                if end > skipped:
+                    segments.append(segment[skipped:end])
+                return Piece(segments, num_tokens + end - skipped, num_images, segment[end], passed - length + end)
+            segments.append(segment[skipped:])
+            num_tokens += length - skipped
+        return Piece(segments, num_tokens, num_images, IGNORE_INDEX, passed)
+
+
+class DocumentReader:
+    """Reads documents of sources.
+
+    Args:
+        tokenizer: Turns text into ids and knows the special ones.
+        config: Draws that shape documents, and how long a caption may be.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, config: DataConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
+        """A document; what is drawn about its layout comes from `rng`."""
+        if isinstance(source.documents, CaptionedImages):
+            return self._captioned_image(source, source.documents, index, rng)
+        if isinstance(source.documents, InterleavedDocuments):
+            return self._interleaved(source, source.documents, index, rng)
+        tokens = self.tokenizer.encode(source.documents.text(index))
+        return Document([[self.tokenizer.bos_id, *tokens, self.tokenizer.eos_id]])
+
+    def _captioned_image(
+        self, source: Source, documents: CaptionedImages, index: int, rng: np.random.Generator
+    ) -> Document:
+        config, bos, eos = self.config, self.tokenizer.bos_id, self.tokenizer.eos_id
+        draws = rng.random(4)
+        caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
+        # Noised less where the caption stands behind it and must be read off it (Transfusion, section 4.3.4).
+        max_timestep = 1.0 if caption_first else config.image_first_max_timestep
+        image = self._image(source, index, bool(draws[3] < 0.5), max_timestep)
+        if image is None:
+            return Document(unreadable_images=1)
+        if caption_first and prompt_dropped:
+            # Ends at EOI, without a label there: that the image has no caption is not for the model to learn.
+            return Document([[bos], image])
+        captions = documents.captions(index)
+        caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
+        caption_cut = len(caption) > config.max_caption_tokens
+        caption = caption[: config.max_caption_tokens]
+        if caption_first:
+            return Document([[bos, *caption], image, [eos]], caption_cut)
+        return Document([[bos], image, [*caption, eos]], caption_cut)
+
+    def _interleaved(
+        self, source: Source, documents: InterleavedDocuments, index: int, rng: np.random.Generator
+    ) -> Document:
+        items = documents.segments(index)
+        flips = rng.random(len(items)) < 0.5
+        segments: list[Segment] = []
+        text = [self.tokenizer.bos_id]
+        unreadable = 0
+        for item, flipped in zip(items, flips.tolist(), strict=True):
+            if isinstance(item, str):
+                text += self.tokenizer.encode(item)
+            elif (image := self._image(source, item, flipped, 1.0)) is None:
+                unreadable += 1
+            else:
+                segments += [text, image] if text else [image]
+                text = []
+        if not segments and len(text) == 1:
+            return Document(unreadable_images=unreadable)
+        return Document([*segments, [*text, self.tokenizer.eos_id]], unreadable_images=unreadable)
+
+    def _image(self, source: Source, index: int, flipped: bool, max_timestep: float) -> ImageSegment | None:
+        """An image, or None if it cannot be read."""
+        flipped = flipped and self.config.random_flip
+        if source.latents is not None:
+            return ImageSegment(index, flipped, max_timestep, None) if source.latents.readable[index] else None
+        try:
+            pixels = source.images.image(index)
+        except UserError:
+            return None
+        return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels)

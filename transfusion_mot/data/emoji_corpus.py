@@ -1,0 +1,313 @@
+"""The colour emoji of ten styles as an image folder: `python -m transfusion_mot.data.emoji --output DIR`.
+
+The drawings are those of the npm package `@iconify/json`, the tags of a second caption those of `emojibase-data`. A
+caption is "{style} emoji of {name}". Held out are pairs of style and name whose name another style shows in training:
+a model that paints them has put together a style and a name that it knows apart.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from transfusion_mot.errors import UserError
+
+# Icon set of the package => the style's name in captions.
+STYLES = {
+    "openmoji": "openmoji",
+    "twemoji": "twemoji",
+    "noto": "noto",
+    "fluent-emoji-flat": "fluent flat",
+    "fluent-emoji": "fluent",
+    "noto-v1": "noto v1",
+    "emojione": "emojione",
+    "emojione-v1": "emojione v1",
+    "fxemoji": "fxemoji",
+    "streamline-emojis": "streamline",
+}
+_ICONS, _TAGS = "@iconify/json", "emojibase-data"
+# The box of an icon that states none, by the format's definition.
+_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Icon:
+    """A drawing: the icon set it is of, its name in the set ("red-apple"), its SVG."""
+
+    icon_set: str
+    icon: str
+    svg: str
+
+    @property
+    def style(self) -> str:
+        """For example "fluent flat"."""
+        return STYLES[self.icon_set]
+
+    @property
+    def name(self) -> str:
+        """For example "red apple"."""
+        return self.icon.replace("-", " ")
+
+    @property
+    def file_name(self) -> str:
+        """Path below the corpus folder."""
+        return f"{self.icon_set}/{self.icon}.png"
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_bytes())
+
+
+def icons_of(package: Path, icon_set: str) -> list[Icon]:
+    """The icons of a set, without those that newer ones have replaced (marked as hidden)."""
+    content = _read(package / "json" / f"{icon_set}.json")
+    icons = []
+    for name, icon in content["icons"].items():
+        if icon.get("hidden"):
+            continue
+        box = [icon.get(key, content.get(key, default)) for key, default in _BOX.items()]
+        # Equal width and height: what is not square is centred in a square.
+        opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1" viewBox="{" ".join(map(str, box))}">'
+        icons.append(Icon(icon_set, name, f"{opening}{icon['body']}</svg>"))
+    return icons
+
+
+def tags_by_icon(tags: Path, package: Path) -> dict[str, list[str]]:
+    """Icon name => tags in English. Most sets say which code points an icon draws; else the label is the name."""
+    by_code: dict[str, list[str]] = {}
+    by_label: dict[str, list[str]] = {}
+    for entry in _read(tags / "en" / "data.json"):
+        for variant in (entry, *entry.get("skins", ())):
+            # A skin tone has the tags of its emoji.
+            by_code[_without_selector(variant["hexcode"])] = entry.get("tags", [])
+            by_label["-".join(re.findall(r"\w+", variant["label"].lower()))] = entry.get("tags", [])
+    found = dict(by_label)
+    for icon_set in STYLES:
+        for code, icon in _read(package / "json" / f"{icon_set}.json").get("chars", {}).items():
+            if (key := _without_selector(code)) in by_code:
+                found[icon] = by_code[key]
+    return found
+
+
+def _without_selector(code_points: str) -> str:
+    return "-".join(part for part in code_points.upper().split("-") if part != "FE0F")
+
+
+def held_out_icons(icons: Sequence[Icon], fraction: float, seed: int) -> set[Icon]:
+    """About `fraction` of the (style, name) pairs, never all that show a name; independent of order and number."""
+    by_name = defaultdict(list)
+    for icon in icons:
+        digest = hashlib.sha256(f"{seed}\n{icon.style}\n{icon.name}".encode()).digest()
+        by_name[icon.name].append((int.from_bytes(digest[:8]) / 2**64, icon.icon_set, icon))
+    held_out = set()
+    for pairs in by_name.values():
+        *others, _last = sorted(pairs, key=lambda pair: pair[:2])
+        held_out |= {icon for share, _, icon in others if share < fraction}
+    return held_out
+
+
+def captions_of(icon: Icon, tags: Sequence[str]) -> list[str]:
+    """One caption, and a second with tags where there are any that the name does not say."""
+    caption = f"{icon.style} emoji of {icon.name}"
+    more = [tag for tag in tags if tag not in icon.name.split() and tag != icon.name]
+    return [caption, f"{caption}: {', '.join(more)}"] if more else [caption]
+
+
+def render(svg: str, size: int) -> Image.Image:
+    """An SVG on white => RGB picture `size` pixels high and wide."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
+    """Draw one icon => (icon, what went wrong)."""
+    icon, size, folder = task
+    path = folder / icon.file_name
+    # Renamed when whole: what a killed run leaves is never taken for a picture, and the next run writes over it.
+    partial = path.with_suffix(".partial")
+    try:
+        render(icon.svg, size).save(partial, format="PNG")
+    except ValueError as error:  # what the renderer makes of a drawing that it does not understand
+        return icon, str(error)
+    os.replace(partial, path)
+    return icon, None
+
+
+def write_corpus(
+    package: Path, tags: Path | None, output: Path, size: int, fraction: float, seed: int, workers: int
+) -> Counter[tuple[str, str]]:
+    """Draw every icon that `output` does not have yet, and write metadata and licences => (style, split) to count.
+
+    Raises:
+        UserError: `output` holds drawings of another size or another version of the package.
+    """
+    settings = {"size": size, _ICONS: _read(package / "package.json")["version"]}
+    _refuse_other_corpus(output, settings)
+    icons: list[Icon] = []
+    for icon_set in STYLES:
+        (output / icon_set).mkdir(parents=True, exist_ok=True)
+        icons += icons_of(package, icon_set)
+    (output / "corpus.json").write_text(json.dumps(settings) + "\n")
+
+    missing = [(icon, size, output) for icon in icons if not (output / icon.file_name).exists()]
+    failed = {}
+    with ProcessPoolExecutor(workers) as pool:
+        drawn = pool.map(_render_to_file, missing, chunksize=16)
+        for icon, problem in tqdm(drawn, total=len(missing), desc=f"drawing emoji at {size} px", unit="image"):
+            if problem is not None:
+                failed[icon] = problem
+                _logger.warning("skipped %s: %s", icon.file_name, problem)
+
+    icons = [icon for icon in icons if icon not in failed]
+    held_out = held_out_icons(icons, fraction, seed)
+    tags_of = tags_by_icon(tags, package) if tags is not None else {}
+    counts: Counter[tuple[str, str]] = Counter()
+    lines = []
+    for icon in icons:
+        split = "held_out" if icon in held_out else "train"
+        counts[icon.style, split] += 1
+        entry = {
+            "file_name": icon.file_name,
+            "text": captions_of(icon, tags_of.get(icon.icon, [])),
+            "style": icon.style,
+            "name": icon.name,
+            "split": split,
+        }
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    partial = output / "metadata.jsonl.partial"
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, output / "metadata.jsonl")
+    (output / "LICENSES").write_text(_licences(package, tags), encoding="utf-8")
+    return counts
+
+
+def _refuse_other_corpus(output: Path, settings: dict[str, Any]) -> None:
+    written = output / "corpus.json"
+    before = _read(written) if written.is_file() else settings
+    if before != settings:
+        raise UserError(
+            f"'{output}' holds emoji drawn with {before}, and {settings} is asked for; give another --output"
+        )
+
+
+def _licences(package: Path, tags: Path | None) -> str:
+    """Style, author and licence of every set: all of them ask for attribution or for the licence to be kept."""
+    collections = _read(package / "collections.json")
+    lines = [f"Drawings: npm {_ICONS} {_read(package / 'package.json')['version']}, rendered to PNG on white.\n"]
+    for icon_set in STYLES:
+        about = collections[icon_set]
+        author, licence = about["author"], about["license"]
+        lines.append(
+            f"{icon_set}/: {about['name']}\n"
+            f"  author:  {author['name']}, {author.get('url', '')}\n"
+            f"  licence: {licence['title']} ({licence.get('spdx', 'no SPDX name')}), {licence.get('url', '')}\n"
+        )
+    if tags is not None:
+        about = _read(tags / "package.json")
+        lines.append(f"Tags in captions: npm {_TAGS} {about['version']}\n  licence: {about['license']}\n")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple[Path, Path | None]]:
+    """Folders of the drawings and the tags: the user's own, or fetched and unpacked for as long as they are needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        if iconify is None:
+            iconify, emojibase = _fetch(_ICONS, folder), emojibase or _fetch(_TAGS, folder)
+        drawings = ["package.json", "collections.json", *(f"json/{icon_set}.json" for icon_set in STYLES)]
+        package = _folder_of(Path(iconify), _ICONS, drawings, Path(folder) / "icons")
+        labels = ["package.json", "en/data.json"]
+        yield package, None if emojibase is None else _folder_of(Path(emojibase), _TAGS, labels, Path(folder) / "tags")
+
+
+def _folder_of(path: Path, package: str, needed: Sequence[str], unpacked: Path) -> Path:
+    """The folder of an npm package: `path` itself, or `unpacked`, which receives what is needed of a tarball."""
+    hint = f"give the tarball that `npm pack {package}` writes, or the folder that it unpacks to"
+    if not path.is_dir():
+        try:
+            with tarfile.open(path) as tar:
+                wanted = {f"package/{name}" for name in needed}
+                tar.extractall(unpacked, [member for member in tar if member.name in wanted], filter="data")
+        except (OSError, tarfile.TarError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"'{path}' cannot be read as {package} ({reason}); {hint}") from None
+        unpacked /= "package"
+    folder = path if path.is_dir() else unpacked
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(f"'{path}' holds no {', '.join(missing)}, so it is not {package}; {hint}")
+    return folder
+
+
+def _fetch(package: str, folder: str) -> str:
+    if shutil.which("npm") is None:
+        raise UserError(
+            f"there is no npm to fetch {package} with; install Node.js, or write the package's tarball with "
+            f"`npm pack {package}` on another machine and give it by --iconify"
+        )
+    print(f"fetching {package} by npm")
+    result = subprocess.run(
+        ["npm", "pack", package, "--silent", "--pack-destination", folder], capture_output=True, text=True
+    )
+    if result.returncode:
+        raise UserError(f"`npm pack {package}` fails: {' '.join(result.stderr.split())[:300]}")
+    return str(Path(folder) / result.stdout.split()[-1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Render the corpus, as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.emoji", description=__doc__)
+    parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write, or to go on with")
+    parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
+    parser.add_argument(
+        "--iconify", metavar="PATH", help=f"tarball or folder of npm {_ICONS} (default: npm fetches it)"
+    )
+    parser.add_argument(
+        "--emojibase",
+        metavar="PATH",
+        help=f"tarball or folder of npm {_TAGS}, for a second caption with tags (default: fetched if the drawings are)",
+    )
+    parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    given = parser.parse_args(arguments)
+    if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
+        raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")
+    try:
+        import resvg_py  # noqa: F401
+    except ImportError:
+        raise UserError("drawing needs the package resvg-py: pip install 'transfusion-mot[emoji]'") from None
+
+    begun = time.perf_counter()
+    with _packages(given.iconify, given.emojibase) as (package, tags):
+        counts = write_corpus(
+            package, tags, Path(given.output), given.size, given.held_out_fraction, given.seed, given.workers
+        )
+    print(f"{'style':<12} {'train':>7} {'held out':>9}")
+    for style in dict.fromkeys(style for style, _ in counts):
+        print(f"{style:<12} {counts[style, 'train']:>7,} {counts[style, 'held_out']:>9,}")
+    train, held_out = (sum(n for (_, side), n in counts.items() if side == split) for split in ("train", "held_out"))
+    print(f"{'all':<12} {train:>7,} {held_out:>9,}  ({train + held_out:,} images, {time.perf_counter() - begun:.0f} s)")
+    print(f"use it as a source: {{kind: imagefolder, path: {given.output}}}", file=sys.stderr)

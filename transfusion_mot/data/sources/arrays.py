@@ -1,0 +1,179 @@
+"""What is known about a source, on disk: built once, then mapped by every process and copied into none."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from transfusion_mot.data.sources.base import SkippedItems
+
+# Part of every key: raise it when the files or what is stored in them change.
+_FORMAT = 1
+
+
+class Strings(Sequence[str]):
+    """Strings as one array of UTF-8 bytes and the place where each ends.
+
+    Worker processes share it, where a list would be copied into each of them, little by little, by reference counting.
+    """
+
+    def __init__(self, content: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> None:
+        self._content = content
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self._ends[index - 1]) if index > 0 else 0
+        return bytes(self._content[start : int(self._ends[index])]).decode("utf-8")
+
+
+class StringsWriter:
+    """Writes strings one after the other; a lone surrogate, which UTF-8 cannot hold, becomes "?"."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.ends = array("q")
+
+    def add(self, text: str) -> None:
+        self._file.write(text.encode("utf-8", errors="replace"))
+        self.ends.append(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ArrayWriter:
+    """Collects the arrays of a folder; strings go to disk at once, numbers (8 bytes each) when it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.skipped = SkippedItems()
+        self._strings: dict[str, StringsWriter] = {}
+        self._numbers: dict[str, array[Any]] = {}
+
+    def strings(self, name: str) -> StringsWriter:
+        """A new array of strings."""
+        self._strings[name] = StringsWriter(self.folder / f"{name}.bytes")
+        return self._strings[name]
+
+    def integers(self, name: str) -> "array[int]":
+        """A new array of integers."""
+        self._numbers[name] = array("q")
+        return self._numbers[name]
+
+    def floats(self, name: str) -> "array[float]":
+        """A new array of floating-point numbers."""
+        self._numbers[name] = array("d")
+        return self._numbers[name]
+
+    def close(self) -> None:
+        """Write what is not written yet, and a hash of it all."""
+        for name, strings in self._strings.items():
+            strings.close()
+            self._numbers[f"{name}_ends"] = strings.ends
+        for name, values in self._numbers.items():
+            np.save(self.folder / f"{name}.npy", np.asarray(values))
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+        about = {
+            "fingerprint": digest.hexdigest()[:16],
+            "counts": self.skipped.counts,
+            "examples": self.skipped.examples,
+        }
+        (self.folder / "about.json").write_text(json.dumps(about))
+
+    def abandon(self) -> None:
+        """Close the files of an interrupted writer."""
+        for strings in self._strings.values():
+            strings.close()
+
+
+class StoredArrays:
+    """The arrays of a folder, mapped. A worker process maps them again; pickle sends the path alone.
+
+    Attributes:
+        fingerprint: Hash of their content.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        about = json.loads((folder / "about.json").read_text())
+        self.fingerprint: str = about["fingerprint"]
+        self._skipped: dict[str, Any] = {name: about[name] for name in ("counts", "examples")}
+        self._mapped: dict[str, npt.NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._mapped:
+            self._mapped[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return self._mapped[name]
+
+    def strings(self, name: str) -> Strings:
+        """The strings written under that name."""
+        ends = self[f"{name}_ends"]
+        if name not in self._mapped:
+            path = self.folder / f"{name}.bytes"
+            # An empty file cannot be mapped.
+            empty = path.stat().st_size == 0
+            self._mapped[name] = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
+        return Strings(self._mapped[name], ends)
+
+    def skipped(self) -> SkippedItems:
+        """What was left out while the arrays were built; a copy of its own, to add to."""
+        return SkippedItems(**cast(dict[str, Any], json.loads(json.dumps(self._skipped))))
+
+    def __reduce__(self) -> tuple[type["StoredArrays"], tuple[Path]]:
+        return StoredArrays, (self.folder,)
+
+
+def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[ArrayWriter], None]) -> StoredArrays:
+    """The arrays that `build` writes, from `cache_dir` if they are there under `key` (anything JSON can hold).
+
+    They are written aside and renamed at the end: what an interrupted run leaves behind is never taken for the whole,
+    and of two processes that build at once both end up with the same files.
+    """
+    digest = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"{name}-{digest}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+        partial.mkdir(parents=True)
+        writer = ArrayWriter(partial)
+        try:
+            build(writer)
+            writer.close()
+            os.replace(partial, folder)
+        except OSError:
+            # A folder that is not empty is not replaced: another process was faster.
+            if not folder.exists():
+                raise
+        finally:
+            writer.abandon()
+            shutil.rmtree(partial, ignore_errors=True)
+    return StoredArrays(folder)
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """What tells a file from another or an edited one without reading it: path, size and time of change.
+
+    Raises:
+        OSError: The file is not there.
+    """
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]

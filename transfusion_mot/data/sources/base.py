@@ -1,0 +1,178 @@
+"""What a source gives: images, captioned images, texts or interleaved documents, of one side of the held-out split."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.images import ImageArray
+from transfusion_mot.errors import UserError
+
+Split = Literal["train", "held_out"]
+
+_logger = logging.getLogger(__name__)
+_NUM_EXAMPLES = 3
+
+
+class ImageSet(Protocol):
+    """Images of one source and split: what the latent cache encodes.
+
+    Attributes:
+        name: What to call the source in messages and logs.
+        fingerprint: Hash of what decides the pixels: the images' identity and order, their size, buckets and fit; not
+            of captions.
+        skipped: What was left out while the source was opened: reason to count.
+        buckets: [N] index of each image's size in `data.image_sizes`.
+    """
+
+    name: str
+    fingerprint: str
+    skipped: dict[str, int]
+    buckets: npt.NDArray[np.int16]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> ImageArray:
+        """One image, `uint8 [height, width, 3]` of its bucket.
+
+        Raises:
+            UserError: The image cannot be read.
+        """
+        ...
+
+
+@runtime_checkable
+class CaptionedImages(ImageSet, Protocol):
+    """Images with captions.
+
+    Attributes:
+        captions_fingerprint: Hash of all captions and their order.
+    """
+
+    captions_fingerprint: str
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of one image: at least one, none empty."""
+        ...
+
+
+@runtime_checkable
+class TextDocuments(Protocol):
+    """Texts without images, of one source and split.
+
+    Attributes:
+        name: What to call the source in messages and logs.
+        fingerprint: Hash of the texts and their order.
+        skipped: What was left out while the source was opened: reason to count.
+    """
+
+    name: str
+    fingerprint: str
+    skipped: dict[str, int]
+
+    def __len__(self) -> int: ...
+
+    def text(self, index: int) -> str:
+        """One document, never empty."""
+        ...
+
+
+@runtime_checkable
+class InterleavedDocuments(Protocol):
+    """Documents of texts and images in reading order, of one source and split.
+
+    Attributes:
+        name: What to call the source in messages and logs.
+        fingerprint: Hash of the texts, the places of the images between them, and the order of the documents.
+        skipped: What was left out while the source was opened: reason to count.
+        images: The images of all documents; those of one document have the same bucket.
+    """
+
+    name: str
+    fingerprint: str
+    skipped: dict[str, int]
+    images: ImageSet
+
+    def __len__(self) -> int: ...
+
+    def segments(self, index: int) -> list[str | int]:
+        """One document: texts, none empty, and images by their index in `images`."""
+        ...
+
+
+@dataclass
+class SkippedItems:
+    """Items that were left out: how many for each reason, and where the first few are."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _NUM_EXAMPLES:
+            examples.append(where)
+
+    def update(self, other: "SkippedItems") -> None:
+        """Add what another one has counted."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:_NUM_EXAMPLES]
+
+    def __str__(self) -> str:
+        """For example "2 missing file (a.png; b.png), 1 empty caption (metadata.jsonl:4)"."""
+        parts = []
+        for reason, count in self.counts.items():
+            more = "; ..." if count > _NUM_EXAMPLES else ""
+            parts.append(f"{count} {reason} ({'; '.join(self.examples[reason])}{more})")
+        return ", ".join(parts)
+
+    def warn(self, name: str, num_items: int) -> None:
+        """Log what was skipped of `num_items`, if anything."""
+        if self.counts:
+            _logger.warning("%s: skipped %d of %d: %s", name, sum(self.counts.values()), num_items, self)
+
+
+def split_of(text: str, data: DataConfig) -> Split:
+    """The side of the held-out split that a caption or document is on.
+
+    It depends on the text and `split_seed` alone: other items, their order and their number do not move it, and the
+    same caption is on one side wherever it occurs.
+    """
+    return "held_out" if share_of(text, data.split_seed) < data.held_out_fraction else "train"
+
+
+def share_of(text: str, split_seed: int) -> float:
+    """Where in [0, 1) a text falls: it is held out if that is below `held_out_fraction`."""
+    digest = hashlib.sha256(f"{split_seed}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def read_images(
+    images: ImageSet, indices: Sequence[int], skipped: SkippedItems, pool: Executor
+) -> dict[int, ImageArray]:
+    """The images among `indices` that can be read, by index, decoded in `pool`; the others are counted in `skipped`."""
+    readable = {}
+    for index, future in [(index, pool.submit(images.image, index)) for index in indices]:
+        try:
+            readable[index] = future.result()
+        except UserError as error:
+            skipped.add("unreadable image", str(error))
+    return readable
+
+
+def fingerprint_of(*parts: bytes | npt.NDArray[np.generic]) -> str:
+    """Hash of a sequence of parts: moving bytes from one to the next changes it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        # As one dimension of bytes; an empty array of several has no such view.
+        content = part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        digest.update(len(content).to_bytes(8))
+        digest.update(content)
+    return digest.hexdigest()[:16]

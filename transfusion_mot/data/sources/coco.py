@@ -1,0 +1,62 @@
+"""COCO captions as distributed: a folder of images, and a JSON of `images` and `annotations` with a caption each."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
+from transfusion_mot.data.sources.stored_images import CaptionWriter
+from transfusion_mot.data.sources.tables import texts_in
+from transfusion_mot.errors import UserError
+
+
+def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
+    """File names and captions of the images that the annotations list.
+
+    Raises:
+        UserError: `annotations` is missing or not of that form.
+    """
+    if source.annotations is None or not Path(source.annotations).is_file():
+        raise UserError(
+            "a source of kind 'coco' needs 'annotations', a file such as annotations/captions_train2017.json; "
+            f"got {source.annotations}"
+        )
+    path = Path(source.annotations)
+
+    def build(writer: ArrayWriter) -> None:
+        annotations = _read(path)
+        captions: dict[Any, list[str]] = defaultdict(list)
+        for number, annotation in enumerate(annotations["annotations"]):
+            where = f"{path}: annotation {number}"
+            image_id, caption = (_field(annotation, name, where) for name in ("image_id", "caption"))
+            captions[image_id] += texts_in(caption, "caption", where)
+        items = CaptionWriter(writer, data.split_seed)
+        for number, image in enumerate(annotations["images"]):
+            where = f"{path}: image {number}"
+            name = _field(image, "file_name", where)
+            items.add(name, captions.pop(_field(image, "id", where), []), name)
+        for image_id in captions:
+            writer.skipped.add("caption of no image", f"image_id {image_id}")
+
+    return stored_arrays(data.cache_dir, "coco", [file_stamp(path), data.split_seed], build)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"'{path}' is not a JSON file ({error}); was it downloaded whole?") from None
+    for name in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            has = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise UserError(f"'{path}' needs the lists 'images' and 'annotations' of COCO captions; it has {has}")
+    return content
+
+
+def _field(entry: Any, name: str, where: str) -> Any:
+    if not isinstance(entry, dict) or name not in entry:
+        has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise UserError(f"{where}: needs a field '{name}'; it has {has}. Give the captions, not the instances")
+    return entry[name]

@@ -1,0 +1,125 @@
+"""Tables with a column of images and one of captions: parquet and Arrow files, data sets of the library `datasets`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from tqdm import tqdm
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
+from transfusion_mot.data.sources.stored_images import CaptionWriter
+from transfusion_mot.data.sources.tables import open_parquet, pick_column, rows_of, split_field, texts_in
+from transfusion_mot.errors import UserError
+
+_ROWS_AT_ONCE = 1024
+TEXT_COLUMNS = ("text", "caption")
+
+
+def index_parquet(source: SourceConfig, data: DataConfig, files: Sequence[Path]) -> tuple[str, StoredArrays]:
+    """The column of images, and places and captions of the rows of parquet files.
+
+    Raises:
+        UserError: A file is damaged, or has no such columns; names those that it has.
+    """
+    columns = []
+    for file in files:
+        with open_parquet(file) as table:
+            columns.append(table.schema_arrow.names)
+    image_column = pick_column(source.image_column, ("image",), columns[0], str(files[0]))
+
+    def build(writer: ArrayWriter) -> None:
+        items = CaptionWriter(writer, data.split_seed)
+        numbers, rows, positions = (writer.integers(name) for name in ("files", "rows", "positions"))
+        for number, (file, names) in enumerate(tqdm(zip(files, columns, strict=True), desc="reading captions")):
+            pick_column(image_column, (), names, str(file))
+            text_column = pick_column(source.text_column, TEXT_COLUMNS, names, str(file))
+            wanted = [text_column, *(["split"] if "split" in names else [])]
+            for index, (where, row) in enumerate(rows_of(file, wanted)):
+                captions = texts_in(row[text_column], text_column, where)
+                if items.add(f"{file.name}:{index}", captions, where, split_field(row, where)):
+                    numbers.append(number)
+                    rows.append(index)
+                    positions.append(0)
+
+    key = [[file_stamp(file) for file in files], source.text_column, data.split_seed]
+    return image_column, stored_arrays(data.cache_dir, "parquet", key, build)
+
+
+def open_dataset(source: SourceConfig) -> datasets.Dataset:
+    """A folder of `save_to_disk`, or a data set by its name.
+
+    Raises:
+        UserError: There is none, or it has no such split.
+    """
+    if source.path is None:
+        raise UserError("a source of kind 'datasets' needs 'path', a name or a folder of save_to_disk")
+    try:
+        if Path(source.path, "state.json").is_file() or Path(source.path, "dataset_dict.json").is_file():
+            dataset = datasets.load_from_disk(source.path)
+            if isinstance(dataset, datasets.DatasetDict):
+                if source.split not in dataset:
+                    raise UserError(f"'{source.path}' has no split '{source.split}'; it has {sorted(dataset)}")
+                dataset = dataset[source.split]
+        else:
+            dataset = datasets.load_dataset(source.path, source.name, split=source.split)
+    except UserError:
+        raise
+    # The library raises what it finds fit: of files, of the network, of names and splits, of Arrow.
+    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"`datasets` cannot load '{source.path}' (name {source.name}, split {source.split}): "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+    return dataset
+
+
+def open_arrow_files(files: Sequence[Path]) -> datasets.Dataset:
+    """Arrow files as the library `datasets` writes them, mapped, one after the other.
+
+    Raises:
+        UserError: A file is damaged, or they differ in their columns.
+    """
+    parts = []
+    for file in files:
+        try:
+            parts.append(datasets.Dataset.from_file(str(file)))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"'{file}' is not a whole Arrow file ({str(error).splitlines()[0]})") from None
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        raise UserError(f"the Arrow files differ in their columns: {str(error).splitlines()[0]}") from None
+
+
+def index_dataset(
+    source: SourceConfig, data: DataConfig, dataset: datasets.Dataset, name: str
+) -> tuple[str, StoredArrays]:
+    """The column of images, and rows and captions of a data set.
+
+    Raises:
+        UserError: It has no such columns; names those that it has.
+    """
+    columns = dataset.column_names
+    image_column = pick_column(source.image_column, ("image",), columns, name)
+    text_column = pick_column(source.text_column, TEXT_COLUMNS, columns, name)
+    texts = dataset.select_columns([text_column, *(["split"] if "split" in columns else [])])
+
+    def build(writer: ArrayWriter) -> None:
+        items = CaptionWriter(writer, data.split_seed)
+        rows = writer.integers("rows")
+        index = 0
+        with tqdm(total=len(texts), desc=f"reading captions of {name}", unit="row") as progress:
+            for batch in texts.iter(_ROWS_AT_ONCE):
+                for values in zip(*batch.values(), strict=True):
+                    row = dict(zip(batch, values, strict=True))
+                    where = f"{name}:{index}"
+                    captions = texts_in(row[text_column], text_column, where)
+                    if items.add(where, captions, where, split_field(row, where)):
+                        rows.append(index)
+                    index += 1
+                progress.update(len(batch[text_column]))
+
+    key = [dataset._fingerprint, text_column, data.split_seed]
+    return image_column, stored_arrays(data.cache_dir, "datasets", key, build)

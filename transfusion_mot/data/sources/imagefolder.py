@@ -1,0 +1,53 @@
+"""A folder of images with metadata: the ImageFolder convention of the library `datasets`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
+from transfusion_mot.data.sources.base import Split
+from transfusion_mot.data.sources.stored_images import CaptionWriter
+from transfusion_mot.data.sources.tables import pick_column, rows_of, split_field, texts_in
+from transfusion_mot.errors import UserError
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+@dataclass
+class _Listed:
+    where: str
+    side: Split | None
+    captions: list[str] = field(default_factory=list)
+
+
+def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> StoredArrays:
+    """Names (paths below the folder) and captions of the images that the metadata lists.
+
+    A field may hold a list of captions, and an image may be listed several times: each line adds to its captions.
+
+    Raises:
+        UserError: There is no metadata, or a line of it cannot be used; names the line.
+    """
+    metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+    if metadata is None:
+        raise UserError(
+            f"image folder '{folder}' has no {', '.join(_METADATA[:-1])} or {_METADATA[-1]}; it needs one line "
+            'for each image, such as {"file_name": "apple.png", "text": "a red apple"}'
+        )
+
+    def build(writer: ArrayWriter) -> None:
+        listed: dict[str, _Listed] = {}
+        for where, row in rows_of(metadata):
+            name_column = pick_column(source.image_column, ("file_name",), list(row), where)
+            text_column = pick_column(source.text_column, ("text", "caption"), list(row), where)
+            name = row[name_column]
+            if not isinstance(name, str):
+                raise UserError(f"{where}: needs a field '{name_column}' with the path of an image, got {name!r}")
+            entry = listed.setdefault(name, _Listed(where, split_field(row, where)))
+            entry.captions += texts_in(row[text_column], text_column, where)
+        items = CaptionWriter(writer, data.split_seed)
+        for name, entry in listed.items():
+            items.add(name, entry.captions, entry.where, entry.side)
+
+    key = [file_stamp(metadata), source.image_column, source.text_column, data.split_seed]
+    return stored_arrays(data.cache_dir, "imagefolder", key, build)

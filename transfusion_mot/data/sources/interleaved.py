@@ -1,0 +1,276 @@
+"""Documents of texts and images in reading order, in the form of OBELICS or of MMC4."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
+from transfusion_mot.data.sources.base import ImageSet, Split, fingerprint_of
+from transfusion_mot.data.sources.stored_images import SplitWriter, StoredImages, items_of, skipped_on_opening
+from transfusion_mot.data.sources.stores import FileStore, ImageStore, ParquetStore, TarStore
+from transfusion_mot.data.sources.tables import (
+    Row,
+    find_files,
+    open_parquet,
+    pick_column,
+    rows_of,
+    split_field,
+    texts_in,
+)
+from transfusion_mot.data.sources.tars import Member, scan_tars
+from transfusion_mot.errors import UserError
+
+_SUFFIXES = (".jsonl", ".parquet")
+_TEXTS, _IMAGES = "texts", "images"
+_MMC4_TEXTS, _MMC4_IMAGES = "text_list", "image_info"
+
+
+class StoredDocuments:
+    """`InterleavedDocuments` of one side of a source.
+
+    `arrays` holds the strings `texts`; `segments`, an image of the source by its number n >= 0 or a text by -1 - n; and
+    where the segments and the images of each document end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: ImageStore,
+        arrays: StoredArrays,
+        source: SourceConfig,
+        data: DataConfig,
+        split: Split,
+    ) -> None:
+        self.name = name
+        self.arrays = arrays
+        self.items = items_of(arrays, source, data, split)
+        skipped = skipped_on_opening(arrays, source, split)
+        self.skipped = skipped.counts
+        ends = arrays["image_ends"]
+        starts = np.concatenate([[0], ends])[self.items]
+        counts = ends[self.items] - starts
+        documents = np.repeat(np.arange(len(self.items)), counts)
+        numbers = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
+        images = StoredImages(name, store, numbers, skipped, data)
+        # From the number of an image in the source to its index in `images`; -1 where it is not there.
+        self._image_indices = np.full(int(ends[-1]) if len(ends) else 0, -1, dtype=np.int64)
+        self._image_indices[images.items] = np.arange(len(images))
+        images.share_buckets(documents[np.isin(numbers, images.items, assume_unique=True)])
+        self.images: ImageSet = images
+        self.fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items, images.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def segments(self, index: int) -> list[str | int]:
+        """One document: texts, none empty, and images by their index in `images`."""
+        item = int(self.items[index])
+        ends = self.arrays["segment_ends"]
+        start = int(ends[item - 1]) if item > 0 else 0
+        texts = self.arrays.strings("texts")
+        segments: list[str | int] = []
+        for code in self.arrays["segments"][start : int(ends[item])].tolist():
+            if code < 0:
+                segments.append(texts[-1 - code])
+            elif self._image_indices[code] >= 0:
+                segments.append(int(self._image_indices[code]))
+        return segments
+
+
+# A text, or an image as the documents name it.
+_Segment = tuple[bool, Any]
+
+
+class _Writer:
+    """Writes documents; where their images lie is written by `add_image`, which says whether there is one."""
+
+    def __init__(self, writer: ArrayWriter, split_seed: int, add_image: Callable[[Any, str], bool]) -> None:
+        self.skipped = writer.skipped
+        self.texts = writer.strings("texts")
+        self.segments = writer.integers("segments")
+        self.segment_ends = writer.integers("segment_ends")
+        self.image_ends = writer.integers("image_ends")
+        self.sides = SplitWriter(writer, split_seed)
+        self.add_image = add_image
+        self.num_images = 0
+
+    def add(self, segments: Sequence[_Segment], where: str, side: Split | None) -> None:
+        texts = [value for is_text, value in segments if is_text]
+        if not texts:
+            self.skipped.add("document without text", where)
+            return
+        for is_text, value in segments:
+            if is_text:
+                self.texts.add(value)
+                self.segments.append(-len(self.texts.ends))
+            elif self.add_image(value, where):
+                self.segments.append(self.num_images)
+                self.num_images += 1
+        self.segment_ends.append(len(self.segments))
+        self.image_ends.append(self.num_images)
+        self.sides.add("\n".join(texts), side)
+
+
+def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredDocuments:
+    """Documents in .jsonl or .parquet files, or a folder of such.
+
+    As in OBELICS: the lists `texts` and `images` of equal length, one of them null at each position. As in MMC4: the
+    list `text_list`, and `image_info` with an `image_name` and a `matched_text_index` each; an image stands before its
+    text.
+
+    Images lie in a folder or in tar files (`images`), next to the documents, or as bytes in a parquet file.
+
+    Raises:
+        UserError: A file is missing or damaged, or a row cannot be understood; names its place.
+    """
+    files = find_files(path, _SUFFIXES, "interleaved")
+    in_table = source.images is None and _hold_bytes(source, files)
+    tars: list[Path] = []
+    if source.images is not None and not (Path(source.images).is_dir() and not any(Path(source.images).glob("*.tar"))):
+        tars = find_files(source.images, (".tar",), "interleaved")
+
+    def build(writer: ArrayWriter) -> None:
+        if in_table:
+            _write_with_bytes(writer, source, data, files)
+        elif tars:
+            _write_with_tars(writer, source, data, files, tars)
+        else:
+            names = writer.strings("names")
+
+            def add_image(value: Any, where: str) -> bool:
+                names.add(_image_name(value, where))
+                return True
+
+            _write(_Writer(writer, data.split_seed, add_image), source, files)
+
+    stamps = [file_stamp(file) for file in (*files, *tars)]
+    key = [stamps, source.text_column, source.image_column, data.split_seed]
+    arrays = stored_arrays(data.cache_dir, "interleaved", key, build)
+    store: ImageStore
+    if in_table:
+        store = ParquetStore(files, source.image_column or _IMAGES, arrays)
+    elif tars:
+        store = TarStore(tars, arrays)
+    else:
+        store = FileStore(Path(source.images) if source.images is not None else files[0].parent, arrays)
+    return StoredDocuments(path, store, arrays, source, data, split)
+
+
+def _hold_bytes(source: SourceConfig, files: Sequence[Path]) -> bool:
+    """Whether the files are tables that hold the images, instead of their names."""
+    if any(file.suffix != ".parquet" for file in files):
+        return False
+    with open_parquet(files[0]) as table:
+        schema = table.schema_arrow
+    column = source.image_column or _IMAGES
+    if column not in schema.names or not hasattr(schema.field(column).type, "value_type"):
+        return False
+    kind = schema.field(column).type.value_type
+    return pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _write_with_bytes(writer: ArrayWriter, source: SourceConfig, data: DataConfig, files: Sequence[Path]) -> None:
+    """Of the images only the texts' gaps are looked at: their bytes stay where they are."""
+    numbers, rows, positions = (writer.integers(name) for name in ("files", "rows", "positions"))
+
+    def add_image(place: tuple[int, int, int], where: str) -> bool:
+        for values, value in zip((numbers, rows, positions), place, strict=True):
+            values.append(value)
+        return True
+
+    documents = _Writer(writer, data.split_seed, add_image)
+    for number, file in enumerate(tqdm(files, desc=f"reading {source.path}", unit="file")):
+        with open_parquet(file) as table:
+            names = table.schema_arrow.names
+        column = pick_column(source.text_column, (_TEXTS,), names, str(file))
+        wanted = [column, *(["split"] if "split" in names else [])]
+        for index, (where, row) in enumerate(rows_of(file, wanted)):
+            segments: list[_Segment] = []
+            for position, value in enumerate(_list_in(row, column, where)):
+                if value is None:
+                    segments.append((False, (number, index, position)))
+                else:
+                    segments += [(True, text) for text in texts_in(value, column, where)]
+            documents.add(segments, where, split_field(row, where))
+
+
+def _write_with_tars(
+    writer: ArrayWriter, source: SourceConfig, data: DataConfig, files: Sequence[Path], tars: Sequence[Path]
+) -> None:
+    names = writer.strings("names")
+    numbers, offsets, sizes = (writer.integers(name) for name in ("files", "offsets", "sizes"))
+    members: dict[str, tuple[int, Member]] = {}
+    for number, (found, skipped) in enumerate(scan_tars(tars)):
+        writer.skipped.update(skipped)
+        members |= {member.name.removeprefix("./"): (number, member) for member in found}
+
+    def add_image(value: Any, where: str) -> bool:
+        name = _image_name(value, where).removeprefix("./")
+        if name not in members:
+            writer.skipped.add("missing file", name)
+            return False
+        number, member = members[name]
+        names.add(name)
+        for values, part in zip((numbers, offsets, sizes), (number, member.offset, member.size), strict=True):
+            values.append(part)
+        return True
+
+    _write(_Writer(writer, data.split_seed, add_image), source, files)
+
+
+def _write(documents: _Writer, source: SourceConfig, files: Sequence[Path]) -> None:
+    for file in tqdm(files, desc=f"reading {source.path}", unit="file"):
+        for where, row in rows_of(file):
+            documents.add(list(_segments(row, source, where)), where, split_field(row, where))
+
+
+def _segments(row: Row, source: SourceConfig, where: str) -> Iterator[_Segment]:
+    """Texts and names of images of a document, in reading order."""
+    if _MMC4_TEXTS in row and source.text_column is None:
+        texts = _list_in(row, _MMC4_TEXTS, where)
+        before: dict[int, list[str]] = {}
+        for image in _list_in(row, _MMC4_IMAGES, where):
+            try:
+                place, name = image["matched_text_index"], image["image_name"]
+            except (KeyError, TypeError):
+                raise UserError(
+                    f"{where}: each entry of '{_MMC4_IMAGES}' needs 'image_name' and 'matched_text_index', got "
+                    f"{image!r:.100}"
+                ) from None
+            before.setdefault(place, []).append(name)
+        if any(place not in range(len(texts)) for place in before):
+            raise UserError(f"{where}: a matched_text_index is not one of the {len(texts)} texts: {sorted(before)}")
+        for place, text in enumerate(texts):
+            yield from ((False, name) for name in before.get(place, []))
+            yield from ((True, part) for part in texts_in(text, _MMC4_TEXTS, where))
+        return
+    text_column = pick_column(source.text_column, (_TEXTS,), list(row), where)
+    image_column = pick_column(source.image_column, (_IMAGES,), list(row), where)
+    texts, images = _list_in(row, text_column, where), _list_in(row, image_column, where)
+    if len(texts) != len(images):
+        raise UserError(
+            f"{where}: '{text_column}' has {len(texts)} entries and '{image_column}' {len(images)}; they must have as "
+            "many, with null in one where the other has an entry"
+        )
+    for text, image in zip(texts, images, strict=True):
+        if image is not None:
+            yield False, image
+        yield from ((True, part) for part in texts_in(text, text_column, where))
+
+
+def _list_in(row: Row, column: str, where: str) -> list[Any]:
+    pick_column(column, (), list(row), where)
+    if not isinstance(row[column], list):
+        raise UserError(f"{where}: the field '{column}' must be a list, got {row[column]!r:.100}")
+    return row[column]
+
+
+def _image_name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: an image must be named by its path, got {value!r:.100}")
+    return value

@@ -1,0 +1,94 @@
+"""From the configuration of a source to its images, texts or documents."""
+
+from pathlib import Path
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import StoredArrays
+from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, Split, TextDocuments
+from transfusion_mot.data.sources.coco import index_coco
+from transfusion_mot.data.sources.image_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
+from transfusion_mot.data.sources.imagefolder import index_imagefolder
+from transfusion_mot.data.sources.interleaved import open_interleaved
+from transfusion_mot.data.sources.openmoji import EmojiStore, index_openmoji
+from transfusion_mot.data.sources.stored_images import StoredCaptionedImages
+from transfusion_mot.data.sources.stores import ArrowStore, FileStore, ImageStore, ParquetStore, TarStore
+from transfusion_mot.data.sources.tables import find_files
+from transfusion_mot.data.sources.tars import index_webdataset
+from transfusion_mot.data.sources.texts import open_dataset_texts, open_texts
+from transfusion_mot.errors import UserError
+
+# Keys that some kinds alone have.
+_KEYS = {
+    "text_column": ("imagefolder", "webdataset", "parquet", "datasets", "text", "interleaved"),
+    "image_column": ("imagefolder", "webdataset", "parquet", "datasets", "interleaved"),
+    "annotations": ("coco",),
+    "images": ("interleaved",),
+    "name": ("datasets",),
+}
+
+
+def open_source(
+    source: SourceConfig, data: DataConfig, split: Split
+) -> CaptionedImages | TextDocuments | InterleavedDocuments:
+    """Open one side of a source. What had to be read for it is kept in `data.cache_dir` for the next time.
+
+    A source of which nothing is on that side gives an object of length 0; only the training side of a source that is
+    not set aside as a whole must not be empty.
+
+    Raises:
+        UserError: The source is missing, cannot be understood, or has nothing to train on.
+    """
+    for key, kinds in _KEYS.items():
+        if getattr(source, key) is not None and source.kind not in kinds:
+            raise UserError(f"a source of kind '{source.kind}' has no key '{key}'; {' and '.join(kinds)} have")
+    opened = _open(source, data, split)
+    if split == "train" and source.use != "held_out" and len(opened) == 0:
+        skipped: dict[str, int] = opened.skipped
+        what = "image" if isinstance(opened, CaptionedImages) else "document"
+        raise UserError(
+            f"{source.kind} source '{opened.name}' has no {what} to train on (skipped: {skipped or 'none'}; "
+            f"held_out_fraction is {data.held_out_fraction})"
+        )
+    return opened
+
+
+def _open(
+    source: SourceConfig, data: DataConfig, split: Split
+) -> CaptionedImages | TextDocuments | InterleavedDocuments:
+    if source.kind == "openmoji":
+        return StoredCaptionedImages("openmoji", EmojiStore(data), index_openmoji(data), source, data, split)
+    if source.path is None:
+        raise UserError(f"a source of kind '{source.kind}' needs 'path'")
+    if source.kind == "text":
+        return open_texts(source, data, split, source.path)
+    if source.kind == "interleaved":
+        return open_interleaved(source, data, split, source.path)
+    if source.kind == "datasets" and source.image_column is None:
+        return open_dataset_texts(source, data, split, open_dataset(source), source.path)
+    store, arrays = _open_images(source, data, source.path)
+    return StoredCaptionedImages(source.path, store, arrays, source, data, split)
+
+
+def _open_images(source: SourceConfig, data: DataConfig, path: str) -> tuple[ImageStore, StoredArrays]:
+    if source.kind in ("imagefolder", "coco"):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(f"{source.kind} source '{path}' is not a folder")
+        arrays = index_imagefolder(source, data, folder) if source.kind == "imagefolder" else index_coco(source, data)
+        return FileStore(folder, arrays), arrays
+    if source.kind == "webdataset":
+        files = find_files(path, (".tar",), "webdataset")
+        arrays = index_webdataset(source, data, files)
+        return TarStore(files, arrays), arrays
+    if source.kind == "parquet":
+        files = find_files(path, (".parquet", ".arrow"), "parquet")
+        if all(file.suffix == ".parquet" for file in files):
+            column, arrays = index_parquet(source, data, files)
+            return ParquetStore(files, column, arrays), arrays
+        if any(file.suffix == ".parquet" for file in files):
+            raise UserError(f"parquet source '{path}' holds .parquet and .arrow files; make two sources of them")
+        dataset = open_arrow_files(files)
+    else:
+        dataset = open_dataset(source)
+    column, arrays = index_dataset(source, data, dataset, path)
+    return ArrowStore(dataset, column, path, arrays), arrays

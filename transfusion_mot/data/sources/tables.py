@@ -1,0 +1,156 @@
+"""Rows of .jsonl, .csv and .parquet files, each with its place, and the fields that are asked of them."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transfusion_mot.data.sources.base import Split
+from transfusion_mot.errors import UserError
+
+Row = dict[str, Any]
+
+_ROWS_AT_ONCE = 1024
+_TRAIN_NAMES = ("train", "training")
+_HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "dev", "test")
+
+
+def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
+    """The files that a source's path means: one file, those of a folder and the folders below it, or those that match a
+    pattern with `*`; sorted.
+
+    Raises:
+        UserError: There are none.
+    """
+    given = Path(path)
+    if given.is_file():
+        files = [given]
+    elif given.is_dir():
+        files = [file for file in given.rglob("*") if file.suffix in suffixes and file.is_file()]
+    elif "*" in path:
+        root = Path(given.anchor)
+        files = list(root.glob(str(given.relative_to(root))))
+    else:
+        raise UserError(f"{kind} source '{path}' is not a file or folder")
+    if not files or any(file.suffix not in suffixes for file in files):
+        wanted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
+        raise UserError(f"{kind} source '{path}' must be a {wanted} file, or a folder that holds some")
+    return sorted(files)
+
+
+def rows_of(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
+    """Rows of a .jsonl, .csv or .parquet file with their places ("file:line"); of parquet only `columns`, if given.
+
+    Raises:
+        UserError: The file is damaged or no UTF-8; names the place.
+    """
+    if file.suffix == ".parquet":
+        with open_parquet(file) as table:
+            number = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}:{number}", row
+    elif file.suffix == ".csv":
+        reader = csv.DictReader(line for _, line in lines_of(file, keep_ends=True))
+        try:
+            for row in reader:
+                yield f"{file}:{reader.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"{file}:{reader.line_num}: not a line of CSV ({error})") from None
+    else:
+        for number, line in lines_of(file):
+            if line:
+                where = f"{file}:{number}"
+                yield where, json_object(line, where)
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """A parquet file, mapped.
+
+    Raises:
+        UserError: The file is damaged or empty.
+    """
+    try:
+        return pq.ParquetFile(file, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"'{file}' is not a whole parquet file ({str(error).splitlines()[0]})") from None
+
+
+def json_object(text: str, where: str) -> Row:
+    """An object from its JSON.
+
+    Raises:
+        UserError: The text is not a JSON object.
+    """
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a line of JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must be a JSON object, got {type(entry).__name__}")
+    return entry
+
+
+def lines_of(file: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+    """Lines of a UTF-8 file, numbered from 1, without the white space at their ends unless asked for.
+
+    Raises:
+        UserError: The file is not UTF-8.
+    """
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                # "utf-8-sig": some editors put a byte-order mark before the first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+                ) from None
+            yield number, text if keep_ends else text.rstrip()
+
+
+def pick_column(wanted: str | None, usual: Sequence[str], columns: Sequence[str], where: str) -> str:
+    """The wanted column, or the first of the usual ones that is there.
+
+    Raises:
+        UserError: There is none; lists those that exist.
+    """
+    for name in [wanted] if wanted is not None else usual:
+        if name in columns:
+            return name
+    asked = repr(wanted) if wanted is not None else " or ".join(map(repr, usual))
+    raise UserError(f"{where}: needs a field {asked}; it has {sorted(columns)}")
+
+
+def texts_in(value: Any, name: str, where: str) -> list[str]:
+    """Texts in a field - one, a list of them, or null - stripped; the empty ones are left out.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    values = value if isinstance(value, list) else [value]
+    for text in values:
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: the field '{name}' must be a text or a list of texts, got {value!r:.100}")
+    # JSON can escape half of a surrogate pair, which no UTF-8 encoder takes.
+    texts = (text.encode("utf-8", errors="replace").decode("utf-8").strip() for text in values if text)
+    return [text for text in texts if text]
+
+
+def split_field(row: Row, where: str) -> Split | None:
+    """The side that a row's field `split` puts it on, if it has one.
+
+    Raises:
+        UserError: The field names no side.
+    """
+    value = row.get("split")
+    if value is None or value in _TRAIN_NAMES:
+        return None if value is None else "train"
+    if value in _HELD_OUT_NAMES:
+        return "held_out"
+    raise UserError(f"{where}: the field 'split' is {value!r}; it must be one of {(*_TRAIN_NAMES, *_HELD_OUT_NAMES)}")

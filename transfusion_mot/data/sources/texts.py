@@ -1,0 +1,127 @@
+"""Texts without images, from .txt, .jsonl and .parquet files or the library `datasets`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+from tqdm import tqdm
+
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
+from transfusion_mot.data.sources.base import Split, fingerprint_of
+from transfusion_mot.data.sources.stored_images import SplitWriter, items_of, skipped_on_opening
+from transfusion_mot.data.sources.tables import (
+    find_files,
+    lines_of,
+    open_parquet,
+    pick_column,
+    rows_of,
+    split_field,
+    texts_in,
+)
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_ROWS_AT_ONCE = 1024
+# (place, texts, side) of a row or paragraph.
+_Read = tuple[str, list[str], Split | None]
+
+
+class StoredTexts:
+    """`TextDocuments` of one side of a source: strings `texts`."""
+
+    def __init__(self, name: str, arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> None:
+        self.items = items_of(arrays, source, data, split)
+        skipped = skipped_on_opening(arrays, source, split)
+        skipped.warn(name, len(self.items) + sum(skipped.counts.values()))
+        self.name = name
+        self.arrays = arrays
+        self.skipped = skipped.counts
+        self.fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def text(self, index: int) -> str:
+        """One document, never empty."""
+        return self.arrays.strings("texts")[int(self.items[index])]
+
+
+def open_texts(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredTexts:
+    """A `.txt` file (a document is a paragraph; blank lines divide them), a `.jsonl` or `.parquet` file (a document is
+    the field `text` of a line or row), or a folder with such files anywhere below it.
+
+    Raises:
+        UserError: A file is missing, is not UTF-8 text, or cannot be understood.
+    """
+    files = find_files(path, _SUFFIXES, "text")
+    key = [[file_stamp(file) for file in files], source.text_column, data.split_seed]
+
+    def read() -> Iterator[_Read]:
+        for file in tqdm(files, desc=f"reading {path}", unit="file"):
+            yield from _paragraphs(file) if file.suffix == ".txt" else _rows(file, source.text_column)
+
+    arrays = stored_arrays(data.cache_dir, "text", key, lambda writer: _write(writer, data, read()))
+    return StoredTexts(path, arrays, source, data, split)
+
+
+def open_dataset_texts(
+    source: SourceConfig, data: DataConfig, split: Split, dataset: datasets.Dataset, name: str
+) -> StoredTexts:
+    """A column of texts of a data set of the library `datasets`.
+
+    Raises:
+        UserError: It has no such column; names those that it has.
+    """
+    columns = dataset.column_names
+    column = pick_column(source.text_column, ("text",), columns, name)
+    texts = dataset.select_columns([column, *(["split"] if "split" in columns else [])])
+
+    def read() -> Iterator[_Read]:
+        with tqdm(total=len(texts), desc=f"reading {name}", unit="row") as progress:
+            for batch in texts.iter(_ROWS_AT_ONCE):
+                for values in zip(*batch.values(), strict=True):
+                    where = f"{name}:{progress.n}"
+                    row = dict(zip(batch, values, strict=True))
+                    yield where, texts_in(row[column], column, where), split_field(row, where)
+                    progress.update()
+
+    key = [dataset._fingerprint, column, data.split_seed]
+    arrays = stored_arrays(data.cache_dir, "text", key, lambda writer: _write(writer, data, read()))
+    return StoredTexts(name, arrays, source, data, split)
+
+
+def _write(writer: ArrayWriter, data: DataConfig, rows: Iterator[_Read]) -> None:
+    texts, sides = writer.strings("texts"), SplitWriter(writer, data.split_seed)
+    for where, found, side in rows:
+        if not found:
+            writer.skipped.add("empty text", where)
+        for text in found:
+            texts.add(text)
+            sides.add(text, side)
+
+
+def _rows(file: Path, text_column: str | None) -> Iterator[_Read]:
+    usual: Sequence[str] = ("text",)
+    columns = None
+    if file.suffix == ".parquet":
+        with open_parquet(file) as table:
+            names = table.schema_arrow.names
+        columns = [pick_column(text_column, usual, names, str(file)), *(["split"] if "split" in names else [])]
+    for where, row in rows_of(file, columns):
+        column = pick_column(text_column, usual, list(row), where)
+        yield where, texts_in(row[column], column, where), split_field(row, where)
+
+
+def _paragraphs(file: Path) -> Iterator[_Read]:
+    paragraph: list[str] = []
+    start = 1
+    for number, line in lines_of(file):
+        if line:
+            if not paragraph:
+                start = number
+            paragraph.append(line)
+        elif paragraph:
+            yield f"{file}:{start}", ["\n".join(paragraph).strip()], None
+            paragraph = []
+    if paragraph:
+        yield f"{file}:{start}", ["\n".join(paragraph).strip()], None
