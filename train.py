@@ -23,6 +23,7 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> None:
     set_seed(training.seed)
     bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
     bare_model.to(accelerator.device)
+    bare_model.attention = training.attention
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
 
@@ -275,10 +277,15 @@ def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer) ->
         str(math.prod(packer.patch_grid(bucket))) for bucket in range(len(packer.sources.latent_shapes))
     )
     row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {sizes} patches"
+    kernels = {
+        attention_kernel(model.attention, accelerator.device.type, packer.num_slots(bucket))
+        for bucket in range(len(packer.sources.latent_shapes))
+    }
     accelerator.print(
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
         f"{packer.sources}\n"
-        f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}"
+        f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}\n"
+        + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )
 
 

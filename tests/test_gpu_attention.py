@@ -10,7 +10,14 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 
 from transfusion_mot.config import TowerConfig
-from transfusion_mot.models.attention import SlotIds, block_mask, dense_mask, joint_attention, training_mask
+from transfusion_mot.models.attention import (
+    SlotIds,
+    attention_kernel,
+    block_mask,
+    dense_mask,
+    joint_attention,
+    training_mask,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -57,7 +64,7 @@ def slots_of(inputs) -> SlotIds:
 @pytest.mark.parametrize("length", [256, 200])
 def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int) -> None:
     slots = slots_of(on_gpu(rows_for(length).inputs))
-    mask = training_mask(slots)
+    mask = training_mask(slots, "flex")
     assert isinstance(mask, BlockMask)
     dense = dense_mask(slots, slots)
     q, k = torch.meshgrid(torch.arange(length, device="cuda"), torch.arange(length, device="cuda"), indexing="ij")
@@ -102,7 +109,7 @@ def test_flex_attention_equals_dense_attention_with_gradients(
         return [(result * used).double(), *(gradient.double() for gradient in gradients)]
 
     # Rows of 100 and 24 slots are shorter than a block and take the dense mask.
-    flex = run(dtype, training_mask(slots))
+    flex = run(dtype, training_mask(slots, attention_kernel("auto", "cuda", length)[0]))
     dense = run(torch.float64, dense_mask(slots, slots))
     for one, two in zip(flex, dense, strict=True):
         assert (one - two).abs().max() <= tolerance * two.abs().max()

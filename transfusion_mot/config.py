@@ -260,6 +260,8 @@ class TrainingConfig:
         seed: Seed of initialisation and, with row and step, of every random draw in the data.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
+        attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
+            chooses by device and length of a row and says why.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
@@ -277,6 +279,7 @@ class TrainingConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
     log_every: int = 10
     validate_every: int = 0
     sample_every: int = 0

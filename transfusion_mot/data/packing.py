@@ -91,6 +91,11 @@ class Packer:
         _, height, width = self.sources.latent_shapes[bucket]
         return height // self.patch_size, width // self.patch_size
 
+    def num_slots(self, bucket: int) -> int:
+        """Slots S of a row with images of a bucket."""
+        rows, columns = self.patch_grid(bucket)
+        return self.config.text_slots + self.config.images_per_row * rows * columns
+
     def rows(
         self, lanes: Sequence[int], step: int, states: NDArray[np.int64], bucket: int | None = None
     ) -> tuple[Rows, NDArray[np.int64], Counter[str]]:
@@ -249,7 +254,7 @@ class _RowArrays:
         shape = packer.sources.latent_shapes[bucket]
         self.patch_rows, self.patch_columns = packer.patch_grid(bucket)
         self.patches = self.patch_rows * self.patch_columns
-        slots = self.text_slots + self.image_slots * self.patches
+        slots = packer.num_slots(bucket)
         self.text_ids = np.full((num_rows, self.text_slots), packer.tokenizer.pad_id)
         self.text_labels = np.full((num_rows, self.text_slots), IGNORE_INDEX)
         self.document_ids = np.full((num_rows, slots), -1)

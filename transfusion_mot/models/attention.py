@@ -4,12 +4,14 @@ Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from transfusion_mot.errors import UserError
 
 AttentionMask = BlockMask | Tensor
 
@@ -75,15 +77,38 @@ def block_mask(slots: SlotIds) -> BlockMask:
     return _create_block_mask(mask_mod, rows, None, length, length, device=document_ids.device)
 
 
+Kernel = Literal["flex", "sdpa"]
+KernelChoice = Literal["auto", "flex", "sdpa"]
+
 # FlexAttention skips blocks of this many slots, so a shorter row gives it nothing to skip. Before PyTorch pull request
 # 185349 it also fails there with grouped heads.
 _BLOCK = 128
 
 
-def training_mask(slots: SlotIds) -> AttentionMask:
-    """The mask in the form that is fastest on the device (FlexAttention has no backward on the CPU)."""
-    rows_have_blocks = slots.order.shape[1] >= _BLOCK
-    return block_mask(slots) if slots.order.is_cuda and rows_have_blocks else dense_mask(slots, slots)
+def attention_kernel(choice: KernelChoice, device_type: str, length: int) -> tuple[Kernel, str]:
+    """The kernel for rows of `length` slots in training => (its name, why).
+
+    Raises:
+        UserError: `flex` was asked for where it cannot train.
+    """
+    if choice == "sdpa":
+        return "sdpa", "as training.attention says"
+    if device_type != "cuda":
+        if choice == "flex":
+            raise UserError(
+                f"training.attention is flex, which has no backward on the device '{device_type}'; use auto or sdpa"
+            )
+        return "sdpa", f"FlexAttention has no backward on the device '{device_type}'"
+    if choice == "flex":
+        return "flex", "as training.attention says"
+    if length < _BLOCK:
+        return "sdpa", f"rows of {length} slots are shorter than a block of {_BLOCK}"
+    return "flex", f"rows of {length} slots on CUDA: blocks of {_BLOCK} in which nobody attends are skipped"
+
+
+def training_mask(slots: SlotIds, kernel: Kernel) -> AttentionMask:
+    """The mask in the form that the kernel takes."""
+    return block_mask(slots) if kernel == "flex" else dense_mask(slots, slots)
 
 
 # Where the last block is cut, the compiler's default tile (128 x 128 for heads of 64) computes all of it: 600 slots

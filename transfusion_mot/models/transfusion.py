@@ -26,7 +26,7 @@ from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
-from transfusion_mot.models.attention import KVCache, SlotIds, training_mask
+from transfusion_mot.models.attention import KernelChoice, KVCache, SlotIds, attention_kernel, training_mask
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
 from transfusion_mot.models.mot import MoTBlock, Streams, TowerModules, check_architecture
 
@@ -53,6 +53,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         latent_channels: Channels of the autoencoder's latents.
         architecture: The fields of `ModelConfig`.
     """
+
+    # Which kernel computes attention in training; all give the same numbers, so it is no part of the architecture.
+    attention: KernelChoice = "auto"
 
     # What `compile_repeated_blocks` compiles: every block has the same code, so it is compiled once.
     _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
@@ -154,7 +157,11 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         if config.image_attention == "causal":
             span_ids = torch.full_like(span_ids, -1)
         slots = SlotIds.from_spans(document_ids, order, span_ids)
-        mask = training_mask(slots) if cache is None else cache.mask(slots)
+        if cache is None:
+            kernel, _ = attention_kernel(self.attention, order.device.type, order.shape[1])
+            mask = training_mask(slots, kernel)
+        else:
+            mask = cache.mask(slots)
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
         # Under autocast the residual stream has its number format, not that of the embedding.
         device_type = document_ids.device.type

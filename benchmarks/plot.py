@@ -1,0 +1,75 @@
+"""Draw the results of `benchmarks.train_step`: `python -m benchmarks.plot` => benchmarks/results/train_step.png."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"mot": "#e87f2e", "dense": "#3465a4", "gather_scatter": "#888a85", "transfusion_pytorch": "#75507b"}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="PNG file (default: train_step.png in the folder)")
+    options = parser.parse_args(arguments)
+    reports = {file.stem: json.loads(file.read_text()) for file in sorted(options.results.glob("train_step-*.json"))}
+    if not reports:
+        raise SystemExit(f"{options.results} holds no train_step-*.json; run python -m benchmarks.train_step first")
+    output = options.output or options.results / "train_step.png"
+    draw(reports, output)
+    print(output)
+
+
+def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
+    """Tokens a second, and the time of a step next to that of `mot`, for each shape and contender."""
+    shapes = [name.removeprefix("train_step-") for name in reports]
+    present = {name for report in reports.values() for name in report["contenders"]}
+    contenders = [name for name in COLOURS if name in present]
+    figure, panels = plt.subplots(1, 2, figsize=(4 + 2.4 * len(shapes), 4.2), constrained_layout=True)
+    width = 0.8 / len(contenders)
+    for index, contender in enumerate(contenders):
+        for position, report in enumerate(reports.values()):
+            if contender not in report["contenders"]:
+                continue
+            result = report["contenders"][contender]
+            rate = result["slots_per_step"] * report["processes"] / statistics.median(result["milliseconds"]) * 1000
+            ours = report["contenders"].get("mot")
+            values = [rate / 1000, None]
+            if ours is not None:
+                own = ours["slots_per_step"] / statistics.median(ours["milliseconds"]) * 1000 * report["processes"]
+                values[1] = own / rate
+            for panel, value in zip(panels, values, strict=True):
+                if value is None:
+                    continue
+                place = position + (index - (len(contenders) - 1) / 2) * width
+                bar = panel.bar(place, value, width * 0.92, color=COLOURS[contender])
+                panel.bar_label(bar, fmt="%.0f" if panel is panels[0] else "%.2f", fontsize=8, padding=2)
+    panels[0].set_title("thousand slots a second")
+    panels[1].set_title("time for as many slots, mot = 1")
+    panels[1].axhline(1, color="#2e3436", linewidth=0.8)
+    for panel in panels:
+        panel.set_xticks(range(len(shapes)), shapes)
+        # The numbers stand above the bars; heights are logarithmic.
+        panel.set_yscale("log")
+        panel.yaxis.set_visible(False)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    handles = [Patch(color=COLOURS[name]) for name in contenders]
+    figure.legend(handles, contenders, loc="outside lower center", ncols=len(contenders), frameon=False)
+    devices = sorted({f"{report['device']}, torch {report['torch']}" for report in reports.values()})
+    figure.suptitle(f"A training step on {'; '.join(devices)}")
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
