@@ -1,4 +1,7 @@
-"""Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`."""
+"""Train a model that writes text and paints images: `accelerate launch train.py --config configs/quickstart.yaml`.
+
+`python train.py --plan --config ...` prints parameters, memory and days instead; `--gpus 8 --gpu A100-80GB --mfu 0.4`.
+"""
 
 import logging
 import math
@@ -10,7 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
@@ -30,12 +39,17 @@ from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
 from transfusion_mot.training.checkpoint import drop_later, find_state, load_state, save_state, written_aside
 from transfusion_mot.training.metrics import RunLog
 from transfusion_mot.training.optimizer import EMA, load_moments, make_optimizer, set_lr
+from transfusion_mot.training.plan import plan
 from transfusion_mot.training.plot import plot_losses
 from transfusion_mot.training.step import train_step
+from transfusion_mot.training.towers import check_towers, freeze_towers
 from transfusion_mot.training.validation import Validation
 
 
 def main(arguments: list[str]) -> None:
+    if "--plan" in arguments:
+        print(plan(arguments))
+        return
     config = parse_config(RunConfig, arguments, __doc__ or "")
     run = Path(config.output_dir)
     training = config.training
@@ -45,7 +59,11 @@ def main(arguments: list[str]) -> None:
             log_with=training.tracker,
             project_config=ProjectConfiguration(config.output_dir, logging_dir=str(run / "tracker")),
             # The other ranks wait while the first one encodes the images.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+                # Else every gradient exists twice.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
     except ValueError as error:
         raise UserError(f"accelerate refuses the settings, training.tracker perhaps: {error}") from None
@@ -64,6 +82,7 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
+    check_towers(config)
     state_folder = find_state(run, config.resume)
 
     diffusion = Diffusion(
@@ -88,6 +107,7 @@ def main(arguments: list[str]) -> None:
     bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
     bare_model.to(accelerator.device)
     bare_model.attention = training.attention
+    freeze_towers(bare_model, training.frozen_towers)
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
 
@@ -118,6 +138,7 @@ def main(arguments: list[str]) -> None:
             return
         accelerator.print(f"resuming {run} after step {first_step}")
 
+    bare_model.checkpoint_activations(training.activation_checkpointing)
     if training.compile and accelerator.device.type == "cuda":
         bare_model.compile_blocks()
     model = accelerator.prepare_model(bare_model)
@@ -179,6 +200,7 @@ def main(arguments: list[str]) -> None:
             microbatch_rows,
             training.diffusion_loss_weight,
             config.optimizer.max_grad_norm,
+            training.z_loss_weight,
         )
         ema.update(bare_model, step)
 

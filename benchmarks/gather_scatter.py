@@ -145,6 +145,7 @@ class GatherScatterMoT(nn.Module):
         span_ids: Tensor,
         rope_positions: Tensor,
         text_labels: Tensor | None = None,
+        z_loss_weight: float = 0.0,
     ) -> TransfusionOutput:
         """As `TransfusionMoT.forward` in training: arguments of both modalities, and no cache."""
         model = self.model
@@ -176,7 +177,7 @@ class GatherScatterMoT(nn.Module):
         if text_labels is None:
             logits = model.text_head(text_hidden)
         else:
-            text_loss = text_loss_sum(text_hidden, model.text_head.weight, text_labels)
+            text_loss = text_loss_sum(text_hidden, model.text_head.weight, text_labels, z_loss_weight)
         height, width = noisy_latents.shape[-2:]
         by_image = hidden["image"].unflatten(0, (rows * images, -1))
         prediction = model.image_adapter.predict(by_image, kept, height, width).view(noisy_latents.shape)

@@ -68,7 +68,7 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, logits_at_once: int
 ) -> None:
     """Also where the labels of a whole chunk are missing, and with a factor before the loss."""
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
     hidden, weight = (tensor.requires_grad_() for tensor in drawn_hidden_and_weight())
     expected = torch.nn.functional.cross_entropy(
         (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -92,6 +92,31 @@ def test_text_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32()
     (exact,) = torch.autograd.grad(text_loss_sum(hidden, weight, LABELS), weight)
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("logits_at_once", [2**28, 7])
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.MonkeyPatch, logits_at_once: int) -> None:
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)
+    hidden, weight = (tensor.requires_grad_() for tensor in drawn_hidden_and_weight())
+    logits = (hidden @ weight.T).flatten(0, 1)[LABELS.flatten() != IGNORE_INDEX]
+    plain = torch.nn.functional.cross_entropy(logits, LABELS[LABELS != IGNORE_INDEX], reduction="sum")
+    expected = plain + 0.07 * (logits.exp().sum(dim=-1).log() ** 2).sum()
+    loss = text_loss_sum(hidden, weight, LABELS, z_loss_weight=0.07)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    for one, two in zip(
+        torch.autograd.grad(0.3 * loss, (hidden, weight)),
+        torch.autograd.grad(0.3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_head_gets_no_gradient_and_passes_one_on() -> None:
+    hidden, weight = drawn_hidden_and_weight()
+    (expected,) = torch.autograd.grad(text_loss_sum(hidden.requires_grad_(), weight.requires_grad_(), LABELS), hidden)
+    loss = text_loss_sum(hidden, weight.detach(), LABELS)
+    assert [s.shape for s in loss.grad_fn.saved_tensors if s is not None] == [(15, 4)], "no [V, D] is kept"
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected, rtol=0, atol=0)
 
 
 def test_diffusion_loss_is_the_sum_over_elements_of_real_images() -> None:
@@ -131,7 +156,7 @@ def stepped(
     """One step of plain gradient descent with rate one => (losses, gradients, gradient norm)."""
     model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "tower": "all"}], lr=1.0)
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     result = train_step(model, batch, diffusion, optimizer, accelerator, microbatch_rows, 5.0, max_grad_norm)
     gradients = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]

@@ -10,7 +10,14 @@ from conftest import DENSE, numbered_images, sources_of, texts_of, tiny_config, 
 from test_losses import SPEC, make_batch
 
 from transfusion_mot.config import RunConfig
-from transfusion_mot.training.metrics import RunLog, active_parameters, flops_per_row, peak_flops, read_metrics
+from transfusion_mot.training.metrics import (
+    RunLog,
+    active_parameters,
+    convolution_flops,
+    flops_per_row,
+    peak_flops,
+    read_metrics,
+)
 from transfusion_mot.training.plot import plot_losses
 from transfusion_mot.training.step import StepResult
 
@@ -27,7 +34,7 @@ def make_log(accelerator, run: Path, first_step: int = 0, seen: dict[str, int] |
 
 def result(text: float, tokens: float, image: float, elements: float, norm: float = 1.0) -> StepResult:
     counts = torch.tensor([tokens, elements], dtype=torch.float64)
-    return StepResult(torch.tensor([text, image]), counts, torch.tensor(norm))
+    return StepResult(torch.tensor([text, image]), counts, torch.tensor(norm), {"text": torch.tensor(0.6 * norm)})
 
 
 def test_losses_are_sums_over_counts_of_all_steps_since_the_last_line(accelerator, tmp_path: Path) -> None:
@@ -158,6 +165,20 @@ def test_dense_and_mixture_have_the_same_active_parameters() -> None:
         )
     partly = tiny_config(untied=["ffn"])
     assert active_parameters(tiny_model(partly), partly, "text") == active_parameters(tiny_model(dense), dense, "text")
+
+
+def test_convolutions_are_counted_pixel_by_pixel() -> None:
+    """6 FLOPs for each weight and each pixel that it makes, forward and backward; halved by the stride where it is."""
+    config = tiny_config(image_adapter="unet", unet_channels=[32, 64], unet_num_layers=1)
+    adapter = tiny_model(config).image_adapter
+    total = 0
+    for name, parameter in adapter.named_parameters():
+        if parameter.ndim == 4:
+            # Latents of 4 x 8; everything behind the stride is 2 x 4, and the way up is wide again behind `upsamplers`.
+            small = name.startswith("down.1.") or "downsamplers" in name or name.startswith("up.0.resnets")
+            total += 6 * parameter.numel() * (8 if small else 32)
+    assert convolution_flops(config, torch.Size((3, 4, 8))) == total
+    assert convolution_flops(tiny_config(), torch.Size((3, 4, 8))) == 0
 
 
 def test_peak_flops_are_known_of_gpus_alone() -> None:

@@ -1,14 +1,18 @@
 """Learning-rate schedules at their ends, decay groups, and the averaged weights by hand."""
 
+import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import DENSE, tiny_config, tiny_model
 
-from transfusion_mot.config import OptimizerConfig
+from transfusion_mot.config import OptimizerConfig, RunConfig, parse_config
+from transfusion_mot.errors import UserError
 from transfusion_mot.training.optimizer import EMA, load_moments, lr_factor, make_optimizer, set_lr
+from transfusion_mot.training.towers import check_towers, clip_grad_norm, freeze_towers, tower_of
 
 
 def factors(num_steps: int, **changes) -> list[float]:
@@ -46,35 +50,25 @@ def test_runs_shorter_than_their_warm_up_are_usable(lr_schedule: str, num_steps:
     assert all(0 < value <= 1 for value in values)
 
 
-def test_schedule_sets_the_rate_of_each_step() -> None:
-    config = OptimizerConfig(lr=0.5, warmup_steps=3, weight_decay=0.0)
-    parameter = torch.nn.Linear(1, 1)
-    optimizer = make_optimizer(parameter, config)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_schedule_sets_the_rate_of_each_step_times_that_of_the_tower(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=0.5, warmup_steps=3, tower_lr_scale={"image": 0.25})
+    optimizer = make_optimizer(tiny_model(tiny_config()), config)
     for step in (0, 11, 5):
         lr = set_lr(optimizer, config, step, 12)
         assert lr == pytest.approx(0.5 * lr_factor(step, 12, config))
-        assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
-
-
-def test_moments_come_back_and_settings_stay_those_of_the_configuration() -> None:
-    model = torch.nn.Linear(2, 1)
-    saved = make_optimizer(model, OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95)))
-    model(torch.ones(1, 2)).sum().backward()
-    saved.step()
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3, betas=(0.8, 0.9)))
-    load_moments(optimizer, saved.state_dict())
-    assert torch.equal(optimizer.state[model.weight]["exp_avg"], saved.state[model.weight]["exp_avg"])
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+        rates = {(group["tower"], group["lr"]) for group in optimizer.param_groups}
+        assert rates == {("text", lr), ("image", lr / 4)}
 
 
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not() -> None:
     model = tiny_model(tiny_config(image_adapter="unet", unet_channels=[32, 32], unet_num_layers=1))
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, others = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-    assert sorted(decayed + others) == sorted(names.values()), "each parameter once"
+    names: dict[float, list[str]] = {0.3: [], 0.0: []}
+    for group in optimizer.param_groups:
+        names[group["weight_decay"]] += group["param_names"]
+    decayed, others = names.values()
+    assert sorted(decayed + others) == sorted(name for name, _ in model.named_parameters()), "each parameter once"
     assert "token_embedding.weight" in others
     assert all("norm" in name or name.endswith("bias") or name == "token_embedding.weight" for name in others)
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
@@ -83,24 +77,183 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not() -> None:
     )
 
 
-def test_frozen_parameters_are_left_out() -> None:
+PARTLY_SHARED = {"untied": ["norm", "ffn"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"text": {"token_embedding", "text_head", "text"}, "image": {"image_adapter", "image"}}),
+        (DENSE, {"shared": {"token_embedding", "text_head", "image_adapter", "shared"}}),
+        (
+            PARTLY_SHARED,
+            {
+                "text": {"token_embedding", "text_head", "text"},
+                "image": {"image_adapter", "image"},
+                "shared": {"shared"},
+            },
+        ),
+    ],
+)
+def test_every_parameter_has_the_tower_that_owns_it(changes: dict, expected: dict[str, set[str]]) -> None:
+    config = tiny_config(**changes)
+    found: dict[str, set[str]] = {}
+    for name, _ in tiny_model(config).named_parameters():
+        part = name.split(".owned.")[1].split(".")[0] if ".owned." in name else name.split(".")[0]
+        found.setdefault(tower_of(name, config), set()).add(part)
+    assert found == expected
+
+
+def draw_gradients(model: torch.nn.Module) -> None:
+    for index, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad:
+            generator = torch.Generator().manual_seed(index)
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_tower_stays_and_leaves_nothing_in_the_optimizer(name: str) -> None:
     model = tiny_model(tiny_config())
-    model.token_embedding.weight.requires_grad_(False)
-    model.text_head.weight.requires_grad_(False)
-    count = sum(len(group["params"]) for group in make_optimizer(model, OptimizerConfig()).param_groups)
-    assert count == len(list(model.parameters())) - 2
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    freeze_towers(model, ["text"])
+    optimizer = make_optimizer(model, OptimizerConfig(name=name, weight_decay=0.5))
+    draw_gradients(model)
+    optimizer.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == {key for key in before if tower_of(key, model.architecture) == "image"}
+    assert len(optimizer.state_dict()["state"]) == len(moved)
 
 
 def test_adamw_step_by_hand() -> None:
-    model = torch.nn.Linear(2, 1, dtype=torch.float64)
-    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    config = OptimizerConfig(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
-    optimizer = make_optimizer(model, config)
-    model(torch.tensor([1.0, -3.0], dtype=torch.float64)).sum().backward()
+    model = tiny_model(tiny_config())
+    weight, bias = model.text_head.weight, model.image_adapter.output.bias
+    before = weight.detach().clone(), bias.detach().clone()
+    optimizer = make_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    weight.grad, bias.grad = torch.full_like(weight, -3.0), torch.full_like(bias, 2.0)
     optimizer.step()
     # In the first step the moments, without their bias, are the gradient and its square.
-    torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]]))
-    torch.testing.assert_close(model.bias.detach(), bias - 0.1)
+    torch.testing.assert_close(weight.detach(), before[0] * (1 - 0.1 * 0.5) + 0.1)
+    torch.testing.assert_close(bias.detach(), before[1] - 0.1)
+
+
+def orthogonal(gradient: torch.Tensor) -> torch.Tensor:
+    """U V^T of a singular value decomposition."""
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    return left @ right
+
+
+def test_muon_makes_the_update_of_each_block_matrix_orthogonal() -> None:
+    """Queries, keys and values apart; at the size of AdamW's. The rest is AdamW's."""
+    config = tiny_config(num_kv_heads=1)
+    model = tiny_model(config, dtype=torch.float32)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    draw_gradients(model)
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
+    make_optimizer(model, OptimizerConfig(name="muon", lr=0.1, weight_decay=0.5)).step()
+    twin = tiny_model(config, dtype=torch.float32)
+    draw_gradients(twin)
+    make_optimizer(twin, OptimizerConfig(lr=0.1, weight_decay=0.5)).step()
+    seen = 0
+    for (key, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if not (key.startswith("blocks.") and parameter.ndim == 2):
+            assert torch.equal(parameter, other), key
+            continue
+        seen += 1
+        update = (before[key] * (1 - 0.1 * 0.5) - parameter.detach()) / 0.1
+        rows = [16, 8, 8] if ".qkv." in key else [len(update)]
+        assert sum(rows) == len(update)
+        for part, gradient in zip(update.split(rows), gradients[key].split(rows), strict=True):
+            size = 0.2 * max(part.shape) ** 0.5
+            # Newton-Schulz in bfloat16 takes singular values to about 0.7 to 1.2, not to 1.
+            values = torch.linalg.svdvals(part / size)
+            assert values.min() > 0.6, key
+            assert values.max() < 1.3, key
+            cosine = torch.nn.functional.cosine_similarity(part.flatten(), orthogonal(gradient).flatten(), dim=0)
+            assert cosine > 0.95, key
+    assert seen == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_saved_optimizer_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
+    """Also where the learning rate of a tower, and with it the order of groups, is another one."""
+    config = OptimizerConfig(name=name, lr=0.01, betas=(0.9, 0.95))
+    whole, resumed = (tiny_model(tiny_config(), dtype=torch.float32) for _ in range(2))
+    optimizer = make_optimizer(whole, config)
+    draw_gradients(whole)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(whole.state_dict())
+    other = dataclasses.replace(config, weight_decay=0.3, betas=(0.8, 0.9), tower_lr_scale={"text": 0.5})
+    again = make_optimizer(resumed, other)
+    load_moments(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert {group["weight_decay"] for group in again.param_groups} == {0.3, 0.0}
+    assert next(group["betas"] for group in again.param_groups if "betas" in group) == (0.8, 0.9)
+    again = make_optimizer(resumed, config)
+    load_moments(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(2):
+        optimizer.step()
+        draw_gradients(resumed)
+        again.step()
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_tower_set_free_starts_without_moments_and_the_other_keeps_its_own() -> None:
+    model = tiny_model(tiny_config())
+    freeze_towers(model, ["text"])
+    first = make_optimizer(model, OptimizerConfig())
+    draw_gradients(model)
+    first.step()
+    freeze_towers(model, [])
+    second = make_optimizer(model, OptimizerConfig())
+    load_moments(second, first.state_dict())
+    adapter = model.image_adapter.input.weight
+    assert torch.equal(second.state[adapter]["exp_avg"], first.state[adapter]["exp_avg"])
+    assert model.text_head.weight not in second.state
+    second.step()
+
+
+def test_moments_of_another_optimizer_are_refused() -> None:
+    model = tiny_model(tiny_config())
+    saved = make_optimizer(model, OptimizerConfig())
+    draw_gradients(model)
+    saved.step()
+    with pytest.raises(UserError, match=r"optimizer\.name"):
+        load_moments(make_optimizer(model, OptimizerConfig(name="muon")), saved.state_dict())
+
+
+def test_gradient_norms_of_towers_and_clipping_by_the_whole() -> None:
+    model = tiny_model(tiny_config())
+    optimizer = make_optimizer(model, OptimizerConfig())
+    draw_gradients(model)
+    squares: dict[str, float] = {"text": 0.0, "image": 0.0}
+    for name, parameter in model.named_parameters():
+        squares[tower_of(name, model.architecture)] += float((parameter.grad**2).sum())
+    before = model.text_head.weight.grad.clone()
+    total, norms = clip_grad_norm(optimizer, 2.0)
+    assert {tower: float(norm) ** 2 for tower, norm in norms.items()} == pytest.approx(squares)
+    assert float(total) ** 2 == pytest.approx(sum(squares.values()))
+    torch.testing.assert_close(model.text_head.weight.grad, before * 2 / total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["training.frozen_towers=[video]"], ["training.frozen_towers", "video", "text, image"]),
+        (["optimizer.tower_lr_scale={vidoe: 0.5}"], ["optimizer.tower_lr_scale", "vidoe", "text, image"]),
+        (["optimizer.tower_lr_scale={shared: 0.5}"], ["shared"]),
+        (["training.frozen_towers=[image, text]"], ["training.frozen_towers", "whole model"]),
+        (["optimizer.tower_lr_scale={image: 0}"], ["optimizer.tower_lr_scale", "above 0"]),
+    ],
+)
+def test_towers_that_cannot_be_are_refused(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        check_towers(parse_config(RunConfig, arguments, ""))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_shared_components_are_a_tower_of_their_own() -> None:
+    check_towers(parse_config(RunConfig, ["model.untied=[ffn]", "training.frozen_towers=[text, shared]"], ""))
 
 
 def test_ema_is_a_copy_that_moves_as_computed_by_hand() -> None:

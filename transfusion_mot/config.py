@@ -222,12 +222,16 @@ class DiffusionConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule (defaults: Transfusion, section 4.1).
+    """The optimizer and its learning-rate schedule (defaults: Transfusion, section 4.1).
 
     Attributes:
+        name: `adamw`, or `muon`: Muon for the matrices of the blocks and AdamW for the rest, with one learning rate and
+            weight decay for both (arXiv 2502.16982, section 2.2: updates of Muon are scaled to the size of AdamW's).
         lr: Peak learning rate.
-        betas: Decay rates of the moments.
-        eps: Denominator constant.
+        tower_lr_scale: Tower name to a factor on `lr`; a tower is its share of the blocks and the embedding, head or
+            adapter of its modalities, `shared` what the towers share.
+        betas: Decay rates of AdamW's moments.
+        eps: Denominator constant of AdamW.
         weight_decay: Decoupled weight decay of matrices; norms, biases and embeddings have none.
         max_grad_norm: Gradients are clipped to this global norm.
         lr_schedule: After warm-up: `cosine`, `constant`, or `wsd` (constant, then a linear descent at the end).
@@ -236,7 +240,9 @@ class OptimizerConfig:
         decay_fraction: Share of the steps in which `wsd` descends.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
+    tower_lr_scale: dict[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -256,12 +262,17 @@ class TrainingConfig:
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         diffusion_loss_weight: The papers' lambda: total = text + weight * diffusion.
+        z_loss_weight: Adds weight * log(Z)^2 to the gradient of the text loss, Z the sum of the exponentiated logits,
+            so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. The text loss in the log is without it.
+        frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
         seed: Seed of initialisation and, with row and step, of every random draw in the data.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
         attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
             chooses by device and length of a row and says why.
+        activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of
+            matrix products and attention, `full` the block's input alone; the rest it computes again.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
@@ -275,11 +286,14 @@ class TrainingConfig:
     num_rows: int = 16
     microbatch_rows: int | None = None
     diffusion_loss_weight: float = 5.0
+    z_loss_weight: float = 0.0
+    frozen_towers: list[str] = field(default_factory=list)
     ema_decay: float = 0.999
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
     attention: Literal["auto", "flex", "sdpa"] = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: int = 10
     validate_every: int = 0
     sample_every: int = 0
@@ -302,7 +316,7 @@ class RunConfig:
         autoencoder: The image autoencoder.
         model: The Mixture-of-Transformers.
         diffusion: The image objective.
-        optimizer: AdamW and its learning-rate schedule.
+        optimizer: The optimizer and its learning-rate schedule.
         training: The run.
     """
 

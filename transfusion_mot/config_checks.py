@@ -29,6 +29,7 @@ _AT_LEAST = {
     "optimizer.warmup_steps": 0,
     "data.split_seed": 0,
     "training.diffusion_loss_weight": 0,
+    "training.z_loss_weight": 0,
     "optimizer.weight_decay": 0,
     "diffusion.guidance_scale": 0,
     "model.num_layers": 1,

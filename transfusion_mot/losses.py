@@ -9,10 +9,10 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 # Logits that exist at a time: 0.5 GiB in bfloat16. The whole of a large vocabulary would be most of a step's memory.
-_LOGITS_AT_ONCE = 2**28
+LOGITS_AT_ONCE = 2**28
 
 
-def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> Tensor:
     """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
 
     The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss
@@ -22,34 +22,40 @@ def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: [B, T, D], in the number format of the logits.
         weight: [V, D], in any number format.
         labels: [B, T], `IGNORE_INDEX` where there is no loss.
+        z_loss_weight: The gradient is that of cross-entropy + weight * log(Z)^2, Z the sum of the exponentiated logits
+            (PaLM, arXiv 2204.02311, section 5). The value stays the cross-entropy, so that it means the same in every
+            run and on held-out text.
 
     Returns:
         [], in float32 (float64 if `hidden` is).
     """
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels)
+        return _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels, z_loss_weight)
     narrow = weight.to(hidden.dtype)
     parts = _chunks(flat_hidden, flat_labels, len(weight))
-    return torch.stack([_loss_and_gradient(h @ narrow.T, target)[0] for h, target in parts]).sum()
+    return torch.stack([_loss_and_gradient(h @ narrow.T, target, 0.0)[0] for h, target in parts]).sum()
 
 
 def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
     """Equal parts of the slots (but for the last), each with few enough logits."""
-    slots = max(1, _LOGITS_AT_ONCE // vocab_size)
+    slots = max(1, LOGITS_AT_ONCE // vocab_size)
     count = -(-len(labels) // slots)
     return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, V], labels [N] => summed cross-entropy [], its gradient by the logits [N, V]."""
+def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+    """Logits [N, V], labels [N] => summed cross-entropy [], its and the z-loss's gradient by the logits [N, V]."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     labelled = (labels != IGNORE_INDEX)[:, None]
     log_sum = wide.logsumexp(dim=-1, keepdim=True)
     target = labels.clamp(min=0)[:, None]
     loss = torch.where(labelled, log_sum - wide.gather(1, target), 0.0).sum()
     is_target = torch.arange(logits.shape[1], device=logits.device) == target
-    gradient = torch.where(labelled, (wide - log_sum).exp() - is_target.to(wide.dtype), 0.0)
+    probability = (wide - log_sum).exp()
+    if z_loss_weight:
+        probability = probability * (1 + 2 * z_loss_weight * log_sum)
+    gradient = torch.where(labelled, probability - is_target.to(wide.dtype), 0.0)
     return loss, gradient.to(logits.dtype)
 
 
@@ -62,23 +68,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward pass has to do is to scale them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
         narrow = weight.to(hidden.dtype)
         loss_and_gradient = _compiled_loss_and_gradient if hidden.is_cuda else _loss_and_gradient
         losses, hidden_gradients = [], []
-        weight_gradient = torch.zeros_like(weight)
+        # A frozen head needs none.
+        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
         for part, target in _chunks(hidden, labels, len(weight)):
-            loss, gradient = loss_and_gradient(part @ narrow.T, target)
+            loss, gradient = loss_and_gradient(part @ narrow.T, target, z_loss_weight)
             losses.append(loss)
             hidden_gradients.append(gradient @ narrow)
-            weight_gradient += gradient.T @ part
+            if weight_gradient is not None:
+                weight_gradient += gradient.T @ part
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * upstream, weight_gradient * upstream, None
+        by_weight = None if weight_gradient is None else weight_gradient * upstream
+        return hidden_gradient * upstream, by_weight, None, None
 
 
 def diffusion_loss_sum(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:

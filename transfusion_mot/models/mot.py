@@ -7,12 +7,14 @@ matter of layout: the mask and the rotary positions carry it.
 Norms stand before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from transfusion_mot.config import ModelConfig, TowerConfig
 from transfusion_mot.errors import UserError
@@ -26,6 +28,20 @@ if HAS_TRITON:
 
 Streams = dict[str, Tensor]
 SHARED = "shared"
+Checkpointing = Literal["none", "selective", "full"]
+
+# Results that cost the most to compute again, under the names they have on each device.
+_EXPENSIVE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class TowerModules(nn.Module):
@@ -62,6 +78,7 @@ class MoTBlock(nn.Module):
         self.output = TowerModules(config, "output", lambda t: nn.Linear(attention_size, t.hidden_size, bias=False))
         self.ffn_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
         self.ffn = TowerModules(config, "ffn", lambda t: SwiGLU(t.hidden_size, t.intermediate_size))
+        self.checkpointing: Checkpointing = "none"
 
     def forward(
         self,
@@ -72,6 +89,22 @@ class MoTBlock(nn.Module):
         layer: int = 0,
     ) -> Streams:
         """Streams => streams. With a cache, attention also reads what it holds of this layer."""
+        if self.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
+            return self._transform(streams, rotary, mask, cache, layer)
+        kept: dict[str, Any] = {}
+        if self.checkpointing == "selective":
+            kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        # Inside of what is compiled: the compiler then sees which operations to keep. A block draws nothing at random.
+        return checkpoint(
+            lambda: self._transform(streams, rotary, mask, None, 0),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **kept,
+        )
+
+    def _transform(
+        self, streams: Streams, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None, layer: int
+    ) -> Streams:
         lengths = [hidden.shape[1] for hidden in streams.values()]
         projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
         q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)

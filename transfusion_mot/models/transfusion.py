@@ -15,7 +15,7 @@ Initialisation (the table is `_initialise`):
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -28,7 +28,7 @@ from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
 from transfusion_mot.models.attention import KernelChoice, KVCache, SlotIds, attention_kernel, training_mask
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
-from transfusion_mot.models.mot import MoTBlock, Streams, TowerModules, check_architecture
+from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
 
 class TransfusionOutput(NamedTuple):
@@ -106,6 +106,12 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             )
         return (model, info) if wants_info else model
 
+    def checkpoint_activations(self, checkpointing: Checkpointing) -> None:
+        """Say what the backward pass of a block finds: everything, the results of matrix products and attention
+        (`selective`), or the block's input alone (`full`). The rest it computes again. Before `compile_blocks`."""
+        for block in self.blocks:
+            cast(MoTBlock, block).checkpointing = checkpointing
+
     def compile_blocks(self) -> None:
         """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
@@ -133,6 +139,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         rope_positions: Tensor,
         text_labels: Tensor | None = None,
         cache: KVCache | None = None,
+        z_loss_weight: float = 0.0,
     ) -> TransfusionOutput:
         """Predict the next token of every text slot and the diffusion target of every image.
 
@@ -145,6 +152,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             text_labels: [B, T], the next token or `IGNORE_INDEX`: gives `text_loss` in place of `logits`, which for a
                 large vocabulary would be most of the memory of a training step.
             cache: While sampling, what earlier calls left; new slots attend to it too.
+            z_loss_weight: Of the gradient of `text_loss`, see `text_loss_sum`.
         """
         config = self.architecture
         embedded: dict[str, Tensor] = {}
@@ -174,7 +182,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         hidden = self._from_streams(streams, embedded)
         logits, text_loss = None, None
         if "text" in hidden and text_labels is not None:
-            text_loss = text_loss_sum(hidden["text"], self.text_head.weight, text_labels)
+            text_loss = text_loss_sum(hidden["text"], self.text_head.weight, text_labels, z_loss_weight)
         elif "text" in hidden:
             logits = self.text_head(hidden["text"])
         prediction = None

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion_mot.config import ModelConfig, RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.mixture import SOURCE_COUNTED, Sources, counter
 from transfusion_mot.data.packing import COUNTED
 from transfusion_mot.errors import NotFiniteError, UserError
+from transfusion_mot.models.adapters import UNetAdapter
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.mot import SHARED
 from transfusion_mot.training.step import StepResult
@@ -84,7 +86,7 @@ class RunLog:
         """Take a step in, without waiting for the device."""
         self.sums += result.loss_sums
         self.counts += result.counts
-        self.grad_norm = result.grad_norm
+        self.grad_norm, self.tower_grad_norms = result.grad_norm, result.tower_grad_norms
         self.interval.update(counts)
         # Buckets differ in their patches.
         self.slots += batch.order.numel() * self.accelerator.num_processes
@@ -119,6 +121,7 @@ class RunLog:
             "diffusion_loss": diffusion_loss,
             "loss": text_loss + self.config.training.diffusion_loss_weight * diffusion_loss,
             "grad_norm": grad_norm,
+            **{f"grad_norm/{tower}": float(norm) for tower, norm in self.tower_grad_norms.items()},
             "lr": lr,
             "seconds_per_step": seconds / steps,
             "tokens_per_second": used_slots / seconds,
@@ -188,21 +191,47 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
 
 
 def flops_per_row(model: nn.Module, config: ModelConfig, batch: Batch, pairs: float | None = None) -> float:
-    """FLOPs of forward and backward over one row (Chowdhery et al., arXiv 2204.02311, appendix B).
-
-    6 per parameter and slot, and 12 per layer, attention width and pair of slots that attend. Convolutions of a U-Net
-    adapter are not counted.
+    """FLOPs of forward and backward over one row of `batch`, see `row_flops`.
 
     Args:
         batch: One row or more.
         pairs: Pairs of slots a row to count; those that attend in `batch` if None.
     """
-    text_slots = batch.text_ids.shape[1]
-    patches = batch.order.shape[1] - text_slots
     if pairs is None:
         slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids)
         pairs = dense_mask(slots, slots).sum().item() / batch.order.shape[0]
+    _, images, *latent_shape = batch.latents.shape
+    return row_flops(model, config, batch.text_ids.shape[1], images, torch.Size(latent_shape), pairs)
+
+
+def row_flops(
+    model: nn.Module, config: ModelConfig, text_slots: int, images: int, latent_shape: torch.Size, pairs: float
+) -> float:
+    """FLOPs of forward and backward over one row (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+    6 per parameter and slot, 12 per layer, attention width and pair of slots that attend, and the convolutions of a
+    U-Net adapter.
+
+    Args:
+        latent_shape: [C, Y, X] of an image.
+        pairs: Pairs of slots that attend.
+    """
+    patches = images * latent_shape[1] * latent_shape[2] // config.patch_size**2
     weights = 6 * (
         active_parameters(model, config, "text") * text_slots + active_parameters(model, config, "image") * patches
     )
-    return weights + 12 * config.num_layers * config.num_heads * config.head_dim * pairs
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return weights + attention + images * convolution_flops(config, latent_shape)
+
+
+def convolution_flops(config: ModelConfig, latent_shape: torch.Size) -> float:
+    """FLOPs of the convolutions of the image adapter over one image [C, Y, X], forward and backward."""
+    if config.image_adapter == "linear":
+        return 0.0
+    channels, height, width = latent_shape
+    hidden_size = config.towers[config.modalities["image"]].hidden_size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        adapter = UNetAdapter(channels, hidden_size, config.patch_size, config.unet_channels, config.unet_num_layers)
+        hidden, kept = adapter.embed(torch.empty(1, channels, height, width), torch.empty(1))
+        adapter.predict(hidden, kept, height, width)
+    return 3.0 * counter.get_flop_counts()["Global"][torch.ops.aten.convolution]

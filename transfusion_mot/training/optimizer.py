@@ -1,29 +1,64 @@
-"""AdamW with the papers' settings, its learning-rate schedule, and the averaged weights."""
+"""Parameter groups and their optimizer, the learning-rate schedule, and the averaged weights."""
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.config import OptimizerConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.muon import MuonAdamW
+from transfusion_mot.training.towers import tower_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW that decays matrices and convolutions, but no norm, bias or embedding."""
+def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
+    """The optimizer of the parameters that need a gradient.
+
+    Matrices and convolutions decay, norms, biases and embeddings do not. A group holds parameters of one tower and
+    knows its `tower` and `lr_scale`, and the names of its parameters, so that a saved state finds them again.
+
+    Raises:
+        UserError: Muon is asked for where parameters are sharded.
+    """
+    architecture = model.architecture
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
-    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, tower = "decayed", tower_of(name, architecture)
+        if parameter.ndim <= 1 or id(parameter) in embeddings:
+            kind = "others"
+        elif config.name == "muon" and name.startswith("blocks."):
+            kind = "stacked" if ".qkv." in name else "matrices"
+        settings = {
+            "tower": tower,
+            "lr_scale": config.tower_lr_scale.get(tower, 1.0),
+            "weight_decay": 0.0 if kind == "others" else config.weight_decay,
+        }
+        groups.setdefault((kind, tower), {"params": [], **settings})["params"].append((name, parameter))
+    if config.name == "adamw":
+        return AdamW(list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    head_dim, heads, kv_heads = architecture.head_dim, architecture.num_heads, architecture.num_kv_heads
+    row_splits = {"stacked": [head_dim * count for count in (heads, kv_heads or heads, kv_heads or heads)]}
+    return MuonAdamW(
+        [
+            {**group, "row_splits": row_splits.get(kind, [])}
+            for (kind, _), group in groups.items()
+            if kind in ("matrices", "stacked")
+        ],
+        [group for (kind, _), group in groups.items() if kind in ("decayed", "others")],
+        config.lr,
+        config.betas,
+        config.eps,
+    )
 
 
 def lr_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
@@ -40,17 +75,35 @@ def lr_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def set_lr(optimizer: AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Set the learning rate of step 0, 1, ..., which is a function of the step alone => the rate."""
+def set_lr(optimizer: Optimizer, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Set the learning rate of step 0, 1, ..., which is a function of the step alone => the rate, before `lr_scale`."""
     lr = config.lr * lr_factor(step, num_steps, config)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     return lr
 
 
-def load_moments(optimizer: AdamW, saved: dict[str, Any]) -> None:
-    """Take over the moments of a saved optimizer; betas, epsilon and weight decay stay those of the configuration."""
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+def load_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over the moments of a saved optimizer's `state_dict()`; all settings stay those of the configuration.
+
+    Parameters are found by name: towers may have been frozen, set free or given another learning rate since. One that
+    was not trained before starts without moments.
+
+    Raises:
+        UserError: The moments are those of another kind of optimizer.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    moments = {name: saved["state"][key] for name, key in _keys(saved["param_groups"]) if key in saved["state"]}
+    state = {key: moments[name] for name, key in _keys(own) if name in moments}
+    muon = {key for group in own if "row_splits" in group for key in group["params"]}
+    if any(("momentum_buffer" in moment) != (key in muon) for key, moment in state.items()):
+        raise UserError("the saved optimizer is another than optimizer.name; keep the name, or start a new output_dir")
+    optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def _keys(groups: list[dict[str, Any]]) -> Iterator[tuple[str, int]]:
+    """Name of each parameter, and its key in the state."""
+    return ((name, key) for group in groups for name, key in zip(group["param_names"], group["params"], strict=True))
 
 
 class EMA(Generic[Model]):

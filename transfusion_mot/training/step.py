@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum
+from transfusion_mot.training.towers import clip_grad_norm
 
 
 class StepResult(NamedTuple):
@@ -20,11 +21,13 @@ class StepResult(NamedTuple):
         loss_sums: [2], this rank's summed text and diffusion losses.
         counts: [2], labelled tokens and image elements of all ranks.
         grad_norm: [], before clipping.
+        tower_grad_norms: [] each, likewise; of the towers that are trained.
     """
 
     loss_sums: Tensor
     counts: Tensor
     grad_norm: Tensor
+    tower_grad_norms: dict[str, Tensor]
 
 
 def loss_counts(batch: Batch) -> Tensor:
@@ -34,7 +37,7 @@ def loss_counts(batch: Batch) -> Tensor:
     return torch.stack([tokens, elements]).double()
 
 
-def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion) -> Tensor:
+def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_weight: float = 0.0) -> Tensor:
     """[2]: summed text loss and summed diffusion loss of a microbatch."""
     noisy_latents = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
     output = model(
@@ -46,6 +49,7 @@ def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion) -> Tensor:
         span_ids=batch.span_ids,
         rope_positions=batch.rope_positions,
         text_labels=batch.text_labels,
+        z_loss_weight=z_loss_weight,
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
     return torch.stack([output.text_loss, diffusion_loss_sum(output.prediction, target, batch.image_mask)])
@@ -60,6 +64,7 @@ def train_step(
     microbatch_rows: int,
     diffusion_loss_weight: float,
     max_grad_norm: float,
+    z_loss_weight: float = 0.0,
 ) -> StepResult:
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
@@ -74,10 +79,10 @@ def train_step(
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            losses = loss_sums(model, microbatch, diffusion)
+            losses = loss_sums(model, microbatch, diffusion, z_loss_weight)
             accelerator.backward(losses[0] * text_scale + diffusion_loss_weight * losses[1] * diffusion_scale)
             sums += losses.detach()
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    grad_norm, tower_grad_norms = clip_grad_norm(optimizer, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums, counts, grad_norm)
+    return StepResult(sums, counts, grad_norm, tower_grad_norms)

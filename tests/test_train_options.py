@@ -1,0 +1,53 @@
+"""Optimizers, towers and checkpointing in whole runs of train.py: they resume exactly and do what they say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_train
+import torch
+from test_train import assert_same, final_state, interrupt_after, launch
+
+import train
+from transfusion_mot.training.metrics import read_metrics
+
+# Fixtures.
+arguments, picture_folder, on_the_cpu = test_train.arguments, test_train.picture_folder, test_train.on_the_cpu
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "muon": {"optimizer": {"name": "muon"}},
+    "tower rate": {"optimizer": {"tower_lr_scale": {"image": 0.5}}},
+    "frozen tower": {"training": {"frozen_towers": ["text"], "z_loss_weight": 1e-4}},
+    "selective checkpointing": {"training": {"activation_checkpointing": "selective"}},
+    "full checkpointing": {"training": {"activation_checkpointing": "full"}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_step_resume_exactly(arguments, tmp_path: Path, monkeypatch, name: str) -> None:
+    changes = OPTIONS[name]
+    train.main(arguments("whole", **changes))
+    training = changes.get("training", {})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments("parts", **changes | {"training": training | {"save_every": 2}}))
+    before = final_state(tmp_path / "parts")
+    train.main(arguments("parts", **changes))
+    whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    assert_same(whole, parts)
+    moved = {key for key, value in parts["model"].items() if not torch.equal(value, before["model"][key])}
+    assert any("image" in key for key in moved)
+    assert any("text" in key for key in moved) != (name == "frozen tower")
+    line = read_metrics(tmp_path / "whole" / "metrics.jsonl")[-2]
+    towers = {"image"} if name == "frozen tower" else {"image", "text"}
+    assert {key for key in line if key.startswith("grad_norm/")} == {f"grad_norm/{tower}" for tower in towers}
+
+
+def test_frozen_tower_on_two_processes_equals_one(arguments, tmp_path: Path) -> None:
+    changes = {"training": {"frozen_towers": ["image"], "num_steps": 3}, "optimizer": {"name": "muon"}}
+    train.main(arguments("one", **changes))
+    finished = launch(arguments("two", **changes), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    # Muon rounds to bfloat16, where a difference of the last bit of float32 can be one of the first 8.
+    assert_same(final_state(tmp_path / "one"), final_state(tmp_path / "two"), tolerance=1e-3)

@@ -1,0 +1,223 @@
+"""Memory of a training step, predicted from the sizes of the model and the batch.
+
+It is that of compiled blocks. What a block keeps for its backward pass is what torch's partitioner chooses to keep,
+which a test traces; with the other parts the peaks that were measured on one H100 are met within 2 %
+(tests/test_memory.py).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transfusion_mot.config import ModelConfig
+from transfusion_mot.losses import LOGITS_AT_ONCE
+from transfusion_mot.models.mot import Checkpointing
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+Parallelism = Literal["ddp", "fsdp2"]
+# Blocks whose gathered weights and gradients exist at a time under FSDP: the one at work and the next.
+_GATHERED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row: text slots, and images [C, Y, X] as latents."""
+
+    text_slots: int
+    images: int
+    latent_shape: torch.Size
+    patch_size: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of a row."""
+        return self.images * self.latent_shape[1] * self.latent_shape[2] // self.patch_size**2
+
+    @property
+    def slots(self) -> int:
+        """All slots of a row."""
+        return self.text_slots + self.patches
+
+    @property
+    def causal_pairs(self) -> float:
+        """Pairs of slots that attend if a row is one document: the most that there can be."""
+        per_image = self.patches / max(1, self.images)
+        return self.slots * (self.slots + 1) / 2 + self.images * per_image * (per_image - 1) / 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, by part.
+
+    Attributes:
+        weights, gradients, optimizer, ema: In float32, one number for each (trained) parameter, two moments (one where
+            it is Muon's), and the averaged weights; the GPU's share where they are sharded.
+        copies: Of matrices in bfloat16, and under FSDP what is gathered of them.
+        blocks: What the blocks keep for the backward pass.
+        adapter: What the image adapter, the embedding and the last norms keep.
+        text_loss: Logits of a chunk, their gradient, and the gradients that they become.
+        working: What one block needs while its gradients are computed.
+        gradients_stay: Gradients are there while the activations are, not only when those go: with more than one
+            microbatch, or in the buckets of data parallelism.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    copies: float
+    blocks: float
+    adapter: float
+    text_loss: float
+    working: float
+    gradients_stay: bool
+
+    @property
+    def peak(self) -> float:
+        """Most bytes at a time: at the end of the forward pass, or when all gradients are there."""
+        forward = self.copies + self.blocks + self.adapter + max(self.text_loss, self.working)
+        rest = forward + self.gradients if self.gradients_stay else max(forward, self.gradients + self.copies)
+        return self.weights + self.optimizer + self.ema + rest
+
+
+def kept_by_block(config: ModelConfig, slots: dict[str, int], checkpointing: Checkpointing, width: int) -> float:
+    """Bytes that a compiled block keeps for its backward pass.
+
+    Args:
+        config: Of the model.
+        slots: Slots of each tower's stream.
+        checkpointing: See `TransfusionMoT.checkpoint_activations`.
+        width: Bytes of a number: 2 in bfloat16.
+    """
+    attention = config.num_heads * config.head_dim
+    projection = attention + 2 * (config.num_kv_heads or config.num_heads) * config.head_dim
+    total = 0.0
+    for tower, count in slots.items():
+        hidden, ffn = config.towers[tower].hidden_size, config.towers[tower].intermediate_size
+        # The block's input.
+        numbers = hidden
+        if checkpointing == "selective":
+            # Projection, attention, its output, gate and up.
+            numbers += projection + attention + hidden + 2 * ffn
+        if checkpointing == "none":
+            # The same; the two norms, rotated heads and the gated product, because products need them; and of each
+            # tower its own part of the attention, which lies together.
+            numbers += projection + attention + hidden + 2 * ffn
+            numbers += 2 * hidden + projection + ffn + (attention if len(slots) > 1 else 0)
+        # The sum of exponentials of each head, and the scale of each norm, in float32.
+        scales = {"none": 4 * config.num_heads + 8, "selective": 4 * config.num_heads, "full": 0}[checkpointing]
+        total += count * (numbers * width + scales)
+    return total
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is run.
+
+    Attributes:
+        rows: Rows of a microbatch.
+        microbatches: Microbatches of a step on one GPU.
+        gpus: GPUs that share the batch.
+        parallelism: `ddp` keeps everything on every GPU, `fsdp2` shards weights, gradients, moments and averages.
+        checkpointing: See `TransfusionMoT.checkpoint_activations`.
+        width: Bytes of a number in the forward pass: 2 under bf16, else 4.
+        muon: The matrices of the blocks are Muon's.
+        ema: There are averaged weights.
+    """
+
+    rows: int
+    microbatches: int = 1
+    gpus: int = 1
+    parallelism: Parallelism = "ddp"
+    checkpointing: Checkpointing = "none"
+    width: int = 2
+    muon: bool = False
+    ema: bool = True
+
+
+def step_memory(model: TransfusionMoT, layout: Layout, setting: Setting) -> Memory:
+    """Memory of a step on one GPU; `model` is on `meta`, its frozen parameters need no gradient."""
+    config, width, rows = model.architecture, setting.width, setting.rows
+    sharded = setting.parallelism == "fsdp2"
+    shards = setting.gpus if sharded else 1
+    numbers = Counter[str]()
+    for name, parameter in model.named_parameters():
+        in_block = name.startswith("blocks.") and parameter.ndim == 2
+        numbers["all"] += parameter.numel()
+        numbers["block matrices"] += parameter.numel() * in_block
+        if parameter.requires_grad:
+            numbers["trained"] += parameter.numel()
+            numbers["moments"] += parameter.numel() * (1 if setting.muon and in_block else 2)
+    one_block = numbers["block matrices"] / config.num_layers
+
+    slots = Counter[str]()
+    slots[config.modalities["text"]] += rows * layout.text_slots
+    slots[config.modalities["image"]] += rows * layout.patches
+    towers = {tower: config.towers[tower] for tower in slots}
+    # Gradients of a stream and of a feed-forward, which one tower after the other needs.
+    working: float = width * (
+        sum(count * towers[tower].hidden_size for tower, count in slots.items())
+        + max(count * 3 * towers[tower].intermediate_size for tower, count in slots.items())
+    )
+    if setting.checkpointing != "none":
+        working += kept_by_block(config, slots, "none", width) + width * one_block
+
+    copies = 0.0
+    if sharded:
+        # Gathered weights and their gradients; embedding, head and adapter stay gathered.
+        copies = (width + 4) * (_GATHERED_BLOCKS * one_block + numbers["all"] - numbers["block matrices"])
+    elif width == 2 and setting.checkpointing == "none":
+        # A compiled block keeps its matrices as it multiplied with them.
+        copies = 2.0 * numbers["block matrices"]
+
+    # The last norms are not compiled: they keep two float32 tensors and their result.
+    last_norms = (8 + width) * sum(count * towers[tower].hidden_size for tower, count in slots.items())
+    return Memory(
+        weights=4 * numbers["all"] / shards,
+        gradients=4 * numbers["trained"] / shards,
+        optimizer=4 * numbers["moments"] / shards,
+        ema=4 * numbers["all"] / shards if setting.ema else 0.0,
+        copies=copies,
+        blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width),
+        adapter=rows * layout.images * kept_by_adapter(model, layout, width) + last_norms,
+        text_loss=text_loss_memory(model, rows * layout.text_slots, width),
+        working=working,
+        gradients_stay=setting.microbatches > 1 or setting.gpus > 1,
+    )
+
+
+def kept_by_adapter(model: TransfusionMoT, layout: Layout, width: int) -> float:
+    """Bytes that the image adapter keeps for one image: the tensors that autograd saves in a pass on `meta`."""
+    adapter = model.image_adapter
+    weights = {parameter.untyped_storage()._cdata for parameter in adapter.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    channels, rows, columns = layout.latent_shape
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        latents, timesteps = torch.empty(1, channels, rows, columns, device="meta"), torch.empty(1, device="meta")
+        hidden, skips = adapter.embed(latents, timesteps)
+        prediction = adapter.predict(hidden, skips, rows, columns)
+    assert prediction.shape == latents.shape
+    numbers = sum(storage.nbytes() for storage in kept.values()) / 4
+    # A residual layer keeps three numbers of each kind: under autocast those of its norm and its activation are in
+    # float32, those of its convolution in bfloat16.
+    return numbers * (10 / 3 if width == 2 else 4)
+
+
+def text_loss_memory(model: TransfusionMoT, slots: int, width: int) -> float:
+    """Bytes that the text loss of so many slots takes while the activations are there."""
+    vocab_size, hidden = model.text_head.weight.shape
+    chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
+    # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
+    chunks = 3 if slots * vocab_size > chunk else 2
+    head = vocab_size * hidden
+    return width * chunks * chunk + width * slots * hidden + (4 + 2 * width) * head

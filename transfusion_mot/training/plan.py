@@ -1,0 +1,230 @@
+"""What a run needs, computed without a GPU: `python train.py --plan --config FILE --gpus 8 --gpu A100-80GB`."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from diffusers import AutoencoderKL
+
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.tokenizer import load_tokenizer
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.mot import Checkpointing, check_architecture
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.memory import Layout, Memory, Parallelism, Setting, step_memory
+from transfusion_mot.training.metrics import PEAK_FLOPS, active_parameters, row_flops
+from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
+
+GIB = 2**30
+# Memory of a GPU as torch reports it, in GiB.
+GPU_MEMORY = {
+    "A100-40GB": 39.4,
+    "A100-80GB": 79.1,
+    "H100": 79.1,
+    "H200": 139.7,
+    "B200": 178.4,
+    "L40S": 44.4,
+    "4090": 23.5,
+}
+# The rest holds the CUDA context, buffers of the collectives, and what the allocator cannot use.
+USABLE = 0.92
+# Where the autoencoder cannot be read: that of the papers, eight channels and an eighth of the pixels.
+_CHANNELS, _DOWNSAMPLING = 8, 8
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "ema": "averaged weights",
+    "copies": "bfloat16 copies, gathered weights",
+    "blocks": "activations of blocks",
+    "adapter": "activations of adapter and norms",
+    "text_loss": "logits and their gradients",
+    "working": "gradients of a block's activations",
+}
+
+
+def plan(arguments: Sequence[str]) -> str:
+    """The plan of a run for people.
+
+    Args:
+        arguments: Those of `train.py`, with `--plan` and the options of this function's parser.
+
+    Raises:
+        UserError: The configuration has a mistake, or the GPUs cannot share the batch.
+    """
+    parser = argparse.ArgumentParser(prog="train.py --plan", allow_abbrev=False, add_help=False)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu", choices=GPU_MEMORY, default="A100-80GB")
+    parser.add_argument("--mfu", type=float, default=0.4)
+    options, rest = parser.parse_known_args(list(arguments))
+    config = parse_config(RunConfig, rest, plan.__doc__ or "")
+    check_architecture(config.model)
+    check_towers(config)
+    if options.gpus < 1 or config.training.num_rows % options.gpus:
+        raise UserError(
+            f"training.num_rows is {config.training.num_rows}, which {options.gpus} GPUs cannot share evenly; "
+            "give --gpus a divisor of it"
+        )
+    if not 0 < options.mfu <= 1:
+        raise UserError(
+            f"--mfu is {options.mfu}; it is the share of the GPU's peak that is used, above 0 and at most 1"
+        )
+    model, layout, assumed = open_model(config)
+    parts = [
+        *(f"assumed: {line}" for line in assumed),
+        parameter_table(model, config),
+        memory_table(model, layout, config, options.gpus, options.gpu),
+        microbatch_table(model, layout, config, options.gpus, options.gpu),
+        time_line(model, layout, config, options.gpus, options.gpu, options.mfu),
+    ]
+    return "\n\n".join(parts)
+
+
+def open_model(config: RunConfig) -> tuple[TransfusionMoT, Layout, list[str]]:
+    """The model on `meta`, its rows, and what had to be assumed."""
+    assumed = []
+    vocab_size = config.tokenizer.vocab_size
+    if config.tokenizer.path is not None:
+        try:
+            vocab_size = load_tokenizer(config.tokenizer.path).vocab_size
+        except UserError:
+            assumed.append(f"{vocab_size} tokens (tokenizer.vocab_size): {config.tokenizer.path} cannot be read")
+    channels, downsampling = _CHANNELS, _DOWNSAMPLING
+    try:
+        autoencoder = AutoencoderKL.load_config(config.autoencoder.path, local_files_only=True)
+        channels = autoencoder["latent_channels"]
+        downsampling = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError):
+        path = config.autoencoder.path
+        assumed.append(f"latents of {channels} channels and 1/{downsampling} of the pixels: {path} cannot be read")
+    side = config.data.image_size // downsampling
+    layout = Layout(
+        config.data.text_slots,
+        config.data.images_per_row,
+        torch.Size((channels, side, side)),
+        config.model.patch_size,
+    )
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(vocab_size, channels, config.model)
+    freeze_towers(model, config.training.frozen_towers)
+    return model, layout, assumed
+
+
+def _line(title: str, *values: float | str) -> str:
+    """A row of a table; fractions with two decimals."""
+    return f"{title:34}" + "".join(f"{f'{v:.2f}' if isinstance(v, float) else v:>10}" for v in values)
+
+
+def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
+    """Parameters of each tower, in all, and those that a slot of each modality passes through."""
+    in_blocks, outside = Counter[str](), Counter[str]()
+    for name, parameter in model.named_parameters():
+        counts = in_blocks if name.startswith("blocks.") else outside
+        counts[tower_of(name, config.model)] += parameter.numel()
+    lines = [_line("millions of parameters", "blocks", "outside", "sum")]
+    for tower in sorted(in_blocks | outside):
+        numbers = in_blocks[tower] / 1e6, outside[tower] / 1e6
+        frozen = ["frozen"] if tower in config.training.frozen_towers else []
+        lines.append(_line(f"tower {tower}", *numbers, sum(numbers), *frozen))
+    numbers = in_blocks.total() / 1e6, outside.total() / 1e6
+    lines.append(_line("all", *numbers, sum(numbers)))
+    for modality, slot in (("text", "token"), ("image", "patch")):
+        active = active_parameters(model, config.model, modality) / 1e6
+        lines.append(_line(f"active: matrices a {slot} meets", "", "", active))
+    return "\n".join(lines)
+
+
+def parallelisms(config: RunConfig) -> tuple[Parallelism, ...]:
+    """Those that the configured optimizer works with: Muon needs whole matrices."""
+    return ("ddp",) if config.optimizer.name == "muon" else get_args(Parallelism)
+
+
+def rows_per_gpu(config: RunConfig, gpus: int) -> int:
+    """Rows of a step that one GPU computes."""
+    return config.training.num_rows // gpus
+
+
+def setting_of(
+    config: RunConfig, gpus: int, rows: int, parallelism: Parallelism, checkpointing: Checkpointing
+) -> Setting:
+    """The configured step with microbatches of `rows` rows."""
+    return Setting(
+        rows=rows,
+        microbatches=-(-rows_per_gpu(config, gpus) // rows),
+        gpus=gpus,
+        parallelism=parallelism,
+        checkpointing=checkpointing,
+        width=2 if config.training.mixed_precision == "bf16" else 4,
+        muon=config.optimizer.name == "muon",
+    )
+
+
+def memory_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str) -> str:
+    """Memory of the configured microbatch by part, for each kind of parallelism."""
+    training = config.training
+    rows = min(training.microbatch_rows or rows_per_gpu(config, gpus), rows_per_gpu(config, gpus))
+    memories: list[Memory] = [
+        step_memory(model, layout, setting_of(config, gpus, rows, parallelism, training.activation_checkpointing))
+        for parallelism in parallelisms(config)
+    ]
+    lines = [_line(f"GiB on each of {gpus} {gpu}", *parallelisms(config))]
+    for name, title in _ROWS.items():
+        lines.append(_line(title, *(getattr(memory, name) / GIB for memory in memories)))
+    lines.append(_line("peak (not all exist at a time)", *(memory.peak / GIB for memory in memories)))
+    limit = USABLE * GPU_MEMORY[gpu]
+    fits = ["fits" if memory.peak <= limit * GIB else "too much" for memory in memories]
+    lines.append(_line(f"of {limit:.1f} that can be used", *fits))
+    lines.append(
+        f"for microbatches of {rows} of {rows_per_gpu(config, gpus)} rows of {layout.slots} slots, "
+        f"training.activation_checkpointing={training.activation_checkpointing}"
+    )
+    return "\n".join(lines)
+
+
+def largest_microbatch(
+    model: TransfusionMoT,
+    layout: Layout,
+    config: RunConfig,
+    gpus: int,
+    gpu: str,
+    parallelism: Parallelism,
+    checkpointing: Checkpointing,
+) -> int:
+    """Most rows that fit, among those that divide a GPU's rows, so that every microbatch has one shape; 0 if none."""
+    limit = USABLE * GPU_MEMORY[gpu] * GIB
+    own = rows_per_gpu(config, gpus)
+    for rows in (count for count in range(own, 0, -1) if own % count == 0):
+        if step_memory(model, layout, setting_of(config, gpus, rows, parallelism, checkpointing)).peak <= limit:
+            return rows
+    return 0
+
+
+def microbatch_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str) -> str:
+    """The largest `training.microbatch_rows` that fits, for each kind of parallelism and checkpointing."""
+    lines = [_line(f"largest microbatch_rows on {gpu}", *parallelisms(config))]
+    for checkpointing in get_args(Checkpointing):
+        found = [
+            largest_microbatch(model, layout, config, gpus, gpu, parallelism, checkpointing) or "none"
+            for parallelism in parallelisms(config)
+        ]
+        lines.append(_line(f"checkpointing {checkpointing}", *found))
+    return "\n".join(lines)
+
+
+def time_line(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
+    """FLOPs of a token and the length of the run."""
+    of_row = row_flops(model, config.model, layout.text_slots, layout.images, layout.latent_shape, layout.causal_pairs)
+    of_step = of_row * config.training.num_rows
+    peak = PEAK_FLOPS[next(name for name in PEAK_FLOPS if gpu.startswith(name))]
+    seconds = of_step / (gpus * peak * mfu)
+    tokens = config.training.num_rows * layout.slots
+    steps, days = config.training.num_steps, config.training.num_steps * seconds / 86400
+    return (
+        f"{of_row / layout.slots / 1e9:.3g} GFLOP a token (mean over text and patches, forward and backward), "
+        f"{of_step / 1e15:.3g} PFLOP a step of {tokens / 1e6:.3g}M tokens\n"
+        f"{seconds:.3g} s a step and {days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens) on {gpus} "
+        f"{gpu} at an MFU of {mfu:g}"
+    )

@@ -1,0 +1,71 @@
+"""Which tower a parameter belongs to, and what training does by tower: freezing, gradient norms."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from transfusion_mot.config import ModelConfig, RunConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.mot import SHARED
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+
+def tower_of(name: str, config: ModelConfig) -> str:
+    """Tower of a parameter of `TransfusionMoT`: its owner in the blocks, else that of its modality.
+
+    What towers share belongs to `shared`.
+    """
+    if ".owned." in name:
+        return name.split(".owned.")[1].split(".")[0]
+    return config.modalities["image" if name.startswith("image_adapter.") else "text"]
+
+
+def check_towers(config: RunConfig) -> None:
+    """Refuse settings of towers that the model does not have.
+
+    Raises:
+        UserError: Names the key, what it holds and what it needs.
+    """
+    known = [*config.model.towers, *([SHARED] if len(set(config.model.untied)) < 4 else [])]
+    frozen, scales = config.training.frozen_towers, config.optimizer.tower_lr_scale
+    for key, names in (("training.frozen_towers", frozen), ("optimizer.tower_lr_scale", scales)):
+        if unknown := sorted(set(names) - set(known)):
+            raise UserError(f"{key} names {unknown}; the model has {', '.join(dict.fromkeys(known))}")
+    if set(frozen) == set(known):
+        raise UserError(f"training.frozen_towers is {frozen}, which is the whole model; leave a tower to train")
+    if too_low := {tower: scale for tower, scale in scales.items() if scale <= 0}:
+        raise UserError(
+            f"optimizer.tower_lr_scale has {too_low}; it must be above 0 (training.frozen_towers stops a tower)"
+        )
+
+
+def freeze_towers(model: TransfusionMoT, towers: list[str]) -> None:
+    """Let the parameters of some towers need no gradient; before the optimizer and the parallel wrapper are made."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tower_of(name, model.architecture) not in towers)
+
+
+@torch.no_grad()
+def clip_grad_norm(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clip all gradients to a global norm, without waiting for the device.
+
+    Args:
+        optimizer: Made by `make_optimizer`: its groups know their towers.
+
+    Returns:
+        The global norm [] and that of each tower [], before clipping.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {tower: _whole(nn.utils.get_total_norm(parts)) for tower, parts in gradients.items() if parts}
+    total = torch.stack(list(norms.values())).norm()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total, norms
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """The norm over all ranks where gradients are sharded."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
