@@ -23,7 +23,7 @@ from accelerate.utils import (
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
-from transfusion_mot.config import RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.config import DataConfig, RunConfig, parse_config, save_config, to_dict
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
@@ -121,8 +121,7 @@ def main(arguments: list[str]) -> None:
         "training.seed": training.seed,
         # By what is in them, not where they lie: a run may move to another machine.
         "list of data.sources": sources.contents(),
-        "data.buckets": config.data.buckets,
-        "data.lookahead": config.data.lookahead,
+        "data": settled(config.data),
     }
     first_step, lanes, seen = 0, None, Counter[str]()
     if state_folder is not None:
@@ -186,7 +185,7 @@ def main(arguments: list[str]) -> None:
         if first_step:
             drop_later(run, first_step)
     log = RunLog(accelerator, run, config, bare_model, first_step, seen, sources)
-    describe(accelerator, bare_model, packer)
+    describe(accelerator, bare_model, packer, held_out.num_image_documents())
 
     progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     for step, (batch, counts) in enumerate(loader, first_step):
@@ -266,6 +265,13 @@ def open_tokenizer(
     return tokenizer
 
 
+def settled(data: DataConfig) -> dict[str, Any]:
+    """What of the data section a run keeps to; sources are known by what is in them."""
+    free = ("sources", "num_workers", "cache_dir", "latents")
+    kept = {key: value for key, value in to_dict(data).items() if key not in free}
+    return kept | {"weights of sources": [source.weight for source in data.sources]}
+
+
 def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: RunConfig, folder: Path) -> None:
     """Refuse to resume with another autoencoder, tokenizer, model or number of rows.
 
@@ -292,7 +298,7 @@ def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: Run
         )
 
 
-def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer) -> None:
+def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, num_held_out: int) -> None:
     """Print what is about to be trained on what, and what of it was left out."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = " or ".join(
@@ -303,9 +309,11 @@ def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer) ->
         attention_kernel(model.attention, accelerator.device.type, packer.num_slots(bucket))
         for bucket in range(len(packer.sources.latent_shapes))
     }
+    side = f"{num_held_out} documents with images" if num_held_out else "nothing with images, so there is no validation"
     accelerator.print(
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
         f"{packer.sources}\n"
+        f"held out: {side}\n"
         f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )

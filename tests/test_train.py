@@ -429,7 +429,9 @@ def other_vae(tmp_path: Path, random_vae: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("other", ["never", "model", "rows", "autoencoder", "sources", "lookahead", "path"])
+@pytest.mark.parametrize(
+    "other", ["never", "model", "rows", "autoencoder", "sources", "lookahead", "image size", "layout", "path"]
+)
 def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     arguments, tmp_path, capfd, picture_folder, random_vae, other: str
 ) -> None:
@@ -442,7 +444,9 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
         "rows": ({"training": {"num_rows": 8}}, ["num_rows=4", "8"]),
         "autoencoder": ({"autoencoder": {"path": other_vae(tmp_path, random_vae)}}, ["another autoencoder"]),
         "sources": ({"data": {"sources": [{"kind": "imagefolder", "path": str(picture_folder)}]}}, ["sources"]),
-        "lookahead": ({"data": {"lookahead": 3}}, ["data.lookahead", "16", "3"]),
+        "lookahead": ({"data": {"lookahead": 3}}, ["another data", "'lookahead': 16", "'lookahead': 3"]),
+        "image size": ({"data": {"image_size": 16}}, ["another data", "image_size"]),
+        "layout": ({"data": {"text_slots": 80}}, ["another data", "text_slots"]),
         "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
     }[other]
     if other not in ("never", "path"):
