@@ -1,4 +1,4 @@
-"""Learning-rate schedules at their ends, decay groups, and the averaged weights by hand."""
+"""Learning-rate schedules at their ends, decay groups, and a step by hand."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from transfusion_mot.config import OptimizerConfig
-from transfusion_mot.training.optimizer import EMA, load_moments, lr_factor, make_optimizer, set_lr
+from transfusion_mot.training.optimizer import lr_factor, make_optimizer, set_lr
 
 
 def factors(num_steps: int, **changes) -> list[float]:
@@ -56,18 +56,6 @@ def test_schedule_sets_the_rate_of_each_step() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
 
 
-def test_moments_come_back_and_settings_stay_those_of_the_configuration() -> None:
-    model = torch.nn.Linear(2, 1)
-    saved = make_optimizer(model, OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95)))
-    model(torch.ones(1, 2)).sum().backward()
-    saved.step()
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3, betas=(0.8, 0.9)))
-    load_moments(optimizer, saved.state_dict())
-    assert torch.equal(optimizer.state[model.weight]["exp_avg"], saved.state[model.weight]["exp_avg"])
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-
-
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not() -> None:
     model = tiny_model(tiny_config(image_adapter="unet", unet_channels=[32, 32], unet_num_layers=1))
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
@@ -101,33 +89,3 @@ def test_adamw_step_by_hand() -> None:
     # In the first step the moments, without their bias, are the gradient and its square.
     torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]]))
     torch.testing.assert_close(model.bias.detach(), bias - 0.1)
-
-
-def test_ema_is_a_copy_that_moves_as_computed_by_hand() -> None:
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, 2.0)
-    ema = EMA(model, 0.5)
-    expected = 2.0
-    for step, value in enumerate((10.0, -4.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0)):
-        torch.nn.init.constant_(model.weight, value)
-        ema.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
-        assert model.weight.item() == value, "the model itself does not move"
-    assert not ema.model.weight.requires_grad
-    assert not ema.model.training
-    # From the eighth step on (1 + 8) / (10 + 8) the asked-for decay is reached.
-    assert decay == 0.5
-
-
-def test_ema_averages_every_parameter() -> None:
-    model = tiny_model(tiny_config())
-    ema = EMA(model, 0.99)
-    before = [p.clone() for p in ema.model.parameters()]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
-    ema.update(model, 10_000)
-    for one, two in zip(before, ema.model.parameters(), strict=True):
-        torch.testing.assert_close(two, one + 0.01, rtol=0, atol=1e-9)

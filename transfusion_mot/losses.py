@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 _LOGITS_AT_ONCE = 2**28
 
 
-def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
 
     The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss
@@ -24,14 +24,18 @@ def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: [B, T], `IGNORE_INDEX` where there is no loss.
 
     Returns:
-        [], in float32 (float64 if `hidden` is).
+        (sum [], its terms [B, T] to look at, which have no gradient and are 0 without a label), in float32 (float64 if
+        `hidden` is).
     """
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels)
-    narrow = weight.to(hidden.dtype)
-    parts = _chunks(flat_hidden, flat_labels, len(weight))
-    return torch.stack([_loss_and_gradient(h @ narrow.T, target)[0] for h, target in parts]).sum()
+        total, losses = _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels)
+    else:
+        narrow = weight.to(hidden.dtype)
+        parts = _chunks(flat_hidden, flat_labels, len(weight))
+        losses = torch.cat([_losses_and_gradient(h @ narrow.T, target)[0] for h, target in parts])
+        total = losses.sum()
+    return total, losses.view(labels.shape)
 
 
 def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -41,20 +45,20 @@ def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tenso
     return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, V], labels [N] => summed cross-entropy [], its gradient by the logits [N, V]."""
+def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V], labels [N] => cross-entropies [N], gradient of their sum by the logits [N, V]."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     labelled = (labels != IGNORE_INDEX)[:, None]
     log_sum = wide.logsumexp(dim=-1, keepdim=True)
     target = labels.clamp(min=0)[:, None]
-    loss = torch.where(labelled, log_sum - wide.gather(1, target), 0.0).sum()
+    losses = torch.where(labelled, log_sum - wide.gather(1, target), 0.0)[:, 0]
     is_target = torch.arange(logits.shape[1], device=logits.device) == target
     gradient = torch.where(labelled, (wide - log_sum).exp() - is_target.to(wide.dtype), 0.0)
-    return loss, gradient.to(logits.dtype)
+    return losses, gradient.to(logits.dtype)
 
 
 # On a GPU the softmax is read once for the sum and once for the gradient; eager kernels pass over it nine times.
-_compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
+_compiled_losses_and_gradient = torch.compile(_losses_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,26 +66,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward pass has to do is to scale them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         narrow = weight.to(hidden.dtype)
-        loss_and_gradient = _compiled_loss_and_gradient if hidden.is_cuda else _loss_and_gradient
-        losses, hidden_gradients = [], []
+        losses_and_gradient = _compiled_losses_and_gradient if hidden.is_cuda else _losses_and_gradient
+        parts, hidden_gradients = [], []
         weight_gradient = torch.zeros_like(weight)
         for part, target in _chunks(hidden, labels, len(weight)):
-            loss, gradient = loss_and_gradient(part @ narrow.T, target)
-            losses.append(loss)
+            part_losses, gradient = losses_and_gradient(part @ narrow.T, target)
+            parts.append(part_losses)
             hidden_gradients.append(gradient @ narrow)
             weight_gradient += gradient.T @ part
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
-        return torch.stack(losses).sum()
+        losses = torch.cat(parts)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * upstream, weight_gradient * upstream, None
 
 
-def diffusion_loss_sum(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:
-    """Squared error summed over the elements of real images: two [B, K, C, Y, X] and [B, K] bool => []."""
+def diffusion_losses(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:
+    """Squared error summed over the elements of each real image: two [B, K, C, Y, X] and [B, K] bool => [B, K]."""
     per_image = (prediction.float() - target.float()).square().sum(dim=(2, 3, 4))
-    return torch.where(image_mask, per_image, 0.0).sum()
+    return torch.where(image_mask, per_image, 0.0)

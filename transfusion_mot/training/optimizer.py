@@ -1,16 +1,11 @@
-"""AdamW with the papers' settings, its learning-rate schedule, and the averaged weights."""
+"""AdamW with the papers' settings, and its learning-rate schedule."""
 
-import copy
 import math
-from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
 from torch.optim import AdamW
 
 from transfusion_mot.config import OptimizerConfig
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -46,27 +41,3 @@ def set_lr(optimizer: AdamW, config: OptimizerConfig, step: int, num_steps: int)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
-
-
-def load_moments(optimizer: AdamW, saved: dict[str, Any]) -> None:
-    """Take over the moments of a saved optimizer; betas, epsilon and weight decay stay those of the configuration."""
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-class EMA(Generic[Model]):
-    """Averaged weights, which samples and snapshots use.
-
-    Args:
-        model: The model whose parameters are averaged; `self.model` is a copy of it that holds the averages.
-        decay: Weight of the past; early in a run it is (1 + step) / (10 + step), so that the random start is forgotten.
-    """
-
-    def __init__(self, model: Model, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move the averages towards the parameters after optimizer step `step` (0, 1, ...)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
