@@ -266,7 +266,7 @@ class TrainingConfig:
         save_every: Steps between two saves of the training state; 0 is only at the end.
         keep_last: Training states and snapshots that are kept, of the newest.
         keep_every: Those of every so many steps are kept, too; 0 is none.
-        max_minutes: After so many minutes from the start of the program, the run saves its state and ends; 0 is no limit.
+        max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
         sample_prompts: Prompts of the sample grids.
         num_validation_documents: Held-out documents a validation uses.
         tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
