@@ -6,25 +6,18 @@
 import logging
 import math
 import sys
+import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config, save_config, to_dict
-from transfusion_mot.data.images import grid
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
 from transfusion_mot.data.online import OnlineEncoder
@@ -36,46 +29,40 @@ from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
-from transfusion_mot.training.checkpoint import drop_later, find_state, load_state, save_state, written_aside
-from transfusion_mot.training.metrics import RunLog
-from transfusion_mot.training.optimizer import EMA, load_moments, make_optimizer, set_lr
+from transfusion_mot.sampling.previews import Previews
+from transfusion_mot.training.checkpoint import clear_behind, find_state, written_aside
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.guards import Guards
+from transfusion_mot.training.log import RunLog
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.model_card import model_card
+from transfusion_mot.training.optimizer import make_optimizer, set_lr
+from transfusion_mot.training.parallel import make_accelerator, place, wrap
 from transfusion_mot.training.plan import plan
-from transfusion_mot.training.plot import plot_losses
+from transfusion_mot.training.plot import plot_runs
+from transfusion_mot.training.state import (
+    StateWriter,
+    load_progress,
+    load_tensors,
+    refuse_other_run,
+    state_tensors,
+)
 from transfusion_mot.training.step import train_step
+from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.towers import check_towers, freeze_towers
 from transfusion_mot.training.validation import Validation
+from transfusion_mot.training.watchdog import Watchdog
 
 
 def main(arguments: list[str]) -> None:
     if "--plan" in arguments:
         print(plan(arguments))
         return
+    started = time.monotonic()
     config = parse_config(RunConfig, arguments, __doc__ or "")
     run = Path(config.output_dir)
     training = config.training
-    try:
-        accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            log_with=training.tracker,
-            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(run / "tracker")),
-            # The other ranks wait while the first one encodes the images.
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
-                # Else every gradient exists twice.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate refuses the settings, training.tracker perhaps: {error}") from None
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; train.py runs on one device or DDP"
-        )
-    if training.num_rows % accelerator.num_processes:
-        raise UserError(
-            f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
-            "evenly; give a multiple of their number"
-        )
+    accelerator = make_accelerator(training, run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         Path(config.data.cache_dir).mkdir(parents=True, exist_ok=True)
@@ -102,45 +89,45 @@ def main(arguments: list[str]) -> None:
     held_out = with_latents(held_out_documents, config.data, autoencoder, config.autoencoder, accelerator)
     encoder = OnlineEncoder(autoencoder, config.autoencoder.batch_size)
 
-    # What is trained. The seed comes after the data: encoding, which a cache may spare, draws numbers.
-    set_seed(training.seed)
-    bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
-    bare_model.to(accelerator.device)
-    bare_model.attention = training.attention
-    freeze_towers(bare_model, training.frozen_towers)
-    ema = EMA(bare_model, training.ema_decay)
-    optimizer = make_optimizer(bare_model, config.optimizer)
-
     # What a run must find again to go on.
-    stateful = {"model": bare_model, "ema": ema.model, "optimizer": optimizer}
     made_of = {
         "autoencoder": autoencoder.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "model": to_dict(config.model),
         "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
+        "training.num_rows": training.num_rows,
         "training.seed": training.seed,
+        "optimizer.name": config.optimizer.name,
         # By what is in them, not where they lie: a run may move to another machine.
         "list of data.sources": sources.contents(),
         "data": settled(config.data),
     }
     first_step, lanes, seen = 0, None, Counter[str]()
     if state_folder is not None:
-        state = load_state(state_folder)
-        refuse_other_run(state, made_of, config, state_folder)
-        bare_model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        load_moments(optimizer, state["optimizer"])
-        first_step, lanes, seen = state["step"], state["lanes"], Counter(state["seen"])
-        del state  # Else its copy of everything stays in memory for the whole run.
+        saved = load_progress(state_folder)
+        refuse_other_run(saved, made_of, state_folder)
+        first_step, seen = saved["step"], Counter(saved["seen"])
         if first_step >= training.num_steps:
             accelerator.print(f"{run} has done {first_step} steps; raise training.num_steps to go on with it")
             return
         accelerator.print(f"resuming {run} after step {first_step}")
 
+    # What is trained: weights are drawn, or read, where they will be, each rank its own if they are sharded.
+    set_seed(training.seed)
+    with torch.device("meta"):
+        bare_model = TransfusionMoT.from_config_section(tokenizer.vocab_size, autoencoder.latent_channels, config.model)
+    place(bare_model, accelerator, training.seed)
+    bare_model.attention = training.attention
+    freeze_towers(bare_model, training.frozen_towers)
+    ema = EMA(bare_model, training.ema_decay)
+    optimizer = make_optimizer(bare_model, config.optimizer)
+    if state_folder is not None:
+        lanes = load_tensors(state_folder, bare_model, ema, optimizer)
     bare_model.checkpoint_activations(training.activation_checkpointing)
     if training.compile and accelerator.device.type == "cuda":
         bare_model.compile_blocks()
-    model = accelerator.prepare_model(bare_model)
+    model = wrap(bare_model, accelerator)
+
     packer = Packer(
         sources,
         tokenizer,
@@ -166,8 +153,111 @@ def main(arguments: list[str]) -> None:
     validation = None
     if held_out.num_image_documents():
         validation = Validation(held_out, tokenizer, config, diffusion, encoder, microbatch_rows)
-    pipeline = TransfusionPipeline(
-        transformer=ema.model,
+    pipeline = make_pipeline(bare_model, autoencoder, diffusion, tokenizer, config)
+    previews = Previews(pipeline, training.sample_prompts, held_out, run / "samples")
+    if accelerator.is_main_process:
+        save_config(config, run / "config.yaml")
+        clear_behind(run, first_step)
+    history = None if state_folder is None else state_folder.parent.parent / METRICS_FILE
+    log = RunLog(accelerator, run, config, bare_model, first_step, seen, sources, history)
+    text_tower = config.model.towers[config.model.modalities["text"]]
+    guards = Guards(
+        accelerator,
+        model,
+        diffusion,
+        packer,
+        encoder,
+        loader.lanes,
+        training,
+        text_tower.hidden_size,
+        is_new=state_folder is None,
+    )
+    describe(accelerator, bare_model, packer, held_out.num_image_documents())
+
+    # Where nobody watches, lines are enough: None is no bar unless standard error is a terminal.
+    no_bar = None if accelerator.is_main_process else True
+    progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=no_bar)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    watchdog = Watchdog(run / "heartbeats", rank, world_size, training.watchdog_minutes)
+    writer = StateWriter(run, training.keep_last, training.keep_every)
+    with watchdog, writer, Stop(started, training.max_minutes) as stop:
+        for step, (batch, counts) in enumerate(loader, first_step):
+            watchdog.at(step + 1, "training")
+            lr = set_lr(optimizer, config.optimizer, step, training.num_steps)
+            result = train_step(
+                model,
+                batch,
+                diffusion,
+                optimizer,
+                accelerator,
+                microbatch_rows,
+                training.diffusion_loss_weight,
+                config.optimizer.max_grad_norm,
+                training.z_loss_weight,
+            )
+            ema.update(bare_model, step)
+
+            done = step + 1
+            is_last = done == training.num_steps
+            stops = stop.agreed() and not is_last
+            progress.update()
+            log.add(result, batch, counts, loader.seconds_waited)
+            guards.add(done, batch, loader.states_before)
+            validates = is_due(done, training.validate_every) or is_last
+            samples = is_due(done, training.sample_every) or is_last
+            saves = is_due(done, training.save_every) or is_last
+            if done == 1 or is_due(done, training.log_every) or saves or stops:
+                # Before anything is saved, because it stops at what is not finite.
+                interval = log.collect()
+                line = log.write(interval, lr, guards.check(interval.steps))
+                if accelerator.is_main_process:
+                    progress.write(line)
+            if validates or saves or samples or stops:
+                watchdog.at(done, "validation, saving or sampling")
+            with log.paused():
+                if validates or samples:
+                    with ema.in_place_of(bare_model), accelerator.autocast():
+                        if validates and validation is not None:
+                            line = log.write_validation(done, validation.losses(bare_model, accelerator))
+                            if accelerator.is_main_process:
+                                progress.write(line)
+                        if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
+                            previews.make(done, accelerator)
+                if saves:
+                    # The snapshot first: a state whose snapshot is missing would never get one.
+                    averaged = averaged_model(bare_model, ema, accelerator.is_main_process)
+                    if averaged is not None:
+                        with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
+                            snapshot = make_pipeline(averaged, autoencoder, diffusion, tokenizer, config)
+                            parameters = sum(parameter.numel() for parameter in averaged.parameters())
+                            lines = read_metrics(run / METRICS_FILE)
+                            snapshot.model_card = model_card(config, parameters, sources, log.seen, lines, done)
+                            snapshot.save_pretrained(folder)
+                        plot_runs({run.name: run / METRICS_FILE}, run / "loss.png")
+                if saves or stops:
+                    all_lanes = accelerator.gather(loader.states.to(accelerator.device)).cpu()
+                    tensors = state_tensors(bare_model, ema, optimizer, all_lanes)
+                    writer.save(done, tensors, {"step": done, "seen": dict(log.seen), "made_of": made_of})
+            if stops:
+                break
+            watchdog.at(done + 1, "waiting for data")
+    progress.close()
+    accelerator.end_training()
+    if stops:
+        accelerator.print(f"stopped by {stop.reason} after step {done} and saved; start again to go on")
+        return
+    accelerator.print(
+        f"{sources.report(log.seen)}\n"
+        f"snapshot: {run / 'snapshots' / f'step-{training.num_steps:07d}'}\nloss plot: {run / 'loss.png'}"
+    )
+
+
+def make_pipeline(
+    model: TransfusionMoT, autoencoder: Autoencoder, diffusion: Diffusion, tokenizer: TextTokenizer, config: RunConfig
+) -> TransfusionPipeline:
+    """What samples, and what a snapshot is."""
+    return TransfusionPipeline(
+        transformer=model,
         vae=autoencoder.vae,
         scheduler=diffusion.scheduler,
         tokenizer=tokenizer.hf,
@@ -176,66 +266,17 @@ def main(arguments: list[str]) -> None:
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
     )
-    # What sampling would refuse is refused before training, not after it.
-    pipeline.sampling_settings(None, None)
-    if training.sample_prompts:
-        pipeline.check_prompts(training.sample_prompts)
-    if accelerator.is_main_process:
-        save_config(config, run / "config.yaml")
-        if first_step:
-            drop_later(run, first_step)
-    log = RunLog(accelerator, run, config, bare_model, first_step, seen, sources)
-    describe(accelerator, bare_model, packer, held_out.num_image_documents())
 
-    progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    for step, (batch, counts) in enumerate(loader, first_step):
-        lr = set_lr(optimizer, config.optimizer, step, training.num_steps)
-        result = train_step(
-            model,
-            batch,
-            diffusion,
-            optimizer,
-            accelerator,
-            microbatch_rows,
-            training.diffusion_loss_weight,
-            config.optimizer.max_grad_norm,
-            training.z_loss_weight,
-        )
-        ema.update(bare_model, step)
 
-        done = step + 1
-        is_last = done == training.num_steps
-        progress.update()
-        log.add(result, batch, counts)
-        validates = is_due(done, training.validate_every) or is_last
-        samples = is_due(done, training.sample_every) or is_last
-        saves = is_due(done, training.save_every) or is_last
-        if done == 1 or is_due(done, training.log_every) or saves:
-            # Before anything is saved, because it stops at what is not finite.
-            progress.set_postfix(log.write(done, lr))
-        with log.paused():
-            if validates and validation is not None:
-                log.write_validation(done, validation.losses(ema.model, accelerator))
-            if saves:
-                all_lanes = accelerator.gather(loader.states.to(accelerator.device)).cpu()
-            if saves and accelerator.is_main_process:
-                # The snapshot first: a state whose snapshot is missing would never get one.
-                with written_aside(run / "snapshots" / f"step-{done:07d}") as folder:
-                    pipeline.save_pretrained(folder)
-                parts = {name: part.state_dict() for name, part in stateful.items()}
-                rest = {"step": done, "lanes": all_lanes, "seen": dict(log.seen), "made_of": made_of}
-                save_state(run, done, parts | rest)
-                plot_losses(run / "metrics.jsonl", run / "loss.png")
-            if samples and training.sample_prompts and accelerator.is_main_process:
-                save_samples(pipeline, run / "samples" / f"step-{done:07d}.png", training.sample_prompts)
-            if saves or samples:
-                accelerator.wait_for_everyone()
-    progress.close()
-    accelerator.end_training()
-    accelerator.print(
-        f"{sources.report(log.seen)}\n"
-        f"snapshot: {run / 'snapshots' / f'step-{training.num_steps:07d}'}\nloss plot: {run / 'loss.png'}"
-    )
+def averaged_model(model: TransfusionMoT, ema: EMA, is_main_process: bool) -> TransfusionMoT | None:
+    """A model of its own with the averaged weights, whole and on the CPU; on the main process alone."""
+    weights = ema.gathered(is_main_process)
+    if not is_main_process:
+        return None
+    with torch.device("meta"):
+        averaged = TransfusionMoT.from_config(dict(model.config))
+    averaged.load_state_dict(weights, assign=True)
+    return averaged
 
 
 def is_due(step: int, every: int) -> bool:
@@ -272,32 +313,6 @@ def settled(data: DataConfig) -> dict[str, Any]:
     return kept | {"weights of sources": [source.weight for source in data.sources]}
 
 
-def refuse_other_run(state: dict[str, Any], made_of: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    """Refuse to resume with another autoencoder, tokenizer, model or number of rows.
-
-    Raises:
-        UserError: Names what differs.
-    """
-    if "made_of" not in state:
-        raise UserError(f"{folder} holds no training state of train.py; remove it, or give another output_dir")
-    for part, now in made_of.items():
-        before = state["made_of"].get(part)
-        if before != now:
-            if isinstance(now, dict):
-                before, now = (
-                    {key: side.get(key) for key in now if before.get(key) != now[key]} for side in (before, now)
-                )
-            raise UserError(
-                f"{folder} was trained with another {part}: {before}, and now it is {now}; "
-                "use the one it was trained with, or another output_dir"
-            )
-    if len(state["lanes"]) != config.training.num_rows:
-        raise UserError(
-            f"{folder} was trained with training.num_rows={len(state['lanes'])}, not {config.training.num_rows}; "
-            "keep it (microbatch_rows and the number of processes may change)"
-        )
-
-
 def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, num_held_out: int) -> None:
     """Print what is about to be trained on what, and what of it was left out."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -317,15 +332,6 @@ def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, nu
         f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )
-
-
-def save_samples(pipeline: TransfusionPipeline, path: Path, prompts: list[str]) -> None:
-    """Write a labelled grid of one image per prompt, from the averaged weights."""
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    images = pipeline(prompts, generator=generators).images
-    path.parent.mkdir(exist_ok=True)
-    grid(images, prompts, columns=4).save(path)
 
 
 if __name__ == "__main__":

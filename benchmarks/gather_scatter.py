@@ -173,12 +173,12 @@ class GatherScatterMoT(nn.Module):
 
         hidden = {m: model.final_norm[config.modalities[m]](packed_LD[i]) for m, i in indexes.items()}
         text_hidden = hidden["text"].unflatten(0, (rows, text_slots))
-        logits, text_loss = None, None
+        logits, text_loss, text_losses = None, None, None
         if text_labels is None:
             logits = model.text_head(text_hidden)
         else:
-            text_loss = text_loss_sum(text_hidden, model.text_head.weight, text_labels, z_loss_weight)
+            text_loss, text_losses = text_loss_sum(text_hidden, model.text_head.weight, text_labels, z_loss_weight)
         height, width = noisy_latents.shape[-2:]
         by_image = hidden["image"].unflatten(0, (rows * images, -1))
         prediction = model.image_adapter.predict(by_image, kept, height, width).view(noisy_latents.shape)
-        return TransfusionOutput(logits, prediction, text_loss)
+        return TransfusionOutput(logits, prediction, text_loss, text_losses)

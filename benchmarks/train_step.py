@@ -35,7 +35,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.metrics import flops_per_row, peak_flops
+from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.step import train_step
 
@@ -283,9 +283,11 @@ def compare(
                 result["waits_for_device"] = waits_for_device(contender)
             if turn == 0 and isinstance(contender, Contender) and (peak := peak_flops(device)) is not None:
                 config = contender.config
-                pairs = block_pairs(sample)
-                row_flops = flops_per_row(contender.model, config, sample.split(1)[0], pairs)
-                result |= {"flops_per_step": row_flops * layout.rows, "peak_flops": peak}
+                attention = flops_per_pair(config) * block_pairs(sample)
+                row_flops = weight_flops_per_row(
+                    contender.model, config, sample.text_ids.shape[1], sample.latents.shape[1:]
+                )
+                result |= {"flops_per_step": (row_flops + attention) * layout.rows, "peak_flops": peak}
             if turn == 0 and name == "mot" and options.profile:
                 result["profile"] = profile_step(contender.step)
             if name == "gather_scatter" and turn == 0 and isinstance(ours := contenders.get("mot"), Contender):

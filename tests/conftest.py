@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import DataConfig, ModelConfig, SourceConfig, TowerConfig
@@ -271,3 +272,17 @@ def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> P
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> Path:
+    """Real emoji as an image folder, and texts."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, emoji_cache)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, picture_folder: Path, random_vae: Path, emoji_cache: Path) -> Arguments:
+    """Command line of a tiny run into tmp_path/run; keyword arguments change sections."""
+    return arguments_below(tmp_path, picture_folder, random_vae, emoji_cache)

@@ -1,42 +1,114 @@
 """Training states and snapshots on disk, and what is left when a write is cut off."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config, tiny_model
 
+from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.checkpoint import (
-    KEPT_STATES,
-    find_snapshot,
-    find_state,
-    load_state,
-    save_state,
-    written_aside,
-)
+from transfusion_mot.training.checkpoint import clear_behind, find_snapshot, find_state, written_aside
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.state import StateWriter, load_all, load_progress, load_tensors, state_tensors
+
+
+def save(run: Path, *steps: int, keep_last: int = 2, keep_every: int = 0, **tensors: torch.Tensor) -> None:
+    with StateWriter(run, keep_last, keep_every) as writer:
+        for step in steps:
+            writer.save(step, tensors or {"lanes": torch.full((2,), step)}, {"step": step})
+
+
+def trained(steps: int, **settings) -> tuple[torch.nn.Module, EMA, torch.optim.Optimizer]:
+    model = tiny_model(tiny_config())
+    ema, optimizer = EMA(model, 0.9), make_optimizer(model, OptimizerConfig(**settings))
+    for step in range(steps):
+        sum(((step + 1) * parameter).sin().sum() for parameter in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+    return model, ema, optimizer
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
-    state = {"step": 3, "weights": {"a": torch.arange(3)}, "seen": {"images": 5}, "made_of": {"model": {"x": [1, 2]}}}
-    save_state(tmp_path, 3, state)
-    again = load_state(find_state(tmp_path, "auto"))
-    assert torch.equal(again.pop("weights")["a"], state.pop("weights")["a"])
-    assert again == state
+    model, ema, optimizer = trained(3)
+    lanes = torch.arange(6).view(2, 3)
+    tensors = state_tensors(model, ema, optimizer, lanes)
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    with StateWriter(tmp_path, 2, 0) as writer:
+        writer.save(3, tensors, {"step": 3, "seen": {"images": 5}, "made_of": {"model": {"x": [1, 2]}}})
+        # What is trained while it is written is not in it.
+        for tensor in tensors.values():
+            tensor += 1
+    folder = find_state(tmp_path, "auto")
+    assert load_progress(folder) == {"step": 3, "seen": {"images": 5}, "made_of": {"model": {"x": [1, 2]}}}
+    other = trained(1, weight_decay=0.3, betas=(0.8, 0.9))
+    assert torch.equal(load_tensors(folder, *other), kept["lanes"])
+    again = state_tensors(*other, kept["lanes"])
+    everything = load_all(folder)
+    assert again.keys() == kept.keys() == everything.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+    assert all(torch.equal(everything[name], tensor) for name, tensor in kept.items())
+    assert [group["weight_decay"] for group in other[2].param_groups] == [0.3, 0.0], "settings stay those of the config"
+    assert other[2].param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_parameter_that_was_not_trained_before_starts_without_moments(tmp_path: Path) -> None:
+    model, ema, optimizer = trained(0)
+    model.text_head.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    sum(parameter.sin().sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    save(tmp_path, 1, **state_tensors(model, ema, optimizer, torch.zeros(1)))
+    other, ema, optimizer = trained(0)
+    load_tensors(find_state(tmp_path, "auto"), other, ema, optimizer)
+    assert other.text_head.weight not in optimizer.state
+    assert optimizer.state[other.token_embedding.weight]["step"] == 1
 
 
 def test_newest_states_are_kept_and_found(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 11):
-        save_state(tmp_path, step, {"step": step})
+    save(tmp_path, 1, 2, 10, 11)
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-0000010", "step-0000011"]
-    assert KEPT_STATES == 2
-    assert load_state(find_state(tmp_path, "auto"))["step"] == 11
-    assert load_state(find_state(tmp_path, str(tmp_path / "state" / "step-0000010")))["step"] == 10
+    assert load_progress(find_state(tmp_path, "auto"))["step"] == 11
+    assert load_progress(find_state(tmp_path, str(tmp_path / "state" / "step-0000010")))["step"] == 10
+
+
+def test_states_and_snapshots_of_every_so_many_steps_are_kept(tmp_path: Path) -> None:
+    for step in range(2, 13, 2):
+        (tmp_path / "snapshots" / f"step-{step:07d}").mkdir(parents=True)
+        save(tmp_path, step, keep_last=1, keep_every=6)
+    for folder in ("state", "snapshots"):
+        assert sorted(int(path.name[5:]) for path in (tmp_path / folder).iterdir()) == [6, 12]
 
 
 def test_states_are_ordered_by_number_beyond_seven_digits(tmp_path: Path) -> None:
-    for step in (9_999_999, 10_000_000, 10_000_001):
-        save_state(tmp_path, step, {"step": step})
-    assert load_state(find_state(tmp_path, "auto"))["step"] == 10_000_001
+    save(tmp_path, 9_999_999, 10_000_000, 10_000_001)
+    assert load_progress(find_state(tmp_path, "auto"))["step"] == 10_000_001
+
+
+def test_what_lies_behind_a_step_or_was_being_written_is_cleared(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, keep_last=3)
+    (tmp_path / "state" / ".step-0000004.partial").mkdir()
+    (tmp_path / "snapshots" / ".step-0000004.partial").mkdir(parents=True)
+    clear_behind(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-0000001", "step-0000002"]
+    assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+def test_state_that_cannot_be_written_is_one_sentence_and_the_one_before_survives(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    writer = StateWriter(tmp_path, 2, 0)
+    writer.save(2, {"lanes": torch.zeros(2)}, {"step": 2})
+    writer.wait()
+    # A file where the folder must come.
+    (tmp_path / "state" / "step-0000003").write_text("")
+    writer.save(3, {"lanes": torch.zeros(2)}, {"step": 3})
+    with pytest.raises(UserError, match=r"could not be written.*NotADirectoryError"):
+        writer.wait()
+    (tmp_path / "state" / "step-0000003").unlink()
+    assert find_state(tmp_path, "auto").name == "step-0000002"
 
 
 def test_run_without_state_begins(tmp_path: Path) -> None:
@@ -46,28 +118,37 @@ def test_run_without_state_begins(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
-    save_state(tmp_path, 5, {"step": 5})
+    save(tmp_path, 5)
     with pytest.raises(UserError, match=r"step-0000005.*resume=auto"):
         find_state(tmp_path, "never")
     with pytest.raises(UserError, match="no training state"):
         find_state(tmp_path, str(tmp_path / "elsewhere"))
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04garbage", b"PK\x03\x04 cut off"])
-def test_damaged_state_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    save_state(tmp_path, 5, {"step": 5})
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04garbage", b"PK\x03\x04 cut off", pickle.dumps([1])])
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_damaged_state_is_refused_by_name(tmp_path: Path, file: str, content: bytes) -> None:
+    save(tmp_path, 5)
     folder = find_state(tmp_path, "auto")
-    (folder / "state.pt").write_bytes(content)
-    with pytest.raises(UserError, match="step-0000005"):
-        load_state(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"step-0000005 cannot be read"):
+        load_all(folder)
+
+
+def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    folder = find_state(tmp_path, "auto")
+    (folder / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"step-0000005 cannot be read"):
+        load_progress(folder)
 
 
 def test_state_cut_in_half_is_refused(tmp_path: Path) -> None:
-    save_state(tmp_path, 5, {"weights": torch.randn(1000)})
-    file = find_state(tmp_path, "auto") / "state.pt"
+    save(tmp_path, 5, lanes=torch.randn(1000))
+    file = find_state(tmp_path, "auto") / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
-        load_state(file.parent)
+        load_all(file.parent)
 
 
 def test_write_that_is_cut_off_leaves_what_was_there(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from test_lanes import NUM_LANES, mixed_packer
 
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.training.checkpoint import find_state, load_state, save_state
+from transfusion_mot.training.checkpoint import find_state
+from transfusion_mot.training.state import StateWriter, load_all, load_progress
 
 NUM_STEPS, NUM_KILLS = 400, 20
 
@@ -29,19 +30,21 @@ def row_hashes(batch: Batch) -> list[str]:
 def read_rows(run: Path, tokenizer, world_size: int, workers: int, num_steps: int) -> None:
     """Go on from the newest state, as train.py does: each step leaves its rows in a file, then its state."""
     folder = find_state(run, "auto")
-    state = load_state(folder) if folder is not None else {"step": 0, "lanes": None}
+    first = load_progress(folder)["step"] if folder is not None else 0
+    states = load_all(folder)["lanes"] if folder is not None else None
     cpu = torch.device("cpu")
     loaders = [
-        LaneLoader(mixed_packer(tokenizer), rank, world_size, workers, state["lanes"], state["step"], num_steps, cpu)
+        LaneLoader(mixed_packer(tokenizer), rank, world_size, workers, states, first, num_steps, cpu)
         for rank in range(world_size)
     ]
-    with (run / "rows.txt").open("a") as file:
-        for step, parts in enumerate(zip(*loaders, strict=True), state["step"]):
+    with (run / "rows.txt").open("a") as file, StateWriter(run, 2, 0) as writer:
+        for step, parts in enumerate(zip(*loaders, strict=True), first):
             batch = Batch.cat([batch for batch, _ in parts])
             file.write(f"{step} {' '.join(row_hashes(batch))}\n")
             file.flush()
             lanes = torch.cat([loader.states for loader in loaders])
-            save_state(run, step + 1, {"step": step + 1, "lanes": lanes})
+            writer.save(step + 1, {"lanes": lanes}, {"step": step + 1})
+            writer.wait()
 
 
 def test_twenty_kills_at_random_moments_change_no_row(byte_tokenizer, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_twenty_kills_at_random_moments_change_no_row(byte_tokenizer, tmp_path: 
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
-    assert load_state(find_state(killed, "auto"))["step"] < NUM_STEPS
+    assert load_progress(find_state(killed, "auto"))["step"] < NUM_STEPS
     read_rows(killed, byte_tokenizer, 2, 0, NUM_STEPS)
 
     lines = [line.split(" ", 1) for line in rows.read_text().splitlines()]

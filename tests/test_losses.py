@@ -12,8 +12,8 @@ from torch import Tensor
 from transfusion_mot import losses
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
-from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum, text_loss_sum
-from transfusion_mot.training.step import loss_counts, loss_sums, train_step
+from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses, text_loss_sum
+from transfusion_mot.training.step import compute_losses, loss_counts, train_step
 
 # Rows that differ in everything: labels, images, padding.
 SPEC = [
@@ -39,7 +39,9 @@ def make_batch(dtype: torch.dtype = torch.float64) -> Batch:
     latents = inputs.pop("noisy_latents")
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
     inputs["timesteps"] = torch.rand(8, 2, generator=torch.Generator().manual_seed(6), dtype=dtype)
-    return Batch(text_labels=labels, latents=latents, noise=noise, **inputs)
+    # Every document is of the source of its number in the row.
+    source_ids = inputs["document_ids"].to(torch.int16)
+    return Batch(text_labels=labels, latents=latents, noise=noise, source_ids=source_ids, **inputs)
 
 
 LABELS = torch.tensor([[1, 2, IGNORE_INDEX, 6, 0], [IGNORE_INDEX] * 5, [3, 3, 3, IGNORE_INDEX, 5]])
@@ -58,9 +60,9 @@ def test_text_loss_is_the_sum_over_labelled_tokens() -> None:
             if LABELS[row, slot] != IGNORE_INDEX:
                 values = [math.exp(float(hidden[row, slot] @ vector)) for vector in weight]
                 expected -= math.log(values[int(LABELS[row, slot])] / sum(values))
-    assert text_loss_sum(hidden, weight, LABELS).item() == pytest.approx(expected, rel=1e-9)
-    assert text_loss_sum(hidden.bfloat16(), weight, LABELS).dtype == torch.float32
-    assert text_loss_sum(hidden, weight, torch.full_like(LABELS, IGNORE_INDEX)) == 0
+    assert text_loss_sum(hidden, weight, LABELS)[0].item() == pytest.approx(expected, rel=1e-9)
+    assert text_loss_sum(hidden.bfloat16(), weight, LABELS)[0].dtype == torch.float32
+    assert text_loss_sum(hidden, weight, torch.full_like(LABELS, IGNORE_INDEX))[0] == 0
 
 
 @pytest.mark.parametrize("logits_at_once", [2**28, 30, 7, 1])
@@ -73,10 +75,16 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
     expected = torch.nn.functional.cross_entropy(
         (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    loss = text_loss_sum(hidden, weight, LABELS)
+    loss, terms = text_loss_sum(hidden, weight, LABELS)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    expected_terms = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(3, 5)
+    torch.testing.assert_close(terms, expected_terms.detach(), rtol=1e-12, atol=0)
+    assert not terms.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(text_loss_sum(hidden, weight, LABELS), expected, rtol=1e-12, atol=0)
+        for one, two in zip(text_loss_sum(hidden, weight, LABELS), (expected, expected_terms), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
     for one, two in zip(
         torch.autograd.grad(0.3 * loss, (hidden, weight)),
         torch.autograd.grad(0.3 * expected, (hidden, weight)),
@@ -88,8 +96,8 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
 def test_text_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32() -> None:
     hidden, weight = drawn_hidden_and_weight(torch.float32)
     weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(text_loss_sum(hidden.bfloat16(), weight, LABELS), weight)
-    (exact,) = torch.autograd.grad(text_loss_sum(hidden, weight, LABELS), weight)
+    (gradient,) = torch.autograd.grad(text_loss_sum(hidden.bfloat16(), weight, LABELS)[0], weight)
+    (exact,) = torch.autograd.grad(text_loss_sum(hidden, weight, LABELS)[0], weight)
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.05)
 
@@ -122,21 +130,25 @@ def test_frozen_head_gets_no_gradient_and_passes_one_on() -> None:
 def test_diffusion_loss_is_the_sum_over_elements_of_real_images() -> None:
     prediction, target = torch.randn(2, 2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    expected = sum(
-        float(prediction[b, k, c, y, x] - target[b, k, c, y, x]) ** 2
+    expected = {
+        (b, k): sum(
+            float(prediction[b, k, c, y, x] - target[b, k, c, y, x]) ** 2
+            for c in range(2)
+            for y in range(2)
+            for x in range(2)
+        )
         for b, k in ((0, 0), (0, 2), (1, 2))
-        for c in range(2)
-        for y in range(2)
-        for x in range(2)
-    )
-    assert diffusion_loss_sum(prediction, target, mask).item() == pytest.approx(expected, rel=1e-5)
+    }
+    losses = diffusion_losses(prediction, target, mask)
+    for b in range(2):
+        assert losses[b].tolist() == pytest.approx([expected.get((b, k), 0.0) for k in range(3)], rel=1e-5)
 
 
 def test_unused_image_slots_give_no_loss_and_no_gradient_whatever_they_hold() -> None:
     prediction = torch.randn(1, 2, 1, 2, 2, requires_grad=True)
     target = torch.randn(1, 2, 1, 2, 2)
     target[0, 1] = 1e30
-    loss = diffusion_loss_sum(prediction, target, torch.tensor([[True, False]]))
+    loss = diffusion_losses(prediction, target, torch.tensor([[True, False]])).sum()
     loss.backward()
     assert loss.isfinite()
     assert prediction.grad.isfinite().all()
@@ -238,7 +250,10 @@ def test_loss_sums_reach_the_model_by_forward_alone() -> None:
             seen.append(sorted(inputs))
             return model(**inputs)
 
-    assert torch.equal(loss_sums(Wrapper(), batch, diffusion), loss_sums(model, batch, diffusion))
+    for one, two in zip(
+        compute_losses(Wrapper(), batch, diffusion), compute_losses(model, batch, diffusion), strict=True
+    ):
+        assert torch.equal(one, two)
     assert len(seen) == 1
 
 

@@ -1,49 +1,57 @@
 """What a run reports: means over steps, counts, FLOPs by hand, and the stop at a loss that is not finite."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DENSE, numbered_images, sources_of, texts_of, tiny_config, tiny_model
-from test_losses import SPEC, make_batch
+from test_losses import make_batch
 
 from transfusion_mot.config import RunConfig
-from transfusion_mot.training.metrics import (
-    RunLog,
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.training.flops import (
     active_parameters,
-    convolution_flops,
-    flops_per_row,
+    attending_pairs,
+    flops_per_pair,
     peak_flops,
-    read_metrics,
+    weight_flops_per_row,
 )
-from transfusion_mot.training.plot import plot_losses
+from transfusion_mot.training.log import RunLog
+from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.step import StepResult
 
 
-def make_log(accelerator, run: Path, first_step: int = 0, seen: dict[str, int] | None = None) -> RunLog:
+def make_log(accelerator, run: Path, first_step: int = 0, seen=None, history: Path | None = None) -> RunLog:
     config = RunConfig(model=tiny_config())
     config.training.tracker = None
     config.training.num_rows = 8
     config.training.diffusion_loss_weight = 2.0
     sources = sources_of(numbered_images(["a"] * 4), texts_of(["b"] * 10))
     sources.sources[1].documents.skipped = {"empty text": 2}
-    return RunLog(accelerator, run, config, tiny_model(config.model), first_step, seen or {}, sources)
+    return RunLog(accelerator, run, config, tiny_model(config.model), first_step, seen or {}, sources, history)
 
 
 def result(text: float, tokens: float, image: float, elements: float, norm: float = 1.0) -> StepResult:
     counts = torch.tensor([tokens, elements], dtype=torch.float64)
-    return StepResult(torch.tensor([text, image]), counts, torch.tensor(norm), {"text": torch.tensor(0.6 * norm)})
+    text_losses, image_losses = torch.zeros(8, 12), torch.zeros(8, 2)
+    text_losses[2, 5], image_losses[1, 0] = text, image  # a labelled slot, and a real image
+    return StepResult(text_losses, image_losses, counts, torch.tensor(norm))
+
+
+def write(log: RunLog, lr: float) -> str:
+    return log.write(log.collect(), lr, Counter())
 
 
 def test_losses_are_sums_over_counts_of_all_steps_since_the_last_line(accelerator, tmp_path: Path) -> None:
     log, batch = make_log(accelerator, tmp_path), make_batch()
     log.add(result(10.0, 4.0, 30.0, 10.0), batch, Counter(images=3, text_tokens=50, pad_slots=16))
     log.add(result(20.0, 16.0, 0.0, 0.0, norm=7.0), batch, Counter(images=1, texts=2, pad_slots=16))
-    shown = log.write(2, 0.5)
+    shown = write(log, 0.5)
     log.add(result(3.0, 1.0, 8.0, 2.0), batch, Counter(images=2, truncated_captions=1))
-    log.write(3, 0.25)
+    write(log, 0.25)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert first["step"] == 2
     assert first["text_loss"] == pytest.approx(30 / 20)
@@ -57,16 +65,52 @@ def test_losses_are_sums_over_counts_of_all_steps_since_the_last_line(accelerato
     assert first["images_per_second"] * first["seconds_per_step"] * 2 == pytest.approx(4)
     assert (second["text_loss"], second["diffusion_loss"]) == pytest.approx((3.0, 4.0))
     assert (second["images_seen"], second["truncated_captions_seen"]) == (6, 1)
-    assert shown["text"] == "1.500"
+    assert "text  1.500" in shown
 
 
-@pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf"))])
-def test_loss_that_is_not_finite_stops_and_names_the_steps(accelerator, tmp_path: Path, bad) -> None:
+@pytest.mark.parametrize("bad", [(float("nan"), 1.0, 1.0), (1.0, float("inf"), 1.0), (1.0, 1.0, float("inf"))])
+def test_step_that_is_not_finite_hides_no_other(accelerator, tmp_path: Path, bad) -> None:
     log, batch = make_log(accelerator, tmp_path, first_step=40), make_batch()
-    log.add(result(bad[0], 4.0, bad[1], 10.0), batch, Counter())
-    with pytest.raises(FloatingPointError, match=r"between steps 41 and 45"):
-        log.write(45, 0.1)
-    assert read_metrics(tmp_path / "metrics.jsonl") == [], "every line is JSON that any reader takes"
+    log.add(result(10.0, 4.0, 30.0, 10.0), batch, Counter())
+    log.add(result(bad[0], 4.0, bad[1], 10.0, norm=bad[2]), batch, Counter())
+    interval = log.collect()
+    assert [(record.step, record.is_finite) for record in interval.steps] == [(41, True), (42, False)]
+    log.write(interval, 0.1, Counter(skipped_steps=1))
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (line["text_loss"], line["diffusion_loss"], line["skipped_steps"]) == (2.5, 3.0, 1)
+    assert all(math.isfinite(value) for value in line.values()), "every line is JSON that any reader takes"
+
+
+def test_losses_of_sources_and_timesteps_are_means_over_their_own_slots(accelerator, tmp_path: Path) -> None:
+    log, batch = make_log(accelerator, tmp_path), make_batch()
+    generator = torch.Generator().manual_seed(0)
+    by_source, by_bin = Counter[int](), Counter[int]()
+    labels, elements = Counter[int](), Counter[int]()
+    for seed in range(2):
+        batch.timesteps = torch.rand(8, 2, generator=torch.Generator().manual_seed(seed))
+        text_losses = torch.rand(8, 12, generator=generator) * (batch.text_labels != IGNORE_INDEX)
+        image_losses = torch.rand(8, 2, generator=generator) * batch.image_mask
+        log.add(StepResult(text_losses, image_losses, torch.ones(2), torch.tensor(1.0)), batch, Counter())
+        for row in range(8):
+            for slot in range(12):
+                if batch.text_labels[row, slot] != IGNORE_INDEX:
+                    by_source[int(batch.source_ids[row, slot])] += text_losses[row, slot].item()
+                    labels[int(batch.source_ids[row, slot])] += 1
+            for image in range(2):
+                if batch.image_mask[row, image]:
+                    place = math.ceil(batch.timesteps[row, image].item() * 10)
+                    by_bin[place] += image_losses[row, image].item()
+                    elements[place] += 3 * 4 * 4
+    write(log, 0.1)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    names = ["images from 0", "texts"]
+    assert [line[f"sources/{name}/text_loss"] for name in names] == pytest.approx(
+        [by_source[index] / labels[index] for index in range(2)], rel=1e-5
+    )
+    shown = {key: value for key, value in line.items() if key.startswith("diffusion_loss/")}
+    expected = {f"diffusion_loss/t={(p - 1) / 10}-{p / 10}": by_bin[p] / elements[p] for p in range(1, 11) if by_bin[p]}
+    assert shown == pytest.approx(expected, rel=1e-5)
+    assert len(shown) > 4
 
 
 def test_sources_are_counted_apart(accelerator, tmp_path: Path) -> None:
@@ -76,7 +120,7 @@ def test_sources_are_counted_apart(accelerator, tmp_path: Path) -> None:
         make_batch(),
         Counter({"sources/texts/taken": 10, "sources/images from 0/images": 3, "sources/images from 0/taken": 3}),
     )
-    log.write(1, 0.1)
+    write(log, 0.1)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["sources/images from 0/images_seen"] == 3
     assert line["sources/images from 0/epochs"] == 3 / 4
@@ -89,19 +133,33 @@ def test_sources_are_counted_apart(accelerator, tmp_path: Path) -> None:
 def test_batch_without_labels_has_a_loss_of_zero(accelerator, tmp_path: Path) -> None:
     log = make_log(accelerator, tmp_path)
     log.add(result(0.0, 0.0, 5.0, 5.0), make_batch(), Counter())
-    log.write(1, 0.1)
+    write(log, 0.1)
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["text_loss"] == 0
 
 
 def test_lines_behind_the_resumed_step_are_dropped_and_counts_go_on(accelerator, tmp_path: Path) -> None:
-    lines = [{"step": step, "loss": step} for step in (1, 2, 3)]
+    lines = [{"step": step, "loss": step, "seconds": 10.0 * step, "flops": 1e9 * step} for step in (1, 2, 3)]
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     log = make_log(accelerator, tmp_path, first_step=2, seen={"images": 100})
     assert read_metrics(tmp_path / "metrics.jsonl") == lines[:2]
     log.add(result(1.0, 1.0, 1.0, 1.0), make_batch(), Counter(images=5))
-    log.write(3, 0.1)
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["images_seen"] == 105
+    write(log, 0.1)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["images_seen"] == 105
+    assert 20 < last["seconds"] < 25
+    config, batch = log.config.model, make_batch()
+    of_step = 8 * weight_flops_per_row(
+        log.model, config, batch.text_ids.shape[1], batch.latents.shape[1:]
+    ) + attending_pairs(batch, config) * flops_per_pair(config)
+    assert last["flops"] == pytest.approx(2e9 + of_step.item())
+
+
+def test_run_that_goes_on_in_another_folder_takes_the_history_with_it(accelerator, tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_text('{"step": 1, "seconds": 7.0}\n{"step": 2, "seconds": 9.0}\n')
+    log = make_log(accelerator, tmp_path, first_step=1, history=tmp_path / "old.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "seconds": 7.0}]
+    assert log.running["seconds"] == 7
 
 
 def test_new_run_in_an_old_folder_begins_a_new_file(accelerator, tmp_path: Path) -> None:
@@ -110,9 +168,9 @@ def test_new_run_in_an_old_folder_begins_a_new_file(accelerator, tmp_path: Path)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_validation_lines_have_their_prefix(accelerator, tmp_path: Path, capsys) -> None:
+def test_validation_lines_have_their_prefix(accelerator, tmp_path: Path) -> None:
     log = make_log(accelerator, tmp_path)
-    log.write_validation(7, {"text_loss": 1.0, "caption_loss": 2.0, "diffusion_loss": 3.0})
+    shown = log.write_validation(7, {"text_loss": 1.0, "caption_loss": 2.0, "diffusion_loss": 3.0})
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line == {
         "step": 7,
@@ -120,7 +178,7 @@ def test_validation_lines_have_their_prefix(accelerator, tmp_path: Path, capsys)
         "validation/caption_loss": 2.0,
         "validation/diffusion_loss": 3.0,
     }
-    assert "step 7: held-out text_loss 1.0000" in capsys.readouterr().out
+    assert " ".join(shown.split()) == "step 7 held-out text_loss 1.0000 caption_loss 2.0000 diffusion_loss 3.0000"
 
 
 @pytest.mark.parametrize("validate_at", [3, 4])
@@ -131,10 +189,10 @@ def test_validation_between_two_lines_loses_no_step(accelerator, tmp_path: Path,
         log.add(result(float(step), 1.0, 1.0, 1.0), batch, Counter(images=1))
         if step == validate_at:
             if step == 4:
-                log.write(4, 0.1)
+                write(log, 0.1)
             log.write_validation(step, {"text_loss": 1.0, "caption_loss": 2.0, "diffusion_loss": 3.0})
     if validate_at == 3:
-        log.write(4, 0.1)
+        write(log, 0.1)
     line = next(line for line in read_metrics(tmp_path / "metrics.jsonl") if "text_loss" in line)
     assert line["text_loss"] == pytest.approx((1 + 2 + 3 + 4) / 4)
     assert line["images_seen"] == 4
@@ -147,14 +205,19 @@ def test_flops_are_six_per_active_parameter_and_twelve_per_pair() -> None:
     patch = 2 * 2 * 3
     timestep = 256 * 16 + 16 * 16
     assert active_parameters(model, config, "text") == 2 * block + 29 * 16
-    assert active_parameters(model, config, "image") == 2 * block + 2 * 16 * patch + timestep
+    assert active_parameters(model, config, "image") == 2 * block
     pairs = 0
     for row in range(8):
         ids = [batch.document_ids[row].tolist(), batch.order[row].tolist(), batch.span_ids[row].tolist()]
         slots = list(zip(*ids, strict=True))
-        pairs += sum(d == e and (o <= p or (s == t and s >= 0)) for d, p, s in slots for e, o, t in slots)
-    weights = 6 * (12 * (2 * block + 29 * 16) + 8 * (2 * block + 2 * 16 * patch + timestep))
-    assert flops_per_row(model, config, batch) == pytest.approx(weights + 12 * 2 * 16 * pairs / len(SPEC))
+        pairs += sum(d == e >= 0 and (o <= p or (s == t and s >= 0)) for d, p, s in slots for e, o, t in slots)
+    # The timestep is embedded once an image, of which there are two.
+    weights = 6 * (12 * (2 * block + 29 * 16) + 8 * (2 * block + 2 * 16 * patch) + 2 * timestep)
+    assert weight_flops_per_row(model, config, batch.text_ids.shape[1], batch.latents.shape[1:]) == weights
+    assert attending_pairs(batch, config) == pairs
+    assert flops_per_pair(config) == 12 * 2 * 16
+    lengths = torch.stack([(batch.document_ids == document).sum(1) for document in range(2)])
+    assert attending_pairs(batch, tiny_config(image_attention="causal")) == (lengths * (lengths + 1) // 2).sum()
 
 
 def test_dense_and_mixture_have_the_same_active_parameters() -> None:
@@ -167,28 +230,5 @@ def test_dense_and_mixture_have_the_same_active_parameters() -> None:
     assert active_parameters(tiny_model(partly), partly, "text") == active_parameters(tiny_model(dense), dense, "text")
 
 
-def test_convolutions_are_counted_pixel_by_pixel() -> None:
-    """6 FLOPs for each weight and each pixel that it makes, forward and backward; halved by the stride where it is."""
-    config = tiny_config(image_adapter="unet", unet_channels=[32, 64], unet_num_layers=1)
-    adapter = tiny_model(config).image_adapter
-    total = 0
-    for name, parameter in adapter.named_parameters():
-        if parameter.ndim == 4:
-            # Latents of 4 x 8; everything behind the stride is 2 x 4, and the way up is wide again behind `upsamplers`.
-            small = name.startswith("down.1.") or "downsamplers" in name or name.startswith("up.0.resnets")
-            total += 6 * parameter.numel() * (8 if small else 32)
-    assert convolution_flops(config, torch.Size((3, 4, 8))) == total
-    assert convolution_flops(tiny_config(), torch.Size((3, 4, 8))) == 0
-
-
 def test_peak_flops_are_known_of_gpus_alone() -> None:
     assert peak_flops(torch.device("cpu")) is None
-
-
-def test_plot_is_drawn_from_any_lines(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "text_loss": 5.0, "diffusion_loss": 2.0}\n{"step": 2, "validation/text_loss": 4.0}\n{"step"'
-    )
-    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    plot_losses(tmp_path / "none.jsonl", tmp_path / "empty.png")

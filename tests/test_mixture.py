@@ -295,3 +295,24 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no source with images"):
         open_documents(data, "train")
+
+
+def test_every_slot_names_the_source_it_was_filled_from(byte_tokenizer) -> None:
+    sources = sources_of(numbered_images(["a"] * 5), texts_of(["zzzz"] * 9), numbered_images(["b"] * 5, first=100))
+    config = DataConfig(text_slots=24, images_per_row=3)
+    packer = Packer(sources, byte_tokenizer, config, "1d", 2, 4, 0, lambda uniform: uniform)
+    states = np.tile(packer.initial_state(), (4, 1))
+    found = Counter()
+    for step in range(4):
+        rows, states, _ = packer.rows(range(4), step, states)
+        batch = rows.batch
+        for row in range(4):
+            for document in range(int(batch.document_ids[row].max()) + 1):
+                slots = batch.document_ids[row] == document
+                (source,) = batch.source_ids[row][slots].unique().tolist()
+                images = (slots[24:].view(3, 4)[:, 0]).nonzero().flatten().tolist()
+                values = {int(batch.latents[row, image].max()) for image in images}
+                assert source == (1 if not values else 2 if min(values) >= 100 else 0)
+                found[source] += 1
+        assert ((batch.source_ids == -1) == (batch.document_ids == -1)).all()
+    assert min(found[source] for source in range(3)) > 3

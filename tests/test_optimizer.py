@@ -11,8 +11,18 @@ from conftest import DENSE, tiny_config, tiny_model
 
 from transfusion_mot.config import OptimizerConfig, RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.optimizer import EMA, load_moments, lr_factor, make_optimizer, set_lr
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.optimizer import lr_factor, make_optimizer, set_lr
+from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.towers import check_towers, clip_grad_norm, freeze_towers, tower_of
+
+
+def saved(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """The folder of a training state."""
+    with StateWriter(run, keep_last=1, keep_every=0) as writer:
+        lanes = torch.zeros(1, 1, dtype=torch.long)
+        writer.save(1, state_tensors(model, EMA(model, 0.9), optimizer, lanes), {})
+    return run / "state" / "step-0000001"
 
 
 def factors(num_steps: int, **changes) -> list[float]:
@@ -181,15 +191,15 @@ def test_saved_optimizer_goes_on_as_if_it_had_never_stopped(name: str, tmp_path:
     optimizer = make_optimizer(whole, config)
     draw_gradients(whole)
     optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    saved(tmp_path, whole, optimizer)
     resumed.load_state_dict(whole.state_dict())
     other = dataclasses.replace(config, weight_decay=0.3, betas=(0.8, 0.9), tower_lr_scale={"text": 0.5})
     again = make_optimizer(resumed, other)
-    load_moments(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    load_tensors(tmp_path / "state" / "step-0000001", resumed, EMA(resumed, 0.9), again)
     assert {group["weight_decay"] for group in again.param_groups} == {0.3, 0.0}
     assert next(group["betas"] for group in again.param_groups if "betas" in group) == (0.8, 0.9)
     again = make_optimizer(resumed, config)
-    load_moments(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    load_tensors(tmp_path / "state" / "step-0000001", resumed, EMA(resumed, 0.9), again)
     for _ in range(2):
         optimizer.step()
         draw_gradients(resumed)
@@ -198,7 +208,7 @@ def test_saved_optimizer_goes_on_as_if_it_had_never_stopped(name: str, tmp_path:
         assert torch.equal(one, two)
 
 
-def test_tower_set_free_starts_without_moments_and_the_other_keeps_its_own() -> None:
+def test_tower_set_free_starts_without_moments_and_the_other_keeps_its_own(tmp_path) -> None:
     model = tiny_model(tiny_config())
     freeze_towers(model, ["text"])
     first = make_optimizer(model, OptimizerConfig())
@@ -206,20 +216,11 @@ def test_tower_set_free_starts_without_moments_and_the_other_keeps_its_own() -> 
     first.step()
     freeze_towers(model, [])
     second = make_optimizer(model, OptimizerConfig())
-    load_moments(second, first.state_dict())
+    load_tensors(saved(tmp_path, model, first), model, EMA(model, 0.9), second)
     adapter = model.image_adapter.input.weight
     assert torch.equal(second.state[adapter]["exp_avg"], first.state[adapter]["exp_avg"])
     assert model.text_head.weight not in second.state
     second.step()
-
-
-def test_moments_of_another_optimizer_are_refused() -> None:
-    model = tiny_model(tiny_config())
-    saved = make_optimizer(model, OptimizerConfig())
-    draw_gradients(model)
-    saved.step()
-    with pytest.raises(UserError, match=r"optimizer\.name"):
-        load_moments(make_optimizer(model, OptimizerConfig(name="muon")), saved.state_dict())
 
 
 def test_gradient_norms_of_towers_and_clipping_by_the_whole() -> None:
@@ -254,33 +255,3 @@ def test_towers_that_cannot_be_are_refused(arguments: list[str], words: list[str
 
 def test_shared_components_are_a_tower_of_their_own() -> None:
     check_towers(parse_config(RunConfig, ["model.untied=[ffn]", "training.frozen_towers=[text, shared]"], ""))
-
-
-def test_ema_is_a_copy_that_moves_as_computed_by_hand() -> None:
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, 2.0)
-    ema = EMA(model, 0.5)
-    expected = 2.0
-    for step, value in enumerate((10.0, -4.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0)):
-        torch.nn.init.constant_(model.weight, value)
-        ema.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
-        assert model.weight.item() == value, "the model itself does not move"
-    assert not ema.model.weight.requires_grad
-    assert not ema.model.training
-    # From the eighth step on (1 + 8) / (10 + 8) the asked-for decay is reached.
-    assert decay == 0.5
-
-
-def test_ema_averages_every_parameter() -> None:
-    model = tiny_model(tiny_config())
-    ema = EMA(model, 0.99)
-    before = [p.clone() for p in ema.model.parameters()]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
-    ema.update(model, 10_000)
-    for one, two in zip(before, ema.model.parameters(), strict=True):
-        torch.testing.assert_close(two, one + 0.01, rtol=0, atol=1e-9)

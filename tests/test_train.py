@@ -1,22 +1,22 @@
 """Whole runs of train.py on real emoji: exact resuming, one process and two, learning, and how it refuses."""
 
+import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
+from training_runs import assert_same, final_state
 
 import train
 from transfusion_mot.config import DataConfig, SourceConfig
@@ -24,99 +24,17 @@ from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot, find_state, load_state
+from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.metrics import read_metrics
+from transfusion_mot.training.state import load_all
 
 ROOT = Path(__file__).parents[1]
-TOWER = {"hidden_size": 16, "intermediate_size": 32}
-Arguments = Callable[..., list[str]]
+DOCS = (ROOT / "docs" / "monitoring.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory, emoji_cache) -> Path:
-    """Forty real emoji as an image folder."""
-    folder = tmp_path_factory.mktemp("pictures")
-    images = open_source(SourceConfig("openmoji"), DataConfig(image_size=32, cache_dir=str(emoji_cache)), "train")
-    lines = []
-    for number, index in enumerate(range(0, len(images), len(images) // 40)):
-        Image.fromarray(images.image(index)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": images.captions(index)[0]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    (folder / "texts.txt").write_text("\n\n".join(f"a paragraph about the number {n}, and no image" for n in range(40)))
-    return folder
-
-
-@pytest.fixture
-def arguments(tmp_path: Path, picture_folder: Path, random_vae: Path, emoji_cache: Path) -> Arguments:
-    """Command line of a tiny run into tmp_path/run; keyword arguments change sections."""
-    sections: dict[str, Any] = {
-        "data": {
-            "sources": [
-                {"kind": "imagefolder", "path": str(picture_folder)},
-                {"kind": "text", "path": str(picture_folder / "texts.txt")},
-            ],
-            "image_size": 32,
-            "held_out_fraction": 0.2,
-            "text_slots": 32,
-            "images_per_row": 2,
-            "num_workers": 0,
-            "cache_dir": str(emoji_cache),
-        },
-        "tokenizer": {"vocab_size": 300},
-        "autoencoder": {"path": str(random_vae)},
-        "model": {"towers": {"text": TOWER, "image": TOWER}, "num_layers": 2, "num_heads": 2, "head_dim": 8},
-        "diffusion": {"num_inference_steps": 2},
-        "optimizer": {"warmup_steps": 2, "lr": 0.01},
-        "training": {
-            "num_steps": 6,
-            "num_rows": 4,
-            "microbatch_rows": 2,
-            "mixed_precision": "no",
-            "log_every": 1,
-            "num_validation_documents": 4,
-            "sample_prompts": ["sun"],
-            "tracker": None,
-        },
-    }
-
-    def build(run: str = "run", resume: str = "auto", **changes: dict[str, Any]) -> list[str]:
-        merged = {name: section | changes.get(name, {}) for name, section in sections.items()}
-        file = tmp_path / f"{run}.yaml"
-        file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / run), "resume": resume, **merged}))
-        return ["--config", str(file)]
-
-    return build
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and lists by path."""
-    if isinstance(value, dict):
-        return {name: leaf for key, inner in value.items() for name, leaf in flat(inner, f"{path}/{key}").items()}
-    if isinstance(value, list | tuple):
-        return {name: leaf for key, inner in enumerate(value) for name, leaf in flat(inner, f"{path}/{key}").items()}
-    return {path: value}
-
-
-def final_state(run: Path) -> dict[str, Any]:
-    return load_state(find_state(run, "auto"))
-
-
-def assert_same(one: dict[str, Any], two: dict[str, Any], tolerance: float | None = None) -> None:
-    """The same training state: bit for bit, or with its parameters as close as `tolerance`."""
-    leaves, others = flat(one), flat(two)
-    assert leaves.keys() == others.keys()
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, torch.Tensor):
-            assert leaf == others[name], name
-        elif tolerance is None or not leaf.is_floating_point():
-            assert torch.equal(leaf, others[name]), name
-        elif name.split("/")[1] in ("model", "ema"):
-            torch.testing.assert_close(leaf, others[name], rtol=0, atol=tolerance, msg=name)
 
 
 def interrupt_after(monkeypatch, step: int) -> None:
@@ -148,14 +66,14 @@ def test_three_and_three_steps_equal_six_bit_for_bit(arguments, tmp_path, monkey
     train.main(arguments("parts", data=data))
     whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     assert_same(whole, parts)
-    assert not torch.equal(before["model"]["text_head.weight"], parts["model"]["text_head.weight"])
-    assert parts["optimizer"]["state"][0]["step"] == 6
-    assert not torch.equal(parts["model"]["text_head.weight"], parts["ema"]["text_head.weight"])
+    assert not torch.equal(before["model/text_head.weight"], parts["model/text_head.weight"])
+    assert parts["optimizer/text_head.weight/step"] == 6
+    assert not torch.equal(parts["model/text_head.weight"], parts["ema/text_head.weight"])
     lines = [
         [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
         for run in ("whole", "parts")
     ]
-    timed = ("seconds_per_step", "tokens_per_second", "images_per_second")
+    timed = ("seconds_per_step", "tokens_per_second", "images_per_second", "data_wait_fraction", "seconds")
     for one, two in zip(*lines, strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
@@ -169,7 +87,16 @@ def test_run_folder_holds_what_is_promised(arguments, tmp_path) -> None:
     }
     assert Image.open(run / "samples" / "step-0000006.png").size > (0, 0)
     line = next(line for line in read_metrics(run / "metrics.jsonl") if line["step"] == 6)
-    assert {"text_loss", "diffusion_loss", "loss", "grad_norm", "lr", "images_seen", "pad_fraction"} <= line.keys()
+    # Every number that the documentation of a run names.
+    documented = re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (`.*?) \|", DOCS, flags=re.MULTILINE)))
+    found = {name for name in documented if any(fnmatch.fnmatch(key, name.replace("NAME", "*")) for key in line)}
+    on_gpus = {"mfu", "peak_memory_gib"}
+    assert {"text_loss", "data_wait_fraction", "sources/NAME/text_loss", "flops", "seconds", "spikes"} <= found
+    assert {name for name in documented if name not in found and "t=" not in name} == {"validation/...", *on_gpus}
+    assert sum(key.startswith("diffusion_loss/t=") for key in line) >= 2
+    assert Image.open(run / "samples" / "step-0000006-captions.png").size > (0, 0)
+    card = (run / "snapshots" / "step-0000006" / "README.md").read_text()
+    assert f"{line['text_loss']:.4f} (step 6)" in card
     validation = next(line for line in read_metrics(run / "metrics.jsonl") if "validation/caption_loss" in line)
     assert validation["step"] == 6
     # The run's own configuration repeats it.
@@ -182,7 +109,7 @@ def test_run_folder_holds_what_is_promised(arguments, tmp_path) -> None:
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(str(run)))
     pipeline.set_progress_bar_config(disable=True)
     for name, parameter in pipeline.transformer.state_dict().items():
-        assert torch.equal(parameter, one["ema"][name]), name
+        assert torch.equal(parameter, one[f"ema/{name}"]), name
     assert pipeline("sun").images[0].size == (32, 32)
 
 
@@ -430,7 +357,8 @@ def other_vae(tmp_path: Path, random_vae: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "other", ["never", "model", "rows", "autoencoder", "sources", "lookahead", "image size", "layout", "path"]
+    "other",
+    ["never", "model", "rows", "autoencoder", "sources", "lookahead", "image size"] + ["layout", "optimizer", "path"],
 )
 def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     arguments, tmp_path, capfd, picture_folder, random_vae, other: str
@@ -441,12 +369,13 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     changes, words = {
         "never": ({"resume": "never"}, ["resume=auto"]),
         "model": ({"model": {"num_layers": 3}}, ["another model"]),
-        "rows": ({"training": {"num_rows": 8}}, ["num_rows=4", "8"]),
+        "rows": ({"training": {"num_rows": 8}}, ["training.num_rows: 4", "8"]),
         "autoencoder": ({"autoencoder": {"path": other_vae(tmp_path, random_vae)}}, ["another autoencoder"]),
         "sources": ({"data": {"sources": [{"kind": "imagefolder", "path": str(picture_folder)}]}}, ["sources"]),
         "lookahead": ({"data": {"lookahead": 3}}, ["another data", "'lookahead': 16", "'lookahead': 3"]),
         "image size": ({"data": {"image_size": 16}}, ["another data", "image_size"]),
         "layout": ({"data": {"text_slots": 80}}, ["another data", "text_slots"]),
+        "optimizer": ({"optimizer": {"name": "muon"}}, ["another optimizer.name", "adamw", "muon"]),
         "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
     }[other]
     if other not in ("never", "path"):
@@ -459,11 +388,11 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
 
 def test_loss_that_is_not_finite_stops_the_run_and_spoils_no_state(arguments, tmp_path) -> None:
     changes = {"optimizer": {"lr": 1e30, "warmup_steps": 0}, "training": {"save_every": 1, "log_every": 4}}
-    with pytest.raises(FloatingPointError, match=r"between steps 2 and 2"):
+    with pytest.raises(FloatingPointError, match=r"step 2 is not finite .* in every row"):
         train.main(arguments(**changes))
     for folder in (tmp_path / "run" / "state").glob("step-*"):
-        leaves = flat(load_state(folder)["model"])
-        assert all(leaf.isfinite().all() for leaf in leaves.values()), f"{folder.name} cannot be resumed from"
+        leaves = [tensor for name, tensor in load_all(folder).items() if name.startswith("model/")]
+        assert all(leaf.isfinite().all() for leaf in leaves), f"{folder.name} cannot be resumed from"
 
 
 def test_prompt_that_is_too_long_is_refused_before_training(arguments, tmp_path, capfd) -> None:

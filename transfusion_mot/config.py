@@ -277,9 +277,16 @@ class TrainingConfig:
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
         save_every: Steps between two saves of the training state; 0 is only at the end.
+        keep_last: Training states and snapshots that are kept, of the newest.
+        keep_every: Those of every so many steps are kept, too; 0 is none.
+        max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
         sample_prompts: Prompts of the sample grids.
         num_validation_documents: Held-out documents a validation uses.
         tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
+        on_non_finite: What happens after a step whose loss or gradient is not finite, which changes no parameter:
+            `stop` ends the run and names rows and documents; `skip` names them and goes on.
+        watchdog_minutes: After so many minutes without a step, the process that the others wait for is named; 0 is
+            never.
     """
 
     num_steps: int = 1000
@@ -298,9 +305,14 @@ class TrainingConfig:
     validate_every: int = 0
     sample_every: int = 0
     save_every: int = 0
+    keep_last: int = 2
+    keep_every: int = 0
+    max_minutes: float = 0.0
     sample_prompts: list[str] = field(default_factory=lambda: ["red apple", "octopus", "flag: Japan", "sun"])
     num_validation_documents: int = 128
     tracker: str | None = "tensorboard"
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    watchdog_minutes: float = 10.0
 
 
 @dataclass

@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 LOGITS_AT_ONCE = 2**28
 
 
-def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> Tensor:
+def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
 
     The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss
@@ -27,14 +27,18 @@ def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight:
             run and on held-out text.
 
     Returns:
-        [], in float32 (float64 if `hidden` is).
+        (sum [], its terms [B, T] to look at, which have no gradient and are 0 without a label), in float32 (float64 if
+        `hidden` is).
     """
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels, z_loss_weight)
-    narrow = weight.to(hidden.dtype)
-    parts = _chunks(flat_hidden, flat_labels, len(weight))
-    return torch.stack([_loss_and_gradient(h @ narrow.T, target, 0.0)[0] for h, target in parts]).sum()
+        total, losses = _LinearCrossEntropy.apply(flat_hidden, weight, flat_labels, z_loss_weight)
+    else:
+        narrow = weight.to(hidden.dtype)
+        parts = _chunks(flat_hidden, flat_labels, len(weight))
+        losses = torch.cat([_losses_and_gradient(h @ narrow.T, target, 0.0)[0] for h, target in parts])
+        total = losses.sum()
+    return total, losses.view(labels.shape)
 
 
 def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -44,23 +48,23 @@ def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tenso
     return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
-    """Logits [N, V], labels [N] => summed cross-entropy [], its and the z-loss's gradient by the logits [N, V]."""
+def _losses_and_gradient(logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+    """Logits [N, V], labels [N] => cross-entropies [N], gradient of their sum and the z-loss by the logits [N, V]."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     labelled = (labels != IGNORE_INDEX)[:, None]
     log_sum = wide.logsumexp(dim=-1, keepdim=True)
     target = labels.clamp(min=0)[:, None]
-    loss = torch.where(labelled, log_sum - wide.gather(1, target), 0.0).sum()
+    losses = torch.where(labelled, log_sum - wide.gather(1, target), 0.0)[:, 0]
     is_target = torch.arange(logits.shape[1], device=logits.device) == target
     probability = (wide - log_sum).exp()
     if z_loss_weight:
         probability = probability * (1 + 2 * z_loss_weight * log_sum)
     gradient = torch.where(labelled, probability - is_target.to(wide.dtype), 0.0)
-    return loss, gradient.to(logits.dtype)
+    return losses, gradient.to(logits.dtype)
 
 
 # On a GPU the softmax is read once for the sum and once for the gradient; eager kernels pass over it nine times.
-_compiled_loss_and_gradient = torch.compile(_loss_and_gradient)
+_compiled_losses_and_gradient = torch.compile(_losses_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,29 +72,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward pass has to do is to scale them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float
+    ) -> tuple[Tensor, Tensor]:
         narrow = weight.to(hidden.dtype)
-        loss_and_gradient = _compiled_loss_and_gradient if hidden.is_cuda else _loss_and_gradient
-        losses, hidden_gradients = [], []
+        losses_and_gradient = _compiled_losses_and_gradient if hidden.is_cuda else _losses_and_gradient
+        parts, hidden_gradients = [], []
         # A frozen head needs none.
         weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
         for part, target in _chunks(hidden, labels, len(weight)):
-            loss, gradient = loss_and_gradient(part @ narrow.T, target, z_loss_weight)
-            losses.append(loss)
+            part_losses, gradient = losses_and_gradient(part @ narrow.T, target, z_loss_weight)
+            parts.append(part_losses)
             hidden_gradients.append(gradient @ narrow)
             if weight_gradient is not None:
                 weight_gradient += gradient.T @ part
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
-        return torch.stack(losses).sum()
+        losses = torch.cat(parts)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         by_weight = None if weight_gradient is None else weight_gradient * upstream
         return hidden_gradient * upstream, by_weight, None, None
 
 
-def diffusion_loss_sum(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:
-    """Squared error summed over the elements of real images: two [B, K, C, Y, X] and [B, K] bool => []."""
+def diffusion_losses(prediction: Tensor, target: Tensor, image_mask: Tensor) -> Tensor:
+    """Squared error summed over the elements of each real image: two [B, K, C, Y, X] and [B, K] bool => [B, K]."""
     per_image = (prediction.float() - target.float()).square().sum(dim=(2, 3, 4))
-    return torch.where(image_mask, per_image, 0.0).sum()
+    return torch.where(image_mask, per_image, 0.0)

@@ -26,6 +26,7 @@ from transfusion_mot.sampling.text import Decoding, caption_latents, complete
 
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MODEL_CARD = "README.md"
 
 
 class TransfusionPipeline(DiffusionPipeline):
@@ -71,6 +72,8 @@ class TransfusionPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
         )
         self.text_tokenizer = TextTokenizer(tokenizer)
+        # Text of the README.md that goes with it.
+        self.model_card: str | None = None
         self._check_components()
 
     def _check_components(self) -> None:
@@ -102,12 +105,30 @@ class TransfusionPipeline(DiffusionPipeline):
             class_name = json.loads(index.read_text())["_class_name"] if index.is_file() else cls.__name__
             if class_name != cls.__name__:
                 raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
-            return super().from_pretrained(path, **kwargs)
+            pipeline = super().from_pretrained(path, **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"no pipeline can be loaded from {path}: {reason}") from None
+        card = Path(path) / MODEL_CARD
+        pipeline.model_card = card.read_text() if card.is_file() else None
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with the model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.model_card is not None:
+            (Path(save_directory) / MODEL_CARD).write_text(self.model_card)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub` of diffusers ends with."""
+        card = Path(working_dir) / MODEL_CARD
+        # diffusers has written over ours: with the card that the repository has, which stays, or with one of its own
+        # that says nothing.
+        if self.model_card is not None and "automatically generated" in card.read_text():
+            card.write_text(self.model_card)
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     @property
     def autoencoder(self) -> Autoencoder:

@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from transfusion_mot.losses import IGNORE_INDEX
+
 
 @dataclass
 class Batch:
@@ -26,6 +28,7 @@ class Batch:
         order: [B, S] reading order inside the document.
         span_ids: [B, S] the image a patch belongs to; -1 on text.
         rope_positions: [B, S] or [B, S, 3] rotary positions.
+        source_ids: [B, S] int16, the source that a slot was filled from; -1 is padding. For the log alone.
     """
 
     text_ids: Tensor
@@ -37,6 +40,7 @@ class Batch:
     order: Tensor
     span_ids: Tensor
     rope_positions: Tensor
+    source_ids: Tensor
 
     @property
     def image_mask(self) -> Tensor:
@@ -59,6 +63,11 @@ class Batch:
         """Cut into microbatches of `rows` rows; the last may be smaller."""
         parts = {f.name: getattr(self, f.name).split(rows) for f in dataclasses.fields(self)}
         return [type(self)(**dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)]
+
+    def emptied(self) -> Self:
+        """The same with nothing but padding in its rows."""
+        labels = torch.full_like(self.text_labels, IGNORE_INDEX)
+        return dataclasses.replace(self, text_labels=labels, document_ids=torch.full_like(self.document_ids, -1))
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:

@@ -1,6 +1,8 @@
 """Batches for a rank: its lanes' rows of every step, prepared by worker processes, resumable at any step."""
 
 import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -47,7 +49,8 @@ class LaneLoader:
     """Iterates over the steps of one rank => (batch of its rows, what was counted).
 
     After a step, `states` [rows, n] holds what this rank's lanes remember: with those of all ranks it resumes the run,
-    on any number of ranks and workers.
+    on any number of ranks and workers. `states_before` is what they remembered before it: from it the step's rows can
+    be made again. `seconds_waited` is how long the step's rows had to be waited for.
 
     Args:
         packer: Builds rows.
@@ -78,7 +81,8 @@ class LaneLoader:
         self.lanes = range(rank * rows, (rank + 1) * rows)
         if states is None:
             states = torch.from_numpy(packer.initial_state()).expand(packer.num_lanes, -1)
-        self.states = states[self.lanes.start : self.lanes.stop].clone()
+        self.states = self.states_before = states[self.lanes.start : self.lanes.stop].clone()
+        self.seconds_waited = 0.0
         self.num_steps = num_steps
         self.first_step = first_step
         self.num_workers = max((n for n in range(1, num_workers + 1) if rows % n == 0), default=0)
@@ -96,14 +100,17 @@ class LaneLoader:
         chunks = iter(self._loader)
         for _ in range(self.first_step, self.num_steps):
             parts = []
+            asked = time.perf_counter()
             for _ in range(max(1, self.num_workers)):
                 chunk = next(chunks)
                 if isinstance(chunk, str):
                     raise UserError(chunk)
                 parts.append(chunk)
+            self.seconds_waited = time.perf_counter() - asked
             counts: Counter[str] = Counter()
             for _, _, part_counts in parts:
                 counts.update(part_counts)
+            self.states_before = self.states
             self.states = torch.cat([states for _, states, _ in parts])
             # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
             rows = Rows.cat([rows.to(self.device) for rows, _, _ in parts])
@@ -111,6 +118,11 @@ class LaneLoader:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Rows are small: one thread a worker, and no warning from the tokenizer's own threads after the fork."""
+    """Rows are small: one thread a worker, and no warning from the tokenizer's own threads after the fork.
+
+    A signal to all processes of a run is for the training process, which ends its workers when it is done.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -29,8 +29,9 @@ _SOURCE_DRAWS = 2**62 + 1
 _BUCKET_DRAWS = 2**62 + 2
 _EPOCH_DRAWS = 2**63
 
-# What rows report besides the counters of sources: images, texts, text slots filled, slots left empty, captions cut.
-COUNTED = ("images", "texts", "text_tokens", "pad_slots", "truncated_captions")
+# What rows report besides the counters of sources: images, texts, slots filled with text and with patches, slots left
+# empty, captions cut.
+COUNTED = ("images", "texts", "text_tokens", "image_tokens", "pad_slots", "truncated_captions")
 
 # BOS or EOS or a word, BOI and EOI: nothing with an image is shorter.
 _SHORTEST_DOCUMENT = 3
@@ -122,6 +123,7 @@ class Packer:
             row.finish(self._rng(lane, step))
             new_states[position] = state.to_array(self.config.lookahead)
             counts["text_tokens"] += self.config.text_slots - row.free_text_slots
+            counts["image_tokens"] += len(row.images) * arrays.patches
             counts["pad_slots"] += row.free_text_slots + row.free_image_slots * arrays.patches
         return arrays.rows(), new_states, counts
 
@@ -260,6 +262,7 @@ class _RowArrays:
         self.document_ids = np.full((num_rows, slots), -1)
         self.order = np.zeros((num_rows, slots), dtype=np.int64)
         self.span_ids = np.full((num_rows, slots), -1)
+        self.source_ids = np.full((num_rows, slots), -1, dtype=np.int16)
         self.rope_positions = np.zeros((num_rows, slots, 3)[: 2 if packer.rope == "1d" else 3], dtype=np.int64)
         self.timesteps = torch.empty(num_rows, self.image_slots)
         self.latents = np.zeros((num_rows, self.image_slots, *shape), dtype=np.float32)
@@ -271,7 +274,8 @@ class _RowArrays:
 
     def rows(self) -> Rows:
         """As tensors."""
-        names = ("text_ids", "text_labels", "latents", "noise", "document_ids", "order", "span_ids", "rope_positions")
+        ids = ("document_ids", "order", "span_ids", "rope_positions", "source_ids")
+        names = ("text_ids", "text_labels", "latents", "noise", *ids)
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
         images = None if self.images_uint8 is None else torch.from_numpy(self.images_uint8)
         return Rows(Batch(timesteps=self.timesteps, **tensors), images)
@@ -305,18 +309,19 @@ class _Row:
                 run = run + segment if run else segment
                 continue
             # The input BOI has no label: what follows it is an image (Transfusion, footnote 8).
-            self._add_run([*run, tokenizer.boi_id], IGNORE_INDEX, positions)
+            self._add_run([*run, tokenizer.boi_id], IGNORE_INDEX, positions, source)
             start = arrays.text_slots + len(self.images) * arrays.patches
             where = self.row, slice(start, start + arrays.patches)
             arrays.order[where], arrays.rope_positions[where] = positions.image(arrays.patch_rows, arrays.patch_columns)
             arrays.document_ids[where] = self.documents
             arrays.span_ids[where] = len(self.images)
+            arrays.source_ids[where] = source
             self.images.append((source, segment))
             run = [tokenizer.eoi_id]
-        self._add_run(run, piece.next_token, positions)
+        self._add_run(run, piece.next_token, positions, source)
         self.documents += 1
 
-    def _add_run(self, tokens: list[int], next_token: int, positions: PositionCounter) -> None:
+    def _add_run(self, tokens: list[int], next_token: int, positions: PositionCounter, source: int) -> None:
         """Place tokens that follow each other, and the label of the last."""
         arrays, end = self.arrays, self.text_used + len(tokens)
         where = self.row, slice(self.text_used, end)
@@ -325,6 +330,7 @@ class _Row:
         arrays.text_labels[self.row, end - 1] = next_token
         arrays.order[where], arrays.rope_positions[where] = positions.text(len(tokens))
         arrays.document_ids[where] = self.documents
+        arrays.source_ids[where] = source
         self.text_used = end
 
     def finish(self, rng: np.random.Generator) -> None:

@@ -40,16 +40,10 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.sinusoids(1000 * timesteps).to(self.mlp.linear_1.weight.dtype))
 
 
-def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The layer with weights and bias of zero."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
 class LinearAdapter(nn.Module):
     """A linear layer in, a linear layer out; the timestep's embedding is added to every token."""
+
+    last_layer = "output"
 
     def __init__(self, latent_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -57,7 +51,7 @@ class LinearAdapter(nn.Module):
         patch_elements = patch_size**2 * latent_channels
         self.timestep = TimestepEmbedder(hidden_size)
         self.input = nn.Linear(patch_elements, hidden_size)
-        self.output = zeroed(nn.Linear(hidden_size, patch_elements))
+        self.output = nn.Linear(hidden_size, patch_elements)
 
     def embed(self, noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Noisy latents [I, C, Y, X], timesteps [I] => (tokens [I, P, D], what `predict` needs beside them)."""
@@ -79,6 +73,8 @@ class UNetAdapter(nn.Module):
             does not.
         num_layers: Residual layers of a block.
     """
+
+    last_layer = "conv_out"
 
     def __init__(
         self, latent_channels: int, hidden_size: int, patch_size: int, channels: list[int], num_layers: int
@@ -109,7 +105,7 @@ class UNetAdapter(nn.Module):
             for block in reversed(range(len(channels)))
         )
         self.norm_out = nn.GroupNorm(UNET_GROUPS, channels[0])
-        self.conv_out = zeroed(nn.Conv2d(channels[0], latent_channels, 3, padding=1))
+        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
 
     def embed(self, noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As `LinearAdapter.embed`."""

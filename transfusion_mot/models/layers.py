@@ -13,8 +13,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the layers of torch have it."""
+        nn.init.ones_(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()

@@ -3,7 +3,7 @@
 Shapes: B rows, T text slots, K images a row, P patches an image, S = T + K*P, D width, V vocabulary, C latent channels,
 Y and X latent height and width.
 
-Initialisation (the table is `_initialise`):
+Initialisation (`initialise`; the values of a module come from the seed and its name alone):
 
 | parameters | values |
 | --- | --- |
@@ -14,13 +14,18 @@ Initialisation (the table is `_initialise`):
 | rest of the image adapter | as torch and diffusers set it |
 """
 
+import copy
+import functools
+import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
@@ -30,6 +35,9 @@ from transfusion_mot.models.attention import KernelChoice, KVCache, SlotIds, att
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
+# Standard deviation of embedding, head and block matrices.
+INIT_STD = 0.02
+
 
 class TransfusionOutput(NamedTuple):
     """Predictions of both modalities.
@@ -38,11 +46,13 @@ class TransfusionOutput(NamedTuple):
         logits: [B, T, V], the next token at every text slot; None without text, or where `text_loss` is asked for.
         prediction: [B, K, C, Y, X], the network's side of the diffusion loss; None without images.
         text_loss: [], cross-entropy in nats summed over labelled text slots; None without labels.
+        text_losses: [B, T], its terms, without gradient; None without labels.
     """
 
     logits: Tensor | None
     prediction: Tensor | None
     text_loss: Tensor | None
+    text_losses: Tensor | None
 
 
 class TransfusionMoT(ModelMixin, ConfigMixin):
@@ -57,8 +67,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
     # Which kernel computes attention in training; all give the same numbers, so it is no part of the architecture.
     attention: KernelChoice = "auto"
 
-    # What `compile_repeated_blocks` compiles: every block has the same code, so it is compiled once.
-    _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
+    # Where accelerate cuts the model to shard it, and diffusers to spread it over devices.
+    _no_split_modules = ["MoTBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(self, vocab_size: int, latent_channels: int, architecture: dict[str, Any]) -> None:
@@ -80,7 +90,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.num_layers))
         self.final_norm = TowerModules(config, "norm", lambda tower: RMSNorm(tower.hidden_size, config.norm_eps))
         self.text_head = nn.Linear(text_size, vocab_size, bias=False)
-        self._initialise()
+        # Drawn on the CPU whatever torch's default device is.
+        self.initialise(int(torch.randint(2**62, (), device="cpu")))
 
     @classmethod
     def from_config_section(cls, vocab_size: int, latent_channels: int, config: ModelConfig) -> "TransfusionMoT":
@@ -117,16 +128,47 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
 
         Not the whole model: that takes 3 % off a step at 163M and two minutes more to start (benchmarks/README.md).
         """
-        self.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for block in self.blocks:
+            block.forward = _compiled_in_training(block.forward)
 
-    def _initialise(self) -> None:
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights.
+
+        A module's come from the seed and its name, and are drawn on the CPU, one module at a time: they are the same on
+        every device and however they are sharded, and no process ever holds all that are sharded.
+        """
+        if self.token_embedding.weight.is_meta:
+            return
+        for name, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if own:
+                drawn = self._draw(name, module, seed)
+                for key, parameter in own.items():
+                    _fill(parameter, drawn.get_parameter(key))
+
+    def _draw(self, name: str, module: nn.Module, seed: int) -> nn.Module:
+        """A copy of one module, whole and on the CPU, with initial weights."""
+        drawn: Any = copy.copy(module)
+        drawn._parameters = {
+            key: nn.Parameter(torch.empty(parameter.shape, device="cpu"))
+            for key, parameter in module.named_parameters(recurse=False)
+        }
         std = 0.02
-        nn.init.normal_(self.token_embedding.weight, std=std)
-        nn.init.normal_(self.text_head.weight, std=std)
-        for name, parameter in self.blocks.named_parameters():
-            if parameter.ndim == 2:
-                to_residual = ".output." in name or name.endswith(".down.weight")
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.blocks)) if to_residual else std)
+        with torch.random.fork_rng(devices=[]):
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            if name in ("token_embedding", "text_head"):
+                nn.init.normal_(drawn.weight, std=std)
+            elif name.startswith("blocks.") and isinstance(drawn, nn.Linear):
+                to_residual = ".output." in name or name.endswith(".down")
+                nn.init.normal_(drawn.weight, std=std / math.sqrt(2 * len(self.blocks)) if to_residual else std)
+            elif name == f"image_adapter.{self.image_adapter.last_layer}":
+                for parameter in drawn.parameters():
+                    nn.init.zeros_(parameter)
+            else:
+                drawn.reset_parameters()
+        return drawn
 
     def forward(
         self,
@@ -180,9 +222,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         for layer, block in enumerate(self.blocks):
             streams = block(streams, rotary, mask, cache, layer)
         hidden = self._from_streams(streams, embedded)
-        logits, text_loss = None, None
+        logits, text_loss, text_losses = None, None, None
         if "text" in hidden and text_labels is not None:
-            text_loss = text_loss_sum(hidden["text"], self.text_head.weight, text_labels, z_loss_weight)
+            text_loss, text_losses = text_loss_sum(hidden["text"], self.text_head.weight, text_labels, z_loss_weight)
         elif "text" in hidden:
             logits = self.text_head(hidden["text"])
         prediction = None
@@ -190,7 +232,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             images = hidden["image"].unflatten(1, (noisy_latents.shape[1], -1)).flatten(0, 1)
             height, width = noisy_latents.shape[-2:]
             prediction = self.image_adapter.predict(images, kept, height, width).view(noisy_latents.shape)
-        return TransfusionOutput(logits, prediction, text_loss)
+        return TransfusionOutput(logits, prediction, text_loss, text_losses)
 
     def _to_streams(self, embedded: dict[str, Tensor]) -> Streams:
         """Join the modalities of each tower into its stream."""
@@ -207,3 +249,29 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             tower, length = self.architecture.modalities[modality], tokens.shape[1]
             result[modality], normed[tower] = normed[tower].split([length, normed[tower].shape[1] - length], dim=1)
         return result
+
+
+def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Streams]:
+    """The forward of a block, compiled where gradients are asked for.
+
+    Its forward alone: the hooks around it, with which FSDP gathers weights, are not for the compiler. Sampling has a
+    shape for every length, each of which would be compiled anew.
+    """
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    @functools.wraps(forward)
+    def choose(*args: Any, **kwargs: Any) -> Streams:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return choose
+
+
+def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Copy a tensor, or this process's shard of it, into a parameter."""
+    if isinstance(parameter, DTensor):
+        # Each process has drawn the same: nothing has to be sent.
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shards = distribute_tensor(whole.detach().to(parameter.device), mesh, placements, src_data_rank=None)
+        parameter.to_local().copy_(shards.to_local())
+    else:
+        parameter.copy_(whole)

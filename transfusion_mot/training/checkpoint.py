@@ -1,19 +1,15 @@
-"""The two things a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
+"""The folders a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from transfusion_mot.errors import UserError
 
-STATE_FILE = "state.pt"
-KEPT_STATES = 2
+# What of a training state is no tensor.
+PROGRESS_FILE = "progress.json"
 
 
 @contextmanager
@@ -22,24 +18,40 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
     A crash in the middle leaves what was there before.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = begin_aside(folder)
+    yield aside
+    put_in_place(folder)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where `folder` is written."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def begin_aside(folder: Path) -> Path:
+    """The same, empty."""
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    return aside
+
+
+def put_in_place(folder: Path) -> None:
+    """Let what was written aside take the place of `folder`, once it is on the disk."""
+    aside = aside_of(folder)
+    for path in [*aside.rglob("*"), aside]:
+        _fsync(path)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+    _fsync(folder.parent)
 
 
-def save_state(run: Path, step: int, state: dict[str, Any]) -> None:
-    """Write the training state after `step` steps and remove all but the newest ones."""
-    with written_aside(run / "state" / f"step-{step:07d}") as folder:
-        torch.save(state, folder / STATE_FILE)
-    for old in _steps(run / "state")[:-KEPT_STATES]:
-        shutil.rmtree(old)
+def _fsync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def find_state(run: Path, resume: str) -> Path | None:
@@ -64,28 +76,28 @@ def find_state(run: Path, resume: str) -> Path | None:
             )
         return None
     folder = Path(resume)
-    if not (folder / STATE_FILE).is_file():
-        raise UserError(f"resume={resume} is no training state; it needs a folder state/step-N that holds {STATE_FILE}")
+    if not (folder / PROGRESS_FILE).is_file():
+        raise UserError(
+            f"resume={resume} is no training state; it needs a folder state/step-N that holds {PROGRESS_FILE}"
+        )
     return folder
 
 
-def drop_later(run: Path, step: int) -> None:
-    """Remove the states and snapshots behind a step: a run that goes on from there would be mistaken for them."""
-    for later in [*_steps(run / "state"), *_steps(run / "snapshots")]:
-        if _step_number(later) > step:
-            shutil.rmtree(later)
+def clear_behind(run: Path, step: int) -> None:
+    """Remove the states and snapshots behind a step: a run that goes on from there would be mistaken for them.
 
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Read a training state onto the CPU.
-
-    Raises:
-        UserError: The file is damaged.
+    What was being written when the run was killed goes, too.
     """
-    try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"training state {folder} cannot be read ({error}); remove it to use the one before") from None
+    for folder in (run / "state", run / "snapshots"):
+        for left in [*folder.glob(".step-*.partial"), *(path for path in _steps(folder) if _step_number(path) > step)]:
+            shutil.rmtree(left)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all of the folders step-N in `folder` but the newest and those of every `keep_every` steps (0: none)."""
+    for old in _steps(folder)[:-keep_last]:
+        if not keep_every or _step_number(old) % keep_every:
+            shutil.rmtree(old)
 
 
 def find_snapshot(path: str) -> Path:

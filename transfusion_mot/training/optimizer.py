@@ -1,21 +1,15 @@
-"""Parameter groups and their optimizer, the learning-rate schedule, and the averaged weights."""
+"""Parameter groups and their optimizer, and the learning-rate schedule."""
 
-import copy
 import math
-from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.config import OptimizerConfig
-from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.muon import MuonAdamW
 from transfusion_mot.training.towers import tower_of
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
@@ -81,45 +75,3 @@ def set_lr(optimizer: Optimizer, config: OptimizerConfig, step: int, num_steps: 
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     return lr
-
-
-def load_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Take over the moments of a saved optimizer's `state_dict()`; all settings stay those of the configuration.
-
-    Parameters are found by name: towers may have been frozen, set free or given another learning rate since. One that
-    was not trained before starts without moments.
-
-    Raises:
-        UserError: The moments are those of another kind of optimizer.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    moments = {name: saved["state"][key] for name, key in _keys(saved["param_groups"]) if key in saved["state"]}
-    state = {key: moments[name] for name, key in _keys(own) if name in moments}
-    muon = {key for group in own if "row_splits" in group for key in group["params"]}
-    if any(("momentum_buffer" in moment) != (key in muon) for key, moment in state.items()):
-        raise UserError("the saved optimizer is another than optimizer.name; keep the name, or start a new output_dir")
-    optimizer.load_state_dict({"state": state, "param_groups": own})
-
-
-def _keys(groups: list[dict[str, Any]]) -> Iterator[tuple[str, int]]:
-    """Name of each parameter, and its key in the state."""
-    return ((name, key) for group in groups for name, key in zip(group["param_names"], group["params"], strict=True))
-
-
-class EMA(Generic[Model]):
-    """Averaged weights, which samples and snapshots use.
-
-    Args:
-        model: The model whose parameters are averaged; `self.model` is a copy of it that holds the averages.
-        decay: Weight of the past; early in a run it is (1 + step) / (10 + step), so that the random start is forgotten.
-    """
-
-    def __init__(self, model: Model, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move the averages towards the parameters after optimizer step `step` (0, 1, ...)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)

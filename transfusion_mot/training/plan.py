@@ -13,8 +13,8 @@ from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import Checkpointing, check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
 from transfusion_mot.training.memory import Layout, Memory, Parallelism, Setting, step_memory
-from transfusion_mot.training.metrics import PEAK_FLOPS, active_parameters, row_flops
 from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
 
 GIB = 2**30
@@ -216,7 +216,9 @@ def microbatch_table(model: TransfusionMoT, layout: Layout, config: RunConfig, g
 
 def time_line(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     """FLOPs of a token and the length of the run."""
-    of_row = row_flops(model, config.model, layout.text_slots, layout.images, layout.latent_shape, layout.causal_pairs)
+    latents = torch.Size([layout.images, *layout.latent_shape])
+    of_weights = weight_flops_per_row(model, config.model, layout.text_slots, latents)
+    of_row = of_weights + layout.causal_pairs * flops_per_pair(config.model)
     of_step = of_row * config.training.num_rows
     peak = PEAK_FLOPS[next(name for name in PEAK_FLOPS if gpu.startswith(name))]
     seconds = of_step / (gpus * peak * mfu)

@@ -1,28 +1,183 @@
-"""The loss plot of a run."""
+"""Loss curves of runs side by side: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
+Text and diffusion loss against steps, FLOPs and seconds of training; what is held out is dotted with its points.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
-from transfusion_mot.training.metrics import read_metrics
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
 
-CURVES = (
-    ("text loss (nats per token)", ("text_loss", "validation/text_loss", "validation/caption_loss")),
-    ("diffusion loss (squared error per element)", ("diffusion_loss", "validation/diffusion_loss")),
+Lines = list[dict[str, Any]]
+
+# Each loss in training and held out.
+_LOSSES = (
+    ("text loss", "nats per token", "text_loss", "validation/text_loss"),
+    ("diffusion loss", "squared error per element", "diffusion_loss", "validation/diffusion_loss"),
 )
+_AXES = ("step", "flops", "seconds")
+# Okabe and Ito's palette: told apart by every eye, and in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_INK, _GRID = "#2b2f36", "#e3e6ea"
+# Points of a smoothed curve; the raw one stays visible behind it.
+_SMOOTHED_POINTS = 100
+_UNITS = ((3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training"))
 
 
-def plot_losses(metrics_file: Path, output: Path) -> None:
-    """Draw both losses, in training and on held-out documents, against steps."""
-    lines = read_metrics(metrics_file)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, 2), CURVES, strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                few = len(points) < 20
-                axes.plot(*zip(*points, strict=True), marker="o" if few else None, label=name, linewidth=1.2)
-        axes.set(title=title, xlabel="step", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.savefig(output, dpi=120)
+def curve(lines: Lines, loss: str, axis: str) -> tuple[list[float], list[float]]:
+    """(x, y) of a loss against `step`, `flops` or `seconds`; validations lie where the training before them ended."""
+    xs, ys = [], []
+    latest = None
+    for line in lines:
+        latest = line.get(axis, latest)
+        if loss in line and latest is not None:
+            xs.append(float(latest))
+            ys.append(float(line[loss]))
+    return xs, ys
+
+
+def smoothed(values: list[float], width: int) -> list[float]:
+    """Means over windows of at most `width` values around each."""
+    half = width // 2
+    means = []
+    for index in range(len(values)):
+        # As many on both sides, so that the ends of a falling curve stay where they are.
+        side = min(half, index, len(values) - 1 - index)
+        window = values[index - side : index + side + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def plot_runs(runs: dict[str, Path], output: Path) -> None:
+    """Draw the losses of runs.
+
+    Args:
+        runs: Label to metrics file.
+        output: PNG, or whatever its suffix says.
+
+    Raises:
+        UserError: A file holds no losses, or the output cannot be written.
+    """
+    all_lines = {label: read_metrics(path) for label, path in runs.items()}
+    for label, lines in all_lines.items():
+        if not any("text_loss" in line for line in lines):
+            raise UserError(f"{runs[label]} holds no losses; give run folders of train.py that have trained")
+    figure = Figure(figsize=(15, 8.2), layout="constrained")
+    grid = figure.subplots(len(_LOSSES), len(_AXES), sharey="row", squeeze=False)
+    for row, (title, measure, loss, held_out) in enumerate(_LOSSES):
+        for column, axis in enumerate(_AXES):
+            axes = grid[row, column]
+            scale, name = _unit(axis, [line for lines in all_lines.values() for line in lines])
+            for colour, lines in zip(_colours(len(runs)), all_lines.values(), strict=True):
+                _draw(axes, lines, loss, held_out, axis, scale, colour)
+            axes.set_xlabel(name, color=_INK)
+            if column == 0:
+                axes.set_ylabel(f"{title}\n{measure}", color=_INK)
+            _tidy(axes)
+    handles = [
+        Line2D([], [], color=colour, linewidth=2.2, label=label)
+        for colour, label in zip(_colours(len(runs)), runs, strict=True)
+    ]
+    handles += [
+        Line2D([], [], color=_INK, linewidth=1.8, label="training"),
+        Line2D([], [], color=_INK, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="held out"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {output}: {error}") from None
+
+
+def _unit(axis: str, lines: Lines) -> tuple[float, str]:
+    """In what an axis is numbered, and what it is called."""
+    longest = max((line.get(axis, 0.0) for line in lines), default=0.0)
+    if axis == "seconds":
+        return next(((unit, name) for unit, name in _UNITS if longest >= unit), _UNITS[-1])
+    if axis == "flops" and longest >= 1:
+        exponent = math.floor(math.log10(longest))
+        return 10.0**exponent, f"training FLOPs / $10^{{{exponent}}}$"
+    return 1.0, "steps" if axis == "step" else "training FLOPs"
+
+
+def _colours(count: int) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
+
+
+def _draw(axes: Axes, lines: Lines, loss: str, held_out: str, axis: str, scale: float, colour: str) -> None:
+    xs, ys = curve(lines, loss, axis)
+    xs = [x / scale for x in xs]
+    width = max(1, len(ys) // _SMOOTHED_POINTS * 2 + 1)
+    if width > 1:
+        axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(xs, smoothed(ys, width), color=colour, linewidth=1.8, marker="." if len(ys) < 3 else None)
+    xs, ys = curve(lines, held_out, axis)
+    xs = [x / scale for x in xs]
+    axes.plot(xs, ys, color=colour, linewidth=1.2, linestyle=":", marker="o", markersize=4, markeredgecolor="white")
+
+
+class _PlainLogFormatter(LogFormatter):
+    """Numbers between powers of ten, as they are written in text."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:g}"
+
+
+def _tidy(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Most curves stay between two powers of ten.
+    axes.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_xlim(left=0)
+    axes.grid(color=_GRID, which="both", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b4bac3")
+    axes.tick_params(which="both", color="#b4bac3", labelcolor=_INK)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw, as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.training.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("--output", default="loss.png", metavar="FILE", help="picture to write (default: loss.png)")
+    given = parser.parse_args(arguments)
+    for run in given.runs:
+        if not (Path(run) / METRICS_FILE).is_file():
+            raise UserError(f"{run} holds no {METRICS_FILE}; give run folders of train.py")
+    labels = labels_of([Path(run) for run in given.runs])
+    runs = {label: Path(run) / METRICS_FILE for label, run in zip(labels, given.runs, strict=True)}
+    plot_runs(runs, Path(given.output))
+    print(f"drawn in {given.output}")
+
+
+def labels_of(runs: list[Path]) -> list[str]:
+    """The last names of run folders, with as many parents as it takes to tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(names[-depth:]) for names in parts]
+        if len(set(labels)) == len(set(parts)):
+            return labels
+    return [str(run) for run in runs]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -10,24 +10,45 @@ from torch.optim import Optimizer
 
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.losses import IGNORE_INDEX, diffusion_loss_sum
+from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses
 from transfusion_mot.training.towers import clip_grad_norm
+
+
+class Losses(NamedTuple):
+    """Losses of some rows.
+
+    Attributes:
+        sums: [2], summed text and diffusion losses.
+        text: [B, T], cross-entropy of each text slot, without gradient.
+        images: [B, K], summed squared error of each image, without gradient.
+    """
+
+    sums: Tensor
+    text: Tensor
+    images: Tensor
 
 
 class StepResult(NamedTuple):
     """What a step leaves for the log; all on the device, so that nothing waits for it.
 
     Attributes:
-        loss_sums: [2], this rank's summed text and diffusion losses.
+        text_losses: [rows, T], cross-entropy of each text slot of this rank.
+        image_losses: [rows, K], summed squared error of each image of this rank.
         counts: [2], labelled tokens and image elements of all ranks.
-        grad_norm: [], before clipping.
+        grad_norm: [], before clipping. Where it is not finite, no parameter has changed.
         tower_grad_norms: [] each, likewise; of the towers that are trained.
     """
 
-    loss_sums: Tensor
+    text_losses: Tensor
+    image_losses: Tensor
     counts: Tensor
     grad_norm: Tensor
     tower_grad_norms: dict[str, Tensor]
+
+    @property
+    def loss_sums(self) -> Tensor:
+        """[2], this rank's summed text and diffusion losses."""
+        return torch.stack([self.text_losses.sum(), self.image_losses.sum()])
 
 
 def loss_counts(batch: Batch) -> Tensor:
@@ -37,8 +58,8 @@ def loss_counts(batch: Batch) -> Tensor:
     return torch.stack([tokens, elements]).double()
 
 
-def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_weight: float = 0.0) -> Tensor:
-    """[2]: summed text loss and summed diffusion loss of a microbatch."""
+def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_weight: float = 0.0) -> Losses:
+    """Losses of a microbatch."""
     noisy_latents = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
     output = model(
         text_ids=batch.text_ids,
@@ -52,7 +73,26 @@ def loss_sums(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_weigh
         z_loss_weight=z_loss_weight,
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
-    return torch.stack([output.text_loss, diffusion_loss_sum(output.prediction, target, batch.image_mask)])
+    images = diffusion_losses(output.prediction, target, batch.image_mask)
+    return Losses(torch.stack([output.text_loss, images.sum()]), output.text_losses, images.detach())
+
+
+def step_if_finite(optimizer: Optimizer, grad_norm: Tensor) -> None:
+    """Update, unless the gradient's norm is not finite: then no parameter changes. The host does not wait to know.
+
+    A fused optimizer then does nothing at all, as with a gradient scaler. Any other takes a gradient of zero: its
+    moments go on.
+    """
+    bad = (~grad_norm.isfinite()).float()
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper passes no attributes on
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        vars(optimizer)["found_inf"] = bad
+    else:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = torch.where(bad > 0, torch.zeros_like(parameter.grad), parameter.grad)
+    optimizer.step()
 
 
 def train_step(
@@ -74,15 +114,19 @@ def train_step(
     counts = accelerator.reduce(loss_counts(batch), reduction="sum")
     # Data parallelism averages over ranks what must be a sum.
     text_scale, diffusion_scale = (accelerator.num_processes / counts.clamp(min=1)).float().unbind()
-    sums = torch.zeros(2, device=batch.text_ids.device)
+    text_losses, image_losses = [], []
     microbatches = batch.split(microbatch_rows)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            losses = loss_sums(model, microbatch, diffusion, z_loss_weight)
-            accelerator.backward(losses[0] * text_scale + diffusion_loss_weight * losses[1] * diffusion_scale)
-            sums += losses.detach()
+            # Around everything: FSDP's weights are in bfloat16 already where the forward begins.
+            with accelerator.autocast():
+                losses = compute_losses(model, microbatch, diffusion, z_loss_weight)
+            text_sum, diffusion_sum = losses.sums
+            accelerator.backward(text_sum * text_scale + diffusion_loss_weight * diffusion_sum * diffusion_scale)
+            text_losses.append(losses.text)
+            image_losses.append(losses.images)
     grad_norm, tower_grad_norms = clip_grad_norm(optimizer, max_grad_norm)
-    optimizer.step()
+    step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums, counts, grad_norm, tower_grad_norms)
+    return StepResult(torch.cat(text_losses), torch.cat(image_losses), counts, grad_norm, tower_grad_norms)

@@ -58,7 +58,9 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, dict[
     """
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
-        gradients.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+        gradients.setdefault(group.get("tower", "all"), []).extend(
+            p.grad for p in group["params"] if p.grad is not None
+        )
     norms = {tower: _whole(nn.utils.get_total_norm(parts)) for tower, parts in gradients.items() if parts}
     total = torch.stack(list(norms.values())).norm()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,7 +15,7 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.training.step import loss_counts, loss_sums
+from transfusion_mot.training.step import compute_losses, loss_counts
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -102,15 +102,18 @@ class Validation:
     def _batches(
         self, packers: list[tuple[int, Packer]], device: torch.device, accelerator: Accelerator
     ) -> Iterator[Batch]:
-        """This rank's rows."""
+        """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
         for bucket, packer in packers:
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
-            for start in range(0, len(lanes), self.rows_at_once):
+            for start in range(0, -(-packer.num_lanes // accelerator.num_processes), self.rows_at_once):
                 chunk = lanes[start : start + self.rows_at_once]
-                states = np.tile(packer.initial_state(), (len(chunk), 1))
-                yield self.encoder(packer.rows(chunk, 0, states, bucket)[0].to(device))
+                # Where there are none left, a row that counts for nothing.
+                used = chunk or [0]
+                states = np.tile(packer.initial_state(), (len(used), 1))
+                batch = self.encoder(packer.rows(used, 0, states, bucket)[0].to(device))
+                yield batch if chunk else batch.emptied()
 
     def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
         """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
         batch = dataclasses.replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
-        return torch.stack([loss_sums(model, batch, self.diffusion).double(), loss_counts(batch)], dim=1)
+        return torch.stack([compute_losses(model, batch, self.diffusion).sums.double(), loss_counts(batch)], dim=1)

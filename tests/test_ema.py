@@ -1,0 +1,74 @@
+"""The averaged weights by hand, and the model that computes with them."""
+
+import pytest
+import torch
+from conftest import make_rows, tiny_config, tiny_model
+
+from transfusion_mot.training.ema import EMA
+
+
+def test_average_moves_as_computed_by_hand() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 2.0)
+    ema = EMA(model, 0.5)
+    expected = 2.0
+    for step, value in enumerate((10.0, -4.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0)):
+        torch.nn.init.constant_(model.weight, value)
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+        assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-6)
+        assert model.weight.item() == value, "the model itself does not move"
+    assert not ema.weights["weight"].requires_grad
+    # From the eighth step on (1 + 8) / (10 + 8) the asked-for decay is reached.
+    assert decay == 0.5
+
+
+def test_every_parameter_is_averaged() -> None:
+    model = tiny_model(tiny_config())
+    ema = EMA(model, 0.99)
+    before = {name: weight.clone() for name, weight in ema.weights.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    ema.update(model, 10_000)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    for name, weight in ema.weights.items():
+        torch.testing.assert_close(weight, before[name] + 0.01, rtol=0, atol=1e-9)
+
+
+def test_model_computes_with_the_averages_and_gets_its_weights_back() -> None:
+    model, averaged = tiny_model(tiny_config()), tiny_model(tiny_config())
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        for parameter in averaged.parameters():
+            parameter *= 0.5
+        for name, weight in ema.weights.items():
+            weight.copy_(averaged.get_parameter(name))
+    inputs = make_rows([[[3, "image", 2]]], 8, 1).inputs
+    with torch.no_grad():
+        own = model(**inputs).logits
+        with ema.in_place_of(model):
+            assert not model.training
+            assert torch.equal(model(**inputs).logits, averaged(**inputs).logits)
+        assert model.training
+        assert torch.equal(model(**inputs).logits, own)
+    assert not torch.equal(own, averaged(**inputs).logits)
+    whole = ema.gathered(keep=True)
+    assert all(torch.equal(whole[name], parameter) for name, parameter in averaged.named_parameters())
+    assert ema.gathered(keep=False) == {}
+
+
+def test_weights_come_back_after_an_error() -> None:
+    model = tiny_model(tiny_config())
+    ema = EMA(model, 0.9)
+    before = [parameter.clone() for parameter in model.parameters()]
+    torch._foreach_mul_(list(ema.weights.values()), 2)
+
+    def fails() -> None:
+        with ema.in_place_of(model):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fails()
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))

@@ -1,0 +1,319 @@
+"""Steps that are not finite, spikes and mis-wired starts, on real rows."""
+
+import copy
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import CHANNELS, ArrayImages, sources_of, texts_of, tiny_config
+from process_group import FSDP2, run_processes
+from torch import nn
+
+from transfusion_mot.config import DataConfig, TrainingConfig
+from transfusion_mot.data.loader import LaneLoader
+from transfusion_mot.data.mixture import Source
+from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.errors import NotFiniteError, UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.guards import Guards, SpikeDetector
+from transfusion_mot.training.log import StepRecord
+from transfusion_mot.training.parallel import make_accelerator, place, wrap
+from transfusion_mot.training.step import StepResult, step_if_finite, train_step
+
+CAPTIONS = ["red apple", "sun", "an octopus", "fox", "moon", "a car", "star", "tree"]
+
+
+def parameters_of(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(2)]
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "muon": lambda parameters: torch.optim.Muon(parameters, lr=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_step_with_a_gradient_that_is_not_finite_leaves_finite_parameters(name: str, bad: float) -> None:
+    parameters = parameters_of()
+    optimizer = OPTIMIZERS[name](parameters)
+    gradients = parameters_of(1)
+    for step in range(4):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.detach().clone()
+        if step == 2:
+            parameters[0].grad[1, 1] = bad
+            before = copy.deepcopy((parameters, optimizer.state_dict()))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        step_if_finite(optimizer, norm)
+        if step == 2 and name == "adamw":
+            for one, two in zip(before[0], parameters, strict=True):
+                assert torch.equal(one, two), "a fused optimizer does nothing at all"
+            for index, state in before[1]["state"].items():
+                for key, value in state.items():
+                    assert torch.equal(value, optimizer.state_dict()["state"][index][key]), key
+        if step == 2 and name != "adamw":
+            assert all(parameter.isfinite().all() for parameter in parameters)
+    for parameter, first in zip(parameters, parameters_of(), strict=True):
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, first)
+
+
+class Run:
+    """A tiny run: real rows of captions and texts, the step, and its guards."""
+
+    def __init__(self, tokenizer, accelerator, mean: np.ndarray, is_new=False, scheduler=None, images=2, **training):
+        captions = [CAPTIONS[i % 8] + "!" * (i // 8) for i in range(len(mean))]
+        pictures = ArrayImages(captions, mean, np.zeros_like(mean), name="pictures")
+        sources = sources_of(Source(pictures, 1.0, pictures), texts_of(["some longer text about nothing"] * 20))
+        self.diffusion = Diffusion(scheduler or make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
+        data = DataConfig(text_slots=40, images_per_row=images, prompt_dropout_prob=0.0)
+        draw = self.diffusion.timesteps_from_uniform
+        self.packer = Packer(sources, tokenizer, data, "1d", 2, 4, 0, draw)
+        self.encoder, self.accelerator = OnlineEncoder(None, 1), accelerator
+        self.config = TrainingConfig(num_rows=4, **training)
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, tiny_config())
+        place(bare, accelerator, 0)
+        self.model: nn.Module = wrap(bare, accelerator)
+        self.is_new = is_new
+
+    def new_guards(self, lanes: range) -> Guards:
+        """Guards that have seen nothing."""
+        return Guards(
+            self.accelerator,
+            self.model,
+            self.diffusion,
+            self.packer,
+            self.encoder,
+            lanes,
+            self.config,
+            16,
+            self.is_new,
+        )
+
+    def steps(self, count: int) -> Counter[str]:
+        """Train and check all steps at once, as at the end of an interval."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        loader = LaneLoader(self.packer, rank, world_size, 0, None, 0, count, torch.device("cpu"), self.encoder)
+        self.guards = self.new_guards(loader.lanes)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        records = []
+        for step, (batch, _) in enumerate(loader, 1):
+            rows = 4 // world_size
+            result = train_step(self.model, batch, self.diffusion, optimizer, self.accelerator, rows, 5.0, 1.0)
+            self.guards.add(step, batch, loader.states_before)
+            records.append(record(step, result, self.accelerator))
+        return self.guards.check(records)
+
+
+def record(step: int, result: StepResult, accelerator: Accelerator) -> StepRecord:
+    """What the log makes of a step."""
+    by_row = torch.stack([result.text_losses.sum(1), result.image_losses.sum(1)], dim=1)
+    rows = accelerator.gather(by_row).T.tolist()
+    return StepRecord(step, *rows, *result.counts.tolist(), result.grad_norm.item())
+
+
+def normal_latents(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((len(CAPTIONS), CHANNELS, 4, 4)).astype(np.float32)
+
+
+def test_document_whose_latents_are_not_finite_is_named(byte_tokenizer, accelerator) -> None:
+    mean = normal_latents()
+    mean[CAPTIONS.index("an octopus")] = np.nan
+    run = Run(byte_tokenizer, accelerator, mean)
+    with pytest.raises(NotFiniteError) as stop:
+        run.steps(3)
+    assert "pictures 'an octopus" in str(stop.value)
+    assert "text loss" in str(stop.value)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+def test_document_of_a_later_step_is_named(byte_tokenizer, accelerator) -> None:
+    """The rows of any step are made again, not those of the first one."""
+    mean = np.tile(normal_latents(), (4, 1, 1, 1))
+    numbered = np.broadcast_to(np.arange(32, dtype=np.float32)[:, None, None, None], mean.shape)
+    packer = Run(byte_tokenizer, accelerator, numbered).packer
+    states = np.tile(packer.initial_state(), (4, 1))
+    for step in range(3):
+        rows, states, _ = packer.rows(range(4), step, states)
+    index = int(rows.batch.latents[2, 1].max())
+    mean[index] = np.nan
+    with pytest.raises(NotFiniteError) as stop:
+        Run(byte_tokenizer, accelerator, mean).steps(4)
+    assert "step 3 is not finite" in str(stop.value)
+    assert "row 2: " in str(stop.value)
+    assert f"pictures '{CAPTIONS[index % 8] + '!' * (index // 8)}'" in str(stop.value)
+
+
+def test_skipped_steps_are_counted_and_the_others_train(byte_tokenizer, accelerator, capfd) -> None:
+    """The run is the same as one that never saw the bad steps, but for the rows in them."""
+    mean = normal_latents()
+    mean[CAPTIONS.index("fox")] = np.inf
+    run = Run(byte_tokenizer, accelerator, mean, on_non_finite="skip")
+    before = copy.deepcopy(run.model)
+    noticed = run.steps(4)
+    # 8 images a step of 8: each of them once a step.
+    assert noticed["skipped_steps"] == 4
+    assert "pictures 'fox'" in capfd.readouterr().out
+    for one, two in zip(before.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert Run(byte_tokenizer, accelerator, normal_latents()).steps(4) == Counter(skipped_steps=0, spikes=0)
+
+
+def test_run_that_only_skips_is_given_up(byte_tokenizer, accelerator) -> None:
+    run = Run(byte_tokenizer, accelerator, np.full_like(normal_latents(), np.nan), on_non_finite="skip")
+    with pytest.raises(NotFiniteError, match="the last 20 steps were skipped"):
+        run.steps(25)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Passes a loss on, and an infinite gradient back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * float("inf")
+
+
+class Trap(nn.Module):
+    """A model whose gradient, and nothing else, is infinite for texts with a certain token."""
+
+    def __init__(self, model: nn.Module, token: int) -> None:
+        super().__init__()
+        self.model, self.token = model, token
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        if (inputs["text_ids"][inputs["text_labels"] >= 0] == self.token).any():
+            output = output._replace(text_loss=InfiniteGradient.apply(output.text_loss))
+        return output
+
+
+def test_row_is_found_by_its_gradient_alone(byte_tokenizer, accelerator) -> None:
+    run = Run(byte_tokenizer, accelerator, normal_latents())
+    (token,) = byte_tokenizer.encode("x")  # of "fox" and of nothing else but the texts behind it
+    run.packer.sources.sources[1].documents.texts = ["no such letter at all"] * 20
+    run.model = Trap(run.model, token)
+    with pytest.raises(NotFiniteError) as stop:
+        run.steps(1)
+    assert "pictures 'fox'" in str(stop.value)
+    assert str(stop.value).count("row ") == 1
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def stopped_by(tokenizer, latents: np.ndarray, token: int | None, folder: Path) -> str:
+    """The sentence with which a run ends in this process."""
+    run = Run(
+        tokenizer, make_accelerator(TrainingConfig(num_rows=4, mixed_precision="no", tracker=None), folder), latents
+    )
+    if token is not None:
+        run.packer.sources.sources[1].documents.texts = ["no such letter at all"] * 20
+        run.model = Trap(run.model, token)
+    with pytest.raises(NotFiniteError) as stop:
+        run.steps(2)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("by", ["loss", "gradient"])
+def test_two_processes_name_what_one_names(byte_tokenizer, tmp_path, monkeypatch, environment: dict, by: str) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    latents, token = normal_latents(), None
+    if by == "loss":
+        latents[CAPTIONS.index("moon")] = np.nan
+    else:
+        (token,) = byte_tokenizer.encode("x")
+    alone = stopped_by(byte_tokenizer, latents, token, tmp_path)
+    both = run_processes(stopped_by, 2, environment, tmp_path / "group", byte_tokenizer, latents, token, tmp_path)
+    assert "row " in alone
+    for sentence in both:
+        # The numbers in brackets are rounded.
+        assert sentence.split(")", 1)[1] == alone.split(")", 1)[1]
+
+
+def test_spike_is_above_the_median_by_ten_deviations() -> None:
+    generator = np.random.default_rng(0)
+    values = (1 + 0.1 * generator.standard_normal(400)).tolist()
+    values[250], values[300], values[20] = 2.0, 1.5, 50.0
+    detector = SpikeDetector()
+    found = {index for index, value in enumerate(values) if detector.median_if_spike(value) is not None}
+    expected = set()
+    for index in range(50, 400):
+        window = values[max(0, index - 200) : index]
+        median = statistics.median(window)
+        if values[index] > median + 10 * statistics.median([abs(value - median) for value in window]):
+            expected.add(index)
+    assert found == expected
+    assert 250 in found
+    assert 20 not in found, "there is nothing yet to compare with"
+
+
+def test_spike_names_step_and_rows(byte_tokenizer, accelerator, capfd) -> None:
+    run = Run(byte_tokenizer, accelerator, normal_latents())
+    run.steps(1)
+    quiet = [StepRecord(step, [1.0, 1.0, 1.0, 1.0], [0.0] * 4, 4.0, 1.0, 0.5 + 0.01 * (step % 5)) for step in range(60)]
+    loud = StepRecord(60, [1.0, 1.0, 30.0, 1.0], [0.0] * 4, 4.0, 1.0, 0.5)
+    assert run.guards.check([*quiet, loud])["spikes"] == 1
+    told = capfd.readouterr().out
+    assert "step 60 is a spike: loss is 8.25, the median of the steps before 1" in told
+    assert "rows with most of the loss: 2 (91 %)" in told
+
+
+SCHEDULERS = {
+    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
+    "epsilon": ("DDPMScheduler", {"prediction_type": "epsilon"}),
+    "sample": ("DDPMScheduler", {"prediction_type": "sample"}),
+    "v_prediction": ("DDPMScheduler", {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_new_model_starts_within_the_band(byte_tokenizer, accelerator, kind: str) -> None:
+    scheduler = make_scheduler(*SCHEDULERS[kind])
+    # More slots for images than there is text for: some stay empty.
+    run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True, scheduler=scheduler, images=5)
+    assert run.steps(2) == Counter(skipped_steps=0, spikes=0)
+    nn.init.ones_(run.model.image_adapter.output.bias)
+    with pytest.raises(UserError, match="mean square of its target"):
+        run.steps(1)
+    run.is_new = False
+    run.steps(1)
+
+
+def test_mis_wired_text_is_refused(byte_tokenizer, accelerator) -> None:
+    run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True)
+    nn.init.normal_(run.model.text_head.weight, std=1.0)
+    with pytest.raises(UserError, match=r"text loss of the first step is .* about 5\.5"):
+        run.steps(1)
+
+
+def test_latents_that_are_not_normalised_are_refused(byte_tokenizer, accelerator) -> None:
+    run = Run(byte_tokenizer, accelerator, 5 * normal_latents(), is_new=True)
+    with pytest.raises(UserError, match="scaling factor"):
+        run.steps(1)
+
+
+def test_first_text_loss_of_a_wide_model_is_known(byte_tokenizer) -> None:
+    """Above ln V, by half the variance of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2000, 2048, generator=generator)
+    head = 0.02 * torch.randn(5000, 2048, generator=generator)
+    labels = torch.randint(5000, (2000,), generator=generator)
+    loss = nn.functional.cross_entropy(hidden @ head.T, labels).item()
+    assert loss == pytest.approx(np.log(5000) + 2048 * 0.02**2 / 2, abs=0.05)

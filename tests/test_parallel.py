@@ -1,0 +1,239 @@
+"""One process, DDP, FSDP2 and its hybrid: equal weights, gradients, averages, and states that any of them reads."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHANNELS, VOCAB_SIZE, randomise, tiny_config
+from process_group import FSDP2, HYBRID, run_processes
+from test_losses import make_batch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from transfusion_mot.config import OptimizerConfig, TrainingConfig
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.checkpoint import find_state
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.parallel import make_accelerator, place, wrap
+from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
+from transfusion_mot.training.step import train_step
+
+ADAPTERS = ({}, {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1})
+SEED = 3
+# Of float32 sums in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+Values = dict[str, Tensor]
+
+
+def whole(tensors: dict[str, Tensor]) -> Values:
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def steps(
+    microbatch_rows: int,
+    first: int,
+    last: int,
+    state: Path | None,
+    resume: Path | None,
+    mixed_precision: str = "no",
+    compiled: bool = False,
+) -> dict[str, Values]:
+    """Some steps, with validation by the averages between them => all that they change, gradients included."""
+    training = TrainingConfig(mixed_precision=mixed_precision, num_rows=8, tracker=None)
+    accelerator = make_accelerator(training, Path())
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config())
+    place(model, accelerator, SEED)
+    if resume is None:
+        fill(model)
+    ema, optimizer = EMA(model, 0.9), make_optimizer(model, OptimizerConfig(lr=0.01))
+    if resume is not None:
+        assert torch.equal(load_tensors(find_state(resume, "auto"), model, ema, optimizer), torch.arange(8))
+    if compiled:
+        # What the compiler sees is the same with any backend; this one takes no time.
+        torch.compile = functools.partial(torch.compile, backend="eager")
+        model.compile_blocks()
+    wrapped = wrap(model, accelerator)
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
+    batch = make_batch(torch.float32).split(8 // accelerator.num_processes)[accelerator.process_index]
+    gradients: Values = {}
+
+    def note(*_: object) -> None:
+        gradients.update(whole({name: p.grad for name, p in model.named_parameters()}))
+
+    optimizer.register_step_pre_hook(note)
+    norms = []
+    for step in range(first, last):
+        result = train_step(wrapped, batch, diffusion, optimizer, accelerator, microbatch_rows, 5.0, 0.5)
+        norms.append(result.grad_norm)
+        ema.update(model, step)
+        with ema.in_place_of(model), accelerator.autocast(), torch.no_grad():
+            forward(model, batch)
+    if state is not None:
+        with StateWriter(state, 2, 0) as writer:
+            writer.save(last, state_tensors(model, ema, optimizer, torch.arange(8)), {"step": last})
+    assert not compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one code for all blocks"
+    moments = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    return {
+        "gradient": gradients,
+        "norm": {str(number): norm for number, norm in enumerate(norms)},
+        "model": whole(dict(model.named_parameters())),
+        "ema": whole(ema.weights),
+        "moment": whole(moments),
+    }
+
+
+def fill(model: TransfusionMoT) -> None:
+    """Random where a fresh model has the zeros that would hide mistakes."""
+    reference = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config())
+    randomise(reference)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = reference.get_parameter(name).detach()
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = torch.distributed.tensor.distribute_tensor(value, mesh, placements)
+            parameter.copy_(value)
+
+
+def forward(model: TransfusionMoT, batch) -> None:
+    fields = {name: getattr(batch, name) for name in ("text_ids", "document_ids", "order", "span_ids")}
+    model(noisy_latents=batch.latents, timesteps=batch.timesteps, rope_positions=batch.rope_positions, **fields)
+
+
+def assert_close(one: dict[str, Values], two: dict[str, Values]) -> None:
+    for kind, values in one.items():
+        assert values.keys() == two[kind].keys()
+        for name, value in values.items():
+            torch.testing.assert_close(
+                two[kind][name], value, **CLOSE, msg=lambda text, at=f"{kind} {name}": f"{at} {text}"
+            )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Values]:
+    """Two steps of one process, all rows at once."""
+    return run_processes(steps, 1, {}, tmp_path_factory.mktemp("alone"), 8, 0, 2, None, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "environment", "microbatch_rows"),
+    [(1, {}, 3), (2, {}, 3), (4, {}, 1), (1, FSDP2, 4), (2, FSDP2, 1), (4, FSDP2, 2), (4, HYBRID, 1)],
+    ids=["one", "ddp2", "ddp4", "fsdp1", "fsdp2", "fsdp4", "hybrid2x2"],
+)
+def test_steps_are_equal_however_rows_and_weights_are_split(
+    tmp_path: Path, alone, world_size: int, environment: dict[str, str], microbatch_rows: int
+) -> None:
+    """Gradients, clipped by their global norm; and what they make of weights, averages and moments."""
+    assert alone["norm"]["0"] > 0.5
+    for result in run_processes(steps, world_size, environment, tmp_path, microbatch_rows, 0, 2, None, None):
+        assert_close(alone, result)
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp"])
+def test_compiled_blocks_change_nothing(tmp_path: Path, alone, environment: dict[str, str]) -> None:
+    for result in run_processes(steps, 2, environment, tmp_path, 2, 0, 2, None, None, "no", True):
+        assert_close(alone, result)
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp"])
+def test_bfloat16_is_for_computing_alone(tmp_path: Path, alone, environment: dict[str, str]) -> None:
+    (result, _) = run_processes(steps, 2, environment, tmp_path, 2, 0, 2, None, None, "bf16", True)
+    for kind in ("gradient", "model", "ema", "moment"):
+        assert all(value.dtype == torch.float32 for value in result[kind].values()), kind
+    for name, value in alone["gradient"].items():
+        error = (result["gradient"][name] - value).norm() / value.norm()
+        assert error < 0.15, f"{name}: {error}"
+    assert any(not torch.equal(result["gradient"][name], value) for name, value in alone["gradient"].items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, FSDP2), (1, {})), ((2, {}), (4, FSDP2)), ((4, HYBRID), (2, {})), ((1, {}), (2, FSDP2))],
+    ids=["fsdp2-one", "ddp2-fsdp4", "hybrid-ddp2", "one-fsdp2"],
+)
+def test_state_is_read_by_any_other_split(tmp_path: Path, alone, before, after) -> None:
+    run = tmp_path / "run"
+    run_processes(steps, *before, tmp_path / "before", 2, 0, 1, run, None)
+    for result in run_processes(steps, *after, tmp_path / "after", 2, 1, 2, None, run):
+        del result["norm"]
+        assert_close({kind: values for kind, values in alone.items() if kind != "norm"}, result)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_weights_of_a_seed_are_the_same_sharded_or_not(tmp_path: Path, world_size: int) -> None:
+    """Bit for bit; three processes do not divide anything."""
+    expected = []
+    for changes in ADAPTERS:
+        model = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config(**changes))
+        model.initialise(SEED)
+        expected.append(dict(model.named_parameters()))
+    for results in run_processes(weights_for, world_size, FSDP2, tmp_path, 8 * world_size):
+        for one, two in zip(expected, results, strict=True):
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def weights_for(num_rows: int) -> list[Values]:
+    accelerator = make_accelerator(TrainingConfig(mixed_precision="no", num_rows=num_rows, tracker=None), Path())
+    result = []
+    for changes in ADAPTERS:
+        with torch.device("meta"):
+            model = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config(**changes))
+        place(model, accelerator, SEED)
+        result.append(whole(dict(model.named_parameters())))
+    return result
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> TransfusionMoT:
+        torch.randn(seed + 1)
+        model = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config(**ADAPTERS[1]))
+        state = torch.get_rng_state()
+        model.initialise(seed)
+        assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+        return model
+
+    one, two, other = drawn(1), drawn(1), drawn(2)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name))
+        constant = "norm" in name or "conv_out" in name
+        assert torch.equal(parameter, other.get_parameter(name)) == constant, name
+    values = torch.cat([p.flatten() for p in one.parameters() if p.std() > 0])
+    assert len(values.unique()) > 0.95 * len(values), "no two modules draw the same"
+
+
+def test_new_models_differ() -> None:
+    one, two = (TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config()) for _ in range(2))
+    assert not torch.equal(one.text_head.weight, two.text_head.weight)
+
+
+def refused(training: TrainingConfig) -> str:
+    with pytest.raises(UserError) as error:
+        make_accelerator(training, Path())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (FSDP2 | {"FSDP_VERSION": "1"}, ["fsdp_version 1", "fsdp_version 2"]),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, ["fsdp_offload_params"]),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, ["training.activation_checkpointing"]),
+        (
+            FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"},
+            ["launcher's settings", "found 3 ranks"],
+        ),
+    ],
+)
+def test_settings_of_the_launcher_that_are_not_offered_are_refused(tmp_path: Path, environment, words) -> None:
+    training = TrainingConfig(mixed_precision="no", num_rows=8, tracker=None)
+    for sentence in run_processes(refused, 2, environment, tmp_path, training):
+        assert all(word in sentence for word in words), sentence

@@ -1,0 +1,72 @@
+"""The plot of several runs, from the points it draws and the picture it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.plot import curve, labels_of, main, smoothed
+
+LINES = [
+    {"step": 1, "seconds": 2.0, "flops": 1e12, "text_loss": 5.0, "diffusion_loss": 2.0},
+    {"step": 2, "validation/text_loss": 4.5, "validation/diffusion_loss": 1.5},
+    {"step": 3, "seconds": 6.0, "flops": 3e12, "text_loss": 4.0, "diffusion_loss": 1.0},
+    {"step": 3, "validation/text_loss": 3.5, "validation/diffusion_loss": 0.5},
+]
+
+
+def make_run(folder: Path, factor: float = 1.0) -> Path:
+    folder.mkdir(parents=True)
+    lines = [{k: v if k == "step" else factor * v for k, v in line.items()} for line in LINES]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / METRICS_FILE).write_text(text + '{"step": 4, "text_l')
+    return folder
+
+
+def test_curves_lie_where_their_steps_flops_and_seconds_are(tmp_path: Path) -> None:
+    lines = read_metrics(make_run(tmp_path / "run") / METRICS_FILE)
+    assert curve(lines, "text_loss", "step") == ([1, 3], [5, 4])
+    assert curve(lines, "diffusion_loss", "seconds") == ([2, 6], [2, 1])
+    # A validation has no seconds of its own: those of the last line before it.
+    assert curve(lines, "validation/text_loss", "flops") == ([1e12, 3e12], [4.5, 3.5])
+    assert curve(lines, "validation/text_loss", "step") == ([2, 3], [4.5, 3.5])
+    assert curve(lines, "none", "step") == ([], [])
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9])
+def test_smoothing_leaves_a_straight_line_and_keeps_the_ends(width: int) -> None:
+    assert smoothed([float(i) for i in range(30)], width) == pytest.approx(range(30))
+    noisy = np.random.default_rng(0).standard_normal(200)
+    result = smoothed(noisy.tolist(), 9)
+    assert result[100] == pytest.approx(noisy[96:105].mean())
+    assert result[0] == noisy[0]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert labels_of([tmp_path / "a" / "x", tmp_path / "b" / "y"]) == ["x", "y"]
+
+
+def test_picture_of_two_runs_has_a_colour_for_each(tmp_path: Path, capsys) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", 0.9)]
+    output = tmp_path / "pictures" / "losses.png"
+    main([*map(str, runs), "--output", str(output)])
+    assert str(output) in capsys.readouterr().out
+    colours = {tuple(colour) for colour in np.asarray(Image.open(output).convert("RGB")).reshape(-1, 3)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+    assert (0x00, 0x9E, 0x73) not in colours
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
+        main([str(tmp_path)])
+    (tmp_path / METRICS_FILE).write_text("")
+    with pytest.raises(UserError, match="holds no losses"):
+        main([str(tmp_path)])
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match="cannot write"):
+        main([str(run), "--output", str(tmp_path / "picture.nothing")])

@@ -1,0 +1,86 @@
+"""What a run shows of its model as it goes: pictures of prompts, and captions of held-out pictures, always the same."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from transfusion_mot.data.images import grid, load_image
+from transfusion_mot.data.mixture import Sources
+from transfusion_mot.data.sources.base import CaptionedImages
+from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
+
+_NUM_CAPTIONED = 8
+_COLUMNS = 4
+
+
+class Previews:
+    """Labelled grids in a folder, and in TensorBoard where that is the tracker.
+
+    Args:
+        pipeline: Paints and captions, with the weights that its transformer has at the time.
+        prompts: To paint; may be empty.
+        held_out: Pictures to caption are evenly spaced ones of its captioned images.
+        folder: Where the grids go.
+
+    Raises:
+        UserError: A prompt is longer than any in training.
+    """
+
+    def __init__(self, pipeline: TransfusionPipeline, prompts: list[str], held_out: Sources, folder: Path) -> None:
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.folder = folder
+        # What sampling would refuse is refused before training, not after it.
+        pipeline.sampling_settings(None, None)
+        if prompts:
+            pipeline.check_prompts(prompts)
+        self.pictures, self.captions = pictures_of(held_out, _NUM_CAPTIONED, pipeline.config.image_size)
+
+    def make(self, step: int, accelerator: Accelerator) -> None:
+        """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
+        self.pipeline.set_progress_bar_config(disable=True)
+        if self.prompts:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(len(self.prompts))]
+            images = self.pipeline(self.prompts, generator=generators).images
+            self._show("samples", f"step-{step:07d}.png", images, self.prompts, step, accelerator)
+        if self.pictures:
+            written = self.pipeline.caption(self.pictures)
+            labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
+            self._show("captions", f"step-{step:07d}-captions.png", self.pictures, labels, step, accelerator)
+
+    def _show(
+        self, name: str, file: str, images: list[Image.Image], labels: list[str], step: int, accelerator: Accelerator
+    ) -> None:
+        if not accelerator.is_main_process:
+            return
+        self.folder.mkdir(exist_ok=True)
+        sheet = grid(images, labels, _COLUMNS)
+        sheet.save(self.folder / file)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(sheet)[None]}, step, dataformats="NHWC")
+
+
+def _shown(text: str) -> str:
+    """What a model has written, which early in a run are any bytes, as something that can be drawn."""
+    return "".join(character if character.isprintable() else "?" for character in text) or "(nothing)"
+
+
+def pictures_of(sources: Sources, count: int, image_size: int) -> tuple[list[Image.Image], list[str]]:
+    """Evenly spaced captioned images, as the model sees them, and the first caption of each; fewer if some are gone."""
+    documents = [source.documents for source in sources.sources if isinstance(source.documents, CaptionedImages)]
+    places = [(source, index) for source in documents for index in range(len(source))]
+    pictures, captions = [], []
+    for place in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int)) if places else []:
+        source, index = places[place]
+        try:
+            picture = Image.fromarray(load_image(Image.fromarray(source.image(index)), image_size))
+        except UserError:
+            continue
+        pictures.append(picture)
+        captions.append(source.captions(index)[0])
+    return pictures, captions

@@ -1,0 +1,265 @@
+"""What watches the steps of a run: mis-wired starts, losses and gradients that are not finite, and spikes."""
+
+import dataclasses
+import math
+import statistics
+from collections import Counter, deque
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from transfusion_mot.config import TrainingConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.errors import NotFiniteError, UserError
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.transfusion import INIT_STD
+from transfusion_mot.training.log import StepRecord
+from transfusion_mot.training.step import compute_losses
+
+# Steps that a spike is compared with, fewest of them, and how many deviations it is above their median.
+_WINDOW, _FEWEST, _DEVIATIONS = 200, 50, 10.0
+# Rows and documents that are named at most; steps that are skipped in turn before a run is given up.
+_MOST_NAMED = 3
+_MOST_SKIPPED = 20
+_TEXT_SHOWN = 80
+# How far the first losses may be from what a new model has: nats, and share of the diffusion loss.
+_TEXT_BAND, _DIFFUSION_BAND = 0.5, 0.05
+# Mean square of latents: normalised ones have 1.
+_LATENT_BAND = (0.1, 10.0)
+
+
+class SpikeDetector:
+    """Finds values far above those before them: above the median + 10 times the median absolute deviation."""
+
+    def __init__(self) -> None:
+        self.window: deque[float] = deque(maxlen=_WINDOW)
+
+    def median_if_spike(self, value: float) -> float | None:
+        """The median of the values before, if this one is far above it; takes the value in."""
+        found = None
+        if len(self.window) >= _FEWEST:
+            median = statistics.median(self.window)
+            deviation = statistics.median(abs(before - median) for before in self.window)
+            # Values that hardly differ at all would make a spike of nothing.
+            if value > median + _DEVIATIONS * max(deviation, 0.01 * abs(median)):
+                found = median
+        self.window.append(value)
+        return found
+
+
+class Guards:
+    """Checks the steps of a run, from what the log has collected of them; called by all ranks.
+
+    Args:
+        accelerator: Of the run.
+        model: As prepared for training.
+        diffusion: Of the run.
+        packer: Of the run: it makes the rows of a step again to name what is in them.
+        encoder: Of the run.
+        lanes: Those of this rank.
+        config: Of the run.
+        hidden_size: Of the tower of text.
+        is_new: Whether the model starts from its initialisation, and so with losses that are known.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        diffusion: Diffusion,
+        packer: Packer,
+        encoder: OnlineEncoder,
+        lanes: range,
+        config: TrainingConfig,
+        hidden_size: int,
+        is_new: bool,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.diffusion = diffusion
+        self.packer = packer
+        self.encoder = encoder
+        self.lanes = lanes
+        self.config = config
+        # Of random logits: ln V of equal chances, and half the variance of a sum of `hidden_size` normal weights.
+        self.first_text_loss = math.log(packer.tokenizer.vocab_size) + hidden_size * INIT_STD**2 / 2
+        self.is_new = is_new
+        self._first_squares: Tensor | None = None
+        self._states: dict[int, Tensor] = {}
+        self._skipped_in_turn = 0
+        self._spikes = {"loss": SpikeDetector(), "gradient norm": SpikeDetector()}
+
+    def add(self, step: int, batch: Batch, states_before: Tensor) -> None:
+        """Remember what step 1, 2, ... was made of, without waiting for the device.
+
+        Args:
+            batch: Rows of this rank.
+            states_before: Of this rank's lanes, before the step.
+        """
+        self._states[step] = states_before
+        if self.is_new and step == 1:
+            target = self.diffusion.target(batch.latents, batch.noise, batch.timesteps)
+            mask = batch.image_mask[:, :, None, None, None]
+            squares = [torch.where(mask, values, 0.0).double().square().sum() for values in (target, batch.latents)]
+            self._first_squares = self.accelerator.reduce(torch.stack(squares), reduction="sum")
+
+    def check(self, steps: list[StepRecord]) -> Counter[str]:
+        """Look at the steps since the last call => how many were skipped, and how many were spikes.
+
+        Raises:
+            NotFiniteError: A loss or gradient is not finite and `on_non_finite` is `stop`, or too many were in turn.
+            UserError: The first losses are not those of a new model.
+        """
+        noticed: Counter[str] = Counter(skipped_steps=0, spikes=0)
+        for record in steps:
+            if record.is_finite:
+                self._skipped_in_turn = 0
+                if record.step == 1 and self._first_squares is not None:
+                    self._check_first(record, *self._first_squares.tolist())
+                noticed["spikes"] += self._warn_of_spike(record)
+                continue
+            noticed["skipped_steps"] += 1
+            self._skipped_in_turn += 1
+            # Looking for rows costs a step for each of them: once is enough to see what is wrong.
+            told = self._describe(record, find_rows=noticed["skipped_steps"] == 1)
+            if self.config.on_non_finite == "stop":
+                raise NotFiniteError(
+                    f"{told}. No parameter was changed by it; go on from the last saved state with a lower "
+                    "optimizer.lr or without these documents, or set training.on_non_finite=skip"
+                )
+            if self._skipped_in_turn == _MOST_SKIPPED:
+                raise NotFiniteError(
+                    f"{told}; the last {_MOST_SKIPPED} steps were skipped for the like. Go on from an earlier state in "
+                    "state/ with a lower optimizer.lr"
+                )
+            self.accelerator.print(f"warning: {told}; skipped")
+        self._states.clear()
+        return noticed
+
+    def _check_first(self, record: StepRecord, target_square: float, latent_square: float) -> None:
+        """Refuse a start whose losses are not those of a new model.
+
+        Logits are nearly equal, and the image adapter's last layer is zero: it predicts nothing, and the loss is the
+        mean square of its target.
+        """
+        if record.labels and abs(record.text_loss - self.first_text_loss) > _TEXT_BAND:
+            raise UserError(
+                f"the text loss of the first step is {record.text_loss:.3f}, and that of a new model with this "
+                f"vocabulary is about {self.first_text_loss:.3f}: the tokenizer, the head of the model or the "
+                "initialisation is mis-wired"
+            )
+        if not record.elements:
+            return
+        expected, latents = target_square / record.elements, latent_square / record.elements
+        if not _LATENT_BAND[0] < latents < _LATENT_BAND[1]:
+            raise UserError(
+                f"the latents of the first step have a mean square of {latents:.3g}, and those that the autoencoder "
+                "has normalised have about 1: its scaling factor, or the mean and deviation of its latents, does not "
+                "fit these images"
+            )
+        if abs(record.diffusion_loss - expected) > _DIFFUSION_BAND * expected:
+            raise UserError(
+                f"the diffusion loss of the first step is {record.diffusion_loss:.4f}, and that of a new model, which "
+                f"predicts zero, is {expected:.4f}, the mean square of its target: the image adapter is not "
+                "initialised to zero, or predictions and targets do not belong together"
+            )
+
+    def _warn_of_spike(self, record: StepRecord) -> bool:
+        weight = self.config.diffusion_loss_weight
+        loss = record.text_loss + weight * record.diffusion_loss
+        found = []
+        for (name, detector), value in zip(self._spikes.items(), (loss, record.grad_norm), strict=True):
+            median = detector.median_if_spike(value)
+            if median is not None:
+                found.append(f"{name} is {value:.3g}, the median of the steps before {median:.3g}")
+        if found:
+            parts = [
+                text / max(1.0, record.labels) + weight * image / max(1.0, record.elements)
+                for text, image in zip(record.text_by_row, record.diffusion_by_row, strict=True)
+            ]
+            most = sorted(range(len(parts)), key=parts.__getitem__, reverse=True)[:_MOST_NAMED]
+            rows = ", ".join(f"{row} ({100 * parts[row] / (loss or 1.0):.0f} %)" for row in most)
+            self.accelerator.print(
+                f"warning: step {record.step} is a spike: {' and '.join(found)}; rows with most of the loss: {rows}"
+            )
+        return bool(found)
+
+    def _describe(self, record: StepRecord, find_rows: bool) -> str:
+        """What of a step is not finite, and which rows and documents it comes from."""
+        told = (
+            f"step {record.step} is not finite (text loss {record.text_loss:.4g}, diffusion loss "
+            f"{record.diffusion_loss:.4g}, gradient norm {record.grad_norm:.4g})"
+        )
+        sums = zip(record.text_by_row, record.diffusion_by_row, strict=True)
+        rows = [row for row, (text, image) in enumerate(sums) if not math.isfinite(text + image)]
+        if find_rows and not rows:
+            rows = self._rows_of_bad_gradient(record)
+        if not rows:
+            return told
+        if len(rows) == len(record.text_by_row) > 1:
+            return f"{told} in every row: it is the weights or the learning rate, not the data"
+        named = [
+            f"row {row}: {text}"
+            for row in rows[:_MOST_NAMED]
+            for text in gather_object(self._documents(record.step, row) if row in self.lanes else [])
+        ]
+        more = f"; and in {len(rows) - _MOST_NAMED} more rows" if len(rows) > _MOST_NAMED else ""
+        return f"{told} in {'; '.join(named)}{more}"
+
+    def _rows_again(self, step: int, lanes: range) -> Batch:
+        """Rows of this rank as they were in a step."""
+        states = self._states[step][lanes.start - self.lanes.start : lanes.stop - self.lanes.start]
+        rows, _, _ = self.packer.rows(lanes, step - 1, np.asarray(states))
+        return self.encoder(rows.to(self.accelerator.device))
+
+    def _documents(self, step: int, row: int) -> list[str]:
+        """One line that says what is in a row of this rank."""
+        batch = self._rows_again(step, range(row, row + 1))
+        text_slots = batch.text_ids.shape[1]
+        parts = []
+        for document in range(int(batch.document_ids.max()) + 1):
+            slots = batch.document_ids[0] == document
+            source = self.packer.sources.names[int(batch.source_ids[0][slots][0])]
+            text = self.packer.tokenizer.decode(batch.text_ids[0][slots[:text_slots]].tolist())
+            text = text if len(text) <= _TEXT_SHOWN else f"{text[:_TEXT_SHOWN]}..."
+            parts.append(f"{source} '{' '.join(text.split())}'")
+        return [", ".join(parts)]
+
+    def _rows_of_bad_gradient(self, record: StepRecord) -> list[int]:
+        """Rows whose own gradient is not finite, found by one backward pass for each.
+
+        A backward pass is one of all ranks together. So every row has its turn, while the other ranks take an empty
+        one, and all ranks learn of it.
+        """
+        mine = self._rows_again(record.step, self.lanes).split(1)
+        empty = dataclasses.replace(
+            mine[0],
+            text_labels=torch.full_like(mine[0].text_labels, IGNORE_INDEX),
+            document_ids=torch.full_like(mine[0].document_ids, -1),
+            latents=torch.zeros_like(mine[0].latents),
+            noise=torch.zeros_like(mine[0].noise),
+        )
+        scales = torch.tensor(
+            [1 / max(1.0, record.labels), self.config.diffusion_loss_weight / max(1.0, record.elements)],
+            device=self.accelerator.device,
+        )
+        found = []
+        for row in range(len(record.text_by_row)):
+            batch = mine[row - self.lanes.start] if row in self.lanes else empty
+            with self.accelerator.autocast():
+                sums = compute_losses(self.model, batch, self.diffusion).sums
+            self.accelerator.backward((sums * scales * self.accelerator.num_processes).sum())
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+            norm = torch.stack([shard.float().norm() for shard in shards]).sum()
+            self.model.zero_grad(set_to_none=True)
+            if not math.isfinite(self.accelerator.reduce(norm, reduction="sum").item()):
+                found.append(row)
+        return found

@@ -1,0 +1,319 @@
+"""What a run reports of its steps: losses, speed and counts, in `metrics.jsonl`, a tracker and on the console."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from transfusion_mot.config import RunConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.mixture import SOURCE_COUNTED, Sources, counter
+from transfusion_mot.data.packing import COUNTED
+from transfusion_mot.errors import UserError
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics, write_metrics
+from transfusion_mot.training.step import StepResult
+
+# Equal parts of the timesteps (0, 1] whose diffusion losses are shown apart.
+TIMESTEP_BINS = 10
+# What goes on counting when a run is resumed, and is no part of what is trained.
+_RUNNING = ("seconds", "flops", "skipped_steps", "spikes")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of one step, over all ranks.
+
+    Attributes:
+        step: 1 is the first step of a run.
+        text_by_row, diffusion_by_row: Summed losses of every row of the global batch.
+        labels, elements: Labelled tokens and image elements of the step.
+        grad_norm: Before clipping.
+    """
+
+    step: int
+    text_by_row: list[float]
+    diffusion_by_row: list[float]
+    labels: float
+    elements: float
+    grad_norm: float
+
+    @property
+    def text_loss(self) -> float:
+        """In nats per labelled token."""
+        return sum(self.text_by_row) / max(1.0, self.labels)
+
+    @property
+    def diffusion_loss(self) -> float:
+        """Squared error per element."""
+        return sum(self.diffusion_by_row) / max(1.0, self.elements)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both losses and the gradient are numbers."""
+        return math.isfinite(self.text_loss + self.diffusion_loss + self.grad_norm)
+
+
+@dataclass
+class Interval:
+    """The steps since the last line of the log, over all ranks.
+
+    Attributes:
+        steps: Each of them.
+        seconds: They took, on this rank.
+        slots, flops: Slots of all rows, and what the model cost on them.
+        counted: Documents, tokens and slots, by counter.
+        by_source: (sum, count) of the text loss of every source.
+        by_timestep: (sum, count) of the diffusion loss of every bin of timesteps.
+        waited: Seconds that each rank waited for its rows.
+        memory_gib: Most that each rank's device has held so far.
+    """
+
+    steps: list[StepRecord]
+    seconds: float
+    slots: int
+    flops: float
+    counted: dict[str, int]
+    by_source: list[list[float]]
+    by_timestep: list[list[float]]
+    waited: list[float]
+    memory_gib: list[float]
+
+
+def loss_by_source(result: StepResult, batch: Batch, num_sources: int) -> Tensor:
+    """[sources, 2]: summed text loss and labelled tokens of each."""
+    text_slots = batch.text_ids.shape[1]
+    labelled = batch.text_labels != IGNORE_INDEX
+    return _sums_by(batch.source_ids[:, :text_slots], num_sources, result.text_losses, labelled)
+
+
+def loss_by_timestep(result: StepResult, batch: Batch) -> Tensor:
+    """[bins, 2]: summed diffusion loss and image elements of each bin of timesteps."""
+    bins = (batch.timesteps * TIMESTEP_BINS).ceil().clamp(1, TIMESTEP_BINS) - 1
+    sums = _sums_by(bins, TIMESTEP_BINS, result.image_losses, batch.image_mask)
+    return torch.stack([sums[:, 0], sums[:, 1] * batch.latents[0, 0].numel()], dim=1)
+
+
+def _sums_by(group: Tensor, num_groups: int, values: Tensor, mask: Tensor) -> Tensor:
+    """[groups, 2] float64: sum and number of the values of every group, where the mask is set."""
+    member = (group.flatten()[:, None] == torch.arange(num_groups, device=group.device)) & mask.flatten()[:, None]
+    sums = torch.where(member, values.flatten()[:, None], 0.0).sum(dim=0)
+    return torch.stack([sums.double(), member.sum(dim=0).double()], dim=1)
+
+
+class RunLog:
+    """Collects what steps leave and writes it to `metrics.jsonl` and the tracker.
+
+    Args:
+        accelerator: Of the run.
+        run: Run folder.
+        config: Of the run.
+        model: The bare model, for its FLOPs.
+        first_step: Steps done before; later lines of an earlier attempt are dropped.
+        seen: Documents, tokens and slots of those steps, over all ranks.
+        sources: Of the run.
+        history: Metrics file of the run that those steps were done in, if that is another one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run: Path,
+        config: RunConfig,
+        model: TransfusionMoT,
+        first_step: int,
+        seen: dict[str, int],
+        sources: Sources,
+        history: Path | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.path = run / METRICS_FILE
+        self.config = config
+        self.model = model
+        self.seen = Counter(seen)
+        self.sources = sources
+        self.counted = [*COUNTED, *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED)]
+        self.left_out = {
+            counter(name, f"left_out/{reason}"): count
+            for index, name in enumerate(sources.names)
+            for reason, count in sources.left_out(index).items()
+        }
+        self.peak_flops = peak_flops(accelerator.device)
+        self._flops_per_row: dict[torch.Size, int] = {}
+        earlier = read_metrics(history or self.path) if first_step else []
+        kept = [line for line in earlier if line["step"] <= first_step]
+        self.running = {name: next((line[name] for line in reversed(kept) if name in line), 0) for name in _RUNNING}
+        # Before the file changes, which other processes read too.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_metrics(self.path, kept, "w")
+        if config.training.tracker is not None:
+            try:
+                accelerator.init_trackers("transfusion_mot")
+            except (ValueError, ImportError) as error:
+                raise UserError(f"training.tracker '{config.training.tracker}' cannot be used: {error}") from None
+        self._begin_interval(first_step)
+
+    def _begin_interval(self, step: int) -> None:
+        self.started, self.first_step = time.perf_counter(), step
+        self.interval: Counter[str] = Counter()
+        self.slots, self.flops, self.waited = 0, 0, 0.0
+        device = self.accelerator.device
+        self.by_source = torch.zeros(len(self.sources.names), 2, dtype=torch.float64, device=device)
+        self.by_timestep = torch.zeros(TIMESTEP_BINS, 2, dtype=torch.float64, device=device)
+        self.pairs = torch.zeros(1, dtype=torch.float64, device=device)
+        self._by_row: list[Tensor] = []
+        self._of_step: list[Tensor] = []
+
+    def add(self, result: StepResult, batch: Batch, counts: Counter[str], seconds_waited: float = 0.0) -> None:
+        """Take a step in, without waiting for the device."""
+        by_row = torch.stack([result.text_losses.sum(dim=1), result.image_losses.sum(dim=1)])
+        self._by_row.append(by_row)
+        self._of_step.append(torch.cat([result.counts, result.grad_norm.double()[None]]))
+        self._tower_grad_norms = result.tower_grad_norms
+        # What is not finite would hide the losses of the steps beside it.
+        finite = result.grad_norm.isfinite() & by_row.isfinite().all()
+        self.by_source += torch.where(finite, loss_by_source(result, batch, len(self.by_source)), 0.0)
+        self.by_timestep += torch.where(finite, loss_by_timestep(result, batch), 0.0)
+        self.interval.update(counts)
+        self.waited += seconds_waited
+        # Buckets differ in their patches.
+        self.slots += batch.order.numel() * self.accelerator.num_processes
+        shape = batch.latents.shape
+        if shape not in self._flops_per_row:
+            self._flops_per_row[shape] = weight_flops_per_row(
+                self.model, self.config.model, batch.text_ids.shape[1], batch.latents.shape[1:]
+            )
+        self.flops += self._flops_per_row[shape] * self.config.training.num_rows
+        self.pairs += attending_pairs(batch, self.config.model)
+
+    def collect(self) -> Interval:
+        """What the steps since the last line left; called by all ranks.
+
+        The one place where the host waits for the device, and the ranks for each other: everything is in one sum.
+        """
+        ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
+        by_row = torch.stack(self._by_row).double()
+        # What a rank does not know it leaves at zero, so that the sum puts the ranks side by side.
+        all_rows = by_row.new_zeros(*by_row.shape[:2], ranks, by_row.shape[2])
+        all_rows[:, :, rank] = by_row
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        of_ranks = by_row.new_zeros(2, ranks)
+        of_ranks[:, rank] = by_row.new_tensor([self.waited, memory])
+        counted = by_row.new_tensor([self.interval[name] for name in self.counted])
+        parts = (self.by_source, self.by_timestep, of_ranks, self.pairs, counted, all_rows.flatten(2))
+        summed = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), reduction="sum").cpu()
+        by_source, by_timestep, of_ranks, pairs, counted, all_rows = (
+            piece.view(part.shape)
+            for piece, part in zip(summed.split([part.numel() for part in parts]), parts, strict=True)
+        )
+        # The same on all ranks.
+        of_step = torch.stack(self._of_step).tolist()
+        steps = [
+            StepRecord(self.first_step + 1 + index, *rows, *numbers)
+            for index, (rows, numbers) in enumerate(zip(all_rows.tolist(), of_step, strict=True))
+        ]
+        return Interval(
+            steps,
+            time.perf_counter() - self.started,
+            self.slots,
+            self.flops + flops_per_pair(self.config.model) * pairs.item(),
+            dict(zip(self.counted, map(int, counted.tolist()), strict=True)),
+            by_source.tolist(),
+            by_timestep.tolist(),
+            *of_ranks.tolist(),
+        )
+
+    def write(self, interval: Interval, lr: float, noticed: Counter[str]) -> str:
+        """Write the means of an interval => a line for the console.
+
+        Args:
+            interval: From `collect`.
+            lr: Learning rate of its last step.
+            noticed: What the guards found in it: `skipped_steps` and `spikes`.
+        """
+        weight = self.config.training.diffusion_loss_weight
+        self.seen.update(interval.counted)
+        seconds, counted, finite = interval.seconds, interval.counted, [s for s in interval.steps if s.is_finite]
+        more = {"seconds": seconds, "flops": interval.flops, **noticed}
+        self.running = {name: value + more.get(name, 0) for name, value in self.running.items()}
+        text_loss = _mean([(sum(step.text_by_row), step.labels) for step in finite])
+        diffusion_loss = _mean([(sum(step.diffusion_by_row), step.elements) for step in finite])
+        step, used_slots = interval.steps[-1].step, interval.slots - counted["pad_slots"]
+        values = {
+            "text_loss": text_loss,
+            "diffusion_loss": diffusion_loss,
+            "loss": text_loss + weight * diffusion_loss,
+            "grad_norm": finite[-1].grad_norm if finite else 0.0,
+            **{f"grad_norm/{tower}": float(norm) for tower, norm in self._tower_grad_norms.items()},
+            "lr": lr,
+            "seconds_per_step": seconds / len(interval.steps),
+            "tokens_per_second": used_slots / seconds,
+            "images_per_second": counted["images"] / seconds,
+            "data_wait_fraction": max(interval.waited) / seconds,
+            "pad_fraction": counted["pad_slots"] / interval.slots,
+            **{
+                f"diffusion_loss/t={index / TIMESTEP_BINS:.1f}-{(index + 1) / TIMESTEP_BINS:.1f}": total / count
+                for index, (total, count) in enumerate(interval.by_timestep)
+                if count
+            },
+            **{
+                counter(name, "text_loss"): total / count
+                for name, (total, count) in zip(self.sources.names, interval.by_source, strict=True)
+                if count
+            },
+            **{f"{name}_seen": self.seen[name] for name in self.counted},
+            **{counter(name, "epochs"): epochs for name, epochs in self.sources.epochs(self.seen).items()},
+            **self.left_out,
+            **self.running,
+        }
+        shown = [
+            f"step {step:>{len(str(self.config.training.num_steps))}}",
+            f"text {text_loss:6.3f}",
+            f"diffusion {diffusion_loss:6.4f}",
+            f"norm {values['grad_norm']:5.2f}",
+            f"lr {lr:.1e}",
+            f"{1000 * values['seconds_per_step']:5.0f} ms",
+            f"{values['images_per_second']:6.0f} images/s",
+            f"data wait {100 * values['data_wait_fraction']:2.0f} %",
+        ]
+        if self.peak_flops is not None:
+            values["mfu"] = interval.flops / seconds / (self.peak_flops * self.accelerator.num_processes)
+            values["peak_memory_gib"] = max(interval.memory_gib)
+            shown += [f"MFU {100 * values['mfu']:2.0f} %", f"{values['peak_memory_gib']:4.1f} GiB"]
+        self._write(step, values)
+        self._begin_interval(step)
+        return "  ".join(shown)
+
+    def write_validation(self, step: int, losses: dict[str, float]) -> str:
+        """Write held-out losses => a line for the console."""
+        self._write(step, {f"validation/{name}": loss for name, loss in losses.items()})
+        summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
+        return f"step {step:>{len(str(self.config.training.num_steps))}}  held-out {summary}"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is not training: its time counts in no speed."""
+        begun = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begun
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            write_metrics(self.path, [{"step": step, **values}], "a")
+
+
+def _mean(parts: list[tuple[float, float]]) -> float:
+    """Sum of sums over sum of counts."""
+    return sum(total for total, _ in parts) / max(1.0, sum(count for _, count in parts))

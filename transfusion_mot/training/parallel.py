@@ -1,0 +1,128 @@
+"""Where a run runs: accelerate set up for one device, DDP or FSDP2, and the model put there."""
+
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    fsdp2_prepare_model,
+    parse_flag_from_env,
+)
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from transfusion_mot.config import TrainingConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+# The other ranks wait while the first one encodes the images.
+_TIMEOUT = timedelta(hours=12)
+
+# The prediction is one; nothing is computed in place on it.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# accelerate's way to its mesh.
+warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
+
+
+def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
+    """accelerate, as its launcher was configured.
+
+    Raises:
+        UserError: It is configured for something that is not offered.
+    """
+    plugin = _fsdp_plugin(training) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    if plugin is not None and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        state = PartialState(cpu=True, timeout=_TIMEOUT)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards over GPUs alone, by the same code that serves CPUs.
+            state.distributed_type = DistributedType.MULTI_GPU
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            log_with=training.tracker,
+            project_config=ProjectConfiguration(str(run), logging_dir=str(run / "tracker")),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=_TIMEOUT),
+                # Else every gradient exists twice.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+            fsdp_plugin=plugin,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"accelerate refuses its launcher's settings or training.tracker: {' '.join(str(error).split())}"
+        ) from None
+    kind, mesh = accelerator.distributed_type, accelerator.parallelism_config
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if kind not in known:
+        raise UserError(f"accelerate is configured for {kind.value}; train.py runs on one device, DDP or FSDP2")
+    if mesh is not None and mesh.non_data_parallel_size > 1:
+        raise UserError(
+            f"accelerate's parallelism_config has the dimensions {', '.join(mesh.non_dp_dim_names)}; train.py knows "
+            "dp_replicate and dp_shard"
+        )
+    if training.num_rows % accelerator.num_processes:
+        raise UserError(
+            f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
+            "evenly; give a multiple of their number"
+        )
+    return accelerator
+
+
+def _fsdp_plugin(training: TrainingConfig) -> FullyShardedDataParallelPlugin:
+    """FSDP2 with a shard for each block; whether weights are dropped after a forward is what the launcher says."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"accelerate is configured for FSDP with fsdp_version {version}; train.py needs fsdp_version 2")
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if training.mixed_precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        # Autocast decides what is computed in bfloat16; timesteps and rotary angles are not.
+        cast_forward_inputs=False,
+    )
+    plugin = FullyShardedDataParallelPlugin(
+        mixed_precision_policy=policy,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=TransfusionMoT._no_split_modules,
+        # Weights are drawn where they belong.
+        cpu_ram_efficient_loading=False,
+    )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("accelerate is configured with fsdp_offload_params, which train.py does not offer; remove it")
+    if plugin.activation_checkpointing:
+        raise UserError(
+            "accelerate is configured with fsdp_activation_checkpointing; use training.activation_checkpointing instead"
+        )
+    return plugin
+
+
+def place(model: TransfusionMoT, accelerator: Accelerator, seed: int) -> None:
+    """Shard a model that is on `meta` (FSDP2), give it memory on this rank's device and draw its weights.
+
+    accelerate would do it beside the optimizer, whose parameters it finds again by their addresses: on `meta` all have
+    the same one, as have all empty shards. Here the optimizer is made afterwards.
+    """
+    if accelerator.is_fsdp2:
+        fsdp2_prepare_model(accelerator, model)
+    model.to_empty(device=accelerator.device)
+    model.initialise(seed)
+
+
+def wrap(model: TransfusionMoT, accelerator: Accelerator) -> nn.Module:
+    """What a training step calls: the model, or what keeps its gradients equal on all ranks (DDP)."""
+    return model if accelerator.is_fsdp2 else accelerator.prepare_model(model)
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A new group of all ranks that talk from host to host, beside what their devices do; None for a single process."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None

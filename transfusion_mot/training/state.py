@@ -1,0 +1,230 @@
+"""Training states: everything a run goes on from, written by torch.distributed.checkpoint, each rank its share.
+
+Tensors have names, not places: any number of ranks reads them, sharded or not. There is no state of random generators:
+every draw comes from the seed, the row and the step.
+"""
+
+import json
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.training.checkpoint import PROGRESS_FILE, aside_of, begin_aside, prune, put_in_place
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.parallel import host_group
+
+LANES = "lanes"
+
+# One process is not worth a warning.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class StateWriter:
+    """Writes training states while training goes on, and removes old states and snapshots.
+
+    `save` copies what is to be written to the CPU and returns; the next `save` waits for the one before, and the end of
+    the `with` block for the last. All ranks call each of these.
+
+    Args:
+        run: Run folder.
+        keep_last: How many of the newest states and of the newest snapshots are kept.
+        keep_every: Those of every so many steps are kept, too; 0 is none.
+    """
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
+        self.run = run
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        # Of its own: the thread that writes talks to other ranks while training does.
+        self.group = host_group()
+        self.rank = dist.get_rank() if self.group is not None else 0
+        self.world_size = dist.get_world_size() if self.group is not None else 1
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+    def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Begin to write the training state after `step` steps.
+
+        Args:
+            tensors: Of `state_tensors`; equal on all ranks where they are not sharded.
+            progress: Anything that JSON holds.
+
+        Raises:
+            UserError: The state before could not be written.
+        """
+        self.wait()
+        folder = self.run / "state" / f"step-{step:07d}"
+        if self.rank == 0:
+            (begin_aside(folder) / PROGRESS_FILE).write_text(json.dumps(progress))
+        if self.group is not None:
+            dist.barrier(self.group)
+        # What every rank has is shared out, so that none copies and writes all of it.
+        mine = {
+            name: tensor
+            for number, (name, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, DTensor) or number % self.world_size == self.rank
+        }
+        written = cast(
+            Future[Any],
+            async_save(mine, checkpoint_id=aside_of(folder), process_group=self.group, no_dist=self.group is None),
+        )
+        self.pending = self.thread.submit(self._finish, written, folder)
+
+    def _finish(self, written: Future[Any], folder: Path) -> None:
+        written.result()
+        if self.rank == 0:
+            put_in_place(folder)
+            for kept in (folder.parent, self.run / "snapshots"):
+                prune(kept, self.keep_last, self.keep_every)
+
+    def wait(self) -> None:
+        """Return when the last state is on the disk.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except (CheckpointException, OSError) as error:
+            raise UserError(
+                f"a training state could not be written below {self.run / 'state'} ({_reason(error)}); states saved "
+                "before are unharmed: make room, and start again to go on from the newest"
+            ) from None
+
+
+def state_tensors(model: nn.Module, ema: EMA, optimizer: Optimizer, lanes: Tensor) -> dict[str, Tensor]:
+    """Everything that a step changes, by name."""
+    tensors = {LANES: lanes}
+    for name, parameter in model.named_parameters():
+        tensors[f"model/{name}"] = parameter.detach()
+        tensors[f"ema/{name}"] = ema.weights[name]
+        for key, moment in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = moment
+    return tensors
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    """What a training state holds besides tensors.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+    return progress
+
+
+def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume with another autoencoder, tokenizer, model or number of rows.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    made_of = json.loads(json.dumps(made_of))
+    for part, now in made_of.items():
+        before = progress["made_of"].get(part)
+        if before != now:
+            if isinstance(now, dict):
+                before, now = (
+                    {key: side.get(key) for key in now if before.get(key) != now[key]} for side in (before, now)
+                )
+            raise UserError(
+                f"{folder} was trained with another {part}: {before}, and now it is {now}; "
+                "use the one it was trained with, or another output_dir"
+            )
+
+
+def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer) -> Tensor:
+    """Read a training state into a model, its averages and its optimizer => the states of all lanes [rows, n].
+
+    Of the optimizer, the moments come back; betas, epsilon and weight decay stay those of the configuration. A
+    parameter that was not trained before starts without moments.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    saved = _saved_tensors(folder)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    tensors = {LANES: saved[LANES]}
+    moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model/{name}"] = parameter.detach()
+        tensors[f"ema/{name}"] = ema.weights[name]
+        prefix = f"optimizer/{name}/"
+        for full_name in [full_name for full_name in saved if full_name.startswith(prefix)]:
+            if id(parameter) in trained:
+                like = saved[full_name]
+                # Sharded as the parameter, unless it is a number.
+                whole = like.shape == parameter.shape
+                moment = torch.zeros_like(parameter.detach() if whole else like, device=parameter.device)
+                moments.setdefault(parameter, {})[full_name.removeprefix(prefix)] = tensors[full_name] = moment
+    _read(folder, tensors)
+    for parameter, own in moments.items():
+        optimizer.state[parameter] = own
+    return tensors[LANES]
+
+
+def load_all(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a training state, whole and on the CPU, without any model.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    tensors = _saved_tensors(folder)
+    _read(folder, tensors)
+    return tensors
+
+
+def _saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors as they were saved, still empty."""
+    try:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    except Exception as error:  # Whatever unpickling finds in a damaged file.
+        raise _unreadable(folder, error) from None
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (CheckpointException, Exception) as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: BaseException) -> UserError:
+    return UserError(f"training state {folder} cannot be read ({_reason(error)}); remove it to use the one before")
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; of an error on several ranks, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

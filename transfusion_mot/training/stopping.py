@@ -1,0 +1,61 @@
+"""Ending a run before its last step: when asked by a signal, or when its time is over."""
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from transfusion_mot.training.parallel import host_group
+
+
+class Stop:
+    """Notices SIGTERM, SIGINT and the end of the time, and lets all ranks agree on the step after which they stop.
+
+    What a rank has noticed reaches the others by an all-reduce of one number between hosts, begun in one step and read
+    in the next: no step waits for a device. A second signal ends the process at once.
+
+    Args:
+        started: `time.monotonic()` when the time began.
+        max_minutes: The time; 0 is no limit.
+    """
+
+    def __init__(self, started: float, max_minutes: float) -> None:
+        self.reason: str | None = None
+        self.deadline = started + 60 * max_minutes if max_minutes else float("inf")
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.group = host_group()
+        self.asked = torch.zeros((), dtype=torch.int32)
+        self.sent: dist.Work | None = None
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step; called by all ranks once in every step."""
+        if self.reason is None and time.monotonic() > self.deadline:
+            self.reason = "training.max_minutes"
+        if self.group is None:
+            return self.reason is not None
+        if self.sent is not None:
+            self.sent.wait()
+        agreed = bool(self.asked)
+        if agreed:
+            self.reason = self.reason or "another process"
+        else:
+            self.asked.fill_(self.reason is not None)
+            self.sent = dist.all_reduce(self.asked, dist.ReduceOp.MAX, self.group, async_op=True)
+        return agreed

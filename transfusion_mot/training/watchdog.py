@@ -1,0 +1,132 @@
+"""A thread that notices when a run stands still, and names the process that the others wait for."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+# A process whose file is this much older than the others' period has ended, or is frozen.
+_PERIODS_SILENT = 4
+
+
+class Watchdog:
+    """Every process writes where it stands to a file of its own; the main one reads them all when nothing moves.
+
+    The loop only sets a few attributes. The files lie in the run folder, which all machines must share to be seen. As a
+    context, it watches until its end.
+
+    Args:
+        folder: Where the files go.
+        rank, world_size: This process and their number.
+        minutes: Without progress, after which the late process is named, again and again; 0 watches nothing.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, minutes: float) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.world_size = world_size
+        self.seconds = 60 * minutes
+        self.period = min(15.0, self.seconds / 4)
+        self._step, self._doing, self._since = 0, "starting", time.time()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.seconds:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.seconds:
+            self._stop.set()
+            self._thread.join()
+            self._path(self.rank).unlink(missing_ok=True)
+            with suppress(OSError):  # The last one removes the folder.
+                self.folder.rmdir()
+
+    def at(self, step: int, doing: str) -> None:
+        """Say what this process begins to do, and in which step."""
+        self._step, self._doing, self._since = step, doing, time.time()
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"
+
+    def _write(self) -> None:
+        state = {
+            "step": self._step,
+            "doing": self._doing,
+            "since": self._since,
+            "written": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        aside = self._path(self.rank).with_suffix(".partial")
+        aside.write_text(json.dumps(state))
+        aside.replace(self._path(self.rank))
+
+    def _watch(self) -> None:
+        told = self._since
+        while not self._stop.wait(self.period):
+            try:
+                self._write()
+                told = max(told, self._since)
+                if self.rank == 0 and time.time() - told >= self.seconds:
+                    told = time.time()
+                    print(f"\nwarning: {self.report()}", file=sys.stderr, flush=True)
+            except OSError as error:
+                print(f"\nwarning: the watchdog cannot use {self.folder}: {error}", file=sys.stderr, flush=True)
+
+    def report(self) -> str:
+        """Where every process stands, the late ones first by name."""
+        now, states = time.time(), [self._read(rank) for rank in range(self.world_size)]
+        missing = [rank for rank, state in enumerate(states) if state is None]
+        known = {rank: state for rank, state in enumerate(states) if state is not None}
+        silent = {
+            rank: state for rank, state in known.items() if now - state["written"] > _PERIODS_SILENT * self.period
+        }
+        # The others have gone as far as they can without the late one: it began what it does before all of them.
+        moving = {rank: state for rank, state in known.items() if rank not in silent}
+        first = min((state["step"], state["since"]) for state in moving.values()) if moving else None
+        behind = {rank: s for rank, s in moving.items() if (s["step"], s["since"]) == first}
+        lines = [f"no progress for {(now - self._since) / 60:.1f} minutes."]
+        lines += [
+            f"{self._name(rank, state)} has not been heard of for {(now - state['written']) / 60:.1f} minutes: it has "
+            f"ended or is frozen, last {state['doing']} of step {state['step']}."
+            for rank, state in silent.items()
+        ]
+        lines += [f"Rank {rank} has left no sign in {self.folder}." for rank in missing]
+        if not silent and not missing:
+            lines += [f"{self._name(rank, state)} is the furthest behind." for rank, state in behind.items()]
+        groups: dict[str, list[int]] = {}
+        for rank, state in known.items():
+            groups.setdefault(f"{state['doing']} of step {state['step']}", []).append(rank)
+        lines += [f"{doing}: rank {_ranges(ranks)}." for doing, ranks in groups.items()]
+        return "\n  ".join(lines)
+
+    def _name(self, rank: int, state: dict[str, Any]) -> str:
+        return f"Rank {rank} (process {state['pid']} on {state['host']})"
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        try:
+            state: dict[str, Any] = json.loads(self._path(rank).read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        return state
+
+
+def _ranges(ranks: list[int]) -> str:
+    """For example "0-6, 8"."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], rank]
+        else:
+            parts.append([rank])
+    return ", ".join(f"{part[0]}-{part[-1]}" if part[0] != part[-1] else str(part[0]) for part in parts)
