@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
 from transfusion_mot.data.online import OnlineEncoder
@@ -28,7 +29,7 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.pipeline import TransfusionPipeline, check_image_size
+from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.previews import Previews
 from transfusion_mot.training.checkpoint import clear_behind, find_state, written_aside
 from transfusion_mot.training.ema import EMA
@@ -79,8 +80,7 @@ def main(arguments: list[str]) -> None:
 
     # What is read: the main process indexes it, the others then find the index; all encode the images together.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
-    for side in {config.data.image_size, *(side for size in config.data.buckets for side in size)}:
-        check_image_size(side, autoencoder, config.model.patch_size)
+    check_image_sizes(config.data, autoencoder, config.model.patch_size)
     with accelerator.main_process_first():
         documents = open_documents(config.data, "train")
         held_out_documents = open_documents(config.data, "held_out")

@@ -61,7 +61,9 @@ def main() -> None:
     ][: arguments.num_images]
     if len(items) < 2:
         raise UserError(
-            f"{len(items)} images are held out, and 2 are needed; data.held_out_fraction says how many there are"
+            f"{len(items)} captioned images are held out, and 2 are needed; of a source with 'use: split' the share "
+            f"data.held_out_fraction ({config.data.held_out_fraction}), of one with 'use: train' nothing, of one with "
+            "'use: held_out' everything: raise the fraction, change 'use', or give other data by --config"
         )
     output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
 

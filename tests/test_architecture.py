@@ -25,7 +25,7 @@ LAYERS = [
     ["models"],
     ["diffusion", "losses", "autoencoder"],
     ["config"],
-    ["config_checks"],
+    ["config_checks", "hub_names"],
     ["errors", ""],
 ]
 

@@ -146,8 +146,13 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 def test_folders_that_hold_no_autoencoder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"no autoencoder at .*missing"):
-        Autoencoder.load(str(tmp_path / "missing"), "cpu")
+    with pytest.raises(UserError, match=r"no autoencoder at 'nobody/missing'"):
+        Autoencoder.load("nobody/missing", "cpu")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "missing", "./missing", "~/missing", "runs/missing", "a/b/missing"):
+        with pytest.raises(UserError, match=r"autoencoder path '.*missing' does not exist; there is"):
+            Autoencoder.load(str(path), "cpu")
     with pytest.raises(UserError, match=r"no config\.json"):
         Autoencoder.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')

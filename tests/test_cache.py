@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from test_latents import (
     assert_posterior,
     build_autoencoder,
@@ -23,6 +24,7 @@ from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.data.cache import main
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.latents import cached_latents
+from transfusion_mot.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,10 +51,10 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
     )
     assert result.returncode == 0, result.stderr
     assert "process 1 of 2" in result.stderr
-    assert re.search(r"\(train\): \d images, \d of them new; skipped: .*MB in ", result.stdout)
+    assert re.search(r"\(train\): (\d) images, \1 of them new; skipped: .*MB in ", result.stdout)
     assert "(held_out)" in result.stdout
     assert result.stdout.count("1 unreadable image") == 1
-    assert re.search(r"encoded 7 images in [\d.]+ s: [\d.]+ images/s", result.stdout)
+    assert re.search(r"encoded 6 images in [\d.]+ s: [\d.]+ images/s", result.stdout)
     assert len(cache_folders(folder)) == 2
 
     data = config(folder, held_out_fraction=0.3, latents="prepared")
@@ -64,6 +66,37 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
     output = capsys.readouterr().out
     assert "0 of them new" in output
     assert "encoded" not in output
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.image_size=18", "image_size is 18; it must be a multiple of 4"),
+        ("data.buckets=[[16, 16], [16, 18]]", "is 18; it must be a multiple of 4"),
+        ("data.cache_dir={file}", "data.cache_dir, '.*metadata.jsonl', cannot be made a folder"),
+        ("data.cache_dir={file}/below", "data.cache_dir, '.*below', cannot be made a folder"),
+    ],
+)
+def test_the_command_refuses_before_the_work(tmp_path, setting, message):
+    folder = tmp_path / "images"
+    write_images(folder, [(16, 16)] * 3)
+    build_autoencoder().vae.save_pretrained(tmp_path / "vae")
+    arguments = [
+        *(f"data.sources=[{{kind: imagefolder, path: {folder}}}]", f"data.cache_dir={tmp_path / 'cache'}"),
+        *(f"autoencoder.path={tmp_path / 'vae'}", "data.image_size=16", "data.num_workers=0"),
+    ]
+    with pytest.raises(UserError, match=message):
+        main([*arguments, setting.format(file=folder / "metadata.jsonl")])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_help_keeps_its_lines(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert (
+        "\n    accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml\n"
+        in capsys.readouterr().out
+    )
 
 
 TWO_RANKS = """

@@ -10,6 +10,7 @@ from PIL import Image
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.data.inspect import Inspection, histogram, main, thumbnails_of
 from transfusion_mot.data.row_picture import draw_row
+from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
 
 # Caption lengths in tokens, with a tokenizer of bytes.
@@ -150,6 +151,45 @@ def test_the_command_prints_and_draws(folder, random_vae, capsys):
     assert not list((folder / "cache").glob("latents-*")), "nothing is encoded"
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--picture", "row.foo"], r"--picture is 'row\.foo'; its name must end like a picture's"),
+        (["--rows", "0"], "--rows is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_work(folder, random_vae, given, message):
+    with pytest.raises(UserError, match=message):
+        main([*given, *arguments(folder, random_vae)])
+    assert not (folder / "cache").exists()
+
+
+def test_a_picture_below_a_file_is_refused(folder, random_vae):
+    with pytest.raises(UserError, match="cannot make the folder"):
+        main(["--picture", str(folder / "text.jsonl" / "row.png"), *arguments(folder, random_vae)])
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_the_command_says_what_is_held_out_cut_and_why_layouts_have_their_order(folder, random_vae, capsys, texts):
+    documents = [{"texts": ["a text", *[None] * 5], "images": [None, *(f"{n}.png" for n in range(5))]}] * 4
+    (folder / "images" / "docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    given = arguments(folder, random_vae, "data.held_out_fraction=0.5", "data.text_slots=20", texts=texts)
+    given += [f"--data.sources+={{kind: interleaved, path: {folder / 'images' / 'docs.jsonl'}, use: train}}"]
+    main(["--rows", "80", "--slots", "200", "--picture", str(folder / "row.png"), *given])
+    output = capsys.readouterr().out
+    held_out = sum(share_of("abcdefghijklmnopqrstuvwxyz"[:length], 0) < 0.5 for length in LENGTHS)
+    assert 1 < held_out < len(LENGTHS)
+    assert f"held out: images: {held_out} documents" in output
+    assert f"images: {len(LENGTHS) - held_out} documents to train on" in output
+    assert "100.0 % have more images than the 3 of a row: they are cut" in output
+    captions, cut = (
+        int(number) for number in re.search(r"  \d+ of (\d+) captions are cut\n  (\d+) documents of", output).groups()
+    )
+    assert captions > 0
+    assert cut > 0
+    assert ("texts fill what is left over, so nothing is padding" in output) == texts
+
+
 def test_an_image_size_without_whole_patches_is_refused(folder, random_vae):
-    with pytest.raises(UserError, match=r"\[\(20, 20\)\] are not all multiples of 8"):
+    with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 8"):
         inspection_of(folder, random_vae, "data.image_size=20")

@@ -58,8 +58,8 @@ def config(folder, **changes):
     return DataConfig(**(settings | changes))
 
 
-def open_images(folder, data):
-    return open_source(SourceConfig(kind="imagefolder", path=str(folder)), data, "train")
+def open_images(folder, data, split="train"):
+    return open_source(SourceConfig(kind="imagefolder", path=str(folder)), data, split)
 
 
 def encode(folder, autoencoder=None, batch_size=4, **changes):
@@ -168,7 +168,7 @@ def test_latents_that_do_not_fit_are_made_again_or_refused_by_name(folder, caplo
     assert re.search(hashes, encoded_because())
 
     for change, words in (
-        ({"image_size": 8}, r"another image sizes \(\[\[16, 16\]\], and now it is \[\[8, 8\]\]\)"),
+        ({"image_size": 8}, r"other image sizes \(\[\[16, 16\]\], and now it is \[\[8, 8\]\]\)"),
         ({"image_fit": "stretch"}, r"another image_fit \(crop, and now it is stretch\)"),
         ({"random_flip": True}, r"another random_flip \(False, and now it is True\)"),
     ):
@@ -179,12 +179,25 @@ def test_latents_that_do_not_fit_are_made_again_or_refused_by_name(folder, caplo
         assert re.search(words, encoded_because())
 
     Image.new("RGB", (18, 18), "red").save(folder / "2.png")
-    with pytest.raises(UserError, match=rf"made with another images \({original.images.fingerprint}"):
+    with pytest.raises(UserError, match=r"has no latents of these 7 images of .* yet; encode"):
         encode(folder, first, latents="prepared")
     edited = encode(folder, first)
     np.testing.assert_array_equal(edited.posterior(3), original.posterior(3))
     assert not np.allclose(edited.posterior(2)[0], original.posterior(2)[0])
     assert encode(folder, first, latents="prepared").num_encoded == 0
+
+
+def test_the_other_side_of_a_source_is_no_other_way_of_making_latents(folder, caplog):
+    caplog.set_level(logging.INFO)
+    data = config(folder, held_out_fraction=0.4)
+    for split in ("train", "held_out"):
+        images = open_images(folder, data, split)
+        caplog.clear()
+        cached_latents(images, build_autoencoder(), data, 4)
+        reason = next(message for message in caplog.messages if "encoding 1 of 1 shards" in message)
+    assert 0 < len(images) < 7
+    assert f"has no latents of these {len(images)} images of '{folder}' yet" in reason
+    assert "made with" not in reason
 
 
 def test_prepared_without_any_latents_says_what_to_do(folder):
@@ -217,7 +230,7 @@ def test_corrupt_images_are_counted_and_the_rest_stays_aligned(folder, caplog):
     for index in np.flatnonzero(cache.readable):
         assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
     (message,) = (message for message in caplog.messages if "unreadable" in message)
-    assert "skipped 2 of 6" in message
+    assert "skipped 2 and kept 4 images: 2 unreadable images" in message
     assert "0.png" in message
     assert "4.png" in message
     assert encode(folder, autoencoder).skipped == cache.skipped

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, documents_of, numbered_images, sources_of, texts_of
-from source_files import SIZE, shard, write_tar
+from source_files import SIZE, picture, shard, write_tar
 from test_packing import read_row
 
 from transfusion_mot.config import DataConfig, SourceConfig
@@ -267,13 +267,13 @@ def test_report_says_what_each_source_gave(byte_tokenizer) -> None:
         *map(str, (documents, tokens, images)),
         f"{counts[counter('images from 0', 'taken')] / 2:.2f}",
     ]
-    assert "3 unreadable image" in first
+    assert "3 unreadable images" in first
     assert f"{counts[counter('images from 0', 'cut_captions')]} cut captions" in first
     assert second.startswith("images from 0 #2")
     assert second.endswith("nothing")
     assert "cut documents" in third
     assert fourth.split()[2] == "2"
-    assert "left out: 3 unreadable image" in str(sources)
+    assert "images from 0: 2 documents, left out: 3 unreadable images; images from 0 #2: 1 document;" in str(sources)
 
 
 def test_sources_of_other_content_are_told_apart(byte_tokenizer) -> None:
@@ -284,6 +284,15 @@ def test_sources_of_other_content_are_told_apart(byte_tokenizer) -> None:
     assert first == contents(["a", "b", "c"], [0, 1, 0]), "as many documents in each pool"
     assert first != contents(["a", "b", "d"], [0, 0, 1])
     assert first != contents(["a", "b", "c"], [0, 1, 1])
+    assert first[0].startswith("images from 0: ")
+
+
+def test_sources_are_named_by_the_last_part_of_their_path(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = [numbered_images([caption]) for caption in "abcd"]
+    for source, name in zip(sources, ("/data/coco/train", "./train/", "owner/name", "."), strict=True):
+        source.documents.name = name
+    assert Sources(sources, [(CHANNELS, 4, 4)]).names == ["train", "train #2", "name", tmp_path.name]
 
 
 def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
@@ -293,8 +302,23 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
         held_out_fraction=0.0,
         cache_dir=str(tmp_path / "c"),
     )
-    with pytest.raises(UserError, match="no source with images"):
+    with pytest.raises(UserError, match=r"no source with images .* are openmoji, imagefolder, webdataset, coco,"):
         open_documents(data, "train")
+    data.sources.append(SourceConfig("imagefolder", str(tmp_path / "images"), use="held_out"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(picture(0))
+    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
+    with pytest.raises(UserError, match=r"all sources of data\.sources that have images are held out"):
+        open_documents(data, "train")
+
+
+@pytest.mark.parametrize("uses", [("train", "held_out"), ("split", "train"), ("held_out", "split")])
+def test_data_that_one_entry_trains_on_and_another_holds_out_is_refused(tmp_path: Path, uses) -> None:
+    (tmp_path / "texts.txt").write_text("words")
+    paths = (tmp_path / "texts.txt", tmp_path / ".." / tmp_path.name / "texts.txt")
+    sources = [SourceConfig("text", str(path), use=use) for path, use in zip(paths, uses, strict=True)]
+    with pytest.raises(UserError, match=rf"read the same data.*with 'use' {uses[0]} and {uses[1]}"):
+        open_documents(DataConfig(sources=sources, cache_dir=str(tmp_path / "c")), "train")
 
 
 def test_every_slot_names_the_source_it_was_filled_from(byte_tokenizer) -> None:

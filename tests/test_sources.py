@@ -166,7 +166,7 @@ def test_what_cannot_be_used_is_counted_and_told(tmp_path, caplog):
     assert images.skipped == {"missing file": 1, "empty caption": 2}
     assert len(images) == 5
     message = caplog.messages[0]
-    assert "skipped 3 of 8" in message
+    assert "skipped 3 and kept 5 images: 2 empty captions (" in message
     assert "3.png" in message
     assert "metadata.jsonl:6" in message
 
@@ -209,7 +209,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"no metadata\.jsonl"):
         open_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
-    with pytest.raises(UserError, match=r"no image to train on.*missing file"):
+    with pytest.raises(UserError, match=r"it lists 1 image, and none is there .*1 missing file.*'.*gone\.png'"):
         open_folder(tmp_path, held_out_fraction=0.0)
     assert len(open_folder(tmp_path, "held_out", held_out_fraction=0.0)) == 0
 

@@ -154,6 +154,19 @@ def test_members_that_no_tar_has_are_counted(tmp_path, cache) -> None:
     assert read(documents) == [*DOCUMENTS, ["text"]]
 
 
+@pytest.mark.parametrize("form", ["next to them", "folder", "tars", "parquet paths"])
+def test_a_source_of_which_no_image_is_there_is_refused(tmp_path, cache, form: str) -> None:
+    source = source_of(tmp_path, form)
+    (tmp_path / "wrong").mkdir()
+    if form == "tars":
+        write_tar(tmp_path / "wrong" / "0.tar", {"images/0.png": picture(0)})
+    message = {"tars": r"'0\.png'; their members are named like 'images/0\.png'"}.get(
+        form, r"wrong/0\.png'; their names"
+    )
+    with pytest.raises(UserError, match=rf"interleaved source .*it lists 5 images, and none is .*{message}"):
+        open_with({**source, "images": tmp_path / "wrong"}, cache)
+
+
 def test_damaged_images_are_told_when_read(tmp_path, cache) -> None:
     source = source_of(tmp_path, "bytes", [["text", 0, 1]])
     rows = pq.read_table(tmp_path / "bytes" / "a.parquet").to_pylist()

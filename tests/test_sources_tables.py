@@ -111,6 +111,16 @@ def test_coco_needs_both_paths(tmp_path, cache) -> None:
     write_coco(tmp_path / "coco", 1)
     with pytest.raises(UserError, match="needs 'annotations'"):
         coco(tmp_path / "coco", cache, annotations=None)
+    with pytest.raises(
+        UserError, match=r"annotations of coco source .* are not there: '.*caption\.json' is not a file"
+    ):
+        coco(tmp_path / "coco", cache, annotations=tmp_path / "coco" / "caption.json")
+    (tmp_path / "val2017").mkdir()
+    with pytest.raises(
+        UserError, match=r"val2017.*it lists 1 image, and none is there.*perhaps the annotations are"
+    ) as refused:
+        coco(tmp_path / "coco", cache, path=tmp_path / "val2017")
+    assert "held_out_fraction" not in str(refused.value)
     with pytest.raises(UserError, match="is not a folder"):
         coco(tmp_path / "coco", cache, path=tmp_path / "nowhere")
     with pytest.raises(UserError, match="'coco' has no key 'text_column'"):
@@ -252,6 +262,24 @@ def test_an_unknown_column_lists_those_that_exist(tmp_path, cache, kind: str) ->
         open_with({**source, "text_column": "title"}, cache)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_without_images_is_named(tmp_path, cache, kind: str) -> None:
+    """One of numbers when it is opened, one of titles when it is read."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    table = picture_dataset(range(3)).add_column("id", [7, 8, 9])
+    if kind == "parquet":
+        table.to_parquet(folder / "a.parquet")
+    else:
+        table.save_to_disk(folder)
+    source = {"kind": "datasets" if kind == "datasets" else "parquet", "path": folder}
+    with pytest.raises(UserError, match=r"the column 'id' is of type int64;.*\['image', 'text'\]"):
+        open_with({**source, "image_column": "id"}, cache)
+    images = open_with({**source, "image_column": "text"}, cache)
+    with pytest.raises(UserError, match="the column 'text' holds 'picture 0', which is no file"):
+        images.image(0)
+
+
 def test_parquet_is_read_in_place(tmp_path, cache) -> None:
     """The captions are kept, the images are not copied."""
     folder = tmp_path / "tables"
@@ -342,6 +370,9 @@ def test_datasets_by_split_and_by_name(tmp_path, cache) -> None:
         open_with({**source, "path": tmp_path / "files", "split": "dev"}, cache)
     with pytest.raises(UserError, match="cannot load 'no/such_data'"):
         open_with({**source, "path": "no/such_data"}, cache)
+    for path in (tmp_path / "saved-not", "./saved", "a/b/c"):
+        with pytest.raises(UserError, match=r"datasets source '.*' does not exist; there is '.*', but no '.*' in it"):
+            open_with({**source, "path": path}, cache)
 
 
 def test_a_shuffled_data_set_keeps_its_order(tmp_path, cache) -> None:

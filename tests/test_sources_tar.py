@@ -115,7 +115,7 @@ def test_what_cannot_be_used_is_counted_and_told(folder, cache, caplog) -> None:
         "empty caption": 1,
         "caption not in UTF-8": 1,
         "empty file": 1,
-        "damaged JSON": 1,
+        "damaged JSON file": 1,
         "empty shard": 2,
     }
     assert [images.captions(index)[0] for index in range(len(images))] == [f"picture {n}" for n in (0, 6, 7, 9, 10, 11)]
@@ -141,7 +141,7 @@ def test_a_truncated_tar_gives_what_stands_before_the_cut(folder, cache, cut: st
     write_tar(folder / "b.tar", shard(range(5, 7)))
     images = opened(folder, cache)
     assert numbers_of(images) == [0, 1, 2, 5, 6]
-    assert images.skipped == {"truncated tar": 1}
+    assert images.skipped == {"truncated tar file": 1}
 
 
 def test_a_damaged_header_is_no_silent_end(folder, cache) -> None:
@@ -153,11 +153,20 @@ def test_a_damaged_header_is_no_silent_end(folder, cache) -> None:
     (folder / "a.tar").write_bytes(content)
     images = opened(folder, cache)
     assert len(images) == 3
-    assert images.skipped == {"truncated tar": 1}
+    assert images.skipped == {"truncated tar file": 1}
 
 
 def test_paths_that_cannot_be_used(folder, cache) -> None:
-    with pytest.raises(UserError, match=r"must be a \.tar file"):
+    with pytest.raises(UserError, match=r"is a folder without a \.tar file: it is empty"):
+        opened(folder, cache)
+    with pytest.raises(UserError, match="no file matches the pattern"):
+        opened(folder / "part-*.tar", cache)
+    (folder / "a.tar.gz").write_bytes(gzip.compress(b"x" * 1000))
+    for path in (folder, folder / "a.tar.gz", folder / "a*"):
+        with pytest.raises(UserError, match=r"\.tar file.*'a\.tar\.gz' is compressed .*uncompress it"):
+            opened(path, cache)
+    (folder / "a.tar.gz").rename(folder / "a.txt")
+    with pytest.raises(UserError, match=r"its files are others, such as 'a\.txt'"):
         opened(folder, cache)
     with pytest.raises(UserError, match="is not a file or folder"):
         opened(folder / "missing", cache)
@@ -175,6 +184,12 @@ def test_patterns_choose_shards(folder, cache) -> None:
         write_tar(folder / f"part-{number}.tar", shard(range(number, number + 1)))
     assert numbers_of(opened(folder / "part-*.tar", cache)) == [0, 1, 2, 3]
     assert numbers_of(opened(folder / "part-2.tar", cache)) == [2]
+    assert numbers_of(opened(folder / "part-{1..3}.tar", cache)) == [1, 2, 3]
+    with pytest.raises(UserError, match=r"part-4\.tar' is not a file"):
+        opened(folder / "part-{2..5}.tar", cache)
+    for number in (9, 10, 11):
+        write_tar(folder / f"{number:05d}.tar", shard(range(number, number + 1)))
+    assert numbers_of(opened(folder / "{00009..00010}.tar", cache)) == [9, 10]
 
 
 def test_the_index_is_made_once_and_again_after_a_change(folder, cache, monkeypatch) -> None:

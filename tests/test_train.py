@@ -358,7 +358,7 @@ def other_vae(tmp_path: Path, random_vae: Path) -> str:
 
 @pytest.mark.parametrize(
     "other",
-    ["never", "model", "rows", "autoencoder", "sources", "lookahead", "image size"] + ["layout", "optimizer", "path"],
+    ["never", "model", "rows", "autoencoder", "sources", "lookahead", "image size", "layout", "optimizer", "path"],
 )
 def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     arguments, tmp_path, capfd, picture_folder, random_vae, other: str

@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +120,12 @@ def test_source_trains(files: Path, tmp_path: Path, random_vae: Path, capsys, ki
     lines = run(tmp_path, random_vae, [*beside, source], {})
     last = next(line for line in lines if line["step"] == 2 and "loss" in line)
     assert math.isfinite(last["loss"])
-    seen = {what: last[f"sources/{source['path']}/{what}_seen"] for what in ("documents", "tokens", "images")}
+    name = Path(source["path"]).name
+    seen = {what: last[f"sources/{name}/{what}_seen"] for what in ("documents", "tokens", "images")}
     assert seen["documents"] > 0
     assert seen["tokens"] > 0
     assert (seen["images"] > 0) == ("text" not in kind)
-    assert 0 < last[f"sources/{source['path']}/epochs"] < 3
+    assert 0 < last[f"sources/{name}/epochs"] < 3
     validation = next(line for line in lines if "validation/text_loss" in line)
     assert ("validation/caption_loss" in validation) == (kind != "interleaved")
     # The report at the end.
@@ -153,3 +156,13 @@ def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Pat
 def test_bucket_that_does_not_divide_into_patches_is_refused(files: Path, tmp_path: Path, random_vae: Path) -> None:
     with pytest.raises(UserError, match="is 20; it must be a multiple of 8"):
         run(tmp_path, random_vae, [source_of(files, "imagefolder")], {"buckets": [[16, 20]]})
+
+
+def test_benchmark_says_why_nothing_is_held_out(files: Path, tmp_path: Path, random_vae: Path, monkeypatch) -> None:
+    run(tmp_path, random_vae, [source_of(files, "imagefolder") | {"use": "train"}], {})
+    script = Path(__file__).parents[1] / "evaluate" / "benchmark.py"
+    given = ["--checkpoint", str(tmp_path / "run"), "--features", "efficientnet", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(script), *given])
+    namespace = runpy.run_path(str(script))
+    with pytest.raises(UserError, match=r"^0 captioned images .*held_out_fraction \(.*'use: train' nothing"):
+        namespace["main"]()

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.hub_names import refuse_missing_path
 
 
 class Autoencoder:
@@ -49,6 +50,7 @@ class Autoencoder:
         Raises:
             UserError: It is not there, is something else than an `AutoencoderKL`, or its weights are incomplete.
         """
+        refuse_missing_path(path, "autoencoder path", "; `python -m transfusion_mot.autoencoder` trains one")
         config = Path(path) / "config.json"
         if (Path(path) / "model_index.json").is_file():
             raise UserError(f"autoencoder path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
@@ -138,6 +140,17 @@ class Autoencoder:
             # Once: a copy from the host in every call would make it wait for the device.
             self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self._mean, self._std
+
+
+def check_image_size(image_size: int, autoencoder: Autoencoder, patch_size: int) -> None:
+    """Refuse images that do not divide into patches.
+
+    Raises:
+        UserError: Names the size and what it must be a multiple of.
+    """
+    patch_pixels = autoencoder.downsampling * patch_size
+    if image_size % patch_pixels:
+        raise UserError(f"image_size is {image_size}; it must be a multiple of {patch_pixels} pixels, a patch's side")
 
 
 def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:

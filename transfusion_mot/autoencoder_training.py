@@ -153,7 +153,7 @@ def _read_split(data: DataConfig, split: Split) -> tuple[ImageArray, list[str]]:
                 readable = read_images(images, batch, skipped, pool)
                 images_uint8 += readable.values()
                 captions += [images.captions(index)[0] for index in readable]
-        skipped.warn(images.name, len(images))
+        skipped.warn(images.name, len(images) - sum(skipped.counts.values()), "image")
     if split == "train" and not images_uint8:
         raise UserError("data.sources holds no readable image to train on")
     shape = (0, data.image_size, data.image_size, 3)

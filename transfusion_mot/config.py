@@ -29,8 +29,8 @@ class SourceConfig:
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files). Texts: `text`
             (.txt, .jsonl or .parquet files). Documents of both: `interleaved` (.jsonl or .parquet files). `datasets` is
             a data set of the library `datasets`, of images if `image_column` is set, else of texts.
-        path: Folder or file, or a pattern with `*`; of `datasets` a name or a folder of `save_to_disk`; not used by
-            `openmoji`.
+        path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
+            of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
             or among those of text, which fill the text slots left over.
         use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it; an

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.autoencoder import Autoencoder, check_image_size
 from transfusion_mot.data.images import load_image, to_pil, to_pixels
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
@@ -309,17 +309,6 @@ class TransfusionPipeline(DiffusionPipeline):
             return to_pil(pixels)
         pixels = pixels / 2 + 0.5
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def check_image_size(image_size: int, autoencoder: Autoencoder, patch_size: int) -> None:
-    """Refuse images that do not divide into patches.
-
-    Raises:
-        UserError: Names the size and what it must be a multiple of.
-    """
-    patch_pixels = autoencoder.downsampling * patch_size
-    if image_size % patch_pixels:
-        raise UserError(f"image_size is {image_size}; it must be a multiple of {patch_pixels} pixels, a patch's side")
 
 
 def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:

@@ -3,9 +3,10 @@
     accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml
 
 Takes the configuration of train.py, and fills `data.cache_dir` with what it will read from there. Run it again after an
-interruption: it goes on with what is missing.
+interruption: it goes on with what is missing. Any setting that `train.py --help` lists can be given, as key=value.
 """
 
+import argparse
 import dataclasses
 import logging
 import sys
@@ -18,9 +19,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.data.mixture import open_documents
-from transfusion_mot.data.sources.base import Split, TextDocuments
+from transfusion_mot.data.sources.base import Split, TextDocuments, counted
 from transfusion_mot.errors import exit_on_user_error
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
@@ -28,12 +30,21 @@ SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 def main(arguments: Sequence[str]) -> None:
     """Encode and report, as the command line says."""
-    config = parse_config(RunConfig, arguments, __doc__ or "")
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.data.cache",
+        usage="%(prog)s [--config FILE] [key=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _, rest = parser.parse_known_args(arguments)
+    config = parse_config(RunConfig, rest, __doc__ or "")
     # A run that wants its latents prepared is what this prepares.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
+    check_image_sizes(data, autoencoder, config.model.patch_size)
     lines = []
     num_images, seconds = 0, 0.0
     for split in SPLITS:
@@ -45,14 +56,16 @@ def main(arguments: Sequence[str]) -> None:
             cache = cached_latents(images, autoencoder, data, config.autoencoder.batch_size, accelerator)
             num_images += cache.num_encoded
             seconds += time.perf_counter() - begun
-            skipped = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items()) or "none"
+            usable = counted({"image": int(cache.readable.sum())})
             lines.append(
-                f"{images.name} ({split}): {int(cache.readable.sum()):,} images, {cache.num_encoded:,} of them new; "
-                f"skipped: {skipped}; {cache.num_bytes / 1e6:,.1f} MB in {cache.folder}"
+                f"{images.name} ({split}): {usable}, {cache.num_encoded:,} of them new; "
+                f"skipped: {counted(cache.skipped) or 'none'}; {cache.num_bytes / 1e6:,.1f} MB in {cache.folder}"
             )
     accelerator.print("\n".join(lines))
     if num_images:
-        accelerator.print(f"encoded {num_images:,} images in {seconds:.1f} s: {num_images / seconds:,.1f} images/s")
+        accelerator.print(
+            f"encoded {counted({'image': num_images})} in {seconds:.1f} s: {num_images / seconds:,.1f} images/s"
+        )
     accelerator.end_training()
 
 

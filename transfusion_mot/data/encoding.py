@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.autoencoder import Autoencoder, check_image_size
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.images import ImageArray, to_pixels
 from transfusion_mot.data.sources.base import ImageSet
@@ -33,6 +33,16 @@ _WORTH_COMPILING = 20_000
 _STALE_SECONDS = 3600
 
 _UNREADABLE = "unreadable.json"
+
+
+def check_image_sizes(data: DataConfig, autoencoder: Autoencoder, patch_size: int) -> None:
+    """Refuse images that do not divide into patches.
+
+    Raises:
+        UserError: Names the size and what it must be a multiple of.
+    """
+    for side in sorted({data.image_size, *(side for size in data.buckets for side in size)}):
+        check_image_size(side, autoencoder, patch_size)
 
 
 class _Part(NamedTuple):

@@ -18,16 +18,18 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.latents import LatentCache
-from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts
+from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_picture import draw_row
-from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments
+from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments, counted
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
 
@@ -54,12 +56,13 @@ class _UnencodedLatents:
 
 
 class Layout(NamedTuple):
-    """Slots of a row, and what packing makes of them: shares of all slots, and of the captions."""
+    """Slots of a row, and what packing makes of them: shares of all slots, and of the captions; and images in a row."""
 
     text_slots: int
     images_per_row: int
     pad_fraction: float
     cut_fraction: float
+    mean_images: float
 
 
 class Inspection:
@@ -74,13 +77,9 @@ class Inspection:
         # What packing sees of an image is whether it can be read and how many patches it has.
         self.data = dataclasses.replace(config.data, latents="cache")
         autoencoder = Autoencoder.load(config.autoencoder.path, "cpu")
-        scale, patch = autoencoder.downsampling, config.model.patch_size
+        check_image_sizes(self.data, autoencoder, config.model.patch_size)
+        scale = autoencoder.downsampling
         shapes = [(3, height // scale, width // scale) for height, width in self.data.image_sizes]
-        if any(height % (scale * patch) or width % (scale * patch) for height, width in self.data.image_sizes):
-            raise UserError(
-                f"the image sizes {self.data.image_sizes} are not all multiples of {scale * patch}, the autoencoder's "
-                f"downsampling times model.patch_size"
-            )
         documents = open_documents(self.data, "train")
         self.sources = Sources(
             [
@@ -94,6 +93,7 @@ class Inspection:
             ],
             shapes,
         )
+        self.held_out = Sources(open_documents(self.data, "held_out"), shapes)
         self.has_texts = bool(self.sources.text_pools)
         self.tokenizer = self._tokenizer(documents)
 
@@ -145,9 +145,17 @@ class Inspection:
     def layout(self, text_slots: int, images_per_row: int, num_rows: int = _ROWS_PER_LAYOUT) -> Layout:
         """What packing makes of a layout."""
         data = dataclasses.replace(self.data, text_slots=text_slots, images_per_row=images_per_row)
-        counts, _, num_slots = self.pack(data, num_rows)
-        cut = counts["truncated_captions"] / max(1, counts["images"])
-        return Layout(text_slots, images_per_row, counts["pad_slots"] / num_slots, cut)
+        counts, batch, num_slots = self.pack(data, num_rows)
+        cut = counts["truncated_captions"] / max(1, self.num_captioned(counts))
+        mean_images = counts["images"] * batch.order.shape[1] / num_slots
+        return Layout(text_slots, images_per_row, counts["pad_slots"] / num_slots, cut, mean_images)
+
+    def num_captioned(self, counts: Counter[str]) -> int:
+        """Images with a caption among what was packed."""
+        named = zip(self.sources.names, self.sources.sources, strict=True)
+        return sum(
+            counts[counter(name, "images")] for name, source in named if isinstance(source.documents, CaptionedImages)
+        )
 
     def suggested(self, budget: int, longest: int, mean: float) -> list[Layout]:
         """Layouts of at most `budget` slots, the best one first.
@@ -210,6 +218,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
     parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
     given, rest = parser.parse_known_args(arguments)
+    if given.rows < 1:
+        raise UserError(f"--rows is {given.rows}; it must be at least 1")
+    prepare_picture(Path(given.picture))
     config = parse_config(RunConfig, rest, __doc__ or "")
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
@@ -217,38 +228,52 @@ def main(arguments: Sequence[str]) -> None:
     with_images = []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
-        print(
-            f"{name}: {len(documents):,} documents" + (f", left out: {documents.skipped}" if documents.skipped else "")
-        )
+        left_out = f", left out: {counted(documents.skipped)}" if documents.skipped else ""
+        print(f"{name}: {counted({'document': len(documents)})} to train on{left_out}")
         tokens, images = inspection.lengths(index)
         is_captioned = isinstance(documents, CaptionedImages)
         print("\n".join(histogram(tokens, "tokens a caption" if is_captioned else "tokens a document")))
         if not is_captioned and images.any():
             print("\n".join(histogram(images, "images a document")))
+            if (share := (images > data.images_per_row).mean()) > 0:
+                print(f"  {100 * share:.1f} % have more images than the {data.images_per_row} of a row: they are cut")
         if is_captioned:
             with_images.append(tokens + 4)  # BOS, BOI, EOI, EOS
+
+    held_out = inspection.held_out
+    lengths = (counted({"document": len(source.documents)}) for source in held_out.sources)
+    parts = [f"{name}: {length}" for name, length in zip(held_out.names, lengths, strict=True)]
+    print(f"held out: {'; '.join(parts) or 'nothing'}")
 
     counts, batch, num_slots = inspection.pack(data, given.rows)
     print(f"\npacked {max(1, given.rows // _NUM_LANES) * _NUM_LANES} rows of {layout_of(data, batch)}:")
     print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding")
-    print(f"  {counts['truncated_captions']} of {counts['images']} images have a caption that is cut")
+    print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
+    cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
+    print(f"  {counted({'document': cut})} of texts, or of texts and images, are cut and go on in a later row")
     print("  " + sources.report(counts).replace("\n", "\n  "))
 
     budget = given.slots or batch.order.shape[1]
     captions = np.concatenate(with_images) if with_images else np.array([8])
     longest = -(-int(np.percentile(captions, 99)) // 8) * 8
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
-    print(f"  {'data.text_slots':>16}{'data.images_per_row':>21}{'padding':>10}{'captions cut':>14}")
+    if inspection.has_texts:
+        print(
+            "  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for images)"
+        )
+    print(
+        f"  {'data.text_slots':>16}{'data.images_per_row':>21}{'padding':>10}{'captions cut':>14}{'images a row':>14}"
+    )
     layouts = inspection.suggested(budget, longest, float(captions.mean()))
     for layout in layouts[:5]:
         print(
             f"  {layout.text_slots:>16}{layout.images_per_row:>21}{100 * layout.pad_fraction:>8.2f} %"
-            f"{100 * layout.cut_fraction:>12.2f} %"
+            f"{100 * layout.cut_fraction:>12.2f} %{layout.mean_images:>14.1f}"
         )
     if not layouts:
-        print(f"  none: an image and the longest captions need more; give --slots a larger number than {budget}")
+        what = "an image and the longest captions need" if with_images else "an image and a text need"
+        print(f"  none: {what} more; give --slots a larger number than {budget}")
 
-    Path(given.picture).parent.mkdir(parents=True, exist_ok=True)
     row = batch.split(1)[0]
     draw_row(
         row,
@@ -258,6 +283,21 @@ def main(arguments: Sequence[str]) -> None:
         Path(given.picture),
     )
     print(f"\na row is drawn in {given.picture}")
+
+
+def prepare_picture(path: Path) -> None:
+    """Make the folder of a picture.
+
+    Raises:
+        UserError: It cannot be made, or the name ends on no format of pictures.
+    """
+    formats = Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--picture is '{path}'; its name must end like a picture's, such as .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--picture: cannot make the folder '{path.parent}': {error.strerror}") from None
 
 
 def layout_of(data: DataConfig, batch: Batch) -> str:

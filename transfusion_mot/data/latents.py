@@ -47,7 +47,7 @@ class LatentCache:
         readable: [N] False where an image could not be read, and has no latents.
         skipped: What was left out, here and when the source was opened: reason to count.
         latent_shapes: (C, Y, X) of every bucket.
-        num_encoded: How many images were encoded to open it.
+        num_encoded: How many of the readable images were encoded to open it.
         num_bytes: Size of the files.
     """
 
@@ -176,7 +176,8 @@ def cached_latents(
         _, problem = next(iter(unreadable_images(shard_folder(folder, 0)).items()))
         raise UserError(f"none of the {len(images)} images of '{images.name}' can be read; the first: {problem}")
     if not whole:
-        cache.num_encoded = sum(min(shard_images, len(images) - shard * shard_images) for shard in missing)
+        shards = (cache.readable[shard * shard_images : (shard + 1) * shard_images] for shard in missing)
+        cache.num_encoded = sum(int(shard.sum()) for shard in shards)
     return cache
 
 
@@ -204,10 +205,14 @@ def _why_not(
     if not others:
         return f"'{cache_dir}' has no latents of '{images.name}'"
     _, path, differing, before = min(others, key=lambda other: other[:2])
-    if {"image sizes", "image_fit"} & set(differing):
-        # The fingerprint of the images holds them, too.
-        differing = [part for part in differing if part != "images"]
-    parts = [f"another {part} ({before.get(part)}, and now it is {made_of[part]})" for part in differing]
+    # Other images of the source are no reason: the other side of the split, say. Their sizes are in their fingerprint.
+    differing = [part for part in differing if part != "images"]
+    if not differing:
+        return f"'{cache_dir}' has no latents of these {len(images):,} images of '{images.name}' yet"
+    parts = [
+        f"{'other' if part.endswith('s') else 'another'} {part} ({before.get(part)}, and now it is {made_of[part]})"
+        for part in differing
+    ]
     return f"the latents of '{images.name}' in '{path}' were made with {' and '.join(parts)}"
 
 
@@ -227,7 +232,7 @@ def _finish(
         for index, problem in unreadable_images(shard).items():
             readable[index] = False
             skipped.add(_UNREADABLE, problem)
-    skipped.warn(images.name, len(images))
+    skipped.warn(images.name, int(readable.sum()), "image")
     file = io.BytesIO()
     np.save(file, readable)
     replace_file(folder / _READABLE, file.getvalue())

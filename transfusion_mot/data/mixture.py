@@ -4,15 +4,24 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from transfusion_mot.autoencoder import Autoencoder
-from transfusion_mot.config import AutoencoderConfig, DataConfig
+from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
 from transfusion_mot.data.latents import LatentCache, cached_latents
-from transfusion_mot.data.sources.base import CaptionedImages, ImageSet, InterleavedDocuments, Split, TextDocuments
+from transfusion_mot.data.sources.base import (
+    CaptionedImages,
+    ImageSet,
+    InterleavedDocuments,
+    Split,
+    TextDocuments,
+    counted,
+)
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
 
@@ -74,7 +83,8 @@ class Sources:
         latent_shapes: [C, Y, X] of every bucket.
 
     Attributes:
-        names: Of the sources; a second one of the same name is numbered.
+        names: Of the sources, the last part of their paths: a run may go on where the data lies elsewhere. A second one
+            of the same name is numbered.
         pools: Of all sources.
         image_pools: Indices of the pools of every bucket.
         text_pools: Indices of the pools of text.
@@ -86,7 +96,7 @@ class Sources:
         self.sources = sources
         self.latent_shapes = latent_shapes
         self.names: list[str] = []
-        for name in (source.documents.name for source in sources):
+        for name in (_short_name(source.documents.name) for source in sources):
             same = sum(before.split(" #")[0] == name for before in self.names)
             self.names.append(f"{name} #{same + 1}" if same else name)
         self.pools: list[Pool] = []
@@ -138,18 +148,23 @@ class Sources:
         return Sources(kept, self.latent_shapes)
 
     def contents(self) -> list[str]:
-        """What is in the sources, not where they lie, and in which pools: what the state of a lane depends on."""
+        """What is in the sources, not where they lie, and in which pools: what the state of a lane depends on.
+
+        For example "coco: 8c1f of [118287] documents".
+        """
         documents = [source.documents for source in self.sources]
         hashes = [d.captions_fingerprint if isinstance(d, CaptionedImages) else d.fingerprint for d in documents]
         pools = [[pool.length for pool in self.pools if pool.source == index] for index in range(len(documents))]
-        return [f"{content} of {lengths} documents" for content, lengths in zip(hashes, pools, strict=True)]
+        described = zip(self.names, hashes, pools, strict=True)
+        return [f"{name}: {content} of {lengths} documents" for name, content, lengths in described]
 
     def __str__(self) -> str:
-        """For example "data: coco: 118287 documents, 13 left out (unreadable image: 13); book.txt: 7 documents"."""
+        """For example "data: coco: 118287 documents, left out: 13 unreadable images; a.txt: 1 document"."""
         parts = []
         for index, name in enumerate(self.names):
-            left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out(index).items())
-            parts.append(f"{name}: {self._lengths()[index]} documents{f', left out: {left_out}' if left_out else ''}")
+            left_out = counted(self.left_out(index))
+            length = counted({"document": self._lengths()[index]})
+            parts.append(f"{name}: {length}{f', left out: {left_out}' if left_out else ''}")
         return f"data: {'; '.join(parts)}"
 
     def _lengths(self) -> Counter[int]:
@@ -173,9 +188,9 @@ class Sources:
         ]
         for index, (name, source) in enumerate(zip(self.names, self.sources, strict=True)):
             epochs = self.epochs(seen)[name]
-            left_out = self.left_out(index)
-            left_out |= {what.replace("_", " "): seen[key] for what in DROPS if (key := counter(name, what)) in seen}
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "nothing"
+            drops = {what.replace("_", " ").removesuffix("s"): seen.get(counter(name, what), 0) for what in DROPS}
+            dropped = counted({what: count for what, count in drops.items() if count})
+            reasons = ", ".join(filter(None, [counted(self.left_out(index)), dropped])) or "nothing"
             documents, tokens, images = (seen.get(counter(name, what), 0) for what in ("documents", "tokens", "images"))
             short = name if len(name) <= 31 else f"...{name[-28:]}"
             lines.append(
@@ -187,6 +202,12 @@ class Sources:
         """How often the documents of each source have been taken, by the counters of the run."""
         lengths = self._lengths()
         return {name: seen.get(counter(name, "taken"), 0) / lengths[index] for index, name in enumerate(self.names)}
+
+
+def _short_name(name: str) -> str:
+    """The last part of a path, which stays when the data is moved or its path is spelled in another way."""
+    path = Path(name)
+    return (path if path.name.strip(".") else path.resolve()).name
 
 
 # What is counted of each source: documents taken from it, those that are wholly in rows, text slots and images of it in
@@ -204,13 +225,33 @@ def open_documents(data: DataConfig, split: Split) -> list[Source]:
     """Open every source of a split; one of which nothing is held out is left out.
 
     Raises:
-        UserError: A source cannot be opened, or none has images to train on.
+        UserError: A source cannot be opened, two of the same data have another `use`, or none has images to train on.
     """
+    _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
     sources = [source for source in sources if len(source.documents)]
     if split == "train" and all(isinstance(source.documents, TextDocuments) for source in sources):
-        raise UserError("data.sources has no source with images to train on; add one, of kind openmoji or imagefolder")
+        if any(source.kind != "text" and source.use == "held_out" for source in data.sources):
+            raise UserError(
+                "all sources of data.sources that have images are held out; set 'use' of one to train or split"
+            )
+        kinds = ", ".join(kind for kind in get_args(get_type_hints(SourceConfig)["kind"]) if kind != "text")
+        raise UserError(f"data.sources has no source with images to train on; kinds that have images are {kinds}")
     return sources
+
+
+def _refuse_two_uses(sources: list[SourceConfig]) -> None:
+    """Refuse data that is trained on by one entry and held out by another."""
+    uses: dict[tuple[str | None, ...], str] = {}
+    for source in sources:
+        places = [None if path is None else str(Path(path).resolve()) for path in (source.path, source.annotations)]
+        use = uses.setdefault((source.kind, *places, source.name, source.split), source.use)
+        if use != source.use:
+            raise UserError(
+                f"two sources of kind '{source.kind}' read the same data, '{source.path or source.kind}', with 'use' "
+                f"{use} and {source.use}; what is held out would be trained on: give each its own data, or one entry "
+                "with 'use' split"
+            )
 
 
 def with_latents(

@@ -204,8 +204,9 @@ class Packer:
             if document.segments:
                 return entry
             self._drop(lane, entry, counts)
+        place = self.sources.sources[self.sources.pools[pool].source].documents.name
         raise UserError(
-            f"nothing of {_MOST_DROPPED} documents in turn can be read, the last of source '{name}'; is its folder "
+            f"nothing of {_MOST_DROPPED} documents in turn can be read, the last of source '{place}'; is its folder "
             "still there and whole?"
         )
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from transfusion_mot.data.sources.base import SkippedItems
 
 # Part of every key: raise it when the files or what is stored in them change.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Strings(Sequence[str]):

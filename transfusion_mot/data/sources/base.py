@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -126,17 +127,28 @@ class SkippedItems:
             self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:_NUM_EXAMPLES]
 
     def __str__(self) -> str:
-        """For example "2 missing file (a.png; b.png), 1 empty caption (metadata.jsonl:4)"."""
+        """For example "2 missing files (a.png; b.png), 1 empty caption (metadata.jsonl:4)"."""
         parts = []
         for reason, count in self.counts.items():
             more = "; ..." if count > _NUM_EXAMPLES else ""
-            parts.append(f"{count} {reason} ({'; '.join(self.examples[reason])}{more})")
+            parts.append(f"{counted({reason: count})} ({'; '.join(self.examples[reason])}{more})")
         return ", ".join(parts)
 
-    def warn(self, name: str, num_items: int) -> None:
-        """Log what was skipped of `num_items`, if anything."""
+    def warn(self, name: str, kept: int, what: str) -> None:
+        """Log what was skipped, if anything, and how many items, which are called `what`, are there without it."""
         if self.counts:
-            _logger.warning("%s: skipped %d of %d: %s", name, sum(self.counts.values()), num_items, self)
+            items = counted({what: kept})
+            _logger.warning("%s: skipped %d and kept %s: %s", name, sum(self.counts.values()), items, self)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """In prose: {"sample without a caption": 2, "missing file": 1} => "2 samples without a caption, 1 missing file"."""
+    parts = []
+    for thing, count in counts.items():
+        # What is counted stands before the words that say what is wrong with it.
+        many = re.sub(r"^.+?(?= without | not | of |$)", r"\g<0>s", thing)
+        parts.append(f"{count:,} {thing if count == 1 else many}")
+    return ", ".join(parts)
 
 
 def split_of(text: str, data: DataConfig) -> Split:

@@ -18,12 +18,13 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
     Raises:
         UserError: `annotations` is missing or not of that form.
     """
-    if source.annotations is None or not Path(source.annotations).is_file():
+    if source.annotations is None:
         raise UserError(
-            "a source of kind 'coco' needs 'annotations', a file such as annotations/captions_train2017.json; "
-            f"got {source.annotations}"
+            "a source of kind 'coco' needs 'annotations', a file such as annotations/captions_train2017.json"
         )
     path = Path(source.annotations)
+    if not path.is_file():
+        raise UserError(f"the annotations of coco source '{source.path}' are not there: '{path}' is not a file")
 
     def build(writer: ArrayWriter) -> None:
         annotations = _read(path)

@@ -12,6 +12,7 @@ from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_
 from transfusion_mot.data.sources.stored_images import CaptionWriter
 from transfusion_mot.data.sources.tables import open_parquet, pick_column, rows_of, split_field, texts_in
 from transfusion_mot.errors import UserError
+from transfusion_mot.hub_names import refuse_missing_path
 
 _ROWS_AT_ONCE = 1024
 TEXT_COLUMNS = ("text", "caption")
@@ -23,19 +24,21 @@ def index_parquet(source: SourceConfig, data: DataConfig, files: Sequence[Path])
     Raises:
         UserError: A file is damaged, or has no such columns; names those that it has.
     """
-    columns = []
+    schemas = []
     for file in files:
         with open_parquet(file) as table:
-            columns.append(table.schema_arrow.names)
-    image_column = pick_column(source.image_column, ("image",), columns[0], str(files[0]))
+            schemas.append(table.schema_arrow)
+    image_column = pick_column(source.image_column, ("image",), schemas[0].names, str(files[0]))
+    for file, schema in zip(files, schemas, strict=True):
+        pick_column(image_column, (), schema.names, str(file))
+        _check_holds_images(schema, image_column, str(file))
 
     def build(writer: ArrayWriter) -> None:
         items = CaptionWriter(writer, data.split_seed)
         numbers, rows, positions = (writer.integers(name) for name in ("files", "rows", "positions"))
-        for number, (file, names) in enumerate(tqdm(zip(files, columns, strict=True), desc="reading captions")):
-            pick_column(image_column, (), names, str(file))
-            text_column = pick_column(source.text_column, TEXT_COLUMNS, names, str(file))
-            wanted = [text_column, *(["split"] if "split" in names else [])]
+        for number, (file, schema) in enumerate(tqdm(zip(files, schemas, strict=True), desc="reading captions")):
+            text_column = pick_column(source.text_column, TEXT_COLUMNS, schema.names, str(file))
+            wanted = [text_column, *(["split"] if "split" in schema.names else [])]
             for index, (where, row) in enumerate(rows_of(file, wanted)):
                 captions = texts_in(row[text_column], text_column, where)
                 if items.add(f"{file.name}:{index}", captions, where, split_field(row, where)):
@@ -47,6 +50,24 @@ def index_parquet(source: SourceConfig, data: DataConfig, files: Sequence[Path])
     return image_column, stored_arrays(data.cache_dir, "parquet", key, build)
 
 
+def _check_holds_images(schema: pa.Schema, column: str, where: str) -> None:
+    """Refuse a column that can hold no images by its type; whether texts are paths of images is seen when one is read.
+
+    Raises:
+        UserError: Names the column and its type.
+    """
+    kind = schema.field(column).type
+    content = kind.value_type if hasattr(kind, "value_type") else kind
+    if not pa.types.is_struct(content) and not any(
+        is_such(content)
+        for is_such in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
+    ):
+        raise UserError(
+            f"{where}: the column '{column}' is of type {kind}; images are bytes, paths or {{bytes, path}}: set "
+            f"image_column to one of {[name for name in schema.names if name != column]}"
+        )
+
+
 def open_dataset(source: SourceConfig) -> datasets.Dataset:
     """A folder of `save_to_disk`, or a data set by its name.
 
@@ -55,6 +76,7 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
     """
     if source.path is None:
         raise UserError("a source of kind 'datasets' needs 'path', a name or a folder of save_to_disk")
+    refuse_missing_path(source.path, "datasets source")
     try:
         if Path(source.path, "state.json").is_file() or Path(source.path, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source.path)
@@ -103,6 +125,7 @@ def index_dataset(
     """
     columns = dataset.column_names
     image_column = pick_column(source.image_column, ("image",), columns, name)
+    _check_holds_images(dataset.features.arrow_schema, image_column, name)
     text_column = pick_column(source.text_column, TEXT_COLUMNS, columns, name)
     texts = dataset.select_columns([text_column, *(["split"] if "split" in columns else [])])
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.base import ImageSet, Split, fingerprint_of
+from transfusion_mot.data.sources.base import ImageSet, Split, counted, fingerprint_of
 from transfusion_mot.data.sources.stored_images import SplitWriter, StoredImages, items_of, skipped_on_opening
 from transfusion_mot.data.sources.stores import FileStore, ImageStore, ParquetStore, TarStore
 from transfusion_mot.data.sources.tables import (
@@ -28,6 +28,7 @@ from transfusion_mot.errors import UserError
 _SUFFIXES = (".jsonl", ".parquet")
 _TEXTS, _IMAGES = "texts", "images"
 _MMC4_TEXTS, _MMC4_IMAGES = "text_list", "image_info"
+_MISSING = "missing file"
 
 
 class StoredDocuments:
@@ -56,7 +57,7 @@ class StoredDocuments:
         counts = ends[self.items] - starts
         documents = np.repeat(np.arange(len(self.items)), counts)
         numbers = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
-        images = StoredImages(name, store, numbers, skipped, data)
+        images = StoredImages(name, store, numbers, skipped, source, data, split)
         # From the number of an image in the source to its index in `images`; -1 where it is not there.
         self._image_indices = np.full(int(ends[-1]) if len(ends) else 0, -1, dtype=np.int64)
         self._image_indices[images.items] = np.arange(len(images))
@@ -212,7 +213,7 @@ def _write_with_tars(
     def add_image(value: Any, where: str) -> bool:
         name = _image_name(value, where).removeprefix("./")
         if name not in members:
-            writer.skipped.add("missing file", name)
+            writer.skipped.add(_MISSING, name)
             return False
         number, member = members[name]
         names.add(name)
@@ -220,7 +221,15 @@ def _write_with_tars(
             values.append(part)
         return True
 
-    _write(_Writer(writer, data.split_seed, add_image), source, files)
+    documents = _Writer(writer, data.split_seed, add_image)
+    _write(documents, source, files)
+    missing = writer.skipped.counts.get(_MISSING, 0)
+    if missing and not documents.num_images:
+        raise UserError(
+            f"interleaved source '{source.path}': it lists {counted({'image': missing})}, and none is in the tar files "
+            f"of '{source.images}', for example '{writer.skipped.examples[_MISSING][0]}'; "
+            + (f"their members are named like '{next(iter(members))}'" if members else "they are empty")
+        )
 
 
 def _write(documents: _Writer, source: SourceConfig, files: Sequence[Path]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import StoredArrays
-from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, Split, TextDocuments
+from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, Split, TextDocuments, counted
 from transfusion_mot.data.sources.coco import index_coco
 from transfusion_mot.data.sources.image_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
 from transfusion_mot.data.sources.imagefolder import index_imagefolder
@@ -41,13 +41,21 @@ def open_source(
     for key, kinds in _KEYS.items():
         if getattr(source, key) is not None and source.kind not in kinds:
             raise UserError(f"a source of kind '{source.kind}' has no key '{key}'; {' and '.join(kinds)} have")
+    try:
+        Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir, '{data.cache_dir}', cannot be made a folder: {error.strerror}; choose another"
+        ) from None
     opened = _open(source, data, split)
     if split == "train" and source.use != "held_out" and len(opened) == 0:
         skipped: dict[str, int] = opened.skipped
         what = "image" if isinstance(opened, CaptionedImages) else "document"
+        reasons = [counted(skipped)] if skipped else []
+        if source.use == "split":
+            reasons.append(f"held_out_fraction is {data.held_out_fraction}")
         raise UserError(
-            f"{source.kind} source '{opened.name}' has no {what} to train on (skipped: {skipped or 'none'}; "
-            f"held_out_fraction is {data.held_out_fraction})"
+            f"{source.kind} source '{opened.name}' has no {what} to train on ({'; '.join(reasons) or 'it is empty'})"
         )
     return opened
 

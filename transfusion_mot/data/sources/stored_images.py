@@ -10,12 +10,18 @@ from tqdm import tqdm
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.images import ImageArray, displayed_size, load_image, nearest_buckets
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, stored_arrays
-from transfusion_mot.data.sources.base import SkippedItems, Split, fingerprint_of, share_of
+from transfusion_mot.data.sources.base import SkippedItems, Split, counted, fingerprint_of, share_of
 from transfusion_mot.data.sources.parallel import map_in_processes
 from transfusion_mot.data.sources.stores import ImageStore, Items
 from transfusion_mot.errors import UserError
 
 _SIZES_AT_ONCE = 4096
+
+# Where none of the images is found: what to look at.
+_CHECK = {
+    "coco": "perhaps the annotations are of another folder",
+    "interleaved": "their names begin below 'images', or beside the documents if it is not given",
+}
 
 
 class SplitWriter:
@@ -44,8 +50,11 @@ def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split
 
 def skipped_on_opening(arrays: StoredArrays, source: SourceConfig, split: Split) -> SkippedItems:
     """What was left out of the whole source, told on one side only: with the training items, if there are any."""
-    told = split == "train" or source.use == "held_out"
-    return arrays.skipped() if told else SkippedItems()
+    return arrays.skipped() if _is_main_side(source, split) else SkippedItems()
+
+
+def _is_main_side(source: SourceConfig, split: Split) -> bool:
+    return split == "train" or source.use == "held_out"
 
 
 class CaptionWriter:
@@ -75,7 +84,11 @@ class CaptionWriter:
 
 
 class StoredImages:
-    """`ImageSet` of items of a store."""
+    """`ImageSet` of items of a store.
+
+    Raises:
+        UserError: There are items on the side, and the image of none is there.
+    """
 
     def __init__(
         self,
@@ -83,11 +96,20 @@ class StoredImages:
         store: ImageStore,
         items: Items,
         skipped: SkippedItems,
+        source: SourceConfig,
         data: DataConfig,
+        split: Split,
     ) -> None:
-        num_items = len(items) + sum(skipped.counts.values())
-        items, identity = store.present(items, skipped)
-        skipped.warn(name, num_items)
+        listed = items
+        items, identity = store.present(listed, skipped)
+        # A few held out of a source may be missing by chance.
+        if len(listed) and not len(items) and _is_main_side(source, split):
+            raise UserError(
+                f"{source.kind} source '{name}': it lists {counted({'image': len(listed)})}, and none is there "
+                f"({counted(skipped.counts)}), for example '{store.where(int(listed[0]))}'; "
+                + _CHECK.get(source.kind, "check the path of the source and the names in its metadata")
+            )
+        skipped.warn(name, len(items), "image")
         self.name = name
         self.store = store
         self.items = items
@@ -129,7 +151,7 @@ class StoredCaptionedImages(StoredImages):
         split: Split,
     ) -> None:
         items = items_of(arrays, source, data, split)
-        super().__init__(name, store, items, skipped_on_opening(arrays, source, split), data)
+        super().__init__(name, store, items, skipped_on_opening(arrays, source, split), source, data, split)
         self.arrays = arrays
         self.captions_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
 

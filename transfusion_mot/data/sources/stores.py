@@ -146,7 +146,7 @@ class ParquetStore:
         value = _row_group(path, group, self.column)[row - int(starts[group])]
         if isinstance(value, pa.ListScalar):
             value = value[int(self.arrays["positions"][item])]
-        return encoded_image(value.as_py(), self.where(item), Path(path).parent)
+        return encoded_image(value.as_py(), self.column, self.where(item), Path(path).parent)
 
     def where(self, item: int) -> str:
         return f"{self.files[int(self.arrays['files'][item])]}:{int(self.arrays['rows'][item]) + 1}"
@@ -187,22 +187,26 @@ class ArrowStore:
 
     def content(self, item: int) -> bytes | Path:
         value = self.dataset[int(self.arrays["rows"][item])][self.column]
-        return encoded_image(value, self.where(item), Path())
+        return encoded_image(value, self.column, self.where(item), Path())
 
     def where(self, item: int) -> str:
         return f"{self.name}:{int(self.arrays['rows'][item])}"
 
 
-def encoded_image(value: Any, where: str, folder: Path) -> bytes | Path:
-    """An image as tables hold it: bytes, a path, or both as {"bytes": ..., "path": ...}.
+def encoded_image(value: Any, column: str, where: str, folder: Path) -> bytes | Path:
+    """An image as a column of a table holds it: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
-        UserError: It is none of them, or null.
+        UserError: It is none of them, or null, or there is no such file; names the column and what it holds.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return value
     if isinstance(value, str) and value:
+        if not (folder / value).is_file():
+            raise UserError(f"image '{where}': the column '{column}' holds {value!r:.80}, which is no file")
         return folder / value
-    raise UserError(f"image '{where}' is {'missing' if not value else f'no image but {type(value).__name__}'}")
+    if not value:
+        raise UserError(f"image '{where}' is missing: the column '{column}' is empty there")
+    raise UserError(f"image '{where}': the column '{column}' holds no image but {value!r:.80}")

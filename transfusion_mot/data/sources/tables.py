@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,52 @@ from transfusion_mot.errors import UserError
 Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TRAIN_NAMES = ("train", "training")
 _HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "dev", "test")
 
 
 def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
     """The files that a source's path means: one file, those of a folder and the folders below it, or those that match a
-    pattern with `*`; sorted.
+    pattern with `*` or with numbers, as `{00000..00012}.tar`; sorted.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or they are of another kind; says what there is.
     """
     given = Path(path)
+    wanted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
     if given.is_file():
-        files = [given]
+        found = [given]
     elif given.is_dir():
-        files = [file for file in given.rglob("*") if file.suffix in suffixes and file.is_file()]
+        found = [file for file in given.rglob("*") if file.is_file()]
+        if not any(file.suffix in suffixes for file in found):
+            instead = f"its files are others, such as '{found[0].name}'" if found else "it is empty"
+            raise UserError(
+                f"{kind} source '{path}' is a folder without a {wanted} file: {_compressed(found) or instead}"
+            )
+        found = [file for file in found if file.suffix in suffixes]
+    elif numbers := _NUMBERS.search(path):
+        first, last = numbers.groups()
+        names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+        parts = [path[: numbers.start()] + name + path[numbers.end() :] for name in names]
+        found = [file for part in parts for file in find_files(part, suffixes, kind)]
     elif "*" in path:
         root = Path(given.anchor)
-        files = list(root.glob(str(given.relative_to(root))))
+        found = list(root.glob(str(given.relative_to(root))))
     else:
         raise UserError(f"{kind} source '{path}' is not a file or folder")
-    if not files or any(file.suffix not in suffixes for file in files):
-        wanted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
-        raise UserError(f"{kind} source '{path}' must be a {wanted} file, or a folder that holds some")
-    return sorted(files)
+    if not found:
+        raise UserError(f"{kind} source '{path}': no file matches the pattern")
+    if others := [file for file in found if file.suffix not in suffixes]:
+        reason = _compressed(others) or f"'{others[0]}' is none"
+        raise UserError(f"{kind} source '{path}' must be a {wanted} file, or a folder that holds some; {reason}")
+    return sorted(found)
+
+
+def _compressed(files: Sequence[Path]) -> str:
+    """What to say of compressed tar files, if there are any."""
+    named = next((file.name for file in files if re.search(r"\.(tgz|tar\.\w+)$", file.name)), None)
+    return f"'{named}' is compressed and cannot be read in any order; uncompress it" if named is not None else ""
 
 
 def rows_of(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:

@@ -72,7 +72,7 @@ def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
             ) from None
         whole = False
     if not whole:
-        skipped.add("truncated tar", str(path))
+        skipped.add("truncated tar file", str(path))
         size = path.stat().st_size
         members = [member for member in members if member.offset + member.size <= size]
     if not members:
@@ -163,7 +163,7 @@ def _captions(
     except json.JSONDecodeError:
         entry = None
     if not isinstance(entry, dict):
-        skipped.add("damaged JSON", where)
+        skipped.add("damaged JSON file", where)
         return None
     column = pick_column(text_column, ("text", "caption"), list(entry), where)
     return texts_in(entry[column], column, where)

@@ -32,7 +32,7 @@ class StoredTexts:
     def __init__(self, name: str, arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> None:
         self.items = items_of(arrays, source, data, split)
         skipped = skipped_on_opening(arrays, source, split)
-        skipped.warn(name, len(self.items) + sum(skipped.counts.values()))
+        skipped.warn(name, len(self.items), "text")
         self.name = name
         self.arrays = arrays
         self.skipped = skipped.counts
