@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
@@ -33,6 +34,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.previews import Previews
 from transfusion_mot.training.checkpoint import clear_behind, find_state, written_aside
 from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.graph import GraphedStep, check_graphed, make_capturable
 from transfusion_mot.training.guards import Guards
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -48,7 +50,7 @@ from transfusion_mot.training.state import (
     refuse_other_run,
     state_tensors,
 )
-from transfusion_mot.training.step import train_step
+from transfusion_mot.training.step import StepResult, train_step
 from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.towers import check_towers, freeze_towers
 from transfusion_mot.training.validation import Validation
@@ -71,6 +73,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
     check_towers(config)
+    if training.cuda_graph:
+        check_graphed(config, accelerator)
     state_folder = find_state(run, config.resume)
 
     diffusion = Diffusion(
@@ -121,6 +125,8 @@ def main(arguments: list[str]) -> None:
     freeze_towers(bare_model, training.frozen_towers)
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
+    if training.cuda_graph:
+        make_capturable(optimizer)
     if state_folder is not None:
         lanes = load_tensors(state_folder, bare_model, ema, optimizer)
     bare_model.checkpoint_activations(training.activation_checkpointing)
@@ -174,6 +180,21 @@ def main(arguments: list[str]) -> None:
     )
     describe(accelerator, bare_model, packer, held_out.num_image_documents())
 
+    def plain_step(batch: Batch) -> StepResult:
+        return train_step(
+            model,
+            batch,
+            diffusion,
+            optimizer,
+            accelerator,
+            microbatch_rows,
+            training.diffusion_loss_weight,
+            config.optimizer.max_grad_norm,
+            training.z_loss_weight,
+        )
+
+    take_step = GraphedStep(plain_step) if training.cuda_graph else plain_step
+
     # Where nobody watches, lines are enough: None is no bar unless standard error is a terminal.
     no_bar = None if accelerator.is_main_process else True
     progress = tqdm(total=training.num_steps, initial=first_step, unit="step", disable=no_bar)
@@ -184,17 +205,7 @@ def main(arguments: list[str]) -> None:
         for step, (batch, counts) in enumerate(loader, first_step):
             watchdog.at(step + 1, "training")
             lr = set_lr(optimizer, config.optimizer, step, training.num_steps)
-            result = train_step(
-                model,
-                batch,
-                diffusion,
-                optimizer,
-                accelerator,
-                microbatch_rows,
-                training.diffusion_loss_weight,
-                config.optimizer.max_grad_norm,
-                training.z_loss_weight,
-            )
+            result = take_step(batch)
             ema.update(bare_model, step)
 
             done = step + 1

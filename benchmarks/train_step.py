@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +37,10 @@ from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
+from transfusion_mot.training.graph import WARM_UP, GraphedStep, make_capturable
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.parallel import make_accelerator, place, wrap
-from transfusion_mot.training.step import train_step
+from transfusion_mot.training.step import StepResult, train_step
 
 _logger = logging.getLogger(__name__)
 CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
@@ -56,10 +57,17 @@ class Contender:
         batches: Endless batches.
         diffusion: The objective.
         accelerator: Of the run.
+        cuda_graph: Record the step as a CUDA graph.
     """
 
     def __init__(
-        self, name: str, size: Size, batches: Iterator[Batch], diffusion: Diffusion, accelerator: Accelerator
+        self,
+        name: str,
+        size: Size,
+        batches: Iterator[Batch],
+        diffusion: Diffusion,
+        accelerator: Accelerator,
+        cuda_graph: bool,
     ) -> None:
         torch.manual_seed(0)
         self.name = name
@@ -80,19 +88,25 @@ class Contender:
         elif on_gpu:
             self.model.compile_blocks()
         self.trained = wrap(trained, accelerator)
+        if cuda_graph:
+            make_capturable(self.optimizer)
+        self.cuda_graph = cuda_graph
+        self.take_step: Callable[[Batch], StepResult] = self.plain_step
+
+    def plain_step(self, batch: Batch) -> StepResult:
+        """The step function of `train.py`."""
+        rows = batch.text_ids.shape[0]
+        weight, max_norm = 5.0, 1.0
+        return train_step(self.trained, batch, self.diffusion, self.optimizer, self.accelerator, rows, weight, max_norm)
 
     def step(self) -> Tensor:
         """One optimizer step => summed losses [2]."""
-        batch = next(self.batches)
-        rows = batch.text_ids.shape[0]
-        weight, max_norm = 5.0, 1.0
-        result = train_step(
-            self.trained, batch, self.diffusion, self.optimizer, self.accelerator, rows, weight, max_norm
-        )
-        return result.loss_sums
+        return self.take_step(next(self.batches)).loss_sums
 
     def move(self, device: torch.device) -> None:
-        """Take parameters and moments to a device; compiled code finds them there when they are back."""
+        """Take parameters and moments to a device; compiled code finds them there when they are back, a CUDA graph is
+        recorded anew."""
+        self.take_step = GraphedStep(self.plain_step) if self.cuda_graph and device.type == "cuda" else self.plain_step
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(device)
@@ -209,6 +223,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns in which they are taken (default: %(default)s)")
     parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
+    parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
     parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args(arguments)
@@ -235,9 +250,8 @@ def main(arguments: list[str]) -> None:
             "contenders": {},
         }
         options.output.mkdir(parents=True, exist_ok=True)
-        name = (
-            f"train_step-{options.size}-{options.layout or options.size}-{accelerator.num_processes}x{parallelism}.json"
-        )
+        variant = f"{accelerator.num_processes}x{parallelism}{'-graph' if options.cuda_graph else ''}"
+        name = f"train_step-{options.size}-{options.layout or options.size}-{variant}.json"
         for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
             if accelerator.is_main_process:
                 (options.output / name).write_text(json.dumps(report, indent=1))
@@ -268,7 +282,7 @@ def compare(
                 if name == "transfusion_pytorch":
                     contenders[name] = Rival(size, device, options.rival_rows)
                 else:
-                    contenders[name] = Contender(name, size, batches, diffusion, accelerator)
+                    contenders[name] = Contender(name, size, batches, diffusion, accelerator, options.cuda_graph)
             contender = contenders[name]
             contender.move(device)
             if turn == 0:
@@ -284,7 +298,7 @@ def compare(
                     "milliseconds": [],
                 }
             result = results[name]
-            for _ in range(4 if turn == 0 else 2):
+            for _ in range((4 if turn == 0 else 2) + (WARM_UP if options.cuda_graph else 0)):
                 contender.step()
             graphs = counters["stats"]["unique_graphs"]
             result["milliseconds"] += timed_steps(contender, options.steps // options.rounds, device)

@@ -1,5 +1,7 @@
 """Whole training steps on a CUDA device: `pytest -m gpu`."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,7 +14,8 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.graph import GraphedStep, make_capturable
+from transfusion_mot.training.optimizer import make_optimizer, set_lr
 from transfusion_mot.training.step import StepResult, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -68,6 +71,31 @@ def test_loss_curves_of_both_devices_agree(byte_tokenizer) -> None:
     assert ((gpu - host).abs().mean(dim=0) < 0.5 * noise).all()
     assert (host[-20:].mean(dim=0) < 0.9 * host[:20].mean(dim=0)).all(), "nothing was learnt, so nothing was compared"
     torch.testing.assert_close(gpu[-20:].mean(dim=0), host[-20:].mean(dim=0), rtol=0.02, atol=0.0)
+
+
+def test_recorded_step_is_the_plain_one(byte_tokenizer) -> None:
+    """The same batches, with another learning rate each; then one that is not finite, which moves nothing."""
+    plain, recorded = Run("cuda", byte_tokenizer), Run("cuda", byte_tokenizer)
+    make_capturable(recorded.optimizer)
+    take_step = GraphedStep(recorded.step)
+    config = OptimizerConfig(lr=3e-3, warmup_steps=4)
+    for step in range(10):
+        batch = plain.batch()
+        rows = batch.split(4)[0] if step % 3 == 2 else batch  # two shapes
+        for run in (plain, recorded):
+            set_lr(run.optimizer, config, step, 10)
+        one, two = plain.step(rows), take_step(rows)
+        torch.testing.assert_close(two.loss_sums, one.loss_sums, rtol=2e-3, atol=0)
+        assert torch.equal(two.counts, one.counts)
+        torch.testing.assert_close(two.grad_norm, one.grad_norm, rtol=2e-2, atol=0)
+    before = [parameter.clone() for parameter in recorded.bare.parameters()]
+    set_lr(recorded.optimizer, config, 0, 10)
+    result = take_step(dataclasses.replace(batch, latents=torch.full_like(batch.latents, float("nan"))))
+    assert not result.grad_norm.isfinite()
+    assert all(torch.equal(one, two) for one, two in zip(before, recorded.bare.parameters(), strict=True))
+    take_step(batch)
+    assert not any(torch.equal(one, two) for one, two in zip(before, recorded.bare.parameters(), strict=True))
+    assert all(parameter.isfinite().all() for parameter in recorded.bare.parameters())
 
 
 def test_a_step_neither_waits_for_the_device_nor_compiles_again(byte_tokenizer) -> None:

@@ -10,6 +10,7 @@ from test_train import interrupt_after
 from training_runs import assert_same, final_state
 
 import train
+from transfusion_mot.errors import UserError
 from transfusion_mot.training.metrics import read_metrics
 
 
@@ -47,6 +48,11 @@ def test_options_of_the_step_resume_exactly(arguments, tmp_path: Path, monkeypat
     line = read_metrics(tmp_path / "whole" / "metrics.jsonl")[-2]
     towers = {"image"} if name == "frozen tower" else {"image", "text"}
     assert {key for key in line if key.startswith("grad_norm/")} == {f"grad_norm/{tower}" for tower in towers}
+
+
+def test_step_that_cannot_be_recorded_is_refused(arguments) -> None:
+    with pytest.raises(UserError, match=r"training\.cuda_graph is for one CUDA device, and this run is on 1 x cpu"):
+        train.main(arguments("run", training={"cuda_graph": True}))
 
 
 def test_frozen_tower_on_two_processes_equals_one(arguments, tmp_path: Path) -> None:

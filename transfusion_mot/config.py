@@ -269,6 +269,9 @@ class TrainingConfig:
         seed: Seed of initialisation and, with row and step, of every random draw in the data.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
+        cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what
+            a model needs that computes faster than the host can ask it to. On one CUDA device, with AdamW; the memory
+            of a step stays taken between steps.
         attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
             chooses by device and length of a row and says why.
         activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of
@@ -299,6 +302,7 @@ class TrainingConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
+    cuda_graph: bool = False
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: int = 10

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.config import OptimizerConfig
@@ -73,5 +73,9 @@ def set_lr(optimizer: Optimizer, config: OptimizerConfig, step: int, num_steps: 
     """Set the learning rate of step 0, 1, ..., which is a function of the step alone => the rate, before `lr_scale`."""
     lr = config.lr * lr_factor(step, num_steps, config)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            # Where a recorded step reads it.
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
     return lr

@@ -1,0 +1,101 @@
+"""Training steps recorded as CUDA graphs: the host starts one thing a step instead of thousands."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from transfusion_mot.config import RunConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.errors import UserError
+from transfusion_mot.training.step import StepResult
+
+# Steps before the one that is recorded: they compile the blocks and make the optimizer's state.
+WARM_UP = 3
+
+
+class GraphedStep:
+    """A training step, replayed from a CUDA graph once it is recorded; one for each shape of batch.
+
+    All that changes from step to step must be on the device: the batch, which is copied to where the graph reads it,
+    and the learning rate, for which `make_capturable` prepares the optimizer. The graphs keep the memory of a step for
+    themselves between steps.
+
+    Args:
+        step: Forward, backward and update, without waiting for the device.
+    """
+
+    def __init__(self, step: Callable[[Batch], StepResult]) -> None:
+        self._step = step
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._warm_ups: Counter[tuple[torch.Size, ...]] = Counter()
+        self._recorded: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, StepResult]] = {}
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Take the step."""
+        shapes = tuple(tensor.shape for tensor in _tensors(batch))
+        if self._warm_ups[shapes] < WARM_UP:
+            self._warm_ups[shapes] += 1
+            return self._on_own_stream(batch)
+        if shapes not in self._recorded:
+            self._recorded[shapes] = self._record(batch)
+        graph, static, result = self._recorded[shapes]
+        torch._foreach_copy_(_tensors(static), _tensors(batch))
+        graph.replay()
+        # The next replay writes over the graph's own.
+        return StepResult(
+            result.text_losses.clone(),
+            result.image_losses.clone(),
+            result.counts.clone(),
+            result.grad_norm.clone(),
+            {tower: norm.clone() for tower, norm in result.tower_grad_norms.items()},
+        )
+
+    def _on_own_stream(self, batch: Batch) -> StepResult:
+        """What a graph is recorded from must not have run on the default stream."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = self._step(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return result
+
+    def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, StepResult]:
+        """The graph, the batch that it reads and the result that it writes; nothing is computed."""
+        static = Batch(*(tensor.clone() for tensor in _tensors(batch)))
+        graph = torch.cuda.CUDAGraph()
+        # The thread that pins batches calls CUDA, too.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = self._step(static)
+        return graph, static, result
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+
+
+def check_graphed(config: RunConfig, accelerator: Accelerator) -> None:
+    """Refuse `training.cuda_graph` where a step cannot be recorded.
+
+    Raises:
+        UserError: Names what is in the way.
+    """
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        where = f"{accelerator.num_processes} x {accelerator.device.type}"
+        raise UserError(f"training.cuda_graph is for one CUDA device, and this run is on {where}; set it to false")
+    if config.optimizer.name != "adamw":
+        raise UserError(
+            f"training.cuda_graph needs optimizer.name adamw, and it is {config.optimizer.name}; set it to false"
+        )
+
+
+def make_capturable(optimizer: Optimizer) -> None:
+    """Let an optimizer be recorded: its learning rates become tensors, which `set_lr` fills."""
+    assert isinstance(optimizer, AdamW)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
