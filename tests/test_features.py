@@ -14,9 +14,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import features as features_module
-from transfusion_mot.evaluation.features import image_distance, image_features, load_feature_network
+from transfusion_mot.evaluation import networks
+from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.features import image_features
 from transfusion_mot.evaluation.images import find_images, load_rgb, pick_device, read_prompts
+from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.report import metrics_table, save_metrics
 
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def inception_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(Whole()).save(str(path))
-    monkeypatch.setattr(features_module, "INCEPTION_SHA256", features_module._sha256(path))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(path))
     return path
 
 
@@ -125,14 +127,17 @@ def test_distance_equals_torchmetrics(folder, efficientnet):
     metric = FrechetInceptionDistance(feature=_WithSize(efficientnet.module), input_img_size=(3, 224, 224))
     for index, path in enumerate(images):
         metric.update(efficientnet.prepare(load_rgb(path))[None], real=index < 6)
-    frechet, kernel = image_distance(images[:6], images[6:], efficientnet)
+    metrics = image_distance(images[:6], images[6:], efficientnet)
+    frechet, kernel, precision, *_ = metrics
     assert frechet.value == pytest.approx(metric.compute().item(), rel=1e-4)
     assert (frechet.name, kernel.name) == ("FD-EfficientNet", "KD-EfficientNet")
     assert frechet.protocol["real"] == frechet.protocol["generated"] == 6
     assert frechet.protocol["weights"] == "sha256 579344248a93"
-    assert "FID" not in metrics_table([frechet, kernel])
+    assert precision.name == "precision (EfficientNet)"
+    assert precision.protocol["nearest neighbours"] == 3
+    assert "FID" not in metrics_table(metrics)
     shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
-    for ours, other in zip((frechet, kernel), image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
+    for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
         assert ours.value == pytest.approx(other.value, rel=1e-5)
 
 
@@ -249,13 +254,13 @@ def test_report(folder, efficientnet, tmp_path):
     saved = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert saved["command"] == "evaluate/fid.py 'a folder'"
     assert [entry["value"] for entry in saved["metrics"]] == [metric.value for metric in metrics]
-    assert saved["metrics"][1]["protocol"]["subsets"] == "100 of 4"
+    assert saved["metrics"][1]["protocol"]["pairs"] == "all"
     assert saved["metrics"][0]["protocol"]["image size"] == 32
     table = metrics_table(metrics).splitlines()
     assert len(table) == 4
     assert "real: 4, generated: 8" in table[2]
-    assert "as above, subsets: 100 of 4" in table[3]
+    assert "as above, pairs: all" in table[3]
     with pytest.raises(UserError, match="cannot write"):
         save_metrics(metrics, images[0] / "metrics.json", [])
-    with pytest.raises(UserError, match="1 generated"):
+    with pytest.raises(UserError, match="there are 1"):
         image_distance(images, images[:1], efficientnet)

@@ -396,7 +396,7 @@ class AutoencoderTrainingConfig:
     save_dtype: Literal["float32", "float16"] = "float16"
 
 
-Config = TypeVar("Config", RunConfig, AutoencoderTrainingConfig)
+Config = TypeVar("Config")
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str], description: str) -> Config:
@@ -424,7 +424,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
         raise UserError(
             f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
         ) from None
-    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
+    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
     check_ranges(config)
     return config
 

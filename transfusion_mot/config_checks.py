@@ -76,15 +76,15 @@ def check_ranges(config: Any) -> None:
     for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
         if (given := value(key)) is not None and given <= 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
-    if not config.output_dir:
+    if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():
         if min(tower.hidden_size, tower.intermediate_size) < 1:
             raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
-    for source in config.data.sources:
+    for source in value("data.sources") or []:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
-    for size in config.data.buckets:
+    for size in value("data.buckets") or []:
         if len(size) != 2 or min(size) < 8:
             raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
 

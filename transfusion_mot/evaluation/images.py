@@ -1,11 +1,14 @@
-"""Images from a folder or from memory, decoded in worker processes => batches on a device.
+"""Images from a folder, a tar file or memory, decoded in worker processes => batches on a device.
 
 Generated images and images from disk meet the same code here, at their own size unless one is asked for.
 """
 
+import io
 import json
 import multiprocessing
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +22,72 @@ from tqdm import tqdm
 from transfusion_mot.data.images import load_image
 from transfusion_mot.errors import UserError
 
-ImageSource = Path | Image.Image
 ImageArray = npt.NDArray[np.uint8]
 
 _METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one.
+@dataclass(frozen=True)
+class TarImage:
+    """An image inside an uncompressed tar file: its name, and where its bytes lie."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}: {self.name}"
+
+    def read(self) -> bytes:
+        """The bytes of the image file."""
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+ImageSource = Path | TarImage | Image.Image
+
+
+def find_images(place: str | Path) -> list[Path] | list[TarImage]:
+    """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one; or of a tar file.
 
     Without that file, every .png, .jpg, .jpeg and .webp file under the folder. With it, pictures that `sample.py` adds
     for looking at, such as its grid, are left out.
 
     Raises:
-        UserError: The folder does not exist or holds no images, or what is listed is missing.
+        UserError: The folder does not exist or holds no images, what is listed is missing, or the tar file is damaged
+            or compressed.
     """
-    folder = Path(folder)
+    folder = Path(place)
+    if folder.is_file():
+        return _images_in_tar(folder)
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is not a folder; give a folder of images")
+        raise UserError(f"'{folder}' is not a folder; give a folder of images, or a tar file of them")
     if (folder / _METADATA).is_file():
         return sorted({image for _, image, _ in _listed_images(folder)})
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS and path.is_file())
     if not images:
         raise UserError(f"'{folder}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+    return images
+
+
+def _images_in_tar(path: Path) -> list[TarImage]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar if member.isfile()]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as an uncompressed tar file ({error}); give a folder of images, or unpack it"
+        ) from None
+    images = [
+        TarImage(path, member.name, member.offset_data, member.size)
+        for member in sorted(members, key=lambda member: member.name)
+        if Path(member.name).suffix.lower() in _EXTENSIONS
+    ]
+    if not images:
+        raise UserError(f"'{path}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
     return images
 
 
@@ -100,12 +145,13 @@ def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
     Raises:
         UserError: The file cannot be read or holds more than 8 bits a channel; the message names it.
     """
+    content = source.read() if isinstance(source, TarImage) else source
     if image_size is not None:
-        return load_image(source, image_size)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the given picture")
+        return load_image(content, image_size, name=None if isinstance(source, Image.Image) else str(source))
+    if isinstance(content, Image.Image):
+        return _to_rgb(content, "the given picture")
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return _to_rgb(image, str(source))
     except UnidentifiedImageError:
         raise UserError(f"image '{source}' is not in a format that Pillow reads") from None
@@ -159,8 +205,9 @@ def prepared_batches(
     num_workers: int,
     description: str,
     image_size: int | None = None,
+    quiet: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Batches `[B, ...]` of `prepare(image)` on `device`, in the order of `images`, with a progress bar.
+    """Batches `[B, ...]` of `prepare(image)` on `device`, in the order of `images`, with a progress bar unless `quiet`.
 
     Without a `batch_size`, 64 images at a time on a GPU and 4 on a CPU, where larger ones only cost memory traffic.
 
@@ -183,7 +230,7 @@ def prepared_batches(
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
     )
-    with tqdm(total=len(images), desc=description, unit="image") as progress:
+    with tqdm(total=len(images), desc=description, unit="image", disable=quiet) as progress:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
 
 # What of a training state is no tensor.
@@ -118,6 +119,18 @@ def find_snapshot(path: str) -> Path:
         f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
         "that has saved one, or a snapshot"
     )
+
+
+def read_run_config(snapshot: Path, given: str | None) -> RunConfig:
+    """The configuration of the run that a snapshot is of, or the one that is given instead.
+
+    Raises:
+        UserError: There is none, or it is no configuration of train.py.
+    """
+    file = Path(given) if given is not None else snapshot.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"there is no configuration {file}; give the one that the model was trained with by --config")
+    return parse_config(RunConfig, ["--config", str(file)], "")
 
 
 def _steps(folder: Path) -> list[Path]:
