@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import Optimizer
@@ -30,13 +31,14 @@ from torch.optim import Optimizer
 from benchmarks.gather_scatter import GatherScatterMoT
 from benchmarks.kernel_profile import profile_step
 from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
-from transfusion_mot.config import OptimizerConfig
+from transfusion_mot.config import OptimizerConfig, TrainingConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.parallel import make_accelerator, place, wrap
 from transfusion_mot.training.step import train_step
 
 _logger = logging.getLogger(__name__)
@@ -65,9 +67,9 @@ class Contender:
         self.diffusion = diffusion
         self.accelerator = accelerator
         self.config = size.model(dense=name == "dense")
-        # Drawing a billion weights on the host would take longer than all the steps.
-        with accelerator.device:
+        with torch.device("meta"):
             self.model = TransfusionMoT.from_config_section(size.vocab_size, CHANNELS, self.config)
+        place(self.model, accelerator, seed=0)
         self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
         trained: nn.Module = self.model
         on_gpu = accelerator.device.type == "cuda"
@@ -77,7 +79,7 @@ class Contender:
                 trained.compile_blocks()
         elif on_gpu:
             self.model.compile_blocks()
-        self.trained = accelerator.prepare_model(trained)
+        self.trained = wrap(trained, accelerator)
 
     def step(self) -> Tensor:
         """One optimizer step => summed losses [2]."""
@@ -212,21 +214,30 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     size, layout = SIZES[options.size], LAYOUTS[options.layout or options.size]
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    precision: Literal["bf16", "no"] = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = make_accelerator(TrainingConfig(mixed_precision=precision, tracker=None), Path())
     device = accelerator.device
+    if accelerator.is_fsdp2 and options.contenders != ["mot"]:
+        parser.error("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        # One for all processes: that of the first.
+        (folder,) = broadcast_object_list([own])
         loader = make_loader(layout, diffusion, accelerator, Path(folder), 10**6, options.workers)
         batches = (batch for batch, _ in loader)
+        parallelism = "-fsdp2" if accelerator.is_fsdp2 else "-ddp" if accelerator.num_processes > 1 else ""
         report = {
             "command": "python -m benchmarks.train_step " + " ".join(arguments),
             **surroundings(device),
             "layout": vars(layout),
             "processes": accelerator.num_processes,
+            "parallelism": parallelism.removeprefix("-") or None,
             "contenders": {},
         }
         options.output.mkdir(parents=True, exist_ok=True)
-        name = f"train_step-{options.size}-{options.layout or options.size}-{accelerator.num_processes}x.json"
+        name = (
+            f"train_step-{options.size}-{options.layout or options.size}-{accelerator.num_processes}x{parallelism}.json"
+        )
         for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
             if accelerator.is_main_process:
                 (options.output / name).write_text(json.dumps(report, indent=1))

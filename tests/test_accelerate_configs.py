@@ -61,7 +61,7 @@ def test_blocks_are_wrapped_in_the_second_version(name: str, monkeypatch: pytest
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
-    assert plugin.transformer_cls_names_to_wrap == [MoTBlock.__name__] == TransfusionMoT._repeated_blocks
+    assert plugin.transformer_cls_names_to_wrap == [MoTBlock.__name__] == TransfusionMoT._no_split_modules
     assert not plugin.activation_checkpointing
 
 

@@ -109,7 +109,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.Monk
     logits = (hidden @ weight.T).flatten(0, 1)[LABELS.flatten() != IGNORE_INDEX]
     plain = torch.nn.functional.cross_entropy(logits, LABELS[LABELS != IGNORE_INDEX], reduction="sum")
     expected = plain + 0.07 * (logits.exp().sum(dim=-1).log() ** 2).sum()
-    loss = text_loss_sum(hidden, weight, LABELS, z_loss_weight=0.07)
+    loss, _ = text_loss_sum(hidden, weight, LABELS, z_loss_weight=0.07)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for one, two in zip(
         torch.autograd.grad(0.3 * loss, (hidden, weight)),
@@ -121,8 +121,9 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.Monk
 
 def test_frozen_head_gets_no_gradient_and_passes_one_on() -> None:
     hidden, weight = drawn_hidden_and_weight()
-    (expected,) = torch.autograd.grad(text_loss_sum(hidden.requires_grad_(), weight.requires_grad_(), LABELS), hidden)
-    loss = text_loss_sum(hidden, weight.detach(), LABELS)
+    with_both, _ = text_loss_sum(hidden.requires_grad_(), weight.requires_grad_(), LABELS)
+    (expected,) = torch.autograd.grad(with_both, hidden)
+    loss, _ = text_loss_sum(hidden, weight.detach(), LABELS)
     assert [s.shape for s in loss.grad_fn.saved_tensors if s is not None] == [(15, 4)], "no [V, D] is kept"
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected, rtol=0, atol=0)
 

@@ -38,7 +38,7 @@ def result(text: float, tokens: float, image: float, elements: float, norm: floa
     counts = torch.tensor([tokens, elements], dtype=torch.float64)
     text_losses, image_losses = torch.zeros(8, 12), torch.zeros(8, 2)
     text_losses[2, 5], image_losses[1, 0] = text, image  # a labelled slot, and a real image
-    return StepResult(text_losses, image_losses, counts, torch.tensor(norm))
+    return StepResult(text_losses, image_losses, counts, torch.tensor(norm), {})
 
 
 def write(log: RunLog, lr: float) -> str:
@@ -90,7 +90,7 @@ def test_losses_of_sources_and_timesteps_are_means_over_their_own_slots(accelera
         batch.timesteps = torch.rand(8, 2, generator=torch.Generator().manual_seed(seed))
         text_losses = torch.rand(8, 12, generator=generator) * (batch.text_labels != IGNORE_INDEX)
         image_losses = torch.rand(8, 2, generator=generator) * batch.image_mask
-        log.add(StepResult(text_losses, image_losses, torch.ones(2), torch.tensor(1.0)), batch, Counter())
+        log.add(StepResult(text_losses, image_losses, torch.ones(2), torch.tensor(1.0), {}), batch, Counter())
         for row in range(8):
             for slot in range(12):
                 if batch.text_labels[row, slot] != IGNORE_INDEX:

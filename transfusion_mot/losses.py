@@ -36,7 +36,7 @@ def text_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight:
     else:
         narrow = weight.to(hidden.dtype)
         parts = _chunks(flat_hidden, flat_labels, len(weight))
-        losses = torch.cat([_losses_and_gradient(h @ narrow.T, target, 0.0)[0] for h, target in parts])
+        losses = torch.cat([_losses(h @ narrow.T, target)[0] for h, target in parts])
         total = losses.sum()
     return total, losses.view(labels.shape)
 
@@ -48,18 +48,22 @@ def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tenso
     return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
 
 
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V], labels [N] => cross-entropies [N]; log(Z) [N, 1] and logits [N, V], wide."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_sum = wide.logsumexp(dim=-1, keepdim=True)
+    losses = log_sum[:, 0] - wide.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels != IGNORE_INDEX, losses, 0.0), log_sum, wide
+
+
 def _losses_and_gradient(logits: Tensor, labels: Tensor, z_loss_weight: float) -> tuple[Tensor, Tensor]:
     """Logits [N, V], labels [N] => cross-entropies [N], gradient of their sum and the z-loss by the logits [N, V]."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    labelled = (labels != IGNORE_INDEX)[:, None]
-    log_sum = wide.logsumexp(dim=-1, keepdim=True)
-    target = labels.clamp(min=0)[:, None]
-    losses = torch.where(labelled, log_sum - wide.gather(1, target), 0.0)[:, 0]
-    is_target = torch.arange(logits.shape[1], device=logits.device) == target
+    losses, log_sum, wide = _losses(logits, labels)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
     probability = (wide - log_sum).exp()
     if z_loss_weight:
         probability = probability * (1 + 2 * z_loss_weight * log_sum)
-    gradient = torch.where(labelled, probability - is_target.to(wide.dtype), 0.0)
+    gradient = torch.where((labels != IGNORE_INDEX)[:, None], probability - is_target.to(wide.dtype), 0.0)
     return losses, gradient.to(logits.dtype)
 
 

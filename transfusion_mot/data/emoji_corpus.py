@@ -6,8 +6,6 @@ a model that paints them has put together a style and a name that it knows apart
 """
 
 import argparse
-import hashlib
-import io
 import json
 import logging
 import os
@@ -26,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
+from transfusion_mot.data.emoji import draw_svg
+from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
 
 # Icon set of the package => the style's name in captions.
@@ -118,8 +117,7 @@ def held_out_icons(icons: Sequence[Icon], fraction: float, seed: int) -> set[Ico
     """About `fraction` of the (style, name) pairs, never all that show a name; independent of order and number."""
     by_name = defaultdict(list)
     for icon in icons:
-        digest = hashlib.sha256(f"{seed}\n{icon.style}\n{icon.name}".encode()).digest()
-        by_name[icon.name].append((int.from_bytes(digest[:8]) / 2**64, icon.icon_set, icon))
+        by_name[icon.name].append((share_of(f"{icon.style}\n{icon.name}", seed), icon.icon_set, icon))
     held_out = set()
     for pairs in by_name.values():
         *others, _last = sorted(pairs, key=lambda pair: pair[:2])
@@ -134,14 +132,6 @@ def captions_of(icon: Icon, tags: Sequence[str]) -> list[str]:
     return [caption, f"{caption}: {', '.join(more)}"] if more else [caption]
 
 
-def render(svg: str, size: int) -> Image.Image:
-    """An SVG on white => RGB picture `size` pixels high and wide."""
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
-    return Image.open(io.BytesIO(png)).convert("RGB")
-
-
 def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
     """Draw one icon => (icon, what went wrong)."""
     icon, size, folder = task
@@ -149,7 +139,7 @@ def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
     # Renamed when whole: what a killed run leaves is never taken for a picture, and the next run writes over it.
     partial = path.with_suffix(".partial")
     try:
-        render(icon.svg, size).save(partial, format="PNG")
+        draw_svg(icon.svg, size).save(partial, format="PNG")
     except ValueError as error:  # what the renderer makes of a drawing that it does not understand
         return icon, str(error)
     os.replace(partial, path)

@@ -322,7 +322,7 @@ def _(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, eps):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, q_weights, k_weights, cos, sin, _, _, ctx.eps = inputs
-    ctx.towers, ctx.normed = len(qkv), bool(q_weights)
+    ctx.towers = len(qkv)
     ctx.save_for_backward(*qkv, *q_weights, *k_weights, cos, sin)
 
 

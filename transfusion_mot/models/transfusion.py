@@ -18,7 +18,10 @@ import copy
 import functools
 import hashlib
 import math
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +40,9 @@ from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerMo
 
 # Standard deviation of embedding, head and block matrices.
 INIT_STD = 0.02
+
+# What torch and diffusers initialise draws from torch's one generator.
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 class TransfusionOutput(NamedTuple):
@@ -126,49 +132,55 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
     def compile_blocks(self) -> None:
         """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
-        Not the whole model: that takes 3 % off a step at 163M and two minutes more to start (benchmarks/README.md).
+        Not the whole model: that takes 4 % off a step at 163M, and 100 s instead of 30 to the first one
+        (benchmarks/README.md).
         """
         for block in self.blocks:
             block.forward = _compiled_in_training(block.forward)
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw all weights.
 
-        A module's come from the seed and its name, and are drawn on the CPU, one module at a time: they are the same on
-        every device and however they are sharded, and no process ever holds all that are sharded.
+        A module's come from the seed and its name, and are drawn on the CPU, a few modules at a time: they are the same
+        on every device and however they are sharded, and no process ever holds all that are sharded.
         """
         if self.token_embedding.weight.is_meta:
             return
-        for name, module in self.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if own:
-                drawn = self._draw(name, module, seed)
-                for key, parameter in own.items():
-                    _fill(parameter, drawn.get_parameter(key))
+        owners = [(name, module) for name, module in self.named_modules() if list(module.parameters(recurse=False))]
+        # One thread draws 10^8 numbers a second, of which a model of the papers has up to 10^10.
+        threads = min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(owners), threads):
+                some = owners[start : start + threads]
+                copies = pool.map(functools.partial(self._draw, seed), *zip(*some, strict=True))
+                for (_, module), drawn in zip(some, copies, strict=True):
+                    for key, parameter in module.named_parameters(recurse=False):
+                        _fill(parameter, drawn.get_parameter(key))
 
-    def _draw(self, name: str, module: nn.Module, seed: int) -> nn.Module:
+    # Entered by each thread: whether gradients are recorded is a thread's own.
+    @torch.no_grad()
+    def _draw(self, seed: int, name: str, module: nn.Module) -> nn.Module:
         """A copy of one module, whole and on the CPU, with initial weights."""
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        number = int.from_bytes(digest[:8], "little") >> 1
         drawn: Any = copy.copy(module)
         drawn._parameters = {
             key: nn.Parameter(torch.empty(parameter.shape, device="cpu"))
             for key, parameter in module.named_parameters(recurse=False)
         }
-        std = 0.02
-        with torch.random.fork_rng(devices=[]):
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            if name in ("token_embedding", "text_head"):
-                nn.init.normal_(drawn.weight, std=std)
-            elif name.startswith("blocks.") and isinstance(drawn, nn.Linear):
-                to_residual = ".output." in name or name.endswith(".down")
-                nn.init.normal_(drawn.weight, std=std / math.sqrt(2 * len(self.blocks)) if to_residual else std)
-            elif name == f"image_adapter.{self.image_adapter.last_layer}":
-                for parameter in drawn.parameters():
-                    nn.init.zeros_(parameter)
-            else:
+        is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear)
+        if is_matrix or name in ("token_embedding", "text_head"):
+            to_residual = is_matrix and (".output." in name or name.endswith(".down"))
+            std = INIT_STD / math.sqrt(2 * len(self.blocks)) if to_residual else INIT_STD
+            nn.init.normal_(drawn.weight, std=std, generator=torch.Generator().manual_seed(number))
+        elif name == f"image_adapter.{self.image_adapter.last_layer}":
+            for parameter in drawn.parameters():
+                nn.init.zeros_(parameter)
+        else:
+            with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(number)
                 drawn.reset_parameters()
-        return drawn
+        return cast(nn.Module, drawn)
 
     def forward(
         self,
@@ -266,6 +278,7 @@ def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Stre
     return choose
 
 
+@torch.no_grad()
 def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy a tensor, or this process's shard of it, into a parameter."""
     if isinstance(parameter, DTensor):

@@ -118,7 +118,7 @@ def place(model: TransfusionMoT, accelerator: Accelerator, seed: int) -> None:
     model.initialise(seed)
 
 
-def wrap(model: TransfusionMoT, accelerator: Accelerator) -> nn.Module:
+def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """What a training step calls: the model, or what keeps its gradients equal on all ranks (DDP)."""
     return model if accelerator.is_fsdp2 else accelerator.prepare_model(model)
 
