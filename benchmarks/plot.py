@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> None:
 
 def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
     """Tokens a second, and the time of a step next to that of `mot`, for each shape and contender."""
-    shapes = [name.removeprefix("train_step-") for name in reports]
+    shapes = [_label(name) for name in reports]
     present = {name for report in reports.values() for name in report["contenders"]}
     contenders = [name for name in COLOURS if name in present]
     figure, panels = plt.subplots(1, 2, figsize=(4 + 2.4 * len(shapes), 4.2), constrained_layout=True)
@@ -56,11 +57,9 @@ def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
                 panel.bar_label(bar, fmt="%.0f" if panel is panels[0] else "%.2f", fontsize=8, padding=2)
     panels[0].set_title("thousand slots a second")
     panels[1].set_title("time for as many slots, mot = 1")
-    panels[1].axhline(1, color="#2e3436", linewidth=0.8)
     for panel in panels:
         panel.set_xticks(range(len(shapes)), shapes)
-        # The numbers stand above the bars; heights are logarithmic.
-        panel.set_yscale("log")
+        # The numbers stand above the bars.
         panel.yaxis.set_visible(False)
         panel.spines[["top", "right", "left"]].set_visible(False)
     handles = [Patch(color=COLOURS[name]) for name in contenders]
@@ -69,6 +68,12 @@ def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
     figure.suptitle(f"A training step on {'; '.join(devices)}")
     figure.savefig(output, dpi=130)
     plt.close(figure)
+
+
+def _label(name: str) -> str:
+    """Model; layout, if it is another than the model's own; processes, if there are several."""
+    size, layout, processes = re.findall(r"^train_step-([^-]+)-(.+)-(\d+x.*)$", name)[0]
+    return "\n".join([size, *([layout] if layout != size else []), *([processes] if processes != "1x" else [])])
 
 
 if __name__ == "__main__":

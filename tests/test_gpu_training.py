@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import numbered_images, sources_of, texts_of, tiny_config
 from torch._dynamo.utils import counters
 
@@ -40,6 +41,7 @@ class Run:
         config = tiny_config(head_dim=32, rope="3d")
         self.bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, config).to(self.device)
         self.optimizer = make_optimizer(self.bare, OptimizerConfig(lr=3e-3))
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
         if on_gpu:
             self.bare.compile_blocks()

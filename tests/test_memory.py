@@ -26,21 +26,30 @@ def meta_model(config: ModelConfig, vocab_size: int = 32000, channels: int = 4) 
         return TransfusionMoT.from_config_section(vocab_size, channels, config)
 
 
-@pytest.mark.parametrize(
-    ("hidden_size", "ffn", "layers", "heads", "rows", "text_slots", "images", "measured"),
-    [(1536, 4096, 24, 12, 8, 2048, 8, 66.5), (768, 2048, 16, 6, 32, 1024, 4, 36.0)],
-)
-def test_measured_peaks(hidden_size, ffn, layers, heads, rows, text_slots, images, measured) -> None:
-    """torch.cuda.max_memory_allocated of steps on one H100: compiled blocks, bf16, AdamW, no averages, one microbatch.
+LARGE = (1536, 4096, 24, 12, 8, 2048, 8)
 
-    15 % is what the plan promises; both are met within 2 %.
+
+@pytest.mark.parametrize(
+    ("hidden_size", "ffn", "layers", "heads", "rows", "text_slots", "images", "gpus", "parallelism", "measured"),
+    [
+        (*LARGE, 1, "ddp", 66.5),
+        (768, 2048, 16, 6, 32, 1024, 4, 1, "ddp", 36.0),
+        (*LARGE, 2, "ddp", 71.8),
+        (*LARGE, 2, "fsdp2", 55.7),
+    ],
+)
+def test_measured_peaks(hidden_size, ffn, layers, heads, rows, text_slots, images, gpus, parallelism, measured) -> None:
+    """torch.cuda.max_memory_allocated of steps on one H100 and on two H200: compiled blocks, bf16, AdamW, no averages,
+    one microbatch.
+
+    15 % is what the plan promises; those of whole weights are met within 2 %.
     """
     towers = {"text": TowerConfig(hidden_size, ffn), "image": TowerConfig(hidden_size, ffn)}
     model = meta_model(ModelConfig(towers=towers, num_layers=layers, num_heads=heads, head_dim=128))
     layout = Layout(text_slots, images, torch.Size((4, 32, 32)), 2)
     assert layout.patches == 256 * images
-    predicted = step_memory(model, layout, Setting(rows, ema=False)).peak / GIB
-    assert predicted == pytest.approx(measured, rel=0.02)
+    predicted = step_memory(model, layout, Setting(rows, gpus=gpus, parallelism=parallelism, ema=False)).peak / GIB
+    assert predicted == pytest.approx(measured, rel=0.02 if parallelism == "ddp" else 0.08)
 
 
 def test_parts_that_follow_from_counts() -> None:

@@ -14,7 +14,8 @@ from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.optimizer import make_optimizer
-from transfusion_mot.training.towers import clip_grad_norm, freeze_towers
+from transfusion_mot.training.step import clipped_step
+from transfusion_mot.training.towers import freeze_towers, grad_norms
 
 CONFIG = OptimizerConfig(lr=0.1, tower_lr_scale={"image": 0.5})
 
@@ -34,8 +35,8 @@ def stepped(model: TransfusionMoT) -> list[torch.Tensor]:
     """Norms of gradients, then the parameters after a clipped step."""
     optimizer = make_optimizer(model, CONFIG)
     draw_gradients(model)
-    total, norms = clip_grad_norm(optimizer, 0.5)
-    optimizer.step()
+    total, norms = grad_norms(optimizer)
+    clipped_step(optimizer, total, 0.5)
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return [total, *norms.values(), *(parameter.detach().clone() for parameter in parameters)]
 

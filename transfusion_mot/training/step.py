@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses
-from transfusion_mot.training.towers import clip_grad_norm
+from transfusion_mot.training.towers import grad_norms
 
 
 class Losses(NamedTuple):
@@ -77,21 +77,24 @@ def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_
     return Losses(torch.stack([output.text_loss, images.sum()]), output.text_losses, images.detach())
 
 
-def step_if_finite(optimizer: Optimizer, grad_norm: Tensor) -> None:
-    """Update, unless the gradient's norm is not finite: then no parameter changes. The host does not wait to know.
+def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) -> None:
+    """Update with gradients clipped to a global norm, which is `grad_norm` before.
 
-    A fused optimizer then does nothing at all, as with a gradient scaler. Any other takes a gradient of zero: its
-    moments go on.
+    If it is not finite no parameter changes; the host does not wait to know. A fused optimizer then does nothing at
+    all. Any other takes a gradient of zero: its moments go on.
     """
     bad = (~grad_norm.isfinite()).float()
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper passes no attributes on
     if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # What a gradient scaler would say: gradients are divided where they are read anyway, not in a pass of its own.
         vars(optimizer)["found_inf"] = bad
+        vars(optimizer)["grad_scale"] = (grad_norm / max_grad_norm).clamp(min=1.0).float()
     else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad = torch.where(bad > 0, torch.zeros_like(parameter.grad), parameter.grad)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(bad > 0, torch.zeros_like(parameter.grad), parameter.grad)
     optimizer.step()
 
 
@@ -126,7 +129,7 @@ def train_step(
             accelerator.backward(text_sum * text_scale + diffusion_loss_weight * diffusion_sum * diffusion_scale)
             text_losses.append(losses.text)
             image_losses.append(losses.images)
-    grad_norm, tower_grad_norms = clip_grad_norm(optimizer, max_grad_norm)
-    step_if_finite(optimizer, grad_norm)
+    grad_norm, tower_grad_norms = grad_norms(optimizer)
+    clipped_step(optimizer, grad_norm, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(torch.cat(text_losses), torch.cat(image_losses), counts, grad_norm, tower_grad_norms)

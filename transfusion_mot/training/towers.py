@@ -47,14 +47,11 @@ def freeze_towers(model: TransfusionMoT, towers: list[str]) -> None:
 
 
 @torch.no_grad()
-def clip_grad_norm(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clip all gradients to a global norm, without waiting for the device.
+def grad_norms(optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Norm [] of all gradients, and [] of each tower's; the host does not wait for them.
 
     Args:
         optimizer: Made by `make_optimizer`: its groups know their towers.
-
-    Returns:
-        The global norm [] and that of each tower [], before clipping.
     """
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
@@ -62,10 +59,7 @@ def clip_grad_norm(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, dict[
             p.grad for p in group["params"] if p.grad is not None
         )
     norms = {tower: _whole(nn.utils.get_total_norm(parts)) for tower, parts in gradients.items() if parts}
-    total = torch.stack(list(norms.values())).norm()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-    return total, norms
+    return torch.stack(list(norms.values())).norm(), norms
 
 
 def _whole(norm: Tensor) -> Tensor:
