@@ -8,9 +8,10 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(shell nproc)
 PROMPTS := "red apple" "octopus" "flag: Japan" "sun" "green heart" "pizza" "rocket" "butterfly"
 
-.PHONY: help install quickstart test lint types
+.PHONY: help install quickstart demo test lint types
 help:
 	@echo "make quickstart   install, train a small model on emoji, sample it and measure it (10 to 15 minutes on 2 CPU cores)"
+	@echo "make demo         open a page to play with the model of the quickstart"
 	@echo "make test         install and run all tests"
 	@echo "make lint types   check style and types"
 
@@ -33,6 +34,9 @@ quickstart: install
 	@echo "sample grid:   $(RUN)/painted/grid.png"
 	@echo "loss plot:     $(RUN)/loss.png"
 	@echo "report:        $(RUN)/evaluation/report.html"
+
+demo: install
+	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,103 +1,68 @@
-"""Paint prompts, or caption images, with a trained model.
+"""Paint prompts, caption images, go on with texts, or let a trained model decide which.
 
-    python sample.py --checkpoint runs/emoji "a red apple" "an octopus"
+    python sample.py "a red apple" "an octopus"
     python sample.py --checkpoint runs/emoji --prompts-file prompts.txt --num-images 4 --output samples/all
     python sample.py --checkpoint runs/emoji --caption photo.jpg drawing.png
+    python sample.py --checkpoint runs/emoji --task auto "A story in pictures."
+    accelerate launch sample.py --checkpoint runs/coco --prompts-file coco-30k.txt --output samples/coco-30k
 
 Pictures are written as PNG files, with grid.png, which shows the first of them side by side, and metadata.jsonl, which
-makes the folder an image folder as Hugging Face datasets and evaluate/clip_score.py read it.
+makes the folder an image folder as Hugging Face datasets and evaluate/clip_score.py read it. The same command with the
+same --output goes on where it was interrupted; accelerate shares the work over GPUs.
 
-Every picture has a seed of its own, made from --seed, its prompt and its number among the pictures of that prompt: it
-stays the same whatever other prompts there are, in whatever order, and whatever --batch-size is. It is written down as
-image_seed, and TransfusionPipeline.from_pretrained(SNAPSHOT)(PROMPT,
+Every result has a seed of its own, made from --seed, its prompt and its number among the results of that prompt: it
+stays the same whatever other prompts there are, in whatever order, and whatever --batch-size or number of GPUs. It is
+written down as image_seed, and TransfusionPipeline.from_pretrained(SNAPSHOT)(PROMPT,
 generator=torch.Generator().manual_seed(IMAGE_SEED)) paints the picture again.
 """
 
 import argparse
 import hashlib
-import json
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from transfusion_mot.data.images import grid, load_image
+from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.diffusion import make_sampling_scheduler
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot
+from transfusion_mot.sampling.loading import load_pipeline
+from transfusion_mot.sampling.options import parse_arguments
+from transfusion_mot.sampling.outputs import Denoising, ResultFolder, save_png
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
 SLUG_LENGTH = 48
+# A process waits at the end for the slowest one.
+TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to paint: its prompt, the seed of its own, and the name of its file."""
+class Item:
+    """One result to make: its prompt, the seed of its own, and the beginning of the names of its files."""
 
     prompt: str
-    image_seed: int
-    file_name: str
+    seed: int
+    name: str
+
+    def generator(self) -> torch.Generator:
+        """Its own randomness, on the CPU, so that every device draws the same."""
+        return torch.Generator().manual_seed(self.seed)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says in one sentence what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FOLDER",
-        help="a run folder of train.py (its newest snapshot is used), or a snapshot",
-    )
-    parser.add_argument("--output", metavar="FOLDER", help="a new or empty folder for the results (default: samples)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
-    paint = parser.add_argument_group("painting")
-    paint.add_argument(
-        "--prompts-file", metavar="FILE", help="text file with a prompt on each line; empty lines are skipped"
-    )
-    paint.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
-    paint.add_argument(
-        "--num-inference-steps", type=int, metavar="N", help="reverse steps (default: what the checkpoint says)"
-    )
-    paint.add_argument(
-        "--guidance-scale",
-        type=float,
-        metavar="X",
-        help="how strongly to follow the prompt; 1 is off and takes half the time (default: what the checkpoint says)",
-    )
-    paint.add_argument(
-        "--scheduler", metavar="NAME", help="diffusers scheduler to sample with (default: that of the checkpoint)"
-    )
-    caption = parser.add_argument_group("captioning")
-    caption.add_argument("--caption", nargs="+", default=[], metavar="IMAGE", help="image files to caption")
-    caption.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest caption (default: 64)")
-    caption.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)"
-    )
-    caption.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)"
-    )
-    return parser.parse_intermixed_args()
-
-
-def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, then those of the file.
+def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str]:
+    """Prompts of the command line, then those of the file or of standard input.
 
     Raises:
         UserError: A prompt is empty, the file cannot be read, or there are none at all.
@@ -106,11 +71,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if "" in prompts:
         raise UserError(f"prompt {prompts.index('') + 1} is empty; say what to paint")
     if arguments.prompts_file is not None:
-        try:
-            lines = Path(arguments.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts file '{arguments.prompts_file}' cannot be read as UTF-8 text: {error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in _lines_of(arguments.prompts_file, state) if line.strip()]
     if not prompts:
         raise UserError(
             "there is nothing to do; give a prompt, --prompts-file with at least one line, or --caption IMAGE"
@@ -118,149 +79,267 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _lines_of(file: str, state: PartialState) -> list[str]:
+    if file == "-" and state.num_processes > 1:
+        raise UserError("several processes cannot share standard input; write the prompts into a file")
+    try:
+        if file == "-":
+            return sys.stdin.read().splitlines()
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
+
+
 def derived_seed(seed: int, name: str, number: int) -> int:
     """Seed of the result `number` of `name`; 32 bits are all that torch's CPU generator uses."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{number}\n{name}".encode()).digest()[:4])
 
 
-def plan_pictures(prompts: list[str], num_images: int, seed: int) -> list[Picture]:
-    """Every picture to paint, those of a prompt together; a prompt given twice goes on counting."""
+def plan(prompts: list[str], num_images: int, seed: int) -> list[Item]:
+    """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting."""
     counts: Counter[str] = Counter()
     digits = max(4, len(str(len(prompts) * num_images - 1)))
-    pictures: list[Picture] = []
+    items: list[Item] = []
     for prompt in prompts:
         slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "image"
         for _ in range(num_images):
-            image_seed = derived_seed(seed, prompt, counts[prompt])
-            pictures.append(Picture(prompt, image_seed, f"{len(pictures):0{digits}d}-{slug}.png"))
+            items.append(Item(prompt, derived_seed(seed, prompt, counts[prompt]), f"{len(items):0{digits}d}-{slug}"))
             counts[prompt] += 1
-    return pictures
+    return items
 
 
-def new_folder(path: str) -> Path:
-    """Create the folder.
+# A maker turns some items into the lines that tell of them; files go into the folder.
+Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
+
+
+def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+    """What paints prompts, and the settings that it paints with."""
+    settings = painting_settings(pipeline, arguments)
+    guidance = {
+        "guidance_interval": tuple(arguments.guidance_interval),
+        "guidance_rescale": arguments.guidance_rescale,
+        "guidance_renorm": arguments.guidance_renorm,
+        "negative_prompt": arguments.negative_prompt,
+    }
+    settings |= {key: value for key, value in guidance.items() if value not in (None, False, 0.0, (0.0, 1.0))}
+    editing: dict[str, Any] = {}
+    if arguments.image:
+        editing = {"image": open_picture(arguments.image), "strength": arguments.strength}
+        settings |= {"image": arguments.image, "strength": arguments.strength}
+    if arguments.mask:
+        editing["mask_image"] = open_picture(arguments.mask)
+        settings["mask"] = arguments.mask
+
+    def paint(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
+        assert folder is not None
+        denoising = Denoising() if arguments.strip or arguments.gif else None
+        images = pipeline(
+            [item.prompt for item in items],
+            num_inference_steps=settings["num_inference_steps"],
+            guidance_scale=settings["guidance_scale"],
+            generator=[item.generator() for item in items],
+            callback_on_step_end=denoising,
+            **guidance,
+            **editing,
+        ).images
+        folder.make()
+        lines = []
+        for item, image in zip(items, images, strict=True):
+            details = {"image_seed": item.seed, **settings}
+            save_png(image, folder.path / f"{item.name}.png", {"prompt": item.prompt, **details})
+            lines.append({"file_name": f"{item.name}.png", "text": item.prompt, **details})
+        if denoising is not None:
+            paths = [folder.path / "denoising" / item.name for item in items]
+            denoising.save(pipeline, images, paths, arguments.strip, arguments.gif)
+        return lines
+
+    return paint, settings
+
+
+def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The scheduler asked for is put into the pipeline => what each result tells of how it was made.
 
     Raises:
-        UserError: It holds something, which would end up among the results.
+        UserError: A value is out of its range, or the scheduler does not fit.
     """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output '{path}' is there and is not an empty folder; give another --output, or remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output folder '{path}' cannot be made: {error}") from None
-    return folder
-
-
-def paint(pipeline: TransfusionPipeline, prompts: list[str], arguments: argparse.Namespace) -> None:
-    """Paint all prompts; the folder is in order after every batch."""
-    pipeline.check_prompts(prompts)
-    if arguments.num_images < 1:
-        raise UserError(f"--num-images is {arguments.num_images}; it must be at least 1")
+    name = arguments.scheduler or type(pipeline.scheduler).__name__
     if arguments.scheduler is not None:
-        pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, arguments.scheduler)
+        pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
     steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
-    settings = {
+    return {
         "seed": arguments.seed,
         "num_inference_steps": steps,
         "guidance_scale": scale,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": name,
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "checkpoint": str(pipeline.name_or_path),
     }
-    pictures = plan_pictures(prompts, arguments.num_images, arguments.seed)
-    folder = new_folder(arguments.output or "samples")
-    metadata = folder / "metadata.jsonl"
-    shown: list[Image.Image] = []
-    with tqdm(total=len(pictures), desc="painting", unit="image") as bar, metadata.open("w", encoding="utf-8") as file:
-        for batch in batches(pictures, arguments.batch_size):
-            images = pipeline(
-                [picture.prompt for picture in batch],
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                generator=[torch.Generator().manual_seed(picture.image_seed) for picture in batch],
-            ).images
-            for picture, image in zip(batch, images, strict=True):
-                details = {"image_seed": picture.image_seed, **settings}
-                save_png(image, folder / picture.file_name, {"prompt": picture.prompt, **details})
-                line = {"file_name": picture.file_name, "text": picture.prompt, **details}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            shown += images[: GRID_IMAGES - len(shown)]
-            bar.update(len(batch))
-    labels = [picture.prompt for picture in pictures[: len(shown)]]
-    grid(shown, labels, columns=min(GRID_COLUMNS, len(shown))).save(folder / "grid.png")
-    print(f"{len(pictures)} images and metadata.jsonl in {folder}; the first {len(shown)} in {folder / 'grid.png'}")
 
 
-def save_png(image: Image.Image, path: Path, details: dict[str, Any]) -> None:
-    """Write a picture with text chunks that say how it was made."""
-    chunks = PngInfo()
-    for key, value in details.items():
-        chunks.add_text(key, str(value))
-    image.save(path, pnginfo=chunks)
+def captioner(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+    """What captions image files, and the settings that it does it with."""
+    settings = writing_settings(arguments)
+
+    def caption(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
+        captions = pipeline.caption(
+            [Image.fromarray(load_image(item.prompt, pipeline.config.image_size)) for item in items],
+            generator=[item.generator() for item in items],
+            **settings,
+        )
+        return [{"file_name": item.prompt, "text": text} for item, text in zip(items, captions, strict=True)]
+
+    return caption, settings
 
 
-def caption(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> None:
-    """Print a caption for each image file, and write captions.jsonl if there is an output folder."""
-    paths: list[str] = arguments.caption
-    # All before the first caption, so that a file that is no image is found at once.
-    images = [Image.fromarray(load_image(path, pipeline.config.image_size)) for path in paths]
-    folder = new_folder(arguments.output) if arguments.output else None
-    lines: list[dict[str, str]] = []
-    with tqdm(total=len(paths), desc="captioning", unit="image") as bar:
-        for batch in batches(list(zip(paths, images, strict=True)), arguments.batch_size):
-            captions = pipeline.caption(
-                [image for _, image in batch],
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_p=arguments.top_p,
-                generator=[torch.Generator().manual_seed(derived_seed(arguments.seed, path, 0)) for path, _ in batch],
-            )
-            lines += [{"file_name": path, "text": text} for (path, _), text in zip(batch, captions, strict=True)]
-            bar.update(len(batch))
-    for line in lines:
-        print(f"{line['file_name']}: {line['text']}")
-    if folder is not None:
-        path = folder / "captions.jsonl"
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        print(f"{len(lines)} captions in {path}")
+def writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+    """What goes on with texts, and the settings that it does it with."""
+    settings = writing_settings(arguments)
+
+    def write(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
+        texts = pipeline.complete(
+            [item.prompt for item in items], generator=[item.generator() for item in items], **settings
+        )
+        return [{"prompt": item.prompt, "text": text} for item, text in zip(items, texts, strict=True)]
+
+    return write, settings
 
 
-def batches(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+    """What goes on with a document in words and pictures, as the model decides, and the settings of it."""
+    painting = painting_settings(pipeline, arguments)
+    settings = writing_settings(arguments) | {
+        "num_inference_steps": painting["num_inference_steps"],
+        "guidance_scale": painting["guidance_scale"],
+        "image_guidance_scale": arguments.image_guidance_scale,
+        "max_images": arguments.max_images,
+    }
+    before = [open_picture(arguments.image)] if arguments.image else []
+
+    def tell(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
+        assert folder is not None
+        lines = []
+        for item in items:
+            segments = pipeline.interleave([*before, item.prompt], generator=item.generator(), **settings)
+            folder.make()
+            told: list[dict[str, str]] = []
+            for number, segment in enumerate(segments):
+                if isinstance(segment, str):
+                    told.append({"text": segment})
+                else:
+                    told.append({"file_name": f"{item.name}-{number}.png"})
+                    details = {"prompt": item.prompt, "seed": item.seed, **settings}
+                    save_png(segment, folder.path / told[-1]["file_name"], details)
+            lines.append({"prompt": item.prompt, "seed": item.seed, "segments": told})
+        return lines
+
+    return tell, settings | {"scheduler": painting["scheduler"], "image": arguments.image}
 
 
-def load_pipeline(checkpoint: str, device: str | None) -> TransfusionPipeline:
-    """The pipeline of a run or snapshot on the device, or on a GPU if none is named and there is one.
+def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
+
+def open_picture(path: str) -> Image.Image:
+    """A picture in its own size.
 
     Raises:
-        UserError: There is no such snapshot or device.
+        UserError: The file is no picture.
     """
-    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return pipeline.to(torch.device(chosen))
-    # torch asserts where it was built without CUDA.
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{chosen}' cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+    return Image.fromarray(load_image(path, displayed_size(path)))
+
+
+MAKERS = {"image": painter, "caption": captioner, "text": writer, "auto": teller}
+RESULTS = {"image": "metadata.jsonl", "caption": "captions.jsonl", "text": "texts.jsonl", "auto": "documents.jsonl"}
+VERBS = {"image": "painting", "caption": "captioning", "text": "writing", "auto": "telling"}
+
+
+def sample(
+    pipeline: TransfusionPipeline, prompts: list[str], arguments: argparse.Namespace, state: PartialState
+) -> None:
+    """Make everything that is asked for, together with the other processes."""
+    task = arguments.task
+    if task == "caption":
+        # All before the first caption, so that a file that is no image is found at once.
+        for path in prompts:
+            displayed_size(path)
+    else:
+        pipeline.check_prompts(prompts)
+    make, settings = MAKERS[task](pipeline, arguments)
+    items = plan(prompts, arguments.num_images, arguments.seed)
+    output = arguments.output or ("samples" if task in ("image", "auto") else None)
+    if output is None and state.num_processes > 1:
+        raise UserError("several processes need a folder to write into; give --output FOLDER")
+    folder = None
+    if output is not None:
+        digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+        command = {
+            "task": task,
+            "prompts": f"{len(prompts)} with SHA-256 {digest[:16]}",
+            "checkpoint": str(pipeline.name_or_path),
+            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+            **{name: getattr(arguments, name) for name in ("num_images", "seed", "strip", "gif")},
+            **settings,
+        }
+        folder = ResultFolder(output, command, RESULTS[task], state)
+    missing = range(len(items)) if folder is None else folder.missing(len(items))
+    lines: list[dict[str, Any]] = []
+    with tqdm(total=len(missing), desc=VERBS[task], disable=not state.is_main_process) as bar:
+        for start in range(0, len(missing), arguments.batch_size):
+            batch = missing[start : start + arguments.batch_size]
+            made = make([items[index] for index in batch], folder)
+            if folder is None:
+                lines += made
+            else:
+                folder.add(dict(zip(batch, made, strict=True)))
+            bar.update(len(batch))
+    if folder is not None:
+        folder.finish()
+    if state.is_main_process:
+        show(task, lines if folder is None else folder.read(), folder)
+
+
+def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None) -> None:
+    """Print what was written, and put the first pictures side by side."""
+    count = 0
+    shown: list[dict[str, Any]] = []
+    for line in lines:
+        count += 1
+        if task == "image":
+            shown += [line] if len(shown) < GRID_IMAGES else []
+        elif task == "caption":
+            print(f"{line['file_name']}: {line['text']}")
+        elif task == "text":
+            print(f"{line['prompt']}{line['text']}")
+        else:
+            print(
+                "".join([line["prompt"], *(part.get("text") or f"[{part['file_name']}]" for part in line["segments"])])
+            )
+    if folder is None:
+        return
+    said = f"{count} results in {folder.results}"
+    if task == "image":
+        images = [Image.open(folder.path / line["file_name"]) for line in shown]
+        sheet = grid(images, [line["text"] for line in shown], columns=min(GRID_COLUMNS, len(shown)))
+        sheet.save(folder.path / "grid.png")
+        said = (
+            f"{count} images and metadata.jsonl in {folder.path}; the first {len(shown)} in {folder.path / 'grid.png'}"
+        )
+    print(said)
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    if arguments.caption and (arguments.prompts or arguments.prompts_file):
-        raise UserError("both prompts and --caption are given; paint and caption in two commands")
-    prompts = [] if arguments.caption else read_prompts(arguments)
-    pipeline = load_pipeline(arguments.checkpoint, arguments.device)
-    pipeline.set_progress_bar_config(desc="step", leave=False)
-    if arguments.caption:
-        caption(pipeline, arguments)
-    else:
-        paint(pipeline, prompts, arguments)
+    arguments = parse_arguments(__doc__)
+    cpu = arguments.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=TIMEOUT)
+    prompts = arguments.caption or read_prompts(arguments, state)
+    if arguments.device not in (None, "cpu") and state.num_processes > 1:
+        raise UserError(f"--device {arguments.device} is one device for several processes; leave it out")
+    pipeline = load_pipeline(arguments.checkpoint, arguments.device or state.device, arguments.dtype)
+    pipeline.set_progress_bar_config(desc="step", leave=False, disable=not state.is_main_process)
+    sample(pipeline, prompts, arguments, state)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
         main()
+        PartialState().destroy_process_group()

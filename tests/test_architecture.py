@@ -16,7 +16,7 @@ FILES = sorted(
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the top to the ground; each may import what stands below it, and its own layer.
 LAYERS = [
-    ["train", "sample", "evaluate"],
+    ["train", "sample", "evaluate", "demo"],
     ["pipeline", "sampling"],
     ["training"],
     ["evaluation"],

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.attention import KVCache, SlotIds, attention_kernel, dense_mask, joint_attention
+from transfusion_mot.models.attention import (
+    KVCache,
+    SlotIds,
+    attention_kernel,
+    cached_attention,
+    dense_mask,
+    joint_attention,
+)
 
 
 def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:
@@ -83,45 +90,49 @@ def test_joint_attention_is_a_softmax_over_what_the_mask_allows(kv_heads: int) -
             torch.testing.assert_close(result[0, head, i], expected)
 
 
-def make_cache(capacity: int = 6) -> KVCache:
-    return KVCache(2, 1, 1, 4, capacity, torch.device("cpu"), torch.float64)
+def cached(cache: KVCache, lengths: list[int], heads: torch.Tensor, causal: bool, **settings: object) -> torch.Tensor:
+    """Attention of new slots whose queries, keys and values are `heads` [B, S, H], with one head."""
+    window = cache.window(torch.tensor(lengths), heads.shape[1], causal, **settings)
+    added = heads[:, :, None].double()
+    return cached_attention(added, added, -added, window.layer(1))[:, :, 0]
 
 
-def test_cache_keeps_what_its_length_covers_and_overwrites_the_rest() -> None:
-    cache = make_cache()
-    prefix = [(0, 0, -1), (0, 1, -1)]
-    first, second = torch.full((1, 1, 2, 4), 1.0), torch.full((1, 1, 3, 4), 2.0)
-    assert cache.mask(slot_ids([prefix]))[0].tolist() == loop_mask(prefix, prefix)
-    keys, values = cache.update(0, first.double(), -first.double())
-    assert keys.shape == (1, 1, 2, 4)
-    cache.length = 2
-
-    image = [(0, 2, 0), (0, 3, 0), (0, 4, 0)]
-    for value in (2.0, 3.0):
-        # A denoising step does not advance the length: the next one writes over it.
-        assert cache.mask(slot_ids([image]))[0].tolist() == loop_mask(image, prefix + image)
-        keys, values = cache.update(0, second.double() * value, second.double() * -value)
-        assert keys[0, 0, :, 0].tolist() == [1, 1, 2 * value, 2 * value, 2 * value]
-        assert values[0, 0, :, 0].tolist() == [-1, -1, -2 * value, -2 * value, -2 * value]
-    assert (cache.keys[1] == 0).all(), "layers do not share"
-    cache.length = 5
-    end = [(0, 5, -1)]
-    assert cache.mask(slot_ids([end]))[0].tolist() == loop_mask(end, prefix + image + end)
+def softmax_over(query: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Attention of a query [H] to the slots [S, H] that it sees, whose values are minus their keys."""
+    return -torch.softmax(seen @ query / query.shape[0] ** 0.5, 0) @ seen
 
 
-def test_cached_padding_is_seen_by_nobody() -> None:
-    cache = make_cache()
-    prefix = [(0, 0, -1), (-1, 0, -1)]
-    cache.mask(slot_ids([prefix]))
-    cache.length = 2
-    assert cache.mask(slot_ids([[(0, 1, -1)]]))[0].tolist() == [[True, False, True]]
+@pytest.mark.parametrize("rows", [None, [2, 0, 1]])
+@pytest.mark.parametrize("end", [None, 7])
+def test_cached_attention_sees_its_row_up_to_itself_or_all_of_its_image(
+    rows: list[int] | None, end: int | None
+) -> None:
+    torch.manual_seed(0)
+    cache = KVCache(2, 3, 1, 4, 10, torch.device("cpu"), torch.float64)
+    settings = {"rows": None if rows is None else torch.tensor(rows), "end": end}
+    # Documents of one, three and two tokens, read together; then an image of three patches behind each, twice.
+    lengths = [1, 3, 2]
+    text, *images = (torch.randn(3, 3, 4, dtype=torch.float64) for _ in range(3))
+    result = cached(cache, [0, 0, 0], text, causal=True, **settings)
+    for row, length in enumerate(lengths):
+        for slot in range(length):
+            torch.testing.assert_close(result[row, slot], softmax_over(text[row, slot], text[row, : slot + 1]))
+    for image in images:
+        result = cached(cache, lengths, image, causal=False, **settings)
+        for row, length in enumerate(lengths):
+            seen = torch.cat([text[row, :length], image[row]])
+            for slot in range(3):
+                torch.testing.assert_close(result[row, slot], softmax_over(image[row, slot], seen))
+    held = cache.keys[1, 0 if rows is None else rows[0], :4, 0]
+    assert torch.equal(held, torch.cat([text[0, :1], images[-1][0]]))
+    assert (cache.keys[0] == 0).all(), "layers do not share"
 
 
-def test_cache_that_is_full_says_so() -> None:
-    cache = make_cache(capacity=3)
-    cache.length = 2
-    with pytest.raises(ValueError, match="3 slots and 4 are needed"):
-        cache.mask(slot_ids([[(0, 2, -1), (0, 3, -1)]]))
+def test_filler_beyond_a_full_row_goes_to_its_last_slot() -> None:
+    cache = KVCache(2, 2, 1, 4, 4, torch.device("cpu"), torch.float64)
+    new = torch.ones(2, 2, 4, dtype=torch.float64)
+    cached(cache, [3, 1], new, causal=True)
+    assert cache.keys[1, :, :, 0, 0].tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
 
 
 def test_kernel_is_chosen_by_device_and_length() -> None:

@@ -1,8 +1,8 @@
 """Every scheduler and prediction type: a perfect network has zero loss and is sampled back to the image."""
 
+import inspect
 import math
 
-import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from transfusion_mot.diffusion import (
     FLOW_SCHEDULERS,
+    STOCHASTIC_SOLVER,
     VARIANCE_PRESERVING_SCHEDULERS,
     Diffusion,
+    fit_samplers,
     is_flow,
     make_sampling_scheduler,
     make_scheduler,
@@ -23,22 +25,22 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 FLOW = "FlowMatchEulerDiscreteScheduler"
-# Their reverse process draws no noise, so that it can be held to a trajectory.
-DETERMINISTIC = (
-    *FLOW_SCHEDULERS,
-    *(name for name in VARIANCE_PRESERVING_SCHEDULERS if name not in (*FLOW_SCHEDULERS, "DDPMScheduler")),
-)
 
-TRAINED = [(FLOW, {}, name) for name in FLOW_SCHEDULERS]
-TRAINED += [(FLOW, {"shift": 3.0}, name) for name in FLOW_SCHEDULERS]
-TRAINED += [
-    ("DDPMScheduler", {**schedule, "prediction_type": kind}, name)
-    for schedule in (COSINE, SCALED)
-    for kind in PREDICTION_TYPES
-    for name in VARIANCE_PRESERVING_SCHEDULERS
-    # diffusers has not implemented it.
-    if (kind, name) != ("sample", "HeunDiscreteScheduler")
+TRAINED = [
+    (trained, arguments, name)
+    for trained, arguments in [
+        (FLOW, {}),
+        (FLOW, {"shift": 3.0}),
+        *(
+            ("DDPMScheduler", {**beta, "prediction_type": kind})
+            for beta in (COSINE, SCALED)
+            for kind in PREDICTION_TYPES
+        ),
+    ]
+    for name in fit_samplers(make_scheduler(trained, arguments))
 ]
+# Their reverse process draws no noise, so that it can be held to a trajectory.
+DETERMINISTIC = [case for case in TRAINED if case[2] not in ("DDPMScheduler", STOCHASTIC_SOLVER)]
 
 
 def label(value) -> str:
@@ -107,9 +109,7 @@ def test_perfect_network_is_sampled_back_to_the_image(trained: str, arguments: d
     torch.testing.assert_close(result, clean, rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("trained", "arguments", "sampler"), [case for case in TRAINED if case[2] in DETERMINISTIC], ids=label
-)
+@pytest.mark.parametrize(("trained", "arguments", "sampler"), DETERMINISTIC, ids=label)
 def test_trajectory_of_a_perfect_network_is_the_forward_process(trained: str, arguments: dict, sampler: str) -> None:
     """What the network is shown at t is what it was trained on at t: alpha * clean + sigma * the same noise."""
     diffusion, reverse = trained_and_sampler(trained, arguments, sampler)
@@ -132,9 +132,7 @@ def test_trajectory_of_a_perfect_network_is_the_forward_process(trained: str, ar
     assert seen == sorted(seen, reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("trained", "arguments", "sampler"), [case for case in TRAINED if case[2] in DETERMINISTIC], ids=label
-)
+@pytest.mark.parametrize(("trained", "arguments", "sampler"), DETERMINISTIC, ids=label)
 def test_best_network_of_normal_data_gives_the_datas_mean_and_spread(
     trained: str, arguments: dict, sampler: str
 ) -> None:
@@ -159,9 +157,7 @@ def test_best_network_of_normal_data_gives_the_datas_mean_and_spread(
         assert result.std().item() == pytest.approx(spread, rel=0.04)
 
 
-@pytest.mark.parametrize(
-    ("trained", "arguments", "sampler"), [case for case in TRAINED if case[2] in DETERMINISTIC], ids=label
-)
+@pytest.mark.parametrize(("trained", "arguments", "sampler"), DETERMINISTIC, ids=label)
 def test_few_steps_are_imprecise_but_never_wild(trained: str, arguments: dict, sampler: str) -> None:
     """Twenty steps in float32, as a user samples; the network is never shown what no training image looks like."""
     diffusion, reverse = trained_and_sampler(trained, arguments, sampler)
@@ -177,17 +173,75 @@ def test_few_steps_are_imprecise_but_never_wild(trained: str, arguments: dict, s
     assert result.std().item() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_ancestral_sampling_gives_the_datas_mean_and_spread(prediction_type: str) -> None:
-    diffusion, reverse = trained_and_sampler(
-        "DDPMScheduler", {**COSINE, "prediction_type": prediction_type}, "DDPMScheduler"
-    )
+@pytest.mark.parametrize(
+    ("trained", "arguments", "sampler"),
+    [("DDPMScheduler", {**COSINE, "prediction_type": kind}, "DDPMScheduler") for kind in PREDICTION_TYPES]
+    + [("DDPMScheduler", COSINE, STOCHASTIC_SOLVER), (FLOW, {"shift": 3.0}, STOCHASTIC_SOLVER)],
+    ids=label,
+)
+def test_stochastic_sampling_gives_the_datas_mean_and_spread(trained: str, arguments: dict, sampler: str) -> None:
+    diffusion, reverse = trained_and_sampler(trained, arguments, sampler)
     noise = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, spread = torch.tensor(0.7, dtype=torch.float64), 0.5
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    result = reverse.sample(lambda x, t: posterior_mean(diffusion, x, t, mean, spread**2), noise, 500, generators)
+
+    def sample(seed: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(2)]
+        return reverse.sample(lambda x, t: posterior_mean(diffusion, x, t, mean, spread**2), noise, 500, generators)
+
+    result = sample(0)
     assert result.mean().item() == pytest.approx(0.7, abs=0.02)
     assert result.std().item() == pytest.approx(spread, rel=0.05)
+    torch.testing.assert_close(sample(0), result)
+    assert (sample(2) - result).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("trained", "sampler", "steps", "order"),
+    [
+        (FLOW, FLOW, 20, 1),
+        ("DDPMScheduler", "DDIMScheduler", 20, 1),
+        ("DDPMScheduler", "EulerDiscreteScheduler", 40, 1),
+        (FLOW, "FlowMatchHeunDiscreteScheduler", 20, 2),
+        (FLOW, "DPMSolverSinglestepScheduler", 40, 2),
+        (FLOW, "DPMSolverMultistepScheduler", 80, 2),
+        (FLOW, "UniPCMultistepScheduler", 40, 2),
+    ],
+)
+def test_twice_the_steps_leave_the_part_of_the_error_that_theory_says(
+    trained: str, sampler: str, steps: int, order: int
+) -> None:
+    """A half for a method of first order, a quarter for one of second, against the exact flow of normal data."""
+    diffusion, reverse = trained_and_sampler(trained, {} if trained == FLOW else COSINE, sampler)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, spread = torch.tensor(0.7, dtype=torch.float64), 0.5
+
+    def error(steps: int) -> float:
+        first = []
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            first.append((noisy, *diffusion.alpha_sigma(t.double())))
+            return posterior_mean(diffusion, noisy, t, mean, spread**2)
+
+        result = reverse.sample(predict, noise, steps)
+        start, alpha, sigma = first[0]
+        expected = mean + spread * (start - alpha * mean) / (alpha**2 * spread**2 + sigma**2).sqrt()
+        return (result - expected).abs().mean().item()
+
+    assert math.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize(
+    ("trained", "arguments", "sampler"),
+    [case for case in TRAINED if case[1] in ({}, {**COSINE, "prediction_type": "epsilon"})],
+    ids=label,
+)
+def test_one_step_paints_the_mean_of_the_data(trained: str, arguments: dict, sampler: str) -> None:
+    """From pure noise a single step can know no more, and it must not fail."""
+    diffusion, reverse = trained_and_sampler(trained, arguments, sampler)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = torch.tensor(0.7, dtype=torch.float64)
+    result = reverse.sample(lambda x, t: posterior_mean(diffusion, x, t, mean, 0.25), noise, 1, [torch.Generator()])
+    torch.testing.assert_close(result, torch.full_like(result, 0.7), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("schedule", [COSINE, SCALED, {"beta_schedule": "linear"}], ids=label)
@@ -306,7 +360,7 @@ def test_steps_are_as_many_as_asked_for(name: str, predict_calls: int) -> None:
         calls.append(t)
         return noisy
 
-    reverse.sample(predict, torch.randn(1, 1, 2, 2), 7, on_step=lambda step, latents: reported.append(step))
+    reverse.sample(predict, torch.randn(1, 1, 2, 2), 7, on_step=lambda step, *_: reported.append(step))
     assert len(calls) == predict_calls
     assert reported == list(range(predict_calls))
 
@@ -332,7 +386,7 @@ def test_scheduler_of_a_snapshot_is_recognised(tmp_path) -> None:
     for trained, arguments, sampler in TRAINED:
         diffusion, reverse = trained_and_sampler(trained, arguments, sampler)
         reverse.scheduler.save_pretrained(tmp_path)
-        again = Diffusion(getattr(diffusers, sampler).from_pretrained(tmp_path))
+        again = Diffusion(type(reverse.scheduler).from_pretrained(tmp_path))
         assert is_flow(again.scheduler) == (trained == FLOW)
         assert again.prediction_type == diffusion.prediction_type
         t = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -352,19 +406,33 @@ def test_unknown_scheduler_lists_the_known_ones() -> None:
     [
         (FLOW, {}, "DDIMScheduler", FLOW_SCHEDULERS),
         (FLOW, {}, "Euler", FLOW_SCHEDULERS),
-        ("DDPMScheduler", {}, FLOW, VARIANCE_PRESERVING_SCHEDULERS),
+        (FLOW, {}, "UniPCMultistepScheduler:sde", FLOW_SCHEDULERS),
+        ("DDPMScheduler", {}, FLOW, (*VARIANCE_PRESERVING_SCHEDULERS, "HeunDiscreteScheduler")),
+        ("DDPMScheduler", COSINE, "HeunDiscreteScheduler", VARIANCE_PRESERVING_SCHEDULERS),
     ],
 )
 def test_sampler_that_does_not_fit_is_refused_with_those_that_do(trained, arguments, asked, fit) -> None:
     with pytest.raises(UserError) as error:
         make_sampling_scheduler(make_scheduler(trained, arguments), asked)
-    assert all(name in str(error.value) for name in fit)
+    assert all(name in str(error.value).partition("fit: ")[2].split(", ") for name in (*fit, STOCHASTIC_SOLVER))
 
 
-def test_heun_refuses_a_prediction_type_it_cannot_reverse() -> None:
-    scheduler = make_scheduler("DDPMScheduler", {"prediction_type": "sample"})
-    with pytest.raises(UserError, match="HeunDiscreteScheduler"):
-        make_sampling_scheduler(scheduler, "HeunDiscreteScheduler")
+@pytest.mark.parametrize(("trained", "arguments"), [(FLOW, {"shift": 3.0}), ("DDPMScheduler", COSINE)], ids=label)
+def test_samplers_can_be_changed_one_after_the_other(trained: str, arguments: dict) -> None:
+    """Each is as if it had been made from the scheduler of training."""
+    first = make_scheduler(trained, arguments)
+    names = fit_samplers(first)
+    current = first
+    for name in (*names, *reversed(names)):
+        current = make_sampling_scheduler(current, name)
+        expected = make_sampling_scheduler(first, name)
+        assert type(current) is type(expected)
+        for scheduler in (current, expected):
+            scheduler.set_timesteps(7)
+        assert torch.equal(current.timesteps, expected.timesteps)
+        for key in ("algorithm_type", "flow_shift", "shift", "prediction_type", "clip_sample", "timestep_spacing"):
+            if key in inspect.signature(type(current).__init__).parameters:
+                assert current.config[key] == expected.config[key], (name, key)
 
 
 def test_unknown_prediction_type_is_refused() -> None:

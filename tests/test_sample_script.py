@@ -1,7 +1,13 @@
 """sample.py as it is called from a shell."""
 
 import importlib.util
+import io
+import itertools
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +17,14 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
+from process_group import run_processes
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
+from transfusion_mot.data.images import to_pixels
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling import loading
+from transfusion_mot.sampling.outputs import ResultFolder
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 
@@ -42,7 +52,7 @@ def sample(script, run, monkeypatch):
     """Call the script with these arguments on the run."""
 
     def call(*arguments: object, checkpoint: object = run) -> None:
-        words = ["--checkpoint", checkpoint, "--device", "cpu", *arguments]
+        words = [*(["--checkpoint", checkpoint] if checkpoint else []), "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
         with exit_on_user_error():
             script.main()
@@ -50,8 +60,8 @@ def sample(script, run, monkeypatch):
     return call
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+def lines(folder: Path, file: str = "metadata.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()]
 
 
 def pixels(folder: Path, line: dict) -> np.ndarray:
@@ -75,6 +85,7 @@ def test_pictures_and_what_is_written_about_them(sample, run, tmp_path, capsys):
             said = {"text": image.text.pop("prompt"), **image.text}
         assert said == {key: str(value) for key, value in line.items() if key != "file_name"}
         assert said["seed"] == "7"
+        assert said["dtype"] == "float32"
         assert said["guidance_scale"] == "1.5"
         assert said["num_inference_steps"] == "4"
         assert said["checkpoint"] == str(run / "snapshots" / "step-0000020")
@@ -117,11 +128,21 @@ def test_another_scheduler_and_number_of_steps(sample, tmp_path):
     assert lines(tmp_path / "out")[0]["num_inference_steps"] == 6
 
 
+def test_the_transformer_computes_in_the_format_asked_for(sample, tmp_path):
+    sample("sun", "--dtype", "bf16", "--output", tmp_path / "bf16")
+    sample("sun", "--dtype", "fp32", "--output", tmp_path / "fp32")
+    half, whole = lines(tmp_path / "bf16")[0], lines(tmp_path / "fp32")[0]
+    assert (half["dtype"], whole["dtype"]) == ("bfloat16", "float32")
+    difference = np.abs(pixels(tmp_path / "bf16", half) - pixels(tmp_path / "fp32", whole))
+    assert difference.max() > 0
+    assert difference.mean() < 8
+
+
 def test_long_prompts_have_short_file_names(script):
-    (picture,) = script.plan_pictures(["octopus " * 100], num_images=1, seed=0)
-    assert picture.file_name.startswith("0000-octopus-octopus")
-    assert len(picture.file_name) < 64
-    assert script.plan_pictures(["?!"], num_images=1, seed=0)[0].file_name == "0000-image.png"
+    (item,) = script.plan(["octopus " * 100], num_images=1, seed=0)
+    assert item.name.startswith("0000-octopus-octopus")
+    assert len(item.name) < 64
+    assert script.plan(["?!"], num_images=1, seed=0)[0].name == "0000-image"
 
 
 def test_captions_are_those_of_the_pipeline(sample, run, tmp_path, capsys):
@@ -146,6 +167,219 @@ def test_captions_are_those_of_the_pipeline(sample, run, tmp_path, capsys):
     assert drawn(1) != drawn(2)
 
 
+def test_prompts_come_from_standard_input(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("an octopus\n\nsun\n"))
+    sample("moon", "--prompts-file", "-", "--output", tmp_path / "out")
+    assert [line["text"] for line in lines(tmp_path / "out")] == ["moon", "an octopus", "sun"]
+
+
+def test_texts_are_those_of_the_pipeline(sample, run, tmp_path, capsys):
+    settings = {"max_new_tokens": 5, "temperature": 0.0}
+    sample("--task", "text", "sun", "a", "--max-new-tokens", 5, "--output", tmp_path / "out")
+    pipeline = TransfusionPipeline.from_pretrained(run / "snapshots" / "step-0000020")
+    expected = pipeline.complete(["sun", "a"], **settings)
+    assert lines(tmp_path / "out", "texts.jsonl") == [
+        {"prompt": prompt, "text": text} for prompt, text in zip(["sun", "a"], expected, strict=True)
+    ]
+    assert f"sun{expected[0]}" in capsys.readouterr().out
+    sample("--task", "text", "sun", "--max-new-tokens", 5)
+    assert capsys.readouterr().out == f"sun{expected[0]}\n"
+
+
+def test_the_model_decides_what_comes(sample, run, tmp_path, capsys):
+    sample("--task", "auto", "sun", "moon", "--max-images", 2, "--max-new-tokens", 12, "--output", tmp_path / "out")
+    pipeline = TransfusionPipeline.from_pretrained(run / "snapshots" / "step-0000020")
+    told = lines(tmp_path / "out", "documents.jsonl")
+    assert [line["prompt"] for line in told] == ["sun", "moon"]
+    for line in told:
+        expected = pipeline.interleave(
+            [line["prompt"]],
+            max_images=2,
+            max_new_tokens=12,
+            generator=torch.Generator().manual_seed(line["seed"]),
+        )
+        assert len(line["segments"]) == len(expected)
+        for segment, part in zip(line["segments"], expected, strict=True):
+            if isinstance(part, str):
+                assert segment == {"text": part}
+            else:
+                assert np.abs(np.asarray(part).astype(int) - pixels(tmp_path / "out", segment)).max() <= 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("sun")
+    assert "documents.jsonl" in printed
+
+
+GUIDANCE = {
+    "scale": ["--guidance-scale", 4],
+    "interval": ["--guidance-interval", 0.2, 0.7],
+    "rescale": ["--guidance-rescale", 0.7],
+    "renorm": ["--guidance-renorm"],
+    "negative": ["--negative-prompt", "octopus"],
+    "scheduler": ["--scheduler", "DPMSolverMultistepScheduler:sde"],
+}
+
+
+def test_every_knob_of_guidance_does_something_and_is_written_down(sample, tmp_path):
+    sample("sun", "--output", tmp_path / "plain")
+    plain = lines(tmp_path / "plain")[0]
+    for name, options in GUIDANCE.items():
+        sample("sun", *options, "--output", tmp_path / name)
+        line = lines(tmp_path / name)[0]
+        assert np.abs(pixels(tmp_path / name, line) - pixels(tmp_path / "plain", plain)).max() > 0, name
+        assert {key for key in line if line[key] != plain.get(key)} == {
+            {"negative": "negative_prompt", "scheduler": "scheduler"}.get(name, f"guidance_{name}")
+        }
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    gradient = np.linspace(0, 255, 3 * IMAGE_SIZE**2).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+    Image.fromarray(gradient.astype(np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_variations_are_the_nearer_the_weaker_and_a_mask_keeps_what_is_black(sample, run, tmp_path, photo):
+    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    mask[:, IMAGE_SIZE // 2 :] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    pipeline = TransfusionPipeline.from_pretrained(run / "snapshots" / "step-0000020")
+    for name, options in {
+        "weak": ["--strength", 0.02, "--num-inference-steps", 100],
+        "strong": ["--strength", 1.0],
+        "masked": ["--strength", 1.0, "--mask", tmp_path / "mask.png"],
+    }.items():
+        sample("sun", "--image", photo, "--num-images", 2, *options, "--output", tmp_path / name)
+    painted = {name: pixels(tmp_path / name, lines(tmp_path / name)[0]) for name in ("weak", "strong", "masked")}
+    source = np.array(Image.open(photo))
+    # What the untrained autoencoder makes of it.
+    (seen,) = pipeline.decode_latents(pipeline.autoencoder.encode(to_pixels(source[None]))[0])
+    distance = {name: np.abs(image - np.asarray(seen).astype(int)).mean() for name, image in painted.items()}
+    assert distance["weak"] < distance["strong"] / 2
+    assert np.abs(painted["masked"] - source.astype(int))[:, : IMAGE_SIZE // 2].max() <= 1
+    settings = {"image": Image.open(photo), "strength": 1.0, "mask_image": Image.fromarray(mask)}
+    generator = torch.Generator().manual_seed(lines(tmp_path / "masked")[0]["image_seed"])
+    expected = np.asarray(pipeline("sun", generator=generator, **settings).images[0]).astype(int)
+    assert np.abs(painted["masked"] - expected).max() <= 1
+    assert np.abs(painted["masked"] - painted["strong"]).mean() > 1
+    assert lines(tmp_path / "masked")[1]["mask"] == str(tmp_path / "mask.png")
+
+
+def test_the_denoising_is_shown_from_the_first_estimate_to_the_picture(sample, tmp_path):
+    sample("sun", "moon", "--strip", "--gif", "--num-inference-steps", 30, "--output", tmp_path / "out")
+    for line in lines(tmp_path / "out"):
+        stem = tmp_path / "out" / "denoising" / Path(line["file_name"]).stem
+        strip = Image.open(stem.with_suffix(".png"))
+        assert strip.width > 8 * IMAGE_SIZE
+        with Image.open(stem.with_suffix(".gif")) as gif:
+            frames = [
+                np.asarray(gif.convert("RGB")).astype(int)
+                for gif.n_read in range(gif.n_frames)
+                if not gif.seek(gif.n_read)
+            ]
+        assert len(frames) == 24
+        # A GIF has 256 colours, and the picture has fewer pixels.
+        assert np.abs(frames[-1] - pixels(tmp_path / "out", line)).max() <= 1
+        assert np.abs(frames[0] - frames[-1]).mean() > 1
+    dataset = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path))
+    assert dataset["text"] == ["sun", "moon"]
+
+
+# --- Large jobs: several processes, a kill in between. ---
+
+WORDS = [f"{adjective} {noun}" for adjective in ("red", "old", "big") for noun in ("sun", "moon", "cat", "car")]
+
+
+def call(script, arguments: list[object], kill_after: int | None = None) -> None:
+    """The script as a process of its own calls it; it may be killed while it notes its `kill_after`th batch."""
+    original, batches = ResultFolder.add, itertools.count(1)
+
+    def add(folder: ResultFolder, made: dict) -> None:
+        if next(batches) == kill_after:
+            # The last line is written in part only.
+            original(folder, {min(made): {"text": "lost"}})
+            (part,) = folder.path.glob("parts/*.jsonl")
+            os.truncate(part, part.stat().st_size - 5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(folder, made)
+
+    ResultFolder.add = add
+    sys.argv = ["sample.py", *map(str, arguments)]
+    script.main()
+
+
+def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(script, sample, run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(WORDS))
+    arguments = ["--checkpoint", run, "--device", "cpu", "--prompts-file", prompts, "--num-images", 2]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    sample(*arguments[4:], "--batch-size", 5, "--output", whole)
+
+    killed = multiprocessing.get_context("fork").Process(
+        target=call, args=(script, [*arguments, "--batch-size", 4, "--output", parts], 3)
+    )
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    assert len(list(parts.glob("*.png"))) == 12
+    assert not (parts / "metadata.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.png"))[:8]}
+
+    run_processes(call, 2, {}, tmp_path / "ranks", script, [*arguments, "--batch-size", 3, "--output", parts])
+    # What was noted was not made again.
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert lines(parts) == lines(whole)
+    assert len(lines(parts)) == 24
+    for line in lines(whole):
+        assert np.abs(pixels(whole, line) - pixels(parts, line)).max() <= 1
+    assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_finished_command_does_nothing_again_and_another_is_refused(sample, tmp_path, capsys):
+    out = tmp_path / "out"
+    sample("sun", "--output", out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    sample("sun", "--batch-size", 3, "--output", out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    for other in (["moon"], ["sun", "--guidance-scale", 7], ["sun", "--seed", 1], ["sun", "--task", "text"]):
+        with pytest.raises(SystemExit):
+            sample(*other, "--output", out)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: output '{out}' holds results of another command (")
+        assert "give another --output" in error
+
+
+def test_ten_thousand_prompts_are_painted(sample, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{number}\n" for number in range(10_000)))
+    fast = ["--num-inference-steps", 1, "--guidance-scale", 1, "--batch-size", 1000]
+    sample("--prompts-file", prompts, *fast, "--output", tmp_path / "out")
+    metadata = lines(tmp_path / "out")
+    assert [line["text"] for line in metadata] == [str(number) for number in range(10_000)]
+    assert metadata[-1]["file_name"] == "9999-9999.png"
+    assert len(list((tmp_path / "out").glob("*.png"))) == 10_001
+
+
+def test_a_checkpoint_in_the_repository_is_the_default(sample, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "SHIPPED_CHECKPOINT", tmp_path / "nothing")
+    with pytest.raises(SystemExit):
+        sample("sun", "--output", tmp_path / "out", checkpoint=None)
+    assert capsys.readouterr().err.startswith("error: no --checkpoint is given and checkpoints/emoji does not exist")
+    monkeypatch.setattr(loading, "SHIPPED_CHECKPOINT", run)
+    sample("sun", "--output", tmp_path / "out", checkpoint=None)
+    assert len(lines(tmp_path / "out")) == 1
+
+
+def test_a_snapshot_without_its_vae_ends_with_one_sentence(sample, run, tmp_path, capsys):
+    shutil.copytree(run / "snapshots" / "step-0000020", tmp_path / "snapshot")
+    shutil.rmtree(tmp_path / "snapshot" / "vae")
+    with pytest.raises(SystemExit):
+        sample("sun", "--output", tmp_path / "out", checkpoint=tmp_path / "snapshot")
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said.endswith(
+        f"no pipeline can be loaded from {tmp_path / 'snapshot'}: its part 'vae' is missing; give a whole snapshot"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,8 +389,25 @@ def test_captions_are_those_of_the_pipeline(sample, run, tmp_path, capsys):
         (["sun", " "], "prompt 2 is empty"),
         (["octopus " * 9], "tokens; the model was trained on at most 8"),
         (["sun", "--guidance-scale", "nan"], "guidance_scale is nan"),
+        (["sun", "--guidance-interval", "0.9", "0.1"], "guidance_interval"),
+        (["sun", "--guidance-interval", "nan", "0.1"], "guidance_interval"),
+        (["sun", "--guidance-rescale", "nan"], "guidance_rescale"),
+        (["sun", "--negative-prompt", "octopus " * 9], "tokens; the model was trained on at most 8"),
+        (["sun", "--image", "missing.png"], "image 'missing.png' does not exist"),
+        (["sun", "--image", "empty.txt"], "image 'empty.txt' is not in a format"),
+        (["sun", "--image", "full/image.png", "--strength", 0], "strength"),
+        (["sun", "--image", "full/image.png", "--strength", "nan"], "strength"),
+        (["sun", "--image", "full/image.png", "--mask", "mask.png"], "mask"),
+        (["sun", "--mask", "mask.png"], "--mask is given without a picture"),
+        (["sun", "--task", "text", "--image", "full/image.png"], "--image goes with --task image or auto"),
+        (["sun", "--task", "text", "--gif"], "--strip and --gif go with --task image"),
+        (["sun", "--task", "speech"], "invalid choice: 'speech'"),
+        (["--task", "caption"], "--task caption has nothing to do"),
+        (["--task", "auto", "--caption", "full/image.png"], "both --task auto and --caption"),
+        (["sun", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["sun", "--guidance-scale", "strong"], "invalid float value: 'strong'"),
         (["sun", "--num-inference-steps", 0], "num_inference_steps is 0"),
+        (["sun", "--num-inference-steps", 1001], "num_inference_steps is 1001"),
         (["sun", "--num-images", 0], "--num-images is 0"),
         (["sun", "--batch-size", 0], "--batch-size is 0"),
         (["sun", "--scheduler", "DDPMScheduler"], "fit: FlowMatchEulerDiscreteScheduler"),
@@ -179,6 +430,7 @@ def test_mistakes_end_with_one_sentence(sample, tmp_path, monkeypatch, capsys, a
     Path("empty.txt").write_text("\n")
     Path("full").mkdir()
     Image.new("RGB", (8, 8)).save("full/image.png")
+    Image.new("L", (9, 8)).save("mask.png")
     with pytest.raises(SystemExit) as ended:
         sample(*arguments)
     assert ended.value.code == 2

@@ -11,13 +11,16 @@ from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.images import read_prompts
-from transfusion_mot.sampling.slots import random_rows
-from transfusion_mot.sampling.text import Decoding, caption_latents, choose_tokens, complete
+from transfusion_mot.sampling.guidance import Guidance
+from transfusion_mot.sampling.rows import random_rows
+from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.text import Decoding, choose_tokens
+from transfusion_mot.sampling.workspace import Workspace
 
 CPU = torch.device("cpu")
 LATENT_SIZE = 4
 LATENT_CHANNELS = 3
+LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 PROMPTS = ["an octopus that holds a red apple", "sun", ""]
 
 ARCHITECTURES = {
@@ -77,9 +80,10 @@ def model(request, tokenizer) -> TransfusionMoT:
 def forward_document(model, segments, timestep=0.0):
     """One uncached forward of one whole document; a segment is a list of ids, or latents [C, Y, X].
 
-    Order and positions are counted here slot by slot, in reading order; then text is put before patches.
+    The last image is at `timestep`, those before it are clean. Order and positions are counted here slot by slot, in
+    reading order; then text is put before patches.
     """
-    text, patches, ids, image, order, position = [], [], [], None, 0, 0
+    text, patches, ids, images, order, position = [], [], [], [], 0, 0
     flat = model.architecture.rope == "1d"
     for segment in segments:
         if isinstance(segment, list):
@@ -88,20 +92,20 @@ def forward_document(model, segments, timestep=0.0):
                 text.append((order, -1, [position] if flat else [position] * 3))
                 order, position = order + 1, position + 1
         else:
-            image = segment
             side = segment.shape[-1] // model.architecture.patch_size
             for y in range(side):
                 for x in range(side):
                     place = [position + y * side + x] if flat else [position, position + y, position + x]
-                    patches.append((order, 0, place))
+                    patches.append((order, len(images), place))
                     order += 1
+            images.append(segment)
             position += side * side if flat else side
     slots = text + patches
     places = torch.tensor([[place for _, _, place in slots]])
     return model(
         torch.tensor([ids]),
-        None if image is None else image[None, None],
-        None if image is None else torch.tensor([[timestep]]),
+        torch.stack(images)[None] if images else None,
+        torch.tensor([[0.0] * (len(images) - 1) + [timestep]]) if images else None,
         document_ids=torch.zeros(1, len(slots), dtype=torch.long),
         order=torch.tensor([[order for order, _, _ in slots]]),
         span_ids=torch.tensor([[span for _, span, _ in slots]]),
@@ -109,69 +113,129 @@ def forward_document(model, segments, timestep=0.0):
     )
 
 
-def predict_uncached(model, tokenizer, prompt_ids, latents, timestep):
-    before = [tokenizer.bos_id, *prompt_ids, tokenizer.boi_id]
-    segments = [before, latents, [tokenizer.eoi_id, tokenizer.eos_id]]
-    return forward_document(model, segments, timestep).prediction[0, 0]
+def predict_uncached(model, tokenizer, context, latents, timestep):
+    """Prediction for an image behind `context`; what follows the image must not matter."""
+    segments = [*context, [tokenizer.boi_id], latents, [tokenizer.eoi_id, tokenizer.eos_id]]
+    return forward_document(model, segments, timestep).prediction[0, -1]
 
 
+def paint(model, tokenizer, documents, denoise, guidance, **settings):
+    """Run the image task; `denoise` is as a sampler takes it."""
+    arguments = {"denoise": denoise, "guidance": guidance, "max_images": 1, **settings}
+    Sampler(model, tokenizer, Workspace(), documents, "image", LATENT_SHAPE, CPU, **arguments).run()
+    return [document.added[0] for document in documents]
+
+
+def write(model, tokenizer, documents, decoding, generators=()):
+    """Run the text task => what was written."""
+    documents = [Document(items) for items in documents]
+    settings = {"decoding": decoding, "generators": generators}
+    Sampler(model, tokenizer, Workspace(), documents, "text", LATENT_SHAPE, CPU, **settings).run()
+    return ["".join(document.added) for document in documents]
+
+
+def random_latents(*rows):
+    return torch.randn(*rows, *LATENT_SHAPE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("negative", ["", "sun sun"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @torch.no_grad()
-def test_denoising_with_the_cache_equals_the_whole_document(model, tokenizer, guidance_scale):
-    predict = read_prompts(model, tokenizer, PROMPTS, guidance_scale, LATENT_SIZE, CPU)
-    # The second step must not see the patches of the first.
-    for timestep in (0.9, 0.3):
-        latents = torch.randn(len(PROMPTS), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float64)
-        cached = predict(latents, torch.tensor(timestep))
-        for row, prompt in enumerate(PROMPTS):
-            with_prompt = predict_uncached(model, tokenizer, tokenizer.encode(prompt), latents[row], timestep)
-            without = predict_uncached(model, tokenizer, [], latents[row], timestep)
-            expected = without + guidance_scale * (with_prompt - without)
-            assert expected.abs().max() > 0.1
-            torch.testing.assert_close(cached[row], expected, rtol=0, atol=1e-12)
+def test_denoising_with_the_cache_equals_the_whole_document(model, tokenizer, guidance_scale, negative):
+    def denoise(predict, rows):
+        # The second step must not see the patches of the first.
+        for timestep in (0.9, 0.3):
+            latents = random_latents(len(PROMPTS))
+            cached = predict(latents, torch.tensor(timestep))
+            for row, prompt in enumerate(PROMPTS):
+                contexts = [[[tokenizer.bos_id, *tokenizer.encode(text)]] for text in (prompt, negative)]
+                whole, without = (
+                    predict_uncached(model, tokenizer, context, latents[row], timestep) for context in contexts
+                )
+                expected = without + guidance_scale * (whole - without)
+                assert expected.abs().max() > 0.1
+                torch.testing.assert_close(cached[row], expected, rtol=0, atol=1e-12)
+        return latents
+
+    paint(model, tokenizer, [Document([prompt], negative) for prompt in PROMPTS], denoise, Guidance(guidance_scale))
 
 
-@pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 3), (2.0, 6)])
-def test_guidance_of_one_runs_no_second_pass(tokenizer, guidance_scale, rows):
-    model = tiny_model(tokenizer.vocab_size)
+@torch.no_grad()
+def test_text_and_images_before_an_image_guide_it_each_with_its_scale(model, tokenizer):
+    """InstructPix2Pix, equation 3, over documents with different numbers of images."""
+    one, two, three = random_latents(3)
+    contents = [["a red apple", one, "sun"], [two, three], ["sun"]]
+    bos, boi, eoi = tokenizer.bos_id, tokenizer.boi_id, tokenizer.eoi_id
+    whole = [
+        [[bos, *tokenizer.encode("a red apple"), boi], one, [eoi, *tokenizer.encode("sun")]],
+        [[bos, boi], two, [eoi, boi], three, [eoi]],
+        [[bos, *tokenizer.encode("sun")]],
+    ]
+    images = [[[bos, boi], one, [eoi]], whole[1], [[bos]]]
+
+    def denoise(predict, rows):
+        latents = random_latents(3)
+        cached = predict(latents, torch.tensor(0.7))
+        for row in range(3):
+            full, imaged, nothing = (
+                predict_uncached(model, tokenizer, context, latents[row], 0.7)
+                for context in (whole[row], images[row], [[bos]])
+            )
+            expected = nothing + 1.5 * (imaged - nothing) + 4.0 * (full - imaged)
+            torch.testing.assert_close(cached[row], expected, rtol=0, atol=1e-11)
+        return latents
+
+    paint(model, tokenizer, [Document(items) for items in contents], denoise, Guidance(4.0, 1.5))
+
+
+def forwards(model):
+    """A list that gets (rows, slots) of every forward of the model."""
     seen = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["order"].shape)), with_kwargs=True
-    )
-    predict = read_prompts(model, tokenizer, PROMPTS, guidance_scale, LATENT_SIZE, CPU)
-    for _ in range(4):
-        predict(torch.zeros(3, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), torch.tensor(0.5))
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[6].shape[:2])))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        (Guidance(), [3, 3, 3, 3, 3]),
+        (Guidance(2.0), [6, 6, 6, 6, 6]),
+        (Guidance(2.0, interval=(0.3, 0.5)), [6, 3, 6, 6, 3]),
+        (Guidance(2.0, 2.0), [9, 9, 9, 9, 9]),
+    ],
+    ids=["off", "on", "interval", "images too"],
+)
+def test_forwards_are_as_few_as_guidance_needs(tokenizer, guidance, rows):
+    """One over the prompts, and one over the patches alone for each step."""
+    model = tiny_model(tokenizer.vocab_size)
+    seen = forwards(model)
+
+    def denoise(predict, _):
+        for timestep in (0.8, 0.5, 0.3, 0.1):
+            predict(random_latents(3), torch.tensor(timestep, dtype=torch.float64))
+        return random_latents(3)
+
+    paint(model, tokenizer, [Document([prompt]) for prompt in PROMPTS], denoise, guidance)
     longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS) + 2
-    assert seen == [(rows, longest)] + [(rows, 4)] * 4
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_denoising_never_waits_for_the_device(tokenizer):
-    device = torch.device("cuda")
-    model = tiny_model(tokenizer.vocab_size).float().to(device)
-    predict = read_prompts(model, tokenizer, PROMPTS, 2.0, LATENT_SIZE, device)
-    latents = torch.zeros(3, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, device=device)
-    timestep = torch.tensor(0.5, device=device)
-    # The first call loads kernels, which waits.
-    predict(latents, timestep)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        predict(latents, timestep)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert seen == [(rows[0], longest), *((count, 4) for count in rows[1:])]
 
 
 def test_guidance_acts_on_all_channels(tokenizer):
     model = tiny_model(tokenizer.vocab_size)
-    latents = torch.randn(1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float64)
-    predictions = {
-        scale: read_prompts(model, tokenizer, ["sun"], scale, LATENT_SIZE, CPU)(latents, torch.tensor(0.5))
+    latents = random_latents(1)
+    images = {
+        scale: paint(
+            model,
+            tokenizer,
+            [Document(["sun"])],
+            lambda predict, _: predict(latents, torch.tensor(0.5)),
+            Guidance(scale),
+        )[0]
         for scale in (0.0, 1.0, 3.0)
     }
-    step = predictions[1.0] - predictions[0.0]
-    assert (step.abs().amax(dim=(0, 2, 3)) > 1e-3).all()
-    torch.testing.assert_close(predictions[3.0] - predictions[0.0], 3 * step)
+    step = images[1.0] - images[0.0]
+    assert (step.abs().amax(dim=(1, 2)) > 1e-3).all()
+    torch.testing.assert_close(images[3.0] - images[0.0], 3 * step)
 
 
 def test_noise_of_an_image_depends_on_its_seed_alone():
@@ -186,32 +250,40 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
     assert not torch.equal(both[0], both[1])
 
 
-def greedy_uncached(model, tokenizer, segments, max_new_tokens):
-    """Greedy decoding by a forward over the whole document for every token."""
-    special = [tokenizer.bos_id, tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id]
+def greedy_uncached(model, tokenizer, segments, max_new_tokens, ends=("eos_id",)):
+    """Greedy decoding by a forward over the whole document for every token => ids, with the end if one came."""
+    special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id, tokenizer.eos_id}
+    stops = {getattr(tokenizer, end) for end in ends}
     *before, last = segments
     written = []
     while len(written) < max_new_tokens:
         logits = forward_document(model, [*before, last + written]).logits[0, -1]
-        logits[special] = -math.inf
-        token = int(logits.argmax())
-        if token == tokenizer.eos_id:
+        logits[sorted(special - stops)] = -math.inf
+        written.append(int(logits.argmax()))
+        if written[-1] in stops:
             break
-        written.append(token)
     return written
 
 
-@torch.no_grad()
-def test_captioning_equals_greedy_decoding_by_whole_documents(model, tokenizer):
-    latents = torch.randn(3, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float64)
-    documents = [[[tokenizer.bos_id, tokenizer.boi_id], image, [tokenizer.eoi_id]] for image in latents]
-    # Where the first row would write its third token it writes the end of text, so that rows end at different times.
-    swapped = [tokenizer.eos_id, greedy_uncached(model, tokenizer, documents[0], 3)[-1]]
+def swap_rows_of_the_head(model, first, second):
+    """The same model, which writes the one token where it wrote the other."""
     model = copy.deepcopy(model)
-    model.text_head.weight[swapped] = model.text_head.weight[swapped[::-1]]
-    expected = [greedy_uncached(model, tokenizer, document, 8) for document in documents]
+    with torch.no_grad():
+        model.text_head.weight[[first, second]] = model.text_head.weight[[second, first]]
+    return model
+
+
+@pytest.mark.parametrize("beginning", ["", "a red"])
+@torch.no_grad()
+def test_captioning_equals_greedy_decoding_by_whole_documents(model, tokenizer, beginning):
+    latents = random_latents(3)
+    after = [tokenizer.eoi_id, *tokenizer.encode(beginning)]
+    documents = [[[tokenizer.bos_id, tokenizer.boi_id], image, after] for image in latents]
+    # Where the first row would write its third token it writes the end of text, so that rows end at different times.
+    model = swap_rows_of_the_head(model, tokenizer.eos_id, greedy_uncached(model, tokenizer, documents[0], 3)[-1])
+    expected = [greedy_uncached(model, tokenizer, document, 20) for document in documents]
     assert len({len(ids) for ids in expected}) > 1
-    captions = caption_latents(model, tokenizer, latents, Decoding(max_new_tokens=8), [None] * 3)
+    captions = write(model, tokenizer, [[image, beginning] for image in latents], Decoding(max_new_tokens=20))
     assert captions == [tokenizer.decode(ids) for ids in expected]
 
 
@@ -219,7 +291,85 @@ def test_captioning_equals_greedy_decoding_by_whole_documents(model, tokenizer):
 def test_continuing_equals_greedy_decoding_by_whole_documents(model, tokenizer):
     documents = [[[tokenizer.bos_id, *tokenizer.encode(text)]] for text in PROMPTS]
     expected = [tokenizer.decode(greedy_uncached(model, tokenizer, document, 5)) for document in documents]
-    assert complete(model, tokenizer, PROMPTS, Decoding(max_new_tokens=5), [None] * 3, CPU) == expected
+    assert write(model, tokenizer, [[text] for text in PROMPTS], Decoding(max_new_tokens=5)) == expected
+
+
+def go_on_uncached(model, tokenizer, segments, noises, guidance, max_new_tokens):
+    """The automatic task by forwards over whole documents; an image is what is predicted of the next noise."""
+    items, noises, left = [], list(noises), max_new_tokens
+    while left:
+        ends = ("eos_id", "boi_id") if noises else ("eos_id",)
+        ids = greedy_uncached(model, tokenizer, segments, left, ends)
+        left -= len(ids)
+        items += [text] if (text := tokenizer.decode(ids)) else []
+        if ids[-1] != tokenizer.boi_id:
+            break
+        *before, last = segments
+        context = [*before, last + ids[:-1]]
+        images = [part for part in segments if isinstance(part, torch.Tensor)]
+        without_text = [[tokenizer.bos_id]]
+        for image in images:
+            without_text += [[tokenizer.boi_id], image, [tokenizer.eoi_id]]
+        noise = noises.pop(0)
+        whole, imaged, nothing = (
+            predict_uncached(model, tokenizer, part, noise, 0.5)
+            for part in (context, without_text, [[tokenizer.bos_id]])
+        )
+        items.append(nothing + guidance.image_scale * (imaged - nothing) + guidance.scale * (whole - imaged))
+        segments = [*before, last + ids, items[-1], [tokenizer.eoi_id]]
+    return items
+
+
+@pytest.mark.parametrize("guidance", [Guidance(3.0), Guidance(3.0, 1.5)], ids=["text", "text and images"])
+@torch.no_grad()
+def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokenizer, guidance):
+    """Rows that write and paint at different times, and not equally often."""
+    given = [["a red apple"], ["sun", random_latents()], [random_latents(), "an octopus that"], [""]]
+    starts = [
+        [[tokenizer.bos_id, *tokenizer.encode("a red apple")]],
+        [[tokenizer.bos_id, *tokenizer.encode("sun"), tokenizer.boi_id], given[1][1], [tokenizer.eoi_id]],
+        [[tokenizer.bos_id, tokenizer.boi_id], given[2][0], [tokenizer.eoi_id, *tokenizer.encode("an octopus that")]],
+        [[tokenizer.bos_id]],
+    ]
+    noises = random_latents(4, 2)
+    # What two of them would write soon is now the beginning of an image.
+    model = swap_rows_of_the_head(model, tokenizer.boi_id, greedy_uncached(model, tokenizer, starts[0], 2)[-1])
+    model = swap_rows_of_the_head(model, tokenizer.eos_id, greedy_uncached(model, tokenizer, starts[2], 4)[-1])
+    expected = [
+        go_on_uncached(model, tokenizer, start, noise, guidance, 9) for start, noise in zip(starts, noises, strict=True)
+    ]
+    shapes = [[type(item).__name__ for item in items] for items in expected]
+    assert any("Tensor" in shape for shape in shapes)
+    assert len({tuple(shape) for shape in shapes}) > 1
+
+    documents = [Document(items) for items in given]
+
+    def denoise(predict, rows):
+        latents = torch.stack(
+            [noises[row, sum(not isinstance(item, str) for item in documents[row].added)] for row in rows]
+        )
+        return predict(latents, torch.tensor(0.5))
+
+    Sampler(
+        model,
+        tokenizer,
+        Workspace(),
+        documents,
+        "auto",
+        LATENT_SHAPE,
+        CPU,
+        decoding=Decoding(max_new_tokens=9),
+        denoise=denoise,
+        guidance=guidance,
+        max_images=2,
+    ).run()
+    assert [[type(item).__name__ for item in document.added] for document in documents] == shapes
+    for document, items in zip(documents, expected, strict=True):
+        for item, other in zip(document.added, items, strict=True):
+            if isinstance(item, str):
+                assert item == other
+            else:
+                torch.testing.assert_close(item, other, rtol=0, atol=1e-11)
 
 
 class FixedLogits(nn.Module):
@@ -242,25 +392,52 @@ def test_special_tokens_other_than_the_end_are_never_written(tokenizer, temperat
     letter = tokenizer.encode("x")[0]
     logits[letter] = 50.0
     model.text_head = FixedLogits(logits)
-    latents = torch.zeros(2, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float64)
+    documents = [[random_latents()], ["sun"]]
     decoding = Decoding(max_new_tokens=5, temperature=temperature)
-    assert caption_latents(model, tokenizer, latents, decoding, [None] * 2) == ["xxxxx"] * 2
-    assert complete(model, tokenizer, ["sun"], decoding, [None], CPU) == ["xxxxx"]
+    assert write(model, tokenizer, documents, decoding, [None] * 2) == ["xxxxx"] * 2
     logits[tokenizer.eos_id] = 80.0
-    assert caption_latents(model, tokenizer, latents, decoding, [None] * 2) == ["", ""]
+    assert write(model, tokenizer, documents, decoding, [None] * 2) == ["", ""]
 
 
 def test_sampled_text_depends_on_its_own_generator_alone(tokenizer):
     model = tiny_model(tokenizer.vocab_size)
     decoding = Decoding(max_new_tokens=8, temperature=1.0, top_p=0.9)
 
-    def write(texts, seeds):
+    def written(texts, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return complete(model, tokenizer, texts, decoding, generators, CPU)
+        return write(model, tokenizer, [[text] for text in texts], decoding, generators)
 
-    together = write(PROMPTS, [3, 4, 5])
-    assert together == [write([text], [seed])[0] for text, seed in zip(PROMPTS, [3, 4, 5], strict=True)]
-    assert write(["sun"], [1]) != write(["sun"], [2])
+    together = written(PROMPTS, [3, 4, 5])
+    assert together == [written([text], [seed])[0] for text, seed in zip(PROMPTS, [3, 4, 5], strict=True)]
+    assert written(["sun"], [1]) != written(["sun"], [2])
+
+
+def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(tokenizer):
+    model = tiny_model(tokenizer.vocab_size)
+    logits = torch.full((tokenizer.vocab_size,), -math.inf, dtype=torch.float64)
+    logits[tokenizer.encode("abcdefgh")] = 0.0
+    logits[tokenizer.boi_id] = 1.0
+    model.text_head = FixedLogits(logits)
+    uniform = torch.rand(40, generator=torch.Generator().manual_seed(7))
+    ids = choose_tokens(logits.expand(40, -1), Decoding(1, 1.0), uniform).tolist()
+    expected = tokenizer.decode([token if token != tokenizer.boi_id else tokenizer.encode("|")[0] for token in ids])
+    assert expected.count("|") > 3
+
+    document = Document(["sun"])
+    Sampler(
+        model,
+        tokenizer,
+        Workspace(),
+        [document],
+        "auto",
+        LATENT_SHAPE,
+        CPU,
+        generators=[torch.Generator().manual_seed(7)],
+        decoding=Decoding(max_new_tokens=40, temperature=1.0),
+        denoise=lambda predict, rows: random_latents(1),
+        max_images=40,
+    ).run()
+    assert "".join(item if isinstance(item, str) else "|" for item in document.added) == expected
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7), (1.7, 0.5), (1.0, 1e-6)])

@@ -1,139 +1,35 @@
 """What a training run is for: a diffusers pipeline that paints prompts, captions images and goes on with text."""
 
-import json
-import math
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from transfusion_mot.autoencoder import Autoencoder, check_image_size
 from transfusion_mot.data.images import load_image, to_pil, to_pixels
-from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.images import read_prompts
-from transfusion_mot.sampling.slots import random_rows
-from transfusion_mot.sampling.text import Decoding, caption_latents, complete
+from transfusion_mot.sampling.editing import Original, Pictures, load_original, make_edit
+from transfusion_mot.sampling.guidance import Guidance
+from transfusion_mot.sampling.rows import random_rows
+from transfusion_mot.sampling.sampler import Document, Predict, Sampler, Task
+from transfusion_mot.sampling.snapshot import SnapshotPipeline
+from transfusion_mot.sampling.text import Decoding
 
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MODEL_CARD = "README.md"
+# A decoder's hidden images are a hundred times as large as its output: so many pixels are decoded at once.
+_PIXELS_AT_ONCE = 2**21
 
 
-class TransfusionPipeline(DiffusionPipeline):
-    """Text to image, image to text and text to text with one transformer.
+class TransfusionPipeline(SnapshotPipeline):
+    """Text to image, image to text, text to text and documents of both with one transformer.
 
     `TransfusionPipeline.from_pretrained(snapshot)("a red apple").images[0]` is a picture.
-
-    Args:
-        transformer: The model.
-        vae: Autoencoder of the latents it was trained on.
-        scheduler: diffusers scheduler that reverses the noise schedule it was trained with; another one that fits comes
-            from `transfusion_mot.diffusion.make_sampling_scheduler`.
-        tokenizer: Its tokenizer, `TextTokenizer.hf`.
-        image_size: Height and width in pixels of the images it was trained on.
-        max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
-        num_inference_steps: Reverse steps if a call names none.
-        guidance_scale: Classifier-free guidance if a call names none; 1 is off.
-
-    Raises:
-        UserError: The parts do not belong together.
     """
-
-    model_cpu_offload_seq = "transformer->vae"
-
-    # diffusers takes arguments without a default for components: every setting needs one.
-    def __init__(
-        self,
-        transformer: TransfusionMoT,
-        vae: AutoencoderKL,
-        scheduler: SchedulerMixin,
-        tokenizer: PreTrainedTokenizerFast,
-        image_size: int = 64,
-        max_prompt_tokens: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 3.0,
-    ) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
-        self.register_to_config(
-            image_size=image_size,
-            max_prompt_tokens=max_prompt_tokens,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        )
-        self.text_tokenizer = TextTokenizer(tokenizer)
-        # Text of the README.md that goes with it.
-        self.model_card: str | None = None
-        self._check_components()
-
-    def _check_components(self) -> None:
-        model = self.transformer.config
-        if self.autoencoder.latent_channels != model.latent_channels:
-            raise UserError(
-                f"the vae has {self.autoencoder.latent_channels} latent channels and the transformer was trained on "
-                f"{model.latent_channels}; use the vae that the transformer was trained with"
-            )
-        if self.text_tokenizer.vocab_size != model.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
-                f"{model.vocab_size}; use the tokenizer that the transformer was trained with"
-            )
-        check_image_size(self.config.image_size, self.autoencoder, self.transformer.architecture.patch_size)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
-
-        Raises:
-            UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
-        """
-        path = pretrained_model_name_or_path
-        index = Path(path) / "model_index.json"
-        if os.path.isdir(path) and not index.is_file():
-            raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
-        try:
-            class_name = json.loads(index.read_text())["_class_name"] if index.is_file() else cls.__name__
-            if class_name != cls.__name__:
-                raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
-            pipeline = super().from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"no pipeline can be loaded from {path}: {reason}") from None
-        card = Path(path) / MODEL_CARD
-        pipeline.model_card = card.read_text() if card.is_file() else None
-        return pipeline
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with the model card."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.model_card is not None:
-            (Path(save_directory) / MODEL_CARD).write_text(self.model_card)
-
-    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """What `push_to_hub` of diffusers ends with."""
-        card = Path(working_dir) / MODEL_CARD
-        # diffusers has written over ours: with the card that the repository has, which stays, or with one of its own
-        # that says nothing.
-        if self.model_card is not None and "automatically generated" in card.read_text():
-            card.write_text(self.model_card)
-        return super()._upload_folder(working_dir, *args, **kwargs)
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """The VAE with its normalisation of latents."""
-        return Autoencoder(self.vae)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse what the model cannot read.
@@ -161,12 +57,26 @@ class TransfusionPipeline(DiffusionPipeline):
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         most_steps = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most_steps:
-            raise UserError(f"num_inference_steps is {steps}; it must be from 1 to {most_steps}")
-        scale = float(self.config.guidance_scale if guidance_scale is None else guidance_scale)
-        if not math.isfinite(scale):
-            raise UserError(f"guidance_scale is {scale}; it must be a finite number, 1 for no guidance")
-        return steps, scale
+        if not isinstance(steps, int) or not 1 <= steps <= most_steps:
+            raise UserError(f"num_inference_steps is {steps}; it must be a whole number from 1 to {most_steps}")
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        return steps, Guidance(float(scale)).scale
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image at a time, for little memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode many images at once again."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in tiles that overlap, for little memory; the result is not quite the same."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode images as a whole again."""
+        self.vae.disable_tiling()
 
     @torch.no_grad()
     def __call__(
@@ -175,11 +85,19 @@ class TransfusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guidance_renorm: bool = False,
         generator: Generators = None,
         latents: Tensor | None = None,
+        image: Pictures | None = None,
+        strength: float = 0.6,
+        mask_image: Pictures | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Self, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Self, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
     ) -> Any:
         """Paint prompts.
 
@@ -188,15 +106,24 @@ class TransfusionPipeline(DiffusionPipeline):
             num_inference_steps: Reverse steps; None is the pipeline's own number.
             guidance_scale: Classifier-free guidance, 1 is off; None is the pipeline's own.
             num_images_per_prompt: Images of each prompt; they stand together in the result.
+            negative_prompt: What guidance leads away from, in place of no prompt; one, or one for each prompt.
+            guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance;
+                outside of it a step costs half.
+            guidance_rescale: From 0 to 1, how far guidance is kept from raising the contrast (arXiv 2305.08891).
+            guidance_renorm: Whether a guided prediction is kept as short as the one with the prompt.
             generator: A list has one generator per image, and each draws for its image alone: with CPU generators the
                 same seed gives the same image, up to rounding, whatever else is in the batch and on every device. A
                 single generator draws for all images, one after the other. None is torch's global generator.
             latents: Initial noise [B, C, Y, X] in place of a draw; standard normal.
+            image: A picture to vary, or one for each prompt, of any size: its centre is used.
+            strength: The noise it begins with, above 0 (the image itself) up to 1 (nothing of it).
+            mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X]).
             return_dict: False returns a tuple.
-            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": latents}) after every reverse step;
-                `latents` in what it returns take the place of the current ones.
+            callback_on_step_end: Called as (pipeline, step, timestep, tensors) after every reverse step. Of the
+                tensors [B, C, Y, X], `latents` are the current ones, and `clean` those without noise that the model
+                expects, for `decode_latents`; `latents` in what it returns take the place of the current ones.
 
         Returns:
             An `ImagePipelineOutput` whose `images` has one for each prompt and each of `num_images_per_prompt`.
@@ -206,38 +133,46 @@ class TransfusionPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self.check_prompts(prompts)
+        negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+        if len(negatives) not in (1, len(prompts)):
+            raise UserError(
+                f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each"
+            )
+        self.check_prompts(negatives)
+        negatives = negatives * (len(prompts) // len(negatives))
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        numbers = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        guidance = Guidance(scale, interval=guidance_interval, rescale=guidance_rescale, renorm=guidance_renorm)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is '{output_type}'; known: {', '.join(OUTPUT_TYPES)}")
-        generators = _one_each(generator, len(prompts))
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
+        if mask_image is not None and image is None:
+            raise UserError("there is a mask_image and no image; give the image that it belongs to")
+        generators = _one_each(generator, len(numbers))
         device = self._execution_device
         noise = self._initial_noise(latents, generators).to(device)
+        original, edit = None, None
+        if image is not None:
+            original = load_original(image, mask_image, self.config.image_size, numbers, device)
+            edit = make_edit(original, strength, self.autoencoder, noise.dtype)
 
-        predict = read_prompts(self.transformer, self.text_tokenizer, prompts, scale, noise.shape[-1], device)
-        scheduler = self.scheduler
-        # For the number of timesteps: a second-order scheduler has two in most steps.
-        scheduler.set_timesteps(steps, device=device)
-        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+        def denoise(predict: Predict, _: list[int]) -> Tensor:
+            return self._denoise(predict, noise, steps, generators, edit, callback_on_step_end)
 
-            def on_step(step: int, current: Tensor) -> None:
-                if callback_on_step_end is not None:
-                    replaced = callback_on_step_end(self, step, scheduler.timesteps[step], {"latents": current})
-                    if replaced and replaced.get("latents") is not None:
-                        current.copy_(replaced["latents"])
-                bar.update()
-
-            drawing = [own for own in generators if own is not None]
-            clean = Diffusion(scheduler).sample(predict, noise, steps, drawing or None, on_step)
-        images = self._finish(clean, output_type)
+        documents = [Document([prompts[number]], negatives[number]) for number in numbers]
+        self._sampler(documents, "image", denoise=denoise, guidance=guidance, max_images=1).run()
+        images = self._finish(_images(documents), output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @torch.no_grad()
     def caption(
         self,
         images: Image.Image | list[Image.Image],
+        prompt: str | list[str] = "",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -247,6 +182,7 @@ class TransfusionPipeline(DiffusionPipeline):
 
         Args:
             images: One picture or several.
+            prompt: How each caption begins, or one beginning for each; it is not repeated in the result.
             max_new_tokens: Most tokens of a caption.
             temperature: Divides the logits; 0 takes the most probable token.
             top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
@@ -258,14 +194,15 @@ class TransfusionPipeline(DiffusionPipeline):
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         if not pictures:
             raise UserError("there is no image to caption; give at least one")
-        decoding = Decoding(max_new_tokens, temperature, top_p)
-        generators = _one_each(generator, len(pictures))
-        images_uint8 = np.stack([load_image(picture, self.config.image_size) for picture in pictures])
-        mean, _ = self.autoencoder.encode(to_pixels(images_uint8).to(self._execution_device))
-        captions = caption_latents(self.transformer, self.text_tokenizer, mean, decoding, generators)
-        self.maybe_free_model_hooks()
-        return captions
+        beginnings = [prompt] * len(pictures) if isinstance(prompt, str) else prompt
+        if len(beginnings) != len(pictures):
+            raise UserError(f"there are {len(beginnings)} prompts for {len(pictures)} images; give one, or one each")
+        self.check_prompts(beginnings)
+        latents = self._encode(pictures)
+        documents = [Document([*pair]) for pair in zip(latents, beginnings, strict=True)]
+        return self._write(documents, Decoding(max_new_tokens, temperature, top_p), generator)
 
+    @torch.no_grad()
     def complete(
         self,
         text: str | list[str],
@@ -284,12 +221,136 @@ class TransfusionPipeline(DiffusionPipeline):
         """
         texts = [text] if isinstance(text, str) else list(text)
         self.check_prompts(texts)
+        return self._write(
+            [Document([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p), generator
+        )
+
+    @torch.no_grad()
+    def interleave(
+        self,
+        document: list[str | Image.Image],
+        *,
+        max_images: int = 1,
+        max_new_tokens: int = 64,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float = 1.0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> list[str | Image.Image]:
+        """Go on with a document of texts and images; the model decides what follows, and when it is over.
+
+        Args:
+            document: What it begins with, in reading order; nothing of it is repeated in the result.
+            max_images: Most images painted.
+            max_new_tokens: Most tokens written, in all texts together.
+            num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
+            guidance_scale: How much a painting follows the text before it, 1 is plainly; None is the pipeline's own.
+            image_guidance_scale: How much it follows the images before it, 1 is plainly; another one costs half more.
+            temperature, top_p: As for `caption`.
+            generator: Of all that is drawn.
+
+        Returns:
+            What follows, in reading order.
+
+        Raises:
+            UserError: An argument is out of its range, or a picture cannot be used.
+        """
+        if not isinstance(document, list):
+            raise UserError(f"a document must be a list of texts and images, got {type(document).__name__}")
+        if max_images < 0:
+            raise UserError(f"max_images is {max_images}; it must be 0 or more")
+        for item in document:
+            if not isinstance(item, str | Image.Image):
+                raise UserError(f"a document is made of texts and PIL images, got {type(item).__name__}")
+        if texts := [item for item in document if isinstance(item, str)]:
+            self.check_prompts(texts)
+        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         decoding = Decoding(max_new_tokens, temperature, top_p)
-        generators = _one_each(generator, len(texts))
+        guidance = Guidance(scale, image_guidance_scale)
+        given = [item if isinstance(item, str) else self._encode([item])[0] for item in document]
         device = self._execution_device
-        continuations = complete(self.transformer, self.text_tokenizer, texts, decoding, generators, device)
+
+        def denoise(predict: Predict, _: list[int]) -> Tensor:
+            noise = self._initial_noise(None, [generator]).to(device)
+            return self._denoise(predict, noise, steps, [generator], None, None)
+
+        whole = Document(given)
+        self._sampler(
+            [whole],
+            "auto",
+            generators=[generator],
+            decoding=decoding,
+            denoise=denoise,
+            guidance=guidance,
+            max_images=max_images,
+        ).run()
+        added = [item if isinstance(item, str) else self.decode_latents(item[None])[0] for item in whole.added]
         self.maybe_free_model_hooks()
-        return continuations
+        return added
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Normalised latents [B, C, Y, X] => pictures, as of a callback's `clean`."""
+        return to_pil(self._decode(latents))
+
+    def _sampler(self, documents: list[Document], task: Task, **arguments: Any) -> Sampler:
+        side = self.config.image_size // self.autoencoder.downsampling
+        shape = (self.autoencoder.latent_channels, side, side)
+        return Sampler(
+            self.transformer,
+            self.text_tokenizer,
+            self.workspace,
+            documents,
+            task,
+            shape,
+            self._execution_device,
+            **arguments,
+        )
+
+    def _write(self, documents: list[Document], decoding: Decoding, generator: Generators) -> list[str]:
+        generators = _one_each(generator, len(documents))
+        self._sampler(documents, "text", generators=generators, decoding=decoding).run()
+        self.maybe_free_model_hooks()
+        return ["".join(item for item in document.added if isinstance(item, str)) for document in documents]
+
+    def _denoise(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        num_inference_steps: int,
+        generators: list[torch.Generator | None],
+        edit: Edit | None,
+        callback: Callable[..., dict[str, Any] | None] | None,
+    ) -> Tensor:
+        """The reverse process with its progress bar and callback: noise => clean latents [B, C, Y, X]."""
+        diffusion = Diffusion(self.scheduler)
+        times = diffusion.inference_timesteps(num_inference_steps, noise.device)
+        # More than the steps, where a solver calls the model twice in a step.
+        calls = len(times) - (0 if edit is None else edit.first_step(times))
+        with self.progress_bar(total=calls) as bar:
+
+            def on_step(step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
+                if callback is not None:
+                    tensors = {"latents": latents, "clean": clean()}
+                    replaced = callback(self, step, self.scheduler.timesteps[step], tensors)
+                    if replaced and replaced.get("latents") is not None:
+                        latents.copy_(replaced["latents"])
+                bar.update()
+
+            drawing = [own for own in generators if own is not None]
+            return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, edit)
+
+    def _encode(self, pictures: list[Image.Image]) -> Tensor:
+        """Pictures of any size => clean latents [B, C, Y, X]."""
+        images_uint8 = np.stack([load_image(picture, self.config.image_size) for picture in pictures])
+        return self.autoencoder.encode(to_pixels(images_uint8).to(self._execution_device))[0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents => pixels [B, 3, H, W] in [-1, 1], some images at a time."""
+        at_once = max(1, _PIXELS_AT_ONCE // self.config.image_size**2)
+        return torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
 
     def _initial_noise(self, latents: Tensor | None, generators: Sequence[torch.Generator | None]) -> Tensor:
         """Initial noise in float32, or float64 for a model in float64; a solver's steps are too small for less."""
@@ -301,14 +362,21 @@ class TransfusionPipeline(DiffusionPipeline):
             raise UserError(f"latents have the shape {list(latents.shape)}; needed is {[len(generators), *shape]}")
         return latents.to(torch.promote_types(self.transformer.dtype, torch.float32))
 
-    def _finish(self, latents: Tensor, output_type: str) -> Any:
+    def _finish(self, latents: Tensor, output_type: str, original: Original | None) -> Any:
         if output_type == "latent":
             return latents
-        pixels = self.autoencoder.decode(latents)
+        pixels = self._decode(latents)
+        if original is not None:
+            pixels = original.put_back(pixels)
         if output_type == "pil":
             return to_pil(pixels)
         pixels = pixels / 2 + 0.5
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _images(documents: list[Document]) -> Tensor:
+    """The images that were painted [B, C, Y, X]."""
+    return torch.stack([item for document in documents for item in document.added if isinstance(item, Tensor)])
 
 
 def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:

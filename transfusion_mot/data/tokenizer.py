@@ -24,6 +24,7 @@ class TextTokenizer:
         bos_id, eos_id: Begin and end of a document.
         boi_id, eoi_id: Begin and end of an image.
         pad_id: Filler of unused text slots.
+        special_ids: All that stand for no text, in order.
         vocab_size: One more than the largest id.
         fingerprint: Hash of everything that decides the ids.
     """
@@ -43,6 +44,7 @@ class TextTokenizer:
         self.pad_id: int = hf.pad_token_id
         self.boi_id: int = hf.convert_tokens_to_ids(BOI)
         self.eoi_id: int = hf.convert_tokens_to_ids(EOI)
+        self.special_ids = sorted(number for number, token in hf.added_tokens_decoder.items() if token.special)
         self.vocab_size = max(hf.get_vocab().values()) + 1
         special_ids = [self.bos_id, self.eos_id, self.pad_id, self.boi_id, self.eoi_id]
         self.fingerprint = hashlib.sha256(f"{hf.backend_tokenizer.to_str()} {special_ids}".encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -130,15 +130,55 @@ def joint_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, mask: Attent
     return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, attn_mask=mask[:, None], enable_gqa=grouped)
 
 
-class KVCache:
-    """Pre-allocated keys and values of everything sampled so far, with the ids that the mask reads.
+class NewSlots(NamedTuple):
+    """What one forward adds to a `KVCache`, the same for all layers: where it goes and what it sees.
 
-    A forward writes its slots at `length` and attends to all before and to itself. They stay only when `length` is
-    advanced: a denoising step overwrites the patches of the step before in place.
+    Attributes:
+        slots: [B * S], their places among the slots of all rows.
+        rows: [B], their rows of the cache; None for its first B.
+        causal: Whether a slot sees none behind it, as in text; else all new ones of its row, as in an image.
+        mask: [B, 1, 1 or S, end] bool, True = may attend; None where the kernel counts slots itself.
+        bounds: Int32, for that kernel: [B + 1] where the queries of each row begin, [B + 1] where its keys begin, [B]
+            how many keys it has, the new ones included.
+    """
+
+    slots: Tensor
+    rows: Tensor | None
+    causal: bool
+    mask: Tensor | None
+    bounds: tuple[Tensor, Tensor, Tensor] | None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer [rows, capacity, M, H], and what a forward adds to them."""
+
+    keys: Tensor
+    values: Tensor
+    new: NewSlots
+
+
+class CacheWindow(NamedTuple):
+    """Keys and values of all layers [layers, rows, capacity, M, H], and what a forward adds to them."""
+
+    keys: Tensor
+    values: Tensor
+    new: NewSlots
+
+    def layer(self, index: int) -> LayerCache:
+        """The part of one layer."""
+        return LayerCache(self.keys[index], self.values[index], self.new)
+
+
+class KVCache:
+    """Pre-allocated keys and values of documents, one a row, in reading order: slot i of a row is token or patch i.
+
+    It does not know how much of a row is in use; a forward is told. What it adds is written behind that and seen by
+    itself, and stays if the next one is told so: a denoising step overwrites the patches of the step before.
 
     Args:
-        num_layers, rows, num_kv_heads, head_dim: Shape of the model and the batch.
-        capacity: Slots allocated.
+        num_layers, num_kv_heads, head_dim: Shape of the model.
+        rows: Documents.
+        capacity: Slots of a row; one more than it will hold where filler of shorter rows needs a place.
     """
 
     def __init__(
@@ -151,22 +191,82 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.keys = torch.zeros(num_layers, rows, num_kv_heads, capacity, head_dim, device=device, dtype=dtype)
+        self.keys = torch.zeros(num_layers, rows, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.ids = torch.full((3, rows, capacity), -1, device=device)
-        self.length = 0
+        self.capacity = capacity
+        # FlashAttention takes rows of any lengths without a mask; it needs Ampere.
+        self.counts_slots = (
+            device.type == "cuda"
+            and dtype in (torch.bfloat16, torch.float16)
+            and head_dim % 8 == 0
+            and head_dim <= 256
+            and torch.cuda.get_device_capability(device)[0] >= 8
+        )
 
-    def mask(self, slots: SlotIds) -> Tensor:
-        """Record the ids of new slots [B, S_new] and return their mask over cached and new slots."""
-        end = self.length + slots.order.shape[1]
-        if end > self.ids.shape[2]:
-            raise ValueError(f"the cache has {self.ids.shape[2]} slots and {end} are needed")
-        self.ids[:, :, self.length : end] = torch.stack([slots.document_ids, slots.order, slots.horizon])
-        return dense_mask(slots, SlotIds(*self.ids[:, :, :end]))
+    def window(
+        self, lengths: Tensor, num_slots: int, causal: bool, rows: Tensor | None = None, end: int | None = None
+    ) -> CacheWindow:
+        """What a forward adds behind the first `lengths` [B] slots of rows; waits for no device.
 
-    def update(self, layer: int, k_BMSH: Tensor, v_BMSH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values at `length` => (keys, values) of cached and new slots."""
-        end = self.length + k_BMSH.shape[2]
-        self.keys[layer, :, :, self.length : end] = k_BMSH
-        self.values[layer, :, :, self.length : end] = v_BMSH
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        Args:
+            lengths: int64 [B]. Slots that would stand beyond a row's capacity, the filler of shorter rows, go to its
+                last slot.
+            num_slots: New slots S of each row.
+            causal: See `NewSlots`.
+            rows: int64 [B]; None for the first B.
+            end: No row has more slots than this when they are added; the fewer, the less is read.
+        """
+        device, count = lengths.device, lengths.shape[0]
+        end = self.capacity if end is None else end
+        starts = (torch.arange(count, device=device) if rows is None else rows) * self.capacity
+        places = (lengths[:, None] + torch.arange(num_slots, device=device)).clamp(max=self.capacity - 1)
+        slots = (starts[:, None] + places).flatten()
+        if not self.counts_slots:
+            seen = places + 1 if causal else (lengths + num_slots)[:, None]
+            mask = torch.arange(end, device=device) < seen[:, None, :, None]
+            return CacheWindow(self.keys, self.values, NewSlots(slots, rows, causal, mask, None))
+        queries = torch.arange(0, count * num_slots + 1, num_slots, device=device, dtype=torch.int32)
+        used = (lengths + num_slots).clamp(max=self.capacity).int()
+        bounds = (queries, F.pad(starts, (0, 1)).int(), used)
+        return CacheWindow(self.keys, self.values, NewSlots(slots, rows, causal, None, bounds))
+
+
+def cached_attention(q_BSNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, cache: LayerCache) -> Tensor:
+    """Write new keys and values into the cache, and attend to what it holds of each row => [B, S, N, H]."""
+    keys, values, new = cache
+    for held, added in ((keys, k_BSMH), (values, v_BSMH)):
+        _words(held.flatten(0, 1)).index_copy_(0, new.slots, _words(added.to(held.dtype).flatten(0, 1)))
+    rows, num_slots, num_heads, _ = q_BSNH.shape
+    if new.bounds is not None:
+        queries_begin, keys_begin, used = new.bounds
+        attended = torch.ops.aten._flash_attention_forward(
+            q_BSNH.to(keys.dtype).flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            queries_begin,
+            keys_begin,
+            num_slots,
+            keys.shape[1],
+            0.0,
+            new.causal,
+            False,
+            seqused_k=used,
+        )[0]
+        return attended.unflatten(0, (rows, num_slots))
+    assert new.mask is not None
+    end = new.mask.shape[-1]
+    k_BMSH, v_BMSH = (
+        (held[:rows, :end] if new.rows is None else held[new.rows, :end]).transpose(1, 2) for held in (keys, values)
+    )
+    grouped = num_heads != keys.shape[2]
+    q_BNSH = q_BSNH.transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, attn_mask=new.mask, enable_gqa=grouped)
+    return attended.transpose(1, 2)
+
+
+def _words(heads: Tensor) -> Tensor:
+    """Heads [slots, M, H] => [slots, words]; a copy by index moves four short numbers as fast as one long word."""
+    flat = heads.flatten(1)
+    if torch.compiler.is_compiling() or flat.element_size() != 2 or flat.shape[1] % 4:
+        return flat
+    return flat.view(torch.int64)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transfusion_mot.config import ModelConfig, TowerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.adapters import UNET_GROUPS
-from transfusion_mot.models.attention import AttentionMask, KVCache, joint_attention
+from transfusion_mot.models.attention import AttentionMask, LayerCache, cached_attention, joint_attention
 from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotate
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # It comes with torch for CUDA only.
@@ -84,34 +84,35 @@ class MoTBlock(nn.Module):
         self,
         streams: Streams,
         rotary: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        mask: AttentionMask | None,
+        cache: LayerCache | None = None,
     ) -> Streams:
-        """Streams => streams. With a cache, attention also reads what it holds of this layer."""
+        """Streams => streams. With a cache, attention reads that and needs no mask."""
         if self.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
-            return self._transform(streams, rotary, mask, cache, layer)
+            return self._transform(streams, rotary, mask, cache)
         kept: dict[str, Any] = {}
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         # Inside of what is compiled: the compiler then sees which operations to keep. A block draws nothing at random.
         return checkpoint(
-            lambda: self._transform(streams, rotary, mask, None, 0),
+            lambda: self._transform(streams, rotary, mask, None),
             use_reentrant=False,
             preserve_rng_state=False,
             **kept,
         )
 
     def _transform(
-        self, streams: Streams, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None, layer: int
+        self, streams: Streams, rotary: tuple[Tensor, Tensor], mask: AttentionMask | None, cache: LayerCache | None
     ) -> Streams:
         lengths = [hidden.shape[1] for hidden in streams.values()]
         projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
         q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)
-        q_BNSH, k_BMSH, v_BMSH = q_BSNH.transpose(1, 2), k_BSMH.transpose(1, 2), v_BSMH.transpose(1, 2)
-        if cache is not None:
-            k_BMSH, v_BMSH = cache.update(layer, k_BMSH, v_BMSH)
-        attended_BSA = joint_attention(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).flatten(2)
+        if cache is None:
+            assert mask is not None
+            q_BNSH, k_BMSH, v_BMSH = q_BSNH.transpose(1, 2), k_BSMH.transpose(1, 2), v_BSMH.transpose(1, 2)
+            attended_BSA = joint_attention(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).flatten(2)
+        else:
+            attended_BSA = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2)
         result = {}
         for (tower, hidden), attended in zip(streams.items(), attended_BSA.split(lengths, dim=1), strict=True):
             hidden = hidden + self.output[tower](attended)

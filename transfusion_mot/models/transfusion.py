@@ -34,7 +34,7 @@ from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
-from transfusion_mot.models.attention import KernelChoice, KVCache, SlotIds, attention_kernel, training_mask
+from transfusion_mot.models.attention import CacheWindow, KernelChoice, SlotIds, attention_kernel, training_mask
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
@@ -75,6 +75,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
 
     # Where accelerate cuts the model to shard it, and diffusers to spread it over devices.
     _no_split_modules = ["MoTBlock"]  # noqa: RUF012
+    # What `compile_repeated_blocks` of diffusers compiles, for sampling.
+    _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(self, vocab_size: int, latent_channels: int, architecture: dict[str, Any]) -> None:
@@ -187,12 +189,12 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         text_ids: Tensor | None,
         noisy_latents: Tensor | None,
         timesteps: Tensor | None,
-        document_ids: Tensor,
-        order: Tensor,
-        span_ids: Tensor,
+        document_ids: Tensor | None,
+        order: Tensor | None,
+        span_ids: Tensor | None,
         rope_positions: Tensor,
         text_labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CacheWindow | None = None,
         z_loss_weight: float = 0.0,
     ) -> TransfusionOutput:
         """Predict the next token of every text slot and the diffusion target of every image.
@@ -201,11 +203,13 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             text_ids: [B, T], or None where there is no text.
             noisy_latents: [B, K, C, Y, X], or None where there are no images.
             timesteps: [B, K] in [0, 1], one per image.
-            document_ids, order, span_ids: [B, S], see `SlotIds`; text slots first, then the patches of each image.
+            document_ids, order, span_ids: [B, S], see `SlotIds`; text slots first, then the patches of each image. None
+                with a cache.
             rope_positions: [B, S] or [B, S, 3].
             text_labels: [B, T], the next token or `IGNORE_INDEX`: gives `text_loss` in place of `logits`, which for a
                 large vocabulary would be most of the memory of a training step.
-            cache: While sampling, what earlier calls left; new slots attend to it too.
+            cache: While sampling, what earlier calls left; new slots, of one modality in each call, attend to it too.
+                Of text there are then only the logits of the last slot, [B, 1, V].
             z_loss_weight: Of the gradient of `text_loss`, see `text_loss_sum`.
         """
         config = self.architecture
@@ -216,29 +220,31 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         if noisy_latents is not None and timesteps is not None:
             tokens, kept = self.image_adapter.embed(noisy_latents.flatten(0, 1), timesteps.flatten())
             embedded["image"] = tokens.unflatten(0, noisy_latents.shape[:2]).flatten(1, 2)
-        if config.image_attention == "causal":
-            span_ids = torch.full_like(span_ids, -1)
-        slots = SlotIds.from_spans(document_ids, order, span_ids)
+        mask = None
         if cache is None:
+            assert document_ids is not None
+            assert order is not None
+            assert span_ids is not None
+            if config.image_attention == "causal":
+                span_ids = torch.full_like(span_ids, -1)
+            slots = SlotIds.from_spans(document_ids, order, span_ids)
             kernel, _ = attention_kernel(self.attention, order.device.type, order.shape[1])
             mask = training_mask(slots, kernel)
-        else:
-            mask = cache.mask(slots)
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
         # Under autocast the residual stream has its number format, not that of the embedding.
-        device_type = document_ids.device.type
+        device_type = rope_positions.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             embedded = {modality: hidden.to(dtype) for modality, hidden in embedded.items()}
         streams = self._to_streams(embedded)
         for layer, block in enumerate(self.blocks):
-            streams = block(streams, rotary, mask, cache, layer)
+            streams = block(streams, rotary, mask, None if cache is None else cache.layer(layer))
         hidden = self._from_streams(streams, embedded)
         logits, text_loss, text_losses = None, None, None
         if "text" in hidden and text_labels is not None:
             text_loss, text_losses = text_loss_sum(hidden["text"], self.text_head.weight, text_labels, z_loss_weight)
         elif "text" in hidden:
-            logits = self.text_head(hidden["text"])
+            logits = self.text_head(hidden["text"] if cache is None else hidden["text"][:, -1:])
         prediction = None
         if noisy_latents is not None:
             images = hidden["image"].unflatten(1, (noisy_latents.shape[1], -1)).flatten(0, 1)

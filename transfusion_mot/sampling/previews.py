@@ -34,6 +34,8 @@ class Previews:
         self.pipeline = pipeline
         self.prompts = prompts
         self.folder = folder
+        # Training needs the memory in between.
+        pipeline.workspace.records = False
         # What sampling would refuse is refused before training, not after it.
         pipeline.sampling_settings(None, None)
         if prompts:

@@ -1,0 +1,297 @@
+"""Time of sampling, side by side: `python -m benchmarks.sample --size 163m 760m`.
+
+Everything is measured as a user calls it, through the pipeline: tokenizer, reading of the prompts, solver and all. Only
+the decoding of latents is left out. All painters do the same number of forwards: 25 Euler steps with guidance are 50.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_step import CHANNELS, surroundings
+from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.config import to_dict
+from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.models.positions import PositionCounter
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.training.flops import active_parameters, adapter_flops
+
+PROMPT_TOKENS = 64
+STEPS = 25
+SCALE = 3.0
+IMAGES_FOR_MEMORY = 1000
+
+
+def make_pipeline(size: Size, image_size: int, device: torch.device) -> TransfusionPipeline:
+    """A pipeline of that size with random weights, which never ends a text; in bfloat16 on a GPU."""
+    tokenizer = train_tokenizer(topics.values(), 512)
+    tokenizer.hf.add_tokens([f"<{number}>" for number in range(tokenizer.vocab_size, size.vocab_size)])
+    with torch.device("meta"):
+        model = TransfusionMoT(size.vocab_size, CHANNELS, to_dict(size.model(dense=False)))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # On the device: drawing them on the host takes longer than all that is measured.
+    model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
+        model.text_head.weight[tokenizer.eos_id] = 0
+    vae = Autoencoder.load(str(AUTOENCODER), device, dtype).vae
+    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", {})
+    pipeline = TransfusionPipeline(model, vae, scheduler, TextTokenizer(tokenizer.hf).hf, image_size)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def prompts(pipeline: TransfusionPipeline, count: int) -> list[str]:
+    """Different prompts of 64 tokens."""
+    tokenizer = pipeline.text_tokenizer
+    words = " ".join(topics.values()).split()
+    made: list[str] = []
+    for start in range(len(words)):
+        text = tokenizer.decode(tokenizer.encode(" ".join(words[start : start + PROMPT_TOKENS]))[:PROMPT_TOKENS])
+        # What is cut inside of a word may become other tokens.
+        if len(tokenizer.encode(text)) == PROMPT_TOKENS:
+            made.append(text)
+        if len(made) == count:
+            break
+    return made
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+def paint_uncached(pipeline: TransfusionPipeline, texts: list[str], noise: Tensor, steps: int) -> Tensor:
+    """The same images the plain way: every step forwards whole documents, with their prompts and then without."""
+    device = noise.device
+    model, tokenizer = pipeline.transformer, pipeline.text_tokenizer
+    side = pipeline.config.image_size // pipeline.autoencoder.downsampling
+    grid = side // model.architecture.patch_size
+
+    def document(ids: list[int]) -> dict[str, Tensor]:
+        counter = PositionCounter(model.architecture.rope)
+        parts = [counter.text(len(ids)), counter.image(grid, grid)]
+        order, rope_positions = (torch.cat([torch.from_numpy(part[i]) for part in parts])[None] for i in (0, 1))
+        span_ids = (order >= len(ids)).long() - 1
+        named = {"order": order, "span_ids": span_ids, "rope_positions": rope_positions}
+        named = {name: ids.expand(len(texts), *ids.shape[1:]).to(device) for name, ids in named.items()}
+        return {**named, "document_ids": torch.zeros_like(named["order"])}
+
+    bos, boi = tokenizer.bos_id, tokenizer.boi_id
+    whole = torch.tensor([[bos, *tokenizer.encode(text), boi] for text in texts], device=device)
+    nothing = torch.tensor([[bos, boi]] * len(texts), device=device)
+    layouts = [document(ids[0].tolist()) for ids in (whole, nothing)]
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        times = timestep.to(device).expand(len(noisy), 1)
+        images = noisy[:, None].to(model.dtype)
+        conditional, unconditional = (
+            model(ids, images, times, **layout).prediction[:, 0].to(noisy.dtype)
+            for ids, layout in zip((whole, nothing), layouts, strict=True)
+        )
+        return unconditional + SCALE * (conditional - unconditional)
+
+    with torch.no_grad():
+        return Diffusion(pipeline.scheduler).sample(predict, noise, steps)
+
+
+def rival_painter(size: Size, patches: int, count: int, steps: int, device: torch.device) -> Callable[[], Any]:
+    """The package transfusion-pytorch 0.20.0, which paints `count` images by as many Euler steps, with guidance."""
+    from torchdiffeq import odeint
+
+    from benchmarks.transfusion_pytorch_rival import EXTRA_IDS, Shape, TransfusionPytorch
+
+    fields = {name: value for name, value in vars(size).items() if name in Shape.__dataclass_fields__}
+    model = TransfusionPytorch(Shape(**fields, patches=patches, patch_elements=4 * CHANNELS), device).model.eval()
+    for module in model.modules():
+        if getattr(module, "softcap_value", None) == 0:
+            # Its dense attention, which sampling takes, divides by it.
+            module.softcap_value = 50.0
+    model.odeint_fn = partial(odeint, method="euler")
+    texts = list(torch.randint(size.vocab_size - EXTRA_IDS, (count, PROMPT_TOKENS), device=device))
+
+    def paint() -> Any:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            # Its steps are the points between which it integrates; a length of 1 ends with the image.
+            return model.sample_many(
+                texts,
+                max_length=1,
+                force_modality_at_start=0,
+                modality_steps=steps + 1,
+                cfg_scale=SCALE,
+                return_unprocessed_modalities=True,
+            )
+
+    return paint
+
+
+def product_ceiling(device: torch.device, width: int) -> float:
+    """FLOP/s of the best of some matrix products in the model's number format."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    best = 0.0
+    for rows, columns in ((16 * width, 4 * width), (8 * width, 8 * width), (width, width)):
+        a = torch.randn(rows, width, device=device, dtype=dtype)
+        b = torch.randn(columns, width, device=device, dtype=dtype)
+        many = 20
+
+        def products(a: Tensor = a, b: Tensor = b, many: int = many) -> None:
+            for _ in range(many):
+                torch.nn.functional.linear(a, b)
+
+        best = max(best, 2 * rows * columns * width * many / seconds(products, device, 3))
+    return best
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * 10 * size / seconds(lambda: [target.copy_(source) for _ in range(10)], device, 3)
+
+
+def painting_flops(pipeline: TransfusionPipeline, rows: int, steps: int) -> float:
+    """FLOPs of painting `rows` images with guidance, each with a prompt of 64 tokens."""
+    model, config = pipeline.transformer, pipeline.transformer.architecture
+    side = pipeline.config.image_size // pipeline.autoencoder.downsampling
+    patches = (side // config.patch_size) ** 2
+    with torch.device("meta"):
+        bare = TransfusionMoT(model.config["vocab_size"], CHANNELS, to_dict(config))
+    text, image = (active_parameters(bare, config, modality) for modality in ("text", "image"))
+    # The head gives the logits of one slot.
+    text -= bare.text_head.weight.numel()
+    prefixes = (PROMPT_TOKENS + 2, 2)
+    pairs = sum(patches * (prefix + patches) for prefix in prefixes)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    step = 2 * 2 * image * patches + attention + adapter_flops(bare, torch.Size((2, CHANNELS, side, side)))
+    return rows * (steps * step + 2 * text * sum(prefixes))
+
+
+def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure one size, line by line.
+
+    Args:
+        name: Of the size.
+        device: To measure on.
+        quick: Few steps, to try the benchmark itself.
+    """
+    size, image_size = SIZES[name], LAYOUTS[name].image_size
+    pipeline = make_pipeline(size, image_size, device)
+    model, workspace = pipeline.transformer, pipeline.workspace
+    steps, tokens, repeats = (2, 4, 1) if quick else (STEPS, 256, 3)
+    ceiling, bandwidth = product_ceiling(device, size.hidden_size), copy_bandwidth(device)
+    yield {"line": "ceilings", "product_tflops": ceiling / 1e12, "copy_gb_per_s": bandwidth / 1e9}
+    weights = active_parameters(model, model.architecture, "text") * model.text_head.weight.element_size()
+
+    def paint(rows: int, how: str) -> dict[str, Any]:
+        texts = prompts(pipeline, rows)
+        settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent"}
+        taken = seconds(lambda: pipeline(texts, **settings), device, repeats)
+        floor = painting_flops(pipeline, rows, steps) / ceiling
+        result = {"seconds": taken, "ms_per_image": 1000 * taken / rows, "fraction_of_floor": floor / taken}
+        return {"line": "painting", "how": how, "rows": rows, **result}
+
+    def write(rows: int, how: str) -> dict[str, Any]:
+        texts = prompts(pipeline, rows)
+        taken = seconds(lambda: pipeline.complete(texts, max_new_tokens=tokens), device, repeats)
+        floor = tokens * weights / bandwidth
+        result = {"seconds": taken, "tokens_per_s": rows * tokens / taken, "fraction_of_floor": floor / taken}
+        return {"line": "writing", "how": how, "rows": rows, **result}
+
+    few, many = (2, 3) if quick else (16, 64)
+    for rows in (few, many, 1):
+        yield paint(rows, "cache and graphs")
+    for rows in (1, many):
+        yield write(rows, "cache and graphs")
+    if device.type == "cuda":
+        yield memory_growth(pipeline, few, IMAGES_FOR_MEMORY)
+    workspace.records = False
+    yield paint(few, "cache")
+    workspace.records = True
+    model.attention = "sdpa"
+    texts = prompts(pipeline, few)
+    side = image_size // pipeline.autoencoder.downsampling
+    noise = torch.randn(few, CHANNELS, side, side, device=device)
+    taken = seconds(lambda: paint_uncached(pipeline, texts, noise, steps), device, repeats)
+    uncached = {"rows": few, "seconds": taken, "ms_per_image": 1000 * taken / few}
+    yield {"line": "painting", "how": "whole documents, two passes", **uncached}
+    if device.type == "cuda":
+        # Last, because a compiled model stays so. Another shape is another compilation of ten seconds or more.
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        yield paint(few if name == "163m" else many, "cache, graphs and compiled blocks")
+        yield write(1, "cache, graphs and compiled blocks")
+    if importlib.util.find_spec("transfusion_pytorch") is not None and name != "760m":
+        patches = (image_size // 8) ** 2
+        del pipeline, model
+        workspace.release()
+        call = rival_painter(size, patches, few, steps, device)
+        taken = seconds(call, device, 1)
+        rival = {"rows": few, "seconds": taken, "ms_per_image": 1000 * taken / few}
+        yield {"line": "painting", "how": "transfusion-pytorch 0.20.0, sample_many", **rival}
+
+
+def memory_growth(pipeline: TransfusionPipeline, rows: int, images: int) -> dict[str, Any]:
+    """How much more memory is in use, at its peak, by many images than by the first two batches."""
+    peaks = []
+    texts = prompts(pipeline, rows)
+    for batch in range(-(-images // rows)):
+        # The fewest steps: memory does not depend on their number.
+        pipeline(texts, num_inference_steps=2, guidance_scale=SCALE, output_type="latent")
+        peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+        if batch == 1:
+            torch.cuda.reset_peak_memory_stats()
+    grown = [last - first for first, last in zip(peaks[2], peaks[-1], strict=True)]
+    return {"line": "memory", "images": images, "bytes_allocated_more": grown[0], "bytes_reserved_more": grown[1]}
+
+
+def shown(line: dict[str, Any]) -> str:
+    """A line for people."""
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in line.items())
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["163m", "760m"], help="models (default: both)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.size:
+        command = "python -m benchmarks.sample " + " ".join(arguments)
+        report = {"command": command, **surroundings(device), "size": name, "lines": []}
+        for line in lines(name, device, quick=name == "tiny"):
+            report["lines"].append(line)
+            print(f"{name}: {shown(line)}", flush=True)
+            (options.output / f"sample-{name}.json").write_text(json.dumps(report, indent=1))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

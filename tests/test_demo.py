@@ -1,0 +1,250 @@
+"""The page as somebody uses it: in a real browser, on a tiny model."""
+
+import io
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import IMAGE_SIZE, tiny_pipeline
+
+from transfusion_mot import demo
+from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+STEPS = 20
+
+
+def test_updates_come_while_it_paints_and_the_last_is_finished():
+    pipeline = tiny_pipeline()
+    generator = torch.Generator().manual_seed(3)
+    updates = list(
+        demo.painted_live(
+            lambda on_step_end: pipeline("sun", STEPS, generator=generator, callback_on_step_end=on_step_end).images
+        )
+    )
+    assert len(updates) > demo.NUM_PREVIEWS
+    assert [finished for *_, finished in updates] == [False] * (len(updates) - 1) + [True]
+    assert updates[0][1] == f"Step 1 of {STEPS}"
+    assert re.fullmatch(r"\d+\.\d s", updates[-1][1])
+    expected = pipeline("sun", STEPS, generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.array_equal(updates[-1][0][0], expected)
+    distance = [np.abs(np.asarray(images[0]).astype(int) - np.asarray(expected)).mean() for images, *_ in updates]
+    assert distance[0] > distance[-2]
+
+
+def test_painting_that_nobody_waits_for_stops():
+    steps = []
+
+    def paint(on_step_end):
+        def count(*step: object) -> dict:
+            steps.append(step)
+            return on_step_end(*step)
+
+        return tiny_pipeline()("sun", 1000, callback_on_step_end=count).images
+
+    updates = demo.painted_live(paint)
+    next(updates)
+    updates.close()
+    assert not painting()
+    assert len(steps) < 500
+
+
+def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
+    with pytest.raises(UserError, match="the model was trained on at most 8"):
+        list(demo.painted_live(lambda on_step_end: tiny_pipeline()("octopus " * 9).images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "message"),
+    [
+        (["--checkpoint", "nothing"], False, "there is no folder nothing"),
+        (["--colour"], False, "unrecognized arguments: --colour"),
+        (["--checkpoint", "nothing"], True, r"pip install 'transfusion-mot\[demo\]'"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message):
+    if missing:
+        monkeypatch.setattr(demo, "gr", None)
+    elif demo.gr is None:
+        monkeypatch.setattr(demo, "gr", object())
+    monkeypatch.setattr("sys.argv", ["demo", *arguments])
+    with pytest.raises(UserError, match=message):
+        demo.main()
+
+
+# --- In a browser. ---
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TransfusionPipeline:
+    return tiny_pipeline(num_inference_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def address(pipeline) -> Iterator[str]:
+    """A server of the page."""
+    if demo.gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = demo.build_page(pipeline).queue(max_size=demo.MAX_QUEUE)
+    options = demo.launch_options("127.0.0.1", port, share=False)
+    page.launch(**options, prevent_thread_lock=True, quiet=True)
+    yield f"http://127.0.0.1:{port}"
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
+    )
+    if BROWSER is None:
+        pytest.skip("the page is tested in Chromium, which is not installed: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(address, browser):
+    """A new visitor; whatever the page asks of another server is an error."""
+    visit = browser.new_page(viewport={"width": 1280, "height": 900})
+    elsewhere = []
+    visit.on(
+        "request",
+        lambda asked: elsewhere.append(asked.url) if not asked.url.startswith((address, "data:", "blob:")) else None,
+    )
+    visit.set_default_timeout(20_000)
+    visit.goto(address)
+    yield visit
+    visit.close()
+    assert elsewhere == []
+
+
+def painted(page, count: int) -> list[np.ndarray]:
+    """Wait until it is finished => the pictures as the page's files hold them."""
+    page.wait_for_function(r"/^\d+\.\d s$/.test(document.querySelector('#line').innerText.trim())")
+    page.wait_for_function(
+        f"(all => all.length == {count} && all.every(i => i.complete && i.naturalWidth == {IMAGE_SIZE}))"
+        "([...document.querySelectorAll('#painted img')])"
+    )
+    sources = page.eval_on_selector_all("#painted img", "all => all.map(i => i.src)")
+    files = [page.request.get(source).body() for source in sources]
+    return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int) for file in files]
+
+
+def test_a_prompt_becomes_pictures(page, pipeline, tmp_path):
+    # What is seen on the way.
+    page.evaluate(
+        "() => {window.said = []; new MutationObserver(() => window.said.push(document.body.innerText))"
+        ".observe(document.body, {childList: true, subtree: true, characterData: true})}"
+    )
+    page.fill("#prompt textarea", "sun")
+    page.click("#paint")
+    images = painted(page, 4)
+    expected = pipeline("sun", num_images_per_prompt=4, generator=[torch.Generator().manual_seed(i) for i in range(4)])
+    for image, other in zip(images, expected.images, strict=True):
+        assert np.abs(image - np.asarray(other)).max() <= 1
+    assert any(f"of {STEPS}" in text for text in page.evaluate("window.said"))
+    page.wait_for_function("document.querySelectorAll('#history img').length == 4")
+
+    page.fill("#prompt textarea", "moon")
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_function("document.querySelectorAll('#history img').length == 8")
+    assert np.abs(painted(page, 4)[0] - images[0]).max() > 1
+    # The second picture of the first prompt.
+    page.locator("#history button").filter(has=page.locator("img")).nth(5).click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'sun'")
+    assert page.get_by_label("Seed").first.input_value() == "1"
+
+    page.screenshot(path=tmp_path / "page.png")
+    screenshot = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert screenshot.shape[:2] == (900, 1280)
+    assert screenshot.std() > 10
+
+
+def painting() -> bool:
+    return demo.PAINTING in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_painting_can_be_stopped(page, pipeline, monkeypatch):
+    decode = pipeline.decode_latents
+
+    def slowly(latents: torch.Tensor) -> list[Image.Image]:
+        time.sleep(1)
+        return decode(latents)
+
+    monkeypatch.setattr(pipeline, "decode_latents", slowly)
+    page.fill("#prompt textarea", "sun")
+    page.click("#paint")
+    page.wait_for_function("document.querySelector('#line')?.innerText.startsWith('Step ')")
+    assert painting()
+    page.click("#stop")
+    deadline = time.monotonic() + 5
+    while painting() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not painting()
+    # The model is free again, and what was stopped is no part of the history.
+    monkeypatch.undo()
+    page.get_by_label("number input for Pictures").fill("2")
+    page.click("#paint")
+    painted(page, 2)
+    page.wait_for_function("document.querySelectorAll('#history img').length == 2")
+
+
+def test_a_picture_becomes_a_caption(page, pipeline, tmp_path):
+    gradient = np.linspace(0, 255, 3 * IMAGE_SIZE**2).reshape(IMAGE_SIZE, IMAGE_SIZE, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(tmp_path / "picture.png")
+    page.get_by_role("tab", name="Caption").click()
+    page.set_input_files("input[type=file]", tmp_path / "picture.png")
+    page.wait_for_selector("#picture img")
+    page.click("#caption")
+    page.wait_for_function("document.querySelector('#words textarea').value")
+    shown = page.input_value("#words textarea")
+    assert shown == pipeline.caption(Image.fromarray(gradient))[0].replace("\r", "\n")
+
+
+def test_mistakes_are_told_on_the_page(page, tmp_path):
+    def told() -> str:
+        page.wait_for_selector(".toast-body")
+        text = page.inner_text(".toast-body")
+        page.click(".toast-close")
+        page.wait_for_selector(".toast-body", state="detached")
+        return text
+
+    page.click("#paint")
+    assert "Say what to paint." in told()
+    page.fill("#prompt textarea", "octopus " * 9)
+    page.click("#paint")
+    assert "the model was trained on at most 8: shorten it" in told()
+    page.get_by_role("tab", name="Caption").click()
+    page.click("#caption")
+    assert "Give a picture first." in told()
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    page.set_input_files("input[type=file]", tmp_path / "picture.png")
+    page.wait_for_selector("#picture img", state="attached")
+    page.click("#caption")
+    assert "your file" in told()
+
+
+def test_files_that_are_too_large_are_refused(page, tmp_path):
+    large = Path(tmp_path / "large.png")
+    large.write_bytes(bytes(11 * 2**20))
+    page.get_by_role("tab", name="Caption").click()
+    page.set_input_files("input[type=file]", large)
+    page.wait_for_selector(".toast-body")
+    assert "maximum allowed size" in page.inner_text(".toast-body")

@@ -1,0 +1,154 @@
+"""The parts of the sampler alone: guidance, memory, and steps that are recorded on a GPU."""
+
+import math
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from test_sampling import CPU, LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.sampling.guidance import Guidance
+from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.text import Decoding
+from transfusion_mot.sampling.workspace import Step, Workspace, can_record
+
+
+@pytest.fixture
+def predictions() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    whole, without = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    return whole, without
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_rescaling_is_that_of_diffusers(predictions, rescale) -> None:
+    whole, without = predictions
+    plain = Guidance(4.0).combine(predictions)
+    torch.testing.assert_close(plain, without + 4 * (whole - without))
+    expected = rescale_noise_cfg(plain, whole, rescale)
+    torch.testing.assert_close(Guidance(4.0, rescale=rescale).combine(predictions), expected)
+
+
+def test_renormed_predictions_are_never_longer_than_the_conditional_one(predictions) -> None:
+    whole, _ = predictions
+    plain, renormed = (Guidance(4.0, renorm=renorm).combine(predictions) for renorm in (False, True))
+    for before, after, conditional in zip(plain, renormed, whole, strict=True):
+        assert before.norm() > conditional.norm()
+        torch.testing.assert_close(after, before / before.norm() * conditional.norm())
+    shorter = (whole, -whole)
+    # Half way between them there is nothing to shorten.
+    torch.testing.assert_close(Guidance(0.75, renorm=True).combine(shorter), 0.5 * whole)
+
+
+def test_rows_are_guided_each_by_itself(predictions) -> None:
+    guidance = Guidance(4.0, 2.0, rescale=0.5, renorm=True)
+    both = guidance.combine([*predictions, predictions[0] + 1])
+    alone = guidance.combine([part[1:2] for part in (*predictions, predictions[0] + 1)])
+    torch.testing.assert_close(both[1:2], alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": math.nan}, "guidance_scale is nan; it must be a finite number"),
+        ({"image_scale": math.inf}, "image_guidance_scale is inf"),
+        ({"interval": (0.5, 0.2)}, r"guidance_interval is \(0.5, 0.2\)"),
+        ({"interval": (-0.1, 1.0)}, "from 0"),
+        ({"interval": (math.nan, 1.0)}, "guidance_interval"),
+        ({"interval": (0.5,)}, "guidance_interval"),
+        ({"rescale": 1.5}, "guidance_rescale is 1.5"),
+        ({"rescale": math.nan}, "guidance_rescale is nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, message) -> None:
+    with pytest.raises(UserError, match=message):
+        Guidance(**arguments)
+
+
+def run(workspace: Workspace, model, tokenizer, prompts: list[str], steps: int = 2) -> torch.Tensor:
+    """Images of prompts by a few predictions, and a few tokens behind them."""
+    documents = [Document([prompt]) for prompt in prompts]
+    noise = torch.arange(len(prompts) * math.prod(LATENT_SHAPE), dtype=torch.float64).sin()
+
+    def denoise(predict, rows):
+        latents = noise.view(-1, *LATENT_SHAPE)
+        for step in range(steps):
+            latents = latents - predict(latents, torch.tensor(1 - step / steps)) / steps
+        return latents
+
+    settings = {"denoise": denoise, "guidance": Guidance(2.0), "max_images": 1}
+    Sampler(model, tokenizer, workspace, documents, "image", LATENT_SHAPE, CPU, **settings).run()
+    written = [Document([prompt]) for prompt in prompts]
+    decoding = Decoding(max_new_tokens=3)
+    Sampler(model, tokenizer, workspace, written, "text", LATENT_SHAPE, CPU, decoding=decoding).run()
+    return torch.stack([document.added[0] for document in documents])
+
+
+def test_calls_of_one_shape_share_their_memory_and_nothing_else() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer.vocab_size)
+    workspace = Workspace()
+
+    def cache(rows: int, capacity: int):
+        return workspace.cache(model, rows, capacity, CPU)
+
+    first = cache(6, 70)
+    assert first.capacity > 70
+    assert cache(6, 75) is first
+    assert cache(5, 70) is not first
+    assert cache(5, 200).capacity > 200
+
+    fresh = [run(Workspace(), model, tokenizer, prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+    again = [run(workspace, model, tokenizer, prompts) for prompts in (PROMPTS, PROMPTS[::-1])]
+    assert all(torch.equal(one, two) for one, two in zip(fresh, again, strict=True))
+    workspace.records = False
+    workspace.finish()
+    assert workspace.cache(model, 5, 200, CPU) is not first
+
+
+def test_a_step_reads_its_state_in_every_run() -> None:
+    """As recorded kernels do: tensors are overwritten, never replaced."""
+    state = {"count": torch.zeros(1), "by": torch.ones(())}
+
+    def body(state):
+        return state["count"].add_(state["by"]).sum()
+
+    step = Step(body, state, None)
+    assert [float(step()) for _ in range(3)] == [1, 2, 3]
+    addresses = [tensor.data_ptr() for tensor in step.state.values()]
+    step.fill(count=torch.tensor([10.0]), by=0.5)
+    assert float(step()) == 10.5
+    assert [tensor.data_ptr() for tensor in step.state.values()] == addresses
+
+
+def test_steps_are_recorded_only_where_every_forward_is_the_same() -> None:
+    model = tiny_model(tiny_tokenizer().vocab_size)
+    assert not can_record(model, CPU)
+    device = torch.device("cuda")
+    assert can_record(model, device)
+    handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert not can_record(model, device)
+    handle.remove()
+    assert can_record(model, device)
+    model._hf_hook = object()  # What accelerate leaves where it brings weights from elsewhere.
+    assert not can_record(model, device)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"rope": "1d", "num_kv_heads": 2}])
+def test_compiled_blocks_sample_the_same(architecture) -> None:
+    """`compile_repeated_blocks` of diffusers; texts of all lengths are read uncompiled."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer.vocab_size, **architecture)
+    expected, reversed_images = (run(Workspace(), model, tokenizer, order) for order in (PROMPTS, PROMPTS[::-1]))
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    for prompts, images in ((PROMPTS, expected), (PROMPTS[::-1], reversed_images)):
+        torch.testing.assert_close(run(Workspace(), model, tokenizer, prompts), images)
+    # One for denoising and one for writing: no more for other prompts or other layers.
+    assert len(compiled) == 2

@@ -1,0 +1,73 @@
+"""Classifier-free guidance: away from what the model predicts without the prompt, and without the images before it.
+
+Shapes: B images, C latent channels, Y and X latent height and width.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from transfusion_mot.errors import UserError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the predictions with and without context become one; it acts on all channels.
+
+    Attributes:
+        scale: Of the text: uncond + scale * (cond - uncond) (Ho & Salimans, arXiv 2207.12598); 1 is off.
+        image_scale: Of the images before the one that is painted, against a document without them (InstructPix2Pix,
+            arXiv 2211.09800, equation 3); 1 is off.
+        interval: Lowest and highest timestep of guidance (Kynkäänniemi et al., arXiv 2404.07724); outside of it only
+            the conditional forward is run.
+        rescale: Share of the result that is brought to the standard deviation of the conditional prediction (Lin et
+            al., arXiv 2305.08891, section 3.4).
+        renorm: Bring the result to the norm of the conditional prediction where it is longer (BAGEL, arXiv 2505.14683).
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+
+    scale: float = 1.0
+    image_scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    renorm: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance_scale", self.scale), ("image_guidance_scale", self.image_scale)):
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number, 1 for no guidance")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UserError(
+                f"guidance_interval is {self.interval}; it must be the lowest and the highest timestep with guidance, "
+                "both from 0 (clean) to 1 (noise)"
+            )
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"guidance_rescale is {self.rescale}; it must be from 0 (off) to 1")
+
+    @property
+    def branches(self) -> int:
+        """Predictions it needs: with the whole context, with its images alone, without any."""
+        if self.image_scale != 1:
+            return 3
+        return 2 if self.scale != 1 else 1
+
+    def at(self, timestep: float) -> bool:
+        """Whether there is guidance at that timestep."""
+        return self.branches > 1 and self.interval[0] <= timestep <= self.interval[1]
+
+    def combine(self, predictions: Sequence[Tensor]) -> Tensor:
+        """The predictions of `branches`, each [B, C, Y, X], in its order => the guided one."""
+        whole, images = predictions[0], predictions[1]
+        nothing = predictions[2] if len(predictions) == 3 else images
+        guided = nothing + self.image_scale * (images - nothing) + self.scale * (whole - images)
+        if self.rescale:
+            deviations = [part.flatten(1).std(dim=1)[:, None, None, None] for part in (whole, guided)]
+            guided = guided * (1 - self.rescale + self.rescale * deviations[0] / deviations[1])
+        if self.renorm:
+            norms = [part.flatten(1).norm(dim=1)[:, None, None, None] for part in (whole, guided)]
+            guided = guided * (norms[0] / norms[1].clamp(min=1e-8)).clamp(max=1.0)
+        return guided

@@ -1,0 +1,37 @@
+"""A checkpoint, as a user names it, => a pipeline that is ready on its device."""
+
+from pathlib import Path
+
+import torch
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.training.checkpoint import find_snapshot
+
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
+DTYPES = ("bf16", "fp32")
+
+
+def load_pipeline(checkpoint: str | None, device: str | torch.device, dtype: str | None) -> TransfusionPipeline:
+    """The pipeline of a run or snapshot.
+
+    Args:
+        checkpoint: A run folder or a snapshot; None is the one that comes with the repository.
+        device: Where it computes.
+        dtype: Number format of the transformer, `bf16` or `fp32`; None is `bf16` on CUDA and `fp32` elsewhere.
+
+    Raises:
+        UserError: There is no such snapshot or device.
+    """
+    if checkpoint is None and not SHIPPED_CHECKPOINT.exists():
+        raise UserError("no --checkpoint is given and checkpoints/emoji does not exist; give a run folder of train.py")
+    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint or str(SHIPPED_CHECKPOINT)))
+    try:
+        pipeline.to(torch.device(device))
+    # torch asserts where it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+    if (dtype or ("bf16" if pipeline.device.type == "cuda" else "fp32")) == "bf16":
+        # The autoencoder is a small part of the time, and shows every rounding. (`to` would warn of what it could do.)
+        pipeline.transformer.bfloat16()
+    return pipeline

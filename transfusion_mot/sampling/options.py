@@ -1,0 +1,129 @@
+"""The options of sample.py, and what does not go together among them."""
+
+import argparse
+from typing import NoReturn
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.sampling.loading import DTYPES
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says in one sentence what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The command line => options, with the task chosen.
+
+    Raises:
+        UserError: Options that do not exist, need another one, or exclude each other.
+    """
+    parser = OneLineParser(
+        description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+        usage="sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]",
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint, or a text to go on with")
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="a run folder of train.py (its newest snapshot is used), or a snapshot (default: checkpoints/emoji)",
+    )
+    add(
+        "--task",
+        choices=["image", "caption", "text", "auto"],
+        help="paint prompts, caption images, go on with texts, or let the model decide when it writes and when it "
+        "paints (default: caption if --caption is given, else image)",
+    )
+    add("--prompts-file", metavar="FILE", help="a prompt on each line, empty lines are skipped; - is standard input")
+    add("--num-images", type=int, default=1, metavar="N", help="results of each prompt (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
+    add("--output", metavar="FOLDER", help="where results go (default: samples, if there are pictures among them)")
+    add("--batch-size", type=int, default=16, metavar="N", help="results at a time (default: 16)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")
+
+    add = parser.add_argument_group("painting").add_argument
+    add("--num-inference-steps", type=int, metavar="N", help="reverse steps (default: what the checkpoint says)")
+    add(
+        "--scheduler",
+        metavar="NAME",
+        help="diffusers scheduler to sample with; one that does not fit is answered with those that do (default: that "
+        "of the checkpoint)",
+    )
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="X",
+        help="how strongly to follow the prompt; 1 is off and takes half the time (default: what the checkpoint says)",
+    )
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        default=[0.0, 1.0],
+        help="noise levels in [0, 1] at which guidance acts; saves time, too (default: 0 1)",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 to 1: how far to undo the contrast that guidance adds (default: 0)",
+    )
+    add("--guidance-renorm", action="store_true", help="keep the norm of the prediction that guidance changes")
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from (default: from no prompt)")
+    add("--strip", action="store_true", help="also write each picture's denoising as a strip of pictures")
+    add("--gif", action="store_true", help="also write it as an animation")
+
+    add = parser.add_argument_group("editing").add_argument
+    add("--image", metavar="FILE", help="paint variations of this picture; with --task auto, what comes first")
+    add(
+        "--strength",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left (default: 0.6)",
+    )
+    add("--mask", metavar="FILE", help="of the size of --image; white is painted anew, black is kept")
+
+    add = parser.add_argument_group("writing").add_argument
+    add("--caption", nargs="+", default=[], metavar="IMAGE", help="image files to caption")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest text (default: 64)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
+    add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
+    add(
+        "--image-guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="--task auto: how strongly to follow the pictures that come before, 1 is off (default: 1)",
+    )
+    arguments = parser.parse_intermixed_args()
+    arguments.task = arguments.task or ("caption" if arguments.caption else "image")
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    task = arguments.task
+    prompted = bool(arguments.prompts or arguments.prompts_file)
+    for name in ("batch_size", "num_images"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    if arguments.caption and (prompted or task != "caption"):
+        other = "prompts" if prompted else f"--task {task}"
+        raise UserError(f"both {other} and --caption are given; paint and caption in two commands")
+    if task == "caption" and not arguments.caption:
+        raise UserError("--task caption has nothing to do; give --caption IMAGE")
+    if arguments.mask and not (arguments.image and task == "image"):
+        raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
+    if arguments.image and task not in ("image", "auto"):
+        raise UserError(f"--image goes with --task image or auto, not with {task}; to caption it give --caption")
+    if (arguments.strip or arguments.gif) and task != "image":
+        raise UserError(f"--strip and --gif go with --task image, not with {task}")

@@ -1,0 +1,173 @@
+"""What a sampling command leaves behind: a folder that the same command goes on with, and pictures of the denoising."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from transfusion_mot.data.images import grid
+from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
+
+COMMAND_FILE = "command.json"
+_PARTS = "parts"
+_STRIP_FRAMES = 8
+_GIF_FRAMES = 24
+_GIF_MILLISECONDS = 120
+_GIF_LAST_MILLISECONDS = 1500
+
+
+class ResultFolder:
+    """Numbered results of one command, which any number of processes write together, and which outlive a kill.
+
+    Each process writes a line for every finished result to a file of its own; `finish` joins them in order. The same
+    command in the same folder goes on with what is missing, also with another number of processes.
+
+    Args:
+        path: A new or empty folder, or one in which the same command was interrupted.
+        command: What the results depend on, as JSON values.
+        file_name: JSON Lines file of the results.
+        state: The processes that share the work; all of them open the folder.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+
+    def __init__(self, path: str, command: dict[str, Any], file_name: str, state: PartialState) -> None:
+        self.path = Path(path)
+        self.results = self.path / file_name
+        self._state = state
+        self._part = self.path / _PARTS / f"{state.process_index:05d}.jsonl"
+        self._command = command
+        self._check()
+        self._done = {int(line["index"]) for line in self._lines_of_parts()}
+        # Nobody writes before everybody has read.
+        state.wait_for_everyone()
+
+    def _check(self) -> None:
+        command, saved = self._command, self.path / COMMAND_FILE
+        if saved.is_file():
+            before = json.loads(saved.read_text(encoding="utf-8"))
+            other = [key for key in {**before, **command} if before.get(key) != command.get(key)]
+            if other:
+                raise UserError(
+                    f"output '{self.path}' holds results of another command ({other[0]} was {before.get(other[0])!r} "
+                    f"and is {command.get(other[0])!r}); give another --output, or remove it"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
+            )
+
+    def make(self) -> None:
+        """Make the folder if it is not there; not before the first results are, so that a mistake leaves nothing.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        try:
+            self._part.parent.mkdir(parents=True, exist_ok=True)
+            if not (self.path / COMMAND_FILE).exists():
+                lines = [json.dumps(self._command, ensure_ascii=False, indent=2)]
+                _write_whole(self.path / COMMAND_FILE, lines, self._part.name)
+        except OSError as error:
+            raise UserError(f"output folder '{self.path}' cannot be made: {error}") from None
+
+    def _lines_of_parts(self) -> Iterator[dict[str, Any]]:
+        for part in sorted(self._part.parent.glob("*.jsonl")):
+            for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    # Empty, or cut off by the end of its process.
+                    continue
+
+    def missing(self, count: int) -> list[int]:
+        """Which of results 0 to `count` - 1 are left for this process."""
+        if self.results.exists():
+            return []
+        left = [index for index in range(count) if index not in self._done]
+        return left[self._state.process_index :: self._state.num_processes]
+
+    def add(self, lines: dict[int, dict[str, Any]]) -> None:
+        """Note results by their number; whatever files they name are there."""
+        self.make()
+        with self._part.open("a", encoding="utf-8") as file:
+            # Before and not behind a line: the last one may have been cut off.
+            file.writelines(
+                "\n" + json.dumps({"index": index, **line}, ensure_ascii=False) for index, line in lines.items()
+            )
+
+    def finish(self) -> None:
+        """Join what all processes have written; called by each of them when it is done."""
+        self._state.wait_for_everyone()
+        if self._state.is_main_process:
+            if not self.results.exists():
+                lines = sorted(self._lines_of_parts(), key=lambda line: int(line["index"]))
+                for line in lines:
+                    del line["index"]
+                _write_whole(self.results, [json.dumps(line, ensure_ascii=False) for line in lines], "")
+            shutil.rmtree(self._part.parent, ignore_errors=True)
+        self._state.wait_for_everyone()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines of a finished folder, in order."""
+        with self.results.open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+
+def _write_whole(path: Path, lines: list[str], writer: str) -> None:
+    """Write a file that is never seen half, whoever else writes it, too."""
+    partial = path.with_name(f".{path.name}.{writer}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def save_png(image: Image.Image, path: Path, details: dict[str, Any]) -> None:
+    """Write a picture with text chunks that say how it was made."""
+    chunks = PngInfo()
+    for key, value in details.items():
+        chunks.add_text(key, str(value))
+    image.save(path, pnginfo=chunks)
+
+
+class Denoising:
+    """A `callback_on_step_end` that keeps what the model takes for the clean images after every step."""
+
+    def __init__(self) -> None:
+        self._clean: list[torch.Tensor] = []
+
+    def __call__(
+        self, pipeline: TransfusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        self._clean.append(tensors["clean"].detach().cpu())
+        return {}
+
+    def save(
+        self, pipeline: TransfusionPipeline, images: list[Image.Image], paths: list[Path], strip: bool, gif: bool
+    ) -> None:
+        """Write PATH.png and PATH.gif of each image, from its first estimate to itself."""
+        steps = np.unique(
+            np.linspace(0, len(self._clean) - 1, _GIF_FRAMES if gif else _STRIP_FRAMES).round().astype(int)
+        )
+        decoded = [pipeline.decode_latents(self._clean[step].to(pipeline.device)) for step in steps[:-1]]
+        for number, (image, path) in enumerate(zip(images, paths, strict=True)):
+            frames = [*(frame[number] for frame in decoded), image]
+            path.parent.mkdir(exist_ok=True)
+            if strip:
+                shown = np.unique(np.linspace(0, len(frames) - 1, _STRIP_FRAMES).round().astype(int))
+                labels = [f"step {steps[place] + 1}" for place in shown]
+                grid([frames[place] for place in shown], labels, len(shown)).save(path.with_suffix(".png"))
+            if gif:
+                durations = [_GIF_MILLISECONDS] * (len(frames) - 1) + [_GIF_LAST_MILLISECONDS]
+                frames[0].save(
+                    path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=durations, loop=0
+                )

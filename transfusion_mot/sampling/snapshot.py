@@ -1,0 +1,129 @@
+"""A snapshot as a diffusers pipeline: its parts, loaded, checked against each other, and saved."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from transformers import PreTrainedTokenizerFast
+
+from transfusion_mot.autoencoder import Autoencoder, check_image_size
+from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.workspace import Workspace
+
+MODEL_CARD = "README.md"
+
+
+class SnapshotPipeline(DiffusionPipeline):
+    """The parts of a `TransfusionPipeline`.
+
+    Args:
+        transformer: The model.
+        vae: Autoencoder of the latents it was trained on.
+        scheduler: diffusers scheduler that reverses the noise schedule it was trained with; another one that fits comes
+            from `transfusion_mot.diffusion.make_sampling_scheduler`.
+        tokenizer: Its tokenizer, `TextTokenizer.hf`.
+        image_size: Height and width in pixels of the images it was trained on.
+        max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
+        num_inference_steps: Reverse steps if a call names none.
+        guidance_scale: Classifier-free guidance if a call names none; 1 is off.
+
+    Attributes:
+        workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
+
+    Raises:
+        UserError: The parts do not belong together.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    # diffusers takes arguments without a default for components: every setting needs one.
+    def __init__(
+        self,
+        transformer: TransfusionMoT,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        tokenizer: PreTrainedTokenizerFast,
+        image_size: int = 64,
+        max_prompt_tokens: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_to_config(
+            image_size=image_size,
+            max_prompt_tokens=max_prompt_tokens,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        self.text_tokenizer = TextTokenizer(tokenizer)
+        self.workspace = Workspace()
+        # Text of the README.md that goes with it.
+        self.model_card: str | None = None
+        self._check_components()
+
+    def _check_components(self) -> None:
+        model = self.transformer.config
+        if self.autoencoder.latent_channels != model.latent_channels:
+            raise UserError(
+                f"the vae has {self.autoencoder.latent_channels} latent channels and the transformer was trained on "
+                f"{model.latent_channels}; use the vae that the transformer was trained with"
+            )
+        if self.text_tokenizer.vocab_size != model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
+                f"{model.vocab_size}; use the tokenizer that the transformer was trained with"
+            )
+        check_image_size(self.config.image_size, self.autoencoder, self.transformer.architecture.patch_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
+
+        Raises:
+            UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
+        """
+        path = pretrained_model_name_or_path
+        index = Path(path) / "model_index.json"
+        if os.path.isdir(path) and not index.is_file():
+            raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
+        try:
+            contents = json.loads(index.read_text()) if index.is_file() else {"_class_name": cls.__name__}
+            if (class_name := contents["_class_name"]) != cls.__name__:
+                raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
+            for name, part in contents.items():
+                if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
+                    raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
+            pipeline = super().from_pretrained(path, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"no pipeline can be loaded from {path}: {reason}") from None
+        card = Path(path) / MODEL_CARD
+        pipeline.model_card = card.read_text() if card.is_file() else None
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with the model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.model_card is not None:
+            (Path(save_directory) / MODEL_CARD).write_text(self.model_card)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub` of diffusers ends with."""
+        card = Path(working_dir) / MODEL_CARD
+        # diffusers has written over ours: with the card that the repository has, which stays, or with one of its own
+        # that says nothing.
+        if self.model_card is not None and "automatically generated" in card.read_text():
+            card.write_text(self.model_card)
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The VAE with its normalisation of latents."""
+        return Autoencoder(self.vae)
