@@ -32,7 +32,7 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
 from transfusion_mot.evaluation.images import default_num_workers
-from transfusion_mot.evaluation.memorisation import nearest_training_images
+from transfusion_mot.evaluation.memorisation import nearest_captions, nearest_training_images
 from transfusion_mot.evaluation.page import write_report
 from transfusion_mot.evaluation.processes import open_processes
 from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
@@ -92,9 +92,13 @@ def main() -> None:
     maximum = protocol.captions.max_new_tokens
     candidates = painter.caption(work.captioned, maximum, output) if work.captioned else []
 
+    copied = copied_captions(setup, config)
     metrics = painted_metrics(setup, work.prompts, sampling, output / "generated") + real_metrics(setup)
     if candidates and processes.is_main_process:
         metrics += captioning_metrics(setup, candidates)
+    if copied and processes.is_main_process:
+        found = captioning_metrics(setup, copied)
+        metrics += [replace(metric, name=f"{metric.name} (copied from the nearest training image)") for metric in found]
     if sources is not None and config is not None and protocol.losses:
         metrics += held_out_losses(pipeline, sources, config, accelerator)
     sweep = swept(setup, sampling)
@@ -232,6 +236,21 @@ def captioning_metrics(setup: Setup, candidates: Sequence[str]) -> list[Metric]:
     references = [item.captions for item in captioned]
     metrics = caption_metrics(candidates, references, setup.networks.sentences)
     return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
+
+
+def copied_captions(setup: Setup, config: RunConfig | None) -> list[str]:
+    """The caption of the training image that is nearest to each captioned one: what a model has to beat."""
+    of_own_data = setup.work.held_out is not None and bool(setup.work.captioned)
+    if not setup.protocol.training_images or config is None or not of_own_data:
+        return []
+    return nearest_captions(
+        [item.image for item in setup.work.captioned],
+        config.data,
+        setup.protocol.training_images,
+        setup.networks.features[0],
+        setup.painter.pipeline.config.image_size,
+        setup.processes,
+    )
 
 
 def held_out_losses(

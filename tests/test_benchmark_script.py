@@ -112,6 +112,43 @@ def test_the_report_is_of_the_images_in_the_folder(held_out: Path, run: Path) ->
     assert not (held_out / "sweep.png").exists()
 
 
+def unit_features(paths: list[Path]) -> np.ndarray:
+    network = load_feature_network("efficientnet", torch.device("cpu"))
+    with torch.no_grad():
+        features = network.module(torch.stack([network.prepare(load_image(path, 32)) for path in paths])).numpy()
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def test_captions_are_compared_with_those_of_the_nearest_training_images(held_out: Path, picture_folder: Path) -> None:
+    lines = [json.loads(line) for line in (held_out / "captions.jsonl").read_text().splitlines()]
+    references = [line["references"] for line in lines]
+    known = {caption for captions in references for caption in captions}
+    listed = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    training = [line for line in listed if line["text"] not in known]
+    assert len(training) + len(lines) == len(listed)
+    ours = unit_features(sorted((held_out / "real").glob("*.png")))
+    theirs = unit_features([picture_folder / line["file_name"] for line in training])
+    copied = [training[place]["text"] for place in (ours @ theirs.T).argmax(axis=1)]
+    expected = {metric.name: metric.value for metric in caption_metrics(copied, references)}
+    measured = values(read_report(held_out))
+    for name in ("CIDEr", "BLEU-1", "ROUGE-L"):
+        assert measured[f"{name} (copied from the nearest training image)"] == pytest.approx(expected[name]), name
+
+
+def test_few_held_out_images_are_drawn_from_all(held_out: Path, benchmark: Benchmark, tmp_path: Path) -> None:
+    prompts = [picture.prompt for picture in read_report(held_out).pictures]
+    words = ["--training-images", 0, "--losses", "false", "--captions.kind", "none", "--reconstructions", "false"]
+    chosen = []
+    for seed in (0, 1):
+        output = tmp_path / str(seed)
+        status, printed = benchmark(*words, "--num-images", 3, "--seed", seed, "--output", output)
+        assert status == 0, printed
+        chosen.append([picture.prompt for picture in read_report(output).pictures])
+        drawn = sorted(prompts, key=lambda text, seed=seed: hashlib.sha256(f"{seed} {text}".encode()).digest())[:3]
+        assert chosen[-1] == [text for text in prompts if text in drawn]
+    assert chosen[0] != chosen[1]
+
+
 def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
     report = read_report(held_out)
     assert report.score_name == "feature distance to its real image"
@@ -119,18 +156,11 @@ def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
     for picture in [*report.pictures, *report.captions]:
         assert (held_out / picture.file).is_file()
     assert [picture.prompt for picture in report.pictures] == [picture.captions[0] for picture in report.captions]
-    # The nearest training image is found by hand, in the features of the plain network.
-    network = load_feature_network("efficientnet", torch.device("cpu"))
-
-    def unit(paths: list[Path]) -> np.ndarray:
-        batch = torch.stack([network.prepare(load_image(path, 32)) for path in paths])
-        features = network.module(batch).numpy()
-        return features / np.linalg.norm(features, axis=1, keepdims=True)
-
     pictures = Path(json.loads((held_out / "report.json").read_text())["settings"]["checkpoint"]).parents[1]
     assert pictures == run
     pair = report.neighbours[0]
-    own = unit([held_out / pair.file, held_out / pair.training_file])
+    # The nearest training image is found by hand, in the features of the plain network.
+    own = unit_features([held_out / pair.file, held_out / pair.training_file])
     assert pair.distance == pytest.approx(1 - own[0] @ own[1], abs=1e-5)
     real = {path.read_bytes() for path in (held_out / "real").glob("*.png")}
     assert [n.distance for n in report.neighbours] == sorted(n.distance for n in report.neighbours)

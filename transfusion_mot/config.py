@@ -209,6 +209,8 @@ class DiffusionConfig:
         scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
         timestep_distribution: How training timesteps are drawn: `uniform` or `logit_normal` (Stable Diffusion 3,
             section 3.1).
+        min_snr_gamma: Weighs the squared errors of training by min(SNR, gamma) of the clean latents, as Min-SNR does
+            (arXiv 2303.09556; 5 there); null does not. The losses in the log are without it.
         num_inference_steps: Reverse steps used for samples during training and as the default of a snapshot.
         guidance_scale: Classifier-free guidance used likewise; 1 is off.
     """
@@ -216,6 +218,7 @@ class DiffusionConfig:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     scheduler_args: dict[str, Any] = field(default_factory=dict)
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    min_snr_gamma: float | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
 
@@ -349,6 +352,7 @@ class AutoencoderTrainingConfig:
 
     Attributes:
         output_dir: Folder that receives the autoencoder, its metrics and a grid of reconstructions.
+        init_from: An autoencoder of the same sizes to begin with: a name or local path; null begins at random.
         data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
         latent_channels: Channels of the latents.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
@@ -374,6 +378,7 @@ class AutoencoderTrainingConfig:
     """
 
     output_dir: str = "runs/vae"
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])

@@ -73,7 +73,14 @@ def check_ranges(config: Any) -> None:
     for key in _SHARES:
         if (given := value(key)) is not None and not 0 <= given <= 1:
             raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
-    for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
+    for key in (
+        "optimizer.lr",
+        "optimizer.eps",
+        "optimizer.max_grad_norm",
+        "data.image_first_max_timestep",
+        "diffusion.min_snr_gamma",
+        "lr",
+    ):
         if (given := value(key)) is not None and given <= 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
     if value("output_dir") == "":

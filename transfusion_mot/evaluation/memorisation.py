@@ -1,10 +1,11 @@
-"""Is a painted image a copy? The nearest training images in the features of a network."""
+"""Is a painted image a copy? And how good is a caption that is copied? The nearest training images in features."""
 
 import itertools
 import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -19,8 +20,8 @@ from transfusion_mot.evaluation.prompts import Prompt
 from transfusion_mot.evaluation.report import Neighbour
 from transfusion_mot.evaluation.scoring import nearest, normalised_features
 
-# Training images in memory at a time, painted images that are looked at, and pairs that are kept.
-_AT_ONCE, _MOST_PAINTED, _KEPT = 512, 2000, 16
+# Bytes of training images in memory at a time, painted images that are looked at, and pairs that are kept.
+_BYTES_AT_ONCE, _MOST_PAINTED, _KEPT = 2**28, 2000, 16
 
 _logger = logging.getLogger(__name__)
 
@@ -50,17 +51,60 @@ def nearest_training_images(
     Raises:
         UserError: The training data cannot be opened.
     """
+    prompts = prompts[:_MOST_PAINTED]
+    files = [painted / prompt.file_name for prompt in prompts]
+    items, distances = _nearest_items(files, data, most, network, image_size, processes)
+    if not processes.is_main_process:
+        return []
+    (output / "nearest").mkdir(parents=True, exist_ok=True)
+    pairs = []
+    for rank, place in enumerate(itertools.islice(np.argsort(distances, kind="stable"), _KEPT)):
+        images, index = items[place]
+        file = f"nearest/{rank:02d}.png"
+        Image.fromarray(images.image(index)).save(output / file)
+        prompt = prompts[place]
+        painted_file = str((painted / prompt.file_name).relative_to(output))
+        caption = images.captions(index)[0]
+        pairs.append(Neighbour(painted_file, prompt.text, file, caption, float(distances[place])))
+    return pairs
+
+
+def nearest_captions(
+    images: Sequence[Path],
+    data: DataConfig,
+    most: int,
+    network: FeatureNetwork,
+    image_size: int,
+    processes: PartialState,
+) -> list[str]:
+    """For each image the caption of the nearest training image: what captions are worth that nobody had to write.
+
+    Arguments, processes and errors as for `nearest_training_images`; `images` are any.
+    """
+    items, _ = _nearest_items(images, data, most, network, image_size, processes)
+    return [source.captions(index)[0] for source, index in items]
+
+
+def _nearest_items(
+    files: Sequence[Path],
+    data: DataConfig,
+    most: int,
+    network: FeatureNetwork,
+    image_size: int,
+    processes: PartialState,
+) -> tuple[list[tuple[CaptionedImages, int]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """The training image that is nearest to each file, as source and index, and 1 - cosine of the two `[N]`."""
     documents = [source.documents for source in open_documents(data, "train")]
     captioned = [images for images in documents if isinstance(images, CaptionedImages)]
     items = [(images, index) for images in captioned for index in range(len(images))]
     items = random.Random(0).sample(items, min(most, len(items)))
-    prompts = prompts[:_MOST_PAINTED]
-    queries = normalised_features([painted / prompt.file_name for prompt in prompts], network, image_size, processes)
-    distances = np.full(len(prompts), np.inf)
-    found = np.zeros(len(prompts), dtype=np.int64)
-    for start in range(0, len(items), _AT_ONCE):
+    queries = normalised_features(files, network, image_size, processes)
+    distances = np.full(len(files), np.inf)
+    found = np.zeros(len(files), dtype=np.int64)
+    at_once = max(1, _BYTES_AT_ONCE // (3 * image_size**2))
+    for start in range(0, len(items), at_once):
         pictures, places = [], []
-        for place, (images, index) in enumerate(items[start : start + _AT_ONCE], start=start):
+        for place, (images, index) in enumerate(items[start : start + at_once], start=start):
             try:
                 pictures.append(Image.fromarray(images.image(index)))
                 places.append(place)
@@ -71,16 +115,4 @@ def nearest_training_images(
         indices, distance = nearest(queries, normalised_features(pictures, network, image_size, processes))
         closer = distance < distances
         distances[closer], found[closer] = distance[closer], np.array(places)[indices[closer]]
-    if not processes.is_main_process:
-        return []
-    (output / "nearest").mkdir(parents=True, exist_ok=True)
-    pairs = []
-    for rank, place in enumerate(itertools.islice(np.argsort(distances, kind="stable"), _KEPT)):
-        images, index = items[found[place]]
-        file = f"nearest/{rank:02d}.png"
-        Image.fromarray(images.image(index)).save(output / file)
-        prompt = prompts[place]
-        painted_file = str((painted / prompt.file_name).relative_to(output))
-        caption = images.captions(index)[0]
-        pairs.append(Neighbour(painted_file, prompt.text, file, caption, float(distances[place])))
-    return pairs
+    return [items[place] for place in found], distances

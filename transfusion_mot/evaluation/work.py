@@ -1,5 +1,6 @@
 """What a protocol asks of a model: the prompts to paint, the images to caption, and the real images to compare with."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
     if prompts_config.kind == "held_out":
         assert sources is not None
         assert data is not None
-        held_out = _held_out(sources, data, count)
+        held_out = _held_out(sources, data, count, seed)
         of = [
             CaptionedImage(output / "real" / prompt.file_name, images.captions(index), prompt.file_name)
             for prompt, (images, index) in zip(held_out.real, held_out.items, strict=True)
@@ -109,14 +110,18 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
     return Work(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
 
 
-def _held_out(sources: Sources, data: DataConfig, count: int | None) -> HeldOut:
+def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) -> HeldOut:
     documents = [(sources.sources[pool.source].documents, pool) for pool in sources.pools]
     items = [
         (images, pool.item(position))
         for images, pool in documents
         if isinstance(images, CaptionedImages)
         for position in range(pool.length)
-    ][:count]
+    ]
+    if count is not None and count < len(items):
+        # Not the first: a data set may stand in some order, such as one style after the other.
+        chosen = sorted(range(len(items)), key=lambda place: _draw(seed, items[place]))[:count]
+        items = [items[place] for place in sorted(chosen)]
     if len(items) < 2:
         raise UserError(
             f"{len(items)} captioned images are held out, and 2 are needed; of a source with 'use: split' the share "
@@ -128,6 +133,12 @@ def _held_out(sources: Sources, data: DataConfig, count: int | None) -> HeldOut:
         for place, (images, index) in enumerate(items)
     ]
     return HeldOut(items, real)
+
+
+def _draw(seed: int, item: tuple[CaptionedImages, int]) -> bytes:
+    """Drawn from what the item is, not from where it stands."""
+    images, index = item
+    return hashlib.sha256(f"{seed} {images.captions(index)[0]}".encode()).digest()
 
 
 def _references(place: str | None, of: Sequence[CaptionedImage]) -> Sequence[ImageSource] | SavedStatistics | None:

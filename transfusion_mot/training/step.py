@@ -18,7 +18,7 @@ class Losses(NamedTuple):
     """Losses of some rows.
 
     Attributes:
-        sums: [2], summed text and diffusion losses.
+        sums: [2], summed text and diffusion losses, weighted for training.
         text: [B, T], cross-entropy of each text slot, without gradient.
         images: [B, K], summed squared error of each image, without gradient.
     """
@@ -74,7 +74,9 @@ def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
     images = diffusion_losses(output.prediction, target, batch.image_mask)
-    return Losses(torch.stack([output.text_loss, images.sum()]), output.text_losses, images.detach())
+    weight = diffusion.loss_weight(batch.timesteps)
+    weighted = images if weight is None else weight * images
+    return Losses(torch.stack([output.text_loss, weighted.sum()]), output.text_losses, images.detach())
 
 
 def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) -> None:

@@ -132,7 +132,8 @@ class Validation:
     def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
         """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
         losses = compute_losses(model, _at(batch, timestep), self.diffusion)
-        return torch.stack([losses.sums.double(), loss_counts(batch)], dim=1)
+        sums = torch.stack([losses.text.sum(), losses.images.sum()])
+        return torch.stack([sums.double(), loss_counts(batch)], dim=1)
 
 
 def _at(batch: Batch, timestep: float) -> Batch:
