@@ -14,13 +14,17 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.networks import FeatureNetwork
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureArray, image_features
+from transfusion_mot.evaluation.images import default_num_workers
 from transfusion_mot.evaluation.prompts import Prompt
 from transfusion_mot.evaluation.report import Neighbour
-from transfusion_mot.evaluation.scoring import nearest, normalised_features
+from transfusion_mot.evaluation.scoring import nearest, unit_length
 
-# Training images in memory at a time, painted images that are looked at, and pairs that are kept.
-_AT_ONCE, _MOST_PAINTED, _KEPT = 512, 2000, 16
+# Painted images that are looked at.
+MOST_PAINTED = 2000
+# Training images in memory at a time, and pairs that are kept.
+_AT_ONCE, _KEPT = 512, 16
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ _logger = logging.getLogger(__name__)
 def nearest_training_images(
     prompts: Sequence[Prompt],
     painted: Path,
+    features: FeatureArray,
     data: DataConfig,
     most: int,
     network: FeatureNetwork,
@@ -38,8 +43,9 @@ def nearest_training_images(
     """The painted images that are nearest to a training image, the closest first; called by all processes.
 
     Args:
-        prompts: What was painted, of which the first 2,000 are looked at.
+        prompts: What was painted, of which the first `MOST_PAINTED` are looked at.
         painted: Folder of the painted images.
+        features: `[N, D]` of at least these, in `network`.
         data: That the model was trained on.
         most: Training images that are looked at, drawn at random, always the same ones.
         network: Distances are 1 - cosine of its features.
@@ -54,8 +60,8 @@ def nearest_training_images(
     captioned = [images for images in documents if isinstance(images, CaptionedImages)]
     items = [(images, index) for images in captioned for index in range(len(images))]
     items = random.Random(0).sample(items, min(most, len(items)))
-    prompts = prompts[:_MOST_PAINTED]
-    queries = normalised_features([painted / prompt.file_name for prompt in prompts], network, image_size, processes)
+    prompts = prompts[:MOST_PAINTED]
+    queries = unit_length(features[: len(prompts)])
     distances = np.full(len(prompts), np.inf)
     found = np.zeros(len(prompts), dtype=np.int64)
     for start in range(0, len(items), _AT_ONCE):
@@ -68,7 +74,15 @@ def nearest_training_images(
                 _logger.warning("left out of the training images: %s", error)
         if not pictures:
             continue
-        indices, distance = nearest(queries, normalised_features(pictures, network, image_size, processes))
+        theirs = image_features(
+            pictures,
+            network,
+            num_workers=default_num_workers(),
+            image_size=image_size,
+            description="training images",
+            processes=processes,
+        )
+        indices, distance = nearest(queries, unit_length(theirs))
         closer = distance < distances
         distances[closer], found[closer] = distance[closer], np.array(places)[indices[closer]]
     if not processes.is_main_process:
