@@ -237,7 +237,8 @@ def main(arguments: list[str]) -> None:
                 if saves or stops:
                     all_lanes = accelerator.gather(loader.states.to(accelerator.device)).cpu()
                     tensors = state_tensors(bare_model, ema, optimizer, all_lanes)
-                    writer.save(done, tensors, {"step": done, "seen": dict(log.seen), "made_of": made_of})
+                    progress_made = {"step": done, "seen": dict(log.seen), "made_of": made_of}
+                    writer.save(done, tensors, progress_made, log.best[1] if log.best is not None else None)
             if stops:
                 break
             watchdog.at(done + 1, "waiting for data")

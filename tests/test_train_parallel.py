@@ -92,6 +92,27 @@ def test_signal_ends_the_run_after_a_step_and_it_goes_on_exactly(
     assert_same(final_state(tmp_path / "whole"), final_state(run), tolerance=None if world_size == 1 else 2e-5)
 
 
+def ask_in_the_first_step(arguments: list[str]) -> None:
+    """Train, and be asked to stop where the first step begins."""
+    original, done = TransfusionMoT.forward, itertools.count(1)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(done) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    TransfusionMoT.forward = forward
+    train.main(arguments)
+
+
+def test_signal_in_the_first_step_ends_the_run_at_once(arguments: Arguments, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=ask_in_the_first_step, args=(arguments(),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGTERM
+    assert not (tmp_path / "run" / "state").exists()
+
+
 def test_run_ends_when_its_time_is_over(arguments: Arguments, tmp_path: Path, capsys) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train.main(arguments(training={"max_minutes": 1e-9}))

@@ -277,7 +277,8 @@ class TrainingConfig:
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
         save_every: Steps between two saves of the training state; 0 is only at the end.
-        keep_last: Training states and snapshots that are kept, of the newest.
+        keep_last: Training states and snapshots that are kept, of the newest. So is the snapshot of the step with the
+            lowest held-out loss.
         keep_every: Those of every so many steps are kept, too; 0 is none.
         max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
         sample_prompts: Prompts of the sample grids.

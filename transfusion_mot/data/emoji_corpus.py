@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from transfusion_mot.data.emoji import draw_svg
+from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
 

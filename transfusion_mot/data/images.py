@@ -132,6 +132,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def draw_svg(svg: str, size: int) -> Image.Image:
+    """An SVG on white => RGB picture `size` pixels high and wide; needs the package resvg-py."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff")
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
 def to_pixels(images_uint8: ImageArray | torch.Tensor) -> torch.Tensor:
     """`uint8 [..., H, W, 3]` => `pixels` in [-1, 1], float32 `[..., 3, H, W]`, on the device of the input."""
     return torch.as_tensor(images_uint8).movedim(-1, -3).float().div(127.5).sub(1.0)

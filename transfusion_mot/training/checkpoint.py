@@ -94,10 +94,12 @@ def clear_behind(run: Path, step: int) -> None:
             shutil.rmtree(left)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all of the folders step-N in `folder` but the newest and those of every `keep_every` steps (0: none)."""
+def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
+    """Remove all of the folders step-N in `folder` but the newest, those of every `keep_every` steps (0: none), and
+    that of the best step."""
     for old in _steps(folder)[:-keep_last]:
-        if not keep_every or _step_number(old) % keep_every:
+        step = _step_number(old)
+        if step != best_step and (not keep_every or step % keep_every):
             shutil.rmtree(old)
 
 

@@ -3,6 +3,7 @@
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ class Stop:
     What a rank has noticed reaches the others by an all-reduce of one number between hosts, begun in one step and read
     in the next: no step waits for a device. A second signal ends the process at once.
 
+    So does any before the first step is done, when there is nothing to save. That step compiles, in processes of the
+    compiler that the same signal may have ended: it might never be done.
+
     Args:
         started: `time.monotonic()` when the time began.
         max_minutes: The time; 0 is no limit.
@@ -24,7 +28,7 @@ class Stop:
     def __init__(self, started: float, max_minutes: float) -> None:
         self.reason: str | None = None
         self.deadline = started + 60 * max_minutes if max_minutes else float("inf")
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before: dict[int, Any] | None = None
         self.group = host_group()
         self.asked = torch.zeros((), dtype=torch.int32)
         self.sent: dist.Work | None = None
@@ -41,11 +45,13 @@ class Stop:
 
     def _let_go(self) -> None:
         """Let signals do what they did before."""
-        for number, handler in self.before.items():
+        for number, handler in (self.before or {}).items():
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
         """Whether to stop after this step; called by all ranks once in every step."""
+        if self.before is None:
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         if self.reason is None and time.monotonic() > self.deadline:
             self.reason = "training.max_minutes"
         if self.group is None:
