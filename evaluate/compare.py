@@ -7,17 +7,17 @@ are of the same prompts or images, every image is compared with itself (paired b
 otherwise intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
 """
 
-import argparse
 from pathlib import Path
 
-from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import command_parser, run_command
 from transfusion_mot.evaluation.comparison import comparison_table
 from transfusion_mot.evaluation.report import read_report
 from transfusion_mot.training.plot import labels_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
     parser.add_argument("--output", metavar="FILE", help="also write the table as markdown")
     arguments = parser.parse_args()
@@ -35,5 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_command(main)

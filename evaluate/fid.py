@@ -15,17 +15,15 @@ Compare numbers only from as many images, and see docs/evaluation.md for what el
 """
 
 import argparse
-import logging
-import sys
 from typing import get_args
 
-from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.features import open_reference
 from transfusion_mot.evaluation.images import default_num_workers, find_images
 from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, load_feature_network
 from transfusion_mot.evaluation.processes import open_processes
-from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
+from transfusion_mot.evaluation.report import Metric
 
 
 def main() -> None:
@@ -55,13 +53,11 @@ def main() -> None:
             arguments.cache_dir,
         )
     if processes.is_main_process:
-        print(metrics_table(metrics))
-        if arguments.output:
-            save_metrics(metrics, arguments.output, sys.argv)
+        publish(metrics, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "real",
         metavar="REAL",
@@ -93,13 +89,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="processes that decode images")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+    add_device(parser)
+    add_output(parser)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("transfusion_mot").setLevel(logging.INFO)
-    with exit_on_user_error():
-        main()
+    run_command(main)

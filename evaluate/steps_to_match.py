@@ -7,12 +7,12 @@ a twentieth of A's steps) and held out (as far as both runs have validated). The
 steps_to_match.json, the table steps_to_match.md and the plot steps_to_match.png; see docs/evaluation.md.
 """
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import command_parser, run_command
 from transfusion_mot.evaluation.curves import plot_matches
 from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -28,7 +28,7 @@ AXES = ("step", "flops", "seconds")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
     parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
     parser.add_argument(
@@ -82,5 +82,4 @@ def compare_runs(a: Lines, b: Lines) -> tuple[list[Match], dict[tuple[str, str],
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    run_command(main)

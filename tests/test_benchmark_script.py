@@ -22,7 +22,7 @@ from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.images import find_images
 from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.prompts import picture_seed
+from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.evaluation.report import Report, read_report
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import find_snapshot
@@ -102,10 +102,6 @@ def test_the_report_is_of_the_images_in_the_folder(held_out: Path, run: Path) ->
     scores = caption_metrics([line["caption"] for line in lines], [line["references"] for line in lines])
     cider = next(metric.value for metric in scores if metric.name == "CIDEr")
     assert measured["CIDEr"] == cider
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in reversed(log) if "validation/diffusion_loss" in line)
-    assert measured["diffusion loss"] == pytest.approx(last["validation/diffusion_loss"], rel=1e-4)
-    assert measured["text loss (captions and texts alone)"] == pytest.approx(last["validation/text_loss"], rel=1e-4)
     assert report.settings["num_inference_steps"] == 2
     assert report.settings["checkpoint"] == str(find_snapshot(str(run)))
     assert all((held_out / file).is_file() for file in ("report.html", "metrics.md", "report.json"))
@@ -114,8 +110,7 @@ def test_the_report_is_of_the_images_in_the_folder(held_out: Path, run: Path) ->
 
 def unit_features(paths: list[Path]) -> np.ndarray:
     network = load_feature_network("efficientnet", torch.device("cpu"))
-    with torch.no_grad():
-        features = network.module(torch.stack([network.prepare(load_image(path, 32)) for path in paths])).numpy()
+    features = network.features([torch.stack([torch.tensor(load_image(path, 32)) for path in paths])]).numpy()
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
@@ -137,7 +132,7 @@ def test_captions_are_compared_with_those_of_the_nearest_training_images(held_ou
 
 def test_few_held_out_images_are_drawn_from_all(held_out: Path, benchmark: Benchmark, tmp_path: Path) -> None:
     prompts = [picture.prompt for picture in read_report(held_out).pictures]
-    words = ["--training-images", 0, "--losses", "false", "--captions.kind", "none", "--reconstructions", "false"]
+    words = ["--training-images", 0, "--loss-documents", 0, "--captions.kind", "none", "--reconstructions", "false"]
     chosen = []
     for seed in (0, 1):
         output = tmp_path / str(seed)
@@ -147,6 +142,24 @@ def test_few_held_out_images_are_drawn_from_all(held_out: Path, benchmark: Bench
         drawn = sorted(prompts, key=lambda text, seed=seed: hashlib.sha256(f"{seed} {text}".encode()).digest())[:3]
         assert chosen[-1] == [text for text in prompts if text in drawn]
     assert chosen[0] != chosen[1]
+
+
+def test_losses_are_those_of_the_scripts(held_out: Path, run: Path, tmp_path: Path, monkeypatch) -> None:
+    expected = {}
+    for script in ("text", "diffusion_loss"):
+        file = tmp_path / f"{script}.json"
+        words = ["--checkpoint", str(run), "--device", "cpu", "--output", str(file)]
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        runpy.run_path(str(SCRIPT.with_name(f"{script}.py")), run_name="__main__")
+        expected |= {entry["name"]: entry["value"] for entry in json.loads(file.read_text())["metrics"]}
+    measured = values(read_report(held_out))
+    assert len(expected) == 2 * 3 + 2 * 11
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    table = (held_out / "metrics.md").read_text().split("## Diffusion loss by timestep")[1].splitlines()
+    losses = [measured[f"diffusion loss ({kind}, t = 0.95)"] for kind in ("conditional", "unconditional")]
+    last = table[2 + 2 + 9 : 2 + 2 + 10][0].split("|")
+    assert last[1].strip() == "0.95"
+    assert [float(cell.split("[")[0]) for cell in last[2:4]] == pytest.approx(losses, rel=1e-3)
 
 
 def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
@@ -172,7 +185,7 @@ def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
 def test_images_are_those_of_the_pipeline_and_seed(held_out: Path, run: Path) -> None:
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(str(run)))
     lines = [json.loads(line) for line in (held_out / "generated" / "metadata.jsonl").read_text().splitlines()][:3]
-    assert [line["image_seed"] for line in lines] == [picture_seed(0, line["text"], 0) for line in lines]
+    assert [line["image_seed"] for line in lines] == [derived_seed(0, line["text"], 0) for line in lines]
     generators = [torch.Generator().manual_seed(line["image_seed"]) for line in lines]
     texts = [line["text"] for line in lines]
     for index, limit in enumerate([pipeline.config.max_prompt_tokens] * 3):
@@ -269,7 +282,7 @@ def test_coco_protocol(benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     assert (distance.protocol["image size"], distance.protocol["guidance"]) == (32, 1.0)
     assert metrics["CIDEr"].protocol["images"] == 7
     assert metrics["CIDEr"].protocol["references"] == "up to 5 an image"
-    assert "diffusion loss" not in metrics
+    assert not [name for name in metrics if "loss" in name]
     lines = [json.loads(line) for line in (tmp_path / "out" / "generated" / "metadata.jsonl").read_text().splitlines()]
     drawn = {n: hashlib.sha256(f"0 {n}".encode()).hexdigest()[:16] for n in items}
     assert [int(line["image_id"]) for line in lines] == sorted(drawn, key=drawn.__getitem__)[:8]
@@ -309,7 +322,7 @@ def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     words = ["sweep.guidance_scale=[1,3]", "--sweep.num-images", 4]
     words += ["sweep.scheduler=[FlowMatchEulerDiscreteScheduler,FlowMatchHeunDiscreteScheduler]"]
     output = tmp_path / "out"
-    status, printed = benchmark(*words, "--training-images", 0, "--losses", "false", "--output", output)
+    status, printed = benchmark(*words, "--training-images", 0, "--loss-documents", 0, "--output", output)
     assert status == 0, printed
     report = read_report(output)
     settings = [tuple(point.settings.values()) for point in report.sweep]

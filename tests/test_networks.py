@@ -21,12 +21,13 @@ from torchvision.transforms.functional import to_tensor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import networks
+from transfusion_mot.evaluation import inception
 from transfusion_mot.evaluation.clip_score import load_clip
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.features import feature_set, image_features, open_reference
 from transfusion_mot.evaluation.images import find_images, load_rgb
 from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.weights import file_sha256
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def _values(metrics):
 @pytest.fixture
 def legacy_file(tmp_path, monkeypatch):
     """pytorch-fid's network with random weights, under the name of the published file."""
-    path = tmp_path / networks.LEGACY_FILE
+    path = tmp_path / inception.LEGACY_FILE
     torch.manual_seed(0)
     # The network itself writes its file: its own loading is what is left out.
     monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: {})
@@ -68,7 +69,7 @@ def legacy_file(tmp_path, monkeypatch):
             module.momentum = 1.0
     network.train()(torch.randn(4, 3, 299, 299))
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(networks, "LEGACY_SHA256", networks.file_sha256(path)[:8])
+    monkeypatch.setattr(inception, "LEGACY_SHA256", file_sha256(path)[:8])
     return path
 
 

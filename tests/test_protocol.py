@@ -13,9 +13,7 @@ from transfusion_mot.evaluation.prompts import (
     captioned_hash,
     choose_coco_prompts,
     geneval_prompts,
-    picture_seed,
     prompts_hash,
-    prompts_of,
     read_coco,
     read_geneval,
     read_karpathy,
@@ -101,15 +99,6 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
     with pytest.raises(UserError, match="10 prompts of distinct images are asked for, and there are 9"):
         choose_coco_prompts(images, 10, seed=7)
-
-
-def test_seeds_are_those_of_sample_py() -> None:
-    import sample
-
-    pictures = sample.plan_pictures(["a sun", "an owl", "a sun"], num_images=2, seed=3)
-    prompts = prompts_of(["a sun", "an owl", "a sun"], 2, seed=3)
-    assert [p.image_seed for p in prompts] == [p.image_seed for p in pictures]
-    assert picture_seed(3, "an owl", 1) == pictures[3].image_seed
 
 
 def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:

@@ -47,7 +47,13 @@ def report(folder: Path) -> Report:
         Metric("CLIP cosine (generated)", 0.25, {"images": 40}, (0.24, 0.26), tuple(scores)),
         Metric("CLIP score x100 (generated)", 25.0, {"images": 40}),
         Metric("CIDEr x100", 547.0, {"captioned images": "sha256 1"}),
-        Metric("diffusion loss", 1.36, {"rows": 8}),
+        Metric("text loss (books)", 2.5, {"texts": 8, "row": 64}, (2.4, 2.6)),
+        Metric("perplexity (books)", 12.18, {"texts": 8, "row": 64}, (11.0, 13.5)),
+        *(
+            Metric(f"diffusion loss ({kind}{at})", 1.36 + place / 10, {"images": 8}, (1.2, 1.4 + place / 10))
+            for kind in ("conditional", "unconditional")
+            for place, at in enumerate(("", ", t = 0.25", ", t = 0.75"))
+        ),
     ]
     sweep = [
         SweepPoint(
@@ -149,8 +155,10 @@ def test_grids(report: Report) -> None:
 
 def test_tables(report: Report, page: Path) -> None:
     text = (page.parent / "metrics.md").read_text()
-    assert metrics_table(report.metrics) in text
-    assert "| KD-EfficientNet (generated) | -0.0012 [-0.01, 0.007] | as above, pairs: all |" in text
+    single = [metric for metric in report.metrics if ", t = " in metric.name]
+    assert metrics_table([metric for metric in report.metrics if metric not in single]) in text
+    assert "| t | conditional | unconditional |\n| ---: | ---: | ---: |\n| 0.25 | 1.46 [1.2, 1.5] | 1.46" in text
+    assert "| KD-EfficientNet (generated) | -0.0012 [-0.01, 0.007] | as above, pairs: all |" in re.sub(" +", " ", text)
     assert "![image distance of each setting](sweep.png)" in text
     assert Image.open(page.parent / "sweep.png").size[0] > 500
     own = published_table(own_row("emoji", "guidance 3", report.metrics)).splitlines()
@@ -215,7 +223,7 @@ def test_nothing_is_wider_than_the_window_and_all_pictures_load(page: Path, widt
     assert found["width"] <= found["window"] == width
     assert found["images"] > 100
     assert found["broken"] == found["requests"] == 0
-    assert found["svg"] == 1
+    assert found["svg"] == 2
     assert found["font"]
     assert found["title"].startswith(TITLE)
 

@@ -149,4 +149,4 @@ def test_diffusion_loss_as_a_command(run_folder, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         _run("evaluate/diffusion_loss.py", ["--checkpoint", run_folder, "--bins", 0])
-    assert "--bins is 0" in capsys.readouterr().err
+    assert "--bins: '0' is no whole number of at least 1" in capsys.readouterr().err

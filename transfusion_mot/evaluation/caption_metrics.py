@@ -27,12 +27,12 @@ def caption_metrics(
     Args:
         candidates: One caption an image, untokenised; an empty one scores 0.
         references: For each image, at least one reference caption.
-        encoder: For the similarity of sentence embeddings; null leaves it out.
+        encoder: For the similarity of sentence embeddings; null where no model is installed.
 
     Returns:
         `CIDEr` (0 to 10; 10 needs captions of four words and more that equal all their references), `CIDEr x100` (as
-        papers print it), `BLEU-1` to `BLEU-4`, `ROUGE-L` and `METEOR` (0 to 1), and `sentence similarity`. Without Java
-        or pycocoevalcap there is no METEOR, and the others say why.
+        papers print it), `BLEU-1` to `BLEU-4`, `ROUGE-L` and `METEOR` (0 to 1), and `sentence similarity`. Where Java,
+        pycocoevalcap or a sentence model is missing, the others say what was not measured and why.
 
     Raises:
         UserError: There are no candidates, their number differs from that of the references, or an image has none.
@@ -64,6 +64,8 @@ def caption_metrics(
         of_meteor.append(Metric("METEOR", corpus, {**protocol, "program": "METEOR 1.5"}, None, tuple(per_image)))
     except MeteorMissing as missing:
         protocol["METEOR"] = f"not measured: {missing}"
+    if encoder is None:
+        protocol["sentence similarity"] = "not measured: pip install transfusion-mot[evaluation]"
     cider = np.array(cider_d(words, reference_words))
     metrics = [_mean("CIDEr", cider, protocol), _mean("CIDEr x100", 100 * cider, protocol)]
     metrics += [

@@ -1,6 +1,5 @@
 """CLIP score: how well images match the texts they were made from, by the cosine of their CLIP embeddings."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,16 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from PIL import Image
-from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.blocks import row_blocks
 from transfusion_mot.evaluation.bootstrap import bootstrap_interval
-from transfusion_mot.evaluation.images import ImageArray, ImageSource, prepared_batches
+from transfusion_mot.evaluation.images import ImageArray, ImageSource, device_batches
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.weights import weights_hash
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 # What some published code puts in front of every prompt.
@@ -87,14 +86,6 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
     return Clip(name_or_path, weights, model, processor, device)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers on the CPU, whatever files they came from."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return f"sha256 {digest.hexdigest()[:12]}"
-
-
 @dataclass(frozen=True)
 class ClipEmbeddings:
     """Embeddings of length one of images and their texts, `[N, D]` each, in their order."""
@@ -142,12 +133,12 @@ def clip_embeddings(
 
     def batches(rank: int, world: int) -> Iterator[torch.Tensor]:
         own_texts = texts[rank::world]
-        part = prepared_batches(
+        part = device_batches(
             images[rank::world], prepare, clip.device, batch_size, num_workers, "CLIP score", quiet=rank > 0
         )
         start = 0
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for pixels in part:
+            for (pixels,) in part:
                 tokens = clip.processor.tokenizer(
                     own_texts[start : start + len(pixels)],
                     padding=True,

@@ -14,7 +14,16 @@ Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"
 # Numbers for which less is more.
 _LOWER_IS_BETTER = ("FID", "FD", "KID", "KD", "CMMD", "text loss", "diffusion loss", "perplexity", "bits per byte")
 # What may differ between the protocols of two numbers that compare: it is what is compared.
-_COMPARED = {"steps", "guidance", "scheduler", "checkpoint", "METEOR", "prompts", "captioned images"}
+_COMPARED = {
+    "steps",
+    "guidance",
+    "scheduler",
+    "checkpoint",
+    "METEOR",
+    "sentence similarity",
+    "prompts",
+    "captioned images",
+}
 # Images are paired if both numbers are of the same list of prompts or captioned images.
 _LISTS = ("prompts", "captioned images")
 

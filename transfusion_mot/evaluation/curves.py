@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.report import Metric, SweepPoint, shown_number
+from transfusion_mot.evaluation.report import Metric, SweepPoint, shown_number, value_and_interval
 from transfusion_mot.evaluation.steps_to_match import Curve, Match
 
 # Okabe and Ito's palette: told apart by every eye, and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _INK, _GRID, _EDGE = "#2b2f36", "#e3e6ea", "#b4bac3"
+_OF_TIMESTEP = re.compile(r"diffusion loss \((\w+), t = ([\d.]+)\)")
 _AXIS_NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -67,6 +68,43 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
         settings = point.settings
         setting = f"{settings['guidance_scale']:g} | {settings['num_inference_steps']} | {settings['scheduler']}"
         lines.append(f"| {setting} | {' | '.join(values.get(name, '') for name in names)} |")
+    return "\n".join(lines)
+
+
+def timestep_losses(metrics: Sequence[Metric]) -> dict[str, dict[str, Metric]]:
+    """Diffusion losses at single timesteps: of each kind (conditional, unconditional) by t."""
+    found: defaultdict[str, dict[str, Metric]] = defaultdict(dict)
+    for metric in metrics:
+        if of_timestep := _OF_TIMESTEP.fullmatch(metric.name):
+            found[of_timestep[1]][of_timestep[2]] = metric
+    return dict(found)
+
+
+def timestep_figure(losses: Mapping[str, Mapping[str, Metric]]) -> Figure:
+    """Diffusion loss against t, a curve with its intervals for each kind."""
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (kind, by_timestep), colour, line in zip(losses.items(), _COLOURS, ("o-", "s--"), strict=False):
+        xs = [float(t) for t in by_timestep]
+        axes.plot(xs, [m.value for m in by_timestep.values()], line, color=colour, linewidth=1.8, label=kind)
+        low, high = zip(*(metric.interval or (metric.value,) * 2 for metric in by_timestep.values()), strict=True)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("timestep t (0 clean, 1 noise)", color=_INK)
+    axes.set_ylabel("diffusion loss", color=_INK)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=_INK)
+    _tidy(axes)
+    return figure
+
+
+def timestep_table(losses: Mapping[str, Mapping[str, Metric]]) -> str:
+    """A markdown table: a row for each timestep, a column for each kind."""
+    lines = [f"| t | {' | '.join(losses)} |", f"| ---: |{' ---: |' * len(losses)}"]
+    lines += [
+        f"| {t} | {' | '.join(value_and_interval(of[t]) for of in losses.values())} |"
+        for t in next(iter(losses.values()))
+    ]
     return "\n".join(lines)
 
 

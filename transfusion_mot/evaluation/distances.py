@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.frechet import extrapolated_distance, frechet_distance, frechet_interval
 from transfusion_mot.evaluation.images import ImageSource
 from transfusion_mot.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
-from transfusion_mot.evaluation.networks import FeatureNetwork
 from transfusion_mot.evaluation.report import Metric
 
 _logger = logging.getLogger(__name__)
@@ -30,11 +30,9 @@ def image_distance(
     processes: PartialState | None = None,
     cache_dir: str | Path | None = None,
 ) -> list[Metric]:
-    """Frechet and kernel distance, precision, recall, density and coverage; arguments as in `feature_set`.
+    """The numbers of `set_distance`; arguments as in `feature_set`.
 
-    Saved statistics without features give the Frechet distance alone. With at least twice as many generated images as
-    features it is extrapolated to infinitely many, too. With `processes` all of them call this, and the main one
-    receives the numbers, the others none.
+    With `processes` all of them call this, and the main one receives the numbers, the others none.
 
     Raises:
         UserError: A side has fewer than two images, one cannot be read, or statistics are not of this network.
@@ -45,6 +43,18 @@ def image_distance(
     generated_set = feature_set(generated, network, *shared, f"{network.name}: generated images", processes)
     if processes is not None and not processes.is_main_process:
         return []
+    return set_distance(real_set, generated_set, network, image_size)
+
+
+def set_distance(
+    real_set: FeatureSet, generated_set: FeatureSet, network: FeatureNetwork, image_size: int | None
+) -> list[Metric]:
+    """Frechet and kernel distance, precision, recall, density and coverage of two sets of features of `network`.
+
+    Saved statistics without features give the Frechet distance alone. With at least twice as many generated images as
+    features it is extrapolated to infinitely many, too. `image_size` is what the images were brought to, for the
+    protocol.
+    """
     assert generated_set.features is not None
     count, num_features = generated_set.features.shape
     fewest = min(count, count if real_set.features is None else len(real_set.features))

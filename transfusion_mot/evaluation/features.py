@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,11 @@ import torch
 from accelerate import PartialState
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.frechet import Gaussian, gaussian_of
-from transfusion_mot.evaluation.images import ImageSource, TarImage, find_images, prepared_batches
-from transfusion_mot.evaluation.networks import FeatureNetwork, file_sha256
+from transfusion_mot.evaluation.images import ImageSource, TarImage, device_batches, find_images
 from transfusion_mot.evaluation.processes import shared_rows
+from transfusion_mot.evaluation.weights import file_sha256
 
 FeatureArray = npt.NDArray[np.float32]
 
@@ -34,11 +35,19 @@ class FeatureSet:
         gaussian: Moments of the features.
         features: `[N, D]`; None of saved statistics that hold moments alone.
         protocol: What to say of this side beside a number.
+        images: What the features are of, in their order; none of statistics that were given.
     """
 
     gaussian: Gaussian
     features: FeatureArray | None
     protocol: dict[str, Any]
+    images: tuple[ImageSource, ...] = ()
+
+    def of(self, images: Sequence[ImageSource]) -> FeatureArray | None:
+        """Features `[N, D]` of some of its images; None if one is not among them."""
+        places = {str(image): place for place, image in enumerate(self.images)}
+        found = [places[name] for name in map(str, images) if name in places]
+        return None if self.features is None or len(found) < len(images) else self.features[found]
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def image_features(
         images: Files, members of tar files or pictures.
         network: Where the features come from.
         batch_size: Images at a time; does not change the features. Null chooses by the device.
-        num_workers: Processes that decode and resize; 0 does it in this one.
+        num_workers: Processes that decode; 0 does it in this one.
         image_size: Bring images to this size first, as training data are; null keeps each at its own.
         description: Label of the progress bar.
         processes: Share the images among these, which all call this and all receive all features.
@@ -83,9 +92,10 @@ def image_features(
     """
 
     def batches(rank: int, world: int) -> Iterator[torch.Tensor]:
-        part = prepared_batches(
+        part = device_batches(
             images[rank::world],
-            network.prepare,
+            # A copy: what Pillow gives cannot be written to, of which torch warns.
+            torch.tensor,
             network.device,
             batch_size,
             num_workers,
@@ -95,7 +105,7 @@ def image_features(
         )
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for batch in part:
-                yield network.module(batch)
+                yield network.features(batch)
 
     features = shared_rows(batches, len(images), network.num_features, network.device, processes)
     return cast(FeatureArray, features.cpu().numpy())
@@ -135,9 +145,9 @@ def feature_set(
             path = Path(cache_dir) / f"{_cache_key(files, network, image_size)}.npz"
             if path.is_file():
                 _logger.info("%s: from %s", description, path)
-                return _read_statistics(path, network)
+                return replace(_read_statistics(path, network), images=tuple(files))
     features = image_features(images, network, batch_size, num_workers, image_size, description, processes)
-    result = FeatureSet(gaussian_of(features), features, {})
+    result = FeatureSet(gaussian_of(features), features, {}, tuple(images))
     if path is not None and (processes is None or processes.is_main_process):
         _save_statistics(result, network, image_size, path)
         _logger.info("%s: kept in %s", description, path)

@@ -4,8 +4,10 @@ Generated images and images from disk meet the same code here, at their own size
 """
 
 import io
+import itertools
 import json
 import multiprocessing
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -188,16 +190,17 @@ class _Images(Dataset[torch.Tensor | UserError]):
             return error
 
 
-def _stack(items: list[torch.Tensor | UserError]) -> torch.Tensor | UserError:
+def _stack(items: list[torch.Tensor | UserError]) -> list[torch.Tensor] | UserError:
+    """Those of a size that follow each other become one tensor."""
     tensors = []
     for item in items:
         if isinstance(item, UserError):
             return item
         tensors.append(item)
-    return torch.stack(tensors)
+    return [torch.stack(list(of_size)) for _, of_size in itertools.groupby(tensors, key=lambda tensor: tensor.shape)]
 
 
-def prepared_batches(
+def device_batches(
     images: Sequence[ImageSource],
     prepare: Callable[[ImageArray], torch.Tensor],
     device: torch.device,
@@ -206,16 +209,18 @@ def prepared_batches(
     description: str,
     image_size: int | None = None,
     quiet: bool = False,
-) -> Iterator[torch.Tensor]:
-    """Batches `[B, ...]` of `prepare(image)` on `device`, in the order of `images`, with a progress bar unless `quiet`.
+) -> Iterator[list[torch.Tensor]]:
+    """Batches of `prepare(image)` on `device`, in the order of `images`, with a progress bar unless `quiet`.
 
-    Without a `batch_size`, 64 images at a time on a GPU and 4 on a CPU, where larger ones only cost memory traffic.
+    A batch is a list of tensors `[n, ...]`, each of those of one shape that follow each other.
+
+    Without a `batch_size` it is that of `default_batch_size`.
 
     Raises:
         UserError: An image cannot be read, or a number is out of range.
     """
     if batch_size is None:
-        batch_size = 4 if device.type == "cpu" else 64
+        batch_size = default_batch_size(device)
     for name, value, least in (
         ("batch size", batch_size, 1),
         ("number of workers", num_workers, 0),
@@ -234,8 +239,8 @@ def prepared_batches(
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch.to(device, non_blocking=True)
-            progress.update(len(batch))
+            yield [of_size.to(device, non_blocking=True) for of_size in batch]
+            progress.update(sum(map(len, batch)))
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -254,6 +259,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def default_batch_size(device: torch.device) -> int:
+    """64 images at a time on a GPU and 4 on a CPU, where larger batches only cost memory traffic."""
+    return 4 if device.type == "cpu" else 64
+
+
 def default_num_workers() -> int:
-    """Processes that decode images: the processor's cores, at most 8."""
-    return min(8, multiprocessing.cpu_count())
+    """Processes that decode images: this process's share of the host's cores, at most 16."""
+    # What torchrun, and so `accelerate launch`, calls the number of processes on this host.
+    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, multiprocessing.cpu_count() // shared_by))

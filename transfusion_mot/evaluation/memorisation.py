@@ -15,13 +15,17 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.networks import FeatureNetwork
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureArray, image_features
+from transfusion_mot.evaluation.images import default_num_workers
 from transfusion_mot.evaluation.prompts import Prompt
 from transfusion_mot.evaluation.report import Neighbour
-from transfusion_mot.evaluation.scoring import nearest, normalised_features
+from transfusion_mot.evaluation.scoring import nearest, unit_length
 
-# Bytes of training images in memory at a time, painted images that are looked at, and pairs that are kept.
-_BYTES_AT_ONCE, _MOST_PAINTED, _KEPT = 2**28, 2000, 16
+# Painted images that are looked at.
+MOST_PAINTED = 2000
+# Bytes of training images in memory at a time, and pairs that are kept.
+_BYTES_AT_ONCE, _KEPT = 2**28, 16
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ _logger = logging.getLogger(__name__)
 def nearest_training_images(
     prompts: Sequence[Prompt],
     painted: Path,
+    features: FeatureArray,
     data: DataConfig,
     most: int,
     network: FeatureNetwork,
@@ -39,8 +44,9 @@ def nearest_training_images(
     """The painted images that are nearest to a training image, the closest first; called by all processes.
 
     Args:
-        prompts: What was painted, of which the first 2,000 are looked at.
+        prompts: What was painted, of which the first `MOST_PAINTED` are looked at.
         painted: Folder of the painted images.
+        features: `[N, D]` of at least these, in `network`.
         data: That the model was trained on.
         most: Training images that are looked at, drawn at random, always the same ones.
         network: Distances are 1 - cosine of its features.
@@ -51,9 +57,8 @@ def nearest_training_images(
     Raises:
         UserError: The training data cannot be opened.
     """
-    prompts = prompts[:_MOST_PAINTED]
-    files = [painted / prompt.file_name for prompt in prompts]
-    items, distances = _nearest_items(files, data, most, network, image_size, processes)
+    prompts = prompts[:MOST_PAINTED]
+    items, distances = _nearest_items(features[: len(prompts)], data, most, network, image_size, processes)
     if not processes.is_main_process:
         return []
     (output / "nearest").mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,7 @@ def nearest_training_images(
 
 
 def nearest_captions(
-    images: Sequence[Path],
+    features: FeatureArray,
     data: DataConfig,
     most: int,
     network: FeatureNetwork,
@@ -79,28 +84,28 @@ def nearest_captions(
 ) -> list[str]:
     """For each image the caption of the nearest training image: what captions are worth that nobody had to write.
 
-    Arguments, processes and errors as for `nearest_training_images`; `images` are any.
+    Arguments, processes and errors as for `nearest_training_images`; the images are known by their `features` [N, D].
     """
-    items, _ = _nearest_items(images, data, most, network, image_size, processes)
+    items, _ = _nearest_items(features, data, most, network, image_size, processes)
     return [source.captions(index)[0] for source, index in items]
 
 
 def _nearest_items(
-    files: Sequence[Path],
+    features: FeatureArray,
     data: DataConfig,
     most: int,
     network: FeatureNetwork,
     image_size: int,
     processes: PartialState,
 ) -> tuple[list[tuple[CaptionedImages, int]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """The training image that is nearest to each file, as source and index, and 1 - cosine of the two `[N]`."""
+    """The training image that is nearest to each image, as source and index, and 1 - cosine of the two `[N]`."""
     documents = [source.documents for source in open_documents(data, "train")]
     captioned = [images for images in documents if isinstance(images, CaptionedImages)]
     items = [(images, index) for images in captioned for index in range(len(images))]
     items = random.Random(0).sample(items, min(most, len(items)))
-    queries = normalised_features(files, network, image_size, processes)
-    distances = np.full(len(files), np.inf)
-    found = np.zeros(len(files), dtype=np.int64)
+    queries = unit_length(features)
+    distances = np.full(len(queries), np.inf)
+    found = np.zeros(len(queries), dtype=np.int64)
     at_once = max(1, _BYTES_AT_ONCE // (3 * image_size**2))
     for start in range(0, len(items), at_once):
         pictures, places = [], []
@@ -112,7 +117,15 @@ def _nearest_items(
                 _logger.warning("left out of the training images: %s", error)
         if not pictures:
             continue
-        indices, distance = nearest(queries, normalised_features(pictures, network, image_size, processes))
+        theirs = image_features(
+            pictures,
+            network,
+            num_workers=default_num_workers(),
+            image_size=image_size,
+            description="training images",
+            processes=processes,
+        )
+        indices, distance = nearest(queries, unit_length(theirs))
         closer = distance < distances
         distances[closer], found[closer] = distance[closer], np.array(places)[indices[closer]]
     return [items[place] for place in found], distances

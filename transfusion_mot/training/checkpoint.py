@@ -123,15 +123,25 @@ def find_snapshot(path: str) -> Path:
     )
 
 
-def read_run_config(snapshot: Path, given: str | None) -> RunConfig:
+def run_config_file(snapshot: Path) -> Path:
+    """Where the configuration of the run that a snapshot is of lies, if it is still in the folder of its run."""
+    return snapshot.parent.parent / "config.yaml"
+
+
+def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:
     """The configuration of the run that a snapshot is of, or the one that is given instead.
+
+    Args:
+        snapshot: Of the run.
+        given: Path of a configuration, or None.
+        option: What gives it on the command line; for the message.
 
     Raises:
         UserError: There is none, or it is no configuration of train.py.
     """
-    file = Path(given) if given is not None else snapshot.parent.parent / "config.yaml"
+    file = Path(given) if given is not None else run_config_file(snapshot)
     if not file.is_file():
-        raise UserError(f"there is no configuration {file}; give the one that the model was trained with by --config")
+        raise UserError(f"there is no configuration {file}; give the one that the model was trained with by {option}")
     return parse_config(RunConfig, ["--config", str(file)], "")
 
 
