@@ -65,7 +65,9 @@ class Validation:
             result = []
             for bucket, pools in enumerate(sources.image_pools):
                 available = sum(sources.pools[pool].length for pool in pools)
-                num_rows = max(1, wanted * available // total // data.images_per_row)
+                # Of an image in front of its caption there may be a copy.
+                slots_per_image = 2 if data.has_copies and caption_first_prob == 0 else 1
+                num_rows = max(1, wanted * available // total // (data.images_per_row // slots_per_image))
                 if pools:
                     rope, patch_size, draw = (
                         config.model.rope,
@@ -114,6 +116,9 @@ class Validation:
                 yield batch if chunk else batch.emptied()
 
     def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
-        """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
-        batch = dataclasses.replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
+        """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`; copies stay clean."""
+        timesteps = torch.full_like(batch.timesteps, timestep)
+        if batch.copies is not None:
+            timesteps = timesteps.masked_fill(batch.copies, 0.0)
+        batch = dataclasses.replace(batch, timesteps=timesteps)
         return torch.stack([compute_losses(model, batch, self.diffusion).sums.double(), loss_counts(batch)], dim=1)
