@@ -72,10 +72,15 @@ class DataConfig:
         held_out_fraction: Share of each source that is never trained on, chosen by name and `split_seed`.
         split_seed: Seed of the held-out split.
         text_slots: Text slots T of a row.
-        images_per_row: Image slots K of a row.
+        images_per_row: Image slots K of a row; at least 2 where images have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
+            (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
+            noised patches. The copy takes an image slot of its own. An image that ends a caption-first document has
+            none, and no label behind it.
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
-            (0.5 in Transfusion, section 4.3.4).
+            (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
+            there is no limit, and this key says nothing.
         prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
         lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
             tried.
@@ -96,6 +101,7 @@ class DataConfig:
     text_slots: int = 64
     images_per_row: int = 4
     caption_first_prob: float = 0.8
+    image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1
     lookahead: int = 16
@@ -107,6 +113,11 @@ class DataConfig:
     def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every bucket; the square of `image_size` if there are none."""
         return [(height, width) for height, width in self.buckets] or [(self.image_size, self.image_size)]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether what stands behind an image sees a clean copy of it, in an image slot of its own."""
+        return self.image_context == "clean"
 
     @property
     def max_caption_tokens(self) -> int:

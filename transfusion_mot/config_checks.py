@@ -83,6 +83,16 @@ def check_ranges(config: Any) -> None:
     ):
         if (given := value(key)) is not None and given <= 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
+    if value("data.has_copies") and config.data.images_per_row < 2:
+        raise UserError(
+            f"configuration: data.images_per_row is {config.data.images_per_row}; with data.image_context=clean it "
+            "must be at least 2, for an image and its clean copy"
+        )
+    if value("data.has_copies") and value("model.image_attention") == "causal":
+        raise UserError(
+            "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
+            "model.image_attention is causal; set model.image_attention=bidirectional or data.image_context=noised"
+        )
     if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():

@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
 
 
 def loss_counts(batch: Batch) -> Tensor:
-    """[2] float64: labelled tokens, and elements of real images."""
+    """[2] float64: labelled tokens, and elements of real images (not of copies)."""
     tokens = (batch.text_labels != IGNORE_INDEX).sum()
     elements = batch.image_mask.sum() * batch.latents[0, 0].numel()
     return torch.stack([tokens, elements]).double()
@@ -71,6 +71,7 @@ def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_
         rope_positions=batch.rope_positions,
         text_labels=batch.text_labels,
         z_loss_weight=z_loss_weight,
+        copies=batch.copies,
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
     images = diffusion_losses(output.prediction, target, batch.image_mask)

@@ -68,7 +68,9 @@ class Validation:
             result = []
             for bucket, pools in enumerate(sources.image_pools):
                 available = sum(sources.pools[pool].length for pool in pools)
-                num_rows = max(1, wanted * available // total // data.images_per_row)
+                # Of an image in front of its caption there may be a copy.
+                slots_per_image = 2 if data.has_copies and caption_first_prob == 0 else 1
+                num_rows = max(1, wanted * available // total // (data.images_per_row // slots_per_image))
                 if pools:
                     rope, patch_size, draw = (
                         config.model.rope,
@@ -137,5 +139,8 @@ class Validation:
 
 
 def _at(batch: Batch, timestep: float) -> Batch:
-    """With every image at one timestep."""
-    return dataclasses.replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
+    """With every image at one timestep; copies stay clean."""
+    timesteps = torch.full_like(batch.timesteps, timestep)
+    if batch.copies is not None:
+        timesteps = timesteps.masked_fill(batch.copies, 0.0)
+    return dataclasses.replace(batch, timesteps=timesteps)
