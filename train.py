@@ -76,6 +76,7 @@ def main(arguments: list[str]) -> None:
     diffusion = Diffusion(
         make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
         config.diffusion.timestep_distribution,
+        config.diffusion.min_snr_gamma,
     )
 
     # What is read: the main process indexes it, the others then find the index; all encode the images together.
