@@ -26,14 +26,14 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: install
 	$(LAUNCH) train.py --config configs/quickstart.yaml output_dir=$(RUN)
-	rm -rf $(RUN)/painted
+	rm -rf $(RUN)/painted $(RUN)/evaluation
 	$(BIN)/python sample.py --checkpoint $(RUN) --output $(RUN)/painted $(PROMPTS)
 	$(BIN)/python evaluate/benchmark.py --checkpoint $(RUN) --output $(RUN)/evaluation
 	$(BIN)/python sample.py --checkpoint $(RUN) --caption $(RUN)/evaluation/real/00000.png
 	@echo
 	@echo "sample grid:   $(RUN)/painted/grid.png"
 	@echo "loss plot:     $(RUN)/loss.png"
-	@echo "metrics table: $(RUN)/evaluation/metrics.md"
+	@echo "report:        $(RUN)/evaluation/report.html"
 
 demo: install
 	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)

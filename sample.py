@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.diffusion import make_sampling_scheduler
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import load_pipeline
 from transfusion_mot.sampling.options import parse_arguments
@@ -88,11 +89,6 @@ def _lines_of(file: str, state: PartialState) -> list[str]:
         return Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
-
-
-def derived_seed(seed: int, name: str, number: int) -> int:
-    """Seed of the result `number` of `name`; 32 bits are all that torch's CPU generator uses."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{number}\n{name}".encode()).digest()[:4])
 
 
 def plan(prompts: list[str], num_images: int, seed: int) -> list[Item]:

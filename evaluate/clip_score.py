@@ -1,6 +1,7 @@
 """CLIP score of a folder of generated images: how well each matches the text it was made from.
 
     python evaluate/clip_score.py GENERATED_FOLDER --output metrics.json
+    accelerate launch evaluate/clip_score.py GENERATED_FOLDER --clip openai/clip-vit-base-patch32
 
 The folder holds images and a metadata.jsonl with one line an image, as sample.py writes it:
     {"file_name": "000.png", "text": "a red apple"}
@@ -8,35 +9,36 @@ The model is downloaded once from huggingface.co, or taken from a local folder g
 CLIP models cannot be compared; see docs/evaluation.md.
 """
 
-import argparse
-import logging
-import sys
-
-from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.clip_score import DEFAULT_CLIP, clip_scores, load_clip
-from transfusion_mot.evaluation.images import default_num_workers, pick_device, read_prompts
-from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.clip_score import DEFAULT_CLIP, PREFIX, clip_scores, load_clip
+from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.images import default_num_workers, read_prompts
+from transfusion_mot.evaluation.processes import open_processes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="GENERATED_FOLDER", help="images and their metadata.jsonl")
     parser.add_argument("--clip", default=DEFAULT_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model ({DEFAULT_CLIP})")
+    parser.add_argument("--prefix", action="store_true", help=f"put '{PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="processes that decode images")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+    add_device(parser)
+    add_output(parser)
     arguments = parser.parse_args()
     images, texts = read_prompts(arguments.folder)
-    clip = load_clip(arguments.clip, pick_device(arguments.device))
-    metrics = clip_scores(images, texts, clip, arguments.batch_size, arguments.num_workers)
-    print(metrics_table(metrics))
-    if arguments.output:
-        save_metrics(metrics, arguments.output, sys.argv)
+    processes, device = open_processes(arguments.device)
+    metrics = clip_scores(
+        images,
+        texts,
+        load_clip(arguments.clip, device),
+        arguments.batch_size,
+        arguments.num_workers,
+        PREFIX if arguments.prefix else "",
+        processes,
+    )
+    if processes.is_main_process:
+        publish(metrics, arguments.output)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("transfusion_mot").setLevel(logging.INFO)
-    with exit_on_user_error():
-        main()
+    run_command(main)

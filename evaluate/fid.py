@@ -1,57 +1,98 @@
-"""Distance between a folder of real and one of generated images: FID and KID, or FD-EfficientNet without downloads.
+"""Distances between real and generated images: FID, KID, precision, recall, density, coverage, FD-DINOv2, CMMD.
 
-    python evaluate/fid.py REAL_FOLDER GENERATED_FOLDER --output metrics.json
+    python evaluate/fid.py REAL GENERATED --output metrics.json
+    accelerate launch evaluate/fid.py REAL GENERATED --features inception legacy dinov2 clip --cache-dir cache
 
-FID needs the Inception weights inception-2015-12-05.pt: downloaded once, or given with --inception-weights. Without
-them (and with --features efficientnet) the distance is measured in the features of EfficientNet-Lite0 and called
-FD-EfficientNet, which cannot be compared with any FID. Compare numbers only from as many images, and see
-docs/evaluation.md for what else has to agree.
+REAL is a folder, an uncompressed tar file, or an .npz file of statistics (mu, sigma); GENERATED a folder or a tar file.
+Each network needs its weights, downloaded once or given by path:
+    inception     FID in clean-fid's mode clean         --inception-weights inception-2015-12-05.pt
+    legacy        FID in its mode legacy_pytorch        --legacy-weights pt_inception-2015-12-05-6726825d.pth
+    dinov2        FD-DINOv2                             --dinov2-weights model.safetensors
+    clip          CMMD                                  --cmmd-clip FOLDER
+    efficientnet  FD-EfficientNet, no FID; its weights come with a Python package
+    auto          inception if its weights can be had, else efficientnet
+Compare numbers only from as many images, and see docs/evaluation.md for what else has to agree.
 """
 
 import argparse
-import logging
-import sys
+from typing import get_args
 
-from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.features import image_distance, load_feature_network
-from transfusion_mot.evaluation.images import default_num_workers, find_images, pick_device
-from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.features import open_reference
+from transfusion_mot.evaluation.images import default_num_workers, find_images
+from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, load_feature_network
+from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.evaluation.report import Metric
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parse_arguments()
+    real = open_reference(arguments.real)
+    generated = find_images(arguments.generated)
+    processes, device = open_processes(arguments.device)
+    metrics: list[Metric] = []
+    for choice in arguments.features:
+        network = load_feature_network(
+            choice,
+            device,
+            arguments.inception_weights,
+            legacy_weights=arguments.legacy_weights,
+            dinov2=arguments.dinov2,
+            dinov2_weights=arguments.dinov2_weights,
+            clip=arguments.cmmd_clip,
+        )
+        metrics += image_distance(
+            real,
+            generated,
+            network,
+            arguments.batch_size,
+            arguments.num_workers,
+            arguments.image_size,
+            processes,
+            arguments.cache_dir,
+        )
+    if processes.is_main_process:
+        publish(metrics, arguments.output)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__)
     parser.add_argument(
         "real",
-        metavar="REAL_FOLDER",
-        help="real images: those in its metadata.jsonl, else every .png, .jpg, .jpeg and .webp, in subfolders too",
+        metavar="REAL",
+        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg and .webp, in "
+        "subfolders too; a tar file; or statistics (.npz with mu and sigma)",
     )
-    parser.add_argument("generated", metavar="GENERATED_FOLDER", help="generated images, as many as possible")
-    parser.add_argument("--features", choices=["auto", "inception", "efficientnet"], default="auto")
+    parser.add_argument("generated", metavar="GENERATED", help="generated images, as many as possible")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        choices=get_args(FeatureChoice),
+        default=["auto"],
+        help="networks to compare images in (auto)",
+    )
     parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")
+    parser.add_argument("--legacy-weights", metavar="FILE", help="local path of pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument("--dinov2", default=DEFAULT_DINOV2, metavar="NAME", help=f"network of timm ({DEFAULT_DINOV2})")
+    parser.add_argument("--dinov2-weights", metavar="FILE", help="local path of its weights")
+    parser.add_argument(
+        "--cmmd-clip", default=DEFAULT_CMMD_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model ({DEFAULT_CMMD_CLIP})"
+    )
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
         help="cut the centre square of every image and resize it to this size first, as training does; without it "
-        "images are taken as they are, so both folders should be of one size",
+        "images are taken as they are, so both sides should be of one size",
     )
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="processes that decode images")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
-    arguments = parser.parse_args()
-    real, generated = find_images(arguments.real), find_images(arguments.generated)
-    network = load_feature_network(arguments.features, pick_device(arguments.device), arguments.inception_weights)
-    metrics = image_distance(
-        real, generated, network, arguments.batch_size, arguments.num_workers, arguments.image_size
-    )
-    print(metrics_table(metrics))
-    if arguments.output:
-        save_metrics(metrics, arguments.output, sys.argv)
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("transfusion_mot").setLevel(logging.INFO)
-    with exit_on_user_error():
-        main()
+    run_command(main)

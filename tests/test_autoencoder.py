@@ -1,5 +1,6 @@
 """The autoencoder: its normalisation, loading, and training at toy size."""
 
+import dataclasses
 import json
 import math
 import re
@@ -278,6 +279,18 @@ def test_training_is_reproducible(drawings, tmp_path):
         train_autoencoder(toy_config(drawings, tmp_path / name, num_steps=5), torch.device("cpu"))
         fingerprints.append(Autoencoder.load(str(tmp_path / name), "cpu").fingerprint)
     assert fingerprints[0] == fingerprints[1]
+
+
+def test_training_goes_on_from_another_autoencoder(trained, drawings, tmp_path):
+    begun, _ = trained
+    # So short a step that nothing but the beginning is left.
+    config = toy_config(drawings, tmp_path / "on", init_from=str(begun), num_steps=1, lr=1e-12, save_dtype="float32")
+    train_autoencoder(config, torch.device("cpu"))
+    first, second = (Autoencoder.load(str(folder), "cpu").vae.state_dict() for folder in (begun, tmp_path / "on"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="has other sizes than the configuration"):
+        train_autoencoder(dataclasses.replace(config, latent_channels=3), torch.device("cpu"))
 
 
 def test_training_with_a_discriminator_runs(drawings, tmp_path):

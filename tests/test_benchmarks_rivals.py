@@ -7,7 +7,7 @@ import torch
 from conftest import DENSE, make_rows, tiny_config, tiny_model
 
 from benchmarks.gather_scatter import GatherScatterMoT, reading_order
-from transfusion_mot.config import TowerConfig
+from transfusion_mot.config import DataConfig, RunConfig, TowerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -110,3 +110,28 @@ def test_transfusion_pytorch_trains_on_the_slots_that_are_counted() -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert contender.biggest_batch(9) == 8
     assert contender.tokens_per_step == 8 * 124
+
+
+def test_transfusion_pytorch_learns_paints_and_captions() -> None:
+    pytest.importorskip("transfusion_pytorch")
+    from benchmarks.transfusion_pytorch_quality import Captioned, Peer
+
+    torch.manual_seed(0)
+    # Two pictures with captions of their own, of which one token is the whole difference.
+    mean = torch.stack([torch.full((4, 4, 4), value) for value in (-1.0, 1.0)])
+    captions = [[torch.tensor([10, 20])], [torch.tensor([10, 30])]]
+    data = Captioned(mean, torch.full_like(mean, 0.01), captions)
+    config = RunConfig(data=DataConfig(caption_first_prob=0.5))
+    peer = Peer(config, 40, mean.shape[1:], 64, 2, 3e-3, torch.device("cpu"))
+    latents = torch.randn(3, 4, 4, 4)
+    assert peer.patches(latents).shape == (3, 2, 2, 16)
+    assert torch.equal(peer.latents(peer.patches(latents)), latents)
+    kinds = [torch.is_floating_point(document[0]) for document in peer.documents(data, 200)]
+    assert 60 < sum(kinds) < 140
+
+    peer.averaged.beta, peer.averaged.update_after_step, peer.averaged.update_every = 0.9, 0, 1
+    assert peer.train(data, 0.25, 16) > 20
+    painted = peer.paint([captions[0][0], captions[1][0]], 4, 1.0)
+    assert painted.shape == (2, 4, 4, 4)
+    assert painted[0].mean() < painted[1].mean()
+    assert peer.caption(mean, 5) == [[10, 20], [10, 30]]

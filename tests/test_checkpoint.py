@@ -15,10 +15,17 @@ from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import StateWriter, load_all, load_progress, load_tensors, state_tensors
 
 
-def save(run: Path, *steps: int, keep_last: int = 2, keep_every: int = 0, **tensors: torch.Tensor) -> None:
+def save(
+    run: Path,
+    *steps: int,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    best_step: int | None = None,
+    **tensors: torch.Tensor,
+) -> None:
     with StateWriter(run, keep_last, keep_every) as writer:
         for step in steps:
-            writer.save(step, tensors or {"lanes": torch.full((2,), step)}, {"step": step})
+            writer.save(step, tensors or {"lanes": torch.full((2,), step)}, {"step": step}, best_step)
 
 
 def trained(steps: int, **settings) -> tuple[torch.nn.Module, EMA, torch.optim.Optimizer]:
@@ -81,6 +88,14 @@ def test_states_and_snapshots_of_every_so_many_steps_are_kept(tmp_path: Path) ->
         save(tmp_path, step, keep_last=1, keep_every=6)
     for folder in ("state", "snapshots"):
         assert sorted(int(path.name[5:]) for path in (tmp_path / folder).iterdir()) == [6, 12]
+
+
+def test_snapshot_of_the_best_step_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        (tmp_path / "snapshots" / f"step-{step:07d}").mkdir(parents=True)
+        save(tmp_path, step, keep_last=1, best_step=2 if step > 2 else step)
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "snapshots").iterdir()) == [2, 5]
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "state").iterdir()) == [5]
 
 
 def test_states_are_ordered_by_number_beyond_seven_digits(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
+from process_group import run_processes
 from safetensors.torch import load_file, save_file
 from tiny_clip import save_tiny_clip
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
@@ -11,9 +13,13 @@ from transformers import BertConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.clip_score import clip_cosines, clip_scores, load_clip
+from transfusion_mot.evaluation.clip_score import clip_embeddings, clip_scores, load_clip, retrieved
 
 CPU = torch.device("cpu")
+
+
+def clip_cosines(*arguments, **options):
+    return clip_embeddings(*arguments, **options).cosines()
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +53,54 @@ def test_cosines_equal_the_models_forward_pass(tiny_clip, clip, pairs):
 def test_scores_on_three_scales(clip, pairs):
     images, texts = pairs
     cosines = clip_cosines(images, texts, clip)
-    raw, percent, hessel = clip_scores(images, texts, clip)
+    raw, percent, hessel, _ = clip_scores(images, texts, clip)
     assert cosines.min() < 0 < cosines.max()
     assert raw.value == pytest.approx(cosines.mean())
     assert percent.value == pytest.approx(100 * cosines.mean())
     assert hessel.value == pytest.approx(2.5 * np.maximum(cosines, 0).mean())
     assert raw.protocol["images"] == 15
     assert raw.protocol["weights"].startswith("sha256 ")
+    assert raw.scores == pytest.approx(cosines)
+    assert raw.interval[0] < raw.value < raw.interval[1]
+
+
+def test_a_prefix_is_part_of_the_text(clip, pairs):
+    images, texts = pairs
+    written = clip_cosines(images, [f"A photo depicts {text}" for text in texts], clip)
+    np.testing.assert_allclose(clip_cosines(images, texts, clip, prefix="A photo depicts "), written, atol=1e-6)
+    score = clip_scores(images, texts, clip, prefix="A photo depicts ")[0]
+    assert score.protocol["text prefix"] == "A photo depicts "
+    assert score.value == pytest.approx(written.mean())
+
+
+def test_retrieval_among_the_texts(tiny_clip, clip, pairs):
+    images, texts = pairs
+    # Two images of one text: either is right with it.
+    texts = [*texts[:-1], texts[0]]
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+    with torch.inference_mode():
+        logits = model(**processor(text=texts, images=images, padding=True, return_tensors="pt")).logits_per_image
+    expected = [texts[best] == text for best, text in zip(logits.argmax(1).tolist(), texts, strict=True)]
+    embeddings = clip_embeddings(images, texts, clip)
+    assert retrieved(embeddings, texts).tolist() == expected
+    score = clip_scores(images, texts, clip)[-1]
+    assert score.value == pytest.approx(np.mean(expected))
+    assert score.protocol["among texts"] == 14
+    # An embedding of its own text for every image is always right.
+    own = type(embeddings)(embeddings.texts, embeddings.texts)
+    assert retrieved(own, texts).all()
+
+
+def test_two_processes_give_the_scores_of_one(tiny_clip, clip, pairs, tmp_path):
+    images, texts = pairs
+    alone = np.array([metric.scores for metric in clip_scores(images, texts, clip)])
+    for values in run_processes(_scores, 2, {}, tmp_path, str(tiny_clip), images, texts):
+        np.testing.assert_allclose(values, alone, atol=1e-4)
+
+
+def _scores(tiny_clip, images, texts):
+    metrics = clip_scores(images, texts, load_clip(tiny_clip, CPU), 4, processes=PartialState(cpu=True))
+    return np.array([metric.scores for metric in metrics])
 
 
 class _TensorClip(CLIPModel):

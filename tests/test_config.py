@@ -15,7 +15,9 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
-    path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate"
+    path.relative_to(ROOT)
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("accelerate", "eval")
 )
 
 

@@ -9,15 +9,20 @@ import pytest
 import torch
 from cleanfid import fid as cleanfid
 from cleanfid.features import feature_extractor
+from cleanfid.resize import make_resizer
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import features as features_module
-from transfusion_mot.evaluation.features import image_distance, image_features, load_feature_network
+from transfusion_mot.evaluation import inception
+from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.feature_network import clean_resize
+from transfusion_mot.evaluation.features import feature_set, image_features
 from transfusion_mot.evaluation.images import find_images, load_rgb, pick_device, read_prompts
+from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.weights import file_sha256
 
 CPU = torch.device("cpu")
 
@@ -62,7 +67,7 @@ def inception_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(Whole()).save(str(path))
-    monkeypatch.setattr(features_module, "INCEPTION_SHA256", features_module._sha256(path))
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", file_sha256(path))
     return path
 
 
@@ -83,6 +88,17 @@ def _cleanfid_inception(path):
     from cleanfid.inception_torchscript import InceptionV3W
 
     return InceptionV3W(str(path.parent), download=False)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (299, 299), (300, 301), (640, 427), (37, 900)])
+def test_resize_equals_clean_fid(size):
+    # Noise, where every pixel of the kernel shows, and where clean-fid clips.
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = make_resizer("PIL", quantize_after=False, filter="bicubic", output_size=(299, 299))(image)
+    ours = clean_resize(torch.from_numpy(image)[None], 299)[0].permute(1, 2, 0).numpy()
+    # Pillow computes the kernel's places in float64, torch in float32.
+    np.testing.assert_allclose(ours, expected, atol=1e-2)
+    assert np.abs(ours - expected).mean() < 1e-3
 
 
 def test_efficientnet_features_equal_the_package(folder, efficientnet):
@@ -124,15 +140,18 @@ def test_distance_equals_torchmetrics(folder, efficientnet):
     images = find_images(folder)
     metric = FrechetInceptionDistance(feature=_WithSize(efficientnet.module), input_img_size=(3, 224, 224))
     for index, path in enumerate(images):
-        metric.update(efficientnet.prepare(load_rgb(path))[None], real=index < 6)
-    frechet, kernel = image_distance(images[:6], images[6:], efficientnet)
+        metric.update(efficientnet.prepare(torch.tensor(load_rgb(path))[None]), real=index < 6)
+    metrics = image_distance(images[:6], images[6:], efficientnet)
+    frechet, kernel, precision, *_ = metrics
     assert frechet.value == pytest.approx(metric.compute().item(), rel=1e-4)
     assert (frechet.name, kernel.name) == ("FD-EfficientNet", "KD-EfficientNet")
     assert frechet.protocol["real"] == frechet.protocol["generated"] == 6
     assert frechet.protocol["weights"] == "sha256 579344248a93"
-    assert "FID" not in metrics_table([frechet, kernel])
+    assert precision.name == "precision (EfficientNet)"
+    assert precision.protocol["nearest neighbours"] == 3
+    assert "FID" not in metrics_table(metrics)
     shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
-    for ours, other in zip((frechet, kernel), image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
+    for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
         assert ours.value == pytest.approx(other.value, rel=1e-5)
 
 
@@ -249,13 +268,23 @@ def test_report(folder, efficientnet, tmp_path):
     saved = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert saved["command"] == "evaluate/fid.py 'a folder'"
     assert [entry["value"] for entry in saved["metrics"]] == [metric.value for metric in metrics]
-    assert saved["metrics"][1]["protocol"]["subsets"] == "100 of 4"
+    assert saved["metrics"][1]["protocol"]["pairs"] == "all"
     assert saved["metrics"][0]["protocol"]["image size"] == 32
     table = metrics_table(metrics).splitlines()
     assert len(table) == 4
     assert "real: 4, generated: 8" in table[2]
-    assert "as above, subsets: 100 of 4" in table[3]
+    assert "as above, pairs: all" in table[3]
     with pytest.raises(UserError, match="cannot write"):
         save_metrics(metrics, images[0] / "metrics.json", [])
-    with pytest.raises(UserError, match="1 generated"):
+    with pytest.raises(UserError, match="there are 1"):
         image_distance(images, images[:1], efficientnet)
+
+
+def test_features_of_some_images_are_found_in_a_set(folder, efficientnet, tmp_path):
+    images = find_images(folder)
+    wanted = [images[7], images[0], images[3]]
+    expected = image_features(wanted, efficientnet)
+    for _ in ("computed", "from the cache"):
+        found = feature_set(images[::-1], efficientnet, cache_dir=tmp_path)
+        np.testing.assert_allclose(found.of(wanted), expected, atol=1e-4)
+        assert found.of([*wanted, tmp_path / "other.png"]) is None

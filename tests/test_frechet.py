@@ -1,15 +1,20 @@
-"""Distances between feature sets, against closed forms and against clean-fid, torchmetrics and SciPy."""
+"""Frechet distances between feature sets, against closed forms and against clean-fid, torchmetrics and SciPy."""
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from cleanfid import fid as cleanfid
 from torchmetrics.image.fid import _compute_fid
-from torchmetrics.image.kid import poly_mmd
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance, kernel_distance
+from transfusion_mot.evaluation.frechet import (
+    Gaussian,
+    GaussianStatistics,
+    extrapolated_distance,
+    frechet_distance,
+)
 
 
 def _features(count, num_features, seed):
@@ -72,29 +77,35 @@ def test_streamed_moments_equal_numpy_far_from_zero(batch_size):
     np.testing.assert_allclose(gaussian.covariance, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-10)
 
 
-def test_kernel_distance_of_whole_sets_equals_official_implementations():
-    x, y = _features(200, 32, 0), _features(200, 32, 1)
-    distance = kernel_distance(x, y)
-    assert (distance.num_subsets, distance.subset_size) == (1, 200)
-    assert distance.mean == pytest.approx(cleanfid.kernel_distance(x, y, num_subsets=1), rel=1e-5)
-    by_torchmetrics = poly_mmd(torch.from_numpy(x).double(), torch.from_numpy(y).double())
-    assert distance.mean == pytest.approx(by_torchmetrics.item(), rel=1e-10)
+def test_extrapolation_finds_the_distance_of_infinitely_many():
+    # Samples of the reference itself: all of their distance is bias, which falls as 1/N.
+    reference = Gaussian(np.zeros(32), np.eye(32))
+    features = np.random.default_rng(0).normal(size=(4000, 32))
+    whole = frechet_distance(reference, _gaussian(features))
+    found = extrapolated_distance(reference, features)
+    assert found.smallest == 2000
+    assert found.slope == pytest.approx(4000 * whole, rel=0.2)
+    assert abs(found.distance) < 0.2 * whole
+    assert found == extrapolated_distance(reference, features)
+    assert extrapolated_distance(reference, features[:63]) is None
 
 
-def test_kernel_distance_by_subsets():
-    x, y = _features(400, 32, 0), _features(300, 32, 1)
-    whole = poly_mmd(torch.from_numpy(x[:300]).double(), torch.from_numpy(y).double()).item()
-    distance = kernel_distance(x, y, num_subsets=50, max_subset_size=100)
-    assert (distance.num_subsets, distance.subset_size) == (50, 100)
-    assert abs(distance.mean - whole) < 4 * distance.std / 50**0.5
-    assert distance == kernel_distance(x, y, num_subsets=50, max_subset_size=100)
-    # Unbiased: sets of one distribution are at zero on average, not at a small positive distance.
-    same = kernel_distance(_features(2000, 32, 0), _features(4000, 32, 0)[2000:], num_subsets=50, max_subset_size=100)
-    assert abs(same.mean) < 0.05 * distance.mean
+def test_extrapolation_equals_the_published_recipe():
+    features = _features(300, 32, 1)
+    reference = _gaussian(_features(400, 32, 0))
+    generator = np.random.default_rng(0)
+    sizes = np.linspace(150, 300, 15).astype(np.int32)
+    distances = []
+    for size in sizes:
+        chosen = features[generator.choice(300, size, replace=False)].astype(np.float64)
+        moments = reference.mean, reference.covariance, chosen.mean(0), np.cov(chosen, rowvar=False)
+        distances.append(_compute_fid(*map(torch.from_numpy, moments)).item())
+    line = scipy.stats.linregress(1 / sizes, distances)
+    found = extrapolated_distance(reference, features)
+    assert found.distance == pytest.approx(line.intercept, rel=1e-5)
+    assert found.slope == pytest.approx(line.slope, rel=1e-4)
 
 
 def test_one_image_is_refused():
     with pytest.raises(UserError, match="at least 2 images"):
         _gaussian(_features(1, 4, 0))
-    with pytest.raises(UserError, match="at least 2 images"):
-        kernel_distance(_features(1, 4, 0), _features(5, 4, 0))

@@ -57,13 +57,17 @@ def on_gpu(inputs):
     return {name: value.cuda() for name, value in inputs.items()}
 
 
-def slots_of(inputs) -> SlotIds:
-    return SlotIds.from_spans(inputs["document_ids"], inputs["order"], inputs["span_ids"])
+def slots_of(inputs, clean: bool = False) -> SlotIds:
+    """With clean context every other image is a copy."""
+    is_copy = torch.arange(inputs["timesteps"].shape[1], device=inputs["order"].device) % 2 == 1
+    copies = is_copy.expand(inputs["timesteps"].shape) if clean else None
+    return SlotIds.from_spans(inputs["document_ids"], inputs["order"], inputs["span_ids"], copies)
 
 
+@pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("length", [256, 200])
-def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int) -> None:
-    slots = slots_of(on_gpu(rows_for(length).inputs))
+def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int, clean: bool) -> None:
+    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
     mask = training_mask(slots, "flex")
     assert isinstance(mask, BlockMask)
     dense = dense_mask(slots, slots)
@@ -81,13 +85,16 @@ def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int) -> Non
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(
-    ("length", "heads", "kv_heads", "head_dim"),
-    [(256, 4, 4, 64), (256, 4, 2, 128), (200, 4, 2, 64), (200, 4, 4, 128), (100, 4, 1, 32), (24, 2, 2, 32)],
+    ("length", "heads", "kv_heads", "head_dim", "clean"),
+    [
+        *((256, 4, 4, 64, False), (256, 4, 2, 128, False), (200, 4, 2, 64, False), (200, 4, 4, 128, False)),
+        *((100, 4, 1, 32, False), (24, 2, 2, 32, False), (256, 4, 2, 64, True), (200, 4, 2, 64, True)),
+    ],
 )
 def test_flex_attention_equals_dense_attention_with_gradients(
-    length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
+    length: int, heads: int, kv_heads: int, head_dim: int, clean: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    slots = slots_of(on_gpu(rows_for(length).inputs))
+    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
     rows = slots.order.shape[0]
     generator = torch.Generator("cuda").manual_seed(0)
 

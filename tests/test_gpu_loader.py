@@ -39,7 +39,7 @@ def test_rows_arrive_without_waiting(byte_tokenizer) -> None:
     on_gpu = read(packer, None)
     on_host = [batch for batch, _ in LaneLoader(packer, 0, 1, 0, None, 0, 4, torch.device("cpu"))]
     for one, two in zip(on_gpu, on_host, strict=True):
-        for name, value in vars(one).items():
+        for name, value in one.tensors().items():
             assert value.device == CUDA
             assert torch.equal(value.cpu(), getattr(two, name)), name
 

@@ -91,12 +91,16 @@ def test_suggested_layouts_keep_the_budget_and_begin_with_the_best(folder, rando
     assert pads == sorted(pads)
     assert pads[0] < inspection.layout(96, 2).pad_fraction
     assert inspection.suggested(20, 24, 12.0) == []
+    clean = inspection_of(folder, random_vae, "data.image_context=clean").suggested(160, 24, 16.0)
+    assert min(layout.images_per_row for layout in clean) >= 2
+    assert all(layout.mean_images < layout.images_per_row for layout in clean), "copies are no images"
     half = inspection_of(folder, random_vae, texts=True).suggested(96, 24, 12.0)[0]
     assert (half.text_slots + 4 * half.images_per_row, half.images_per_row) == (96, 12)
 
 
-def test_thumbnails_are_the_images_of_the_row(folder, random_vae):
-    inspection = inspection_of(folder, random_vae)
+@pytest.mark.parametrize("image_context", ["noised", "clean"])
+def test_thumbnails_are_the_images_of_the_row(folder, random_vae, image_context):
+    inspection = inspection_of(folder, random_vae, f"data.image_context={image_context}")
     _, batch, _ = inspection.pack(inspection.data, 8)
     for row in batch.split(1):
         thumbnails = thumbnails_of(row, inspection.sources)
@@ -105,17 +109,21 @@ def test_thumbnails_are_the_images_of_the_row(folder, random_vae):
             for document in range(int(row.document_ids.max()) + 1)
         }
         for slot, thumbnail in enumerate(thumbnails):
-            assert (thumbnail is not None) == bool(row.image_mask[0, slot])
+            assert (thumbnail is not None) == bool(row.document_ids[0, 48 + 4 * slot] >= 0)
             if thumbnail is not None:
                 number = int(thumbnail[0, 0, 0]) // 20
                 # Without a caption where the prompt was dropped.
                 assert {b"abcdefghijklmnopqrstuvwxyz"[: LENGTHS[number]], b""} & captions
 
 
-def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae):
-    inspection = inspection_of(folder, random_vae, texts=True)
+@pytest.mark.parametrize("image_context", ["noised", "clean"])
+def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae, image_context):
+    clean = image_context == "clean"
+    more = f"data.image_context={image_context}", "data.caption_first_prob=0.5"
+    inspection = inspection_of(folder, random_vae, *more, texts=True)
     _, batch, _ = inspection.pack(inspection.data, 8)
-    row = batch.split(1)[0]
+    rows = batch.split(1)
+    row = next(row for row in rows if row.copies.any()) if clean else rows[0]
     green = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (1, 250, 3), dtype=np.uint8)
     draw_row(row, inspection.tokenizer, [green] * 3, "a row", folder / "row.png")
     pixels = np.asarray(Image.open(folder / "row.png"))
@@ -128,14 +136,19 @@ def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae):
     ids, order, spans = (getattr(row, name)[0].tolist() for name in ("document_ids", "order", "span_ids"))
     slots = sorted((slot for slot, document in enumerate(ids) if document >= 0), key=lambda s: (ids[s], order[s]))
     text, text_to_image, image_to_text, image = (52, 101, 164), (158, 190, 228), (249, 200, 158), (232, 126, 46)
-    right = 0
+    right = hidden_cells = 0
     for y, q in enumerate(slots):
         for x, k in enumerate(slots):
-            attends = ids[q] == ids[k] and (order[k] <= order[q] or spans[q] == spans[k] >= 0)
+            is_hidden = clean and spans[k] >= 0 and not row.copies[0, spans[k]]
+            before = ids[q] == ids[k] and (order[k] <= order[q] or spans[q] == spans[k] >= 0)
+            attends = before and (spans[q] == spans[k] or not is_hidden)
             colours = ((text, text_to_image), (image_to_text, image))[spans[q] >= 0]
             expected = colours[spans[k] >= 0] if attends else (250, 250, 250)
             centre = (np.array([y, x]) + 0.5) * square.shape[:2] / len(slots)
-            right += tuple(square[tuple(centre.astype(int))]) == expected
+            is_right = tuple(square[tuple(centre.astype(int))]) == expected
+            right += is_right
+            hidden_cells += is_right and before and not attends
+    assert (hidden_cells > 0) == clean
     assert right > 0.97 * len(slots) ** 2, "but for the numbers of the documents, which lie over some cells"
 
 

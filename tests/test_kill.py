@@ -22,7 +22,7 @@ NUM_STEPS, NUM_KILLS = 400, 20
 
 def row_hashes(batch: Batch) -> list[str]:
     return [
-        hashlib.sha256(b"".join(value[row].numpy().tobytes() for value in vars(batch).values())).hexdigest()[:16]
+        hashlib.sha256(b"".join(value[row].numpy().tobytes() for value in batch.tensors().values())).hexdigest()[:16]
         for row in range(len(batch.text_ids))
     ]
 

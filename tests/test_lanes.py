@@ -143,7 +143,7 @@ NUM_LANES, NUM_STEPS = 4, 7
 WORDS = ["a", "an octopus in the sea", "the quick brown fox jumps over the lazy dog and is gone", "sun"]
 
 
-def mixed_packer(tokenizer) -> Packer:
+def mixed_packer(tokenizer, image_context: str = "noised") -> Packer:
     """Captions in two buckets, interleaved documents longer than a row, texts longer than a row."""
     sources = Sources(
         [
@@ -153,7 +153,7 @@ def mixed_packer(tokenizer) -> Packer:
         ],
         [(CHANNELS, 4, 4), (CHANNELS, 4, 4)],
     )
-    config = DataConfig(text_slots=26, images_per_row=3, lookahead=3, random_flip=True)
+    config = DataConfig(text_slots=26, images_per_row=3, lookahead=3, random_flip=True, image_context=image_context)
     return Packer(sources, tokenizer, config, "3d", 2, NUM_LANES, 5, lambda uniform: uniform)
 
 
@@ -169,21 +169,27 @@ def steps_of(packer_of, world_size: int, workers: int, states=None, first_step: 
     ]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(byte_tokenizer):
-    return steps_of(lambda: mixed_packer(byte_tokenizer), 1, 0)
+@pytest.fixture(scope="module", params=["noised", "clean"])
+def uninterrupted(request, byte_tokenizer):
+    """What makes packers, and what comes of them."""
+
+    def packer() -> Packer:
+        return mixed_packer(byte_tokenizer, request.param)
+
+    return packer, steps_of(packer, 1, 0)
 
 
 @given(stops=st.sets(st.integers(1, NUM_STEPS - 1)), data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_stream_is_the_same_however_it_is_interrupted_and_shared(byte_tokenizer, uninterrupted, stops, data) -> None:
+def test_stream_is_the_same_however_it_is_interrupted_and_shared(uninterrupted, stops, data) -> None:
+    packer, whole = uninterrupted
     first, states = 0, None
     for stop in [*sorted(stops), NUM_STEPS]:
         world_size = data.draw(st.sampled_from([1, 2, 4]))
-        steps = steps_of(lambda: mixed_packer(byte_tokenizer), world_size, 0, states, first)[: stop - first]
-        for (batch, after), (expected, expected_after) in zip(steps, uninterrupted[first:stop], strict=True):
+        steps = steps_of(packer, world_size, 0, states, first)[: stop - first]
+        for (batch, after), (expected, expected_after) in zip(steps, whole[first:stop], strict=True):
             assert torch.equal(after, expected_after)
-            for name, value in vars(batch).items():
+            for name, value in batch.tensors().items():
                 assert torch.equal(value, getattr(expected, name)), name
         # Through a file, as a checkpoint does it.
         file = io.BytesIO()
@@ -193,10 +199,11 @@ def test_stream_is_the_same_however_it_is_interrupted_and_shared(byte_tokenizer,
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 4), (2, 2)])
-def test_workers_give_the_same_stream(byte_tokenizer, uninterrupted, world_size: int, workers: int) -> None:
+def test_workers_give_the_same_stream(uninterrupted, world_size: int, workers: int) -> None:
+    packer, whole = uninterrupted
     for first in (0, 3):
-        states = uninterrupted[first - 1][1] if first else None
-        steps = steps_of(lambda: mixed_packer(byte_tokenizer), world_size, workers, states, first)
-        for (batch, after), (expected, expected_after) in zip(steps, uninterrupted[first:], strict=True):
+        states = whole[first - 1][1] if first else None
+        steps = steps_of(packer, world_size, workers, states, first)
+        for (batch, after), (expected, expected_after) in zip(steps, whole[first:], strict=True):
             assert torch.equal(after, expected_after)
-            assert all(torch.equal(value, getattr(expected, name)) for name, value in vars(batch).items())
+            assert all(torch.equal(value, getattr(expected, name)) for name, value in batch.tensors().items())

@@ -41,7 +41,7 @@ def steps_of(
 
 
 def assert_equal(one: Batch, two: Batch) -> None:
-    for name, value in vars(one).items():
+    for name, value in one.tensors().items():
         assert torch.equal(value, getattr(two, name)), name
 
 

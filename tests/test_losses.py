@@ -263,5 +263,5 @@ def test_splitting_and_joining_a_batch_loses_nothing() -> None:
     parts = batch.split(3)
     assert [len(part.text_ids) for part in parts] == [3, 3, 2]
     again = Batch.cat(parts)
-    assert all(torch.equal(getattr(again, name), value) for name, value in vars(batch).items())
+    assert all(torch.equal(getattr(again, name), value) for name, value in batch.tensors().items())
     assert batch.image_mask.sum() == 8

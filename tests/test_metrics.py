@@ -177,8 +177,22 @@ def test_validation_lines_have_their_prefix(accelerator, tmp_path: Path) -> None
         "validation/text_loss": 1.0,
         "validation/caption_loss": 2.0,
         "validation/diffusion_loss": 3.0,
+        "validation/loss": 1.0 + 2.0 * 3.0,
     }
-    assert " ".join(shown.split()) == "step 7 held-out text_loss 1.0000 caption_loss 2.0000 diffusion_loss 3.0000"
+    text = "step 7 held-out text_loss 1.0000 caption_loss 2.0000 diffusion_loss 3.0000 (lowest so far)"
+    assert " ".join(shown.split()) == text
+
+
+def test_lowest_held_out_loss_is_known_also_to_a_run_that_goes_on(accelerator, tmp_path: Path) -> None:
+    log = make_log(accelerator, tmp_path)
+    assert log.best is None
+    for step, text in ((2, 3.0), (4, 1.0), (6, 2.0), (8, 0.5)):
+        shown = log.write_validation(step, {"text_loss": text, "diffusion_loss": 1.0})
+        assert ("lowest" in shown) == (step != 6)
+    assert log.best == (2.5, 8)
+    again = make_log(accelerator, tmp_path, first_step=6)
+    assert again.best == (3.0, 4)
+    assert "lowest" not in again.write_validation(8, {"text_loss": 1.0, "diffusion_loss": 1.0})
 
 
 @pytest.mark.parametrize("validate_at", [3, 4])

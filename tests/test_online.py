@@ -42,9 +42,11 @@ def batches(data: DataConfig, autoencoder: Autoencoder, tokenizer, batch_size: i
     return [batch for batch, _ in LaneLoader(packer, 0, 1, data.num_workers, None, 0, 4, CPU, encoder)]
 
 
-@pytest.mark.parametrize(("flip", "workers"), [(False, 0), (True, 2)])
+@pytest.mark.parametrize(
+    ("flip", "workers", "image_context"), [(False, 0, "noised"), (True, 2, "noised"), (False, 0, "clean")]
+)
 def test_batches_from_pixels_are_those_from_a_cache(
-    byte_tokenizer, random_vae: Path, tmp_path: Path, flip: bool, workers: int
+    byte_tokenizer, random_vae: Path, tmp_path: Path, flip: bool, workers: int, image_context: str
 ) -> None:
     members = shard(range(0, 200, 20), "png")
     gradient = np.zeros((20, 24, 3), dtype=np.uint8) + np.arange(0, 240, 10, dtype=np.uint8)[None, :, None]
@@ -52,12 +54,12 @@ def test_batches_from_pixels_are_those_from_a_cache(
         members[name] = encoded(gradient)
     write_tar(tmp_path / "images.tar", members)
     autoencoder = Autoencoder.load(str(random_vae), CPU)
-    changes = {"random_flip": flip, "num_workers": workers}
+    changes = {"random_flip": flip, "num_workers": workers, "image_context": image_context}
     cached = batches(data_of(tmp_path / "images.tar", tmp_path / "cache", **changes), autoencoder, byte_tokenizer)
     online = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online", **changes)
     from_pixels = batches(online, autoencoder, byte_tokenizer, batch_size=5)
     for one, two in zip(cached, from_pixels, strict=True):
-        for name, value in vars(one).items():
+        for name, value in one.tensors().items():
             if name == "latents":
                 torch.testing.assert_close(value, two.latents, rtol=2e-3, atol=2e-3)
             else:

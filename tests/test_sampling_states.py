@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import documents_of, sources_of
+from conftest import documents_of, numbered_images, sources_of
 from test_packing import read_row
 from test_sampling import LATENT_CHANNELS, tiny_model
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models import mot
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
@@ -60,10 +61,70 @@ def test_cached_states_are_those_of_training(byte_tokenizer, monkeypatch, archit
                     session.read([row])
                     session.read_images([row], noisy_latents[:, span], float(timesteps[0, span]))
     session.read(list(range(len(documents))))
+    compare(session, trained, [[slot for slot, _, _ in slots] for slots in documents])
 
+
+def compare(session: Session, trained: list[tuple[torch.Tensor, torch.Tensor]], documents: list[list[int]]) -> None:
+    """Keys and values of the cache with those of the slots of documents in a row, in all layers."""
     for layer, (keys, values) in enumerate(trained):
-        for row, slots in enumerate(documents):
-            places = [slot for slot, _, _ in slots]
+        for row, places in enumerate(documents):
             for cached, expected in ((session.cache.keys, keys), (session.cache.values, values)):
                 held = cached[layer, row, : len(places)]
                 torch.testing.assert_close(held, expected[:, places].transpose(0, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"rope": "1d", "num_kv_heads": 2}])
+@torch.no_grad()
+def test_with_clean_context_states_and_predictions_are_those_of_training(byte_tokenizer, monkeypatch, architecture):
+    """Nothing is set for it: rows as they are trained on, with every image at its own timestep."""
+    model = tiny_model(byte_tokenizer.vocab_size, **architecture)
+    config = DataConfig(text_slots=160, images_per_row=18, image_context="clean", caption_first_prob=0.5)
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
+    sources = sources_of(documents_of(DOCUMENTS), numbered_images(["fox", "moon", "a car"]))
+    rope, draw = model.architecture.rope, diffusion.timesteps_from_uniform
+    packer = Packer(sources, byte_tokenizer, config, rope, 2, 1, 0, draw)
+    batch = packer.rows([0], 0, packer.initial_state()[None])[0].batch
+    latents = torch.randn(1, 18, LATENT_CHANNELS, 4, 4, dtype=torch.float64)
+    latents = torch.where(batch.copies[:, :, None, None, None], latents.roll(1, 1), latents)
+    timesteps = batch.timesteps.double()
+    noisy_latents = diffusion.add_noise(latents, batch.noise.double(), timesteps)
+
+    trained = []
+    attend = mot.joint_attention
+    monkeypatch.setattr(
+        mot, "joint_attention", lambda q, k, v, mask: trained.append((k[0], v[0])) or attend(q, k, v, mask)
+    )
+    names = ("document_ids", "order", "span_ids", "rope_positions", "copies")
+    output = model(batch.text_ids, noisy_latents, timesteps, **{name: getattr(batch, name) for name in names})
+
+    documents = read_row(batch, 160)
+    session = Session(model, Workspace(), len(documents), 160, torch.device("cpu"))
+    places: list[list[int]] = []
+    painted, read = 0, 0
+    for row, slots in enumerate(documents):
+        places.append([])
+        shown = None
+        for slot, span, _ in slots:
+            if span is not None and not batch.copies[0, span]:
+                if span != shown:
+                    session.read([row])
+                    predict = session.denoiser([row], noisy_latents[:, span])
+                    prediction = predict(noisy_latents[:, span], float(timesteps[0, span]))
+                    torch.testing.assert_close(prediction, output.prediction[:, span], rtol=0, atol=1e-6)
+                    assert 0 < timesteps[0, span] <= 1
+                    painted += 1
+            elif span is None:
+                session.feed(row, [int(batch.text_ids[0, slot])])
+            elif span != shown:
+                session.feed(row, latents[0, span])
+                read += 1
+            if span is None or batch.copies[0, span]:
+                places[-1].append(slot)
+            shown = span
+        if batch.text_labels[0, slot] == IGNORE_INDEX and int(batch.text_ids[0, slot]) == byte_tokenizer.eoi_id:
+            # Behind an image without a copy stands an EOI without a label: nothing goes on from it.
+            places[-1].pop()
+    assert painted > read > 6
+    assert any(len(set(batch.span_ids[0, batch.document_ids[0] == row].tolist())) == 5 for row in range(len(documents)))
+    session.read(list(range(len(documents))))
+    compare(session, trained, places)

@@ -91,7 +91,9 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"261"):
         train_tokenizer(CAPTIONS, 260)
     assert train_tokenizer(["a"], 261).decode(train_tokenizer(["a"], 261).encode("ü")) == "ü"
+    with pytest.raises(UserError, match=r"tokenizer path .* does not exist"):
+        load_tokenizer(str(tmp_path / "runs" / "tokenizer"))
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="no tokenizer at"):
-        load_tokenizer(str(tmp_path / "missing"))
+        load_tokenizer("no-such-tokenizer")

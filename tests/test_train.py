@@ -50,9 +50,11 @@ def interrupt_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(train.LaneLoader, "__iter__", iterate)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_three_and_three_steps_equal_six_bit_for_bit(arguments, tmp_path, monkeypatch, workers: int) -> None:
-    data = {"num_workers": workers}
+@pytest.mark.parametrize(("workers", "image_context"), [(0, "noised"), (2, "clean")])
+def test_three_and_three_steps_equal_six_bit_for_bit(
+    arguments, tmp_path, monkeypatch, workers: int, image_context: str
+) -> None:
+    data = {"num_workers": workers, "image_context": image_context}
     train.main(arguments("whole", data=data))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 4)

@@ -35,9 +35,10 @@ def make_validation(
     images_per_row: int = 2,
     microbatch: int | None = 3,
     text_slots: int = TEXT_SLOTS,
+    image_context: str = "noised",
 ) -> tuple[Validation, torch.nn.Module]:
     config = RunConfig(
-        data=DataConfig(text_slots=text_slots, images_per_row=images_per_row),
+        data=DataConfig(text_slots=text_slots, images_per_row=images_per_row, image_context=image_context),
         model=tiny_config(),
         training=TrainingConfig(num_validation_documents=documents, microbatch_rows=microbatch),
     )
@@ -217,6 +218,39 @@ def test_caption_loss_is_of_captions_alone(byte_tokenizer, accelerator) -> None:
     validation, model = make_validation(byte_tokenizer, sources)
     losses = validation.losses(model, accelerator)
     assert losses["caption_loss"] == pytest.approx(naive_text_loss(model, byte_tokenizer, sources, False), rel=1e-4)
+
+
+def test_with_clean_context_captions_are_read_off_copies_and_all_images_have_a_loss(
+    byte_tokenizer, accelerator
+) -> None:
+    sources = held_out()
+    clean, model = make_validation(byte_tokenizer, sources, images_per_row=4, image_context="clean")
+    losses = clean.losses(model, accelerator)
+    assert losses["caption_loss"] == pytest.approx(naive_text_loss(model, byte_tokenizer, sources, False), rel=1e-4)
+    noised, _ = make_validation(byte_tokenizer, sources, images_per_row=4)
+    others = noised.losses(model, accelerator)
+    # The same images, each with noise of its own place: here every place is the same.
+    for name in ("diffusion_loss", *(f"diffusion_loss/t={t}" for t in TIMESTEPS)):
+        assert losses[name] == pytest.approx(others[name], rel=1e-4)
+    assert [packer.num_lanes for _, packer in clean.image_first] == [4]
+    assert [packer.num_lanes for _, packer in clean.caption_first] == [2]
+
+
+def test_copies_stay_clean_whatever_the_timestep(byte_tokenizer, accelerator) -> None:
+    documents = documents_of([["one", 0, "two", 1], [2, "three", 3]])
+    validation, model = make_validation(byte_tokenizer, sources_of(documents), images_per_row=8, image_context="clean")
+    seen = set()
+    original = model.forward
+
+    def forward(**inputs):
+        assert inputs["copies"].any()
+        assert (inputs["timesteps"][inputs["copies"]] == 0).all()
+        seen.update(inputs["timesteps"][~inputs["copies"]].tolist())
+        return original(**inputs)
+
+    model.forward = forward
+    validation.losses(model, accelerator)
+    assert sorted(seen) == pytest.approx([0, *TIMESTEPS])
 
 
 def test_fewer_held_out_images_than_a_row_has_slots(byte_tokenizer, accelerator) -> None:

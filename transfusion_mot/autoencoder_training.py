@@ -129,6 +129,16 @@ def _build(config: AutoencoderTrainingConfig) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    if config.init_from is not None:
+        begun = Autoencoder.load(config.init_from, "cpu").vae
+        try:
+            vae.load_state_dict(begun.state_dict())
+        except RuntimeError as error:
+            raise UserError(
+                f"init_from '{config.init_from}' has other sizes than the configuration "
+                f"({' '.join(str(error).split())[:300]}); give latent_channels, block_out_channels, layers_per_block "
+                "and mid_block_attention as in its config.json"
+            ) from None
     # Raw latents, until their statistics are known.
     set_normalisation(vae, [0.0] * config.latent_channels, [1.0] * config.latent_channels)
     return vae

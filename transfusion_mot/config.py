@@ -72,10 +72,15 @@ class DataConfig:
         held_out_fraction: Share of each source that is never trained on, chosen by name and `split_seed`.
         split_seed: Seed of the held-out split.
         text_slots: Text slots T of a row.
-        images_per_row: Image slots K of a row.
+        images_per_row: Image slots K of a row; at least 2 where images have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
+            (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
+            noised patches. The copy takes an image slot of its own. An image that ends a caption-first document has
+            none, and no label behind it.
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
-            (0.5 in Transfusion, section 4.3.4).
+            (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
+            there is no limit, and this key says nothing.
         prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
         lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
             tried.
@@ -96,6 +101,7 @@ class DataConfig:
     text_slots: int = 64
     images_per_row: int = 4
     caption_first_prob: float = 0.8
+    image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1
     lookahead: int = 16
@@ -107,6 +113,11 @@ class DataConfig:
     def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every bucket; the square of `image_size` if there are none."""
         return [(height, width) for height, width in self.buckets] or [(self.image_size, self.image_size)]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether what stands behind an image sees a clean copy of it, in an image slot of its own."""
+        return self.image_context == "clean"
 
     @property
     def max_caption_tokens(self) -> int:
@@ -209,6 +220,8 @@ class DiffusionConfig:
         scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
         timestep_distribution: How training timesteps are drawn: `uniform` or `logit_normal` (Stable Diffusion 3,
             section 3.1).
+        min_snr_gamma: Weighs the squared errors of training by min(SNR, gamma) of the clean latents, as Min-SNR does
+            (arXiv 2303.09556; 5 there); null does not. The losses in the log are without it.
         num_inference_steps: Reverse steps used for samples during training and as the default of a snapshot.
         guidance_scale: Classifier-free guidance used likewise; 1 is off.
     """
@@ -216,6 +229,7 @@ class DiffusionConfig:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     scheduler_args: dict[str, Any] = field(default_factory=dict)
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    min_snr_gamma: float | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
 
@@ -280,7 +294,8 @@ class TrainingConfig:
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
         save_every: Steps between two saves of the training state; 0 is only at the end.
-        keep_last: Training states and snapshots that are kept, of the newest.
+        keep_last: Training states and snapshots that are kept, of the newest. So is the snapshot of the step with the
+            lowest held-out loss.
         keep_every: Those of every so many steps are kept, too; 0 is none.
         max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
         sample_prompts: Prompts of the sample grids.
@@ -353,6 +368,7 @@ class AutoencoderTrainingConfig:
 
     Attributes:
         output_dir: Folder that receives the autoencoder, its metrics and a grid of reconstructions.
+        init_from: An autoencoder of the same sizes to begin with: a name or local path; null begins at random.
         data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
         latent_channels: Channels of the latents.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
@@ -378,6 +394,7 @@ class AutoencoderTrainingConfig:
     """
 
     output_dir: str = "runs/vae"
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
@@ -400,7 +417,7 @@ class AutoencoderTrainingConfig:
     save_dtype: Literal["float32", "float16"] = "float16"
 
 
-Config = TypeVar("Config", RunConfig, AutoencoderTrainingConfig)
+Config = TypeVar("Config")
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str], description: str) -> Config:
@@ -428,7 +445,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
         raise UserError(
             f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
         ) from None
-    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(config_class)})
+    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
     check_ranges(config)
     return config
 

@@ -73,18 +73,35 @@ def check_ranges(config: Any) -> None:
     for key in _SHARES:
         if (given := value(key)) is not None and not 0 <= given <= 1:
             raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
-    for key in ("optimizer.lr", "optimizer.eps", "optimizer.max_grad_norm", "data.image_first_max_timestep", "lr"):
+    for key in (
+        "optimizer.lr",
+        "optimizer.eps",
+        "optimizer.max_grad_norm",
+        "data.image_first_max_timestep",
+        "diffusion.min_snr_gamma",
+        "lr",
+    ):
         if (given := value(key)) is not None and given <= 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
-    if not config.output_dir:
+    if value("data.has_copies") and config.data.images_per_row < 2:
+        raise UserError(
+            f"configuration: data.images_per_row is {config.data.images_per_row}; with data.image_context=clean it "
+            "must be at least 2, for an image and its clean copy"
+        )
+    if value("data.has_copies") and value("model.image_attention") == "causal":
+        raise UserError(
+            "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
+            "model.image_attention is causal; set model.image_attention=bidirectional or data.image_context=noised"
+        )
+    if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():
         if min(tower.hidden_size, tower.intermediate_size) < 1:
             raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
-    for source in config.data.sources:
+    for source in value("data.sources") or []:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
-    for size in config.data.buckets:
+    for size in value("data.buckets") or []:
         if len(size) != 2 or min(size) < 8:
             raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
 

@@ -145,15 +145,18 @@ class Diffusion:
     Args:
         scheduler: A scheduler from `make_scheduler`, or one of a snapshot.
         timestep_distribution: Distribution of training timesteps.
+        min_snr_gamma: Weighs the squared errors of training, see `loss_weight`; None does not.
     """
 
     def __init__(
         self,
         scheduler: SchedulerMixin,
         timestep_distribution: Literal["uniform", "logit_normal"] = "uniform",
+        min_snr_gamma: float | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.timestep_distribution = timestep_distribution
+        self.min_snr_gamma = min_snr_gamma
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
         self.prediction_type: PredictionType = "flow" if is_flow(scheduler) else scheduler.config.prediction_type
         if self.prediction_type != "flow":
@@ -210,6 +213,23 @@ class Diffusion:
             return latents
         alpha, sigma = (value[..., None, None, None] for value in self.alpha_sigma(timesteps))
         return alpha * noise - sigma * latents
+
+    def loss_weight(self, timesteps: Tensor) -> Tensor | None:
+        """Weight of a prediction's squared error in training, of the shape of `timesteps`; None is 1 everywhere.
+
+        Min-SNR (arXiv 2303.09556, equation 7) weighs the squared error of the clean latents by min(SNR, gamma), where
+        SNR is alpha^2 / sigma^2. An error of a prediction is one of the clean latents of 1 (sample), sigma / alpha
+        (epsilon) or sigma (v and flow) times its size.
+        """
+        if self.min_snr_gamma is None:
+            return None
+        alpha, sigma = self.alpha_sigma(timesteps)
+        signal, noise = alpha**2, self.min_snr_gamma * sigma**2
+        if self.prediction_type == "sample":
+            return (signal / sigma**2).clamp(max=self.min_snr_gamma)
+        if self.prediction_type == "epsilon":
+            return (noise / signal).clamp(max=1.0)
+        return torch.minimum(signal, noise)
 
     def clean_estimate(self, prediction: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
         """The clean latents that a prediction [B, C, Y, X] for noisy ones means; the timestep [] is on the CPU."""

@@ -23,12 +23,14 @@ class Batch:
         text_labels: [B, T] the next token, `IGNORE_INDEX` where there is no loss.
         latents: [B, K, C, Y, X] clean normalised latents.
         noise: [B, K, C, Y, X] the noise that will be mixed in.
-        timesteps: [B, K] one t in (0, 1] per image.
+        timesteps: [B, K] one t in (0, 1] per image; 0 for a copy.
         document_ids: [B, S] the document a slot belongs to; -1 is padding.
-        order: [B, S] reading order inside the document.
+        order: [B, S] reading order inside the document; the copy of an image is read behind it.
         span_ids: [B, S] the image a patch belongs to; -1 on text.
         rope_positions: [B, S] or [B, S, 3] rotary positions.
         source_ids: [B, S] int16, the source that a slot was filled from; -1 is padding. For the log alone.
+        copies: [B, K] bool, where images are seen by what follows them in clean copies (`data.image_context: clean`):
+            True where the slot holds such a copy, of the image in the slot before it; it has timestep 0. Else None.
     """
 
     text_ids: Tensor
@@ -41,15 +43,25 @@ class Batch:
     span_ids: Tensor
     rope_positions: Tensor
     source_ids: Tensor
+    copies: Tensor | None = None
 
     @property
-    def image_mask(self) -> Tensor:
-        """[B, K] bool, True where the slot holds an image."""
+    def filled_images(self) -> Tensor:
+        """[B, K] bool, True where the slot holds an image or a copy of one."""
         text_slots, images = self.text_ids.shape[1], self.latents.shape[1]
         return self.document_ids[:, text_slots:].unflatten(1, (images, -1))[:, :, 0] >= 0
 
+    @property
+    def image_mask(self) -> Tensor:
+        """[B, K] bool, True where the slot holds an image: it has a loss, which a copy has not."""
+        return self.filled_images if self.copies is None else self.filled_images & ~self.copies
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def _map(self, function) -> Self:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, without waiting where the memory is pinned."""
@@ -61,7 +73,7 @@ class Batch:
 
     def split(self, rows: int) -> list[Self]:
         """Cut into microbatches of `rows` rows; the last may be smaller."""
-        parts = {f.name: getattr(self, f.name).split(rows) for f in dataclasses.fields(self)}
+        parts = {name: tensor.split(rows) for name, tensor in self.tensors().items()}
         return [type(self)(**dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)]
 
     def emptied(self) -> Self:
@@ -74,7 +86,7 @@ class Batch:
         """Join rows."""
         if len(parts) == 1:
             return parts[0]
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
+        return cls(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
 
 
 @dataclass

@@ -18,17 +18,27 @@ from transfusion_mot.losses import IGNORE_INDEX
 class ImageSegment:
     """An image of a document; it takes a text slot before it (BOI) and one behind it (EOI).
 
+    With `data.image_context: clean` nothing but the image itself sees its noised patches. Where there is a label behind
+    it, it takes a second image slot for a clean copy of itself, which what follows sees.
+
     Attributes:
         index: Of the image in its source.
         flipped: Whether it is mirrored.
         max_timestep: Highest timestep it is noised to.
         pixels: `uint8 [H, W, 3]` where images are encoded on the device, else None.
+        copied: Whether it has a clean copy.
     """
 
     index: int
     flipped: bool
     max_timestep: float
     pixels: ImageArray | None
+    copied: bool
+
+    @property
+    def num_slots(self) -> int:
+        """Image slots it takes."""
+        return 1 + self.copied
 
 
 # Token ids of text, or an image.
@@ -40,16 +50,21 @@ class Piece(NamedTuple):
 
     Attributes:
         segments: In reading order.
-        num_tokens, num_images: Text slots and image slots it takes.
+        num_tokens, image_slots: Text slots and image slots it takes.
         next_token: First token of the rest, the label of the piece's last token; `IGNORE_INDEX` at the document's end.
         used: Tokens of text and images of the document in this piece and those before.
     """
 
     segments: list[Segment]
     num_tokens: int
-    num_images: int
+    image_slots: int
     next_token: int
     used: int
+
+    @property
+    def num_images(self) -> int:
+        """Images in it; their copies are none."""
+        return sum(isinstance(segment, ImageSegment) for segment in self.segments)
 
 
 @dataclass
@@ -72,7 +87,7 @@ class Document:
         It ends between two segments; only a text that is longer than that by itself is cut inside.
         """
         segments: list[Segment] = []
-        num_tokens = num_images = passed = 0
+        num_tokens = used_image_slots = passed = 0
         for segment in self.segments:
             length = 1 if isinstance(segment, ImageSegment) else len(segment)
             skipped = max(0, used - passed)
@@ -80,20 +95,22 @@ class Document:
             if skipped >= length:
                 continue
             if isinstance(segment, ImageSegment):
-                if num_images == image_slots or num_tokens + 2 > text_slots:
-                    return Piece(segments, num_tokens, num_images, boi_id, passed - 1)
+                if used_image_slots + segment.num_slots > image_slots or num_tokens + 2 > text_slots:
+                    return Piece(segments, num_tokens, used_image_slots, boi_id, passed - 1)
                 segments.append(segment)
-                num_images += 1
+                used_image_slots += segment.num_slots
                 num_tokens += 2
                 continue
             if num_tokens + length - skipped > text_slots:
                 end = skipped if segments else skipped + text_slots
                 if end > skipped:
                     segments.append(segment[skipped:end])
-                return Piece(segments, num_tokens + end - skipped, num_images, segment[end], passed - length + end)
+                return Piece(
+                    segments, num_tokens + end - skipped, used_image_slots, segment[end], passed - length + end
+                )
             segments.append(segment[skipped:])
             num_tokens += length - skipped
-        return Piece(segments, num_tokens, num_images, IGNORE_INDEX, passed)
+        return Piece(segments, num_tokens, used_image_slots, IGNORE_INDEX, passed)
 
 
 class DocumentReader:
@@ -124,8 +141,9 @@ class DocumentReader:
         draws = rng.random(4)
         caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
         # Noised less where the caption stands behind it and must be read off it (Transfusion, section 4.3.4).
-        max_timestep = 1.0 if caption_first else config.image_first_max_timestep
-        image = self._image(source, index, bool(draws[3] < 0.5), max_timestep)
+        max_timestep = 1.0 if caption_first or config.has_copies else config.image_first_max_timestep
+        copied = config.has_copies and not caption_first
+        image = self._image(source, index, bool(draws[3] < 0.5), max_timestep, copied)
         if image is None:
             return Document(unreadable_images=1)
         if caption_first and prompt_dropped:
@@ -136,7 +154,10 @@ class DocumentReader:
         caption_cut = len(caption) > config.max_caption_tokens
         caption = caption[: config.max_caption_tokens]
         if caption_first:
-            return Document([[bos, *caption], image, [eos]], caption_cut)
+            # Without a copy there is no label at EOI: EOS behind images that are not seen, and something else behind
+            # all that are, would teach never to end behind an image. A copy would cost an image slot for one label.
+            behind: list[Segment] = [] if config.has_copies else [[eos]]
+            return Document([[bos, *caption], image, *behind], caption_cut)
         return Document([[bos], image, [*caption, eos]], caption_cut)
 
     def _interleaved(
@@ -150,7 +171,7 @@ class DocumentReader:
         for item, flipped in zip(items, flips.tolist(), strict=True):
             if isinstance(item, str):
                 text += self.tokenizer.encode(item)
-            elif (image := self._image(source, item, flipped, 1.0)) is None:
+            elif (image := self._image(source, item, flipped, 1.0, self.config.has_copies)) is None:
                 unreadable += 1
             else:
                 segments += [text, image] if text else [image]
@@ -159,13 +180,15 @@ class DocumentReader:
             return Document(unreadable_images=unreadable)
         return Document([*segments, [*text, self.tokenizer.eos_id]], unreadable_images=unreadable)
 
-    def _image(self, source: Source, index: int, flipped: bool, max_timestep: float) -> ImageSegment | None:
+    def _image(
+        self, source: Source, index: int, flipped: bool, max_timestep: float, copied: bool
+    ) -> ImageSegment | None:
         """An image, or None if it cannot be read."""
         flipped = flipped and self.config.random_flip
         if source.latents is not None:
-            return ImageSegment(index, flipped, max_timestep, None) if source.latents.readable[index] else None
+            return ImageSegment(index, flipped, max_timestep, None, copied) if source.latents.readable[index] else None
         try:
             pixels = source.images.image(index)
         except UserError:
             return None
-        return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels)
+        return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels, copied)

@@ -165,17 +165,18 @@ class Inspection:
 
         Args:
             longest: Text slots that a row must have, for captions to be whole.
-            mean: Text slots of an average document with an image.
+            mean: Text slots of an average document with an image, for each image slot that it takes.
         """
+        fewest = 2 if self.data.has_copies else 1
         shapes = range(len(self.sources.latent_shapes))
         grid = self.packer(self.data).patch_grid
         patches = max(height * width for height, width in map(grid, shapes))
         most = (budget - longest) // patches
-        if most < 1:
+        if most < fewest:
             return []
-        half = min(most, max(1, round(budget / 2 / patches)))
+        half = min(most, max(fewest, round(budget / 2 / patches)))
         layouts: list[Layout] = []
-        for images in np.unique([half, *np.linspace(1, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
+        for images in np.unique([half, *np.linspace(fewest, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
             room = budget - images * patches
             wanted = [room] if self.has_texts else [int(images * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
@@ -235,8 +236,9 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(histogram(tokens, "tokens a caption" if is_captioned else "tokens a document")))
         if not is_captioned and images.any():
             print("\n".join(histogram(images, "images a document")))
-            if (share := (images > data.images_per_row).mean()) > 0:
-                print(f"  {100 * share:.1f} % have more images than the {data.images_per_row} of a row: they are cut")
+            most = data.images_per_row // 2 if data.has_copies else data.images_per_row
+            if (share := (images > most).mean()) > 0:
+                print(f"  {100 * share:.1f} % have more images than the {most} of a row: they are cut")
         if is_captioned:
             with_images.append(tokens + 4)  # BOS, BOI, EOI, EOS
 
@@ -264,7 +266,9 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f"  {'data.text_slots':>16}{'data.images_per_row':>21}{'padding':>10}{'captions cut':>14}{'images a row':>14}"
     )
-    layouts = inspection.suggested(budget, longest, float(captions.mean()))
+    # Where the image stands first it has a copy.
+    slots_per_image = 2 - data.caption_first_prob if data.has_copies else 1
+    layouts = inspection.suggested(budget, longest, float(captions.mean()) / slots_per_image)
     for layout in layouts[:5]:
         print(
             f"  {layout.text_slots:>16}{layout.images_per_row:>21}{100 * layout.pad_fraction:>8.2f} %"
@@ -310,7 +314,7 @@ def thumbnails_of(row: Batch, sources: Sources) -> list[ImageArray | None]:
     """The image in every image slot, as its unencoded latents name it; None where there is none to be seen."""
     thumbnails: list[ImageArray | None] = []
     named: list[Any] = row.latents[0, :, :, 0, 0].long().tolist()
-    for (source, index, flipped), is_used in zip(named, row.image_mask[0].tolist(), strict=True):
+    for (source, index, flipped), is_used in zip(named, row.filled_images[0].tolist(), strict=True):
         try:
             image = sources.sources[source].images.image(index) if is_used else None
         except UserError:

@@ -33,4 +33,4 @@ class OnlineEncoder:
         # In half precision, as a cache would have kept them.
         mean, std = (part.half().float().view_as(batch.latents) for part in encoded)
         latents = mean + std * batch.latents
-        return dataclasses.replace(batch, latents=latents * batch.image_mask[:, :, None, None, None])
+        return dataclasses.replace(batch, latents=latents * batch.filled_images[:, :, None, None, None])

@@ -29,8 +29,8 @@ _SOURCE_DRAWS = 2**62 + 1
 _BUCKET_DRAWS = 2**62 + 2
 _EPOCH_DRAWS = 2**63
 
-# What rows report besides the counters of sources: images, texts, slots filled with text and with patches, slots left
-# empty, captions cut.
+# What rows report besides the counters of sources: images, texts, slots filled with text and with patches (those of
+# copies, too), slots left empty, captions cut.
 COUNTED = ("images", "texts", "text_tokens", "image_tokens", "pad_slots", "truncated_captions")
 
 # BOS or EOS or a word, BOI and EOI: nothing with an image is shorter.
@@ -123,7 +123,7 @@ class Packer:
             row.finish(self._rng(lane, step))
             new_states[position] = state.to_array(self.config.lookahead)
             counts["text_tokens"] += self.config.text_slots - row.free_text_slots
-            counts["image_tokens"] += len(row.images) * arrays.patches
+            counts["image_tokens"] += row.image_slots_used * arrays.patches
             counts["pad_slots"] += row.free_text_slots + row.free_image_slots * arrays.patches
         return arrays.rows(), new_states, counts
 
@@ -152,7 +152,7 @@ class Packer:
             # Its image could be read when it was taken, and after the run was resumed it cannot.
             self._drop(lane, entry, counts)
             return []
-        if piece.num_tokens > row.free_text_slots or piece.num_images > row.free_image_slots:
+        if piece.num_tokens > row.free_text_slots or piece.image_slots > row.free_image_slots:
             return [entry]
         return self._add(row, lane, entry, document, piece, counts)
 
@@ -268,6 +268,9 @@ class _RowArrays:
         self.timesteps = torch.empty(num_rows, self.image_slots)
         self.latents = np.zeros((num_rows, self.image_slots, *shape), dtype=np.float32)
         self.noise = np.empty_like(self.latents)
+        self.copies = None
+        if config.has_copies:
+            self.copies = np.zeros((num_rows, self.image_slots), dtype=np.bool_)
         self.images_uint8: NDArray[np.uint8] | None = None
         if config.latents == "online":
             height, width = config.image_sizes[bucket]
@@ -278,8 +281,9 @@ class _RowArrays:
         ids = ("document_ids", "order", "span_ids", "rope_positions", "source_ids")
         names = ("text_ids", "text_labels", "latents", "noise", *ids)
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
+        copies = None if self.copies is None else torch.from_numpy(self.copies)
         images = None if self.images_uint8 is None else torch.from_numpy(self.images_uint8)
-        return Rows(Batch(timesteps=self.timesteps, **tensors), images)
+        return Rows(Batch(timesteps=self.timesteps, copies=copies, **tensors), images)
 
 
 class _Row:
@@ -288,13 +292,15 @@ class _Row:
     def __init__(self, arrays: _RowArrays, row: int) -> None:
         self.arrays = arrays
         self.row = row
-        self.images: list[tuple[int, ImageSegment]] = []
+        # Source, image and first of the slots of each.
+        self.images: list[tuple[int, ImageSegment, int]] = []
+        self.image_slots_used = 0
         self.text_used = 0
         self.documents = 0
 
     @property
     def free_image_slots(self) -> int:
-        return self.arrays.image_slots - len(self.images)
+        return self.arrays.image_slots - self.image_slots_used
 
     @property
     def free_text_slots(self) -> int:
@@ -311,13 +317,12 @@ class _Row:
                 continue
             # The input BOI has no label: what follows it is an image (Transfusion, footnote 8).
             self._add_run([*run, tokenizer.boi_id], IGNORE_INDEX, positions, source)
-            start = arrays.text_slots + len(self.images) * arrays.patches
-            where = self.row, slice(start, start + arrays.patches)
-            arrays.order[where], arrays.rope_positions[where] = positions.image(arrays.patch_rows, arrays.patch_columns)
-            arrays.document_ids[where] = self.documents
-            arrays.span_ids[where] = len(self.images)
-            arrays.source_ids[where] = source
-            self.images.append((source, segment))
+            self.images.append((source, segment, self.image_slots_used))
+            order, rope_positions = positions.image(arrays.patch_rows, arrays.patch_columns)
+            self._add_patches(order, rope_positions, source)
+            if segment.copied:
+                # Read behind the image, so that the image does not see it, and in its place for all else.
+                self._add_patches(positions.take_order(arrays.patches), rope_positions, source)
             run = [tokenizer.eoi_id]
         self._add_run(run, piece.next_token, positions, source)
         self.documents += 1
@@ -334,6 +339,17 @@ class _Row:
         arrays.source_ids[where] = source
         self.text_used = end
 
+    def _add_patches(self, order: NDArray[np.int64], rope_positions: NDArray[np.int64], source: int) -> None:
+        """Fill the next image slot."""
+        arrays = self.arrays
+        start = arrays.text_slots + self.image_slots_used * arrays.patches
+        where = self.row, slice(start, start + arrays.patches)
+        arrays.order[where], arrays.rope_positions[where] = order, rope_positions
+        arrays.document_ids[where] = self.documents
+        arrays.span_ids[where] = self.image_slots_used
+        arrays.source_ids[where] = source
+        self.image_slots_used += 1
+
     def finish(self, rng: np.random.Generator) -> None:
         """Draw what is random about the images."""
         arrays, packer = self.arrays, self.arrays.packer
@@ -343,7 +359,7 @@ class _Row:
         uniform = torch.from_numpy(rng.random(arrays.image_slots, dtype=np.float32))
         posterior_noise = rng.standard_normal(latents.shape, dtype=np.float32)
         rng.standard_normal(dtype=np.float32, out=noise)
-        for slot, (source, image) in enumerate(self.images):
+        for source, image, slot in self.images:
             max_timesteps[slot] = image.max_timestep
             cache = packer.sources.sources[source].latents
             if cache is not None:
@@ -353,4 +369,11 @@ class _Row:
                 # The latents are made of it and the pixels on the device.
                 latents[slot] = posterior_noise[slot]
                 arrays.images_uint8[self.row, slot] = image.pixels
+            if image.copied:
+                assert arrays.copies is not None
+                arrays.copies[self.row, slot + 1] = True
+                latents[slot + 1] = latents[slot]
+                max_timesteps[slot + 1] = 0.0
+                if arrays.images_uint8 is not None:
+                    arrays.images_uint8[self.row, slot + 1] = arrays.images_uint8[self.row, slot]
         arrays.timesteps[self.row] = packer.timesteps_from_uniform(uniform) * max_timesteps

@@ -38,7 +38,11 @@ class _Row:
     order: npt.NDArray[np.int64]
     spans: npt.NDArray[np.int64]
     text_ids: npt.NDArray[np.int64]
-    num_images: int
+    is_copy: npt.NDArray[np.bool_]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.is_copy)
 
     @property
     def text_slots(self) -> int:
@@ -65,8 +69,9 @@ def draw_row(
     documents, order, spans, text_ids = (
         getattr(batch, name)[0].numpy() for name in ("document_ids", "order", "span_ids", "text_ids")
     )
-    row = _Row(documents, order, spans, text_ids, batch.latents.shape[1])
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids)
+    is_copy = np.zeros(batch.latents.shape[1], dtype=np.bool_) if batch.copies is None else batch.copies[0].numpy()
+    row = _Row(documents, order, spans, text_ids, is_copy)
+    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids, batch.copies)
     mask = dense_mask(slots, slots)[0].numpy()
     canvas = Image.new("RGB", (_WIDTH, 2400), _WHITE)
     draw = ImageDraw.Draw(canvas)
@@ -232,7 +237,10 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
         run = []
         if slot >= row.text_slots:
             if next_slot is None or row.spans[next_slot] != row.spans[slot]:
-                yield _Word("", image=int(row.spans[slot]))
+                image = int(row.spans[slot])
+                if row.is_copy[image]:
+                    yield _Word("clean copy", is_special=True)
+                yield _Word("", image=image)
         elif token in special:
             yield _Word(special[token], is_special=True)
     if slots[-1] < row.text_slots and int(row.text_ids[slots[-1]]) not in special:

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.hub_names import refuse_missing_path
 
 BOS, EOS, PAD, BOI, EOI = "<bos>", "<eos>", "<pad>", "<boi>", "<eoi>"
 _NUM_BYTES = 256
@@ -98,6 +99,7 @@ def load_tokenizer(path_or_name: str) -> TextTokenizer:
     Raises:
         UserError: It is not there, cannot be loaded, or has no fast (Rust) implementation.
     """
+    refuse_missing_path(path_or_name, "tokenizer path", "; null trains one on the run's own texts")
     try:
         hf = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Captioning metrics in pure Python: CIDEr-D, BLEU-1 to 4 and ROUGE-L with the conventions of COCO's evaluation.
+"""Captioning scores in pure Python: CIDEr-D, BLEU-1 to 4 and ROUGE-L with the conventions of COCO's evaluation.
 
 Each scorer takes one tokenised candidate an image and that image's tokenised references, in the same order, and equals
 the scorer of that name in pycocoevalcap. Scores are of the corpus: the inverse document frequencies of CIDEr and the
@@ -6,7 +6,6 @@ lengths of BLEU come from all images together, so numbers of different sets of i
 """
 
 import json
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,52 +15,11 @@ from typing import Any
 import numpy as np
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
 
 Words = Sequence[str]
 _Ngram = tuple[str, ...]
 
-_logger = logging.getLogger(__name__)
 _MAX_ORDER = 4
-_FEW_IMAGES = 1000
-
-
-def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Score one caption an image against that image's references.
-
-    Args:
-        candidates: One caption an image, untokenised; an empty one scores 0.
-        references: For each image, at least one reference caption.
-
-    Returns:
-        `CIDEr` (0 to 10; 10 needs captions of four words and more that equal all their references), `CIDEr x100` (as
-        papers print it), `BLEU-1` to `BLEU-4`
-        and `ROUGE-L` (both 0 to 1).
-
-    Raises:
-        UserError: There are no candidates, their number differs from that of the references, or an image has none.
-    """
-    if not candidates:
-        raise UserError("there are no candidate captions; captioning metrics need at least one image")
-    if len(candidates) != len(references):
-        raise UserError(f"{len(candidates)} candidate captions but references for {len(references)} images")
-    for index, image_references in enumerate(references):
-        if not image_references:
-            raise UserError(f"image {index} (counted from 0) has no reference caption; every image needs at least one")
-    if len(candidates) < _FEW_IMAGES:
-        _logger.warning(
-            "CIDEr of only %d images: its word weights come from their own references, so compare it with nothing but "
-            "the same images (COCO's test split has 5,000)",
-            len(candidates),
-        )
-    candidate_words = [tokenize_caption(caption) for caption in candidates]
-    reference_words = [[tokenize_caption(caption) for caption in captions] for captions in references]
-    cider = cider_d(candidate_words, reference_words)
-    scores = {"CIDEr": cider, "CIDEr x100": 100 * cider}
-    for order, value in enumerate(bleu(candidate_words, reference_words), start=1):
-        scores[f"BLEU-{order}"] = value
-    scores["ROUGE-L"] = rouge_l(candidate_words, reference_words)
-    return scores
 
 
 def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
@@ -72,8 +30,8 @@ def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
     ]
 
 
-def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> float:
-    """CIDEr-D (arXiv 1411.5726, section 6), averaged over images; 0 to 10.
+def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> list[float]:
+    """CIDEr-D (arXiv 1411.5726, section 6) of each image, 0 to 10; the corpus's is their mean.
 
     An n-gram weighs (its count) x log(number of images / number of images whose references hold it). A candidate's
     weights are clipped at the reference's, the cosine is damped by exp(-(length difference)^2 / 2 sigma^2), averaged
@@ -106,7 +64,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
     for words, captions in zip(candidates, reference_counts, strict=True):
         candidate = _ngram_counts(words)
         scores.append(10 * sum(similarity(candidate, reference) for reference in captions) / len(captions))
-    return float(np.mean(scores))
+    return scores
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
@@ -135,8 +93,8 @@ def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
     return [float(penalty * np.prod(precisions[:order]) ** (1 / order)) for order in range(1, _MAX_ORDER + 1)]
 
 
-def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> float:
-    """ROUGE-L (Lin 2004), averaged over images; 0 to 1.
+def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> list[float]:
+    """ROUGE-L (Lin 2004) of each image, 0 to 1; the corpus's is their mean.
 
     F-measure, with recall weighted by `beta`, of the best precision and the best recall of the longest common
     subsequence over the references. COCO's code takes no words for one empty word, as is done here.
@@ -147,7 +105,7 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
         precision = max(common) / max(1, len(words))
         recall = max(length / max(1, len(caption)) for length, caption in zip(common, captions, strict=True))
         scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0)
-    return float(np.mean(scores))
+    return scores
 
 
 def _common_subsequence_length(first: Words, second: Words) -> int:

@@ -1,6 +1,7 @@
-"""Distances between two sets of feature vectors: Frechet distance of Gaussians, and kernel distance (KID's MMD)."""
+"""Frechet distance between Gaussians fitted to two sets of feature vectors, and what it is for infinitely many."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ class Gaussian:
 
     mean: Array
     covariance: Array
+
+    @cached_property
+    def factor(self) -> Array:
+        """A `[D, rank]` with A A^T = covariance; of references it is needed more than once."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        # What rounding leaves of zero eigenvalues would count by its square root.
+        kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+        return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 
 
 class GaussianStatistics:
@@ -61,57 +70,85 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     covariances without full rank (fewer images than features).
     """
     difference = first.mean - second.mean
-    overlap = np.linalg.svd(_factor(first.covariance).T @ _factor(second.covariance), compute_uv=False).sum()
+    overlap = np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum()
     distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * overlap
     # Rounding can leave identical sets a hair below zero.
     return max(0.0, float(distance))
 
 
-def _factor(covariance: Array) -> Array:
-    """A `[D, rank]` with A A^T = covariance."""
-    values, vectors = np.linalg.eigh(covariance)
-    # What rounding leaves of zero eigenvalues would count by its square root.
-    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
-    return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
-
-
 @dataclass(frozen=True)
-class KernelDistance:
-    """Mean and standard deviation of the squared MMD over `num_subsets` pairs of subsets of `subset_size` vectors."""
+class Extrapolation:
+    """A Frechet distance extrapolated to infinitely many generated images.
 
-    mean: float
-    std: float
-    num_subsets: int
-    subset_size: int
-
-
-def kernel_distance(
-    first: Features, second: Features, num_subsets: int = 100, max_subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
-    """Kernel distance of two sets of features `[N1, D]` and `[N2, D]` (KID; arXiv 1801.01401, section 3).
-
-    The unbiased estimate of the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, averaged over random
-    subsets as clean-fid and torchmetrics do. Where both sets fit into one subset there is only one, with them whole.
-
-    Raises:
-        UserError: A set has fewer than two vectors.
+    Attributes:
+        distance: Where the line meets 1/N = 0.
+        slope: Of the distance against 1/N.
+        smallest: The fewest images of a subset.
+        num_subsets: Points on the line.
     """
-    size = min(len(first), len(second), max_subset_size)
-    if size < 2:
-        raise UserError(f"a kernel distance needs at least 2 images on each side, but one side has {size}")
-    if len(first) == len(second) == size:
-        num_subsets = 1
+
+    distance: float
+    slope: float
+    smallest: int
+    num_subsets: int
+
+
+def extrapolated_distance(
+    reference: Gaussian, features: Features, num_subsets: int = 15, seed: int = 0
+) -> Extrapolation | None:
+    """FID-infinity of generated features `[N, D]` (Chong & Forsyth, arXiv 1911.07023).
+
+    The bias of the distance is linear in 1/N: it is measured on random subsets of 5,000 to N images (of N/2 to N where
+    there are fewer than 10,000) and extrapolated by least squares. None where N < 2 D: below D images the bias is
+    another one.
+    """
+    count, num_features = features.shape
+    if count < 2 * num_features:
+        return None
+    sizes = np.linspace(5000 if count >= 10_000 else count // 2, count, num_subsets).astype(int)
     generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(num_subsets):
-        x = first[generator.choice(len(first), size, replace=False)].astype(np.float64)
-        y = second[generator.choice(len(second), size, replace=False)].astype(np.float64)
-        values.append(_squared_mmd(x, y))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)), num_subsets, size)
+    distances = []
+    for size in sizes:
+        chosen = features[np.sort(generator.choice(count, size, replace=False))]
+        distances.append(frechet_distance(reference, gaussian_of(chosen)))
+    slope, intercept = np.polyfit(1 / sizes, distances, 1)
+    return Extrapolation(float(intercept), float(slope), int(sizes[0]), num_subsets)
 
 
-def _squared_mmd(x: Array, y: Array) -> float:
-    size, num_features = x.shape
-    within = (x @ x.T / num_features + 1) ** 3 + (y @ y.T / num_features + 1) ** 3
-    between = (x @ y.T / num_features + 1) ** 3
-    return float((within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * between.mean())
+def frechet_interval(
+    reference: Gaussian, features: Features, resamples: int = 25, seed: int = 0
+) -> tuple[float, float]:
+    """The distance of generated features `[N, D]`, less and plus 1.96 standard errors: (low, high).
+
+    The standard error is that of bootstrap resamples of the generated images; the references stay as they are. Their
+    quantiles would not do: a resample holds images twice, which raises its distance as a smaller N does.
+    """
+    rows = features.astype(np.float64)
+    squares = (rows**2).sum(axis=1)
+    # In this basis the overlap is the sum of the roots of one covariance's eigenvalues, see `frechet_distance`.
+    projected = rows @ reference.factor
+
+    def distance(chosen: npt.NDArray[np.int64]) -> float:
+        count, mean = len(chosen), rows[chosen].mean(axis=0)
+        difference = reference.mean - mean
+        trace = (squares[chosen].sum() - count * mean @ mean) / (count - 1)
+        centred = projected[chosen]
+        centred -= centred.mean(axis=0)
+        wide = count < centred.shape[1]
+        values = np.linalg.eigvalsh((centred @ centred.T if wide else centred.T @ centred) / (count - 1))
+        overlap = np.sqrt(values.clip(min=0)).sum()
+        return float(difference @ difference + np.trace(reference.covariance) + trace - 2 * overlap)
+
+    generator = np.random.default_rng(seed)
+    drawn = [distance(generator.integers(len(rows), size=len(rows))) for _ in range(resamples)]
+    half = 1.96 * float(np.std(drawn, ddof=1))
+    value = max(0.0, distance(np.arange(len(rows))))
+    return max(0.0, value - half), value + half
+
+
+def gaussian_of(features: Features, rows: int = 4096) -> Gaussian:
+    """Moments of features `[N, D]`, a few rows at a time so that no float64 copy of all is made."""
+    statistics = GaussianStatistics(features.shape[1])
+    for start in range(0, len(features), rows):
+        statistics.update(features[start : start + rows])
+    return statistics.gaussian()

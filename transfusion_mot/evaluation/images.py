@@ -1,11 +1,16 @@
-"""Images from a folder or from memory, decoded in worker processes => batches on a device.
+"""Images from a folder, a tar file or memory, decoded in worker processes => batches on a device.
 
 Generated images and images from disk meet the same code here, at their own size unless one is asked for.
 """
 
+import io
+import itertools
 import json
 import multiprocessing
+import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +24,72 @@ from tqdm import tqdm
 from transfusion_mot.data.images import load_image
 from transfusion_mot.errors import UserError
 
-ImageSource = Path | Image.Image
 ImageArray = npt.NDArray[np.uint8]
 
 _METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one.
+@dataclass(frozen=True)
+class TarImage:
+    """An image inside an uncompressed tar file: its name, and where its bytes lie."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}: {self.name}"
+
+    def read(self) -> bytes:
+        """The bytes of the image file."""
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+ImageSource = Path | TarImage | Image.Image
+
+
+def find_images(place: str | Path) -> list[Path] | list[TarImage]:
+    """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one; or of a tar file.
 
     Without that file, every .png, .jpg, .jpeg and .webp file under the folder. With it, pictures that `sample.py` adds
     for looking at, such as its grid, are left out.
 
     Raises:
-        UserError: The folder does not exist or holds no images, or what is listed is missing.
+        UserError: The folder does not exist or holds no images, what is listed is missing, or the tar file is damaged
+            or compressed.
     """
-    folder = Path(folder)
+    folder = Path(place)
+    if folder.is_file():
+        return _images_in_tar(folder)
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is not a folder; give a folder of images")
+        raise UserError(f"'{folder}' is not a folder; give a folder of images, or a tar file of them")
     if (folder / _METADATA).is_file():
         return sorted({image for _, image, _ in _listed_images(folder)})
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS and path.is_file())
     if not images:
         raise UserError(f"'{folder}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+    return images
+
+
+def _images_in_tar(path: Path) -> list[TarImage]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar if member.isfile()]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as an uncompressed tar file ({error}); give a folder of images, or unpack it"
+        ) from None
+    images = [
+        TarImage(path, member.name, member.offset_data, member.size)
+        for member in sorted(members, key=lambda member: member.name)
+        if Path(member.name).suffix.lower() in _EXTENSIONS
+    ]
+    if not images:
+        raise UserError(f"'{path}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
     return images
 
 
@@ -100,12 +147,13 @@ def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
     Raises:
         UserError: The file cannot be read or holds more than 8 bits a channel; the message names it.
     """
+    content = source.read() if isinstance(source, TarImage) else source
     if image_size is not None:
-        return load_image(source, image_size)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the given picture")
+        return load_image(content, image_size, name=None if isinstance(source, Image.Image) else str(source))
+    if isinstance(content, Image.Image):
+        return _to_rgb(content, "the given picture")
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return _to_rgb(image, str(source))
     except UnidentifiedImageError:
         raise UserError(f"image '{source}' is not in a format that Pillow reads") from None
@@ -142,16 +190,17 @@ class _Images(Dataset[torch.Tensor | UserError]):
             return error
 
 
-def _stack(items: list[torch.Tensor | UserError]) -> torch.Tensor | UserError:
+def _stack(items: list[torch.Tensor | UserError]) -> list[torch.Tensor] | UserError:
+    """Those of a size that follow each other become one tensor."""
     tensors = []
     for item in items:
         if isinstance(item, UserError):
             return item
         tensors.append(item)
-    return torch.stack(tensors)
+    return [torch.stack(list(of_size)) for _, of_size in itertools.groupby(tensors, key=lambda tensor: tensor.shape)]
 
 
-def prepared_batches(
+def device_batches(
     images: Sequence[ImageSource],
     prepare: Callable[[ImageArray], torch.Tensor],
     device: torch.device,
@@ -159,16 +208,19 @@ def prepared_batches(
     num_workers: int,
     description: str,
     image_size: int | None = None,
-) -> Iterator[torch.Tensor]:
-    """Batches `[B, ...]` of `prepare(image)` on `device`, in the order of `images`, with a progress bar.
+    quiet: bool = False,
+) -> Iterator[list[torch.Tensor]]:
+    """Batches of `prepare(image)` on `device`, in the order of `images`, with a progress bar unless `quiet`.
 
-    Without a `batch_size`, 64 images at a time on a GPU and 4 on a CPU, where larger ones only cost memory traffic.
+    A batch is a list of tensors `[n, ...]`, each of those of one shape that follow each other.
+
+    Without a `batch_size` it is that of `default_batch_size`.
 
     Raises:
         UserError: An image cannot be read, or a number is out of range.
     """
     if batch_size is None:
-        batch_size = 4 if device.type == "cpu" else 64
+        batch_size = default_batch_size(device)
     for name, value, least in (
         ("batch size", batch_size, 1),
         ("number of workers", num_workers, 0),
@@ -183,12 +235,12 @@ def prepared_batches(
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
     )
-    with tqdm(total=len(images), desc=description, unit="image") as progress:
+    with tqdm(total=len(images), desc=description, unit="image", disable=quiet) as progress:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch.to(device, non_blocking=True)
-            progress.update(len(batch))
+            yield [of_size.to(device, non_blocking=True) for of_size in batch]
+            progress.update(sum(map(len, batch)))
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -207,6 +259,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def default_batch_size(device: torch.device) -> int:
+    """64 images at a time on a GPU and 4 on a CPU, where larger batches only cost memory traffic."""
+    return 4 if device.type == "cpu" else 64
+
+
 def default_num_workers() -> int:
-    """Processes that decode images: the processor's cores, at most 8."""
-    return min(8, multiprocessing.cpu_count())
+    """Processes that decode images: this process's share of the host's cores, at most 16."""
+    # What torchrun, and so `accelerate launch`, calls the number of processes on this host.
+    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, multiprocessing.cpu_count() // shared_by))

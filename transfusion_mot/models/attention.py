@@ -15,6 +15,9 @@ from transfusion_mot.errors import UserError
 
 AttentionMask = BlockMask | Tensor
 
+# A horizon beyond every order, in 32 bits.
+_BEYOND = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class SlotIds:
@@ -25,37 +28,55 @@ class SlotIds:
         order: [B, S], reading order inside the document.
         horizon: [B, S], the reading order up to which a slot sees its document: a token to itself, a patch to the last
             patch of its image.
+        last_horizon: [B, S], the last horizon from which a slot is seen: of a noised patch that of its own image, so
+            that nothing else sees it, and of other slots one that none reaches. None where everything that is read
+            later sees a slot.
     """
 
     document_ids: Tensor
     order: Tensor
     horizon: Tensor
+    last_horizon: Tensor | None
 
     @classmethod
-    def from_spans(cls, document_ids: Tensor, order: Tensor, span_ids: Tensor) -> Self:
+    def from_spans(cls, document_ids: Tensor, order: Tensor, span_ids: Tensor, copies: Tensor | None = None) -> Self:
         """Find the horizons.
 
         Args:
             document_ids, order: [B, S].
             span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
+            copies: [B, K] bool, True for images that what follows sees: the other ones are seen by themselves alone.
+                None if all are seen.
         """
         spans = span_ids + 1
         last = order.new_zeros(order.shape[0], order.shape[1] + 1).scatter_reduce(1, spans, order, "amax")
-        return cls(document_ids, order, torch.where(span_ids >= 0, last.gather(1, spans), order))
+        horizon = torch.where(span_ids >= 0, last.gather(1, spans), order)
+        if copies is None:
+            return cls(document_ids, order, horizon, None)
+        is_seen = F.pad(copies, (1, 0), value=True).gather(1, spans)
+        return cls(document_ids, order, horizon, torch.where(is_seen, _BEYOND, horizon))
 
 
-def _may_attend(document_q: Tensor, horizon_q: Tensor, document_k: Tensor, order_k: Tensor) -> Tensor:
+def _may_attend(
+    document_q: Tensor, horizon_q: Tensor, document_k: Tensor, order_k: Tensor, last_horizon_k: Tensor | None
+) -> Tensor:
     """Transfusion, section 3: causal within a document, and bidirectional within an image.
 
-    Between a patch and its horizon lies nothing but its image, so that one comparison says both.
+    Between a patch and its horizon lies nothing but its image, so that one comparison says both. A second one hides
+    what is seen by itself alone.
     """
-    return (document_q == document_k) & (order_k <= horizon_q)
+    allowed = (document_q == document_k) & (order_k <= horizon_q)
+    return allowed if last_horizon_k is None else allowed & (horizon_q <= last_horizon_k)
 
 
 def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
     """Bool [B, S_q, S_k], True = may attend."""
     return _may_attend(
-        queries.document_ids[:, :, None], queries.horizon[:, :, None], keys.document_ids[:, None], keys.order[:, None]
+        queries.document_ids[:, :, None],
+        queries.horizon[:, :, None],
+        keys.document_ids[:, None],
+        keys.order[:, None],
+        None if keys.last_horizon is None else keys.last_horizon[:, None],
     )
 
 
@@ -69,9 +90,11 @@ def block_mask(slots: SlotIds) -> BlockMask:
     """FlexAttention's sparse form of the mask, the same for all heads; built once per batch."""
     # The kernel reads them for every pair of slots: 32 bits are half of the bytes and of the instructions.
     document_ids, order, horizon = slots.document_ids.int(), slots.order.int(), slots.horizon.int()
+    last_horizon = None if slots.last_horizon is None else slots.last_horizon.int()
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _may_attend(document_ids[b, q], horizon[b, q], document_ids[b, k], order[b, k])
+        seen_until = None if last_horizon is None else last_horizon[b, k]
+        return _may_attend(document_ids[b, q], horizon[b, q], document_ids[b, k], order[b, k], seen_until)
 
     rows, length = document_ids.shape
     return _create_block_mask(mask_mod, rows, None, length, length, device=document_ids.device)

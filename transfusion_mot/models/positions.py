@@ -28,19 +28,20 @@ class PositionCounter:
         """The next `length` tokens => (order [length], rotary positions [length] or [length, 3])."""
         positions = self.position + np.arange(length)
         self.position += length
-        return self._take_order(length), positions if self.rope == "1d" else np.repeat(positions[:, None], 3, axis=1)
+        return self.take_order(length), positions if self.rope == "1d" else np.repeat(positions[:, None], 3, axis=1)
 
     def image(self, rows: int, columns: int) -> Positions:
         """The next image of rows x columns patches => (order [P], rotary positions [P] or [P, 3])."""
         start, patches = self.position, rows * columns
         if self.rope == "1d":
             self.position += patches
-            return self._take_order(patches), start + np.arange(patches)
+            return self.take_order(patches), start + np.arange(patches)
         self.position += max(rows, columns)
         y, x = np.divmod(np.arange(patches), columns)
-        return self._take_order(patches), start + np.stack([np.zeros_like(y), y, x], axis=1)
+        return self.take_order(patches), start + np.stack([np.zeros_like(y), y, x], axis=1)
 
-    def _take_order(self, length: int) -> NDArray[np.int64]:
+    def take_order(self, length: int) -> NDArray[np.int64]:
+        """Order [length] of slots that are read next and have rotary positions from elsewhere."""
         order = self.order + np.arange(length)
         self.order += length
         return order

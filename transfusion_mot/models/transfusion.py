@@ -196,6 +196,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         text_labels: Tensor | None = None,
         cache: CacheWindow | None = None,
         z_loss_weight: float = 0.0,
+        copies: Tensor | None = None,
     ) -> TransfusionOutput:
         """Predict the next token of every text slot and the diffusion target of every image.
 
@@ -211,6 +212,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             cache: While sampling, what earlier calls left; new slots, of one modality in each call, attend to it too.
                 Of text there are then only the logits of the last slot, [B, 1, V].
             z_loss_weight: Of the gradient of `text_loss`, see `text_loss_sum`.
+            copies: [B, K] bool, see `SlotIds.from_spans`.
         """
         config = self.architecture
         embedded: dict[str, Tensor] = {}
@@ -226,8 +228,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             assert order is not None
             assert span_ids is not None
             if config.image_attention == "causal":
+                assert copies is None
                 span_ids = torch.full_like(span_ids, -1)
-            slots = SlotIds.from_spans(document_ids, order, span_ids)
+            slots = SlotIds.from_spans(document_ids, order, span_ids, copies)
             kernel, _ = attention_kernel(self.attention, order.device.type, order.shape[1])
             mask = training_mask(slots, kernel)
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)

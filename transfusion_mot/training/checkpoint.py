@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
 
 # What of a training state is no tensor.
@@ -93,10 +94,12 @@ def clear_behind(run: Path, step: int) -> None:
             shutil.rmtree(left)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all of the folders step-N in `folder` but the newest and those of every `keep_every` steps (0: none)."""
+def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
+    """Remove all of the folders step-N in `folder` but the newest, those of every `keep_every` steps (0: none), and
+    that of the best step."""
     for old in _steps(folder)[:-keep_last]:
-        if not keep_every or _step_number(old) % keep_every:
+        step = _step_number(old)
+        if step != best_step and (not keep_every or step % keep_every):
             shutil.rmtree(old)
 
 
@@ -118,6 +121,28 @@ def find_snapshot(path: str) -> Path:
         f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
         "that has saved one, or a snapshot"
     )
+
+
+def run_config_file(snapshot: Path) -> Path:
+    """Where the configuration of the run that a snapshot is of lies, if it is still in the folder of its run."""
+    return snapshot.parent.parent / "config.yaml"
+
+
+def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:
+    """The configuration of the run that a snapshot is of, or the one that is given instead.
+
+    Args:
+        snapshot: Of the run.
+        given: Path of a configuration, or None.
+        option: What gives it on the command line; for the message.
+
+    Raises:
+        UserError: There is none, or it is no configuration of train.py.
+    """
+    file = Path(given) if given is not None else run_config_file(snapshot)
+    if not file.is_file():
+        raise UserError(f"there is no configuration {file}; give the one that the model was trained with by {option}")
+    return parse_config(RunConfig, ["--config", str(file)], "")
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -51,9 +51,16 @@ def adapter_flops(model: TransfusionMoT, latents: torch.Size) -> int:
 def attending_pairs(batch: Batch, config: ModelConfig) -> Tensor:
     """Pairs of slots of which one attends to the other, of all rows: []; padding is not counted."""
     spans = batch.span_ids if config.image_attention == "bidirectional" else torch.full_like(batch.span_ids, -1)
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, spans)
+    slots = SlotIds.from_spans(batch.document_ids, batch.order, spans, batch.copies)
     # A document is whole in its row: a slot sees all places of it from the first to its horizon.
-    return torch.where(slots.document_ids >= 0, slots.horizon + 1, 0).sum()
+    seen = slots.horizon + 1
+    if slots.last_horizon is not None:
+        # But for a slot that is hidden from what is read behind its image.
+        documents = slots.document_ids + 1
+        last = slots.order.new_zeros(documents.shape[0], documents.shape[1] + 1)
+        last = last.scatter_reduce(1, documents, slots.order, "amax").gather(1, documents)
+        seen = seen - (last - slots.last_horizon).clamp(min=0)
+    return torch.where(slots.document_ids >= 0, seen, 0).sum()
 
 
 def flops_per_pair(config: ModelConfig) -> int:

@@ -152,6 +152,9 @@ class RunLog:
         self._flops_per_row: dict[torch.Size, int] = {}
         earlier = read_metrics(history or self.path) if first_step else []
         kept = [line for line in earlier if line["step"] <= first_step]
+        held_out = [(line["validation/loss"], line["step"]) for line in kept if "validation/loss" in line]
+        # The lowest held-out loss so far, and the step it was reached at.
+        self.best: tuple[float, int] | None = min(held_out, default=None)
         self.running = {name: next((line[name] for line in reversed(kept) if name in line), 0) for name in _RUNNING}
         # Before the file changes, which other processes read too.
         accelerator.wait_for_everyone()
@@ -296,9 +299,13 @@ class RunLog:
         return "  ".join(shown)
 
     def write_validation(self, step: int, losses: dict[str, float]) -> str:
-        """Write held-out losses => a line for the console."""
-        self._write(step, {f"validation/{name}": loss for name, loss in losses.items()})
+        """Write held-out losses, and their sum as in training => a line for the console."""
+        total = losses["text_loss"] + self.config.training.diffusion_loss_weight * losses["diffusion_loss"]
+        self._write(step, {f"validation/{name}": loss for name, loss in (losses | {"loss": total}).items()})
         summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
+        if self.best is None or total < self.best[0]:
+            self.best = total, step
+            summary += "  (lowest so far)"
         return f"step {step:>{len(str(self.config.training.num_steps))}}  held-out {summary}"
 
     @contextmanager

@@ -62,12 +62,15 @@ class StateWriter:
         self.wait()
         self.thread.shutdown()
 
-    def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], best_step: int | None = None
+    ) -> None:
         """Begin to write the training state after `step` steps.
 
         Args:
             tensors: Of `state_tensors`; equal on all ranks where they are not sharded.
             progress: Anything that JSON holds.
+            best_step: The step whose snapshot is kept whatever comes after it.
 
         Raises:
             UserError: The state before could not be written.
@@ -88,14 +91,14 @@ class StateWriter:
             Future[Any],
             async_save(mine, checkpoint_id=aside_of(folder), process_group=self.group, no_dist=self.group is None),
         )
-        self.pending = self.thread.submit(self._finish, written, folder)
+        self.pending = self.thread.submit(self._finish, written, folder, best_step)
 
-    def _finish(self, written: Future[Any], folder: Path) -> None:
+    def _finish(self, written: Future[Any], folder: Path, best_step: int | None) -> None:
         written.result()
         if self.rank == 0:
             put_in_place(folder)
-            for kept in (folder.parent, self.run / "snapshots"):
-                prune(kept, self.keep_last, self.keep_every)
+            prune(folder.parent, self.keep_last, self.keep_every, None)
+            prune(self.run / "snapshots", self.keep_last, self.keep_every, best_step)
 
     def wait(self) -> None:
         """Return when the last state is on the disk.

@@ -18,7 +18,7 @@ class Losses(NamedTuple):
     """Losses of some rows.
 
     Attributes:
-        sums: [2], summed text and diffusion losses.
+        sums: [2], summed text and diffusion losses, weighted for training.
         text: [B, T], cross-entropy of each text slot, without gradient.
         images: [B, K], summed squared error of each image, without gradient.
     """
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
 
 
 def loss_counts(batch: Batch) -> Tensor:
-    """[2] float64: labelled tokens, and elements of real images."""
+    """[2] float64: labelled tokens, and elements of real images (not of copies)."""
     tokens = (batch.text_labels != IGNORE_INDEX).sum()
     elements = batch.image_mask.sum() * batch.latents[0, 0].numel()
     return torch.stack([tokens, elements]).double()
@@ -71,10 +71,13 @@ def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_
         rope_positions=batch.rope_positions,
         text_labels=batch.text_labels,
         z_loss_weight=z_loss_weight,
+        copies=batch.copies,
     )
     target = diffusion.target(batch.latents, batch.noise, batch.timesteps)
     images = diffusion_losses(output.prediction, target, batch.image_mask)
-    return Losses(torch.stack([output.text_loss, images.sum()]), output.text_losses, images.detach())
+    weight = diffusion.loss_weight(batch.timesteps)
+    weighted = images if weight is None else weight * images
+    return Losses(torch.stack([output.text_loss, weighted.sum()]), output.text_losses, images.detach())
 
 
 def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) -> None:

@@ -1,12 +1,13 @@
 """Losses on held-out documents, at fixed timesteps and with fixed noise, so that runs and steps compare."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
@@ -35,6 +36,7 @@ class Validation:
         diffusion: Of the run.
         encoder: Encodes images that have no cached latents.
         rows_at_once: Rows of one forward.
+        prompt_dropout_prob: Share of the images in front of which nothing stands.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Validation:
         diffusion: Diffusion,
         encoder: OnlineEncoder,
         rows_at_once: int,
+        prompt_dropout_prob: float = 0.0,
     ) -> None:
         self.diffusion = diffusion
         self.encoder = encoder
@@ -58,14 +61,16 @@ class Validation:
             data = dataclasses.replace(
                 config.data,
                 caption_first_prob=caption_first_prob,
-                prompt_dropout_prob=0.0,
+                prompt_dropout_prob=prompt_dropout_prob,
                 random_flip=False,
                 lookahead=1,
             )
             result = []
             for bucket, pools in enumerate(sources.image_pools):
                 available = sum(sources.pools[pool].length for pool in pools)
-                num_rows = max(1, wanted * available // total // data.images_per_row)
+                # Of an image in front of its caption there may be a copy.
+                slots_per_image = 2 if data.has_copies and caption_first_prob == 0 else 1
+                num_rows = max(1, wanted * available // total // (data.images_per_row // slots_per_image))
                 if pools:
                     rope, patch_size, draw = (
                         config.model.rope,
@@ -99,6 +104,19 @@ class Validation:
         captions = {"caption_loss": caption} if self.image_first else {}
         return {"text_loss": text, **captions, "diffusion_loss": mean, **by_timestep}
 
+    @torch.no_grad()
+    def image_losses(self, model: nn.Module, accelerator: Accelerator, timesteps: Sequence[float]) -> Tensor:
+        """[N, len(timesteps)], diffusion loss of each held-out image at each timestep; called by all ranks."""
+        device = next(model.parameters()).device
+        found = []
+        with accelerator.autocast():
+            for batch in self._batches(self.caption_first, device, accelerator):
+                elements = batch.latents[0, 0].numel()
+                losses = [compute_losses(model, _at(batch, t), self.diffusion).images / elements for t in timesteps]
+                found.append(torch.stack(losses, dim=-1)[batch.image_mask].double())
+        gathered: list[Tensor] = gather_object([torch.cat(found).cpu()])
+        return torch.cat(gathered)
+
     def _batches(
         self, packers: list[tuple[int, Packer]], device: torch.device, accelerator: Accelerator
     ) -> Iterator[Batch]:
@@ -115,5 +133,14 @@ class Validation:
 
     def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
         """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
-        batch = dataclasses.replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
-        return torch.stack([compute_losses(model, batch, self.diffusion).sums.double(), loss_counts(batch)], dim=1)
+        losses = compute_losses(model, _at(batch, timestep), self.diffusion)
+        sums = torch.stack([losses.text.sum(), losses.images.sum()])
+        return torch.stack([sums.double(), loss_counts(batch)], dim=1)
+
+
+def _at(batch: Batch, timestep: float) -> Batch:
+    """With every image at one timestep; copies stay clean."""
+    timesteps = torch.full_like(batch.timesteps, timestep)
+    if batch.copies is not None:
+        timesteps = timesteps.masked_fill(batch.copies, 0.0)
+    return dataclasses.replace(batch, timesteps=timesteps)

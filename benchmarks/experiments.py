@@ -1,0 +1,264 @@
+"""Train and measure the arms of configs/experiments, and put what came out side by side.
+
+    python -m benchmarks.experiments --output runs/experiments
+    python -m benchmarks.experiments --output runs/experiments --arms base dense --seeds 0 1 2 --steps 1000 --jobs 6
+
+Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot; --jobs of them run at a time, on
+one GPU. Models of this size leave most of a GPU idle, so several at once take little longer than one; but compare
+seconds only of runs that ran alone. What is finished is not done again, and what was interrupted goes on. The output
+folder receives a run folder for each arm and seed, results.json, results.md and results.png. Further words are keys of
+train.py: --training.num_rows=16.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.report import read_report
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "experiments"
+PROTOCOL = ROOT / "configs" / "eval" / "experiments.yaml"
+BASE = "base"
+# Share of a run whose training losses are averaged.
+_LAST_PART = 0.05
+# Columns: what a result is called, whether the report or the log has it, and under which name.
+_COLUMNS = {
+    "text loss": "validation/text_loss",
+    "caption loss": "validation/caption_loss",
+    "diffusion loss": "validation/diffusion_loss",
+    "FD": "FD-EfficientNet (generated)",
+    "CIDEr": "CIDEr",
+}
+
+
+@dataclass
+class Result:
+    """What came out of one run.
+
+    Attributes:
+        arm: Name of its configuration.
+        seed: Of the run.
+        values: Numbers by name: held-out losses of the last validation, means of training losses over the last
+            twentieth of the run, metrics of the report, seconds and FLOPs.
+        error: Why there are none.
+    """
+
+    arm: str
+    seed: int
+    values: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def arm_names() -> list[str]:
+    """All arms, the base first."""
+    return [BASE, *sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != BASE)]
+
+
+def config_arguments(arm: str) -> list[str]:
+    """The command line of train.py that makes an arm."""
+    files = [CONFIGS / f"{name}.yaml" for name in dict.fromkeys((BASE, arm))]
+    return [word for file in files for word in ("--config", str(file))]
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """Where arms are trained, and what is changed in all of them.
+
+    Attributes:
+        output: Receives the run folders.
+        keys: Further arguments of train.py.
+        protocol: Further arguments of evaluate/benchmark.py.
+        threads: CPU threads of a process.
+    """
+
+    output: Path
+    keys: list[str]
+    protocol: list[str]
+    threads: int
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """The run folder of an arm."""
+        return self.output / f"{arm}-seed-{seed}"
+
+    def arguments(self, arm: str, seed: int) -> list[str]:
+        """The command line of train.py."""
+        return [
+            *config_arguments(arm),
+            f"--output_dir={self.folder(arm, seed)}",
+            f"--training.seed={seed}",
+            *self.keys,
+        ]
+
+    def snapshot(self, arm: str, seed: int) -> Path:
+        """What a finished run leaves."""
+        config = parse_config(RunConfig, self.arguments(arm, seed), "")
+        return self.folder(arm, seed) / "snapshots" / f"step-{config.training.num_steps:07d}"
+
+    def cache(self) -> None:
+        """Encode the images that all arms share, before several runs would do it at the same time.
+
+        Raises:
+            UserError: It fails.
+        """
+        self._call(["-m", "transfusion_mot.data.cache", *self.arguments(BASE, 0)], self.output / "cache.log")
+
+    def run(self, arm: str, seed: int) -> Result:
+        """Train and measure an arm, as far as that is not done."""
+        folder = self.folder(arm, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        snapshot = self.snapshot(arm, seed)
+        report = folder / "evaluation" / snapshot.name
+        try:
+            if not snapshot.exists():
+                self._call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log")
+            if not (report / "report.json").exists():
+                command = [str(ROOT / "evaluate" / "benchmark.py"), "--checkpoint", str(folder)]
+                command += ["--config", str(PROTOCOL), "--output", str(report), *self.protocol]
+                self._call(command, folder / "evaluate.log")
+        except UserError as error:
+            return Result(arm, seed, error=str(error))
+        return Result(arm, seed, measured(folder, report))
+
+    def _call(self, words: list[str], log: Path) -> None:
+        """Run a script of this repository.
+
+        Raises:
+            UserError: It fails; says with what.
+        """
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self.threads)}
+        with log.open("w") as file:
+            done = subprocess.run([sys.executable, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode:
+            lines = [line for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+            raise UserError(f"{Path(words[0]).name} ended with {done.returncode}: {' '.join(lines[-1:])} ({log})")
+
+
+def measured(folder: Path, report: Path) -> dict[str, float]:
+    """The numbers of a finished run, by name."""
+    lines = read_metrics(folder / METRICS_FILE)
+    last = max(line["step"] for line in lines)
+    values: dict[str, float] = {"steps": last}
+    for name in ("text_loss", "diffusion_loss"):
+        found = [line[name] for line in lines if name in line and line["step"] > (1 - _LAST_PART) * last]
+        values[name] = statistics.fmean(found)
+    for line in lines:
+        values |= {key: value for key, value in line.items() if key.startswith("validation/")}
+        values |= {key: line[key] for key in ("seconds", "flops") if key in line}
+    return values | {metric.name: metric.value for metric in read_report(report).metrics}
+
+
+def table(results: Sequence[Result]) -> str:
+    """A row for each arm: means over seeds, with the standard deviation where there are several."""
+    lines = [["arm", "seeds", "TFLOPs", *_COLUMNS], ["---", *["---:"] * (2 + len(_COLUMNS))]]
+    for arm in dict.fromkeys(result.arm for result in results):
+        runs = [result for result in results if result.arm == arm]
+        good = [result.values for result in runs if result.error is None]
+        cells = [arm, f"{len(good)} of {len(runs)}" if len(good) < len(runs) else f"{len(runs)}"]
+        for key, digits in (("flops", 0), *((key, 3) for key in _COLUMNS.values())):
+            found = [values[key] / (1e12 if key == "flops" else 1) for values in good if key in values]
+            cells.append(_mean_and_deviation(found, digits))
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    shown = f"{statistics.fmean(values):,.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} ± {statistics.stdev(values):.{digits}f}"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """A panel for each column, a row for each arm, a dot for each seed; a line marks the base."""
+    arms = list(dict.fromkeys(result.arm for result in results))
+    figure = Figure(figsize=(3.2 * len(_COLUMNS), 1.2 + 0.3 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
+    for axes, (name, key) in zip(panels, _COLUMNS.items(), strict=True):
+        for result in results:
+            if key in result.values:
+                colour = "#d55e00" if result.arm == BASE else "#0072b2"
+                axes.plot(result.values[key], arms.index(result.arm), "o", color=colour, alpha=0.7)
+        of_base = [result.values[key] for result in results if result.arm == BASE and key in result.values]
+        if of_base:
+            axes.axvline(statistics.fmean(of_base), color="#d55e00", linewidth=1, alpha=0.5)
+        axes.set_xlabel(name)
+        axes.grid(axis="y", color="#e3e6ea")
+        axes.set_axisbelow(True)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
+def save(results: Sequence[Result], output: Path, about: dict[str, Any]) -> None:
+    """Write results.json, results.md and results.png."""
+    content = {**about, "results": [asdict(result) for result in results]}
+    (output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (output / "results.md").write_text(table(results) + "\n")
+    plot(results, output / "results.png")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run experiments, as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
+    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser.add_argument(
+        "--protocol",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of evaluate/benchmark.py, any number",
+    )
+    given, keys = parser.parse_known_args(arguments)
+    keys = [word if word.startswith("--") else f"--{word}" for word in keys]
+    if given.steps is not None:
+        keys.append(f"--training.num_steps={given.steps}")
+    output = Path(given.output)
+    output.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    experiments = Experiments(output, keys, [f"--{key.removeprefix('--')}" for key in given.protocol], threads)
+    wanted = [(arm, seed) for seed in given.seeds for arm in given.arms]
+    if not all(experiments.snapshot(*pair).exists() for pair in wanted):
+        experiments.cache()
+
+    results: list[Result] = []
+    about = {"arguments": list(arguments), "jobs": given.jobs}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for result in pool.map(lambda pair: experiments.run(*pair), wanted):
+            results.append(result)
+            save(results, output, about)
+            shown = result.error or ", ".join(
+                f"{name} {result.values[key]:.3f}" for name, key in _COLUMNS.items() if key in result.values
+            )
+            print(f"{result.arm}, seed {result.seed}: {shown}", flush=True)
+    print(f"\n{table(results)}\n\nresults.json, results.md and results.png are in {output}")
+    if failed := [result for result in results if result.error is not None]:
+        raise UserError(f"{len(failed)} of {len(results)} runs failed, first {failed[0].arm}: {failed[0].error}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

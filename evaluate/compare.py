@@ -1,0 +1,38 @@
+"""Reports side by side, and which differences exceed the noise.
+
+    python evaluate/compare.py runs/a/evaluation runs/b/evaluation --output comparison.md
+
+Each is a report.json of evaluate/benchmark.py, or its folder; the others are compared with the first. Where two reports
+are of the same prompts or images, every image is compared with itself (paired bootstrap over the scores of images);
+otherwise intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
+"""
+
+from pathlib import Path
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import command_parser, run_command
+from transfusion_mot.evaluation.comparison import comparison_table
+from transfusion_mot.evaluation.report import read_report
+from transfusion_mot.training.plot import labels_of
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
+    parser.add_argument("--output", metavar="FILE", help="also write the table as markdown")
+    arguments = parser.parse_args()
+    if len(arguments.reports) < 2:
+        raise UserError("one report is given; give at least two, the first of which the others are compared with")
+    reports = [read_report(path) for path in arguments.reports]
+    folders = [path if path.is_dir() else path.parent for path in map(Path, arguments.reports)]
+    table = comparison_table(reports, labels_of(folders))
+    print(table)
+    if arguments.output:
+        try:
+            Path(arguments.output).write_text(table + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {arguments.output}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

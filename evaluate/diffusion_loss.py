@@ -1,0 +1,68 @@
+"""Diffusion loss on held-out images at fixed timesteps and with fixed noise, with and without their captions.
+
+    python evaluate/diffusion_loss.py --checkpoint runs/quickstart --output diffusion.json
+    accelerate launch evaluate/diffusion_loss.py --checkpoint runs/quickstart --num-images 5000
+
+The timesteps are the middles of equal bins of (0, 1), t = 0 clean and t = 1 noise. Conditional is with the caption
+before the image, unconditional without one; both see the same images and noise. A loss compares only with one of the
+same autoencoder and prediction type; see docs/evaluation.md.
+"""
+
+import argparse
+
+from accelerate import Accelerator
+
+from transfusion_mot.data.mixture import open_documents, with_latents
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import (
+    add_checkpoint,
+    add_device,
+    add_output,
+    at_least_one,
+    command_parser,
+    publish,
+    run_command,
+)
+from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.held_out_losses import TIMESTEP_BINS, diffusion_metrics
+from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    snapshot = find_snapshot(arguments.checkpoint)
+    config = read_run_config(snapshot, arguments.config, "--config")
+    processes, device = open_processes(arguments.device)
+    # In float32: what the sampler computes with.
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
+    held_out = open_documents(config.data, "held_out")
+    sources = with_latents(held_out, config.data, pipeline.autoencoder, config.autoencoder, accelerator)
+    metrics = diffusion_metrics(
+        pipeline, config, sources, accelerator, arguments.num_images, arguments.bins, arguments.batch_size
+    )
+    if not metrics:
+        raise UserError("no image is held out; raise data.held_out_fraction, or set 'use' of a source, in --config")
+    if processes.is_main_process:
+        publish(metrics, arguments.output)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add_checkpoint(parser)
+    parser.add_argument("--num-images", type=at_least_one, metavar="N", help="held-out images (default: all)")
+    parser.add_argument(
+        "--bins",
+        type=at_least_one,
+        default=TIMESTEP_BINS,
+        metavar="N",
+        help=f"number of timesteps (default: {TIMESTEP_BINS})",
+    )
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,85 @@
+"""At which share of steps, FLOPs and wall-clock does a run B reach the final losses of a run A?
+
+    python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
+
+Both are run folders of train.py. The answer is given for the text and the image loss, in training (means over
+a twentieth of A's steps) and held out (as far as both runs have validated). The output folder receives
+steps_to_match.json, the table steps_to_match.md and the plot steps_to_match.png; see docs/evaluation.md.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import command_parser, run_command
+from transfusion_mot.evaluation.curves import plot_matches
+from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
+from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.plot import Lines, curve, labels_of
+
+LOSSES = {
+    "text loss": "text_loss",
+    "text loss, held out": "validation/text_loss",
+    "image loss": "diffusion_loss",
+    "image loss, held out": "validation/diffusion_loss",
+}
+AXES = ("step", "flops", "seconds")
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
+    parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
+    parser.add_argument(
+        "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
+    )
+    arguments = parser.parse_args()
+    a, b = (read_run(Path(run)) for run in (arguments.run_a, arguments.run_b))
+    labels = labels_of([Path(arguments.run_a), Path(arguments.run_b)])
+    matches, curves = compare_runs(a, b)
+    output = Path(arguments.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        results = [asdict(found) | {"fraction": found.fraction} for found in matches]
+        content = {"run_a": arguments.run_a, "run_b": arguments.run_b, "matches": results}
+        (output / "steps_to_match.json").write_text(json.dumps(content, indent=2) + "\n")
+        table = matches_table(matches, *labels)
+        (output / "steps_to_match.md").write_text(table + "\n")
+        plot_matches(matches, curves, (labels[0], labels[1]), output / "steps_to_match.png")
+    except OSError as error:
+        raise UserError(f"cannot write to '{output}': {error.strerror}") from None
+    print(table)
+    print(f"steps_to_match.json, .md and .png are in {output}")
+
+
+def read_run(run: Path) -> Lines:
+    """The log of a run.
+
+    Raises:
+        UserError: It has none, or has not trained.
+    """
+    lines = read_metrics(run / METRICS_FILE)
+    if not any("text_loss" in line for line in lines):
+        raise UserError(f"{run} holds no {METRICS_FILE} with losses; give run folders of train.py that have trained")
+    return lines
+
+
+def compare_runs(a: Lines, b: Lines) -> tuple[list[Match], dict[tuple[str, str], tuple[Curve, Curve]]]:
+    """Every loss and axis that both runs have, with the two curves (A, B) that were compared."""
+    matches, curves = [], {}
+    for name, key in LOSSES.items():
+        for axis in AXES:
+            pair = [Curve(*curve(lines, key, axis)) for lines in (a, b)]
+            if not all(found.xs for found in pair):
+                continue
+            if not key.startswith("validation/"):
+                steps = [curve(lines, key, "step")[0] for lines in (a, b)]
+                pair = [window_means(of, found, WINDOW * steps[0][-1]) for of, found in zip(steps, pair, strict=True)]
+            curves[name, axis] = (pair[0], pair[1])
+            matches.append(match(name, axis, *curves[name, axis]))
+    return matches, curves
+
+
+if __name__ == "__main__":
+    run_command(main)

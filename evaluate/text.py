@@ -1,0 +1,63 @@
+"""How well a model predicts held-out text: loss and perplexity per token, and bits per byte, of each source.
+
+    python evaluate/text.py --checkpoint runs/quickstart --output text.json
+    accelerate launch evaluate/text.py --checkpoint runs/quickstart --texts c4.jsonl wikipedia/*.parquet
+
+Held out are the captions and texts that the run's own configuration sets aside, or with --texts the whole of other
+files (.txt, .jsonl or .parquet, as for data sources of kind text). Bits per byte compare models of different
+tokenizers, perplexity only those of one tokenizer; see docs/evaluation.md.
+"""
+
+import argparse
+from dataclasses import replace
+
+from transfusion_mot.config import SourceConfig
+from transfusion_mot.data.mixture import Sources, open_documents
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.command import (
+    add_checkpoint,
+    add_device,
+    add_output,
+    at_least_one,
+    command_parser,
+    publish,
+    run_command,
+)
+from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.held_out_losses import text_metrics
+from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    snapshot = find_snapshot(arguments.checkpoint)
+    config = read_run_config(snapshot, arguments.config, "--config")
+    data = config.data
+    if arguments.texts is not None:
+        data = replace(data, sources=[SourceConfig("text", path=file, use="held_out") for file in arguments.texts])
+    sources = Sources(open_documents(data, "held_out"), [])
+    processes, device = open_processes(arguments.device)
+    pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
+    metrics = text_metrics(pipeline, config, sources, processes, arguments.num_texts, arguments.batch_size)
+    if not metrics:
+        raise UserError(
+            "no text is held out; set data.held_out_fraction, or 'use' of a source to held_out, in --config, or give "
+            "files with --texts"
+        )
+    if processes.is_main_process:
+        publish(metrics, arguments.output)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add_checkpoint(parser)
+    parser.add_argument("--texts", nargs="+", metavar="FILE", help="texts to read instead of the run's held-out ones")
+    parser.add_argument("--num-texts", type=at_least_one, metavar="N", help="first texts of each source (default: all)")
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

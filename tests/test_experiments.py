@@ -1,0 +1,216 @@
+"""The arms of configs/experiments differ in what they say alone, and the runner trains, measures and goes on."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import flat
+
+from benchmarks.experiments import CONFIGS, Result, arm_names, config_arguments, main, table
+from benchmarks.wordnet import entry_text
+from transfusion_mot.config import RunConfig, parse_config, to_dict
+from transfusion_mot.diffusion import make_scheduler
+from transfusion_mot.evaluation.protocol import read_protocol
+from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.flops import weight_flops_per_row
+
+TOWERS = {"model.towers", "model.num_heads"}
+UNET = {"model.image_adapter", "model.unet_channels", "model.unet_num_layers"}
+DISCRETE = {"diffusion.scheduler", "diffusion.scheduler_args", "diffusion.timestep_distribution"}
+# What an arm changes: everything else is as in the base.
+CHANGES = {
+    "base": set(),
+    "causal": {"model.image_attention"},
+    "caption_any_noise": {"data.image_first_max_timestep"},
+    "dense": {"model.untied"},
+    "ema_off": {"training.ema_decay"},
+    "ema_short": {"training.ema_decay"},
+    "epsilon": DISCRETE | {"diffusion.num_inference_steps"},
+    "epsilon_min_snr": DISCRETE | {"diffusion.num_inference_steps", "diffusion.min_snr_gamma"},
+    "flow_min_snr": {"diffusion.min_snr_gamma"},
+    "flow_shift": {"diffusion.scheduler_args"},
+    "flow_uniform": {"diffusion.timestep_distribution"},
+    "half": TOWERS,
+    "muon": {"optimizer.name"},
+    "no_qk_norm": {"model.qk_norm"},
+    "patch_1": {"model.patch_size"},
+    "patch_4": {"model.patch_size"},
+    "rope_1d": {"model.rope"},
+    "unet": UNET,
+    "unet_causal": UNET | {"model.image_attention"},
+    "unet_equal": UNET | {"model.num_layers"},
+    "untie_attention": {"model.untied"},
+    "untie_ffn": {"model.untied"},
+    "untie_norms": {"model.untied"},
+    "v": DISCRETE,
+    "v_min_snr": DISCRETE | {"diffusion.min_snr_gamma"},
+    "wide": TOWERS,
+    "wide_dense": TOWERS | {"model.untied"},
+}
+SAME_FLOPS = [
+    ("base", "dense"),
+    ("base", "untie_ffn"),
+    ("base", "untie_attention"),
+    ("base", "untie_norms"),
+    ("base", "causal"),
+    ("base", "no_qk_norm"),
+    ("base", "rope_1d"),
+    ("unet", "unet_causal"),
+    ("wide", "wide_dense"),
+]
+
+
+def config_of(arm: str) -> RunConfig:
+    return parse_config(RunConfig, config_arguments(arm), "")
+
+
+def model_of(arm: str) -> TransfusionMoT:
+    config = config_of(arm)
+    with torch.device("meta"):
+        return TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+
+
+def parameters(arm: str) -> int:
+    return sum(parameter.numel() for parameter in model_of(arm).parameters())
+
+
+def flops(arm: str) -> int:
+    config = config_of(arm)
+    latents = torch.Size((config.data.images_per_row, 4, config.data.image_size // 4, config.data.image_size // 4))
+    return config.training.num_rows * weight_flops_per_row(model_of(arm), config.model, config.data.text_slots, latents)
+
+
+def test_every_arm_is_here() -> None:
+    assert arm_names()[0] == "base"
+    assert set(arm_names()) == set(CHANGES)
+
+
+@pytest.mark.parametrize("arm", CHANGES)
+def test_an_arm_can_be_built_and_says_what_it_is_for(arm: str) -> None:
+    config = config_of(arm)
+    check_architecture(config.model)
+    assert parameters(arm) > 1e6
+    make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args)
+    assert config.output_dir == f"runs/experiments/{arm}"
+    patches = (config.data.image_size // 4 // config.model.patch_size) ** 2
+    assert (config.data.text_slots + config.data.images_per_row * patches) % 128 == 0
+    header = (CONFIGS / f"{arm}.yaml").read_text()
+    assert "# question:  " in header
+    if arm != "base":
+        files = " ".join(f"--config configs/experiments/{name}.yaml" for name in ("base", arm))
+        assert f"# command:   python train.py {files}\n" in header
+        compared = re.search(r"# compare:   with (.*)\n", header)
+        assert compared is not None
+        assert set(re.findall(r"\w+", compared[1])) & (set(CHANGES) - {arm})
+
+
+@pytest.mark.parametrize("arm", CHANGES)
+def test_an_arm_changes_what_it_says_and_nothing_else(arm: str) -> None:
+    """In particular not its data, rows, seeds and steps."""
+    ours, base = (flat(to_dict(config_of(name))) for name in (arm, "base"))
+    differing = {path for path in ours.keys() | base.keys() if ours.get(path) != base.get(path)} - {"/output_dir"}
+    assert {".".join(path.split("/")[1:3]) for path in differing} == CHANGES[arm]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_FLOPS)
+def test_what_is_compared_at_equal_flops_has_equal_flops(one: str, other: str) -> None:
+    assert flops(one) == pytest.approx(flops(other), rel=0.02)
+
+
+def test_what_is_compared_at_equal_parameters_or_half_the_size_is_so() -> None:
+    assert parameters("unet_equal") == pytest.approx(parameters("base"), rel=0.02)
+    # 760M against 1.4B.
+    assert flops("half") / flops("wide_dense") == pytest.approx(0.55, abs=0.02)
+    blocks = {
+        arm: sum(p.numel() for name, p in model_of(arm).named_parameters() if name.startswith("blocks."))
+        for arm in ("base", "dense", "wide", "wide_dense")
+    }
+    assert blocks["base"] == 2 * blocks["dense"]
+    assert blocks["wide"] == 2 * blocks["wide_dense"]
+    assert parameters("wide") > 3 * parameters("base")
+
+
+def test_protocols_paint_as_many_as_the_bars_ask_for() -> None:
+    for name in ("experiments", "emoji_corpus"):
+        protocol = read_protocol(["--config", str(CONFIGS.parent / "eval" / f"{name}.yaml")])
+        assert (protocol.num_images, protocol.features, protocol.prompts.kind) == (1024, "efficientnet", "held_out")
+        assert protocol.captions.kind == "prompts"
+
+
+def test_entries_of_wordnet_are_words_and_their_meaning() -> None:
+    line = "01558594 05 n 02 robin 0 robin_redbreast 1 002 @ 01557962 n 0000 ~ 1 n 0000 | small Old World songbird  "
+    assert entry_text(line) == "robin, robin redbreast: small Old World songbird"
+    line = '00014358 00 s 01 galore(ip) 0 001 & 00013887 a 0000 | in great numbers; "daffodils galore"  '
+    assert entry_text(line) == 'galore: in great numbers; "daffodils galore"'
+
+
+def test_table_has_means_and_deviations_over_seeds() -> None:
+    values = [{"flops": 2e15, "validation/text_loss": loss, "CIDEr": 1.0} for loss in (1.0, 2.0, 4.0)]
+    results = [Result("base", seed, value) for seed, value in enumerate(values)]
+    results += [Result("dense", 0, values[0]), Result("dense", 1, error="no memory")]
+    lines = table(results).splitlines()
+    # The standard deviation of 1, 2, 4 is sqrt(7 / 3).
+    assert lines[2] == "| base | 3 | 2,000 ± 0 | 2.333 ± 1.528 | - | - | - | 1.000 ± 0.000 |"
+    assert lines[3] == "| dense | 1 of 2 | 2,000 | 1.000 | - | - | - | 1.000 |"
+
+
+def test_an_arm_is_trained_measured_and_not_trained_again(
+    picture_folder: Path,
+    random_vae: Path,
+    emoji_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("ACCELERATE_USE_CPU", "true"), ("HF_HUB_OFFLINE", "1"), ("CUDA_VISIBLE_DEVICES", "")):
+        monkeypatch.setenv(name, value)
+    tower = "{hidden_size: 16, intermediate_size: 32}"
+    words = [
+        "--output",
+        str(tmp_path / "out"),
+        "--arms",
+        "dense",
+        "--steps",
+        "3",
+        "--protocol=num_images=6",
+        "--protocol=device=cpu",
+        f"--data.sources=[{{kind: imagefolder, path: {picture_folder}}}]",
+        f"--data.cache_dir={emoji_cache}",
+        "--data.image_size=32",
+        "--data.held_out_fraction=0.2",
+        "--data.text_slots=48",
+        "--data.images_per_row=2",
+        "--data.num_workers=0",
+        f"--autoencoder.path={random_vae}",
+        "--tokenizer.vocab_size=300",
+        f"--model.towers={{text: {tower}, image: {tower}}}",
+        "--model.num_layers=1",
+        "--model.num_heads=2",
+        "--model.head_dim=8",
+        "--diffusion.num_inference_steps=2",
+        "--training.num_rows=2",
+        "--training.log_every=1",
+        "--training.sample_prompts=[sun]",
+        "--training.mixed_precision=no",
+    ]
+    main(words)
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(result["arm"], result["error"]) for result in first["results"]] == [("dense", None)]
+    lines = (tmp_path / "out" / "dense-seed-0" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines]
+    values = first["results"][0]["values"]
+    assert values["validation/diffusion_loss"] == losses[-1]["validation/diffusion_loss"]
+    assert values["text_loss"] == next(line["text_loss"] for line in reversed(losses) if "text_loss" in line)
+    report = json.loads((tmp_path / "out" / "dense-seed-0/evaluation/step-0000003/report.json").read_text())
+    named = {metric["name"]: metric["value"] for metric in report["metrics"]}
+    assert values["FD-EfficientNet (generated)"] == named["FD-EfficientNet (generated)"]
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.log")}
+    assert len(written) == 3
+    main(words)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.log")} == written
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == first["results"]
+    assert "| dense | 1 |" in capsys.readouterr().out

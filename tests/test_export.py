@@ -1,0 +1,117 @@
+"""Snapshots in half precision: what is written, how large it is, and that it paints what the whole one paints."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import seeds, tiny_pipeline
+
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.export import export, main, with_section
+
+ROOT = Path(__file__).parents[1]
+CARD = """---
+tags: [a]
+---
+
+# emoji
+
+## Data
+
+Emoji.
+
+## Licence
+
+Not stated yet.
+
+## Configuration
+
+seed: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = tiny_pipeline()
+    pipeline.model_card = CARD
+    folder = tmp_path_factory.mktemp("run") / "snapshots" / "step-0000003"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_an_exported_snapshot_is_half_as_large_and_paints_the_same(
+    snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "emoji"
+    main(["--checkpoint", str(snapshot.parents[1]), "--output", str(out)])
+    whole, half = (
+        {path.parent.name: load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+        for folder in (snapshot, out)
+    )
+    assert {weight.dtype for weight in half["transformer"].values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in half["vae"].values()} == {torch.float16}
+    for name, weight in whole["transformer"].items():
+        assert torch.equal(half["transformer"][name], weight.bfloat16())
+
+    loaded = TransfusionPipeline.from_pretrained(out)
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.float32
+    images = [
+        pipeline("sun", generator=seeds(1), output_type="latent").images
+        for pipeline in (loaded, TransfusionPipeline.from_pretrained(snapshot))
+    ]
+    torch.testing.assert_close(*images, rtol=0.05, atol=0.05)
+    assert not torch.equal(*images)
+
+    counted = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    assert f"{counted / 1e6:.1f} MB  in {out}" in capsys.readouterr().out
+    assert not list(out.parent.glob(".*"))
+
+
+def test_the_card_says_licences_and_measurements(snapshot: Path, tmp_path: Path) -> None:
+    licences = tmp_path / "LICENSES"
+    licences.write_text("twemoji/: CC BY 4.0, \\1\n")
+    report = tmp_path / "evaluation"
+    report.mkdir()
+    metric = {"name": "CIDEr", "value": 2.5, "protocol": {}, "interval": None, "scores": None}
+    fields = {"title": "Held-out", "command": "evaluate/benchmark.py", "date": "", "settings": {}, "versions": {}}
+    fields |= {"score_name": "", "lower_is_better": False, "notes": []}
+    empty = {key: [] for key in ("sweep", "pictures", "captions", "neighbours")}
+    (report / "report.json").write_text(json.dumps({**fields, **empty, "metrics": [metric]}))
+    words = {"checkpoint": snapshot, "output": tmp_path / "out", "licences": licences, "evaluation": report}
+    main([f"--{key}={value}" for key, value in words.items()])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.findall("^## (.*)$", card, flags=re.MULTILINE) == ["Data", "Licence", "Evaluation", "Configuration"]
+    assert "twemoji/: CC BY 4.0, \\1" in card
+    assert "Not stated yet" not in card
+    assert re.search(r"\| CIDEr +\| +2\.5", card)
+    assert card.endswith("## Configuration\n\nseed: 0\n")
+
+
+def test_sections_of_a_card() -> None:
+    assert with_section(CARD, "Licence", "MIT") == CARD.replace("Not stated yet.", "MIT")
+    assert with_section("# a\n", "Licence", "MIT") == "# a\n## Licence\n\nMIT\n\n"
+
+
+def test_too_large_a_model_is_refused(snapshot: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the weights take 0\.\d MB and at most 0\.001 MB are wanted"):
+        export(str(snapshot), tmp_path / "out", None, None, 0.001)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_of_the_shipped_model_fits_its_limit() -> None:
+    """64 MB with the autoencoder, as they are stored."""
+    config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / "emoji.yaml")], "")
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    autoencoder = ROOT / config.autoencoder.path / "diffusion_pytorch_model.safetensors"
+    assert parameters < 28e6
+    assert 2 * parameters + autoencoder.stat().st_size < 63.5e6
+    slots = config.data.text_slots + config.data.images_per_row * 64
+    assert slots % 128 == 0

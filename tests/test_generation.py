@@ -1,0 +1,143 @@
+"""Many images and captions: kept, gone on with, and the same bits however the work is shared."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+from test_pipeline import tiny_pipeline
+
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.generation import claim_folder, write_images
+from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, prompts_of
+from transfusion_mot.sampling.painting import Painter, SamplerSettings
+
+PROMPTS = prompts_of(["a sun", "an owl", "an octopus, red", "a sun", "a", "", "rain"], 1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return Painter(pipeline, "sha256 0", PartialState(cpu=True), batch_size=3)
+
+
+def settings(painter: Painter, scale: float = 2.0) -> SamplerSettings:
+    return SamplerSettings(2, scale, type(painter.pipeline.scheduler).__name__)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+class Killed(Exception):
+    """Stands for the kill of a process."""
+
+
+def making(painter: Painter, batches: int) -> Callable[[Sequence[Prompt]], list[Image.Image]]:
+    """Paints so many batches and is killed in the next one."""
+    left = iter(range(batches))
+
+    def make(batch: Sequence[Prompt]) -> list[Image.Image]:
+        if next(left, None) is None:
+            raise Killed
+        generators = [torch.Generator().manual_seed(prompt.image_seed) for prompt in batch]
+        return painter.pipeline([prompt.text for prompt in batch], 2, 2.0, generator=generators).images
+
+    return make
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(painter: Painter, tmp_path: Path) -> None:
+    painter.paint(PROMPTS, settings(painter), tmp_path / "whole")
+    whole = files(tmp_path / "whole")
+    assert list(whole) == [prompt.file_name for prompt in PROMPTS]
+    assert len(set(whole.values())) == len(PROMPTS)
+    part = tmp_path / "part"
+    part.mkdir()
+    with pytest.raises(Killed):
+        write_images(PROMPTS, part, making(painter, 1), 3, "painting")
+    # One of the second batch was written, and half of the next one.
+    (part / PROMPTS[3].file_name).write_bytes(whole[PROMPTS[3].file_name])
+    (part / PROMPTS[4].file_name).with_suffix(".partial").write_bytes(b"half of it")
+    before = {name: (part / name).stat().st_mtime_ns for name in files(part)}
+    write_images(PROMPTS, part, making(painter, 2), 3, "painting")
+    assert files(part) == whole
+    assert not list(part.glob("*.partial"))
+    unchanged = [name for name, changed in before.items() if (part / name).stat().st_mtime_ns == changed]
+    assert unchanged == [prompt.file_name for prompt in PROMPTS[:3]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_processes_share_batches(painter: Painter, tmp_path: Path, ranks: int) -> None:
+    write_images(PROMPTS, tmp_path / "one", making(painter, 3), 3, "painting")
+    for rank in reversed(range(ranks)):
+        write_images(PROMPTS, tmp_path / "many", making(painter, 2), 3, "painting", rank, ranks)
+        painted = {index for index in range(len(PROMPTS)) if PROMPTS[index].file_name in files(tmp_path / "many")}
+        assert painted == {index for index in range(len(PROMPTS)) if index // 3 % ranks >= rank}
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_a_folder_belongs_to_its_settings(painter: Painter, tmp_path: Path) -> None:
+    painter.paint(PROMPTS[:3], settings(painter), tmp_path / "out")
+    painter.paint(PROMPTS[:3], settings(painter), tmp_path / "out")
+    with pytest.raises(UserError, match=r"other settings: guidance_scale \(2\.0 there, 3\.0 now\)"):
+        painter.paint(PROMPTS[:3], settings(painter, 3.0), tmp_path / "out")
+    with pytest.raises(UserError, match=r"other settings: prompts \(sha256"):
+        painter.paint(PROMPTS[:2], settings(painter), tmp_path / "out")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds files but no settings\.json"):
+        claim_folder(tmp_path / "foreign", {})
+
+
+def test_a_prompt_is_read_as_far_as_the_model_can(painter: Painter, tmp_path: Path) -> None:
+    limit = painter.pipeline.config.max_prompt_tokens
+    words = "a sun " * limit
+    short = painter.shortened(words)
+    assert words.startswith(short)
+    assert len(painter.pipeline.text_tokenizer.encode(short)) <= limit
+    assert painter.shortened("a sun") == "a sun"
+    long = prompts_of([words], 1, seed=0)
+    painter.paint(long, settings(painter), tmp_path / "long")
+    painter.paint([Prompt("00000.png", short, long[0].image_seed)], settings(painter), tmp_path / "short")
+    assert files(tmp_path / "long") == files(tmp_path / "short")
+    assert json.loads((tmp_path / "long" / "metadata.jsonl").read_text())["text"] == words
+
+
+def test_captions_are_those_of_the_pipeline_and_gone_on_with(painter: Painter, tmp_path: Path) -> None:
+    images = []
+    for number, (stem, caption) in enumerate(list(emoji_captions().items())[::800]):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(render_emoji(stem, 40)).save(path)
+        images.append(CaptionedImage(path, [caption], str(number)))
+    captions = painter.caption(images, 4, tmp_path / "out")
+    expected = painter.pipeline.caption([Image.open(item.image) for item in images], max_new_tokens=4)
+    assert captions == expected
+    parts = sorted((tmp_path / "out" / "captions").glob("0*.json"))
+    assert len(parts) == -(-len(images) // 3)
+    parts[1].unlink()
+    kept = parts[0].stat().st_mtime_ns
+    assert painter.caption(images, 4, tmp_path / "out") == captions
+    assert parts[0].stat().st_mtime_ns == kept
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == captions
+    assert lines[2]["references"] == images[2].captions
+    with pytest.raises(UserError, match=r"max_new_tokens \(4 there, 5 now\)"):
+        painter.caption(images, 5, tmp_path / "out")
+
+
+def test_reconstructions_are_those_of_the_autoencoder(painter: Painter, tmp_path: Path) -> None:
+    paths = []
+    for number, size in enumerate((8, 16, 16)):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(render_emoji("1F34E", size)).save(paths[-1])
+    prompts = [Prompt(f"{number:05d}.png", "apple", 0, path, str(number)) for number, path in enumerate(paths)]
+    painter.reconstruct(prompts, None, tmp_path / "out")
+    sizes = [Image.open(tmp_path / "out" / prompt.file_name).size for prompt in prompts]
+    assert sizes == [(8, 8), (16, 16), (16, 16)]
+    painter.reconstruct(prompts, 16, tmp_path / "small")
+    assert {Image.open(path).size for path in (tmp_path / "small").glob("*.png")} == {(16, 16)}

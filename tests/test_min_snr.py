@@ -1,0 +1,110 @@
+"""Min-SNR weights: against the paper's formulas with diffusers' signal-to-noise ratio, and in a training step."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from diffusers.training_utils import compute_snr
+from test_losses import make_batch
+from test_validation import held_out, make_validation
+
+from transfusion_mot.data.tokenizer import train_tokenizer
+from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.step import compute_losses
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+KINDS = [
+    (FLOW, {}),
+    (FLOW, {"shift": 3.0}),
+    *(("DDPMScheduler", {**COSINE, "prediction_type": kind}) for kind in ("epsilon", "sample", "v_prediction")),
+]
+GAMMA = 5.0
+
+
+@pytest.mark.parametrize(("scheduler", "arguments"), KINDS)
+def test_weighs_the_error_of_the_clean_latents(scheduler: str, arguments: dict) -> None:
+    """Whatever is predicted, weight x squared error is min(SNR, gamma) x squared error of the clean latents."""
+    diffusion = Diffusion(make_scheduler(scheduler, arguments), min_snr_gamma=GAMMA)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, error = torch.randn(3, 1, 2, 4, 4, generator=generator, dtype=torch.float64)
+    for t in torch.tensor([0.005, 0.1, 0.3, 0.5, 0.7, 0.95], dtype=torch.float64):
+        noisy = diffusion.add_noise(latents, noise, t[None])
+        prediction = diffusion.target(latents, noise, t[None]) + error
+        clean = diffusion.clean_estimate(prediction, noisy, t)
+        signal = (noisy - diffusion.add_noise(0 * latents, noise, t[None])).norm() / latents.norm()
+        deviation = diffusion.add_noise(0 * latents, noise, t[None]).norm() / noise.norm()
+        expected = min(float(signal / deviation) ** 2, GAMMA) * (clean - latents).square().sum()
+        found = diffusion.loss_weight(t[None]) * error.square().sum()
+        torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_formulas_of_the_paper(kind: str) -> None:
+    scheduler = make_scheduler("DDPMScheduler", {**COSINE, "prediction_type": kind})
+    index = torch.tensor([0, 10, 200, 500, 900, 998])
+    snr = compute_snr(scheduler, index).double()
+    capped = snr.clamp(max=GAMMA)
+    expected = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[kind]
+    found = Diffusion(scheduler, min_snr_gamma=GAMMA).loss_weight((index.double() + 1) / 1000)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(("scheduler", "arguments"), KINDS)
+def test_both_ends_have_a_weight(scheduler: str, arguments: dict) -> None:
+    diffusion = Diffusion(make_scheduler(scheduler, arguments), min_snr_gamma=GAMMA)
+    weights = diffusion.loss_weight(torch.tensor([0.0, 1.0]))
+    assert weights.isfinite().all()
+    assert (weights >= 0).all()
+
+
+def test_off_is_off() -> None:
+    assert Diffusion(make_scheduler(FLOW, {})).loss_weight(torch.rand(2, 3)) is None
+
+
+def gradients_and_losses(model: TransfusionMoT, gamma: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch = make_batch()
+    model.zero_grad()
+    losses = compute_losses(model, batch, Diffusion(make_scheduler(FLOW, {}), min_snr_gamma=gamma))
+    losses.sums[1].backward()
+    return model.image_adapter.output.bias.grad.clone(), losses.sums.detach(), losses.images
+
+
+def test_training_is_weighted_and_the_log_is_not() -> None:
+    batch = make_batch()
+    model = tiny_model(tiny_config())
+    _, plain_sums, plain_images = gradients_and_losses(model, None)
+    gradient, sums, images = gradients_and_losses(model, GAMMA)
+    torch.testing.assert_close(images, plain_images)
+    torch.testing.assert_close(sums[0], plain_sums[0])
+    t = batch.timesteps
+    weights = torch.minimum((1 - t) ** 2, GAMMA * t**2)
+    torch.testing.assert_close(sums[1], (weights * images).sum())
+
+    # The gradient is the sum of those of each image alone, times its weight.
+    expected = torch.zeros_like(gradient)
+    for row, image in batch.image_mask.nonzero().tolist():
+        model.zero_grad()
+        alone = torch.zeros_like(batch.timesteps)
+        alone[row, image] = weights[row, image]
+        output = model(
+            text_ids=batch.text_ids,
+            noisy_latents=(1 - t[..., None, None, None]) * batch.latents + t[..., None, None, None] * batch.noise,
+            timesteps=t,
+            document_ids=batch.document_ids,
+            order=batch.order,
+            span_ids=batch.span_ids,
+            rope_positions=batch.rope_positions,
+        )
+        errors = (output.prediction - (batch.noise - batch.latents)).square().sum(dim=(2, 3, 4))
+        (alone * errors).sum().backward()
+        expected += model.image_adapter.output.bias.grad
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_held_out_losses_are_not_weighted(accelerator) -> None:
+    tokenizer = train_tokenizer(["a red apple"], 300)
+    validation, model = make_validation(tokenizer, held_out())
+    plain = validation.losses(model, accelerator)
+    validation.diffusion = Diffusion(validation.diffusion.scheduler, min_snr_gamma=GAMMA)
+    assert validation.losses(model, accelerator) == plain

@@ -1,0 +1,176 @@
+"""Protocols: the files in configs/eval, what is refused, and which prompts are chosen."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.prompts import (
+    captioned_hash,
+    choose_coco_prompts,
+    geneval_prompts,
+    prompts_hash,
+    read_coco,
+    read_geneval,
+    read_karpathy,
+    read_text_prompts,
+    write_geneval_metadata,
+)
+from transfusion_mot.evaluation.protocol import read_protocol
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml"))
+
+
+def write_coco(folder: Path, count: int = 9) -> Path:
+    """Images with three captions each, listed in no order, as COCO has them."""
+    (folder / "val2014").mkdir(parents=True)
+    entries, annotations = [], []
+    for number in range(count):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        Image.new("RGB", (20, 16), (20 * number, 0, 0)).save(folder / "val2014" / name)
+        entries.append({"id": number, "file_name": name})
+        annotations += [
+            {"id": 10 * number + which, "image_id": number, "caption": f" picture {number}, caption {which} "}
+            for which in range(3)
+        ]
+    random.Random(0).shuffle(entries)
+    random.Random(1).shuffle(annotations)
+    path = folder / "captions.json"
+    path.write_text(json.dumps({"images": entries, "annotations": annotations}))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_protocol_is_read_and_documented(path: Path) -> None:
+    protocol = read_protocol(["--config", str(path)])
+    assert protocol.name != "Held-out documents"
+    assert "# command:" in path.read_text()
+
+
+def test_coco_is_what_the_papers_describe() -> None:
+    protocol = read_protocol(["--config", str(CONFIGS[0].with_name("coco.yaml"))])
+    assert (protocol.num_images, protocol.image_size, protocol.references) == (30_000, 256, None)
+    assert (protocol.prompts.kind, protocol.captions.kind) == ("coco", "karpathy")
+    assert (protocol.features, protocol.clip) == ("inception", "openai/clip-vit-large-patch14")
+
+
+def test_options_are_keys_with_dashes() -> None:
+    given = ["--num-images", "3", "--sweep.guidance-scale=[1,2.5]", "features=[efficientnet,dinov2]"]
+    protocol = read_protocol(given)
+    assert protocol.num_images == 3
+    assert protocol.sweep.guidance_scale == [1.0, 2.5]
+    assert protocol.feature_choices == ["efficientnet", "dinov2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-imags", "3"], "unknown key 'num_imags'.*nearest valid: num_images"),
+        (["--num-images", "0"], "num_images is 0; it must be at least 1"),
+        (["--features", "inceptoin"], "features has 'inceptoin'; known: auto, inception"),
+        (["--prompts.kind", "coco"], "prompts.kind 'coco' needs prompts.path, a file"),
+        (["--prompts.kind", "coco", "--prompts.path", "a"], "needs prompts.images, a folder"),
+        (["--prompts.kind", "text", "--prompts.path", "a"], "belong to no images; set captions.kind to 'none'"),
+        (["--captions.kind", "karpathy"], "needs captions.path, the file dataset_coco.json"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_protocol(arguments)
+
+
+def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
+    images = read_coco(str(write_coco(tmp_path)), str(tmp_path / "val2014"))
+    assert [image.image_id for image in images] == [str(number) for number in range(9)]
+    assert images[4].captions == [f"picture 4, caption {which}" for which in range(3)]
+    # As configs/eval/coco.yaml describes it, written out once more.
+    drawn = {n: int(hashlib.sha256(f"7 {n}".encode()).hexdigest()[:16], 16) for n in range(9)}
+    expected = sorted(drawn, key=drawn.__getitem__)[:5]
+    which = [int(hashlib.sha256(f"7 {n} caption".encode()).hexdigest()[:16], 16) % 3 for n in expected]
+    prompts = choose_coco_prompts(images, 5, seed=7)
+    assert [prompt.image_id for prompt in prompts] == [str(number) for number in expected]
+    assert [p.text for p in prompts] == [f"picture {n}, caption {w}" for n, w in zip(expected, which, strict=True)]
+    # More prompts are the same ones and others behind them, and another order of the images changes nothing.
+    assert choose_coco_prompts(images[::-1], 9, seed=7)[:5] == prompts
+    assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
+    with pytest.raises(UserError, match="10 prompts of distinct images are asked for, and there are 9"):
+        choose_coco_prompts(images, 10, seed=7)
+
+
+def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:
+    path = write_coco(tmp_path)
+    (tmp_path / "val2014" / "COCO_val2014_000000000003.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 9 images do not exist, first .*000000000003\.jpg"):
+        read_coco(str(path), str(tmp_path / "val2014"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"images": content["images"]}))
+    with pytest.raises(UserError, match="no captions file of COCO"):
+        read_coco(str(path), str(tmp_path / "val2014"))
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(UserError, match="was it downloaded whole"):
+        read_coco(str(path), str(tmp_path / "val2014"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_coco(str(tmp_path / "none.json"), str(tmp_path))
+
+
+def write_karpathy(folder: Path, count: int = 9) -> Path:
+    """Every third image is of the test split."""
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{number:012d}.jpg",
+            "cocoid": number,
+            "split": "train" if number % 3 else "test",
+            "sentences": [{"raw": f"A picture, number {number}.\n"}, {"raw": "It is red."}],
+        }
+        for number in reversed(range(count))
+    ]
+    path = folder / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return path
+
+
+def test_karpathy_split(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    path = write_karpathy(tmp_path)
+    images = read_karpathy(str(path), str(tmp_path))
+    assert [image.image_id for image in images] == ["0", "3", "6"]
+    assert images[1].captions == ["A picture, number 3.", "It is red."]
+    assert captioned_hash(images) != captioned_hash(images[:2])
+    with pytest.raises(UserError, match="no images in the split 'dev'"):
+        read_karpathy(str(path), str(tmp_path), "dev")
+
+
+def test_geneval_layout(tmp_path: Path) -> None:
+    lines = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+        {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
+    ]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = read_geneval(str(path))
+    prompts = geneval_prompts(read, 4, seed=0)
+    assert [p.file_name for p in prompts][3:6] == [
+        "00000/samples/00003.png",
+        "00001/samples/00000.png",
+        "00001/samples/00001.png",
+    ]
+    assert len({p.image_seed for p in prompts}) == 8
+    write_geneval_metadata(read, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == lines[1]
+    path.write_text('{"tag": "colors"}\n')
+    with pytest.raises(UserError, match="line 1: no JSON object with a 'prompt'"):
+        read_geneval(str(path))
+
+
+def test_text_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("an owl\n\n  a sun \n")
+    assert read_text_prompts(str(path)) == ["an owl", "a sun"]
+    path.write_text("\n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_text_prompts(str(path))

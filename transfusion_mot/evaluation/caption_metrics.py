@@ -1,0 +1,83 @@
+"""All captioning metrics of a model's captions, as numbers with intervals."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
+from transfusion_mot.evaluation.captioning import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.meteor import MeteorMissing, meteor
+from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.sentence_similarity import SentenceEncoder, sentence_similarity
+
+_FEW_IMAGES = 1000
+
+_logger = logging.getLogger(__name__)
+
+
+def caption_metrics(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], encoder: SentenceEncoder | None = None
+) -> list[Metric]:
+    """Score one caption an image against that image's references.
+
+    Args:
+        candidates: One caption an image, untokenised; an empty one scores 0.
+        references: For each image, at least one reference caption.
+        encoder: For the similarity of sentence embeddings; null where no model is installed.
+
+    Returns:
+        `CIDEr` (0 to 10; 10 needs captions of four words and more that equal all their references), `CIDEr x100` (as
+        papers print it), `BLEU-1` to `BLEU-4`, `ROUGE-L` and `METEOR` (0 to 1), and `sentence similarity`. Where Java,
+        pycocoevalcap or a sentence model is missing, the others say what was not measured and why.
+
+    Raises:
+        UserError: There are no candidates, their number differs from that of the references, or an image has none.
+    """
+    if not candidates:
+        raise UserError("there are no candidate captions; captioning metrics need at least one image")
+    if len(candidates) != len(references):
+        raise UserError(f"{len(candidates)} candidate captions but references for {len(references)} images")
+    for index, image_references in enumerate(references):
+        if not image_references:
+            raise UserError(f"image {index} (counted from 0) has no reference caption; every image needs at least one")
+    if len(candidates) < _FEW_IMAGES:
+        _logger.warning(
+            "CIDEr of only %d images: its word weights come from their own references, so compare it with nothing but "
+            "the same images (COCO's test split has 5,000)",
+            len(candidates),
+        )
+    words = [tokenize_caption(caption) for caption in candidates]
+    reference_words = [[tokenize_caption(caption) for caption in captions] for captions in references]
+    protocol: dict[str, Any] = {
+        "images": len(candidates),
+        "references": sum(map(len, references)),
+        "tokenizer": "PTB rules of transfusion_mot",
+    }
+    of_meteor: list[Metric] = []
+    try:
+        corpus, per_image = meteor(words, reference_words)
+        # The corpus's number is no mean of the images', so they give no interval.
+        of_meteor.append(Metric("METEOR", corpus, {**protocol, "program": "METEOR 1.5"}, None, tuple(per_image)))
+    except MeteorMissing as missing:
+        protocol["METEOR"] = f"not measured: {missing}"
+    if encoder is None:
+        protocol["sentence similarity"] = "not measured: pip install transfusion-mot[evaluation]"
+    cider = np.array(cider_d(words, reference_words))
+    metrics = [_mean("CIDEr", cider, protocol), _mean("CIDEr x100", 100 * cider, protocol)]
+    metrics += [
+        Metric(f"BLEU-{order}", value, protocol) for order, value in enumerate(bleu(words, reference_words), start=1)
+    ]
+    metrics += [_mean("ROUGE-L", np.array(rouge_l(words, reference_words)), protocol), *of_meteor]
+    if encoder is not None:
+        similarity = np.array(sentence_similarity(candidates, references, encoder))
+        measured = {**protocol, "sentence model": encoder.name, "weights": encoder.weights}
+        metrics.append(_mean("sentence similarity", similarity, measured))
+    return metrics
+
+
+def _mean(name: str, scores: np.ndarray[Any, np.dtype[np.float64]], protocol: dict[str, Any]) -> Metric:
+    return Metric(name, float(scores.mean()), protocol, bootstrap_interval(scores), tuple(scores.tolist()))

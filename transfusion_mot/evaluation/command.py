@@ -1,0 +1,63 @@
+"""What the commands that print numbers share: options, and where the numbers go."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Options of what reads the held-out documents of a run: `--checkpoint`, `--config`, `--batch-size`."""
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
+    parser.add_argument("--config", metavar="FILE", help="configuration that names the data (default: the run's)")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="rows at a time (default: 8)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Option `--device`."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Option `--output`, for `publish`."""
+    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+
+
+def at_least_one(text: str) -> int:
+    """An option's value => a count.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
+    return int(text)
+
+
+def publish(metrics: Sequence[Metric], output: str | None) -> None:
+    """Print numbers as a table, and write them to a JSON file if one is given.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    print(metrics_table(metrics))
+    if output is not None:
+        save_metrics(metrics, output, sys.argv)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script; what it tells of its work goes to standard error, and so does a mistake of its user."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("transfusion_mot").setLevel(logging.INFO)
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,114 @@
+"""Distances between real and generated images in the features of a network, as numbers with their protocols."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
+from transfusion_mot.evaluation.frechet import extrapolated_distance, frechet_distance, frechet_interval
+from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
+from transfusion_mot.evaluation.report import Metric
+
+_logger = logging.getLogger(__name__)
+# Of a normal distribution, either side of 95 %.
+_DEVIATIONS = 1.96
+
+
+def image_distance(
+    real: Sequence[ImageSource] | SavedStatistics,
+    generated: Sequence[ImageSource],
+    network: FeatureNetwork,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    image_size: int | None = None,
+    processes: PartialState | None = None,
+    cache_dir: str | Path | None = None,
+) -> list[Metric]:
+    """The numbers of `set_distance`; arguments as in `feature_set`.
+
+    With `processes` all of them call this, and the main one receives the numbers, the others none.
+
+    Raises:
+        UserError: A side has fewer than two images, one cannot be read, or statistics are not of this network.
+    """
+    shared = (batch_size, num_workers, image_size)
+    # References are used again and again, generated images once.
+    real_set = feature_set(real, network, *shared, f"{network.name}: real images", processes, cache_dir)
+    generated_set = feature_set(generated, network, *shared, f"{network.name}: generated images", processes)
+    if processes is not None and not processes.is_main_process:
+        return []
+    return set_distance(real_set, generated_set, network, image_size)
+
+
+def set_distance(
+    real_set: FeatureSet, generated_set: FeatureSet, network: FeatureNetwork, image_size: int | None
+) -> list[Metric]:
+    """Frechet and kernel distance, precision, recall, density and coverage of two sets of features of `network`.
+
+    Saved statistics without features give the Frechet distance alone. With at least twice as many generated images as
+    features it is extrapolated to infinitely many, too. `image_size` is what the images were brought to, for the
+    protocol.
+    """
+    assert generated_set.features is not None
+    count, num_features = generated_set.features.shape
+    fewest = min(count, count if real_set.features is None else len(real_set.features))
+    if fewest <= num_features:
+        _logger.warning(
+            "%s real and %d generated images are few for %d features: %s is biased upwards, so compare it only with "
+            "numbers from as many images",
+            "unknown" if real_set.features is None else len(real_set.features),
+            count,
+            num_features,
+            network.frechet_name,
+        )
+    protocol: dict[str, Any] = {
+        **({} if real_set.features is None else {"real": len(real_set.features)}),
+        **real_set.protocol,
+        "generated": count,
+        "features": network.description,
+        "weights": network.weights,
+        "image size": "as stored" if image_size is None else image_size,
+        "resize": network.resize,
+    }
+    distance = frechet_distance(real_set.gaussian, generated_set.gaussian)
+    interval = frechet_interval(real_set.gaussian, generated_set.features)
+    metrics = [Metric(network.frechet_name, distance, protocol, interval)]
+    extrapolated = extrapolated_distance(real_set.gaussian, generated_set.features)
+    if extrapolated is not None:
+        subsets = f"{extrapolated.num_subsets} of {extrapolated.smallest} to {count}"
+        name = f"{network.frechet_name}, infinite N"
+        metrics.append(Metric(name, extrapolated.distance, {**protocol, "subsets": subsets}))
+    return metrics + _pairwise(real_set, generated_set, network, protocol)
+
+
+def _pairwise(
+    real_set: FeatureSet, generated_set: FeatureSet, network: FeatureNetwork, protocol: dict[str, Any]
+) -> list[Metric]:
+    """The numbers that need every image's features."""
+    if real_set.features is None:
+        return []
+    real = torch.from_numpy(real_set.features).to(network.device)
+    generated = torch.from_numpy(generated_set.features).to(network.device)
+    kernel = network.kernel(real, generated)
+    half = _DEVIATIONS * kernel.standard_error
+    interval = (kernel.value - half, kernel.value + half)
+    metrics = [Metric(network.kernel_name, kernel.value, {**protocol, "pairs": "all"}, interval)]
+    if min(len(real), len(generated)) <= DENSITY_NEIGHBOURS:
+        return metrics
+    scores = manifold_scores(real, generated)
+    inside = tuple(scores.inside.double().tolist())
+    for name, value, neighbours, per_image in (
+        ("precision", scores.precision, PRECISION_NEIGHBOURS, inside),
+        ("recall", scores.recall, PRECISION_NEIGHBOURS, None),
+        ("density", scores.density, DENSITY_NEIGHBOURS, None),
+        ("coverage", scores.coverage, DENSITY_NEIGHBOURS, None),
+    ):
+        measured = {**protocol, "nearest neighbours": neighbours}
+        metrics.append(Metric(f"{name} ({network.name})", value, measured, None, per_image))
+    return metrics

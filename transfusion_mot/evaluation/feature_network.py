@@ -1,0 +1,86 @@
+"""What a feature network is, and how images are brought to its input size.
+
+Images are resized on the device of the network: on a processor's cores that takes longer than to decode them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from transfusion_mot.evaluation.kernels import KernelDistance, kernel_distance
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network that turns images into feature vectors, with everything that a number depends on.
+
+    Attributes:
+        name: What the names of numbers end in.
+        frechet_name: Name of the Frechet distance in its features.
+        kernel_name: Name of the kernel distance in its features.
+        description: The network and its layer.
+        weights: Hash of its weights.
+        resize: How images are brought to its input size.
+        prepare: Images `uint8 [B, H, W, 3]` => network inputs `float32 [B, 3, S, S]`, 0 to 255, where they lie.
+        module: Network inputs `[B, 3, S, S]` => features `[B, D]`.
+        num_features: D.
+        device: Where it computes.
+        kernel: Kernel distance between two sets of its features.
+    """
+
+    name: str
+    frechet_name: str
+    kernel_name: str
+    description: str
+    weights: str
+    resize: str
+    prepare: Callable[[Tensor], Tensor]
+    module: nn.Module
+    num_features: int
+    device: torch.device
+    kernel: Callable[[Tensor, Tensor], KernelDistance] = kernel_distance
+
+    def features(self, images: Sequence[Tensor]) -> Tensor:
+        """Images `uint8 [B, H, W, 3]`, those of a size together => features `[sum of B, D]`."""
+        return self.module(torch.cat([self.prepare(of_size) for of_size in images]))
+
+
+class Normalised(nn.Module):
+    """A network behind its own normalisation of images from 0 to 255."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Callable[[Tensor], Tensor], mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def clean_resize(images: Tensor, size: int) -> Tensor:
+    """Resize as clean-fid does (arXiv 2104.11222): antialiased bicubic in float, without rounding to 8 bits.
+
+    Args:
+        images: `uint8 [B, H, W, 3]`.
+        size: S.
+
+    Returns:
+        `float32 [B, 3, S, S]`, 0 to 255.
+    """
+    pixels = images.permute(0, 3, 1, 2).float()
+    # With antialiasing torch's bicubic kernel is that of Pillow, which clean-fid resizes with.
+    resized = interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(0, 255)
+
+
+def legacy_resize(images: Tensor) -> Tensor:
+    """The same as clean-fid's `legacy_pytorch`, and so pytorch-fid, does: neighbouring pixels only, to 299 pixels."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    return interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False).clamp(0, 255)

@@ -1,0 +1,131 @@
+"""Is a painted image a copy? And how good is a caption that is copied? The nearest training images in features."""
+
+import itertools
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.mixture import open_documents
+from transfusion_mot.data.sources.base import CaptionedImages
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureArray, image_features
+from transfusion_mot.evaluation.images import default_num_workers
+from transfusion_mot.evaluation.prompts import Prompt
+from transfusion_mot.evaluation.report import Neighbour
+from transfusion_mot.evaluation.scoring import nearest, unit_length
+
+# Painted images that are looked at.
+MOST_PAINTED = 2000
+# Bytes of training images in memory at a time, and pairs that are kept.
+_BYTES_AT_ONCE, _KEPT = 2**28, 16
+
+_logger = logging.getLogger(__name__)
+
+
+def nearest_training_images(
+    prompts: Sequence[Prompt],
+    painted: Path,
+    features: FeatureArray,
+    data: DataConfig,
+    most: int,
+    network: FeatureNetwork,
+    image_size: int,
+    processes: PartialState,
+    output: Path,
+) -> list[Neighbour]:
+    """The painted images that are nearest to a training image, the closest first; called by all processes.
+
+    Args:
+        prompts: What was painted, of which the first `MOST_PAINTED` are looked at.
+        painted: Folder of the painted images.
+        features: `[N, D]` of at least these, in `network`.
+        data: That the model was trained on.
+        most: Training images that are looked at, drawn at random, always the same ones.
+        network: Distances are 1 - cosine of its features.
+        image_size: All images are brought to it.
+        processes: Which share the images.
+        output: Folder that receives `nearest/`, the training images of the pairs.
+
+    Raises:
+        UserError: The training data cannot be opened.
+    """
+    prompts = prompts[:MOST_PAINTED]
+    items, distances = _nearest_items(features[: len(prompts)], data, most, network, image_size, processes)
+    if not processes.is_main_process:
+        return []
+    (output / "nearest").mkdir(parents=True, exist_ok=True)
+    pairs = []
+    for rank, place in enumerate(itertools.islice(np.argsort(distances, kind="stable"), _KEPT)):
+        images, index = items[place]
+        file = f"nearest/{rank:02d}.png"
+        Image.fromarray(images.image(index)).save(output / file)
+        prompt = prompts[place]
+        painted_file = str((painted / prompt.file_name).relative_to(output))
+        caption = images.captions(index)[0]
+        pairs.append(Neighbour(painted_file, prompt.text, file, caption, float(distances[place])))
+    return pairs
+
+
+def nearest_captions(
+    features: FeatureArray,
+    data: DataConfig,
+    most: int,
+    network: FeatureNetwork,
+    image_size: int,
+    processes: PartialState,
+) -> list[str]:
+    """For each image the caption of the nearest training image: what captions are worth that nobody had to write.
+
+    Arguments, processes and errors as for `nearest_training_images`; the images are known by their `features` [N, D].
+    """
+    items, _ = _nearest_items(features, data, most, network, image_size, processes)
+    return [source.captions(index)[0] for source, index in items]
+
+
+def _nearest_items(
+    features: FeatureArray,
+    data: DataConfig,
+    most: int,
+    network: FeatureNetwork,
+    image_size: int,
+    processes: PartialState,
+) -> tuple[list[tuple[CaptionedImages, int]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """The training image that is nearest to each image, as source and index, and 1 - cosine of the two `[N]`."""
+    documents = [source.documents for source in open_documents(data, "train")]
+    captioned = [images for images in documents if isinstance(images, CaptionedImages)]
+    items = [(images, index) for images in captioned for index in range(len(images))]
+    items = random.Random(0).sample(items, min(most, len(items)))
+    queries = unit_length(features)
+    distances = np.full(len(queries), np.inf)
+    found = np.zeros(len(queries), dtype=np.int64)
+    at_once = max(1, _BYTES_AT_ONCE // (3 * image_size**2))
+    for start in range(0, len(items), at_once):
+        pictures, places = [], []
+        for place, (images, index) in enumerate(items[start : start + at_once], start=start):
+            try:
+                pictures.append(Image.fromarray(images.image(index)))
+                places.append(place)
+            except UserError as error:
+                _logger.warning("left out of the training images: %s", error)
+        if not pictures:
+            continue
+        theirs = image_features(
+            pictures,
+            network,
+            num_workers=default_num_workers(),
+            image_size=image_size,
+            description="training images",
+            processes=processes,
+        )
+        indices, distance = nearest(queries, unit_length(theirs))
+        closer = distance < distances
+        distances[closer], found[closer] = distance[closer], np.array(places)[indices[closer]]
+    return [items[place] for place in found], distances

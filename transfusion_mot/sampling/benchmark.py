@@ -1,0 +1,273 @@
+"""A benchmark of a model: what it paints and captions, the numbers, scored pictures, nearest training images.
+
+Every method is called by all processes, which share the images; the main one receives the numbers.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from diffusers import SchedulerMixin
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.diffusion import make_sampling_scheduler
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.caption_metrics import caption_metrics
+from transfusion_mot.evaluation.clip_score import clip_scores
+from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
+from transfusion_mot.evaluation.images import default_num_workers
+from transfusion_mot.evaluation.memorisation import MOST_PAINTED, nearest_captions, nearest_training_images
+from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
+from transfusion_mot.evaluation.protocol import ProtocolConfig
+from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint
+from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
+from transfusion_mot.evaluation.work import Work
+from transfusion_mot.sampling.painting import Painter, SamplerSettings
+
+DISTANCE_TO_REFERENCE = "feature distance to its real image"
+
+
+class Benchmark:
+    """A model on a protocol.
+
+    Args:
+        protocol: What is asked for.
+        processes: Which share the work.
+        painter: The model.
+        networks: What images are compared and scored with.
+        work: What the protocol names.
+        output: Folder of the results.
+    """
+
+    def __init__(
+        self,
+        protocol: ProtocolConfig,
+        processes: PartialState,
+        painter: Painter,
+        networks: Networks,
+        work: Work,
+        output: Path,
+    ) -> None:
+        self.protocol, self.processes, self.painter = protocol, processes, painter
+        self.networks, self.work, self.output = networks, work, output
+        self.distances: Distances | None = None
+        # Of the images of the protocol itself, in the first network.
+        self.features: FeatureSet | None = None
+
+    def paint(self, sampling: SamplerSettings) -> list[str]:
+        """Write real images, reconstructions, painted images and captions => the captions.
+
+        Raises:
+            UserError: The output folder holds those of other settings, or an image cannot be read.
+        """
+        work, output, painter = self.work, self.output, self.painter
+        if work.held_out is not None:
+            painter.copy(work.held_out.real, output / "real", work.held_out.make)
+        if self.protocol.reconstructions and work.own:
+            painter.reconstruct(work.own, self.protocol.image_size, output / "reconstructed")
+        painter.paint(work.prompts, sampling, output / "generated")
+        if work.geneval and self.processes.is_main_process:
+            write_geneval_metadata(work.geneval, output / "generated")
+        maximum = self.protocol.captions.max_new_tokens
+        return painter.caption(work.captioned, maximum, output) if work.captioned else []
+
+    def measure(self, sampling: SamplerSettings, captions: Sequence[str], data: DataConfig | None) -> list[Metric]:
+        """All numbers of what `paint` has made.
+
+        Args:
+            sampling: How it was painted.
+            captions: What `paint` gave.
+            data: That the model was trained on, if it is known.
+
+        Raises:
+            UserError: There are too few images, or one cannot be read.
+        """
+        if self.work.references is not None:
+            self.distances = Distances(self.work.references, self.networks.features, self.protocol, self.processes)
+        metrics, self.features = self._of_painted(self.work.prompts, sampling, self.output / "generated")
+        metrics += self._of_real()
+        copied = self._copied_captions(data)
+        if captions and self.processes.is_main_process:
+            metrics += self._of_captions(captions)
+            if copied:
+                metrics += named(self._of_captions(copied), "copied from the nearest training image", {})
+        return metrics
+
+    def _of_painted(
+        self, prompts: Sequence[Prompt], sampling: SamplerSettings, folder: Path
+    ) -> tuple[list[Metric], FeatureSet | None]:
+        painted = [folder / prompt.file_name for prompt in prompts]
+        protocol = {
+            "steps": sampling.num_inference_steps,
+            "guidance": sampling.guidance_scale,
+            "scheduler": sampling.scheduler,
+            "prompts": prompts_hash(prompts),
+        }
+        metrics: list[Metric] = []
+        features = None
+        if self.distances is not None:
+            metrics, features = self.distances.measure(painted, "painted")
+        metrics += self._clip_metrics(painted, prompts)
+        return named(metrics, "generated", protocol), features
+
+    def _of_real(self) -> list[Metric]:
+        """What the best possible model would reach: distances of reconstructions, CLIP score of the real images."""
+        own, metrics = self.work.own, []
+        if self.protocol.reconstructions and own and self.distances is not None:
+            reconstructed = [self.output / "reconstructed" / prompt.file_name for prompt in own]
+            found, _ = self.distances.measure(reconstructed, "reconstructed")
+            metrics += named(found, "reconstructed", {"images": prompts_hash(own)})
+        if own:
+            images = [prompt.image for prompt in own if prompt.image is not None]
+            metrics += named(self._clip_metrics(images, own), "real", {"prompts": prompts_hash(own)})
+        return metrics
+
+    def _clip_metrics(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Metric]:
+        """CLIP score of images against their prompts, if the protocol has one."""
+        if self.networks.clip is None:
+            return []
+        texts = [prompt.text for prompt in prompts]
+        workers = default_num_workers()
+        return clip_scores(images, texts, self.networks.clip, num_workers=workers, processes=self.processes)
+
+    def _of_captions(self, captions: Sequence[str]) -> list[Metric]:
+        captioned = self.work.captioned
+        most = max(len(item.captions) for item in captioned)
+        protocol = {
+            "images": len(captioned),
+            "references": f"{'up to ' * (most > 1)}{most} an image",
+            "decoding": "greedy",
+            "captioned images": captioned_hash(captioned),
+        }
+        metrics = caption_metrics(captions, [item.captions for item in captioned], self.networks.sentences)
+        return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
+
+    def _copied_captions(self, data: DataConfig | None) -> list[str]:
+        """The caption of the training image nearest to each captioned one: what a model has to beat."""
+        captioned = self.work.captioned
+        if not (self.protocol.training_images and captioned) or data is None or self.work.held_out is None:
+            return []
+        known = self.distances.real[0] if self.distances is not None else None
+        features = self._features([item.image for item in captioned], known, "captioned")
+        size = self.painter.pipeline.config.image_size
+        training_images, network = self.protocol.training_images, self.networks.features[0]
+        return nearest_captions(features, data, training_images, network, size, self.processes)
+
+    def sweep(self, sampling: SamplerSettings) -> list[SweepPoint]:
+        """Paint and measure with every setting that the protocol wants to be tried, after `measure`.
+
+        Raises:
+            UserError: A setting does not fit the model.
+        """
+        sweep, pipeline = self.protocol.sweep, self.painter.pipeline
+        if not (sweep.guidance_scale or sweep.num_inference_steps or sweep.scheduler):
+            return []
+        prompts = self.work.prompts[: sweep.num_images]
+        own_scheduler: SchedulerMixin = pipeline.scheduler
+        points = []
+        for scheduler, steps, scale in itertools.product(
+            sweep.scheduler or [sampling.scheduler],
+            sweep.num_inference_steps or [sampling.num_inference_steps],
+            sweep.guidance_scale or [sampling.guidance_scale],
+        ):
+            settings = SamplerSettings(steps, float(scale), scheduler)
+            folder = self.output / "sweep" / f"{scheduler}-{steps}-steps-guidance-{scale:g}"
+            if scheduler != type(own_scheduler).__name__:
+                pipeline.scheduler = make_sampling_scheduler(own_scheduler, scheduler)
+            pipeline.sampling_settings(steps, scale)
+            self.painter.paint(prompts, settings, folder)
+            pipeline.scheduler = own_scheduler
+            metrics, _ = self._of_painted(prompts, settings, folder)
+            # Of a sweep only the numbers are kept, not a score of every image.
+            points.append(SweepPoint(vars(settings), [replace(metric, scores=None) for metric in metrics]))
+        return points
+
+    def pictures(self, metrics: Sequence[Metric]) -> tuple[list[Picture], str]:
+        """Painted images with a score each, and its name: CLIP's cosine, or the distance to their real images."""
+        prompts = self.work.prompts
+        paths = self._painted_paths(prompts)
+        cosine = next((metric for metric in metrics if metric.name == "CLIP cosine (generated)"), None)
+        scores: list[float | None] = [None] * len(prompts)
+        name = ""
+        if self.networks.clip is not None:
+            if cosine is not None and cosine.scores is not None:
+                scores, name = list(cosine.scores), "CLIP cosine"
+        elif prompts[0].image is not None:
+            real = [prompt.image for prompt in prompts if prompt.image is not None]
+            of_real = self.distances.real[0] if self.distances is not None else None
+            ours, theirs = (
+                unit_length(self._features(images, known, what))
+                for images, known, what in ((paths, self.features, "painted"), (real, of_real, "real"))
+            )
+            scores, name = (1 - np.einsum("nd,nd->n", ours, theirs)).tolist(), DISTANCE_TO_REFERENCE
+        pictures = [
+            Picture(
+                str(path.relative_to(self.output)),
+                prompt.text,
+                score,
+                None if prompt.image is None else _below(prompt.image, self.output),
+            )
+            for path, prompt, score in zip(paths, prompts, scores, strict=True)
+        ]
+        return pictures, name
+
+    def captioned_pictures(self, captions: Sequence[str]) -> list[Picture]:
+        """Captioned images with what the model says and what people wrote."""
+        return [
+            Picture(_below(item.image, self.output), caption, None, None, item.captions)
+            for item, caption in zip(self.work.captioned, captions, strict=True)
+        ]
+
+    def neighbours(self, data: DataConfig | None) -> tuple[list[Neighbour], list[str]]:
+        """The painted images that are nearest to a training image, or notes on why there are none.
+
+        Args:
+            data: That the model was trained on, if it is known.
+        """
+        if not self.protocol.training_images:
+            return [], []
+        if data is None:
+            reason = "the checkpoint lies in no run folder that names its data"
+            return [], [f"Nearest training images are not shown: {reason}."]
+        prompts = self.work.prompts[:MOST_PAINTED]
+        features = self._features(self._painted_paths(prompts), self.features, "painted")
+        try:
+            found = nearest_training_images(
+                prompts,
+                self.output / "generated",
+                features,
+                data,
+                self.protocol.training_images,
+                self.networks.features[0],
+                self.painter.pipeline.config.image_size,
+                self.processes,
+                self.output,
+            )
+        except UserError as error:
+            return [], [f"Nearest training images are not shown: {error}."]
+        return found, []
+
+    def _painted_paths(self, prompts: Sequence[Prompt]) -> list[Path]:
+        return [self.output / "generated" / prompt.file_name for prompt in prompts]
+
+    def _features(self, images: Sequence[Path], known: FeatureSet | None, what: str) -> FeatureArray:
+        """Features in the first network: those that are known, or else computed."""
+        found = known.of(images) if known is not None else None
+        if found is not None:
+            return found
+        network = self.networks.features[0]
+        return image_features(
+            images,
+            network,
+            num_workers=default_num_workers(),
+            image_size=self.protocol.image_size,
+            description=f"{network.name}: {what} images",
+            processes=self.processes,
+        )
+
+
+def _below(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path.resolve())

@@ -1,0 +1,108 @@
+"""A snapshot in half as many bytes, to give to others.
+
+    python -m transfusion_mot.sampling.export --checkpoint runs/emoji --output checkpoints/emoji
+
+Weights of the transformer are rounded to bfloat16 and those of the autoencoder to float16; both are float32 again when
+they are loaded. The model card comes along, with the licences of the data and the numbers of an evaluation if they are
+given.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.report import metrics_table, read_report
+from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+
+
+def export(
+    checkpoint: str, output: Path, licences: str | None, evaluation: str | None, max_megabytes: float | None
+) -> dict[str, int]:
+    """Write a snapshot in half precision => bytes of every weights file.
+
+    Args:
+        checkpoint: A run folder or a snapshot.
+        output: Folder that receives the snapshot; what is in it goes.
+        licences: What the card says of licences, in place of what it said.
+        evaluation: Markdown that the card says of measurements, below the losses of training.
+        max_megabytes: Refuse, and write nothing, if the weights take more.
+
+    Raises:
+        UserError: There is no such snapshot, or it is too large.
+    """
+    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
+    # (`to` of diffusers would warn of what it could do.)
+    pipeline.transformer.bfloat16()
+    pipeline.vae.half()
+    if pipeline.model_card is not None:
+        if licences is not None:
+            pipeline.model_card = with_section(pipeline.model_card, "Licence", licences)
+        if evaluation is not None:
+            pipeline.model_card = with_section(pipeline.model_card, "Evaluation", evaluation)
+    megabytes = sum(part.numel() * part.element_size() for part in _weights(pipeline)) / 1e6
+    if max_megabytes is not None and megabytes > max_megabytes:
+        raise UserError(
+            f"the weights take {megabytes:.1f} MB and at most {max_megabytes:g} MB are wanted; train a smaller model"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(output) as folder:
+        pipeline.save_pretrained(folder)
+    return {str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*.safetensors"))}
+
+
+def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
+    return [*pipeline.transformer.state_dict().values(), *pipeline.vae.state_dict().values()]
+
+
+def with_section(card: str, title: str, text: str) -> str:
+    """A model card whose section of that title says `text`; a new section stands before that of the configuration."""
+    section = f"## {title}\n\n{text.strip()}\n\n"
+    pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
+    if re.search(pattern, card, flags=re.MULTILINE | re.DOTALL):
+        return re.sub(pattern, lambda _: section, card, count=1, flags=re.MULTILINE | re.DOTALL)
+    head, mark, tail = card.partition("## Configuration\n")
+    return f"{head}{section}{mark}{tail}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export, as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.sampling.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
+    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
+    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
+    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
+    given = parser.parse_args(arguments)
+    licences = None if given.licences is None else f"```\n{_read(given.licences).strip()}\n```"
+    evaluation = None if given.evaluation is None else _measured(given.evaluation)
+    sizes = export(given.checkpoint, Path(given.output), licences, evaluation, given.max_megabytes)
+    for name, size in sizes.items():
+        print(f"{size / 1e6:7.1f} MB  {name}")
+    print(f"{sum(sizes.values()) / 1e6:7.1f} MB  in {given.output}")
+
+
+def _measured(folder: str) -> str:
+    report = read_report(Path(folder))
+    return f"{report.title}, by `{report.command}`:\n\n{metrics_table(report.metrics)}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read as text: {error}") from None
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

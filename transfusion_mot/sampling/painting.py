@@ -1,0 +1,183 @@
+"""Paint, reconstruct and caption many images, by all processes, into folders that a later attempt goes on with."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from transfusion_mot.data.images import load_image, to_pil, to_pixels
+from transfusion_mot.evaluation.generation import (
+    Make,
+    caption_all,
+    claim_folder,
+    read_written_captions,
+    write_captions,
+    write_images,
+    write_metadata,
+)
+from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
+from transfusion_mot.pipeline import TransfusionPipeline
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are painted; the names are those of the pipeline's arguments."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A model with the processes that share its work; all of them call each method.
+
+    Attributes:
+        pipeline: The model.
+        checkpoint: Hash of its files.
+        processes: Which share the images.
+        batch_size: Images of a batch.
+    """
+
+    pipeline: TransfusionPipeline
+    checkpoint: str
+    processes: PartialState
+    batch_size: int
+
+    def paint(self, prompts: Sequence[Prompt], sampling: SamplerSettings, folder: Path) -> None:
+        """Paint prompts with the pipeline's scheduler, which must be the one of `sampling`.
+
+        A prompt that is longer than the model's longest is read without its last words; see `shortened`.
+
+        Raises:
+            UserError: The folder holds images of other settings.
+        """
+
+        def make(batch: Sequence[Prompt]) -> list[Image.Image]:
+            images: list[Image.Image] = self.pipeline(
+                [self.shortened(prompt.text) for prompt in batch],
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+                generator=[torch.Generator().manual_seed(prompt.image_seed) for prompt in batch],
+            ).images
+            return images
+
+        assert type(self.pipeline.scheduler).__name__ == sampling.scheduler
+        settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **vars(sampling)}
+        self._write(prompts, folder, make, "painting", settings)
+
+    def shortened(self, text: str) -> str:
+        """A prompt without the last words that are too many for the model."""
+        limit = self.pipeline.config.max_prompt_tokens
+        words = text.split(" ")
+        while (
+            limit is not None and len(words) > 1 and len(self.pipeline.text_tokenizer.encode(" ".join(words))) > limit
+        ):
+            words.pop()
+        return " ".join(words)
+
+    def copy(self, prompts: Sequence[Prompt], folder: Path, make: Make) -> None:
+        """Write images that are there already, such as those of a data set.
+
+        Raises:
+            UserError: The folder holds other images.
+        """
+        self._write(prompts, folder, make, "real images", {"images": prompts_hash(prompts)})
+
+    def reconstruct(self, prompts: Sequence[Prompt], image_size: int | None, folder: Path) -> None:
+        """Write the real images of prompts after they went through the autoencoder.
+
+        Args:
+            prompts: Each has an image.
+            image_size: Bring the images to it first; None takes them as they are, which must be as training has them.
+            folder: That receives them, under the file names of the prompts.
+
+        Raises:
+            UserError: An image cannot be read, or the folder holds others.
+        """
+        autoencoder, device = self.pipeline.autoencoder, self.pipeline.device
+
+        def make(batch: Sequence[Prompt]) -> list[Image.Image]:
+            pictures: list[Image.Image] = []
+            images = [_opened(prompt, image_size) for prompt in batch]
+            # Of one bucket at a time; those of one stand together.
+            for _, same_size in itertools.groupby(images, key=lambda image: image.shape):
+                latents, _ = autoencoder.encode(to_pixels(np.stack(list(same_size))).to(device))
+                pictures += to_pil(autoencoder.decode(latents))
+            return pictures
+
+        settings = {"checkpoint": self.checkpoint, "images": prompts_hash(prompts), "image_size": image_size}
+        self._write(prompts, folder, make, "reconstructing", settings)
+
+    def caption(self, images: Sequence[CaptionedImage], max_new_tokens: int, output: Path) -> list[str]:
+        """Caption images greedily => their captions, which are also written to `captions.jsonl` in `output`.
+
+        Raises:
+            UserError: An image cannot be read, or `output` holds captions of other settings.
+        """
+        folder, processes = output / "captions", self.processes
+        settings = {
+            "checkpoint": self.checkpoint,
+            "images": captioned_hash(images),
+            "max_new_tokens": max_new_tokens,
+        }
+        self._claim(folder, settings)
+        caption_all(
+            images,
+            folder,
+            lambda pictures: self.pipeline.caption(pictures, max_new_tokens=max_new_tokens),
+            self.pipeline.config.image_size,
+            self.batch_size,
+            processes.process_index,
+            processes.num_processes,
+        )
+        processes.wait_for_everyone()
+        captions = read_written_captions(images, folder, self.batch_size)
+        if processes.is_main_process:
+            write_captions(images, captions, output / "captions.jsonl")
+        return captions
+
+    def _write(
+        self, prompts: Sequence[Prompt], folder: Path, make: Make, description: str, settings: dict[str, Any]
+    ) -> None:
+        self._claim(folder, settings)
+        processes = self.processes
+        write_images(
+            prompts, folder, make, self.batch_size, description, processes.process_index, processes.num_processes
+        )
+        if processes.is_main_process:
+            write_metadata(prompts, folder)
+        processes.wait_for_everyone()
+
+    def _claim(self, folder: Path, settings: dict[str, Any]) -> None:
+        # What is computed in other batches, or on another kind of device, differs in rounding.
+        more = {"batch_size": self.batch_size, "device": self.pipeline.device.type}
+        with self.processes.main_process_first():
+            claim_folder(folder, settings | more)
+
+
+def _opened(prompt: Prompt, image_size: int | None) -> Any:
+    """The image of a prompt, `uint8 [H, W, 3]`."""
+    assert prompt.image is not None
+    if image_size is not None:
+        return load_image(prompt.image, image_size)
+    with Image.open(prompt.image) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def files_hash(snapshot: Path) -> str:
+    """Hash of the weights and configurations of a snapshot."""
+    digest = hashlib.sha256()
+    for path in sorted(snapshot.rglob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(snapshot)} {content}".encode())
+    return f"sha256 {digest.hexdigest()[:12]}"

@@ -1,0 +1,164 @@
+"""Losses of a model on whole held-out texts, each read once: per token, and per byte, which no tokenizer changes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.processes import shared_rows
+from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.positions import PositionCounter
+from transfusion_mot.training.step import compute_losses
+
+# Documents that are packed together.
+_GROUP = 256
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """How texts are laid out in rows, as in training.
+
+    Attributes:
+        tokenizer: Of the model.
+        diffusion: Of the model.
+        rope: Kind of rotary positions.
+        text_slots: Of a row; a longer text is cut, and its rest read on without what is before the cut.
+        image_shape: [C, Y, X] latents of one patch, of which a row has an empty one.
+        rows_at_once: Rows of one forward.
+    """
+
+    tokenizer: TextTokenizer
+    diffusion: Diffusion
+    rope: Literal["1d", "3d"]
+    text_slots: int
+    image_shape: tuple[int, int, int]
+    rows_at_once: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens that are read together: inputs, the tokens that follow them, and whose they are."""
+
+    inputs: list[int]
+    labels: list[int]
+    document: int
+
+
+def text_losses(
+    model: nn.Module,
+    texts: Sequence[str],
+    ends_in: Literal["text", "image"],
+    reader: TextReader,
+    processes: PartialState | None = None,
+) -> list[Metric]:
+    """Mean loss and perplexity of the tokens of texts, and bits per byte of UTF-8; called by all processes.
+
+    Loss and perplexity include the token behind a text, as in training: end of text, or begin of image behind a
+    caption. Bits per byte leave it out.
+
+    Raises:
+        UserError: The texts have no byte.
+    """
+    tokenizer = reader.tokenizer
+    end = tokenizer.eos_id if ends_in == "text" else tokenizer.boi_id
+    sizes = np.array([len(text.encode()) for text in texts])
+    if not sizes.sum():
+        raise UserError(f"{len(texts)} held-out texts have nothing in them; bits per byte need some text")
+    device = next(model.parameters()).device
+
+    def batches(rank: int, world: int) -> Iterator[Tensor]:
+        own = texts[rank::world]
+        for start in range(0, len(own), _GROUP):
+            documents = [[tokenizer.bos_id, *tokenizer.encode(text), end] for text in own[start : start + _GROUP]]
+            yield _document_losses(model, documents, reader, device)
+
+    rows = shared_rows(batches, len(texts), 3, device, processes).double().cpu().numpy()
+    nats, last, tokens = rows.T
+    mean = nats.sum() / tokens.sum()
+    protocol = {"texts": len(texts), "tokens": int(tokens.sum()), "bytes": int(sizes.sum()), "row": reader.text_slots}
+    low, high = bootstrap_interval(nats, tokens)
+    bits = (nats - last) / math.log(2)
+    return [
+        Metric("text loss", float(mean), {**protocol, "unit": "nats per token"}, (low, high)),
+        Metric("perplexity", math.exp(mean), protocol, (math.exp(low), math.exp(high))),
+        Metric(
+            "bits per byte",
+            float(bits.sum() / sizes.sum()),
+            {**protocol, "without": "the end of texts"},
+            bootstrap_interval(bits, sizes),
+        ),
+    ]
+
+
+@torch.no_grad()
+def _document_losses(model: nn.Module, documents: list[list[int]], reader: TextReader, device: torch.device) -> Tensor:
+    """[N, 3]: summed loss of each document's tokens, loss of its last, and number of tokens."""
+    result = torch.zeros(len(documents), 3, dtype=torch.float64, device=device)
+    result[:, 2] = torch.tensor([len(tokens) - 1 for tokens in documents])
+    rows = _packed(documents, reader.text_slots)
+    for start in range(0, len(rows), reader.rows_at_once):
+        part = rows[start : start + reader.rows_at_once]
+        losses = compute_losses(model, _batch(part, reader).to(device), reader.diffusion).text.double()
+        for row, windows in enumerate(part):
+            place = 0
+            for window in windows:
+                end = place + len(window.inputs)
+                result[window.document, 0] += losses[row, place:end].sum()
+                # A document's windows come in order, so what stays is of its last token.
+                result[window.document, 1] = losses[row, end - 1]
+                place = end
+    return result
+
+
+def _packed(documents: list[list[int]], slots: int) -> list[list[_Window]]:
+    """Documents, cut to `slots`, one after the other into rows."""
+    rows: list[list[_Window]] = []
+    free = 0
+    for document, tokens in enumerate(documents):
+        for start in range(0, len(tokens) - 1, slots):
+            labels = tokens[start + 1 : start + 1 + slots]
+            window = _Window(tokens[start : start + len(labels)], labels, document)
+            if len(labels) > free:
+                rows.append([])
+                free = slots
+            rows[-1].append(window)
+            free -= len(labels)
+    return rows
+
+
+def _batch(rows: list[list[_Window]], reader: TextReader) -> Batch:
+    count, slots = len(rows), reader.text_slots
+    text_ids = torch.full((count, slots), reader.tokenizer.pad_id)
+    text_labels = torch.full((count, slots), IGNORE_INDEX)
+    # Behind the text slots stands the patch of the empty image.
+    document_ids = torch.full((count, slots + 1), -1)
+    order = torch.zeros(count, slots + 1, dtype=torch.long)
+    rope_positions = torch.zeros((count, slots + 1) if reader.rope == "1d" else (count, slots + 1, 3), dtype=torch.long)
+    for row, windows in enumerate(rows):
+        place = 0
+        for number, window in enumerate(windows):
+            where = row, slice(place, place + len(window.inputs))
+            text_ids[where] = torch.tensor(window.inputs)
+            text_labels[where] = torch.tensor(window.labels)
+            document_ids[where] = number
+            order[where], rope_positions[where] = map(
+                torch.from_numpy, PositionCounter(reader.rope).text(len(window.inputs))
+            )
+            place += len(window.inputs)
+    latents = torch.zeros(count, 1, *reader.image_shape)
+    nothing = torch.full_like(document_ids, -1)
+    timesteps = torch.zeros(count, 1)
+    return Batch(
+        text_ids, text_labels, latents, latents, timesteps, document_ids, order, nothing, rope_positions, nothing
+    )
