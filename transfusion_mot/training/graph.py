@@ -1,12 +1,10 @@
 """Training steps recorded as CUDA graphs: the host starts one thing a step instead of thousands."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.config import RunConfig
@@ -38,14 +36,14 @@ class GraphedStep:
 
     def __call__(self, batch: Batch) -> StepResult:
         """Take the step."""
-        shapes = tuple(tensor.shape for tensor in _tensors(batch))
+        shapes = tuple(tensor.shape for tensor in batch.tensors().values())
         if self._warm_ups[shapes] < WARM_UP:
             self._warm_ups[shapes] += 1
             return self._on_own_stream(batch)
         if shapes not in self._recorded:
             self._recorded[shapes] = self._record(batch)
         graph, static, result = self._recorded[shapes]
-        torch._foreach_copy_(_tensors(static), _tensors(batch))
+        torch._foreach_copy_(list(static.tensors().values()), list(batch.tensors().values()))
         graph.replay()
         # The next replay writes over the graph's own.
         return StepResult(
@@ -66,16 +64,12 @@ class GraphedStep:
 
     def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, StepResult]:
         """The graph, the batch that it reads and the result that it writes; nothing is computed."""
-        static = Batch(*(tensor.clone() for tensor in _tensors(batch)))
+        static = Batch(**{name: tensor.clone() for name, tensor in batch.tensors().items()})
         graph = torch.cuda.CUDAGraph()
         # The thread that pins batches calls CUDA, too.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._step(static)
         return graph, static, result
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
 
 
 def check_graphed(config: RunConfig, accelerator: Accelerator) -> None:
