@@ -39,7 +39,7 @@ demo: install
 	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: install
 	$(BIN)/ruff check .
