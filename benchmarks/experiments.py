@@ -3,9 +3,9 @@
     python -m benchmarks.experiments --output runs/experiments
     python -m benchmarks.experiments --output runs/experiments --arms base dense --seeds 0 1 2 --steps 1000 --jobs 6
 
-Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot; --jobs of them run at a time, on
-one GPU. Models of this size leave most of a GPU idle, so several at once take little longer than one; but compare
-seconds only of runs that ran alone. What is finished is not done again, and what was interrupted goes on. The output
+Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot; --jobs of them run at a time,
+shared out over the GPUs that there are, each on one. Models of this size leave most of a GPU idle, so several at once
+take little longer than one; but compare seconds only of runs that ran alone. What is finished is not done again, and what was interrupted goes on. The output
 folder receives a run folder for each arm and seed, results.json, results.md and results.png. Further words are keys of
 train.py: --training.num_rows=16.
 """
@@ -20,9 +20,12 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from transfusion_mot.config import RunConfig, parse_config
@@ -84,12 +87,14 @@ class Experiments:
         keys: Further arguments of train.py.
         protocol: Further arguments of evaluate/benchmark.py.
         threads: CPU threads of a process.
+        devices: What CUDA_VISIBLE_DEVICES says to a run, for as many runs as go on at a time.
     """
 
     output: Path
     keys: list[str]
     protocol: list[str]
     threads: int
+    devices: SimpleQueue[str]
 
     def folder(self, arm: str, seed: int) -> Path:
         """The run folder of an arm."""
@@ -115,37 +120,55 @@ class Experiments:
         Raises:
             UserError: It fails.
         """
-        self._call(["-m", "transfusion_mot.data.cache", *self.arguments(BASE, 0)], self.output / "cache.log")
+        device = self.devices.get()
+        words = ["-m", "transfusion_mot.data.cache", *self.arguments(BASE, 0)]
+        self._call(words, self.output / "cache.log", device)
+        self.devices.put(device)
 
     def run(self, arm: str, seed: int) -> Result:
         """Train and measure an arm, as far as that is not done."""
+        device = self.devices.get()
+        try:
+            return self._run(arm, seed, device)
+        finally:
+            self.devices.put(device)
+
+    def _run(self, arm: str, seed: int, device: str) -> Result:
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
         snapshot = self.snapshot(arm, seed)
         report = folder / "evaluation" / snapshot.name
         try:
             if not snapshot.exists():
-                self._call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log")
+                self._call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log", device)
             if not (report / "report.json").exists():
                 command = [str(ROOT / "evaluate" / "benchmark.py"), "--checkpoint", str(folder)]
                 command += ["--config", str(PROTOCOL), "--output", str(report), *self.protocol]
-                self._call(command, folder / "evaluate.log")
+                self._call(command, folder / "evaluate.log", device)
         except UserError as error:
             return Result(arm, seed, error=str(error))
         return Result(arm, seed, measured(folder, report))
 
-    def _call(self, words: list[str], log: Path) -> None:
+    def _call(self, words: list[str], log: Path, device: str) -> None:
         """Run a script of this repository.
 
         Raises:
             UserError: It fails; says with what.
         """
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self.threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": device}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("w") as file:
             done = subprocess.run([sys.executable, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             lines = [line for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
             raise UserError(f"{Path(words[0]).name} ended with {done.returncode}: {' '.join(lines[-1:])} ({log})")
+
+
+def visible_devices() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them; one empty name where there is none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given is not None else [str(index) for index in range(torch.cuda.device_count())]
+    return names or [""]
 
 
 def measured(folder: Path, report: Path) -> dict[str, float]:
@@ -239,7 +262,10 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
-    experiments = Experiments(output, keys, [f"--{key.removeprefix('--')}" for key in given.protocol], threads)
+    devices: SimpleQueue[str] = SimpleQueue()
+    for _, device in zip(range(given.jobs), cycle(visible_devices()), strict=False):
+        devices.put(device)
+    experiments = Experiments(output, keys, [f"--{key.removeprefix('--')}" for key in given.protocol], threads, devices)
     wanted = [(arm, seed) for seed in given.seeds for arm in given.arms]
     if not all(experiments.snapshot(*pair).exists() for pair in wanted):
         experiments.cache()

@@ -25,6 +25,7 @@ CHANGES = {
     "base": set(),
     "causal": {"model.image_attention"},
     "caption_any_noise": {"data.image_first_max_timestep"},
+    "clean_context": {"data.image_context", "data.images_per_row"},
     "dense": {"model.untied"},
     "ema_off": {"training.ema_decay"},
     "ema_short": {"training.ema_decay"},
@@ -34,7 +35,7 @@ CHANGES = {
     "flow_shift": {"diffusion.scheduler_args"},
     "flow_uniform": {"diffusion.timestep_distribution"},
     "half": TOWERS,
-    "muon": {"optimizer.name"},
+    "muon": {"optimizer.name", "training.cuda_graph"},
     "no_qk_norm": {"model.qk_norm"},
     "patch_1": {"model.patch_size"},
     "patch_4": {"model.patch_size"},
@@ -109,7 +110,7 @@ def test_an_arm_can_be_built_and_says_what_it_is_for(arm: str) -> None:
 
 @pytest.mark.parametrize("arm", CHANGES)
 def test_an_arm_changes_what_it_says_and_nothing_else(arm: str) -> None:
-    """In particular not its data, rows, seeds and steps."""
+    """In particular not its sources, rows, seeds and steps."""
     ours, base = (flat(to_dict(config_of(name))) for name in (arm, "base"))
     differing = {path for path in ours.keys() | base.keys() if ours.get(path) != base.get(path)} - {"/output_dir"}
     assert {".".join(path.split("/")[1:3]) for path in differing} == CHANGES[arm]
@@ -195,6 +196,7 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
         "--training.log_every=1",
         "--training.sample_prompts=[sun]",
         "--training.mixed_precision=no",
+        "--training.cuda_graph=false",
     ]
     main(words)
     first = json.loads((tmp_path / "out" / "results.json").read_text())
