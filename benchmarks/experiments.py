@@ -25,6 +25,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.train_step import without_output
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import read_report
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str]) -> None:
         experiments.cache()
 
     results: list[Result] = []
-    about = {"arguments": list(arguments), "jobs": given.jobs}
+    about = {"arguments": without_output(arguments), "jobs": given.jobs}
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda pair: experiments.run(*pair), wanted):
             results.append(result)

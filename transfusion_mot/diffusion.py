@@ -134,6 +134,14 @@ def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixi
     )
 
 
+def sampler_name(scheduler: SchedulerMixin) -> str:
+    """The name that `make_sampling_scheduler` makes this scheduler from."""
+    class_name = type(scheduler).__name__
+    # Others may have the algorithm of a scheduler that they were made from: diffusers keeps arguments it cannot use.
+    stochastic = class_name.startswith("DPMSolver") and scheduler.config.algorithm_type.startswith("sde")
+    return f"{class_name}:sde" if stochastic else class_name
+
+
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler mixes data and noise along a straight line."""
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas", False))

@@ -103,8 +103,10 @@ def diffusion_metrics(
     if not available:
         return []
     training = replace(config.training, num_validation_documents=num_images or available)
-    # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row.
-    config = replace(config, training=training, data=replace(config.data, images_per_row=1))
+    # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
+    # image before it, so it needs no clean copy of one, for which the row would have no slot either.
+    data = replace(config.data, images_per_row=1, image_context="noised")
+    config = replace(config, training=training, data=data)
     diffusion = Diffusion(pipeline.scheduler, config.diffusion.timestep_distribution)
     encoder = OnlineEncoder(pipeline.autoencoder, config.autoencoder.batch_size)
     tokenizer = pipeline.text_tokenizer
