@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.data.images import displayed_size, grid, load_image
-from transfusion_mot.diffusion import make_sampling_scheduler
+from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -158,7 +158,7 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
     Raises:
         UserError: A value is out of its range, or the scheduler does not fit.
     """
-    name = arguments.scheduler or type(pipeline.scheduler).__name__
+    name = arguments.scheduler or sampler_name(pipeline.scheduler)
     if arguments.scheduler is not None:
         pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
     steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)

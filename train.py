@@ -25,7 +25,7 @@ from transfusion_mot.data.mixture import Source, open_documents, training_texts,
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.mot import check_architecture
@@ -77,11 +77,7 @@ def main(arguments: list[str]) -> None:
         check_graphed(config, accelerator)
     state_folder = find_state(run, config.resume)
 
-    diffusion = Diffusion(
-        make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args),
-        config.diffusion.timestep_distribution,
-        config.diffusion.min_snr_gamma,
-    )
+    diffusion = Diffusion.from_config(config.diffusion)
 
     # What is read: the main process indexes it, the others then find the index; all encode the images together.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)

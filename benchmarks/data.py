@@ -1,6 +1,6 @@
 """How fast rows are prepared: from cached latents, and from JPEG files whose images the device would encode.
 
-    python benchmarks/data.py --workers 1 2 4 8 --consumption 250
+    python -m benchmarks.data --workers 1 2 4 8 --consumption 250
 
 Makes its own data - photograph-like JPEG files of 640 x 480 with captions as long as COCO's, and texts - and reads them
 with the loader of train.py, into pinned memory and on to the GPU where there is one. The default shape is that of a
@@ -25,6 +25,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from benchmarks.train_step import without_output
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
@@ -87,7 +88,7 @@ def main() -> None:
         "CPUs": len(os.sched_getaffinity(0)),
     }
     metrics = [Metric(metric.name, metric.value, metric.protocol | settings) for metric in metrics]
-    save_metrics(metrics, given.output, sys.argv)
+    save_metrics(metrics, given.output, ["python", "-m", "benchmarks.data", *without_output(sys.argv[1:])])
     print(f"\n{table(metrics)}\n\n{json.dumps(settings)}\nthe numbers are in {given.output}")
 
 

@@ -5,9 +5,9 @@
 
 Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot; --jobs of them run at a time,
 shared out over the GPUs that there are, each on one. Models of this size leave most of a GPU idle, so several at once
-take little longer than one; but compare seconds only of runs that ran alone. What is finished is not done again, and what was interrupted goes on. The output
-folder receives a run folder for each arm and seed, results.json, results.md and results.png. Further words are keys of
-train.py: --training.num_rows=16.
+take little longer than one; but compare seconds only of runs that ran alone. What is finished is not done again, and
+what was interrupted goes on. The output folder receives a run folder for each arm and seed, results.json, results.md
+and results.png. Further words are keys of train.py: --training.num_rows=16.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.train_step import without_output
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import read_report
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str]) -> None:
         experiments.cache()
 
     results: list[Result] = []
-    about = {"arguments": list(arguments), "jobs": given.jobs}
+    about = {"arguments": without_output(arguments), "jobs": given.jobs}
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda pair: experiments.run(*pair), wanted):
             results.append(result)

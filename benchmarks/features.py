@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.train_step import surroundings
+from benchmarks.train_step import surroundings, without_output
 from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import image_features
@@ -153,7 +153,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
-    report = {"command": "python -m benchmarks.features " + " ".join(arguments), **surroundings(device), "lines": []}
+    command = " ".join(["python -m benchmarks.features", *without_output(arguments)])
+    report = {"command": command, **surroundings(device), "lines": []}
     with tempfile.TemporaryDirectory() as temporary:
         if options.folder is None:
             write_images(Path(temporary), options.num_images, options.image_size)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.train_step import CHANNELS, surroundings
+from benchmarks.train_step import CHANNELS, surroundings, without_output
 from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import to_dict
@@ -282,7 +282,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.size:
-        command = "python -m benchmarks.sample " + " ".join(arguments)
+        command = " ".join(["python -m benchmarks.sample", *without_output(arguments)])
         report = {"command": command, **surroundings(device), "size": name, "lines": []}
         for line in lines(name, device, quick=name == "tiny"):
             report["lines"].append(line)

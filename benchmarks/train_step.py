@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -242,7 +242,7 @@ def main(arguments: list[str]) -> None:
         batches = (batch for batch, _ in loader)
         parallelism = "-fsdp2" if accelerator.is_fsdp2 else "-ddp" if accelerator.num_processes > 1 else ""
         report = {
-            "command": "python -m benchmarks.train_step " + " ".join(arguments),
+            "command": " ".join(["python -m benchmarks.train_step", *without_output(arguments)]),
             **surroundings(device),
             "layout": vars(layout),
             "processes": accelerator.num_processes,
@@ -327,6 +327,13 @@ def compare(
                 if on_gpu:
                     torch.cuda.empty_cache()
             yield results
+
+
+def without_output(arguments: Sequence[str]) -> list[str]:
+    """Words of a command line, less where the results go: that belongs to a machine and changes no number."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output")
+    return parser.parse_known_args(arguments)[1]
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

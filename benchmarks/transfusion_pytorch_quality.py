@@ -232,7 +232,9 @@ def main(arguments: Sequence[str]) -> None:
     parameters = sum(parameter.numel() for parameter in peer.model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters, {len(data.captions):,} images, {given.rows} documents a step")
     steps = peer.train(data, given.minutes, given.rows)
-    settings = {"parameters": parameters, "steps": steps, **vars(given)}
+    # Where it all goes belongs to a machine and changes no number.
+    options = {name: value for name, value in vars(given).items() if name != "output"}
+    settings = {"parameters": parameters, "steps": steps, **options}
 
     (output / "generated").mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (evaluation / "generated" / "metadata.jsonl").read_text().splitlines()]

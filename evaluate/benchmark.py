@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.mixture import open_documents, with_latents
-from transfusion_mot.diffusion import make_sampling_scheduler
+from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.page import write_report
@@ -58,12 +58,12 @@ def main() -> None:
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
-    sampling = SamplerSettings(steps, scale, type(pipeline.scheduler).__name__)
+    sampling = SamplerSettings(steps, scale, sampler_name(pipeline.scheduler))
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
-    benchmark = Benchmark(protocol, processes, painter, networks, work, output)
+    benchmark = Benchmark(protocol, processes, painter, networks, work, data, output)
 
     captions = benchmark.paint(sampling)
-    metrics = benchmark.measure(sampling, captions, data)
+    metrics = benchmark.measure(sampling, captions)
     notes: list[str] = []
     if sources is not None and config is not None and protocol.loss_documents:
         losses = text_metrics(pipeline, config, sources, processes, protocol.loss_documents)
@@ -72,7 +72,7 @@ def main() -> None:
         metrics += losses
     sweep = benchmark.sweep(sampling)
     pictures, score_name = benchmark.pictures(metrics)
-    neighbours, reasons = benchmark.neighbours(data)
+    neighbours, reasons = benchmark.neighbours()
     if not processes.is_main_process:
         return
     notes += reasons

@@ -4,7 +4,8 @@ import hashlib
 import json
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from training_runs import arguments_below
 import train
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import load_image
+from transfusion_mot.evaluation import memorisation
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.images import find_images
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.prompts import derived_seed
@@ -182,6 +185,37 @@ def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
     assert all((held_out / n.training_file).read_bytes() not in real for n in report.neighbours)
 
 
+def test_the_network_sees_each_training_image_once(
+    held_out: Path, benchmark: Benchmark, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    captions = [json.loads(line) for line in (held_out / "captions.jsonl").read_text().splitlines()]
+    known = {caption for line in captions for caption in line["references"]}
+    files = [picture_folder / line["file_name"] for line in listed if line["text"] not in known]
+    seen: Counter[bytes] = Counter()
+    features = FeatureNetwork.features
+
+    def counted(network: FeatureNetwork, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        seen.update(image.numpy().tobytes() for of_size in images for image in of_size)
+        return features(network, images)
+
+    monkeypatch.setattr(FeatureNetwork, "features", counted)
+    # A few at a time.
+    monkeypatch.setattr(memorisation, "_BYTES_AT_ONCE", 5 * 3 * 32**2)
+    status, printed = benchmark("--output", tmp_path / "out", "--loss-documents", 0)
+    assert status == 0, printed
+    assert [seen[load_image(file, 32).tobytes()] for file in files] == [1] * len(files)
+
+    neighbours, whole = read_report(tmp_path / "out").neighbours, read_report(held_out)
+    assert [vars(pair) for pair in neighbours] == [vars(pair) for pair in whole.neighbours]
+    painted = find_images(held_out / "generated")
+    distances = 1 - (unit_features(painted) @ unit_features(files).T).max(axis=1)
+    assert [pair.distance for pair in neighbours] == pytest.approx(sorted(distances)[: len(neighbours)], abs=1e-5)
+    copied = {name: value for name, value in values(read_report(tmp_path / "out")).items() if "(copied" in name}
+    assert len(copied) > 3
+    assert {name: values(whole)[name] for name in copied} == copied
+
+
 def test_images_are_those_of_the_pipeline_and_seed(held_out: Path, run: Path) -> None:
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(str(run)))
     lines = [json.loads(line) for line in (held_out / "generated" / "metadata.jsonl").read_text().splitlines()][:3]
@@ -320,20 +354,21 @@ def test_geneval_leaves_what_its_evaluation_reads(benchmark: Benchmark, tmp_path
 
 def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     words = ["sweep.guidance_scale=[1,3]", "--sweep.num-images", 4]
-    words += ["sweep.scheduler=[FlowMatchEulerDiscreteScheduler,FlowMatchHeunDiscreteScheduler]"]
+    schedulers = ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler:sde"]
+    words += [f"sweep.scheduler=[{','.join(schedulers)}]"]
     output = tmp_path / "out"
     status, printed = benchmark(*words, "--training-images", 0, "--loss-documents", 0, "--output", output)
     assert status == 0, printed
     report = read_report(output)
     settings = [tuple(point.settings.values()) for point in report.sweep]
-    assert len(set(settings)) == 4
+    assert len(set(settings)) == 6
     # The setting of the checkpoint paints what it paints without a sweep, less the rounding of other batches.
     same = output / "sweep" / "FlowMatchEulerDiscreteScheduler-2-steps-guidance-3"
     first, second = pngs(same), pngs(held_out / "generated")
     assert len(first) == 4
     assert list(first.values())[:3] == [second[name] for name in first][:3]
     folders = [pngs(folder) for folder in (output / "sweep").iterdir()]
-    assert len({tuple(folder.values()) for folder in folders}) == 4
+    assert len({tuple(folder.values()) for folder in folders}) == 6
     network = load_feature_network("efficientnet", torch.device("cpu"))
     real = find_images(output / "real")
     own = {"guidance_scale": 3.0, "num_inference_steps": 2, "scheduler": "FlowMatchEulerDiscreteScheduler"}
@@ -341,6 +376,31 @@ def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     assert point.metrics[0].value == pytest.approx(image_distance(real, find_images(same), network)[0].value, rel=1e-6)
     assert "Sweep of the sampler" in (output / "metrics.md").read_text()
     assert (output / "sweep.png").is_file()
+
+
+def test_a_stochastic_scheduler_and_a_sweep_back_to_its_plain_form(
+    benchmark: Benchmark, held_out: Path, tmp_path: Path
+) -> None:
+    output, plain = tmp_path / "out", "DPMSolverMultistepScheduler"
+    words = ["--scheduler", f"{plain}:sde", f"sweep.scheduler=[{plain}:sde,{plain}]", "--sweep.num-images", 3]
+    words += ["--training-images", 0, "--captions.kind", "none", "--reconstructions", "false"]
+    status, printed = benchmark(*words, "--output", output)
+    assert status == 0, printed
+    report = read_report(output)
+    assert report.settings["scheduler"] == f"{plain}:sde"
+    # What paints changes no loss: those are of training's own process.
+    losses, usual = (
+        {name: value for name, value in values(of).items() if "loss" in name} for of in (report, read_report(held_out))
+    )
+    assert losses == usual
+    assert len(losses) > 10
+    assert [point.settings["scheduler"] for point in report.sweep] == [f"{plain}:sde", plain]
+    generated = pngs(output / "generated")
+    stochastic, deterministic = (
+        pngs(output / "sweep" / f"{name}-2-steps-guidance-3") for name in (f"{plain}:sde", plain)
+    )
+    assert stochastic == {name: generated[name] for name in stochastic}
+    assert set(deterministic.values()).isdisjoint(stochastic.values())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The benchmark of a training step at toy size: that it runs, asserts equality and writes what it says."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,25 @@ def test_contenders_take_turns_and_are_reported(tmp_path: Path, capsys: pytest.C
     assert report["contenders"]["gather_scatter"]["difference_to_mot"] < 1e-5
     mot, dense = (report["contenders"][name]["parameters"] for name in ("mot", "dense"))
     assert dense < mot
-    assert {"command", "device", "torch", "commit", "date"} <= set(report)
+    assert {"device", "torch", "commit", "date"} <= set(report)
+    assert report["command"] == "python -m benchmarks.train_step --size tiny --steps 2 --workers 0"
     assert "| gather_scatter |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", [["--output", "/mine/out put"], ["--output=/mine"], ["--out", "/mine"]])
+@pytest.mark.parametrize("place", [0, 2, 6])
+def test_a_command_is_reported_without_the_folder_of_its_results(output: list[str], place: int) -> None:
+    words = ["--size", "tiny", "--contenders", "mot", "dense", "--profile"]
+    assert train_step.without_output([*words[:place], *output, *words[place:]]) == words
+
+
+def test_no_result_names_a_folder_of_the_machine_it_was_made_on() -> None:
+    results = [path.read_text() for path in sorted((Path(train_step.__file__).parent / "results").rglob("*.json"))]
+    assert results
+    for result in results:
+        command = shlex.split(json.loads(result)["command"])
+        assert command[:3] == ["python", "-m", "benchmarks.train_step"]
+        assert [word for word in command if "--output" in word or "/" in word] == []
 
 
 def test_a_contender_that_computes_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

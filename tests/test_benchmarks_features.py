@@ -51,6 +51,7 @@ def test_the_benchmark_writes_what_it_measures(tmp_path: Path, given: bool) -> N
     common = ["--num-images", "4", "--features", "efficientnet", "--num-workers", "0", "--device", "cpu"]
     main([*words, *common, "--output", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out" / "features-cpu.json").read_text())
+    assert report["command"] == " ".join(["python -m benchmarks.features", *words, *common])
     (line,) = report["lines"]
     assert (line["images"], line["pixels"]) == (4, [16, 16] if given else [20, 20])
     assert line["seconds_for_30000"] == pytest.approx(30000 / np.median(line["images_per_second"]))

@@ -44,6 +44,7 @@ def test_flops_are_those_that_torch_counts(pipeline: TransfusionPipeline) -> Non
 def test_the_benchmark_writes_a_line_for_everything_it_measures(tmp_path: Path) -> None:
     main(["--size", "tiny", "--output", str(tmp_path)])
     report = json.loads((tmp_path / "sample-tiny.json").read_text())
+    assert report["command"] == "python -m benchmarks.sample --size tiny"
     lines = [(line["line"], line.get("how"), line.get("rows")) for line in report["lines"]]
     assert lines[:6] == [
         ("ceilings", None, None),

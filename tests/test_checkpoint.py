@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from training_runs import load_all
 
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.training.checkpoint import clear_behind, find_snapshot, find_state, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
-from transfusion_mot.training.state import StateWriter, load_all, load_progress, load_tensors, state_tensors
+from transfusion_mot.training.state import (
+    StateWriter,
+    load_progress,
+    load_tensors,
+    refuse_other_run,
+    state_tensors,
+)
 
 
 def save(
@@ -140,14 +147,51 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         find_state(tmp_path, str(tmp_path / "elsewhere"))
 
 
+MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffusion.scheduler": ["DDPMScheduler", {}]}
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (
+            MADE_OF | {"tokenizer": "3c4d"},
+            r"step-5 was trained with another tokenizer: 3c4d, and now it is 1a2b; use the one it was trained with",
+        ),
+        (
+            MADE_OF | {"model": {"num_layers": 4, "rope": "3d"}},
+            r"another model: {'num_layers': 4}, and now it is {'num_layers': 2};",
+        ),
+        # A key that only this version has, and one that only the other had.
+        (
+            MADE_OF | {"model": {"rope": "3d", "gate": True}},
+            r"another model: {'num_layers': None, 'gate': True}, and now it is {'num_layers': 2, 'gate': None};",
+        ),
+        # What an older version left out, of either kind, and what it wrote in another form.
+        (
+            {name: part for name, part in MADE_OF.items() if name != "model"},
+            r"step-5 does not say with which model it was trained, so an older version wrote it; go on with that "
+            "version, or use another output_dir",
+        ),
+        ({}, r"step-5 does not say with which tokenizer it was trained"),
+        (MADE_OF | {"model": "small"}, r"another model: small, and now it is {'num_layers': 2, 'rope': '3d'};"),
+    ],
+)
+def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: str) -> None:
+    refuse_other_run({"made_of": MADE_OF}, MADE_OF | {"diffusion.scheduler": ("DDPMScheduler", {})}, Path("step-5"))
+    with pytest.raises(UserError, match=message):
+        refuse_other_run({"made_of": before}, MADE_OF, Path("step-5"))
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04garbage", b"PK\x03\x04 cut off", pickle.dumps([1])])
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
 def test_damaged_state_is_refused_by_name(tmp_path: Path, file: str, content: bytes) -> None:
-    save(tmp_path, 5)
+    parts = trained(1)
+    save(tmp_path, 5, **state_tensors(*parts, torch.zeros(2)))
     folder = find_state(tmp_path, "auto")
+    load_tensors(folder, *parts)
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=r"step-0000005 cannot be read"):
-        load_all(folder)
+        load_tensors(folder, *parts)
 
 
 def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
@@ -159,11 +203,12 @@ def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_state_cut_in_half_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, 5, lanes=torch.randn(1000))
+    parts = trained(1)
+    save(tmp_path, 5, **state_tensors(*parts, torch.zeros(2)))
     file = find_state(tmp_path, "auto") / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:2000])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="cannot be read"):
-        load_all(file.parent)
+        load_tensors(file.parent, *parts)
 
 
 def test_write_that_is_cut_off_leaves_what_was_there(tmp_path: Path) -> None:

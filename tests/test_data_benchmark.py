@@ -1,7 +1,7 @@
 """The benchmark of the data path runs, at toy size."""
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +16,8 @@ def test_the_benchmark_measures_both_ways_to_an_image(tmp_path):
         *("--num-images", "24", "--seconds", "0.3", "--device", "cpu", "--consumption", "10", "--output", str(output)),
     ]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "data.py"), *arguments],
+        [sys.executable, "-m", "benchmarks.data", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -32,5 +31,5 @@ def test_the_benchmark_measures_both_ways_to_an_image(tmp_path):
     for metric in metrics:
         assert metric["value"] > 0
         assert abs(metric["protocol"]["times the consumption"] - metric["value"] / 10) < 0.01
-    assert "--num-images 24" in content["command"]
+    assert content["command"] == shlex.join(["python", "-m", "benchmarks.data", *arguments[:-2]])
     assert result.stdout.count("\n| ") >= 5

@@ -16,6 +16,7 @@ from PIL import Image
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
 from transfusion_mot import demo
+from transfusion_mot.diffusion import STOCHASTIC_SOLVER, make_sampling_scheduler
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 
@@ -81,6 +82,15 @@ def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message
     monkeypatch.setattr("sys.argv", ["demo", *arguments])
     with pytest.raises(UserError, match=message):
         demo.main()
+
+
+def test_the_page_begins_with_the_scheduler_of_the_model():
+    if demo.gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, STOCHASTIC_SOLVER)
+    blocks = demo.build_page(pipeline).blocks.values()
+    assert [block.value for block in blocks if getattr(block, "label", "") == "Scheduler"] == [STOCHASTIC_SOLVER]
 
 
 # --- In a browser. ---

@@ -17,6 +17,7 @@ from transfusion_mot.diffusion import (
     is_flow,
     make_sampling_scheduler,
     make_scheduler,
+    sampler_name,
 )
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import diffusion_losses
@@ -426,13 +427,27 @@ def test_samplers_can_be_changed_one_after_the_other(trained: str, arguments: di
     for name in (*names, *reversed(names)):
         current = make_sampling_scheduler(current, name)
         expected = make_sampling_scheduler(first, name)
-        assert type(current) is type(expected)
+        assert sampler_name(current) == sampler_name(expected) == name
         for scheduler in (current, expected):
             scheduler.set_timesteps(7)
         assert torch.equal(current.timesteps, expected.timesteps)
         for key in ("algorithm_type", "flow_shift", "shift", "prediction_type", "clip_sample", "timestep_spacing"):
             if key in inspect.signature(type(current).__init__).parameters:
                 assert current.config[key] == expected.config[key], (name, key)
+
+
+@pytest.mark.parametrize(("trained", "arguments", "sampler"), TRAINED, ids=label)
+def test_name_of_a_sampler_makes_it(trained: str, arguments: dict, sampler: str, tmp_path) -> None:
+    first = make_scheduler(trained, arguments)
+    assert sampler_name(first) == trained
+    made = make_sampling_scheduler(first, sampler)
+    assert sampler_name(made) == sampler
+    # One that keeps, among others, the arguments of a stochastic solver.
+    again = make_sampling_scheduler(make_sampling_scheduler(first, STOCHASTIC_SOLVER), sampler)
+    assert sampler_name(again) == sampler
+    # As a snapshot has it.
+    made.save_pretrained(tmp_path)
+    assert sampler_name(type(made).from_pretrained(tmp_path)) == sampler
 
 
 def test_unknown_prediction_type_is_refused() -> None:

@@ -201,6 +201,7 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
     main(words)
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(result["arm"], result["error"]) for result in first["results"]] == [("dense", None)]
+    assert first["arguments"] == words[2:]
     lines = (tmp_path / "out" / "dense-seed-0" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line) for line in lines]
     values = first["results"][0]["values"]

@@ -11,6 +11,7 @@ from PIL import Image
 from test_pipeline import tiny_pipeline
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.diffusion import STOCHASTIC_SOLVER, make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.generation import claim_folder, write_images
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, prompts_of
@@ -27,7 +28,7 @@ def painter() -> Painter:
 
 
 def settings(painter: Painter, scale: float = 2.0) -> SamplerSettings:
-    return SamplerSettings(2, scale, type(painter.pipeline.scheduler).__name__)
+    return SamplerSettings(2, scale, sampler_name(painter.pipeline.scheduler))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -92,6 +93,18 @@ def test_a_folder_belongs_to_its_settings(painter: Painter, tmp_path: Path) -> N
     (tmp_path / "foreign" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds files but no settings\.json"):
         claim_folder(tmp_path / "foreign", {})
+
+
+def test_a_folder_knows_the_stochastic_form_of_a_scheduler(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    painter = Painter(pipeline, "sha256 0", PartialState(cpu=True), batch_size=3)
+    for name in (STOCHASTIC_SOLVER.removesuffix(":sde"), STOCHASTIC_SOLVER):
+        pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
+        painter.paint(PROMPTS[:3], SamplerSettings(2, 2.0, name), tmp_path / name)
+        assert json.loads((tmp_path / name / "settings.json").read_text())["scheduler"] == name
+    plain, stochastic = (files(folder) for folder in sorted(tmp_path.iterdir()))
+    assert plain.keys() == stochastic.keys()
+    assert set(plain.values()).isdisjoint(stochastic.values())
 
 
 def test_a_prompt_is_read_as_far_as_the_model_can(painter: Painter, tmp_path: Path) -> None:

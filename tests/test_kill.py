@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from test_lanes import NUM_LANES, mixed_packer
+from training_runs import load_all
 
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.training.checkpoint import find_state
-from transfusion_mot.training.state import StateWriter, load_all, load_progress
+from transfusion_mot.training.state import StateWriter, load_progress
 
 NUM_STEPS, NUM_KILLS = 400, 20
 

@@ -21,6 +21,7 @@ from process_group import run_processes
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
 from transfusion_mot.data.images import to_pixels
+from transfusion_mot.diffusion import STOCHASTIC_SOLVER, make_sampling_scheduler
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling import loading
@@ -126,6 +127,14 @@ def test_another_scheduler_and_number_of_steps(sample, tmp_path):
     sample("sun", *scheduler, "--output", tmp_path / "out")
     assert lines(tmp_path / "out")[0]["scheduler"] == "DPMSolverMultistepScheduler"
     assert lines(tmp_path / "out")[0]["num_inference_steps"] == 6
+
+
+def test_the_scheduler_of_a_snapshot_is_written_down_by_its_whole_name(sample, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, STOCHASTIC_SOLVER)
+    pipeline.save_pretrained(tmp_path / "snapshot")
+    sample("sun", "--output", tmp_path / "out", checkpoint=tmp_path / "snapshot")
+    assert lines(tmp_path / "out")[0]["scheduler"] == STOCHASTIC_SOLVER
 
 
 def test_the_transformer_computes_in_the_format_asked_for(sample, tmp_path):

@@ -150,3 +150,16 @@ def test_diffusion_loss_as_a_command(run_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         _run("evaluate/diffusion_loss.py", ["--checkpoint", run_folder, "--bins", 0])
     assert "--bins: '0' is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_diffusion_loss_of_a_run_with_a_clean_context(run_folder, tmp_path):
+    """An image a row has no image before it: the same numbers, whatever its context would be."""
+    config = tmp_path / "clean.yaml"
+    config.write_text((run_folder / "config.yaml").read_text().replace("noised", "clean"))
+    assert "image_context: clean" in config.read_text()
+    losses = []
+    for more in ([], ["--config", config]):
+        words = ["--checkpoint", run_folder, "--bins", 2, "--output", tmp_path / "loss.json", *more]
+        _run("evaluate/diffusion_loss.py", words)
+        losses.append({name: entry["value"] for name, entry in _saved(tmp_path / "loss.json").items()})
+    assert losses[0] == losses[1]

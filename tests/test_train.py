@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import assert_same, final_state
+from training_runs import assert_same, final_state, load_all
 
 import train
 from transfusion_mot.config import DataConfig, SourceConfig
@@ -26,7 +26,6 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.metrics import read_metrics
-from transfusion_mot.training.state import load_all
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "monitoring.md").read_text()

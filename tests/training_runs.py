@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.training.checkpoint import find_state
-from transfusion_mot.training.state import load_all, load_progress
+from transfusion_mot.training.state import load_progress
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32}
 Arguments = Callable[..., list[str]]
@@ -77,6 +79,14 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, list | tuple):
         return {name: leaf for key, inner in enumerate(value) for name, leaf in flat(inner, f"{path}/{key}").items()}
     return {path: value}
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a training state, whole and on the CPU, without any model."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
 
 
 def final_state(run: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from transfusion_mot.data.images import displayed_size, load_image
-from transfusion_mot.diffusion import fit_samplers, make_sampling_scheduler
+from transfusion_mot.diffusion import fit_samplers, make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import DTYPES, load_pipeline
@@ -201,7 +201,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
     studio = Studio(pipeline)
     # Without the end that all of them share, which has no place.
     schedulers = [(name.replace("Scheduler", ""), name) for name in fit_samplers(pipeline.scheduler)]
-    current = type(pipeline.scheduler).__name__
+    current = sampler_name(pipeline.scheduler)
     with gr.Blocks(title="transfusion_mot", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown(
             f"# transfusion_mot\n{_size(pipeline)} parameters, {pipeline.config.image_size} px, {pipeline.device}",

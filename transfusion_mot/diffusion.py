@@ -9,13 +9,14 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from transfusion_mot.config import DiffusionConfig
 from transfusion_mot.errors import UserError
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
@@ -134,6 +135,14 @@ def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixi
     )
 
 
+def sampler_name(scheduler: SchedulerMixin) -> str:
+    """The name that `make_sampling_scheduler` makes this scheduler from."""
+    class_name = type(scheduler).__name__
+    # Others may have the algorithm of a scheduler that they were made from: diffusers keeps arguments it cannot use.
+    stochastic = class_name.startswith("DPMSolver") and scheduler.config.algorithm_type.startswith("sde")
+    return f"{class_name}:sde" if stochastic else class_name
+
+
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler mixes data and noise along a straight line."""
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas", False))
@@ -167,6 +176,12 @@ class Diffusion:
             alphas_cumprod = torch.where(alphas_cumprod == 0, 2**-24, alphas_cumprod)
             ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
             self._noise_ratios = torch.cat([ratios.new_zeros(1), ratios])
+
+    @classmethod
+    def from_config(cls, config: DiffusionConfig) -> Self:
+        """That of training, whatever paints the images of its model."""
+        scheduler = make_scheduler(config.scheduler, config.scheduler_args)
+        return cls(scheduler, config.timestep_distribution, config.min_snr_gamma)
 
     def timesteps_from_uniform(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) => training timesteps in (0, 1], same shape.

@@ -1,13 +1,15 @@
 """Is a painted image a copy? And how good is a caption that is copied? The nearest training images in features."""
 
+import functools
 import itertools
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from accelerate import PartialState
 from PIL import Image
 
@@ -27,39 +29,99 @@ MOST_PAINTED = 2000
 # Bytes of training images in memory at a time, and pairs that are kept.
 _BYTES_AT_ONCE, _KEPT = 2**28, 16
 
+# A source and the index of an image in it.
+Item = tuple[CaptionedImages, int]
+
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class TrainingImages:
+    """Training images, drawn at random, always the same ones; all processes make one and call its method.
+
+    The data are opened and the features computed when they are first asked for, and then kept.
+
+    Attributes:
+        data: That the model was trained on.
+        most: Images that are drawn.
+        network: Distances are 1 - cosine of its features.
+        image_size: All images are brought to it.
+        processes: Which share the images.
+    """
+
+    data: DataConfig
+    most: int
+    network: FeatureNetwork
+    image_size: int
+    processes: PartialState
+
+    def nearest(self, features: FeatureArray) -> tuple[list[Item], npt.NDArray[np.float64]]:
+        """The training image that is nearest to each image of `features` [N, D], and 1 - cosine of the two [N].
+
+        Raises:
+            UserError: The training data cannot be opened.
+        """
+        queries = unit_length(features)
+        distances = np.full(len(queries), np.inf)
+        found = np.zeros(len(queries), dtype=np.int64)
+        for places, theirs in self._features:
+            indices, distance = nearest(queries, theirs)
+            closer = distance < distances
+            distances[closer], found[closer] = distance[closer], places[indices[closer]]
+        return [self._items[place] for place in found], distances
+
+    @functools.cached_property
+    def _items(self) -> list[Item]:
+        documents = [source.documents for source in open_documents(self.data, "train")]
+        captioned = [images for images in documents if isinstance(images, CaptionedImages)]
+        items = [(images, index) for images in captioned for index in range(len(images))]
+        return random.Random(0).sample(items, min(self.most, len(items)))
+
+    @functools.cached_property
+    def _features(self) -> list[tuple[npt.NDArray[np.int64], FeatureArray]]:
+        """Parts: places in `_items` [n], and features of length one [n, D]."""
+        parts = []
+        at_once = max(1, _BYTES_AT_ONCE // (3 * self.image_size**2))
+        for start in range(0, len(self._items), at_once):
+            pictures, places = [], []
+            for place, (images, index) in enumerate(self._items[start : start + at_once], start=start):
+                try:
+                    pictures.append(Image.fromarray(images.image(index)))
+                    places.append(place)
+                except UserError as error:
+                    _logger.warning("left out of the training images: %s", error)
+            if not pictures:
+                continue
+            features = image_features(
+                pictures,
+                self.network,
+                num_workers=default_num_workers(),
+                image_size=self.image_size,
+                description="training images",
+                processes=self.processes,
+            )
+            parts.append((np.array(places), unit_length(features)))
+        return parts
+
+
 def nearest_training_images(
-    prompts: Sequence[Prompt],
-    painted: Path,
-    features: FeatureArray,
-    data: DataConfig,
-    most: int,
-    network: FeatureNetwork,
-    image_size: int,
-    processes: PartialState,
-    output: Path,
+    prompts: Sequence[Prompt], painted: Path, features: FeatureArray, training: TrainingImages, output: Path
 ) -> list[Neighbour]:
     """The painted images that are nearest to a training image, the closest first; called by all processes.
 
     Args:
         prompts: What was painted, of which the first `MOST_PAINTED` are looked at.
         painted: Folder of the painted images.
-        features: `[N, D]` of at least these, in `network`.
-        data: That the model was trained on.
-        most: Training images that are looked at, drawn at random, always the same ones.
-        network: Distances are 1 - cosine of its features.
-        image_size: All images are brought to it.
-        processes: Which share the images.
+        features: `[N, D]` of at least these, in the network of `training`.
+        training: What is looked through.
         output: Folder that receives `nearest/`, the training images of the pairs.
 
     Raises:
         UserError: The training data cannot be opened.
     """
     prompts = prompts[:MOST_PAINTED]
-    items, distances = _nearest_items(features[: len(prompts)], data, most, network, image_size, processes)
-    if not processes.is_main_process:
+    items, distances = training.nearest(features[: len(prompts)])
+    if not training.processes.is_main_process:
         return []
     (output / "nearest").mkdir(parents=True, exist_ok=True)
     pairs = []
@@ -74,58 +136,10 @@ def nearest_training_images(
     return pairs
 
 
-def nearest_captions(
-    features: FeatureArray,
-    data: DataConfig,
-    most: int,
-    network: FeatureNetwork,
-    image_size: int,
-    processes: PartialState,
-) -> list[str]:
+def nearest_captions(features: FeatureArray, training: TrainingImages) -> list[str]:
     """For each image the caption of the nearest training image: what captions are worth that nobody had to write.
 
     Arguments, processes and errors as for `nearest_training_images`; the images are known by their `features` [N, D].
     """
-    items, _ = _nearest_items(features, data, most, network, image_size, processes)
+    items, _ = training.nearest(features)
     return [source.captions(index)[0] for source, index in items]
-
-
-def _nearest_items(
-    features: FeatureArray,
-    data: DataConfig,
-    most: int,
-    network: FeatureNetwork,
-    image_size: int,
-    processes: PartialState,
-) -> tuple[list[tuple[CaptionedImages, int]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """The training image that is nearest to each image, as source and index, and 1 - cosine of the two `[N]`."""
-    documents = [source.documents for source in open_documents(data, "train")]
-    captioned = [images for images in documents if isinstance(images, CaptionedImages)]
-    items = [(images, index) for images in captioned for index in range(len(images))]
-    items = random.Random(0).sample(items, min(most, len(items)))
-    queries = unit_length(features)
-    distances = np.full(len(queries), np.inf)
-    found = np.zeros(len(queries), dtype=np.int64)
-    at_once = max(1, _BYTES_AT_ONCE // (3 * image_size**2))
-    for start in range(0, len(items), at_once):
-        pictures, places = [], []
-        for place, (images, index) in enumerate(items[start : start + at_once], start=start):
-            try:
-                pictures.append(Image.fromarray(images.image(index)))
-                places.append(place)
-            except UserError as error:
-                _logger.warning("left out of the training images: %s", error)
-        if not pictures:
-            continue
-        theirs = image_features(
-            pictures,
-            network,
-            num_workers=default_num_workers(),
-            image_size=image_size,
-            description="training images",
-            processes=processes,
-        )
-        indices, distance = nearest(queries, unit_length(theirs))
-        closer = distance < distances
-        distances[closer], found[closer] = distance[closer], np.array(places)[indices[closer]]
-    return [items[place] for place in found], distances

@@ -13,13 +13,18 @@ from accelerate import PartialState
 from diffusers import SchedulerMixin
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.diffusion import make_sampling_scheduler
+from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
 from transfusion_mot.evaluation.images import default_num_workers
-from transfusion_mot.evaluation.memorisation import MOST_PAINTED, nearest_captions, nearest_training_images
+from transfusion_mot.evaluation.memorisation import (
+    MOST_PAINTED,
+    TrainingImages,
+    nearest_captions,
+    nearest_training_images,
+)
 from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint
@@ -39,6 +44,7 @@ class Benchmark:
         painter: The model.
         networks: What images are compared and scored with.
         work: What the protocol names.
+        data: That the model was trained on, if it is known.
         output: Folder of the results.
     """
 
@@ -49,10 +55,15 @@ class Benchmark:
         painter: Painter,
         networks: Networks,
         work: Work,
+        data: DataConfig | None,
         output: Path,
     ) -> None:
         self.protocol, self.processes, self.painter = protocol, processes, painter
         self.networks, self.work, self.output = networks, work, output
+        self.training: TrainingImages | None = None
+        if data is not None and protocol.training_images:
+            size = painter.pipeline.config.image_size
+            self.training = TrainingImages(data, protocol.training_images, networks.features[0], size, processes)
         self.distances: Distances | None = None
         # Of the images of the protocol itself, in the first network.
         self.features: FeatureSet | None = None
@@ -74,13 +85,12 @@ class Benchmark:
         maximum = self.protocol.captions.max_new_tokens
         return painter.caption(work.captioned, maximum, output) if work.captioned else []
 
-    def measure(self, sampling: SamplerSettings, captions: Sequence[str], data: DataConfig | None) -> list[Metric]:
+    def measure(self, sampling: SamplerSettings, captions: Sequence[str]) -> list[Metric]:
         """All numbers of what `paint` has made.
 
         Args:
             sampling: How it was painted.
             captions: What `paint` gave.
-            data: That the model was trained on, if it is known.
 
         Raises:
             UserError: There are too few images, or one cannot be read.
@@ -89,7 +99,7 @@ class Benchmark:
             self.distances = Distances(self.work.references, self.networks.features, self.protocol, self.processes)
         metrics, self.features = self._of_painted(self.work.prompts, sampling, self.output / "generated")
         metrics += self._of_real()
-        copied = self._copied_captions(data)
+        copied = self._copied_captions()
         if captions and self.processes.is_main_process:
             metrics += self._of_captions(captions)
             if copied:
@@ -145,16 +155,14 @@ class Benchmark:
         metrics = caption_metrics(captions, [item.captions for item in captioned], self.networks.sentences)
         return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
 
-    def _copied_captions(self, data: DataConfig | None) -> list[str]:
+    def _copied_captions(self) -> list[str]:
         """The caption of the training image nearest to each captioned one: what a model has to beat."""
         captioned = self.work.captioned
-        if not (self.protocol.training_images and captioned) or data is None or self.work.held_out is None:
+        if self.training is None or not captioned or self.work.held_out is None:
             return []
         known = self.distances.real[0] if self.distances is not None else None
         features = self._features([item.image for item in captioned], known, "captioned")
-        size = self.painter.pipeline.config.image_size
-        training_images, network = self.protocol.training_images, self.networks.features[0]
-        return nearest_captions(features, data, training_images, network, size, self.processes)
+        return nearest_captions(features, self.training)
 
     def sweep(self, sampling: SamplerSettings) -> list[SweepPoint]:
         """Paint and measure with every setting that the protocol wants to be tried, after `measure`.
@@ -175,7 +183,7 @@ class Benchmark:
         ):
             settings = SamplerSettings(steps, float(scale), scheduler)
             folder = self.output / "sweep" / f"{scheduler}-{steps}-steps-guidance-{scale:g}"
-            if scheduler != type(own_scheduler).__name__:
+            if scheduler != sampler_name(own_scheduler):
                 pipeline.scheduler = make_sampling_scheduler(own_scheduler, scheduler)
             pipeline.sampling_settings(steps, scale)
             self.painter.paint(prompts, settings, folder)
@@ -221,31 +229,17 @@ class Benchmark:
             for item, caption in zip(self.work.captioned, captions, strict=True)
         ]
 
-    def neighbours(self, data: DataConfig | None) -> tuple[list[Neighbour], list[str]]:
-        """The painted images that are nearest to a training image, or notes on why there are none.
-
-        Args:
-            data: That the model was trained on, if it is known.
-        """
+    def neighbours(self) -> tuple[list[Neighbour], list[str]]:
+        """The painted images that are nearest to a training image, or notes on why there are none."""
         if not self.protocol.training_images:
             return [], []
-        if data is None:
+        if self.training is None:
             reason = "the checkpoint lies in no run folder that names its data"
             return [], [f"Nearest training images are not shown: {reason}."]
         prompts = self.work.prompts[:MOST_PAINTED]
         features = self._features(self._painted_paths(prompts), self.features, "painted")
         try:
-            found = nearest_training_images(
-                prompts,
-                self.output / "generated",
-                features,
-                data,
-                self.protocol.training_images,
-                self.networks.features[0],
-                self.painter.pipeline.config.image_size,
-                self.processes,
-                self.output,
-            )
+            found = nearest_training_images(prompts, self.output / "generated", features, self.training, self.output)
         except UserError as error:
             return [], [f"Nearest training images are not shown: {error}."]
         return found, []

@@ -47,7 +47,7 @@ def text_metrics(
     patch = config.model.patch_size
     reader = TextReader(
         pipeline.text_tokenizer,
-        Diffusion(pipeline.scheduler, config.diffusion.timestep_distribution),
+        Diffusion.from_config(config.diffusion),
         config.model.rope,
         config.data.text_slots,
         (pipeline.autoencoder.latent_channels, patch, patch),
@@ -103,9 +103,11 @@ def diffusion_metrics(
     if not available:
         return []
     training = replace(config.training, num_validation_documents=num_images or available)
-    # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row.
-    config = replace(config, training=training, data=replace(config.data, images_per_row=1))
-    diffusion = Diffusion(pipeline.scheduler, config.diffusion.timestep_distribution)
+    # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
+    # image before it, so it needs no clean copy of one, for which the row would have no slot either.
+    data = replace(config.data, images_per_row=1, image_context="noised")
+    config = replace(config, training=training, data=data)
+    diffusion = Diffusion.from_config(config.diffusion)
     encoder = OnlineEncoder(pipeline.autoencoder, config.autoencoder.batch_size)
     tokenizer = pipeline.text_tokenizer
     timesteps = [(index + 0.5) / bins for index in range(bins)]

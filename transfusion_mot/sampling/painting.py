@@ -13,6 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from transfusion_mot.data.images import load_image, to_pil, to_pixels
+from transfusion_mot.diffusion import sampler_name
 from transfusion_mot.evaluation.generation import (
     Make,
     caption_all,
@@ -69,7 +70,7 @@ class Painter:
             ).images
             return images
 
-        assert type(self.pipeline.scheduler).__name__ == sampling.scheduler
+        assert sampler_name(self.pipeline.scheduler) == sampling.scheduler
         settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **vars(sampling)}
         self._write(prompts, folder, make, "painting", settings)
 

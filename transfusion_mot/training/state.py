@@ -149,12 +149,16 @@ def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: 
     """
     made_of = json.loads(json.dumps(made_of))
     for part, now in made_of.items():
-        before = progress["made_of"].get(part)
+        if part not in progress["made_of"]:
+            raise UserError(
+                f"{folder} does not say with which {part} it was trained, so an older version wrote it; "
+                "go on with that version, or use another output_dir"
+            )
+        before = progress["made_of"][part]
         if before != now:
-            if isinstance(now, dict):
-                before, now = (
-                    {key: side.get(key) for key in now if before.get(key) != now[key]} for side in (before, now)
-                )
+            if isinstance(before, dict) and isinstance(now, dict):
+                differing = [key for key in now | before if before.get(key) != now.get(key)]
+                before, now = ({key: side.get(key) for key in differing} for side in (before, now))
             raise UserError(
                 f"{folder} was trained with another {part}: {before}, and now it is {now}; "
                 "use the one it was trained with, or another output_dir"
@@ -189,17 +193,6 @@ def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer)
     for parameter, own in moments.items():
         optimizer.state[parameter] = own
     return tensors[LANES]
-
-
-def load_all(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a training state, whole and on the CPU, without any model.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    tensors = _saved_tensors(folder)
-    _read(folder, tensors)
-    return tensors
 
 
 def _saved_tensors(folder: Path) -> dict[str, Tensor]:
