@@ -286,11 +286,13 @@ def compare(
             contender = contenders[name]
             contender.move(device)
             if turn == 0:
+                built = time.perf_counter()
                 loss = contender.step()
                 if not bool(loss.isfinite().all()):
                     raise SystemExit(f"{name}: the loss is not finite: {loss.tolist()}")
                 results[name] = {
                     "first_step_seconds": time.perf_counter() - begun,
+                    "of_which_building_the_model": built - begun,
                     "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
                     "slots_per_step": slots_per_step
                     if isinstance(contender, Contender)

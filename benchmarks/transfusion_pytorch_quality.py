@@ -245,14 +245,16 @@ def main(arguments: Sequence[str]) -> None:
         for line, image in zip(batch, to_pil(autoencoder.decode(latents.float())), strict=True):
             image.save(output / "generated" / line["file_name"])
     (output / "generated" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    captions = write_captions(peer, report, evaluation, autoencoder, tokenizer, given.batch_size)
-    (output / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
-
     real = [evaluation / "real" / line["file_name"] for line in lines]
     painted = [output / "generated" / line["file_name"] for line in lines]
     metrics = image_distance(real, painted, load_feature_network("efficientnet", device))
+    named_settings = [f"{key}={value}" for key, value in settings.items()]
+    # It writes captions token by token, which may take longer than all the rest.
+    save_metrics(metrics, str(output / "metrics.json"), named_settings)
+    captions = write_captions(peer, report, evaluation, autoencoder, tokenizer, given.batch_size)
+    (output / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
     metrics += caption_metrics(captions, [picture.captions for picture in report.captions])
-    save_metrics(metrics, str(output / "metrics.json"), [f"{key}={value}" for key, value in settings.items()])
+    save_metrics(metrics, str(output / "metrics.json"), named_settings)
     print(f"{steps:,} steps of {given.rows} documents in {given.minutes:g} minutes\n{metrics_table(metrics)}")
 
 
