@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--clip", default=DEFAULT_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model ({DEFAULT_CLIP})")
     parser.add_argument("--prefix", action="store_true", help=f"put '{PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="processes that decode images")
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     add_output(parser)
     arguments = parser.parse_args()

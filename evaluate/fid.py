@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="processes that decode images")
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     add_output(parser)
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """The benchmark of image features runs, on its own images and on a folder."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.features import RANDOM, load_network, main, time_network, write_images
+from benchmarks.features import RANDOM, load_network, main, time_network, time_pipeline, write_images
 from transfusion_mot.evaluation.images import find_images
 
 CPU = torch.device("cpu")
@@ -43,6 +44,27 @@ def test_random_inception_has_the_shape_of_the_published_one() -> None:
     assert features.shape == (2, 2048)
 
 
+def test_the_start_ends_with_the_first_batch(tmp_path: Path) -> None:
+    """A network that takes its time for each of three batches, and none before them."""
+    write_images(tmp_path, 12, 16)
+    network = load_network("efficientnet", CPU)
+    network.module.register_forward_hook(lambda module, inputs, output: time.sleep(0.5))
+    start, rest = time_pipeline(network, find_images(tmp_path), 0)
+    assert 0 < start < 1 < rest
+    time_pipeline(network, find_images(tmp_path), 0)
+    assert not network.module._forward_pre_hooks
+
+
+def test_written_images_are_seen_again_where_more_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.features._WRITTEN", 3)
+    common = ["--features", "efficientnet", "--image-size", "16", "--num-workers", "0", "--device", "cpu"]
+    main([*common, "--num-images", "5", "--output", str(tmp_path)])
+    (line,) = json.loads((tmp_path / "features-cpu.json").read_text())["lines"]
+    assert line["images"] == 5
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_the_benchmark_writes_what_it_measures(tmp_path: Path, given: bool) -> None:
     (tmp_path / "images").mkdir()
@@ -54,6 +76,8 @@ def test_the_benchmark_writes_what_it_measures(tmp_path: Path, given: bool) -> N
     assert report["command"] == " ".join(["python -m benchmarks.features", *words, *common])
     (line,) = report["lines"]
     assert (line["images"], line["pixels"]) == (4, [16, 16] if given else [20, 20])
-    assert line["seconds_for_30000"] == pytest.approx(30000 / np.median(line["images_per_second"]))
-    share = np.median(line["images_per_second"]) / np.median(line["network_images_per_second"])
-    assert line["share_of_network"] == pytest.approx(share)
+    whole, steady = (np.array(line[name]) for name in ("images_per_second", "images_per_second_once_started"))
+    alone = np.median(line["network_images_per_second"])
+    assert line["share_of_network"] == pytest.approx(np.median(whole) / alone)
+    assert line["share_of_network_once_started"] == pytest.approx(np.median(steady) / alone)
+    np.testing.assert_allclose(4 / whole, line["seconds_to_start"] + 4 / steady)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from transfusion_mot.evaluation import inception
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.feature_network import clean_resize
 from transfusion_mot.evaluation.features import feature_set, image_features
-from transfusion_mot.evaluation.images import find_images, load_rgb, pick_device, read_prompts
+from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.report import metrics_table, save_metrics
 from transfusion_mot.evaluation.weights import file_sha256
@@ -134,6 +136,56 @@ def test_features_depend_on_the_image_only(folder, efficientnet):
         image_features([Image.open(path) for path in images], efficientnet),
     ):
         assert np.abs(features - other).max() < 1e-5 * scale
+
+
+@pytest.fixture(scope="module")
+def pixels(folder):
+    """The images as a loop without workers, threads or batches reads them."""
+    return [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in find_images(folder)]
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 1), (0, 5), (1, 4), (2, 12), (3, 5), (5, 3), (9, 1)])
+def test_batches_hold_every_image_in_its_place(folder, pixels, num_workers, batch_size):
+    batches = list(device_batches(find_images(folder), torch.tensor, CPU, batch_size, num_workers, "images"))
+    assert [sum(map(len, batch)) for batch in batches[:-1]] == [batch_size] * ((len(pixels) - 1) // batch_size)
+    found = [image for batch in batches for of_size in batch for image in of_size]
+    assert len(found) == len(pixels)
+    assert all(map(torch.equal, found, pixels))
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 5), (5, 3)])
+def test_features_equal_those_of_a_loop(folder, pixels, efficientnet, num_workers, batch_size):
+    expected = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch_size):
+            resized = [efficientnet.prepare(image[None]) for image in pixels[start : start + batch_size]]
+            expected.append(efficientnet.module(torch.cat(resized)))
+    found = image_features(find_images(folder), efficientnet, batch_size, num_workers)
+    np.testing.assert_allclose(found, torch.cat(expected).numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size", "processes", "threads"),
+    [(0, 2, 1, 1), (1, 2, 1, 1), (2, 4, 1, 2), (5, 3, 2, 3), (9, 3, 3, 3), (6, 12, 1, 6)],
+)
+def test_as_many_images_are_decoded_at_a_time_as_asked(folder, num_workers, batch_size, processes, threads):
+    """A batch is of one process; there are no more processes than batches, and no threads of torch beside ours."""
+
+    def where(image):
+        # Nobody goes on before all threads have a part, which the first batch of a process has for each.
+        together.wait(timeout=20)
+        return torch.tensor([os.getpid(), threading.get_ident(), torch.get_num_threads()])
+
+    together = threading.Barrier(threads)
+    before = torch.get_num_threads()
+    images = find_images(folder)
+    batches = device_batches(images, where, CPU, batch_size, num_workers, "images", quiet=True)
+    found = torch.cat([of_size for batch in batches for of_size in batch])
+    assert len(found) == len(images)
+    assert len(set(found[:, 0].tolist())) == processes
+    assert len(set(map(tuple, found[:, :2].tolist()))) == processes * threads
+    assert (os.getpid() in found[:, 0]) == (num_workers == 0)
+    assert set(found[:, 2].tolist()) == {before if num_workers == 0 else 1}
 
 
 def test_distance_equals_torchmetrics(folder, efficientnet):

@@ -115,7 +115,7 @@ def clip_embeddings(
         texts: The text of each image.
         clip: The model.
         batch_size: Images at a time; does not change the embeddings. Null chooses by the device.
-        num_workers: Processes that decode and resize; 0 does it in this one.
+        num_workers: Images decoded and resized at a time, by other processes; with 0 one at a time, by this process.
         prefix: Put in front of every text.
         processes: Share the images among these, which all call this and all receive all embeddings.
 

@@ -82,7 +82,7 @@ def image_features(
         images: Files, members of tar files or pictures.
         network: Where the features come from.
         batch_size: Images at a time; does not change the features. Null chooses by the device.
-        num_workers: Processes that decode; 0 does it in this one.
+        num_workers: Images decoded at a time, by other processes; with 0 one at a time, by this process.
         image_size: Bring images to this size first, as training data are; null keeps each at its own.
         description: Label of the progress bar.
         processes: Share the images among these, which all call this and all receive all features.

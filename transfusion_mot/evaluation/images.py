@@ -1,4 +1,4 @@
-"""Images from a folder, a tar file or memory, decoded in worker processes => batches on a device.
+"""Images from a folder, a tar file or memory, decoded by threads of worker processes => batches on a device.
 
 Generated images and images from disk meet the same code here, at their own size unless one is asked for.
 """
@@ -9,7 +9,9 @@ import json
 import multiprocessing
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
 from transfusion_mot.data.images import load_image
@@ -28,6 +30,9 @@ ImageArray = npt.NDArray[np.uint8]
 
 _METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+# Starting a process that holds torch takes as long as decoding tens of images, one after the other. Threads start at
+# once, but Pillow needs Python's lock for an eighth of its time, which many threads would wait for.
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -169,35 +174,65 @@ def _to_rgb(image: Image.Image, name: str) -> ImageArray:
         raise UserError(f"image '{name}' has more than 8 bits a channel; save it with 8")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
 
 
-class _Images(Dataset[torch.Tensor | UserError]):
-    """Prepared images; one that cannot be read is handed over as its error, because DataLoader buries raised ones."""
+_Items = list[torch.Tensor | UserError]
+
+
+class _Batches(IterableDataset[list[torch.Tensor] | UserError]):
+    """Batches of prepared images: all, or in a worker process every so many-th, so that workers by turns give all.
+
+    An image that cannot be read ends in a batch that is its error, because DataLoader buries raised ones.
+    """
 
     def __init__(
-        self, images: Sequence[ImageSource], prepare: Callable[[ImageArray], torch.Tensor], image_size: int | None
+        self,
+        images: Sequence[ImageSource],
+        prepare: Callable[[ImageArray], torch.Tensor],
+        image_size: int | None,
+        batch_size: int,
+        num_threads: int,
     ) -> None:
         self.images, self.prepare, self.image_size = images, prepare, image_size
+        self.batch_size, self.num_threads = batch_size, num_threads
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __iter__(self) -> Iterator[list[torch.Tensor] | UserError]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        starts = range(first * self.batch_size, len(self.images), step * self.batch_size)
+        with ThreadPoolExecutor(self.num_threads) as threads:
+            # While one batch is put together, the next is being decoded.
+            begun: deque[Iterator[_Items]] = deque()
+            for start in starts:
+                batch = self.images[start : start + self.batch_size]
+                # A thread has its part at once: to pass on single small images takes longer than to decode them.
+                size = -(-len(batch) // self.num_threads)
+                begun.append(threads.map(self._load, [batch[at : at + size] for at in range(0, len(batch), size)]))
+                if len(begun) > 1:
+                    yield _stack(begun.popleft())
+            for parts in begun:
+                yield _stack(parts)
 
-    def __getitem__(self, index: int) -> torch.Tensor | UserError:
-        try:
-            return self.prepare(load_rgb(self.images[index], self.image_size))
-        except UserError as error:
-            return error
+    def _load(self, images: Sequence[ImageSource]) -> _Items:
+        items: _Items = []
+        for image in images:
+            try:
+                items.append(self.prepare(load_rgb(image, self.image_size)))
+            except UserError as error:
+                items.append(error)
+        return items
 
 
-def _stack(items: list[torch.Tensor | UserError]) -> list[torch.Tensor] | UserError:
-    """Those of a size that follow each other become one tensor."""
+def _stack(parts: Iterable[_Items]) -> list[torch.Tensor] | UserError:
+    """Those of a size that follow each other become one tensor, which a worker lays into shared memory at once."""
     tensors = []
-    for item in items:
+    for item in itertools.chain.from_iterable(parts):
         if isinstance(item, UserError):
             return item
         tensors.append(item)
-    return [torch.stack(list(of_size)) for _, of_size in itertools.groupby(tensors, key=lambda tensor: tensor.shape)]
+    groups = itertools.groupby(tensors, key=lambda tensor: tensor.shape)
+    return [default_collate(list(of_size)) for _, of_size in groups]
 
 
 def device_batches(
@@ -214,7 +249,8 @@ def device_batches(
 
     A batch is a list of tensors `[n, ...]`, each of those of one shape that follow each other.
 
-    Without a `batch_size` it is that of `default_batch_size`.
+    Without a `batch_size` it is that of `default_batch_size`. `num_workers` images are decoded at a time, by threads of
+    a few processes; with 0, one at a time by a thread of this process.
 
     Raises:
         UserError: An image cannot be read, or a number is out of range.
@@ -228,11 +264,12 @@ def device_batches(
     ):
         if value is not None and value < least:
             raise UserError(f"the {name} must be at least {least}, but is {value}")
+    num_processes = min(-(-num_workers // _THREADS), -(-len(images) // batch_size))
+    num_threads = -(-num_workers // num_processes) if num_processes else 1
     loader = DataLoader(
-        _Images(images, prepare, image_size),
-        batch_size,
-        num_workers=min(num_workers, len(images)),
-        collate_fn=_stack,
+        _Batches(images, prepare, image_size, batch_size, num_threads),
+        batch_size=None,
+        num_workers=num_processes,
         pin_memory=device.type == "cuda",
     )
     with tqdm(total=len(images), desc=description, unit="image", disable=quiet) as progress:
@@ -265,7 +302,7 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def default_num_workers() -> int:
-    """Processes that decode images: this process's share of the host's cores, at most 16."""
+    """Images decoded at a time: this process's share of the host's cores, at most 16."""
     # What torchrun, and so `accelerate launch`, calls the number of processes on this host.
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, multiprocessing.cpu_count() // shared_by))
