@@ -1,5 +1,6 @@
 """The same rows for any number of ranks and workers, and from any step on."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from conftest import numbered_images, sources_of, texts_of
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.batch import Batch, PackedRows, Rows
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.errors import UserError
 
-NUM_LANES, NUM_STEPS = 4, 6
+# More steps than travel together, so that some do not come with the first.
+NUM_LANES, NUM_STEPS = 4, 20
 CPU = torch.device("cpu")
 
 
@@ -79,6 +82,61 @@ def test_states_are_those_of_the_step_just_taken_not_of_what_was_prepared(packer
 @pytest.mark.parametrize(("world_size", "asked", "used"), [(1, 3, 2), (1, 8, 4), (2, 3, 2), (4, 2, 1), (1, 0, 0)])
 def test_workers_divide_the_rows(packer, world_size: int, asked: int, used: int) -> None:
     assert LaneLoader(packer, 0, world_size, asked, None, 0, 1, CPU).num_workers == used
+
+
+def test_what_the_loader_gives_is_what_was_packed(packer) -> None:
+    states = packer.initial_state()[None].repeat(NUM_LANES, axis=0)
+    for step, (batch, counts) in enumerate(LaneLoader(packer, 0, 1, 2, None, 0, NUM_STEPS, CPU)):
+        rows, states, counted = packer.rows(range(NUM_LANES), step, states)
+        assert_equal(rows.batch, batch)
+        assert counts == counted
+
+
+def test_rows_of_several_steps_are_one_tensor() -> None:
+    """Of any types and shapes, with and without images and copies."""
+    steps = []
+    for rows in (1, 3):
+        fields = {field.name: torch.randint(99, (rows, 5)) for field in dataclasses.fields(Batch)}
+        fields["source_ids"] = fields["source_ids"].to(torch.int16)
+        fields["copies"] = fields["copies"] > 50 if rows == 3 else None
+        fields["noise"] = torch.randn(rows, 2, 3)
+        images = torch.randint(256, (rows, 7), dtype=torch.uint8) if rows == 3 else None
+        steps.append(Rows(Batch(**fields), images))
+    packed = PackedRows.pack(steps)
+    for one, two in zip(packed.rows(), steps, strict=True):
+        assert_equal(one.batch, two.batch)
+        assert_equal(two.batch, one.batch)
+        assert (one.images_uint8 is None) == (two.images_uint8 is None)
+        if two.images_uint8 is not None:
+            assert torch.equal(one.images_uint8, two.images_uint8)
+        for tensor in one.batch.tensors().values():
+            assert tensor.untyped_storage().data_ptr() == packed.content.data_ptr()
+            assert (tensor.data_ptr() - packed.content.data_ptr()) % 16 == 0
+    assert [rows.nbytes for rows in packed.rows()] == [rows.nbytes for rows in steps]
+
+
+def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
+    """The files of a source vanish while it is read: what was made before is trained on, then a sentence says why."""
+    images = numbered_images(["apple", "sun"])
+    sources = sources_of(images)
+    config = DataConfig(text_slots=18, images_per_row=2)
+    packer = Packer(sources, byte_tokenizer, config, "3d", 2, NUM_LANES, 3, lambda uniform: uniform)
+    whole = [batch for batch, _ in LaneLoader(packer, 0, 1, 0, None, 0, 3, CPU)]
+    plain = packer.rows
+
+    def rows(lanes, step, states):  # type: ignore[no-untyped-def]
+        if step == 3 and 2 in lanes:
+            raise UserError("its folder is gone")
+        return plain(lanes, step, states)
+
+    packer.rows = rows  # type: ignore[method-assign]
+    for workers in (0, 2):
+        given: list[Batch] = []
+        with pytest.raises(UserError, match="its folder is gone"):
+            given.extend(batch for batch, _ in LaneLoader(packer, 0, 1, workers, None, 0, NUM_STEPS, CPU))
+        assert len(given) == 3
+        for one, two in zip(given, whole, strict=True):
+            assert_equal(one, two)
 
 
 def test_nothing_is_left_to_do_after_the_last_step(packer) -> None:

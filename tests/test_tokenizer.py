@@ -40,6 +40,19 @@ def test_a_typed_special_token_is_text(special):
     assert TOKENIZER.decode(ids) == text
 
 
+@given(st.text())
+def test_ids_are_those_of_transformers(text):
+    assert TOKENIZER.encode(text) == TOKENIZER.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def test_what_a_tokenizer_was_saved_to_cut_and_fill_is_neither():
+    hf = train_tokenizer(CAPTIONS, 1024).hf
+    hf.backend_tokenizer.enable_truncation(3)
+    hf.backend_tokenizer.enable_padding(length=40)
+    text = "a text that is longer than three tokens"
+    assert TextTokenizer(hf).encode(text) == TOKENIZER.encode(text)
+
+
 def test_special_ids_are_distinct_and_left_out_of_text():
     assert len(SPECIAL_IDS) == 5
     assert TOKENIZER.vocab_size == 1024

@@ -8,7 +8,7 @@ import numpy as np
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.mixture import Source
-from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments
+from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
@@ -127,10 +127,11 @@ class DocumentReader:
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
         """A document; what is drawn about its layout comes from `rng`."""
-        if isinstance(source.documents, CaptionedImages):
-            return self._captioned_image(source, source.documents, index, rng)
-        if isinstance(source.documents, InterleavedDocuments):
-            return self._interleaved(source, source.documents, index, rng)
+        if source.captioned is not None:
+            return self._captioned_image(source, source.captioned, index, rng)
+        if source.interleaved is not None:
+            return self._interleaved(source, source.interleaved, index, rng)
+        assert isinstance(source.documents, TextDocuments)
         tokens = self.tokenizer.encode(source.documents.text(index))
         return Document([[self.tokenizer.bos_id, *tokens, self.tokenizer.eos_id]])
 

@@ -1,26 +1,53 @@
 """Batches for a rank: its lanes' rows of every step, prepared by worker processes, resumable at any step."""
 
+import dataclasses
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from transfusion_mot.data.batch import Batch, Rows
+from transfusion_mot.data.batch import Batch, PackedRows, Rows
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
 
-# Counts travel as a plain dict: the data loader copies a Counter by `update`, which would double it. A sentence is an
-# error of the user, which the data loader would bury under a traceback.
-Chunk = tuple[Rows, Tensor, dict[str, int]] | str
+# Steps travel together until they fill so many bytes, and so many of them at most.
+_BYTES_AT_A_TIME = 2**22
+_STEPS_AT_A_TIME = 8
 
 
-class _LaneRows(IterableDataset[Chunk]):
+@dataclass(frozen=True)
+class _Chunk:
+    """A worker's rows of some steps that follow each other.
+
+    Attributes:
+        rows: Of each step.
+        states: Of the worker's lanes behind each step.
+        counts: What was counted in each step.
+        error: Why there are fewer steps than there should be: a sentence for the user, which the data loader would bury
+            under a traceback.
+    """
+
+    rows: PackedRows
+    states: list[NDArray[np.int64]]
+    counts: list[Counter[str]]
+    error: str | None
+
+    def pin_memory(self) -> Self:
+        """Called by the data loader."""
+        return dataclasses.replace(self, rows=self.rows.pin_memory())
+
+
+class _LaneRows(IterableDataset[_Chunk]):
     """Each worker owns a block of the rank's lanes and yields their rows, step after step."""
 
     def __init__(self, packer: Packer, lanes: range, states: Tensor, first_step: int, num_steps: int) -> None:
@@ -30,19 +57,31 @@ class _LaneRows(IterableDataset[Chunk]):
         self.first_step = first_step
         self.num_steps = num_steps
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[_Chunk]:
         worker = get_worker_info()
         share = len(self.lanes) // (worker.num_workers if worker else 1)
         start = share * (worker.id if worker else 0)
         lanes = self.lanes[start : start + share]
         states = self.states[start : start + share].numpy()
-        for step in range(self.first_step, self.num_steps):
-            try:
-                rows, states, counts = self.packer.rows(lanes, step, states)
-            except UserError as error:
-                yield str(error)
-                return
-            yield rows, torch.from_numpy(states), dict(counts)
+        step, error = self.first_step, None
+        while step < self.num_steps and error is None:
+            rows: list[Rows] = []
+            behind: list[NDArray[np.int64]] = []
+            counts: list[Counter[str]] = []
+            size = 0
+            # Of the same steps all workers have as many bytes: they stay in step.
+            while step < self.num_steps and size < _BYTES_AT_A_TIME and len(rows) < _STEPS_AT_A_TIME:
+                try:
+                    made, states, counted = self.packer.rows(lanes, step, states)
+                except UserError as problem:
+                    error = str(problem)
+                    break
+                rows.append(made)
+                behind.append(states)
+                counts.append(counted)
+                size += made.nbytes
+                step += 1
+            yield _Chunk(PackedRows.pack(rows), behind, counts, error)
 
 
 class LaneLoader:
@@ -98,23 +137,30 @@ class LaneLoader:
     def __iter__(self) -> Iterator[tuple[Batch, Counter[str]]]:
         # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
         chunks = iter(self._loader)
-        for _ in range(self.first_step, self.num_steps):
-            parts = []
+        step = self.first_step
+        while step < self.num_steps:
             asked = time.perf_counter()
-            for _ in range(max(1, self.num_workers)):
-                chunk = next(chunks)
-                if isinstance(chunk, str):
-                    raise UserError(chunk)
-                parts.append(chunk)
+            parts: list[_Chunk] = [next(chunks) for _ in range(max(1, self.num_workers))]
             self.seconds_waited = time.perf_counter() - asked
-            counts: Counter[str] = Counter()
-            for _, _, part_counts in parts:
-                counts.update(part_counts)
-            self.states_before = self.states
-            self.states = torch.cat([states for _, states, _ in parts])
-            # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
-            rows = Rows.cat([rows.to(self.device) for rows, _, _ in parts])
-            yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
+            rows_of_parts = [part.rows.to(self.device).rows() for part in parts]
+            most = max(len(rows) for rows in rows_of_parts)
+            for index in range(most):
+                for part in parts:
+                    if index == len(part.states):
+                        raise UserError(part.error or "")
+                counts: Counter[str] = Counter()
+                for part in parts:
+                    counts.update(part.counts[index])
+                self.states_before = self.states
+                self.states = torch.from_numpy(np.concatenate([part.states[index] for part in parts]))
+                # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
+                rows = Rows.cat([steps[index] for steps in rows_of_parts])
+                yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
+                self.seconds_waited = 0.0
+            for part in parts:
+                if part.error is not None:
+                    raise UserError(part.error)
+            step += most
 
 
 def _quiet_worker(worker: int) -> None:

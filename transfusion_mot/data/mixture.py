@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -43,7 +44,18 @@ class Source:
     weight: float = 1.0
     latents: LatentCache | None = None
 
-    @property
+    # Kept, because to ask a protocol about every document takes as long as reading one.
+    @cached_property
+    def captioned(self) -> CaptionedImages | None:
+        """Its documents, if they are captioned images."""
+        return self.documents if isinstance(self.documents, CaptionedImages) else None
+
+    @cached_property
+    def interleaved(self) -> InterleavedDocuments | None:
+        """Its documents, if they are interleaved."""
+        return self.documents if isinstance(self.documents, InterleavedDocuments) else None
+
+    @cached_property
     def images(self) -> ImageSet:
         """Its images; it must have some."""
         assert not isinstance(self.documents, TextDocuments)

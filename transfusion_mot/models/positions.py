@@ -1,5 +1,6 @@
 """Where a slot stands in its document: reading order for the mask, rotary positions for the heads."""
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -37,11 +38,17 @@ class PositionCounter:
             self.position += patches
             return self.take_order(patches), start + np.arange(patches)
         self.position += max(rows, columns)
-        y, x = np.divmod(np.arange(patches), columns)
-        return self.take_order(patches), start + np.stack([np.zeros_like(y), y, x], axis=1)
+        return self.take_order(patches), start + _grid(rows, columns)
 
     def take_order(self, length: int) -> NDArray[np.int64]:
         """Order [length] of slots that are read next and have rotary positions from elsewhere."""
         order = self.order + np.arange(length)
         self.order += length
         return order
+
+
+@functools.cache
+def _grid(rows: int, columns: int) -> NDArray[np.int64]:
+    """(0, y, x) of every patch [P, 3]."""
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    return np.stack([np.zeros_like(y), y, x], axis=1)
