@@ -83,14 +83,19 @@ def config_arguments(arm: str) -> list[str]:
 class Experiments:
     """Where arms are trained, and what is changed in all of them.
 
+    Several run at once, in threads. Reading a configuration changes the working directory of all of them for a while:
+    none is read there, and no path there is relative to it.
+
     Attributes:
-        output: Receives the run folders.
+        directory: Where commands start, and what relative paths are relative to.
+        output: Receives the run folders; as it was given, because reports say it.
         keys: Further arguments of train.py.
         protocol: Further arguments of evaluate/benchmark.py.
         threads: CPU threads of a process.
         devices: What CUDA_VISIBLE_DEVICES says to a run, for as many runs as go on at a time.
     """
 
+    directory: Path
     output: Path
     keys: list[str]
     protocol: list[str]
@@ -111,9 +116,9 @@ class Experiments:
         ]
 
     def snapshot(self, arm: str, seed: int) -> Path:
-        """What a finished run leaves."""
+        """What a finished run leaves; reads its configuration."""
         config = parse_config(RunConfig, self.arguments(arm, seed), "")
-        return self.folder(arm, seed) / "snapshots" / f"step-{config.training.num_steps:07d}"
+        return self.directory / self.folder(arm, seed) / "snapshots" / f"step-{config.training.num_steps:07d}"
 
     def cache(self) -> None:
         """Encode the images that all arms share, before several runs would do it at the same time.
@@ -123,45 +128,46 @@ class Experiments:
         """
         device = self.devices.get()
         words = ["-m", "transfusion_mot.data.cache", *self.arguments(BASE, 0)]
-        self._call(words, self.output / "cache.log", device)
+        self.call(words, self.output / "cache.log", device)
         self.devices.put(device)
 
-    def run(self, arm: str, seed: int) -> Result:
-        """Train and measure an arm, as far as that is not done."""
+    def run(self, arm: str, seed: int, snapshot: Path) -> Result:
+        """Train an arm until there is its snapshot, and measure it, as far as that is not done."""
         device = self.devices.get()
         try:
-            return self._run(arm, seed, device)
+            return self._run(arm, seed, snapshot, device)
         finally:
             self.devices.put(device)
 
-    def _run(self, arm: str, seed: int, device: str) -> Result:
+    def _run(self, arm: str, seed: int, snapshot: Path, device: str) -> Result:
         folder = self.folder(arm, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        snapshot = self.snapshot(arm, seed)
+        (self.directory / folder).mkdir(parents=True, exist_ok=True)
         report = folder / "evaluation" / snapshot.name
         try:
             if not snapshot.exists():
-                self._call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log", device)
-            if not (report / "report.json").exists():
+                self.call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log", device)
+            if not (self.directory / report / "report.json").exists():
                 command = [str(ROOT / "evaluate" / "benchmark.py"), "--checkpoint", str(folder)]
                 command += ["--config", str(PROTOCOL), "--output", str(report), *self.protocol]
-                self._call(command, folder / "evaluate.log", device)
+                self.call(command, folder / "evaluate.log", device)
         except UserError as error:
             return Result(arm, seed, error=str(error))
-        return Result(arm, seed, measured(folder, report))
+        return Result(arm, seed, measured(self.directory / folder, self.directory / report))
 
-    def _call(self, words: list[str], log: Path, device: str) -> None:
-        """Run a script of this repository.
+    def call(self, words: list[str], log: Path, device: str) -> None:
+        """Run Python with these words, on a device; what it prints goes into a file.
 
         Raises:
             UserError: It fails; says with what.
         """
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": device}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with log.open("w") as file:
-            done = subprocess.run([sys.executable, *words], env=environment, stdout=file, stderr=subprocess.STDOUT)
+        with (self.directory / log).open("w") as file:
+            command = [sys.executable, *words]
+            done = subprocess.run(command, cwd=self.directory, env=environment, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
-            lines = [line for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+            printed = (self.directory / log).read_text(errors="replace")
+            lines = [line for line in re.split(r"[\r\n]", printed) if line.strip()]
             raise UserError(f"{Path(words[0]).name} ended with {done.returncode}: {' '.join(lines[-1:])} ({log})")
 
 
@@ -266,15 +272,16 @@ def main(arguments: Sequence[str]) -> None:
     devices: SimpleQueue[str] = SimpleQueue()
     for _, device in zip(range(given.jobs), cycle(visible_devices()), strict=False):
         devices.put(device)
-    experiments = Experiments(output, keys, [f"--{key.removeprefix('--')}" for key in given.protocol], threads, devices)
-    wanted = [(arm, seed) for seed in given.seeds for arm in given.arms]
-    if not all(experiments.snapshot(*pair).exists() for pair in wanted):
+    protocol = [f"--{key.removeprefix('--')}" for key in given.protocol]
+    experiments = Experiments(Path.cwd(), output, keys, protocol, threads, devices)
+    wanted = [(arm, seed, experiments.snapshot(arm, seed)) for seed in given.seeds for arm in given.arms]
+    if not all(snapshot.exists() for _, _, snapshot in wanted):
         experiments.cache()
 
     results: list[Result] = []
     about = {"arguments": without_output(arguments), "jobs": given.jobs}
     with ThreadPoolExecutor(given.jobs) as pool:
-        for result in pool.map(lambda pair: experiments.run(*pair), wanted):
+        for result in pool.map(lambda run: experiments.run(*run), wanted):
             results.append(result)
             save(results, output, about)
             shown = result.error or ", ".join(

@@ -1,14 +1,20 @@
 """The arms of configs/experiments differ in what they say alone, and the runner trains, measures and goes on."""
 
 import json
+import os
 import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
 from training_runs import flat
 
-from benchmarks.experiments import CONFIGS, Result, arm_names, config_arguments, main, table
+from benchmarks.experiments import CONFIGS, Experiments, Result, arm_names, config_arguments, main, table
 from benchmarks.wordnet import entry_text
 from transfusion_mot.config import RunConfig, parse_config, to_dict
 from transfusion_mot.diffusion import make_scheduler
@@ -158,6 +164,34 @@ def test_table_has_means_and_deviations_over_seeds() -> None:
     assert lines[3] == "| dense | 1 of 2 | 2,000 | 1.000 | - | - | - | 1.000 |"
 
 
+@contextmanager
+def configurations_being_read() -> Iterator[None]:
+    """Another thread reads one after the other, for which the working directory is changed."""
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            config_of("dense")
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            yield
+        finally:
+            over.set()
+            reading.result()
+
+
+def test_runs_at_the_same_time_start_where_the_command_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiments = Experiments(Path.cwd(), Path(), [], [], 1, SimpleQueue())
+    logs = [Path(f"{number}.log") for number in range(20)]
+    words = ["-c", "import os; print(os.getcwd())"]
+    with configurations_being_read(), ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda log: experiments.call(words, log, ""), logs))
+    assert {(tmp_path / log).read_text().strip() for log in logs} == {str(tmp_path.resolve())}
+
+
 def test_an_arm_is_trained_measured_and_not_trained_again(
     picture_folder: Path,
     random_vae: Path,
@@ -176,6 +210,8 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
         "dense",
         "--steps",
         "3",
+        "--jobs",
+        "2",
         "--protocol=num_images=6",
         "--protocol=device=cpu",
         f"--data.sources=[{{kind: imagefolder, path: {picture_folder}}}]",
@@ -198,7 +234,16 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
         "--training.mixed_precision=no",
         "--training.cuda_graph=false",
     ]
+    change, changing = os.chdir, set()
+
+    def chdir(path: str) -> None:
+        changing.add(threading.current_thread())
+        change(path)
+
+    monkeypatch.setattr(os, "chdir", chdir)
     main(words)
+    # To read a configuration; what it changes counts in all threads.
+    assert changing == {threading.main_thread()}
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(result["arm"], result["error"]) for result in first["results"]] == [("dense", None)]
     assert first["arguments"] == words[2:]
