@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 # In the order in which they are tried; the first that a kernel's name holds a word of.
 CATEGORIES = {
-    "attention": ("flex_attention",),
-    "matrix products": ("gemm", "nvjet", "cutlass"),
+    "attention": ("flex_attention", "flash", "decode_attention"),
+    "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "decode_products"),
     "norm, rotation and joining of heads": ("join_heads",),
     "cross-entropy": ("logsumexp",),
     "SwiGLU": ("silu",),
@@ -21,14 +21,17 @@ CATEGORIES = {
 
 
 def profile_step(step: Callable[[], Any], repetitions: int = 2) -> dict[str, Any]:
-    """Run a step under the profiler => milliseconds a step by category and of the longest kernels, kernels a step."""
+    """Run a step under the profiler => milliseconds a step by category and of the longest kernels, kernels a step.
+
+    `total` is their sum; `busy` counts the time in which several run at once only once.
+    """
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         for _ in range(repetitions):
             step()
         torch.cuda.synchronize()
     categories: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
-    launches = 0
+    spans = []
     for event in recorded.events():
         # Ranges that people and the compiler marked stand on the device's timeline, too.
         if event.device_type.name != "CUDA" or event.is_user_annotation:
@@ -36,13 +39,23 @@ def profile_step(step: Callable[[], Any], repetitions: int = 2) -> dict[str, Any
         milliseconds = event.device_time / 1000 / repetitions
         kernels[event.name] += milliseconds
         categories[category(event.name)] += milliseconds
-        launches += 1
+        spans.append((event.time_range.start, event.time_range.end))
     return {
         "total": sum(categories.values()),
-        "kernels_per_step": launches / repetitions,
+        "busy": _covered(spans) / 1000 / repetitions,
+        "kernels_per_step": len(spans) / repetitions,
         "categories": dict(categories.most_common()),
         "longest": {name[:120]: milliseconds for name, milliseconds in kernels.most_common(40)},
     }
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the line intervals cover."""
+    covered, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered
 
 
 def category(kernel: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import CHANNELS, surroundings, without_output
 from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
 from transfusion_mot.autoencoder import Autoencoder
@@ -227,7 +228,10 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     for rows in (few, many, 1):
         yield paint(rows, "cache and graphs")
     for rows in (1, many):
-        yield write(rows, "cache and graphs")
+        written = write(rows, "cache and graphs")
+        yield written
+        if device.type == "cuda" and rows == 1:
+            yield writing_profile(pipeline, tokens, written["seconds"])
     if device.type == "cuda":
         yield memory_growth(pipeline, few, IMAGES_FOR_MEMORY)
     workspace.records = False
@@ -253,6 +257,15 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
         taken = seconds(call, device, 1)
         rival = {"rows": few, "seconds": taken, "ms_per_image": 1000 * taken / few}
         yield {"line": "painting", "how": "transfusion-pytorch 0.20.0, sample_many", **rival}
+
+
+def writing_profile(pipeline: TransfusionPipeline, tokens: int, seconds_taken: float) -> dict[str, Any]:
+    """What the device does for a token of one row, the reading of the prompt included, and how long it does nothing."""
+    texts = prompts(pipeline, 1)
+    found = profile_step(lambda: pipeline.complete(texts, max_new_tokens=tokens), repetitions=1)
+    result = {"line": "kernels of writing", "rows": 1, "kernels_per_token": found["kernels_per_step"] / tokens}
+    result["us_without_a_kernel"] = (1e6 * seconds_taken - 1000 * found["busy"]) / tokens
+    return result | {f"us of {name}": 1000 * spent / tokens for name, spent in found["categories"].items()}
 
 
 def memory_growth(pipeline: TransfusionPipeline, rows: int, images: int) -> dict[str, Any]:

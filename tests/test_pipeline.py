@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from test_sampling import tiny_model, tiny_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.diffusion import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
@@ -152,6 +154,21 @@ def test_latents_are_the_initial_noise(pipeline):
     noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     given = pipeline("sun", latents=noise, output_type="latent").images
     assert torch.equal(given, pipeline("sun", generator=seeds(1), output_type="latent").images)
+
+
+def test_a_call_runs_where_diffusers_says():
+    """In the memory of a device that is not there, and where a hook brings the weights to it."""
+    pipeline = tiny_pipeline()
+    theirs = DiffusionPipeline._execution_device.fget
+    assert pipeline._execution_device == theirs(pipeline) == torch.device("cpu")
+    pipeline.transformer._hf_hook = SimpleNamespace(execution_device="cuda:1")
+    assert pipeline._execution_device == theirs(pipeline) == torch.device("cuda:1")
+    del pipeline.transformer._hf_hook
+    with FakeTensorMode():
+        for module in pipeline.transformer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, device="cuda:2")))
+    assert pipeline._execution_device == theirs(pipeline) == torch.device("cuda:2")
 
 
 def test_the_callback_sees_every_step_and_can_replace_latents(pipeline):

@@ -296,15 +296,13 @@ class TransfusionPipeline(SnapshotPipeline):
         return to_pil(self._decode(latents))
 
     def _sampler(self, documents: list[Document], task: Task, **arguments: Any) -> Sampler:
-        side = self.config.image_size // self.autoencoder.downsampling
-        shape = (self.autoencoder.latent_channels, side, side)
         return Sampler(
             self.transformer,
             self.text_tokenizer,
             self.workspace,
             documents,
             task,
-            shape,
+            self.latent_shape,
             self._execution_device,
             **arguments,
         )
@@ -354,12 +352,11 @@ class TransfusionPipeline(SnapshotPipeline):
 
     def _initial_noise(self, latents: Tensor | None, generators: Sequence[torch.Generator | None]) -> Tensor:
         """Initial noise in float32, or float64 for a model in float64; a solver's steps are too small for less."""
-        side = self.config.image_size // self.autoencoder.downsampling
-        shape = (self.autoencoder.latent_channels, side, side)
+        shape = (len(generators), *self.latent_shape)
         if latents is None:
-            latents = random_rows(torch.randn, shape, generators)
-        elif latents.shape != (len(generators), *shape):
-            raise UserError(f"latents have the shape {list(latents.shape)}; needed is {[len(generators), *shape]}")
+            latents = random_rows(torch.randn, self.latent_shape, generators)
+        elif latents.shape != shape:
+            raise UserError(f"latents have the shape {list(latents.shape)}; needed is {list(shape)}")
         return latents.to(torch.promote_types(self.transformer.dtype, torch.float32))
 
     def _finish(self, latents: Tensor, output_type: str, original: Original | None) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.few_rows import FewRows
 from transfusion_mot.sampling.rows import padded
 from transfusion_mot.sampling.text import Decoding, choose_tokens
 from transfusion_mot.sampling.workspace import Workspace
@@ -164,48 +165,53 @@ class Session:
         held_back = [self._hold_back(row) for row in rows]
         self.read(rows)
         steps = uniform.shape[1]
-        positions = torch.tensor([self._counters[row].position for row in rows], device=self.device)
         index = self._index(rows)
         state = {
-            "tokens": torch.tensor(held_back, device=self.device),
             "lengths": self._lengths(rows),
-            "positions": positions,
+            "positions": torch.tensor([self._counters[row].position for row in rows], device=self.device),
             "step": torch.zeros(1, dtype=torch.long, device=self.device),
-            "written": torch.zeros(len(rows), steps, dtype=torch.long, device=self.device),
-            "ended": torch.zeros(len(rows), dtype=torch.bool, device=self.device),
+            # Behind the token that is read first; -1 where nothing is written yet.
+            "written": torch.full((len(rows), 1 + steps), -1, device=self.device),
             "uniform": uniform.to(self.device),
             "forbidden": forbidden.to(self.device),
-            "ends": torch.tensor(ends, device=self.device),
         }
+        state["written"][:, 0] = torch.tensor(held_back, device=self.device)
         if index is not None:
             state["rows"] = index
+        few_rows = FewRows(model, cache)
+        by_kernels = few_rows.serves(len(rows))
+        if by_kernels:
+            state |= few_rows.state(state["positions"], steps)
         axes = 1 if model.architecture.rope == "1d" else 3
         end = self.workspace.end(self._longest(rows) + steps)
 
-        def body(state: dict[str, Tensor]) -> Tensor:
-            window = cache.window(state["lengths"], 1, True, state.get("rows"), end)
-            rope_positions = state["positions"][:, None]
+        def read(state: dict[str, Tensor], tokens: Tensor) -> Tensor:
+            window = cache.window(state["lengths"] + state["step"], 1, True, state.get("rows"), end)
+            rope_positions = (state["positions"] + state["step"])[:, None]
             if axes > 1:
                 rope_positions = rope_positions[..., None].expand(-1, -1, axes)
-            output = model(state["tokens"][:, None], None, None, None, None, None, rope_positions, cache=window)
+            output = model(tokens, None, None, None, None, None, rope_positions, cache=window)
             assert output.logits is not None
-            logits = output.logits[:, 0].masked_fill(state["forbidden"], -math.inf)
+            return output.logits[:, 0]
+
+        def body(state: dict[str, Tensor]) -> Tensor:
+            tokens = state["written"].index_select(1, state["step"])
+            logits = few_rows.logits(tokens[:, 0], state) if by_kernels else read(state, tokens)
+            logits = logits.masked_fill(state["forbidden"], -math.inf)
             chosen = choose_tokens(logits, decoding, state["uniform"].index_select(1, state["step"])[:, 0])
             # Rows that have ended go on, too: what they write is cut off, and where they do, nobody reads.
+            state["step"].add_(1)
             state["written"].index_copy_(1, state["step"], chosen[:, None])
-            state["tokens"].copy_(chosen)
-            for name in ("lengths", "positions", "step"):
-                state[name].add_(1)
-            state["ended"].logical_or_((chosen[:, None] == state["ends"]).any(dim=1))
-            return state["ended"].all()
+            return chosen
 
         step = self.workspace.step(("write", decoding), body, state)
+        written_ids, end_ids = step.state["written"][:, 1:], torch.tensor(ends, device=self.device)
         for done in range(1, steps + 1):
-            all_ended = step()
-            if done % _TOKENS_BETWEEN_CHECKS == 0 and done < steps and bool(all_ended):
+            step()
+            if done % _TOKENS_BETWEEN_CHECKS == 0 and done < steps and torch.isin(written_ids, end_ids).any(1).all():
                 break
         written = []
-        for row, ids in zip(rows, step.state["written"].tolist(), strict=True):
+        for row, ids in zip(rows, written_ids.tolist(), strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), steps)
             self._counters[row].text(length)
             written.append(ids[:length])

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +33,7 @@ class SnapshotPipeline(DiffusionPipeline):
         guidance_scale: Classifier-free guidance if a call names none; 1 is off.
 
     Attributes:
+        latent_shape: [C, Y, X] of an image.
         workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
 
     Raises:
@@ -65,6 +67,8 @@ class SnapshotPipeline(DiffusionPipeline):
         # Text of the README.md that goes with it.
         self.model_card: str | None = None
         self._check_components()
+        side = image_size // self.autoencoder.downsampling
+        self.latent_shape = (self.autoencoder.latent_channels, side, side)
 
     def _check_components(self) -> None:
         model = self.transformer.config
@@ -122,6 +126,13 @@ class SnapshotPipeline(DiffusionPipeline):
         if self.model_card is not None and "automatically generated" in card.read_text():
             card.write_text(self.model_card)
         return super()._upload_folder(working_dir, *args, **kwargs)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where a call runs. diffusers searches all modules for hooks, which takes milliseconds of every call."""
+        device = next(self.transformer.parameters()).device
+        # Weights on an accelerator are used there, whatever brought them.
+        return super()._execution_device if device.type in ("cpu", "meta") else device
 
     @property
     def autoencoder(self) -> Autoencoder:

@@ -14,6 +14,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 _GRANULARITY = 64
 # Recorded at most for a cache: denoising with and without guidance, and writing, of all rows and of some.
 _MOST_STEPS = 6
+# What accelerate and diffusers leave at a module whose weights they bring from elsewhere.
+_HOOKS = {"_hf_hook", "_diffusers_hook"}
 
 
 class Step:
@@ -148,10 +150,13 @@ class Workspace:
 
 def can_record(model: TransfusionMoT, device: torch.device) -> bool:
     """Whether a forward is the same kernels each time: not where hooks or sharding bring weights from elsewhere."""
-    if device.type != "cuda" or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return False
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
+    # Asked in every call, of a thousand modules: one walk, without what each `hasattr` and `parameters()` would add.
+    return device.type == "cuda" and not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or not _HOOKS.isdisjoint(vars(module))
+        or any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+        for module in model.modules()
     )
 
 

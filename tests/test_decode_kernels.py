@@ -1,0 +1,81 @@
+"""The kernels that decode few rows against the model itself, on the CPU by Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_sampling import tiny_model
+
+from transfusion_mot.models.attention import KVCache
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.few_rows import FewRows
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = {
+    "normed heads": {},
+    "grouped heads, 1d": {"rope": "1d", "num_kv_heads": 2, "head_dim": 20},
+    "no norm of heads": {"qk_norm": False, "num_heads": 2},
+}
+# Slots in use and rotary positions of three rows of the cache: none, many blocks of keys, and the last slot.
+LENGTHS, POSITIONS, CAPACITY = [0, 150, 253], [0, 99, 20], 255
+
+
+def cached_logits(
+    model: TransfusionMoT, rows: list[int] | None, steps: int, by_kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [steps, B, V] of given tokens behind a given cache, and the keys and values in it afterwards."""
+    config, device, dtype = model.architecture, model.device, model.dtype
+    generator = torch.Generator().manual_seed(0)
+    kv_heads = config.num_kv_heads or config.num_heads
+    cache = KVCache(config.num_layers, 4, kv_heads, config.head_dim, CAPACITY, device, dtype)
+    for held in (cache.keys, cache.values):
+        held.copy_(torch.randn(held.shape, generator=generator))
+    tokens = torch.randint(model.config["vocab_size"], (steps, len(LENGTHS)), generator=generator).to(device)
+    lengths, positions = torch.tensor(LENGTHS, device=device), torch.tensor(POSITIONS, device=device)
+    few_rows = FewRows(model, cache)
+    state = {"lengths": lengths, "step": torch.zeros(1, dtype=torch.long, device=device)}
+    state |= few_rows.state(positions, steps)
+    index = None if rows is None else torch.tensor(rows, device=device)
+    if index is not None:
+        state["rows"] = index
+    found = []
+    for step, ids in enumerate(tokens):
+        if by_kernels:
+            found.append(few_rows.logits(ids, state))
+            assert not state["arrived"].any()
+        else:
+            window = cache.window(lengths + step, 1, True, index)
+            rope_positions = (positions + step)[:, None]
+            if config.rope == "3d":
+                rope_positions = rope_positions[..., None].expand(-1, -1, 3)
+            output = model(ids[:, None], None, None, None, None, None, rope_positions, cache=window)
+            found.append(output.logits[:, 0])
+        state["step"] += 1
+    return torch.stack(found), cache.keys, cache.values
+
+
+@torch.no_grad()
+def compare_by_interpreter() -> None:
+    """Run in a process of its own, because Triton reads its variable when it is imported."""
+    from transfusion_mot.sampling import decode_kernels
+
+    decode_kernels._SPLITS = 4  # The interpreter runs one after the other.
+    for number, architecture in enumerate(ARCHITECTURES.values()):
+        model = tiny_model(70, num_layers=1 + number % 2, **architecture).float()
+        rows = [None, [3, 0, 2]][number % 2]
+        found, expected = (cached_logits(model, rows, 3, by_kernels) for by_kernels in (True, False))
+        for one, two in zip(found, expected, strict=True):
+            assert (one - two).abs().max() <= 1e-5 * two.abs().max(), architecture
+
+
+def test_kernels_equal_the_model() -> None:
+    program = "from test_decode_kernels import compare_by_interpreter; compare_by_interpreter(); print('equal')"
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
