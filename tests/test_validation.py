@@ -120,6 +120,22 @@ def test_losses_do_not_change_from_call_to_call_or_with_the_rows_at_once(byte_to
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("rows_at_once", [3, 16])
+def test_batches_filled_up_to_one_shape_give_the_same_losses(
+    byte_tokenizer, accelerator, rows_at_once: int, monkeypatch
+) -> None:
+    validation, model = make_validation(byte_tokenizer, held_out(), microbatch=rows_at_once)
+    plain = validation.losses(model, accelerator)
+    by_image = validation.image_losses(model, accelerator, [0.3, 0.7])
+    monkeypatch.setattr("transfusion_mot.training.validation.is_compiled", lambda device: True)
+    batches = list(validation._batches(validation.caption_first, torch.device("cpu"), accelerator))
+    assert {len(batch.text_ids) for batch in batches} == {rows_at_once}
+    assert sum(int(batch.image_mask.sum()) for batch in batches) == len(CAPTIONS)
+    assert validation.losses(model, accelerator) == pytest.approx(plain, rel=1e-6)
+    again = validation.image_losses(model, accelerator, [0.3, 0.7])
+    torch.testing.assert_close(again, by_image, rtol=1e-5, atol=0)
+
+
 def test_ranks_share_the_rows(byte_tokenizer, accelerator) -> None:
     """Two ranks, one after the other: their sums together are those of one."""
     sources = held_out()

@@ -73,10 +73,11 @@ class Batch:
         parts = {name: tensor.split(rows) for name, tensor in self.tensors().items()}
         return [type(self)(**dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)]
 
-    def emptied(self) -> Self:
-        """The same with nothing but padding in its rows."""
-        labels = torch.full_like(self.text_labels, IGNORE_INDEX)
-        return dataclasses.replace(self, text_labels=labels, document_ids=torch.full_like(self.document_ids, -1))
+    def emptied(self, first: int = 0) -> Self:
+        """The same with nothing but padding in its rows from `first` on."""
+        is_kept = torch.arange(len(self.text_ids), device=self.text_ids.device)[:, None] < first
+        labels = self.text_labels.where(is_kept, IGNORE_INDEX)
+        return dataclasses.replace(self, text_labels=labels, document_ids=self.document_ids.where(is_kept, -1))
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:

@@ -125,17 +125,24 @@ class Validation:
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
             for start in range(0, -(-packer.num_lanes // accelerator.num_processes), self.rows_at_once):
                 chunk = lanes[start : start + self.rows_at_once]
-                # Where there are none left, a row that counts for nothing.
-                used = chunk or [0]
-                states = np.tile(packer.initial_state(), (len(used), 1))
+                # Rows that count for nothing: one where there are none left, and where kernels are compiled as many as
+                # give all batches the shape of training's. Any other shape would be compiled, too.
+                rows = self.rows_at_once if is_compiled(device) else max(1, len(chunk))
+                used = [*chunk, *[0] * (rows - len(chunk))]
+                states = np.tile(packer.initial_state(), (rows, 1))
                 batch = self.encoder(packer.rows(used, 0, states, bucket)[0].to(device))
-                yield batch if chunk else batch.emptied()
+                yield batch if len(chunk) == rows else batch.emptied(len(chunk))
 
     def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
         """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
         losses = compute_losses(model, _at(batch, timestep), self.diffusion)
         sums = torch.stack([losses.text.sum(), losses.images.sum()])
         return torch.stack([sums.double(), loss_counts(batch)], dim=1)
+
+
+def is_compiled(device: torch.device) -> bool:
+    """Whether attention there is FlexAttention, which is compiled for every shape."""
+    return device.type == "cuda"
 
 
 def _at(batch: Batch, timestep: float) -> Batch:
