@@ -231,6 +231,8 @@ def main(arguments: list[str]) -> None:
                                 progress.write(line)
                         if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
                             previews.make(done, accelerator)
+                if saves or stops:
+                    writer.begin(done)
                 if saves:
                     # The snapshot first: a state whose snapshot is missing would never get one.
                     averaged = averaged_model(bare_model, ema, accelerator.is_main_process)

@@ -39,7 +39,8 @@ def test_no_result_names_a_folder_of_the_machine_it_was_made_on() -> None:
     assert results
     for result in results:
         command = shlex.split(json.loads(result)["command"])
-        assert command[:3] == ["python", "-m", "benchmarks.train_step"]
+        assert command[:2] == ["python", "-m"]
+        assert command[2].startswith("benchmarks.")
         assert [word for word in command if "--output" in word or "/" in word] == []
 
 

@@ -161,6 +161,12 @@ def test_twenty_kills_in_every_phase_change_nothing(arguments: Arguments, tmp_pa
     draw = random.Random(0)
     fork = multiprocessing.get_context("fork")
     steps = []
+    for phase in ("snapshot", "state begun", "state written", "before the renaming"):
+        process = fork.Process(target=killed_at, args=(command, *PHASES[phase], 1))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert find_state(tmp_path / "killed", "auto") is None, f"{phase}: nothing was saved yet"
     for kill in range(20):
         phase = list(PHASES)[kill] if kill < len(PHASES) else None
         if phase is not None:

@@ -61,8 +61,8 @@ def find_state(run: Path, resume: str) -> Path | None:
     Raises:
         UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
     """
-    states = _steps(run / "state")
-    if resume in ("auto", "never") and not states and (snapshots := _steps(run / "snapshots")):
+    states, snapshots = _steps(run / "state"), _steps(run / "snapshots")
+    if resume in ("auto", "never") and not states and snapshots and not _was_killed_in_its_first_save(run, snapshots):
         raise UserError(
             f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
             "folder, or remove snapshots/ to start over"
@@ -82,6 +82,11 @@ def find_state(run: Path, resume: str) -> Path | None:
             f"resume={resume} is no training state; it needs a folder state/step-N that holds {PROGRESS_FILE}"
         )
     return folder
+
+
+def _was_killed_in_its_first_save(run: Path, snapshots: list[Path]) -> bool:
+    """Whether there is one snapshot, whose state was begun and never ended: then there is nothing to go on from."""
+    return len(snapshots) == 1 and aside_of(run / "state" / snapshots[0].name).is_dir()
 
 
 def clear_behind(run: Path, step: int) -> None:

@@ -62,6 +62,17 @@ class StateWriter:
         self.wait()
         self.thread.shutdown()
 
+    def begin(self, step: int) -> None:
+        """Leave word that the state after `step` steps will be written, before the snapshot of that step is.
+
+        By it a run that is killed between the two in its first save is told from one whose states were removed.
+        """
+        if self.rank == 0:
+            begin_aside(self._folder(step))
+
+    def _folder(self, step: int) -> Path:
+        return self.run / "state" / f"step-{step:07d}"
+
     def save(
         self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], best_step: int | None = None
     ) -> None:
@@ -76,9 +87,11 @@ class StateWriter:
             UserError: The state before could not be written.
         """
         self.wait()
-        folder = self.run / "state" / f"step-{step:07d}"
+        folder = self._folder(step)
         if self.rank == 0:
-            (begin_aside(folder) / PROGRESS_FILE).write_text(json.dumps(progress))
+            aside = aside_of(folder)
+            aside.mkdir(parents=True, exist_ok=True)
+            (aside / PROGRESS_FILE).write_text(json.dumps(progress))
         if self.group is not None:
             dist.barrier(self.group)
         # What every rank has is shared out, so that none copies and writes all of it.
