@@ -1,6 +1,7 @@
 """The same rows for any number of ranks and workers, and from any step on."""
 
 import dataclasses
+import multiprocessing
 from collections import Counter
 
 import pytest
@@ -135,6 +136,7 @@ def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
         with pytest.raises(UserError, match="its folder is gone"):
             given.extend(batch for batch, _ in LaneLoader(packer, 0, 1, workers, None, 0, NUM_STEPS, CPU))
         assert len(given) == 3
+        assert multiprocessing.active_children() == []
         for one, two in zip(given, whole, strict=True):
             assert_equal(one, two)
 

@@ -138,29 +138,31 @@ class LaneLoader:
         # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
         chunks = iter(self._loader)
         step = self.first_step
-        while step < self.num_steps:
-            asked = time.perf_counter()
-            parts: list[_Chunk] = [next(chunks) for _ in range(max(1, self.num_workers))]
-            self.seconds_waited = time.perf_counter() - asked
-            rows_of_parts = [part.rows.to(self.device).rows() for part in parts]
-            most = max(len(rows) for rows in rows_of_parts)
-            for index in range(most):
+        try:
+            while step < self.num_steps:
+                asked = time.perf_counter()
+                parts: list[_Chunk] = [next(chunks) for _ in range(max(1, self.num_workers))]
+                self.seconds_waited = time.perf_counter() - asked
+                rows_of_parts = [part.rows.to(self.device).rows() for part in parts]
+                # All have as many, but those with an error.
+                together = min(len(rows) for rows in rows_of_parts)
+                for index in range(together):
+                    counts: Counter[str] = Counter()
+                    for part in parts:
+                        counts.update(part.counts[index])
+                    self.states_before = self.states
+                    self.states = torch.from_numpy(np.concatenate([part.states[index] for part in parts]))
+                    # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
+                    rows = Rows.cat([steps[index] for steps in rows_of_parts])
+                    yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
+                    self.seconds_waited = 0.0
                 for part in parts:
-                    if index == len(part.states):
-                        raise UserError(part.error or "")
-                counts: Counter[str] = Counter()
-                for part in parts:
-                    counts.update(part.counts[index])
-                self.states_before = self.states
-                self.states = torch.from_numpy(np.concatenate([part.states[index] for part in parts]))
-                # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
-                rows = Rows.cat([steps[index] for steps in rows_of_parts])
-                yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
-                self.seconds_waited = 0.0
-            for part in parts:
-                if part.error is not None:
-                    raise UserError(part.error)
-            step += most
+                    if part.error is not None:
+                        raise UserError(part.error)
+                step += together
+        finally:
+            # Ends the workers. A traceback would keep them, and they wait for no signal when the process ends.
+            del chunks
 
 
 def _quiet_worker(worker: int) -> None:
