@@ -41,7 +41,7 @@ CHANGES = {
     "flow_shift": {"diffusion.scheduler_args"},
     "flow_uniform": {"diffusion.timestep_distribution"},
     "half": TOWERS,
-    "muon": {"optimizer.name", "training.cuda_graph"},
+    "muon": {"optimizer.name"},
     "no_qk_norm": {"model.qk_norm"},
     "patch_1": {"model.patch_size"},
     "patch_4": {"model.patch_size"},

@@ -284,8 +284,8 @@ class TrainingConfig:
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
         cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what
-            a model needs that computes faster than the host can ask it to. On one CUDA device, with AdamW; the memory
-            of a step stays taken between steps.
+            a model needs that computes faster than the host can ask it to. On one CUDA device; the memory of a step
+            stays taken between steps.
         attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
             chooses by device and length of a row and says why.
         activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of

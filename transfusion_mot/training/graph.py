@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
@@ -81,15 +81,11 @@ def check_graphed(config: RunConfig, accelerator: Accelerator) -> None:
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} x {accelerator.device.type}"
         raise UserError(f"training.cuda_graph is for one CUDA device, and this run is on {where}; set it to false")
-    if config.optimizer.name != "adamw":
-        raise UserError(
-            f"training.cuda_graph needs optimizer.name adamw, and it is {config.optimizer.name}; set it to false"
-        )
 
 
 def make_capturable(optimizer: Optimizer) -> None:
     """Let an optimizer be recorded: its learning rates become tensors, which `set_lr` fills."""
-    assert isinstance(optimizer, AdamW)
     for group in optimizer.param_groups:
-        group["capturable"] = True
+        if "capturable" in group:
+            group["capturable"] = True
         group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)

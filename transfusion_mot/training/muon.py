@@ -1,6 +1,7 @@
 """Muon for the matrices of the blocks, AdamW for the rest, as one optimizer."""
 
-from collections.abc import MutableMapping
+import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,28 +11,70 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from transfusion_mot.errors import UserError
 
+# Matrices of one shape are multiplied together, so many elements at a time at most: what is computed of them takes
+# sixteen bytes an element.
+_ELEMENTS_AT_A_TIME = 2**26
+
 
 class StackedMuon(Muon):
-    """torch's Muon, which makes the update of a matrix orthogonal, for matrices that are several stacked in one.
+    """torch's Muon, which makes the update of a matrix orthogonal, for many matrices at once and for stacked ones.
 
-    A group's `row_splits` are the rows of each part. Queries, keys and values are three maps that share a product for
-    speed alone. Made orthogonal as one, the values, whose gradient is the largest, would take most of the update from
-    the others (https://kellerjordan.github.io/posts/muon: better apart).
+    A group's `row_splits` are the rows of each part of a stacked matrix. Queries, keys and values are three maps that
+    share a product for speed alone. Made orthogonal as one, the values, whose gradient is the largest, would take most
+    of the update from the others (https://kellerjordan.github.io/posts/muon: better apart).
+
+    torch updates one matrix after the other and reads the learning rate on the host. Here all of a shape share a
+    product, a tenth of the kernels, and the rate may be a tensor on the device, so that a step can be recorded.
     """
 
-    def _init_group(
-        self,
-        group: MutableMapping[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        muon_momentum_bufs: list[Tensor],
-    ) -> bool:
-        """As in torch; every list then holds the parts, which are views."""
-        has_complex = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        if group["row_splits"]:
-            for tensors in (params_with_grad, grads, muon_momentum_bufs):
-                tensors[:] = [part for tensor in tensors for part in tensor.split(group["row_splits"])]
-        return has_complex
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            parts: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                tensors = (parameter, parameter.grad, state["momentum_buffer"])
+                rows = group["row_splits"] or [len(parameter)]
+                for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+                    parts[part[0].shape].append(part)
+            for shape, found in parts.items():
+                at_a_time = max(1, _ELEMENTS_AT_A_TIME // shape.numel())
+                for start in range(0, len(found), at_a_time):
+                    self._update(group, *map(list, zip(*found[start : start + at_a_time], strict=True)))
+
+    @staticmethod
+    def _update(group: dict[str, Any], matrices: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        """Update matrices of one shape."""
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
+        directions = _orthogonal(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        # As large as an update of AdamW (arXiv 2502.16982, equation 4).
+        size = group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(matrices, list((directions.type_as(updates) * size).unbind()))
+
+
+def _orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """[n, R, C] => the nearest orthogonal ones, roughly, in bfloat16: singular values of about 0.7 to 1.2.
+
+    The Newton-Schulz iteration of Muon (https://kellerjordan.github.io/posts/muon), which squares the smaller side.
+    """
+    linear, cubic, quintic = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    result = matrices.bfloat16()
+    if is_tall:
+        result = result.mT
+    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = result @ result.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
+        result = torch.baddbmm(result, gram, result, beta=linear)
+    return result.mT if is_tall else result
 
 
 class MuonAdamW(Optimizer):
@@ -58,8 +101,8 @@ class MuonAdamW(Optimizer):
                 "optimizer.name is muon, which needs whole matrices, and the parameters are sharded over GPUs; "
                 "use adamw with FSDP, or muon with DDP"
             )
-        # The update's size is that of AdamW, so that one learning rate and weight decay serve both.
-        self.muon = StackedMuon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        # An update has the size of AdamW's, so that one learning rate and weight decay serve both.
+        self.muon = StackedMuon(muon_groups, lr=lr)
         self.adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
