@@ -36,7 +36,7 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.report import Report, metrics_table, read_report, save_metrics
+from transfusion_mot.evaluation.report import metrics_table, read_report, save_metrics
 from transfusion_mot.models.adapters import patchify, unpatchify
 
 _WARMUP_STEPS = 100
@@ -116,6 +116,8 @@ class Peer:
         ).to(device)
         self.optimizer = AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         self.averaged = self.model.create_ema(0.999)
+        # Every tenth step by default, with which a run of minutes would paint with the weights of its beginning.
+        self.averaged.update_every = 1
 
     def patches(self, latents: Tensor) -> Tensor:
         """Latents [B, C, Y, X] => its images [B, rows, columns, elements]."""
@@ -215,6 +217,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--num-inference-steps", type=int, default=25, metavar="N", help="two evaluations each (25)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(3)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images painted at a time (128)")
+    parser.add_argument(
+        "--every", type=int, default=4, metavar="N", help="caption every N-th image: it writes slowly (4)"
+    )
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, output = Path(given.run), Path(given.output)
@@ -251,9 +256,12 @@ def main(arguments: Sequence[str]) -> None:
     named_settings = [f"{key}={value}" for key, value in settings.items()]
     # It writes captions token by token, which may take longer than all the rest.
     save_metrics(metrics, str(output / "metrics.json"), named_settings)
-    captions = write_captions(peer, report, evaluation, autoencoder, tokenizer, given.batch_size)
+    pictures = report.captions[:: given.every]
+    captions = write_captions(
+        peer, [evaluation / picture.file for picture in pictures], autoencoder, tokenizer, given.batch_size
+    )
     (output / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
-    metrics += caption_metrics(captions, [picture.captions for picture in report.captions])
+    metrics += caption_metrics(captions, [picture.captions for picture in pictures])
     save_metrics(metrics, str(output / "metrics.json"), named_settings)
     print(f"{steps:,} steps of {given.rows} documents in {given.minutes:g} minutes\n{metrics_table(metrics)}")
 
@@ -272,18 +280,17 @@ def find_evaluation(run: Path) -> Path:
 
 def write_captions(
     peer: Peer,
-    report: Report,
-    evaluation: Path,
+    files: Sequence[Path],
     autoencoder: Autoencoder,
     tokenizer: TextTokenizer,
     batch_size: int,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Its captions of the images that the report has captions of, in their order."""
+    """Its captions of images, in their order."""
     captions = []
-    for start in range(0, len(report.captions), batch_size):
-        files = [evaluation / picture.file for picture in report.captions[start : start + batch_size]]
-        pixels = to_pixels(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
+    for start in range(0, len(files), batch_size):
+        opened = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
+        pixels = to_pixels(np.stack([np.asarray(image) for image in opened]))
         latents, _ = autoencoder.encode(pixels.to(peer.device))
         captions += [tokenizer.decode(ids) for ids in peer.caption(latents, max_new_tokens)]
     return captions
