@@ -10,6 +10,7 @@ fast the loader is. A table is printed, and kept with how it came about in a JSO
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -175,15 +176,15 @@ def speed(
     packer = Packer(sources, tokenizer, data, "3d", _PATCH, rows, 0, lambda uniform: uniform)
     # Without an encoder: the batch is on the device with its pixels, and the rest is the autoencoder's speed.
     loader = LaneLoader(packer, 0, 1, data.num_workers, None, 0, sys.maxsize, device)
-    steps = iter(loader)
-    for _ in itertools.islice(steps, _WARM_UP_STEPS * max(1, loader.num_workers)):
-        pass
-    synchronise(device)
-    begun, done = time.perf_counter(), 0
-    while (taken := time.perf_counter() - begun) < seconds:
-        next(steps)
+    with contextlib.closing(iter(loader)) as steps:
+        for _ in itertools.islice(steps, _WARM_UP_STEPS * max(1, loader.num_workers)):
+            pass
         synchronise(device)
-        done += 1
+        begun, done = time.perf_counter(), 0
+        while (taken := time.perf_counter() - begun) < seconds:
+            next(steps)
+            synchronise(device)
+            done += 1
     return done * rows / taken, loader.num_workers
 
 

@@ -6,6 +6,7 @@ moments wait in host memory.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
@@ -252,9 +253,10 @@ def main(arguments: list[str]) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         variant = f"{accelerator.num_processes}x{parallelism}{'-graph' if options.cuda_graph else ''}"
         name = f"train_step-{options.size}-{options.layout or options.size}-{variant}.json"
-        for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
-            if accelerator.is_main_process:
-                (options.output / name).write_text(json.dumps(report, indent=1))
+        with contextlib.closing(batches):
+            for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
+                if accelerator.is_main_process:
+                    (options.output / name).write_text(json.dumps(report, indent=1))
     accelerator.print(table(report))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from process_group import run_processes
 from tiny_clip import save_tiny_clip
@@ -214,6 +215,45 @@ def test_the_network_sees_each_training_image_once(
     copied = {name: value for name, value in values(read_report(tmp_path / "out")).items() if "(copied" in name}
     assert len(copied) > 3
     assert {name: values(whole)[name] for name in copied} == copied
+
+
+@pytest.mark.parametrize(
+    ("has_documents", "reason"),
+    [
+        (False, "all sources of data.sources that have images are held out"),
+        (True, "the training data have no image with a caption that can be read"),
+    ],
+)
+def test_data_without_captioned_training_images_have_no_nearest_ones(
+    benchmark: Benchmark,
+    run: Path,
+    picture_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    has_documents: bool,
+    reason: str,
+) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    sources = [{"kind": "imagefolder", "path": str(picture_folder), "use": "held_out"}]
+    if has_documents:
+        # Of a text and an image, which are no caption and its image.
+        row = {"texts": ["a text", None], "images": [None, "0.png"]}
+        (tmp_path / "documents.jsonl").write_text(json.dumps(row))
+        documents = {"path": str(tmp_path / "documents.jsonl"), "images": str(picture_folder), "use": "train"}
+        sources.append({"kind": "interleaved", **documents})
+    config["data"]["sources"] = sources
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    words = ["--prompts.run-config", tmp_path / "other.yaml", "--output", tmp_path / "out", "--loss-documents", 0]
+    status, printed = benchmark(*words, "--num-images", 3, "--reconstructions", "false")
+    assert status == 0, printed
+    report = read_report(tmp_path / "out")
+    assert report.neighbours == []
+    assert [note for note in report.notes if f"Nearest training images are not shown: {reason}" in note]
+    assert "CIDEr" in values(report)
+    assert not [name for name in values(report) if "(copied" in name]
+    lines = [record.getMessage() for record in caplog.records if record.name == "transfusion_mot.sampling.benchmark"]
+    (line,) = lines
+    assert line.startswith(f"captions copied from the nearest training images are left out: {reason}")
 
 
 def test_images_are_those_of_the_pipeline_and_seed(held_out: Path, run: Path) -> None:

@@ -15,6 +15,7 @@ from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.training.validation import TIMESTEPS, Validation
 
 CAPTIONS = ["red apple", "sun", "an octopus", "fox", "moon", "a car", "star", "x"]
@@ -120,20 +121,43 @@ def test_losses_do_not_change_from_call_to_call_or_with_the_rows_at_once(byte_to
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def choose_as_on_cuda(monkeypatch) -> None:
+    """Let validation choose rows as if there were a GPU; the model goes on computing on the CPU."""
+    monkeypatch.setattr(
+        "transfusion_mot.training.validation.attention_kernel",
+        lambda choice, device_type, length: attention_kernel(choice, "cuda", length),
+    )
+
+
 @pytest.mark.parametrize("rows_at_once", [3, 16])
 def test_batches_filled_up_to_one_shape_give_the_same_losses(
     byte_tokenizer, accelerator, rows_at_once: int, monkeypatch
 ) -> None:
-    validation, model = make_validation(byte_tokenizer, held_out(), microbatch=rows_at_once)
+    validation, model = make_validation(byte_tokenizer, held_out(), microbatch=rows_at_once, text_slots=120)
     plain = validation.losses(model, accelerator)
     by_image = validation.image_losses(model, accelerator, [0.3, 0.7])
-    monkeypatch.setattr("transfusion_mot.training.validation.is_compiled", lambda device: True)
-    batches = list(validation._batches(validation.caption_first, torch.device("cpu"), accelerator))
+    choose_as_on_cuda(monkeypatch)
+    batches = list(validation._batches(validation.caption_first, model, accelerator))
     assert {len(batch.text_ids) for batch in batches} == {rows_at_once}
     assert sum(int(batch.image_mask.sum()) for batch in batches) == len(CAPTIONS)
     assert validation.losses(model, accelerator) == pytest.approx(plain, rel=1e-6)
     again = validation.image_losses(model, accelerator, [0.3, 0.7])
     torch.testing.assert_close(again, by_image, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "text_slots", "is_filled"),
+    # Two images of four patches make these rows of 127 and of 128 slots: the block of FlexAttention.
+    [("auto", 119, False), ("auto", 120, True), ("flex", 119, True), ("sdpa", 120, False)],
+)
+def test_batches_are_filled_up_where_attention_is_compiled_for_their_shape(
+    byte_tokenizer, accelerator, attention: str, text_slots: int, is_filled: bool, monkeypatch
+) -> None:
+    choose_as_on_cuda(monkeypatch)
+    validation, model = make_validation(byte_tokenizer, held_out(), text_slots=text_slots)
+    model.attention = attention
+    batches = list(validation._batches(validation.caption_first, model, accelerator))
+    assert [len(batch.text_ids) for batch in batches] == ([3, 3] if is_filled else [3, 1])
 
 
 def test_ranks_share_the_rows(byte_tokenizer, accelerator) -> None:

@@ -1,12 +1,15 @@
 """Batches for a rank: its lanes' rows of every step, prepared by worker processes, resumable at any step."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Self
 
 import numpy as np
@@ -134,7 +137,7 @@ class LaneLoader:
             worker_init_fn=_quiet_worker,
         )
 
-    def __iter__(self) -> Iterator[tuple[Batch, Counter[str]]]:
+    def __iter__(self) -> Generator[tuple[Batch, Counter[str]], None, None]:
         # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
         chunks = iter(self._loader)
         step = self.first_step
@@ -161,16 +164,37 @@ class LaneLoader:
                         raise UserError(part.error)
                 step += together
         finally:
-            # Ends the workers. A traceback would keep them, and they wait for no signal when the process ends.
+            # Ends the workers, which the frames of a traceback would keep.
             del chunks
 
 
 def _quiet_worker(worker: int) -> None:
     """Rows are small: one thread a worker, and no warning from the tokenizer's own threads after the fork.
 
-    A signal to all processes of a run is for the training process, which ends its workers when it is done.
+    A signal to all processes of a run is for the training process, so that it can finish its step; with it, and when it
+    says so, its workers end. They watch by themselves, from threads: the data loader's own way is to look between two
+    chunks whether another process has become the parent. A worker that is at work then does not look, one that is new
+    does not know another parent, and one that ends waits until what it has made is taken.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # In all threads, also those to come: what is blocked waits for the thread that asks for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    for watch in (_end_after, _end_when_asked_by):
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_after(parent: BaseProcess) -> None:
+    """End this process when its parent has ended in any way."""
+    parent.join()
+    os._exit(0)
+
+
+def _end_when_asked_by(parent: BaseProcess) -> None:
+    """End this process at a SIGTERM of its parent, as a process sends to its daemons before it waits for their end."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+        pass
+    os._exit(0)

@@ -59,8 +59,10 @@ class TrainingImages:
         """The training image that is nearest to each image of `features` [N, D], and 1 - cosine of the two [N].
 
         Raises:
-            UserError: The training data cannot be opened.
+            UserError: The training data cannot be opened, or no image with a caption is in them.
         """
+        if not self._features:
+            raise UserError("the training data have no image with a caption that can be read")
         queries = unit_length(features)
         distances = np.full(len(queries), np.inf)
         found = np.zeros(len(queries), dtype=np.int64)
@@ -117,7 +119,7 @@ def nearest_training_images(
         output: Folder that receives `nearest/`, the training images of the pairs.
 
     Raises:
-        UserError: The training data cannot be opened.
+        UserError: As of `TrainingImages.nearest`.
     """
     prompts = prompts[:MOST_PAINTED]
     items, distances = training.nearest(features[: len(prompts)])

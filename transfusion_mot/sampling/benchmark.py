@@ -4,6 +4,7 @@ Every method is called by all processes, which share the images; the main one re
 """
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from transfusion_mot.evaluation.work import Work
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
 
 DISTANCE_TO_REFERENCE = "feature distance to its real image"
+
+_logger = logging.getLogger(__name__)
 
 
 class Benchmark:
@@ -156,13 +159,21 @@ class Benchmark:
         return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
 
     def _copied_captions(self) -> list[str]:
-        """The caption of the training image nearest to each captioned one: what a model has to beat."""
+        """The caption of the training image nearest to each captioned one: what a model has to beat.
+
+        None where there is no such image; the report says why there are no pairs of images, either.
+        """
         captioned = self.work.captioned
         if self.training is None or not captioned or self.work.held_out is None:
             return []
         known = self.distances.real[0] if self.distances is not None else None
         features = self._features([item.image for item in captioned], known, "captioned")
-        return nearest_captions(features, self.training)
+        try:
+            return nearest_captions(features, self.training)
+        except UserError as error:
+            if self.processes.is_main_process:
+                _logger.warning("captions copied from the nearest training images are left out: %s", error)
+            return []
 
     def sweep(self, sampling: SamplerSettings) -> list[SweepPoint]:
         """Paint and measure with every setting that the protocol wants to be tried, after `measure`.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
@@ -16,6 +16,8 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.models.attention import attention_kernel
+from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.step import compute_losses, loss_counts
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
@@ -86,14 +88,14 @@ class Validation:
         self.num_rows = sum(packer.num_lanes for _, packer in self.caption_first)
 
     @torch.no_grad()
-    def losses(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    def losses(self, model: TransfusionMoT, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses over all held-out rows; called by all ranks, which share the rows."""
         device = next(model.parameters()).device
         sums = torch.zeros(2 + len(TIMESTEPS), 2, dtype=torch.float64, device=device)
         with accelerator.autocast():
-            for batch in self._batches(self.image_first, device, accelerator):
+            for batch in self._batches(self.image_first, model, accelerator):
                 sums[0] += self._sum_and_count(model, batch, 0.0)[0]
-            for batch in self._batches(self.caption_first, device, accelerator):
+            for batch in self._batches(self.caption_first, model, accelerator):
                 sums[1] += self._sum_and_count(model, batch, 0.0)[0]
                 for index, timestep in enumerate(TIMESTEPS):
                     sums[2 + index] += self._sum_and_count(model, batch, timestep)[1]
@@ -105,12 +107,11 @@ class Validation:
         return {"text_loss": text, **captions, "diffusion_loss": mean, **by_timestep}
 
     @torch.no_grad()
-    def image_losses(self, model: nn.Module, accelerator: Accelerator, timesteps: Sequence[float]) -> Tensor:
+    def image_losses(self, model: TransfusionMoT, accelerator: Accelerator, timesteps: Sequence[float]) -> Tensor:
         """[N, len(timesteps)], diffusion loss of each held-out image at each timestep; called by all ranks."""
-        device = next(model.parameters()).device
         found = []
         with accelerator.autocast():
-            for batch in self._batches(self.caption_first, device, accelerator):
+            for batch in self._batches(self.caption_first, model, accelerator):
                 elements = batch.latents[0, 0].numel()
                 losses = [compute_losses(model, _at(batch, t), self.diffusion).images / elements for t in timesteps]
                 found.append(torch.stack(losses, dim=-1)[batch.image_mask].double())
@@ -118,31 +119,29 @@ class Validation:
         return torch.cat(gathered)
 
     def _batches(
-        self, packers: list[tuple[int, Packer]], device: torch.device, accelerator: Accelerator
+        self, packers: list[tuple[int, Packer]], model: TransfusionMoT, accelerator: Accelerator
     ) -> Iterator[Batch]:
         """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
+        device = next(model.parameters()).device
         for bucket, packer in packers:
+            kernel, _ = attention_kernel(model.attention, device.type, packer.num_slots(bucket))
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
             for start in range(0, -(-packer.num_lanes // accelerator.num_processes), self.rows_at_once):
                 chunk = lanes[start : start + self.rows_at_once]
-                # Rows that count for nothing: one where there are none left, and where kernels are compiled as many as
-                # give all batches the shape of training's. Any other shape would be compiled, too.
-                rows = self.rows_at_once if is_compiled(device) else max(1, len(chunk))
+                # Rows that count for nothing: one where there are none left, and for FlexAttention, which is compiled
+                # for every shape, as many as give all batches the shape of training's. Without gradients nothing else
+                # is compiled, but for the encoder, which fills its batches itself.
+                rows = self.rows_at_once if kernel == "flex" else max(1, len(chunk))
                 used = [*chunk, *[0] * (rows - len(chunk))]
                 states = np.tile(packer.initial_state(), (rows, 1))
                 batch = self.encoder(packer.rows(used, 0, states, bucket)[0].to(device))
                 yield batch if len(chunk) == rows else batch.emptied(len(chunk))
 
-    def _sum_and_count(self, model: nn.Module, batch: Batch, timestep: float) -> torch.Tensor:
+    def _sum_and_count(self, model: TransfusionMoT, batch: Batch, timestep: float) -> torch.Tensor:
         """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
         losses = compute_losses(model, _at(batch, timestep), self.diffusion)
         sums = torch.stack([losses.text.sum(), losses.images.sum()])
         return torch.stack([sums.double(), loss_counts(batch)], dim=1)
-
-
-def is_compiled(device: torch.device) -> bool:
-    """Whether attention there is FlexAttention, which is compiled for every shape."""
-    return device.type == "cuda"
 
 
 def _at(batch: Batch, timestep: float) -> Batch:

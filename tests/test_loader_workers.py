@@ -1,0 +1,165 @@
+"""The processes that prepare rows end with the one that reads them, whatever way it ends, and with nothing else."""
+
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import numbered_images, sources_of, texts_of
+
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data import loader
+from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.tokenizer import TextTokenizer
+
+NUM_LANES, NUM_WORKERS = 4, 2
+CPU = torch.device("cpu")
+# What a process may take to end on a busy machine: to take PyTorch apart, seconds on an idle one.
+SECONDS = 20
+
+
+def make_packer(tokenizer: TextTokenizer) -> Packer:
+    sources = sources_of(numbered_images(["apple", "a", "an octopus", "sun"]), texts_of(["some words", "a"]))
+    config = DataConfig(text_slots=18, images_per_row=2)
+    return Packer(sources, tokenizer, config, "3d", 2, NUM_LANES, 3, lambda uniform: uniform)
+
+
+def print_workers(file: int) -> None:
+    os.write(file, " ".join(str(child.pid) for child in multiprocessing.active_children()).encode() + b"\n")
+
+
+def take_two_steps(tokenizer: TextTokenizer, file: int) -> None:
+    """Take two steps, print the workers' numbers to a file, and leave them at work on later steps."""
+    global steps
+    packer = make_packer(tokenizer)
+    plain = packer.rows
+
+    def rows(lanes, step, states):  # type: ignore[no-untyped-def]
+        if step >= 10:
+            time.sleep(100)
+        return plain(lanes, step, states)
+
+    packer.rows = rows  # type: ignore[method-assign]
+    # Of the module, as a frame in a traceback would keep it.
+    steps = iter(loader.LaneLoader(packer, 0, 1, NUM_WORKERS, None, 0, 1000, CPU))
+    next(steps)
+    next(steps)
+    print_workers(file)
+
+
+def is_killed_before_workers_begin(tokenizer: TextTokenizer, file: int) -> None:
+    """Be killed while the workers are there, but have not yet set themselves up."""
+    here, plain = os.getpid(), loader._quiet_worker
+
+    def late(worker: int) -> None:
+        while os.getppid() == here:
+            time.sleep(0.01)
+        plain(worker)
+
+    def kill() -> None:
+        while len(multiprocessing.active_children()) < NUM_WORKERS:
+            time.sleep(0.01)
+        print_workers(file)
+        os.kill(here, signal.SIGKILL)
+
+    loader._quiet_worker = late
+    threading.Thread(target=kill).start()
+    take_two_steps(tokenizer, file)
+
+
+def and_then(end: Callable[[], None]) -> Callable[[TextTokenizer, int], None]:
+    def read(tokenizer: TextTokenizer, file: int) -> None:
+        take_two_steps(tokenizer, file)
+        end()
+
+    return read
+
+
+def fail() -> None:
+    raise ValueError("an error after two steps")
+
+
+def assert_all_end(file: int) -> None:
+    """Read the workers' numbers, and then to the end, which comes when the last process that can write has ended."""
+    numbers = os.read(file, 100).split()
+    try:
+        assert len(numbers) == NUM_WORKERS
+        assert select.select([file], [], [], SECONDS)[0], "a process is left"
+        assert os.read(file, 1) == b""
+    except AssertionError:
+        for number in map(int, numbers):
+            os.kill(number, signal.SIGKILL)
+        raise
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize(
+    ("read", "status"),
+    [
+        (take_two_steps, 0),
+        (and_then(fail), 1),
+        (and_then(lambda: os._exit(3)), 3),
+        (and_then(lambda: os.kill(os.getpid(), signal.SIGTERM)), -signal.SIGTERM),
+        (and_then(lambda: os.kill(os.getpid(), signal.SIGKILL)), -signal.SIGKILL),
+        (is_killed_before_workers_begin, -signal.SIGKILL),
+    ],
+    ids=["return", "error", "exit", "SIGTERM", "SIGKILL", "early SIGKILL"],
+)
+def test_workers_end_with_their_process(byte_tokenizer, read: Callable[..., None], status: int) -> None:
+    output, file = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=read, args=(byte_tokenizer, file))
+    process.start()
+    os.close(file)
+    try:
+        assert_all_end(output)
+    finally:
+        process.join()
+    assert process.exitcode == status
+
+
+def test_workers_end_with_the_interpreter() -> None:
+    """At its exit it ends and joins all daemons, with an iterator that is still alive."""
+    program = (
+        "from test_loader_workers import take_two_steps\n"
+        "from transfusion_mot.data.tokenizer import train_tokenizer\n"
+        "take_two_steps(train_tokenizer(['a'], 261), 1)"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    output, file = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=file)
+    os.close(file)
+    try:
+        assert_all_end(output)
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_signals_of_others_do_not_end_workers(byte_tokenizer) -> None:
+    """As a launcher sends them to every process of a run: the one that reads decides when it has finished."""
+    packer = make_packer(byte_tokenizer)
+    alone = [batch for batch, _ in loader.LaneLoader(packer, 0, 1, 0, None, 0, 100, CPU)]
+    before = set(multiprocessing.active_children())
+    given = []
+    for batch, _ in loader.LaneLoader(packer, 0, 1, NUM_WORKERS, None, 0, 100, CPU):
+        given.append(batch)
+        if len(given) == 2:
+            workers = set(multiprocessing.active_children()) - before
+            assert len(workers) == NUM_WORKERS
+            for name in ("TERM", "INT", "TERM"):
+                subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(given) == 100
+    for one, two in zip(given, alone, strict=True):
+        assert all(torch.equal(value, getattr(two, name)) for name, value in one.tensors().items())
+    assert [worker.exitcode for worker in workers] == [0] * NUM_WORKERS
