@@ -122,7 +122,7 @@ class UNetAdapter(nn.Module):
         """As `LinearAdapter.predict`."""
         temb, *skips = kept
         grid = self.output(hidden).transpose(1, 2).unflatten(2, (height // self.patch_size, width // self.patch_size))
-        ends = range(len(skips), 0, -self.num_layers - 1)
-        for block, end in zip(self.up, ends, strict=True):
-            grid = block(grid, tuple(skips[end - self.num_layers - 1 : end]), temb)
+        for block in self.up:
+            grid = block(grid, tuple(skips[-self.num_layers - 1 :]), temb)
+            del skips[-self.num_layers - 1 :]
         return self.conv_out(F.silu(self.norm_out(grid)))

@@ -20,10 +20,9 @@ import hashlib
 import math
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -41,8 +40,6 @@ from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerMo
 
 # Standard deviation of embedding, head and block matrices.
 INIT_STD = 0.02
-
-_Result = TypeVar("_Result")
 
 # What torch and diffusers initialise draws from torch's one generator.
 _GLOBAL_GENERATOR = threading.Lock()
@@ -135,19 +132,13 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             cast(MoTBlock, block).checkpointing = checkpointing
 
     def compile_blocks(self) -> None:
-        """Compile the transformer blocks in place, once for all of them, and a U-Net; for CUDA devices.
+        """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
         Not the whole model: that takes 4 % off a step at 163M, and 100 s instead of 30 to the first one
         (benchmarks/README.md).
         """
         for block in self.blocks:
             block.forward = _compiled_in_training(block.forward)
-        adapter = self.image_adapter
-        if isinstance(adapter, UNetAdapter):
-            # Said of a comparison of versions in diffusers.
-            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-            adapter.embed = _compiled_in_training(adapter.embed)  # type: ignore[method-assign]
-            adapter.predict = _compiled_in_training(adapter.predict)  # type: ignore[method-assign]
 
     def initialise(self, seed: int) -> None:
         """Draw all weights.
@@ -281,8 +272,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         return result
 
 
-def _compiled_in_training(forward: Callable[..., _Result]) -> Callable[..., _Result]:
-    """The forward of a block or a U-Net's half, compiled where gradients are asked for.
+def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Streams]:
+    """The forward of a block, compiled where gradients are asked for.
 
     Its forward alone: the hooks around it, with which FSDP gathers weights, are not for the compiler. Sampling has a
     shape for every length, each of which would be compiled anew.
@@ -290,7 +281,7 @@ def _compiled_in_training(forward: Callable[..., _Result]) -> Callable[..., _Res
     compiled = torch.compile(forward, fullgraph=True, dynamic=False)
 
     @functools.wraps(forward)
-    def choose(*args: Any, **kwargs: Any) -> _Result:
+    def choose(*args: Any, **kwargs: Any) -> Streams:
         return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
     return choose
