@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -279,7 +280,8 @@ def main(arguments: Sequence[str]) -> None:
         experiments.cache()
 
     results: list[Result] = []
-    about = {"arguments": without_output(arguments), "jobs": given.jobs}
+    command = shlex.join(["python", "-m", "benchmarks.experiments", *without_output(arguments)])
+    about = {"command": command, "jobs": given.jobs}
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda run: experiments.run(*run), wanted):
             results.append(result)

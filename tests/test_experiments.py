@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -246,7 +247,7 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
     assert changing == {threading.main_thread()}
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(result["arm"], result["error"]) for result in first["results"]] == [("dense", None)]
-    assert first["arguments"] == words[2:]
+    assert first["command"] == shlex.join(["python", "-m", "benchmarks.experiments", *words[2:]])
     lines = (tmp_path / "out" / "dense-seed-0" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line) for line in lines]
     values = first["results"][0]["values"]

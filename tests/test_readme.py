@@ -32,6 +32,7 @@ TOY = [
     "training.num_rows=2",
     "training.sample_prompts=[sun]",
     "training.mixed_precision=no",
+    "training.cuda_graph=false",
     "tokenizer.vocab_size=300",
 ]
 
@@ -74,7 +75,8 @@ def run(words: list[str], folder: Path) -> None:
 def test_commands_and_examples_run(workplace: Path) -> None:
     ran = []
     for words in commands():
-        if words[0] in ("make", "pip"):
+        # The drawings come from npm, and the sources of every training command are replaced.
+        if words[0] in ("make", "pip") or words[:3] == ["python", "-m", "transfusion_mot.data.emoji"]:
             continue
         if words[:3] == ["accelerate", "launch", "train.py"]:
             # Later keys win: the toy size over the command's own, and the command's sources over these.

@@ -1,5 +1,6 @@
 """The README of a snapshot: what the model is, what it was trained on, how good it is, and how to use it."""
 
+import json
 from typing import Any
 
 import yaml
@@ -64,7 +65,7 @@ One transformer that writes text and paints images: next-token prediction on tex
 from transfusion_mot.pipeline import TransfusionPipeline
 
 pipeline = TransfusionPipeline.from_pretrained("PATH_OR_NAME_OF_THIS_MODEL")
-image = pipeline({prompt!r}, guidance_scale={config.diffusion.guidance_scale:g}).images[0]
+image = pipeline({json.dumps(prompt, ensure_ascii=False)}, guidance_scale={config.diffusion.guidance_scale:g}).images[0]
 caption = pipeline.caption(image)[0]
 text = pipeline.complete("Once upon a time")[0]
 ```
