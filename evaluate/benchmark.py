@@ -58,7 +58,7 @@ def main() -> None:
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
-    sampling = SamplerSettings(steps, scale, sampler_name(pipeline.scheduler))
+    sampling = SamplerSettings(steps, scale, protocol.guidance_interval, sampler_name(pipeline.scheduler))
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
     benchmark = Benchmark(protocol, processes, painter, networks, work, data, output)
 

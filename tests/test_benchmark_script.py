@@ -395,23 +395,29 @@ def test_geneval_leaves_what_its_evaluation_reads(benchmark: Benchmark, tmp_path
 def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     words = ["sweep.guidance_scale=[1,3]", "--sweep.num-images", 4]
     schedulers = ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler:sde"]
-    words += [f"sweep.scheduler=[{','.join(schedulers)}]"]
+    words += [f"sweep.scheduler=[{','.join(schedulers)}]", "sweep.guidance_interval=[[0,1],[0,0.8]]"]
     output = tmp_path / "out"
     status, printed = benchmark(*words, "--training-images", 0, "--loss-documents", 0, "--output", output)
     assert status == 0, printed
     report = read_report(output)
-    settings = [tuple(point.settings.values()) for point in report.sweep]
-    assert len(set(settings)) == 6
+    assert len({json.dumps(point.settings) for point in report.sweep}) == 12
     # The setting of the checkpoint paints what it paints without a sweep, less the rounding of other batches.
     same = output / "sweep" / "FlowMatchEulerDiscreteScheduler-2-steps-guidance-3"
     first, second = pngs(same), pngs(held_out / "generated")
     assert len(first) == 4
     assert list(first.values())[:3] == [second[name] for name in first][:3]
     folders = [pngs(folder) for folder in (output / "sweep").iterdir()]
-    assert len({tuple(folder.values()) for folder in folders}) == 6
+    assert len(folders) == 12
+    # Without guidance it makes no difference when there would be some.
+    plain, guided = (
+        [pngs(folder) for folder in sorted((output / "sweep").glob(f"FlowMatch*-guidance-{scale}*"))]
+        for scale in (1, 3)
+    )
+    assert plain[0] == plain[1]
+    assert guided[0] != guided[1] != plain[0]
     network = load_feature_network("efficientnet", torch.device("cpu"))
     real = find_images(output / "real")
-    own = {"guidance_scale": 3.0, "num_inference_steps": 2, "scheduler": "FlowMatchEulerDiscreteScheduler"}
+    own = {"guidance_scale": 3.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2, "scheduler": schedulers[0]}
     point = next(point for point in report.sweep if point.settings == own)
     assert point.metrics[0].value == pytest.approx(image_distance(real, find_images(same), network)[0].value, rel=1e-6)
     assert "Sweep of the sampler" in (output / "metrics.md").read_text()

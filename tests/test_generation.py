@@ -28,7 +28,7 @@ def painter() -> Painter:
 
 
 def settings(painter: Painter, scale: float = 2.0) -> SamplerSettings:
-    return SamplerSettings(2, scale, sampler_name(painter.pipeline.scheduler))
+    return SamplerSettings(2, scale, [0.0, 1.0], sampler_name(painter.pipeline.scheduler))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -100,7 +100,7 @@ def test_a_folder_knows_the_stochastic_form_of_a_scheduler(tmp_path: Path) -> No
     painter = Painter(pipeline, "sha256 0", PartialState(cpu=True), batch_size=3)
     for name in (STOCHASTIC_SOLVER.removesuffix(":sde"), STOCHASTIC_SOLVER):
         pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
-        painter.paint(PROMPTS[:3], SamplerSettings(2, 2.0, name), tmp_path / name)
+        painter.paint(PROMPTS[:3], SamplerSettings(2, 2.0, [0.0, 1.0], name), tmp_path / name)
         assert json.loads((tmp_path / name / "settings.json").read_text())["scheduler"] == name
     plain, stochastic = (files(folder) for folder in sorted(tmp_path.iterdir()))
     assert plain.keys() == stochastic.keys()

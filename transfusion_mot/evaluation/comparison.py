@@ -12,11 +12,15 @@ from transfusion_mot.evaluation.report import Metric, Report, shown_number, valu
 Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"]
 
 # Numbers for which less is more.
-_LOWER_IS_BETTER = ("FID", "FD", "KID", "KD", "CMMD", "text loss", "diffusion loss", "perplexity", "bits per byte")
+_LOWER_IS_BETTER = (
+    *("FID", "FD", "KID", "KD", "CMMD", "feature distance"),
+    *("text loss", "diffusion loss", "perplexity", "bits per byte"),
+)
 # What may differ between the protocols of two numbers that compare: it is what is compared.
 _COMPARED = {
     "steps",
     "guidance",
+    "guidance at t",
     "scheduler",
     "checkpoint",
     "METEOR",

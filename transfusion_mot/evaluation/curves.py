@@ -22,7 +22,8 @@ _AXIS_NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
-    """Image distance against CLIP score, a curve through the guidance scales of every scheduler and number of steps.
+    """Image distance against CLIP score, a curve through the guidance scales of every scheduler, number of steps and
+    interval of guidance.
 
     Without a CLIP score it is the distance against the guidance scale; without a distance there is no figure.
     """
@@ -35,12 +36,11 @@ def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
         values = {metric.name: metric.value for metric in point.metrics}
         scale = point.settings["guidance_scale"]
         x = scale if clip is None else values[clip]
-        curves[point.settings["scheduler"], point.settings["num_inference_steps"]].append((scale, x, values[distance]))
+        curves[_sampler(point)].append((scale, x, values[distance]))
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axes = figure.subplots()
-    for index, ((scheduler, steps), found) in enumerate(curves.items()):
+    for index, (label, found) in enumerate(curves.items()):
         scales, xs, ys = zip(*sorted(found), strict=True)
-        label = f"{scheduler.removesuffix('Scheduler')}, {steps} steps"
         axes.plot(xs, ys, "o-", color=_COLOURS[index % len(_COLOURS)], linewidth=1.8, markersize=5, label=label)
         if clip is not None:
             for scale, x, y in zip(scales, xs, ys, strict=True):
@@ -56,17 +56,31 @@ def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
     return figure
 
 
+def _sampler(point: SweepPoint) -> str:
+    """The setting but for its guidance scale, in words."""
+    settings = point.settings
+    words = f"{settings['scheduler'].removesuffix('Scheduler')}, {settings['num_inference_steps']} steps"
+    at = guided_at(point)
+    return words if at == "0-1" else f"{words}, guided at t = {at}"
+
+
+def guided_at(point: SweepPoint) -> str:
+    """At which timesteps there is guidance; older reports do not say, and mean all."""
+    return "-".join(f"{t:g}" for t in point.settings.get("guidance_interval", (0, 1)))
+
+
 def sweep_table(points: Sequence[SweepPoint]) -> str:
     """A markdown table: a row for each setting, a column for each number."""
     names = list(dict.fromkeys(metric.name for point in points for metric in point.metrics))
     lines = [
-        f"| guidance | steps | scheduler | {' | '.join(names)} |",
-        f"| ---: | ---: | --- |{' ---: |' * len(names)}",
+        f"| guidance | at t | steps | scheduler | {' | '.join(names)} |",
+        f"| ---: | ---: | ---: | --- |{' ---: |' * len(names)}",
     ]
     for point in points:
         values = {metric.name: shown_number(metric.value) for metric in point.metrics}
         settings = point.settings
-        setting = f"{settings['guidance_scale']:g} | {settings['num_inference_steps']} | {settings['scheduler']}"
+        setting = f"{settings['guidance_scale']:g} | {guided_at(point)} | {settings['num_inference_steps']}"
+        setting += f" | {settings['scheduler']}"
         lines.append(f"| {setting} | {' | '.join(values.get(name, '') for name in names)} |")
     return "\n".join(lines)
 

@@ -54,12 +54,14 @@ class SweepConfig:
 
     Attributes:
         guidance_scale: Scales of classifier-free guidance.
+        guidance_interval: Lowest and highest timestep with guidance, pairs.
         num_inference_steps: Numbers of reverse steps.
         scheduler: diffusers schedulers.
         num_images: Images painted with each setting; null is as many as without a sweep.
     """
 
     guidance_scale: list[float] = field(default_factory=list)
+    guidance_interval: list[list[float]] = field(default_factory=list)
     num_inference_steps: list[int] = field(default_factory=list)
     scheduler: list[str] = field(default_factory=list)
     num_images: int | None = None
@@ -82,6 +84,7 @@ class ProtocolConfig:
             model's. The model must paint at this size.
         num_inference_steps: Reverse steps; null is the checkpoint's number.
         guidance_scale: Classifier-free guidance, 1 is off; null is the checkpoint's.
+        guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance.
         scheduler: diffusers scheduler to sample with; null is the checkpoint's.
         batch_size: Images painted or captioned at a time.
         reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
@@ -114,6 +117,7 @@ class ProtocolConfig:
     image_size: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     scheduler: str | None = None
     batch_size: int = 32
     reconstructions: bool = True

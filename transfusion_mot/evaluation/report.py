@@ -41,7 +41,7 @@ class SweepPoint:
     """What a model reaches with one setting of the sampler.
 
     Attributes:
-        settings: `guidance_scale`, `num_inference_steps` and `scheduler`.
+        settings: `guidance_scale`, `guidance_interval`, `num_inference_steps` and `scheduler`.
         metrics: Of the images painted with it.
     """
 

@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 from transfusion_mot.config import DataConfig
 from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
@@ -116,6 +117,7 @@ class Benchmark:
         protocol = {
             "steps": sampling.num_inference_steps,
             "guidance": sampling.guidance_scale,
+            "guidance at t": "-".join(f"{t:g}" for t in sampling.guidance_interval),
             "scheduler": sampling.scheduler,
             "prompts": prompts_hash(prompts),
         }
@@ -123,7 +125,7 @@ class Benchmark:
         features = None
         if self.distances is not None:
             metrics, features = self.distances.measure(painted, "painted")
-        metrics += self._clip_metrics(painted, prompts)
+        metrics += self._clip_metrics(painted, prompts) or self._distances_to_own(painted, prompts, features)
         return named(metrics, "generated", protocol), features
 
     def _of_real(self) -> list[Metric]:
@@ -145,6 +147,23 @@ class Benchmark:
         texts = [prompt.text for prompt in prompts]
         workers = default_num_workers()
         return clip_scores(images, texts, self.networks.clip, num_workers=workers, processes=self.processes)
+
+    def _distances_to_own(
+        self, painted: Sequence[Path], prompts: Sequence[Prompt], features: FeatureSet | None
+    ) -> list[Metric]:
+        """How far painted images are from the real ones of their prompts, if they have one: 1 - cosine of features."""
+        real = [prompt.image for prompt in prompts if prompt.image is not None]
+        if len(real) < len(prompts):
+            return []
+        of_real = self.distances.real[0] if self.distances is not None else None
+        ours, theirs = (
+            unit_length(self._features(images, known, what))
+            for images, known, what in ((painted, features, "painted"), (real, of_real, "real"))
+        )
+        scores = 1 - np.einsum("nd,nd->n", ours, theirs).astype(np.float64)
+        protocol = {"features": self.networks.features[0].description}
+        interval = bootstrap_interval(scores)
+        return [Metric(DISTANCE_TO_REFERENCE, float(scores.mean()), protocol, interval, tuple(scores.tolist()))]
 
     def _of_captions(self, captions: Sequence[str]) -> list[Metric]:
         captioned = self.work.captioned
@@ -182,18 +201,20 @@ class Benchmark:
             UserError: A setting does not fit the model.
         """
         sweep, pipeline = self.protocol.sweep, self.painter.pipeline
-        if not (sweep.guidance_scale or sweep.num_inference_steps or sweep.scheduler):
+        if not (sweep.guidance_scale or sweep.guidance_interval or sweep.num_inference_steps or sweep.scheduler):
             return []
         prompts = self.work.prompts[: sweep.num_images]
         own_scheduler: SchedulerMixin = pipeline.scheduler
         points = []
-        for scheduler, steps, scale in itertools.product(
+        for scheduler, steps, interval, scale in itertools.product(
             sweep.scheduler or [sampling.scheduler],
             sweep.num_inference_steps or [sampling.num_inference_steps],
+            sweep.guidance_interval or [sampling.guidance_interval],
             sweep.guidance_scale or [sampling.guidance_scale],
         ):
-            settings = SamplerSettings(steps, float(scale), scheduler)
-            folder = self.output / "sweep" / f"{scheduler}-{steps}-steps-guidance-{scale:g}"
+            settings = SamplerSettings(steps, float(scale), interval, scheduler)
+            at = "" if interval == [0, 1] else "-at-" + "-".join(f"{t:g}" for t in interval)
+            folder = self.output / "sweep" / f"{scheduler}-{steps}-steps-guidance-{scale:g}{at}"
             if scheduler != sampler_name(own_scheduler):
                 pipeline.scheduler = make_sampling_scheduler(own_scheduler, scheduler)
             pipeline.sampling_settings(steps, scale)
@@ -208,20 +229,12 @@ class Benchmark:
         """Painted images with a score each, and its name: CLIP's cosine, or the distance to their real images."""
         prompts = self.work.prompts
         paths = self._painted_paths(prompts)
-        cosine = next((metric for metric in metrics if metric.name == "CLIP cosine (generated)"), None)
         scores: list[float | None] = [None] * len(prompts)
         name = ""
-        if self.networks.clip is not None:
-            if cosine is not None and cosine.scores is not None:
-                scores, name = list(cosine.scores), "CLIP cosine"
-        elif prompts[0].image is not None:
-            real = [prompt.image for prompt in prompts if prompt.image is not None]
-            of_real = self.distances.real[0] if self.distances is not None else None
-            ours, theirs = (
-                unit_length(self._features(images, known, what))
-                for images, known, what in ((paths, self.features, "painted"), (real, of_real, "real"))
-            )
-            scores, name = (1 - np.einsum("nd,nd->n", ours, theirs)).tolist(), DISTANCE_TO_REFERENCE
+        for metric in metrics:
+            what = metric.name.removesuffix(" (generated)")
+            if what in ("CLIP cosine", DISTANCE_TO_REFERENCE) and metric.scores is not None and what != metric.name:
+                scores, name = list(metric.scores), what
         pictures = [
             Picture(
                 str(path.relative_to(self.output)),

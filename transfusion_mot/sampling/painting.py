@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class SamplerSettings:
 
     num_inference_steps: int
     guidance_scale: float
+    guidance_interval: list[float]
     scheduler: str
 
 
@@ -66,6 +67,7 @@ class Painter:
                 [self.shortened(prompt.text) for prompt in batch],
                 sampling.num_inference_steps,
                 sampling.guidance_scale,
+                guidance_interval=cast(tuple[float, float], tuple(sampling.guidance_interval)),
                 generator=[torch.Generator().manual_seed(prompt.image_seed) for prompt in batch],
             ).images
             return images
