@@ -169,7 +169,7 @@ def stepped(
     """One step of plain gradient descent with rate one => (losses, gradients, gradient norm)."""
     model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "tower": "all"}], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "tower": "all"}], lr=1.0, fused=True)
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     result = train_step(model, batch, diffusion, optimizer, accelerator, microbatch_rows, 5.0, max_grad_norm)
     gradients = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]

@@ -52,8 +52,7 @@ class Naive:
         half = len(head) // 2
         result = head.clone()
         for j in range(half):
-            axes = len(position)
-            angle = position[j % axes] * self.config.rope_theta ** (-(j // axes) * axes / half)
+            angle = position[j % len(position)] * self.config.rope_theta ** (-j / half)
             a, b = head[j], head[j + half]
             result[j] = a * math.cos(angle) - b * math.sin(angle)
             result[j + half] = a * math.sin(angle) + b * math.cos(angle)

@@ -285,8 +285,8 @@ def test_muon_of_many_matrices_is_that_of_torch_one_by_one(weight_decay: float) 
     for make, lr in ((torch.optim.Muon, 0.02), (StackedMuon, 0.02), (StackedMuon, torch.tensor(0.02))):
         parameters = [torch.nn.Parameter(tensor.clone()) for tensor in first]
         settings = {"adjust_lr_fn": "match_rms_adamw"} if make is torch.optim.Muon else {}
-        groups = [{"params": parameters, "row_splits": []}]
-        optimizer = make(groups, lr=0.02, weight_decay=weight_decay, **settings)
+        groups = [{"params": parameters, "row_splits": [], "weight_decay": weight_decay}]
+        optimizer = make(groups, lr=0.02, **settings)
         optimizer.param_groups[0]["lr"] = lr
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):

@@ -70,17 +70,13 @@ class SwiGLU(nn.Module):
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Positions [B, S] or [B, S, 3] => (cos, sin) [B, S, 1, H/2] in float32 (RoPE, arXiv 2104.09864).
 
-    With three axes (t, y, x), the pairs of a head turn with one after the other, and each axis has all frequencies from
-    1 to about 1 / theta. Shared out instead, y and x would turn by 0.75 and 0.56 from patch to patch at most, and
-    images are worse (docs/experiments.md).
+    With three axes (t, y, x), frequency j turns with axis j mod 3, so that every axis has slow and fast frequencies.
     """
     half = head_dim // 2
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     if positions.ndim == 2:
         positions = positions[..., None]
-    axes = positions.shape[-1]
-    pair = torch.arange(half, device=positions.device)
-    axis = pair % axes
-    frequencies = theta ** (-(pair // axes).float() * axes / half)
+    axis = torch.arange(half, device=positions.device) % positions.shape[-1]
     angles = positions.float()[..., axis] * frequencies
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 

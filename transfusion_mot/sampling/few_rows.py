@@ -88,10 +88,8 @@ class FewRows:
     def state(self, positions: Tensor, steps: int) -> dict[str, Tensor]:
         """What `logits` needs besides its rows, for rows whose next tokens have these rotary positions [B]."""
         config = self.model.architecture
+        # All axes of a token have the same position.
         every_step = positions[:, None] + torch.arange(steps, device=positions.device)
-        if config.rope == "3d":
-            # All axes of a token have the same position.
-            every_step = every_step[..., None].expand(-1, -1, 3)
         cos, sin = rotary_angles(every_step, config.head_dim, config.rope_theta)
         arrived = torch.zeros(len(positions) * config.num_heads, dtype=torch.int32, device=positions.device)
         return {"cos": cos, "sin": sin, "arrived": arrived}

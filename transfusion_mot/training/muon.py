@@ -7,25 +7,42 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.errors import UserError
 
 # Matrices of one shape are multiplied together, so many elements at a time at most: what is computed of them takes
-# sixteen bytes an element.
+# twenty-four bytes an element.
 _ELEMENTS_AT_A_TIME = 2**26
+_MOMENTUM = 0.95
+# Of the quintic Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon, five times.
+_LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+_EPS = 1e-7
 
 
-class StackedMuon(Muon):
-    """torch's Muon, which makes the update of a matrix orthogonal, for many matrices at once and for stacked ones.
+class StackedMuon(Optimizer):
+    """Muon, which makes the update of a matrix orthogonal, with an update as large as AdamW's (arXiv 2502.16982,
+    equation 4), for many matrices at once and for stacked ones.
 
     A group's `row_splits` are the rows of each part of a stacked matrix. Queries, keys and values are three maps that
     share a product for speed alone. Made orthogonal as one, the values, whose gradient is the largest, would take most
     of the update from the others (https://kellerjordan.github.io/posts/muon: better apart).
 
-    torch updates one matrix after the other and reads the learning rate on the host. Here all of a shape share a
-    product, a tenth of the kernels, and the rate may be a tensor on the device, so that a step can be recorded.
+    torch.optim.Muon updates one matrix after the other and reads the learning rate on the host. Here all of a shape
+    share a product, a tenth of the kernels, and the rate may be a tensor on the device, so that a step can be recorded.
+
+    Args:
+        groups: Of parameters, each with its `weight_decay` and `row_splits`.
+        lr: Learning rate.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr})
+        # What a gradient scaler says to a fused optimizer: what gradients are to be divided by, and whether, as 1 or 0,
+        # one of them is not finite, in which case nothing changes.
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -47,33 +64,40 @@ class StackedMuon(Muon):
                 for start in range(0, len(found), at_a_time):
                     self._update(group, *map(list, zip(*found[start : start + at_a_time], strict=True)))
 
-    @staticmethod
-    def _update(group: dict[str, Any], matrices: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    def _update(
+        self, group: dict[str, Any], matrices: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> None:
         """Update matrices of one shape."""
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))
-        directions = _orthogonal(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        # As large as an update of AdamW (arXiv 2502.16982, equation 4).
-        size = group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape))
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(matrices, list((directions.type_as(updates) * size).unbind()))
+        grad, momentum = torch.stack(grads), torch.stack(momenta)
+        if self.grad_scale is not None:
+            grad /= self.grad_scale
+        momentum.lerp_(grad, 1 - _MOMENTUM)
+        # Nesterov's.
+        direction = _orthogonal(grad.lerp_(momentum, _MOMENTUM)).type_as(grad)
+        update = direction * (group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape)))
+        decay = group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            momentum = torch.where(bad, torch.stack(momenta), momentum)
+            update = torch.where(bad, 0.0, update)
+            decay = decay * (1 - self.found_inf)
+        torch._foreach_copy_(momenta, list(momentum.unbind()))
+        torch._foreach_mul_(matrices, 1 - decay)
+        torch._foreach_sub_(matrices, list(update.unbind()))
 
 
-def _orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """[n, R, C] => the nearest orthogonal ones, roughly, in bfloat16: singular values of about 0.7 to 1.2.
-
-    The Newton-Schulz iteration of Muon (https://kellerjordan.github.io/posts/muon), which squares the smaller side.
-    """
-    linear, cubic, quintic = coefficients
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """[n, R, C] => the nearest orthogonal ones, roughly, in bfloat16: singular values of about 0.7 to 1.2."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     result = matrices.bfloat16()
     if is_tall:
+        # The smaller side is squared.
         result = result.mT
-    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
+    for _ in range(_ITERATIONS):
         gram = result @ result.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
-        result = torch.baddbmm(result, gram, result, beta=linear)
+        gram = torch.baddbmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
+        result = torch.baddbmm(result, gram, result, beta=_LINEAR)
     return result.mT if is_tall else result
 
 
@@ -101,9 +125,11 @@ class MuonAdamW(Optimizer):
                 "optimizer.name is muon, which needs whole matrices, and the parameters are sharded over GPUs; "
                 "use adamw with FSDP, or muon with DDP"
             )
-        # An update has the size of AdamW's, so that one learning rate and weight decay serve both.
-        self.muon = StackedMuon(muon_groups, lr=lr)
+        # One learning rate and weight decay serve both.
+        self.muon = StackedMuon(muon_groups, lr)
         self.adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=True)
+        # Both can divide gradients and skip a step by themselves.
+        self._step_supports_amp_scaling = True
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
 
@@ -121,5 +147,8 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Both steps."""
+        for name in ("grad_scale", "found_inf"):
+            for part in (self.muon, self.adamw):
+                setattr(part, name, getattr(self, name, None))
         self.muon.step()
         self.adamw.step()

@@ -83,21 +83,13 @@ def compute_losses(model: nn.Module, batch: Batch, diffusion: Diffusion, z_loss_
 def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) -> None:
     """Update with gradients clipped to a global norm, which is `grad_norm` before.
 
-    If it is not finite no parameter changes; the host does not wait to know. A fused optimizer then does nothing at
-    all. Any other takes a gradient of zero: its moments go on.
+    If it is not finite nothing changes; the host does not wait to know.
     """
-    bad = (~grad_norm.isfinite()).float()
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper passes no attributes on
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # What a gradient scaler would say: gradients are divided where they are read anyway, not in a pass of its own.
-        vars(optimizer)["found_inf"] = bad
-        vars(optimizer)["grad_scale"] = (grad_norm / max_grad_norm).clamp(min=1.0).float()
-    else:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = torch.where(bad > 0, torch.zeros_like(parameter.grad), parameter.grad)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False)
+    # What a gradient scaler would say: gradients are divided where they are read anyway, not in a pass of its own.
+    vars(optimizer)["found_inf"] = (~grad_norm.isfinite()).float()
+    vars(optimizer)["grad_scale"] = (grad_norm / max_grad_norm).clamp(min=1.0).float()
     optimizer.step()
 
 
