@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -263,8 +263,12 @@ def main(arguments: Sequence[str]) -> None:
         metavar="KEY=VALUE",
         help="a key of evaluate/benchmark.py, any number",
     )
-    given, keys = parser.parse_known_args(arguments)
-    keys = [word if word.startswith("--") else f"--{word}" for word in keys]
+    # Behind --arms a key without dashes would be taken for an arm.
+    words = [
+        f"--{word}" if "=" in word and not word.startswith("-") and before != "--protocol" else word
+        for before, word in pairwise(["", *arguments])
+    ]
+    given, keys = parser.parse_known_args(words)
     if given.steps is not None:
         keys.append(f"--training.num_steps={given.steps}")
     output = Path(given.output)
