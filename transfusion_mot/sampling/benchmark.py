@@ -3,6 +3,7 @@
 Every method is called by all processes, which share the images; the main one receives the numbers.
 """
 
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -152,18 +153,23 @@ class Benchmark:
         self, painted: Sequence[Path], prompts: Sequence[Prompt], features: FeatureSet | None
     ) -> list[Metric]:
         """How far painted images are from the real ones of their prompts, if they have one: 1 - cosine of features."""
-        real = [prompt.image for prompt in prompts if prompt.image is not None]
-        if len(real) < len(prompts):
+        if self._real_features is None:
             return []
-        of_real = self.distances.real[0] if self.distances is not None else None
-        ours, theirs = (
-            unit_length(self._features(images, known, what))
-            for images, known, what in ((painted, features, "painted"), (real, of_real, "real"))
-        )
-        scores = 1 - np.einsum("nd,nd->n", ours, theirs).astype(np.float64)
+        ours = unit_length(self._features(painted, features, "painted"))
+        # A sweep paints the first of the prompts.
+        scores = 1 - np.einsum("nd,nd->n", ours, self._real_features[: len(prompts)]).astype(np.float64)
         protocol = {"features": self.networks.features[0].description}
         interval = bootstrap_interval(scores)
         return [Metric(DISTANCE_TO_REFERENCE, float(scores.mean()), protocol, interval, tuple(scores.tolist()))]
+
+    @functools.cached_property
+    def _real_features(self) -> FeatureArray | None:
+        """Features of length one [N, D] of the prompts' real images; None if a prompt has none."""
+        real = [prompt.image for prompt in self.work.prompts if prompt.image is not None]
+        if len(real) < len(self.work.prompts):
+            return None
+        of_real = self.distances.real[0] if self.distances is not None else None
+        return unit_length(self._features(real, of_real, "real"))
 
     def _of_captions(self, captions: Sequence[str]) -> list[Metric]:
         captioned = self.work.captioned
@@ -231,10 +237,11 @@ class Benchmark:
         paths = self._painted_paths(prompts)
         scores: list[float | None] = [None] * len(prompts)
         name = ""
-        for metric in metrics:
-            what = metric.name.removesuffix(" (generated)")
-            if what in ("CLIP cosine", DISTANCE_TO_REFERENCE) and metric.scores is not None and what != metric.name:
-                scores, name = list(metric.scores), what
+        scored = {metric.name: metric.scores for metric in metrics}
+        for what in ("CLIP cosine", DISTANCE_TO_REFERENCE):
+            found = scored.get(f"{what} (generated)")
+            if found is not None:
+                scores, name = list(found), what
         pictures = [
             Picture(
                 str(path.relative_to(self.output)),

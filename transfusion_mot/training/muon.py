@@ -68,17 +68,17 @@ class StackedMuon(Optimizer):
         self, group: dict[str, Any], matrices: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
     ) -> None:
         """Update matrices of one shape."""
-        grad, momentum = torch.stack(grads), torch.stack(momenta)
+        grad, before = torch.stack(grads), torch.stack(momenta)
         if self.grad_scale is not None:
             grad /= self.grad_scale
-        momentum.lerp_(grad, 1 - _MOMENTUM)
+        momentum = before.lerp(grad, 1 - _MOMENTUM)
         # Nesterov's.
         direction = _orthogonal(grad.lerp_(momentum, _MOMENTUM)).type_as(grad)
         update = direction * (group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape)))
         decay = group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             bad = self.found_inf > 0
-            momentum = torch.where(bad, torch.stack(momenta), momentum)
+            momentum = torch.where(bad, before, momentum)
             update = torch.where(bad, 0.0, update)
             decay = decay * (1 - self.found_inf)
         torch._foreach_copy_(momenta, list(momentum.unbind()))
