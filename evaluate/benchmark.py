@@ -62,6 +62,7 @@ def main() -> None:
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
     benchmark = Benchmark(protocol, processes, painter, networks, work, data, output)
 
+    tried = benchmark.settings_to_try(sampling)
     captions = benchmark.paint(sampling)
     metrics = benchmark.measure(sampling, captions)
     notes: list[str] = []
@@ -70,7 +71,7 @@ def main() -> None:
         losses += diffusion_metrics(pipeline, config, sources, accelerator, protocol.loss_documents)
         notes += [] if losses else ["There are no losses: of the run's data no text and no image is held out."]
         metrics += losses
-    sweep = benchmark.sweep(sampling)
+    sweep = benchmark.sweep(tried)
     pictures, score_name = benchmark.pictures(metrics)
     neighbours, reasons = benchmark.neighbours()
     if not processes.is_main_process:

@@ -422,6 +422,23 @@ def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     assert (output / "sweep.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("sweep.guidance_interval=[[0,1],[0.8]]", "guidance_interval is"),
+        ("sweep.num_inference_steps=[2,0]", "num_inference_steps"),
+        ("sweep.scheduler=[NoScheduler]", "NoScheduler"),
+    ],
+)
+def test_a_wrong_setting_of_a_sweep_is_found_before_anything_is_painted(
+    benchmark: Benchmark, tmp_path: Path, word: str, reason: str
+) -> None:
+    status, printed = benchmark(word, "--output", tmp_path / "out")
+    assert status != 0
+    assert reason in printed
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_a_stochastic_scheduler_and_a_sweep_back_to_its_plain_form(
     benchmark: Benchmark, held_out: Path, tmp_path: Path
 ) -> None:

@@ -3,12 +3,14 @@
 Every method is called by all processes, which share the images; the main one receives the numbers.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from accelerate import PartialState
@@ -33,6 +35,7 @@ from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
 from transfusion_mot.evaluation.work import Work
+from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
 
 DISTANCE_TO_REFERENCE = "feature distance to its real image"
@@ -200,32 +203,53 @@ class Benchmark:
                 _logger.warning("captions copied from the nearest training images are left out: %s", error)
             return []
 
-    def sweep(self, sampling: SamplerSettings) -> list[SweepPoint]:
-        """Paint and measure with every setting that the protocol wants to be tried, after `measure`.
+    def settings_to_try(self, sampling: SamplerSettings) -> list[SamplerSettings]:
+        """All settings of the sweep; to be asked before hours of painting, as it finds what is wrong in them.
 
         Raises:
             UserError: A setting does not fit the model.
         """
-        sweep, pipeline = self.protocol.sweep, self.painter.pipeline
+        sweep = self.protocol.sweep
         if not (sweep.guidance_scale or sweep.guidance_interval or sweep.num_inference_steps or sweep.scheduler):
             return []
-        prompts = self.work.prompts[: sweep.num_images]
-        own_scheduler: SchedulerMixin = pipeline.scheduler
+        tried = [
+            SamplerSettings(steps, float(scale), interval, scheduler)
+            for scheduler, steps, interval, scale in itertools.product(
+                sweep.scheduler or [sampling.scheduler],
+                sweep.num_inference_steps or [sampling.num_inference_steps],
+                sweep.guidance_interval or [sampling.guidance_interval],
+                sweep.guidance_scale or [sampling.guidance_scale],
+            )
+        ]
+        for settings in tried:
+            with self._scheduler(settings):
+                self.painter.pipeline.sampling_settings(settings.num_inference_steps, settings.guidance_scale)
+            Guidance(settings.guidance_scale, interval=cast(tuple[float, float], tuple(settings.guidance_interval)))
+        return tried
+
+    @contextlib.contextmanager
+    def _scheduler(self, settings: SamplerSettings) -> Iterator[None]:
+        """The pipeline with the scheduler of some settings."""
+        pipeline = self.painter.pipeline
+        own: SchedulerMixin = pipeline.scheduler
+        if settings.scheduler != sampler_name(own):
+            pipeline.scheduler = make_sampling_scheduler(own, settings.scheduler)
+        try:
+            yield
+        finally:
+            pipeline.scheduler = own
+
+    def sweep(self, tried: Sequence[SamplerSettings]) -> list[SweepPoint]:
+        """Paint and measure with every setting of `settings_to_try`, after `measure`."""
+        prompts = self.work.prompts[: self.protocol.sweep.num_images]
         points = []
-        for scheduler, steps, interval, scale in itertools.product(
-            sweep.scheduler or [sampling.scheduler],
-            sweep.num_inference_steps or [sampling.num_inference_steps],
-            sweep.guidance_interval or [sampling.guidance_interval],
-            sweep.guidance_scale or [sampling.guidance_scale],
-        ):
-            settings = SamplerSettings(steps, float(scale), interval, scheduler)
+        for settings in tried:
+            interval = settings.guidance_interval
             at = "" if interval == [0, 1] else "-at-" + "-".join(f"{t:g}" for t in interval)
-            folder = self.output / "sweep" / f"{scheduler}-{steps}-steps-guidance-{scale:g}{at}"
-            if scheduler != sampler_name(own_scheduler):
-                pipeline.scheduler = make_sampling_scheduler(own_scheduler, scheduler)
-            pipeline.sampling_settings(steps, scale)
-            self.painter.paint(prompts, settings, folder)
-            pipeline.scheduler = own_scheduler
+            name = f"{settings.scheduler}-{settings.num_inference_steps}-steps-guidance-{settings.guidance_scale:g}{at}"
+            folder = self.output / "sweep" / name
+            with self._scheduler(settings):
+                self.painter.paint(prompts, settings, folder)
             metrics, _ = self._of_painted(prompts, settings, folder)
             # Of a sweep only the numbers are kept, not a score of every image.
             points.append(SweepPoint(vars(settings), [replace(metric, scores=None) for metric in metrics]))
