@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder
-from transfusion_mot.config import DataConfig, RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, parse_config, save_config, to_dict
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.loader import LaneLoader
@@ -50,7 +50,7 @@ from transfusion_mot.training.state import (
     refuse_other_run,
     state_tensors,
 )
-from transfusion_mot.training.step import StepResult, train_step
+from transfusion_mot.training.step import StepResult, seed_step, train_step
 from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.towers import check_towers, freeze_towers
 from transfusion_mot.training.validation import Validation
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
     made_of = {
         "autoencoder": autoencoder.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "model": to_dict(config.model),
+        "model": settled_model(config.model),
         "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
         "training.num_rows": training.num_rows,
         "training.seed": training.seed,
@@ -202,6 +202,7 @@ def main(arguments: list[str]) -> None:
         for step, (batch, counts) in enumerate(loader, first_step):
             watchdog.at(step + 1, "training")
             lr = set_lr(optimizer, config.optimizer, step, training.num_steps)
+            seed_step(training.seed, step, rank)
             result = take_step(batch)
             ema.update(bare_model, step)
 
@@ -322,6 +323,14 @@ def settled(data: DataConfig) -> dict[str, Any]:
     free = ("sources", "num_workers", "cache_dir", "latents")
     kept = {key: value for key, value in to_dict(data).items() if key not in free}
     return kept | {"weights of sources": [source.weight for source in data.sources]}
+
+
+def settled_model(model: ModelConfig) -> dict[str, Any]:
+    """What of the model section a run keeps to: all that its weights are made for."""
+    kept = to_dict(model)
+    for tower in kept["towers"].values():
+        del tower["dropout"]
+    return kept
 
 
 def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, num_held_out: int) -> None:

@@ -9,15 +9,16 @@ from accelerate.state import AcceleratorState
 from conftest import numbered_images, sources_of, texts_of, tiny_config
 from torch._dynamo.utils import counters
 
-from transfusion_mot.config import DataConfig, OptimizerConfig
+from transfusion_mot.config import DataConfig, OptimizerConfig, TowerConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.graph import GraphedStep, make_capturable
 from transfusion_mot.training.optimizer import make_optimizer, set_lr
-from transfusion_mot.training.step import StepResult, train_step
+from transfusion_mot.training.step import StepResult, seed_step, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -26,9 +27,19 @@ ROWS = 8
 
 
 class Run:
-    """A tiny model on the rows of some lanes: compiled in bfloat16 on CUDA; eager on the CPU, in float32 by default."""
+    """A tiny model on the rows of some lanes: in bfloat16 on CUDA, compiled by default; eager on the CPU, in float32 by
+    default."""
 
-    def __init__(self, device: str, tokenizer: TextTokenizer, precision: str = "no", optimizer: str = "adamw") -> None:
+    def __init__(
+        self,
+        device: str,
+        tokenizer: TextTokenizer,
+        precision: str = "no",
+        optimizer: str = "adamw",
+        dropout: float = 0.0,
+        checkpointing: Checkpointing = "none",
+        compiled: bool = True,
+    ) -> None:
         self.device = torch.device(device)
         on_gpu = device == "cuda"
         self.diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
@@ -41,12 +52,16 @@ class Run:
         )  # fmt: skip
         self.states = self.packer.initial_state()[None].repeat(ROWS, axis=0)
         torch.manual_seed(0)
-        config = tiny_config(head_dim=32, rope="3d")
+        towers = {name: TowerConfig(16, 24, dropout) for name in ("text", "image")}
+        config = tiny_config(head_dim=32, rope="3d", towers=towers)
         self.bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, config).to(self.device)
         self.optimizer = make_optimizer(self.bare, OptimizerConfig(name=optimizer, lr=3e-3))
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else precision)
-        if on_gpu:
+        self.bare.checkpoint_activations(checkpointing)
+        if not compiled:
+            self.bare.attention = "sdpa"  # FlexAttention would compile itself
+        elif on_gpu:
             self.bare.compile_blocks()
         self.model = self.accelerator.prepare_model(self.bare)
         self.done = 0
@@ -100,6 +115,51 @@ def test_recorded_step_is_the_plain_one(byte_tokenizer, optimizer: str) -> None:
     take_step(batch)
     assert not all(torch.equal(one, two) for one, two in zip(before, recorded.bare.parameters(), strict=True))
     assert all(parameter.isfinite().all() for parameter in recorded.bare.parameters())
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_every_replay_drops_by_its_seed(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
+    run = Run("cuda", byte_tokenizer, dropout=0.5, checkpointing=checkpointing, compiled=compiled)
+    make_capturable(run.optimizer)
+    take_step = GraphedStep(run.step)
+    batch = run.batch()
+    for step in range(5):  # the fourth records
+        seed_step(0, step, 0)
+        take_step(batch)
+    for group in run.optimizer.param_groups:
+        group["lr"].zero_()  # the weights stay
+
+    def losses(step: int) -> StepResult:
+        seed_step(0, step, 0)
+        return take_step(batch)
+
+    one, other, again = losses(5), losses(6), losses(5)
+    assert torch.equal(one.loss_sums, again.loss_sums)
+    assert not torch.equal(one.text_losses, other.text_losses)
+    assert not torch.equal(one.image_losses, other.image_losses)
+    torch.testing.assert_close(again.grad_norm, one.grad_norm, rtol=1e-3, atol=0)
+    # What is recorded drops what the step itself does.
+    seed_step(0, 5, 0)
+    plain = run.step(batch)
+    torch.testing.assert_close(one.loss_sums, plain.loss_sums, rtol=2e-3, atol=0)
+    torch.testing.assert_close(one.grad_norm, plain.grad_norm, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_what_is_computed_again_drops_the_same(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
+    kinds: list[Checkpointing] = ["none", checkpointing]
+    plain, again = (Run("cuda", byte_tokenizer, dropout=0.5, checkpointing=kind, compiled=compiled) for kind in kinds)
+    for _ in range(3):
+        plain.step(plain.batch())
+    again.bare.load_state_dict(plain.bare.state_dict())
+    batch, results = plain.batch(), []
+    for run in (plain, again):
+        seed_step(0, 0, 0)
+        results.append(run.step(batch))
+    torch.testing.assert_close(results[1].loss_sums, results[0].loss_sums, rtol=2e-3, atol=0)
+    torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=2e-2, atol=0)
 
 
 def test_a_step_neither_waits_for_the_device_nor_compiles_again(byte_tokenizer) -> None:

@@ -181,8 +181,9 @@ def kept_by_compiler(
             {"towers": {"shared": TowerConfig(32, 80)}, "modalities": {"text": "shared", "image": "shared"}},
             {"shared": 384},
         ),
+        ({"towers": {"text": TowerConfig(32, 80), "image": TowerConfig(32, 80, 0.5)}}, {"text": 128, "image": 256}),
     ],
-    ids=["mot", "other widths", "tied", "dense"],
+    ids=["mot", "other widths", "tied", "dense", "dropout"],
 )
 def test_block_keeps_what_the_compiler_keeps(changes, slots, checkpointing, monkeypatch) -> None:
     config = tiny_config(**changes, num_heads=4, num_kv_heads=2)

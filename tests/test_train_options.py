@@ -7,7 +7,7 @@ import pytest
 import torch
 from process_group import run_processes
 from test_train import interrupt_after
-from training_runs import assert_same, final_state
+from training_runs import TOWER, assert_same, final_state
 
 import train
 from transfusion_mot.errors import UserError
@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "frozen tower": {"training": {"frozen_towers": ["text"], "z_loss_weight": 1e-4}},
     "selective checkpointing": {"training": {"activation_checkpointing": "selective"}},
     "full checkpointing": {"training": {"activation_checkpointing": "full"}},
+    "dropout": {"model": {"towers": {"text": TOWER | {"dropout": 0.1}, "image": TOWER | {"dropout": 0.5}}}},
 }
 
 
@@ -48,6 +49,22 @@ def test_options_of_the_step_resume_exactly(arguments, tmp_path: Path, monkeypat
     line = read_metrics(tmp_path / "whole" / "metrics.jsonl")[-2]
     towers = {"image"} if name == "frozen tower" else {"image", "text"}
     assert {key for key in line if key.startswith("grad_norm/")} == {f"grad_norm/{tower}" for tower in towers}
+
+
+def test_dropout_may_change_in_a_run(arguments, tmp_path: Path) -> None:
+    """A state says nothing of it, so that those of runs before it was there are gone on from, too."""
+    constant = {"optimizer": {"lr_schedule": "constant"}}
+    train.main(arguments(**constant, training={"num_steps": 2}))
+    assert final_state(tmp_path / "run")["made_of"]["model"]["towers"] == {"text": TOWER, "image": TOWER}
+    dropout = {"model": {"towers": {"text": TOWER | {"dropout": 0.5}, "image": TOWER}}}
+    train.main(arguments(**constant, **dropout, training={"num_steps": 3}))
+    train.main(arguments("plain", **constant, training={"num_steps": 3}))
+    losses = [
+        [line["text_loss"] for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
+        for run in ("run", "plain")
+    ]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] != losses[1][2]
 
 
 def test_step_that_cannot_be_recorded_is_refused(arguments) -> None:

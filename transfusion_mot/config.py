@@ -159,10 +159,14 @@ class TowerConfig:
     Attributes:
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU feed-forward.
+        dropout: Chance, below 1, that an element of what an attention or a feed-forward adds to the stream is dropped
+            in training; 0 is off. What is dropped follows from seed, step, process and microbatch, so that a gradient
+            then does depend on how rows are split. It may change when a run is resumed.
     """
 
     hidden_size: int = 384
     intermediate_size: int = 1024
+    dropout: float = 0.0
 
 
 @dataclass
@@ -280,7 +284,8 @@ class TrainingConfig:
             so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. The text loss in the log is without it.
         frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
-        seed: Seed of initialisation and, with row and step, of every random draw in the data.
+        seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of
+            what dropout drops.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
         cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what

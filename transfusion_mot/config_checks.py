@@ -98,6 +98,10 @@ def check_ranges(config: Any) -> None:
     for name, tower in (value("model.towers") or {}).items():
         if min(tower.hidden_size, tower.intermediate_size) < 1:
             raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
+        if not 0 <= tower.dropout < 1:
+            raise UserError(
+                f"configuration: model.towers.{name}.dropout is {tower.dropout}; it must be at least 0 and below 1"
+            )
     for source in value("data.sources") or []:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")

@@ -27,6 +27,8 @@ if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
 
 Streams = dict[str, Tensor]
+# Tower to which elements are kept [B, slots, D] of what its attention, and its feed-forward, add to the stream.
+DropoutMasks = dict[str, tuple[Tensor, Tensor]]
 SHARED = "shared"
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -78,6 +80,7 @@ class MoTBlock(nn.Module):
         self.output = TowerModules(config, "output", lambda t: nn.Linear(attention_size, t.hidden_size, bias=False))
         self.ffn_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
         self.ffn = TowerModules(config, "ffn", lambda t: SwiGLU(t.hidden_size, t.intermediate_size))
+        self.dropout = {name: tower.dropout for name, tower in config.towers.items() if tower.dropout}
         self.checkpointing: Checkpointing = "none"
 
     def forward(
@@ -88,21 +91,37 @@ class MoTBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Streams:
         """Streams => streams. With a cache, attention reads that and needs no mask."""
+        dropout_masks = self._draw_masks(streams) if self.training and cache is None else {}
         if self.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
-            return self._transform(streams, rotary, mask, cache)
+            return self._transform(streams, rotary, mask, cache, dropout_masks)
         kept: dict[str, Any] = {}
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        # Inside of what is compiled: the compiler then sees which operations to keep. A block draws nothing at random.
+        # Inside of what is compiled: the compiler then sees which operations to keep. Nothing is drawn at random in
+        # here: what a compiled block draws again comes from generators of the compiler, which no seed of ours reaches.
         return checkpoint(
-            lambda: self._transform(streams, rotary, mask, None),
+            lambda: self._transform(streams, rotary, mask, None, dropout_masks),
             use_reentrant=False,
             preserve_rng_state=False,
             **kept,
         )
 
+    def _draw_masks(self, streams: Streams) -> DropoutMasks:
+        """Masks for the towers that have dropout."""
+        masks = {}
+        for tower, rate in self.dropout.items():
+            if tower in streams:
+                of_attention, of_ffn = torch.rand(2, *streams[tower].shape, device=streams[tower].device)
+                masks[tower] = of_attention >= rate, of_ffn >= rate
+        return masks
+
     def _transform(
-        self, streams: Streams, rotary: tuple[Tensor, Tensor], mask: AttentionMask | None, cache: LayerCache | None
+        self,
+        streams: Streams,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask | None,
+        cache: LayerCache | None,
+        dropout_masks: DropoutMasks,
     ) -> Streams:
         lengths = [hidden.shape[1] for hidden in streams.values()]
         projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
@@ -115,8 +134,10 @@ class MoTBlock(nn.Module):
             attended_BSA = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2)
         result = {}
         for (tower, hidden), attended in zip(streams.items(), attended_BSA.split(lengths, dim=1), strict=True):
-            hidden = hidden + self.output[tower](attended)
-            result[tower] = hidden + self.ffn[tower](self.ffn_norm[tower](hidden))
+            of_attention, of_ffn = dropout_masks.get(tower, (None, None))
+            rate = self.dropout.get(tower, 0.0)
+            hidden = hidden + _dropped(self.output[tower](attended), of_attention, rate)
+            result[tower] = hidden + _dropped(self.ffn[tower](self.ffn_norm[tower](hidden)), of_ffn, rate)
         return result
 
     def _joint_heads(
@@ -136,6 +157,11 @@ class MoTBlock(nn.Module):
             parts.append((rotate(q_BSNH, cos, sin), rotate(k_BSMH, cos, sin), v_BSMH))
         q_BSNH, k_BSMH, v_BSMH = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return q_BSNH, k_BSMH, v_BSMH
+
+
+def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    """Only what the mask keeps, scaled so that the mean stays; everything without a mask."""
+    return added if mask is None else added * mask / (1 - rate)
 
 
 def check_architecture(config: ModelConfig) -> None:

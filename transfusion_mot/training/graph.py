@@ -20,8 +20,8 @@ class GraphedStep:
     """A training step, replayed from a CUDA graph once it is recorded; one for each shape of batch.
 
     All that changes from step to step must be on the device: the batch, which is copied to where the graph reads it,
-    and the learning rate, for which `make_capturable` prepares the optimizer. The graphs keep the memory of a step for
-    themselves between steps.
+    and the learning rate, for which `make_capturable` prepares the optimizer. Each replay takes its seed from torch's
+    generator, which `seed_step` sets before. The graphs keep the memory of a step for themselves between steps.
 
     Args:
         step: Forward, backward and update, without waiting for the device.

@@ -109,7 +109,9 @@ def kept_by_block(config: ModelConfig, slots: dict[str, int], checkpointing: Che
             numbers += 2 * hidden + projection + ffn + (attention if len(slots) > 1 else 0)
         # The sum of exponentials of each head, and the scale of each norm, in float32.
         scales = {"none": 4 * config.num_heads + 8, "selective": 4 * config.num_heads, "full": 0}[checkpointing]
-        total += count * (numbers * width + scales)
+        # Which elements dropout keeps, one byte each, of what attention and feed-forward add.
+        masks = 2 * hidden if config.towers[tower].dropout else 0
+        total += count * (numbers * width + scales + masks)
     return total
 
 

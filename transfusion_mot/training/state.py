@@ -1,7 +1,7 @@
 """Training states: everything a run goes on from, written by torch.distributed.checkpoint, each rank its share.
 
 Tensors have names, not places: any number of ranks reads them, sharded or not. There is no state of random generators:
-every draw comes from the seed, the row and the step.
+every draw comes from the seed, the step, and the row or process.
 """
 
 import json

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -93,6 +94,14 @@ def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) 
     optimizer.step()
 
 
+def seed_step(seed: int, step: int, process_index: int) -> None:
+    """Let all that a step draws at random, the masks of dropout, follow from the step and the process alone.
+
+    Only generators on the host are set, from which each kernel takes its seed; a CUDA graph does so at each replay.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1, np.uint64)[0]))
+
+
 def train_step(
     model: nn.Module,
     batch: Batch,
@@ -107,7 +116,7 @@ def train_step(
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
     Each loss is a sum over its own count of the whole global batch, so that the gradient does not depend on how rows
-    are spread over microbatches and ranks.
+    are spread over microbatches and ranks, unless a tower has dropout.
     """
     counts = accelerator.reduce(loss_counts(batch), reduction="sum")
     # Data parallelism averages over ranks what must be a sum.
