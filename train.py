@@ -34,6 +34,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.previews import Previews
 from transfusion_mot.training.checkpoint import clear_behind, find_state, written_aside
 from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.float8 import check_float8, convert_to_float8
 from transfusion_mot.training.graph import GraphedStep, check_graphed, make_capturable
 from transfusion_mot.training.guards import Guards
 from transfusion_mot.training.log import RunLog
@@ -82,6 +83,8 @@ def main(arguments: list[str]) -> None:
     # What is read: the main process indexes it, the others then find the index; all encode the images together.
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
     check_image_sizes(config.data, autoencoder, config.model.patch_size)
+    if training.float8:
+        check_float8(config, accelerator, autoencoder)
     with accelerator.main_process_first():
         documents = open_documents(config.data, "train")
         held_out_documents = open_documents(config.data, "held_out")
@@ -120,6 +123,8 @@ def main(arguments: list[str]) -> None:
     place(bare_model, accelerator, training.seed)
     bare_model.attention = training.attention
     freeze_towers(bare_model, training.frozen_towers)
+    if training.float8:
+        convert_to_float8(bare_model)
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
     if training.cuda_graph:

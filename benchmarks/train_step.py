@@ -37,6 +37,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.graph import WARM_UP, GraphedStep, make_capturable
 from transfusion_mot.training.optimizer import make_optimizer
@@ -59,6 +60,7 @@ class Contender:
         diffusion: The objective.
         accelerator: Of the run.
         cuda_graph: Record the step as a CUDA graph.
+        float8: Multiply 8-bit numbers in the blocks.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Contender:
         diffusion: Diffusion,
         accelerator: Accelerator,
         cuda_graph: bool,
+        float8: bool,
     ) -> None:
         torch.manual_seed(0)
         self.name = name
@@ -79,6 +82,8 @@ class Contender:
         with torch.device("meta"):
             self.model = TransfusionMoT.from_config_section(size.vocab_size, CHANNELS, self.config)
         place(self.model, accelerator, seed=0)
+        if float8:
+            convert_to_float8(self.model)
         self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
         trained: nn.Module = self.model
         on_gpu = accelerator.device.type == "cuda"
@@ -225,6 +230,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
     parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
+    parser.add_argument("--float8", action="store_true", help="8-bit matrix products in the blocks of mot and dense")
     parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args(arguments)
@@ -235,6 +241,8 @@ def main(arguments: list[str]) -> None:
     device = accelerator.device
     if accelerator.is_fsdp2 and options.contenders != ["mot"]:
         parser.error("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
+    if options.float8 and (accelerator.is_fsdp2 or not set(options.contenders) <= {"mot", "dense"}):
+        parser.error("--float8 is for --contenders mot dense, without FSDP2: the others compute in bfloat16")
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
     with tempfile.TemporaryDirectory() as own:
         # One for all processes: that of the first.
@@ -251,7 +259,8 @@ def main(arguments: list[str]) -> None:
             "contenders": {},
         }
         options.output.mkdir(parents=True, exist_ok=True)
-        variant = f"{accelerator.num_processes}x{parallelism}{'-graph' if options.cuda_graph else ''}"
+        variant = f"{accelerator.num_processes}x{parallelism}"
+        variant += ("-graph" if options.cuda_graph else "") + ("-float8" if options.float8 else "")
         name = f"train_step-{options.size}-{options.layout or options.size}-{variant}.json"
         with contextlib.closing(batches):
             for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
@@ -284,7 +293,9 @@ def compare(
                 if name == "transfusion_pytorch":
                     contenders[name] = Rival(size, device, options.rival_rows)
                 else:
-                    contenders[name] = Contender(name, size, batches, diffusion, accelerator, options.cuda_graph)
+                    contenders[name] = Contender(
+                        name, size, batches, diffusion, accelerator, options.cuda_graph, options.float8
+                    )
             contender = contenders[name]
             contender.move(device)
             if turn == 0:

@@ -1,5 +1,6 @@
 """The benchmark of a training step at toy size: that it runs, asserts equality and writes what it says."""
 
+import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -25,6 +26,28 @@ def test_contenders_take_turns_and_are_reported(tmp_path: Path, capsys: pytest.C
     assert {"device", "torch", "commit", "date"} <= set(report)
     assert report["command"] == "python -m benchmarks.train_step --size tiny --steps 2 --workers 0"
     assert "| gather_scatter |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+def test_mot_and_dense_are_timed_with_8_bit_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, convert = [], train_step.convert_to_float8
+    monkeypatch.setattr(train_step, "convert_to_float8", lambda model: (models.append(model), convert(model)))
+    words = ["--size", "tiny", "--steps", "2", "--workers", "0", "--contenders", "mot", "dense", "--float8"]
+    train_step.main([*words, "--output", str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    assert file.name == "train_step-tiny-tiny-1x-float8.json"
+    report = json.loads(file.read_text())
+    assert list(report["contenders"]) == ["mot", "dense"]
+    assert all(len(result["milliseconds"]) == 2 for result in report["contenders"].values())
+    # Layers, towers, and five matrices.
+    kinds = [[type(module).__name__ for module in model.modules()] for model in models]
+    assert [names.count("Float8Linear") for names in kinds] == [2 * 2 * 5, 2 * 5]
+
+
+def test_8_bit_products_are_for_mot_and_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main(["--size", "tiny", "--float8", "--output", str(tmp_path)])
+    assert "--float8 is for --contenders mot dense" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", [["--output", "/mine/out put"], ["--output=/mine"], ["--out", "/mine"]])

@@ -291,6 +291,9 @@ class TrainingConfig:
         cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what
             a model needs that computes faster than the host can ask it to. On one CUDA device; the memory of a step
             stays taken between steps.
+        float8: Compute the matrix products of the blocks with 8-bit numbers, one scale for each tensor; the weights
+            stay float32. For wide models on GPUs of compute capability 8.9 or more (Ada, Hopper); needs `compile` and
+            the package torchao. A run can be resumed with it or without.
         attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
             chooses by device and length of a row and says why.
         activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of
@@ -323,6 +326,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
     cuda_graph: bool = False
+    float8: bool = False
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: int = 10

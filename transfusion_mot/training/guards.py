@@ -199,6 +199,9 @@ class Guards:
         )
         sums = zip(record.text_by_row, record.diffusion_by_row, strict=True)
         rows = [row for row, (text, image) in enumerate(sums) if not math.isfinite(text + image)]
+        if self.config.float8:
+            # The rows of a microbatch share scales: one that is not finite makes all of them so.
+            rows = []
         if find_rows and not rows:
             rows = self._rows_of_bad_gradient(record)
         if not rows:

@@ -1,0 +1,80 @@
+"""Matrix products of 8-bit numbers in the blocks, by torchao: `training.float8`."""
+
+import importlib.util
+
+import torch
+from accelerate import Accelerator
+
+from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.config import RunConfig
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
+
+# What the widths of such a product are multiples of. Slots are one in the backward pass, of the weights' gradients.
+_MULTIPLE = 16
+# Compute capability of the first GPUs that have them, Ada; Hopper is 9.0.
+_CAPABILITY = (8, 9)
+
+
+def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> None:
+    """Refuse `training.float8` where it does not run or takes longer than bfloat16.
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        autoencoder: Says how many patches an image has.
+
+    Raises:
+        UserError: Names what is in the way.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError('training.float8 needs the package torchao: pip install "transfusion-mot[float8]"')
+    if accelerator.is_fsdp2:
+        raise UserError("training.float8 has not been tried with FSDP2; set it to false, or use DDP or one device")
+    if not config.training.compile:
+        raise UserError(
+            "training.float8 without training.compile takes longer than bfloat16; set training.compile to true, or "
+            "training.float8 to false"
+        )
+    if wrong := {key: width for key, width in _widths(config, autoencoder).items() if width % _MULTIPLE}:
+        named = " and ".join(f"{key} is {width}" for key, width in wrong.items())
+        raise UserError(f"training.float8 needs multiples of {_MULTIPLE}, and {named}; change that, or set it to false")
+    device = accelerator.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise UserError(
+            "training.float8 needs a GPU that multiplies 8-bit numbers (compute capability 8.9 or more: Ada, Hopper "
+            f"and newer), and this run is on {name}; set it to false"
+        )
+
+
+def _widths(config: RunConfig, autoencoder: Autoencoder) -> dict[str, int]:
+    """What is multiplied in the blocks is as wide as this; keys of the configuration to widths."""
+    model, data = config.model, config.data
+    widths = {}
+    for name, tower in model.towers.items():
+        widths[f"model.towers.{name}.hidden_size"] = tower.hidden_size
+        widths[f"model.towers.{name}.intermediate_size"] = tower.intermediate_size
+    widths["model.num_heads * model.head_dim"] = model.num_heads * model.head_dim
+    if model.num_kv_heads is not None:
+        # Keys and values stand side by side.
+        widths["2 * model.num_kv_heads * model.head_dim"] = 2 * model.num_kv_heads * model.head_dim
+    # A row alone must do: the rows of a step that is not finite are looked at one by one.
+    widths["data.text_slots"] = data.text_slots
+    side = autoencoder.downsampling * model.patch_size
+    for height, width in data.image_sizes:
+        patches = (height // side) * (width // side)
+        widths[f"data.images_per_row * {patches} patches"] = data.images_per_row * patches
+    return widths
+
+
+def convert_to_float8(model: TransfusionMoT) -> None:
+    """Let the linear layers of the blocks multiply 8-bit numbers, forward and backward; before `compile_blocks`.
+
+    What is multiplied is rounded when it is, with one scale for a whole tensor; the parameters stay the objects that
+    they are, under their names. Embedding, head, image adapter and attention compute as before.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # With a scale for each row a step takes longer than in bfloat16 (docs/scaling.md).
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name("tensorwise"))
