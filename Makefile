@@ -39,7 +39,6 @@ demo: install
 	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)
 
 test: install
-	$(BIN)/python -m pip install --quiet -e ".[float8]"
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: install

@@ -26,7 +26,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from training_runs import final_state
 
 import train
-from transfusion_mot.config import RunConfig, TowerConfig
+from transfusion_mot.config import RunConfig, TowerConfig, TrainingConfig
 from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -263,5 +263,14 @@ def test_first_gpus_that_multiply_8_bit_numbers(monkeypatch, capability: tuple[i
     if fits:
         check_float8(RunConfig(), device, autoencoder)
     else:
-        with pytest.raises(UserError, match="this run is on an A100; set it to false"):
+        with pytest.raises(UserError, match=r"this run is on an A100; set training\.float8 to false"):
             check_float8(RunConfig(), device, autoencoder)
+
+
+@needs_torchao
+def test_single_precision_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
+    config = RunConfig(training=TrainingConfig(mixed_precision="no"))
+    with pytest.raises(UserError, match=r"training\.mixed_precision is no; set that to bf16"):
+        check_float8(config, device, SimpleNamespace(downsampling=4))

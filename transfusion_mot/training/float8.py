@@ -30,7 +30,9 @@ def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoe
     if importlib.util.find_spec("torchao") is None:
         raise UserError('training.float8 needs the package torchao: pip install "transfusion-mot[float8]"')
     if accelerator.is_fsdp2:
-        raise UserError("training.float8 has not been tried with FSDP2; set it to false, or use DDP or one device")
+        raise UserError(
+            "training.float8 has not been tried with FSDP2; set training.float8 to false, or use DDP or one device"
+        )
     if not config.training.compile:
         raise UserError(
             "training.float8 without training.compile takes longer than bfloat16; set training.compile to true, or "
@@ -38,13 +40,20 @@ def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoe
         )
     if wrong := {key: width for key, width in _widths(config, autoencoder).items() if width % _MULTIPLE}:
         named = " and ".join(f"{key} is {width}" for key, width in wrong.items())
-        raise UserError(f"training.float8 needs multiples of {_MULTIPLE}, and {named}; change that, or set it to false")
+        raise UserError(
+            f"training.float8 needs multiples of {_MULTIPLE}, and {named}; change that, or set training.float8 to false"
+        )
     device = accelerator.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
             "training.float8 needs a GPU that multiplies 8-bit numbers (compute capability 8.9 or more: Ada, Hopper "
-            f"and newer), and this run is on {name}; set it to false"
+            f"and newer), and this run is on {name}; set training.float8 to false"
+        )
+    if config.training.mixed_precision == "no":
+        raise UserError(
+            "training.float8 goes with bfloat16, and training.mixed_precision is no; set that to bf16, or "
+            "training.float8 to false"
         )
 
 
@@ -76,5 +85,5 @@ def convert_to_float8(model: TransfusionMoT) -> None:
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    # With a scale for each row a step takes longer than in bfloat16 (docs/scaling.md).
+    # With a scale for each row a step takes longer than in bfloat16 (benchmarks/README.md).
     convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name("tensorwise"))

@@ -116,7 +116,7 @@ def train_step(
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
     Each loss is a sum over its own count of the whole global batch, so that the gradient does not depend on how rows
-    are spread over microbatches and ranks, unless a tower has dropout.
+    are spread over microbatches and ranks, unless a tower has dropout or products have 8 bits.
     """
     counts = accelerator.reduce(loss_counts(batch), reduction="sum")
     # Data parallelism averages over ranks what must be a sum.
