@@ -1,15 +1,17 @@
-"""Who attends to whom, against a double loop, and the cache."""
+"""Who attends to whom, against a double loop and PyTorch's block masks, and the cache."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     KVCache,
     SlotIds,
     attention_kernel,
+    block_mask,
     cached_attention,
     dense_mask,
     joint_attention,
@@ -71,6 +73,61 @@ def test_mask_of_one_image_against_everything(slots, data) -> None:
 def test_rows_of_a_batch_have_their_own_mask() -> None:
     rows = [[(0, 0, -1), (0, 1, -1)], [(0, 0, 1), (0, 1, 1)]]
     assert dense_mask(slot_ids(rows), slot_ids(rows)).tolist() == [loop_mask(row, row) for row in rows]
+
+
+def packed_slots(rows: int, length: int, clean: bool, seed: int) -> SlotIds:
+    """Rows of documents of any lengths, text before patches as in a batch, and padding; with images to be seen or not.
+
+    The first row is one document.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    batch = []
+    for row in range(rows):
+        slots: list[tuple[int, int, int]] = []
+        document, order, span = 0, 0, 0
+        for _ in range(100):
+            is_image = drawn(2) == 1
+            size = 1 + drawn(length // 2 + 1)
+            slots += [(document, order + i, span if is_image else -1) for i in range(size)]
+            order, span = order + size, span + is_image
+            if row and drawn(2):
+                document, order = document + 1, 0
+        slots = slots[: length - drawn(length // 4 + 1)]
+        slots += [(-1, 0, -1)] * (length - len(slots))
+        batch.append(sorted(slots, key=lambda slot: (slot[0] < 0, slot[2] >= 0)))
+    copies = torch.rand(rows, 100, generator=generator) < 0.5 if clean else None
+    return SlotIds.from_spans(*torch.tensor(batch).permute(2, 0, 1), copies)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize(("rows", "length"), [(3, 600), (1, 4096), (4, 1024), (3, 128), (3, 129), (2, 100), (1, 1)])
+def test_block_mask_is_that_of_pytorch(rows: int, length: int, clean: bool) -> None:
+    slots = packed_slots(rows, length, clean, seed=length)
+    with torch.compiler.set_stance("force_eager"):
+        mask = block_mask(slots)
+    dense = dense_mask(slots, slots)
+    expected = create_block_mask(lambda b, h, q, k: dense[b, q, k], rows, None, length, length, "cpu")
+    assert (mask.shape, mask.seq_lengths, mask.BLOCK_SIZE) == (expected.shape, (length, length), (128, 128))
+    for side in ("kv", "q"):
+        for name in (f"{side}_num_blocks", f"{side}_indices", f"full_{side}_num_blocks", f"full_{side}_indices"):
+            found, wanted = getattr(mask, name), getattr(expected, name)
+            assert torch.equal(found, wanted), name
+            assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride()), name
+    if length >= 600:
+        partial, full = int(expected.kv_num_blocks.sum()), int(expected.full_kv_num_blocks.sum())
+        empty = expected.kv_indices.numel() - partial - full
+        assert min(partial, full, empty) > 0, "all three kinds of blocks are met"
+
+
+def test_what_lies_behind_the_end_of_a_row_attends_to_nobody() -> None:
+    zeros = torch.zeros(1, 129, dtype=torch.long)
+    with torch.compiler.set_stance("force_eager"):
+        mask = block_mask(SlotIds(zeros, zeros + 1, zeros, None))
+    assert not mask.to_dense().any(), "no slot sees even itself"
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DENSE, make_rows, tiny_config, tiny_model
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from transfusion_mot.config import TowerConfig
 from transfusion_mot.models.attention import (
@@ -22,8 +22,8 @@ from transfusion_mot.models.attention import (
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 GRID = (4, 4)
-# Text slots T and images K a row; the length T + 16 K is a multiple of 128 in the first only.
-LAYOUTS = {256: (64, 12), 200: (72, 8), 100: (52, 3), 24: (8, 1)}
+# Text slots T and images K a row; the length T + 16 K is a multiple of 128 in the first two only.
+LAYOUTS = {4096: (2048, 128), 256: (64, 12), 200: (72, 8), 100: (52, 3), 24: (8, 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,19 @@ def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int, clean:
     for row, block_q, block_k in (~blocks).nonzero().tolist():
         part = dense[row, block_q * size[0] : (block_q + 1) * size[0], block_k * size[1] : (block_k + 1) * size[1]]
         assert not part.any()
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("length", [256, 200, 4096])
+def test_block_mask_is_that_of_pytorch(length: int, clean: bool) -> None:
+    """Compiled; eager it is compared for more rows without a GPU."""
+    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
+    mask = block_mask(slots)
+    rows = slots.order.shape[0]
+    expected = create_block_mask(mask.mask_mod, rows, None, length, length, "cuda")
+    for side in ("kv", "q"):
+        for name in (f"{side}_num_blocks", f"{side}_indices", f"full_{side}_num_blocks", f"full_{side}_indices"):
+            assert torch.equal(getattr(mask, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

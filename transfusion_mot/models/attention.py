@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from transfusion_mot.errors import UserError
 
@@ -17,6 +17,10 @@ AttentionMask = BlockMask | Tensor
 
 # A horizon beyond every order, in 32 bits.
 _BEYOND = 2**31 - 1
+
+# FlexAttention skips blocks of this many slots.
+_BLOCK = 128
+_Listed = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,67 @@ def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
     )
 
 
-# Eager creation walks the full S x S mask in Python-launched kernels: 35 ms against 4 ms compiled.
-_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+def _listed(blocks: Tensor) -> _Listed:
+    """Bool [..., n] => int32: how many are True [...], and the places of these, then of the others [..., n].
+
+    A stable sort says the same, but PyTorch 2.11 unrolls it: for n = 32 its kernel alone compiles for half a minute.
+    Comparing all places is little beside the pairs of slots, and unlike `cumsum` compiles for any n.
+    """
+    places = torch.arange(blocks.shape[-1], device=blocks.device)
+    count = blocks.sum(-1, keepdim=True)
+    before = (blocks[..., None, :] & (places < places[:, None])).sum(-1)
+    ranks = torch.where(blocks, before, count + places - before)
+    listed = torch.zeros_like(ranks, dtype=torch.int32).scatter(-1, ranks, places.int().expand(ranks.shape))
+    return count.squeeze(-1).int(), listed
+
+
+def _attending_blocks(
+    document_ids: Tensor, order: Tensor, horizon: Tensor, last_horizon: Tensor | None
+) -> tuple[_Listed, _Listed, _Listed, _Listed]:
+    """The lists of a `BlockMask`, as `create_block_mask` makes them, but without its sort; see `_listed`.
+
+    Args:
+        document_ids, order, horizon, last_horizon: [B, S], see `SlotIds`.
+
+    Returns:
+        Numbers [B, 1, n] and places [B, 1, n, n] of the blocks of keys that a block of queries sees in part, of those
+        that all of it sees in full, and both again of the blocks of queries for a block of keys.
+    """
+    rows, length = document_ids.shape
+    num_blocks = -(-length // _BLOCK)
+
+    def in_blocks(ids: Tensor, filler: int = 0) -> Tensor:
+        return F.pad(ids, (0, num_blocks * _BLOCK - length), value=filler).view(rows, num_blocks, _BLOCK)
+
+    # Rows, blocks of queries, blocks of keys, queries of a block, keys of a block.
+    def of_queries(ids: Tensor) -> Tensor:
+        return ids[:, :, None, :, None]
+
+    def of_keys(ids: Tensor) -> Tensor:
+        return ids[:, None, :, None]
+
+    # Behind the end of a row nobody attends: there, queries and keys are of two documents that no slot has.
+    allowed = _may_attend(
+        of_queries(in_blocks(document_ids, -2)),
+        of_queries(in_blocks(horizon)),
+        of_keys(in_blocks(document_ids, -3)),
+        of_keys(in_blocks(order)),
+        None if last_horizon is None else of_keys(in_blocks(last_horizon)),
+    )
+    pairs = allowed.sum((-2, -1), dtype=torch.int32)[:, None]
+    full = pairs == _BLOCK * _BLOCK
+    partial = (pairs > 0) & ~full
+    return _listed(partial), _listed(full), _listed(partial.mT), _listed(full.mT)
+
+
+# One kernel counts the pairs of each block and stores none of them; eager, all pairs of slots would lie in memory.
+_compiled_attending_blocks = torch.compile(_attending_blocks, dynamic=False)
 # Outside of a compiled block, eager flex attention would materialise all scores; inside, this is a no-op.
 _flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def block_mask(slots: SlotIds) -> BlockMask:
-    """FlexAttention's sparse form of the mask, the same for all heads; built once per batch."""
+    """FlexAttention's sparse form of the mask, the same for all heads; built once per batch, waits for no device."""
     # The kernel reads them for every pair of slots: 32 bits are half of the bytes and of the instructions.
     document_ids, order, horizon = slots.document_ids.int(), slots.order.int(), slots.horizon.int()
     last_horizon = None if slots.last_horizon is None else slots.last_horizon.int()
@@ -96,16 +153,13 @@ def block_mask(slots: SlotIds) -> BlockMask:
         seen_until = None if last_horizon is None else last_horizon[b, k]
         return _may_attend(document_ids[b, q], horizon[b, q], document_ids[b, k], order[b, k], seen_until)
 
-    rows, length = document_ids.shape
-    return _create_block_mask(mask_mod, rows, None, length, length, device=document_ids.device)
+    keys, full_keys, queries, full_queries = _compiled_attending_blocks(document_ids, order, horizon, last_horizon)
+    lengths, sizes = (order.shape[1], order.shape[1]), (_BLOCK, _BLOCK)
+    return BlockMask(lengths, *keys, *full_keys, *queries, *full_queries, BLOCK_SIZE=sizes, mask_mod=mask_mod)
 
 
 Kernel = Literal["flex", "sdpa"]
 KernelChoice = Literal["auto", "flex", "sdpa"]
-
-# FlexAttention skips blocks of this many slots, so a shorter row gives it nothing to skip. Before PyTorch pull request
-# 185349 it also fails there with grouped heads.
-_BLOCK = 128
 
 
 def attention_kernel(choice: KernelChoice, device_type: str, length: int) -> tuple[Kernel, str]:
@@ -124,6 +178,8 @@ def attention_kernel(choice: KernelChoice, device_type: str, length: int) -> tup
         return "sdpa", f"FlexAttention has no backward on the device '{device_type}'"
     if choice == "flex":
         return "flex", "as training.attention says"
+    # A row of a part of a block gives FlexAttention nothing to skip. Before PyTorch pull request 185349 it also fails
+    # there with grouped heads.
     if length < _BLOCK:
         return "sdpa", f"rows of {length} slots are shorter than a block of {_BLOCK}"
     return "flex", f"rows of {length} slots on CUDA: blocks of {_BLOCK} in which nobody attends are skipped"
