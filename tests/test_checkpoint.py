@@ -10,7 +10,7 @@ from training_runs import load_all
 
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.checkpoint import clear_behind, find_snapshot, find_state, written_aside
+from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_snapshot, find_state, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import (
@@ -145,6 +145,18 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         find_state(tmp_path, "never")
     with pytest.raises(UserError, match="no training state"):
         find_state(tmp_path, str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_run_killed_while_its_first_states_were_written_begins_anew(tmp_path: Path, kills: int) -> None:
+    for step in range(1, kills + 1):
+        (tmp_path / "snapshots" / f"step-{step:07d}").mkdir(parents=True)
+        begin_aside(tmp_path / "state" / f"step-{step:07d}")
+    assert find_state(tmp_path, "auto") is None
+    # Its state was there once: nothing says that it was being written.
+    (tmp_path / "snapshots" / "step-0000009").mkdir()
+    with pytest.raises(UserError, match="holds step-0000009 of a run but no training state"):
+        find_state(tmp_path, "auto")
 
 
 MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffusion.scheduler": ["DDPMScheduler", {}]}

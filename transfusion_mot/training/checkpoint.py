@@ -62,7 +62,7 @@ def find_state(run: Path, resume: str) -> Path | None:
         UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
     """
     states, snapshots = _steps(run / "state"), _steps(run / "snapshots")
-    if resume in ("auto", "never") and not states and snapshots and not _was_killed_in_its_first_save(run, snapshots):
+    if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
         raise UserError(
             f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
             "folder, or remove snapshots/ to start over"
@@ -84,9 +84,12 @@ def find_state(run: Path, resume: str) -> Path | None:
     return folder
 
 
-def _was_killed_in_its_first_save(run: Path, snapshots: list[Path]) -> bool:
-    """Whether there is one snapshot, whose state was begun and never ended: then there is nothing to go on from."""
-    return len(snapshots) == 1 and aside_of(run / "state" / snapshots[0].name).is_dir()
+def _was_killed_before_a_state(run: Path, snapshots: list[Path]) -> bool:
+    """Whether the state of each snapshot was begun and never ended: then there is nothing to go on from.
+
+    There are two where the first state took longer to write than the steps up to the second save.
+    """
+    return all(aside_of(run / "state" / snapshot.name).is_dir() for snapshot in snapshots)
 
 
 def clear_behind(run: Path, step: int) -> None:
