@@ -38,7 +38,6 @@ class Run:
         precision: str = "no",
         optimizer: str = "adamw",
         config: ModelConfig | None = None,
-        dropout: float = 0.0,
         checkpointing: Checkpointing = "none",
         compiled: bool = True,
         float8: bool = False,
@@ -56,8 +55,7 @@ class Run:
         )  # fmt: skip
         self.states = self.packer.initial_state()[None].repeat(ROWS, axis=0)
         torch.manual_seed(0)
-        towers = {name: TowerConfig(16, 24, dropout) for name in ("text", "image")}
-        config = config or tiny_config(head_dim=32, rope="3d", towers=towers)
+        config = config or tiny_config(head_dim=32, rope="3d")
         self.bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, config).to(self.device)
         if float8:
             convert_to_float8(self.bare)
@@ -123,10 +121,14 @@ def test_recorded_step_is_the_plain_one(byte_tokenizer, optimizer: str) -> None:
     assert all(parameter.isfinite().all() for parameter in recorded.bare.parameters())
 
 
+DROPPING = {name: TowerConfig(16, 24, dropout=0.5) for name in ("text", "image")}
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_every_replay_drops_by_its_seed(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
-    run = Run("cuda", byte_tokenizer, dropout=0.5, checkpointing=checkpointing, compiled=compiled)
+    config = tiny_config(head_dim=32, rope="3d", towers=DROPPING)
+    run = Run("cuda", byte_tokenizer, config=config, checkpointing=checkpointing, compiled=compiled)
     make_capturable(run.optimizer)
     take_step = GraphedStep(run.step)
     batch = run.batch()
@@ -156,7 +158,8 @@ def test_every_replay_drops_by_its_seed(byte_tokenizer, checkpointing: Checkpoin
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_what_is_computed_again_drops_the_same(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
     kinds: list[Checkpointing] = ["none", checkpointing]
-    plain, again = (Run("cuda", byte_tokenizer, dropout=0.5, checkpointing=kind, compiled=compiled) for kind in kinds)
+    config = tiny_config(head_dim=32, rope="3d", towers=DROPPING)
+    plain, again = (Run("cuda", byte_tokenizer, config=config, checkpointing=kind, compiled=compiled) for kind in kinds)
     for _ in range(3):
         plain.step(plain.batch())
     again.bare.load_state_dict(plain.bare.state_dict())

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.report import Metric, SweepPoint, shown_number, value_and_interval
+from transfusion_mot.evaluation.report import Metric, SweepPoint, shown_number, shown_range, value_and_interval
 from transfusion_mot.evaluation.steps_to_match import Curve, Match
 
 # Okabe and Ito's palette: told apart by every eye, and in grey.
@@ -66,7 +66,7 @@ def _sampler(point: SweepPoint) -> str:
 
 def guided_at(point: SweepPoint) -> str:
     """At which timesteps there is guidance; older reports do not say, and mean all."""
-    return "-".join(f"{t:g}" for t in point.settings.get("guidance_interval", (0, 1)))
+    return shown_range(point.settings.get("guidance_interval", (0, 1)))
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> str:

@@ -156,6 +156,11 @@ def shown_number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
 
 
+def shown_range(ends: Sequence[float]) -> str:
+    """For example "0.3-0.8"."""
+    return "-".join(f"{end:g}" for end in ends)
+
+
 def save_metrics(metrics: Sequence[Metric], path: str | Path, command: Sequence[str]) -> None:
     """Write metrics to a JSON file with the command, the version and the date that they come from.
 

@@ -32,7 +32,7 @@ from transfusion_mot.evaluation.memorisation import (
 )
 from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
 from transfusion_mot.evaluation.protocol import ProtocolConfig
-from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint
+from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint, shown_range
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
 from transfusion_mot.evaluation.work import Work
 from transfusion_mot.sampling.guidance import Guidance
@@ -121,7 +121,7 @@ class Benchmark:
         protocol = {
             "steps": sampling.num_inference_steps,
             "guidance": sampling.guidance_scale,
-            "guidance at t": "-".join(f"{t:g}" for t in sampling.guidance_interval),
+            "guidance at t": shown_range(sampling.guidance_interval),
             "scheduler": sampling.scheduler,
             "prompts": prompts_hash(prompts),
         }
@@ -245,7 +245,7 @@ class Benchmark:
         points = []
         for settings in tried:
             interval = settings.guidance_interval
-            at = "" if interval == [0, 1] else "-at-" + "-".join(f"{t:g}" for t in interval)
+            at = "" if interval == [0, 1] else f"-at-{shown_range(interval)}"
             name = f"{settings.scheduler}-{settings.num_inference_steps}-steps-guidance-{settings.guidance_scale:g}{at}"
             folder = self.output / "sweep" / name
             with self._scheduler(settings):

@@ -197,11 +197,11 @@ class Guards:
             f"step {record.step} is not finite (text loss {record.text_loss:.4g}, diffusion loss "
             f"{record.diffusion_loss:.4g}, gradient norm {record.grad_norm:.4g})"
         )
-        sums = zip(record.text_by_row, record.diffusion_by_row, strict=True)
-        rows = [row for row, (text, image) in enumerate(sums) if not math.isfinite(text + image)]
-        if self.config.float8:
-            # The rows of a microbatch share scales: one that is not finite makes all of them so.
-            rows = []
+        rows = []
+        # With 8-bit products the rows of a microbatch share scales: one that is not finite makes all of them so.
+        if not self.config.float8:
+            sums = zip(record.text_by_row, record.diffusion_by_row, strict=True)
+            rows = [row for row, (text, image) in enumerate(sums) if not math.isfinite(text + image)]
         if find_rows and not rows:
             rows = self._rows_of_bad_gradient(record)
         if not rows:
