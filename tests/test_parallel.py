@@ -120,6 +120,29 @@ def assert_close(one: dict[str, Values], two: dict[str, Values]) -> None:
             )
 
 
+class Large(torch.nn.Module):
+    """0.8 GB of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.empty(30 * 2**20) for _ in range(7))
+
+
+def bucket_bytes() -> list[int]:
+    """What DDP exchanges at a time of a model of a few parameters, and of a large one."""
+    caps = []
+    for model in (torch.nn.Linear(2, 2), Large()):
+        wrapped = wrap(model, make_accelerator(TrainingConfig(mixed_precision="no", num_rows=2, tracker=None), Path()))
+        caps.append(wrapped.bucket_bytes_cap)
+    return caps
+
+
+def test_large_models_exchange_more_at_a_time(tmp_path: Path) -> None:
+    small, large = run_processes(bucket_bytes, 2, {}, tmp_path)[0]
+    assert small == 25 * 2**20
+    assert large == 7 * 120 // 30 * 2**20
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Values]:
     """Two steps of one process, all rows at once."""
