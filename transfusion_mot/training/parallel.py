@@ -28,8 +28,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 # The other ranks wait while the first one encodes the images.
 _TIMEOUT = timedelta(hours=12)
 
-# Gradients that DDP exchanges at a time: 25 MB, its default, and of large models a part. Of 5.8 GB, 200 MB at a time make
-# a step on two H200 1 to 2 % shorter than 25 (docs/scaling.md).
+# Gradients that DDP exchanges at a time: 25 MB, its default, and of large models a part. Of 5.8 GB, 200 MB at a time
+# make a step on two H200 1 to 2 % shorter than 25 (docs/scaling.md).
 _BUCKET_MEGABYTES, _BUCKETS = 25, 30
 
 # The prediction is one; nothing is computed in place on it.
