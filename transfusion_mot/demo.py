@@ -227,7 +227,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                     scheduler = gr.Dropdown(schedulers, value=current, label="Scheduler", scale=3)
             with gr.Column(scale=6, min_width=320):
                 painted = gr.Gallery(
-                    show_label=False, columns=2, height=490, object_fit="contain", elem_id="painted", format="png"
+                    show_label=False, columns=2, height=530, object_fit="contain", elem_id="painted", format="png"
                 )
                 line = gr.Markdown(elem_id="line", min_height=24)
         with gr.Tab("Caption"), gr.Row(equal_height=False):
@@ -252,7 +252,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
         shown = gr.Gallery(
             show_label=False,
             columns=8,
-            height=240,
+            height=260,
             object_fit="contain",
             elem_id="history",
             format="png",
