@@ -1,7 +1,7 @@
 """How good is the package transfusion-pytorch 0.20.0 after as many minutes as a run of ours?
 
     pip install transfusion-pytorch==0.20.0
-    python -m benchmarks.transfusion_pytorch_quality --run runs/emoji --minutes 8 --output runs/transfusion-pytorch
+    python -m benchmarks.transfusion_pytorch_quality --run runs/emoji --minutes 4.5 --output runs/transfusion-pytorch
 
 It learns from the latents and captions of the run, with its tokenizer and its share of captions before images. Then it
 paints the prompts and captions the images of the run's evaluation (evaluate/benchmark.py), and is measured likewise.

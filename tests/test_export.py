@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from test_pipeline import seeds, tiny_pipeline
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export import export, main, with_section
 
@@ -104,14 +104,12 @@ def test_too_large_a_model_is_refused(snapshot: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_configuration_of_the_shipped_model_fits_its_limit() -> None:
+def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> None:
     """64 MB with the autoencoder, as they are stored."""
-    config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / "emoji.yaml")], "")
-    with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    autoencoder = ROOT / config.autoencoder.path / "diffusion_pytorch_model.safetensors"
-    assert parameters < 28e6
-    assert 2 * parameters + autoencoder.stat().st_size < 63.5e6
-    slots = config.data.text_slots + config.data.images_per_row * 64
+    config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / "emoji_128.yaml")], "")
+    shipped = ROOT / "checkpoints" / "emoji"
+    assert json.loads((shipped / "transformer" / "config.json").read_text())["architecture"] == asdict(config.model)
+    assert json.loads((shipped / "model_index.json").read_text())["image_size"] == config.data.image_size
+    assert sum(path.stat().st_size for path in shipped.rglob("*.safetensors")) < 63.5e6
+    slots = config.data.text_slots + config.data.images_per_row * (config.data.image_size // 8) ** 2
     assert slots % 128 == 0

@@ -1,6 +1,6 @@
 """A snapshot in half as many bytes, to give to others.
 
-    python -m transfusion_mot.sampling.export --checkpoint runs/emoji --output checkpoints/emoji
+    python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
 
 Weights of the transformer are rounded to bfloat16 and those of the autoencoder to float16; both are float32 again when
 they are loaded. The model card comes along, with the licences of the data and the numbers of an evaluation if they are

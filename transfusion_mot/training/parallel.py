@@ -29,7 +29,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 _TIMEOUT = timedelta(hours=12)
 
 # Gradients that DDP exchanges at a time: 25 MB, its default, and of large models a part. Of 5.8 GB, 200 MB at a time
-# make a step on two H200 1 to 2 % shorter than 25 (docs/scaling.md).
+# made a step on two H200 0.9 and 2.1 % shorter than 25 (docs/scaling.md).
 _BUCKET_MEGABYTES, _BUCKETS = 25, 30
 
 # The prediction is one; nothing is computed in place on it.
