@@ -12,6 +12,7 @@ from test_pipeline import seeds, tiny_pipeline
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export import export, main, with_section
 
@@ -108,8 +109,19 @@ def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> 
     """64 MB with the autoencoder, as they are stored."""
     config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / "emoji_128.yaml")], "")
     shipped = ROOT / "checkpoints" / "emoji"
-    assert json.loads((shipped / "transformer" / "config.json").read_text())["architecture"] == asdict(config.model)
+    transformer = json.loads((shipped / "transformer" / "config.json").read_text())
+    assert transformer["architecture"] == asdict(config.model)
+    assert transformer["vocab_size"] == config.tokenizer.vocab_size
     assert json.loads((shipped / "model_index.json").read_text())["image_size"] == config.data.image_size
+    with torch.device("meta"):
+        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 28e6
     assert sum(path.stat().st_size for path in shipped.rglob("*.safetensors")) < 63.5e6
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji_large", "emoji_128"])
+def test_rows_of_the_emoji_corpus_are_whole_blocks_of_attention(name: str) -> None:
+    config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")], "")
+    # An autoencoder of 4 x 4 pixels and patches of 2 x 2 latents.
     slots = config.data.text_slots + config.data.images_per_row * (config.data.image_size // 8) ** 2
     assert slots % 128 == 0

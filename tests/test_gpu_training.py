@@ -121,14 +121,15 @@ def test_recorded_step_is_the_plain_one(byte_tokenizer, optimizer: str) -> None:
     assert all(parameter.isfinite().all() for parameter in recorded.bare.parameters())
 
 
-DROPPING = {name: TowerConfig(16, 24, dropout=0.5) for name in ("text", "image")}
+DROPPING = tiny_config(
+    head_dim=32, rope="3d", towers={name: TowerConfig(16, 24, dropout=0.5) for name in ("text", "image")}
+)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_every_replay_drops_by_its_seed(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
-    config = tiny_config(head_dim=32, rope="3d", towers=DROPPING)
-    run = Run("cuda", byte_tokenizer, config=config, checkpointing=checkpointing, compiled=compiled)
+    run = Run("cuda", byte_tokenizer, config=DROPPING, checkpointing=checkpointing, compiled=compiled)
     make_capturable(run.optimizer)
     take_step = GraphedStep(run.step)
     batch = run.batch()
@@ -158,8 +159,9 @@ def test_every_replay_drops_by_its_seed(byte_tokenizer, checkpointing: Checkpoin
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_what_is_computed_again_drops_the_same(byte_tokenizer, checkpointing: Checkpointing, compiled: bool) -> None:
     kinds: list[Checkpointing] = ["none", checkpointing]
-    config = tiny_config(head_dim=32, rope="3d", towers=DROPPING)
-    plain, again = (Run("cuda", byte_tokenizer, config=config, checkpointing=kind, compiled=compiled) for kind in kinds)
+    plain, again = (
+        Run("cuda", byte_tokenizer, config=DROPPING, checkpointing=kind, compiled=compiled) for kind in kinds
+    )
     for _ in range(3):
         plain.step(plain.batch())
     again.bare.load_state_dict(plain.bare.state_dict())
