@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from PIL import Image
 from process_group import run_processes
@@ -314,6 +315,17 @@ def call(script, arguments: list[object], kill_after: int | None = None) -> None
     ResultFolder.add = add
     sys.argv = ["sample.py", *map(str, arguments)]
     script.main()
+
+
+def test_a_command_that_runs_twice_at_a_time_names_each_result_once(tmp_path):
+    one, two = (ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", PartialState()) for _ in range(2))
+    for index in one.missing(2):
+        one.add({index: {"text": str(index)}})
+        two.add({index: {"text": str(index)}})
+    one.finish()
+    two.finish()
+    assert list(two.read()) == [{"text": "0"}, {"text": "1"}]
+    assert {path.name for path in one.path.iterdir()} == {"command.json", "metadata.jsonl"}
 
 
 def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(script, sample, run, tmp_path):

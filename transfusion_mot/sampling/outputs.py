@@ -110,10 +110,9 @@ class ResultFolder:
         self._state.wait_for_everyone()
         if self._state.is_main_process:
             if not self.results.exists():
-                lines = sorted(self._lines_of_parts(), key=lambda line: int(line["index"]))
-                for line in lines:
-                    del line["index"]
-                _write_whole(self.results, [json.dumps(line, ensure_ascii=False) for line in lines], "")
+                # One for each number: the command may run twice at a time, and then makes the same results twice.
+                lines = {int(line.pop("index")): line for line in self._lines_of_parts()}
+                _write_whole(self.results, [json.dumps(lines[i], ensure_ascii=False) for i in sorted(lines)], "")
             shutil.rmtree(self._part.parent, ignore_errors=True)
         self._state.wait_for_everyone()
 
