@@ -8,21 +8,28 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(shell nproc)
 PROMPTS := "red apple" "octopus" "flag: Japan" "sun" "green heart" "pizza" "rocket" "butterfly"
 
-.PHONY: help install quickstart demo test lint types
+.PHONY: help install lock quickstart demo test lint types
 help:
 	@echo "make quickstart   install, train a small model on emoji, sample it and measure it (10 to 15 minutes on 2 CPU cores)"
 	@echo "make demo         open a page to play with the model of the quickstart"
 	@echo "make test         install and run all tests"
 	@echo "make lint types   check style and types"
+	@echo "make lock         renew requirements.lock, the exact versions that all of these install"
 
 install: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $$($(PYTHON) --version) found, Python 3.11 or newer is needed; try make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --progress-bar on --quiet --constraint requirements.lock -e ".[dev]"
 	@touch $@
+
+# Constraints for every extra and every Python that pyproject.toml allows.
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --upgrade --no-annotate --no-header --quiet \
+		--output-file requirements.lock
 
 quickstart: install
 	$(LAUNCH) train.py --config configs/quickstart.yaml output_dir=$(RUN)
