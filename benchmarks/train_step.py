@@ -1,6 +1,7 @@
 """Time of a training step, side by side: `python -m benchmarks.train_step --size 760m`.
 
-Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer.
+Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer,
+averaged weights.
 They take turns, so that a warmer chip or a busier host meets all of them; while one works, the others' weights and
 moments wait in host memory.
 """
@@ -37,6 +38,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.graph import WARM_UP, GraphedStep, make_capturable
@@ -63,6 +65,8 @@ class Contender:
         float8: Multiply 8-bit numbers in the blocks.
     """
 
+    _MIDDLE = 100_000
+
     def __init__(
         self,
         name: str,
@@ -84,6 +88,7 @@ class Contender:
         place(self.model, accelerator, seed=0)
         if float8:
             convert_to_float8(self.model)
+        self.ema = EMA(self.model, TrainingConfig().ema_decay)
         self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
         trained: nn.Module = self.model
         on_gpu = accelerator.device.type == "cuda"
@@ -97,6 +102,7 @@ class Contender:
         if cuda_graph:
             make_capturable(self.optimizer)
         self.cuda_graph = cuda_graph
+        self.steps_done = 0
         self.take_step: Callable[[Batch], StepResult] = self.plain_step
 
     def plain_step(self, batch: Batch) -> StepResult:
@@ -107,14 +113,18 @@ class Contender:
 
     def step(self) -> Tensor:
         """One optimizer step => summed losses [2]."""
-        return self.take_step(next(self.batches)).loss_sums
+        sums = self.take_step(next(self.batches)).loss_sums
+        # As in the middle of a run: early in it the averages are updated after every step.
+        self.ema.update(self.model, self._MIDDLE + self.steps_done)
+        self.steps_done += 1
+        return sums
 
     def move(self, device: torch.device) -> None:
         """Take parameters and moments to a device; compiled code finds them there when they are back, a CUDA graph is
         recorded anew."""
         self.take_step = GraphedStep(self.plain_step) if self.cuda_graph and device.type == "cuda" else self.plain_step
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for parameter in [*self.model.parameters(), *self.ema.weights.values()]:
                 parameter.data = parameter.data.to(device)
         for state in self.optimizer.state.values():
             for key, value in state.items():

@@ -24,6 +24,27 @@ def test_average_moves_as_computed_by_hand() -> None:
     assert decay == 0.5
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.999, 0.9999])
+def test_seldom_updates_average_the_same_weights(decay: float) -> None:
+    """Against an update after every step, over weights that drift and shake as those of a run."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(20_000, 64, generator=generator)
+    weights = steps.cumsum(0) + 10 * torch.randn(steps.shape, generator=generator)
+    model = torch.nn.Linear(64, 1, bias=False)
+    ema = EMA(model, decay)
+    exact, updates = model.weight.detach()[0].clone(), 0
+    for step, values in enumerate(weights):
+        with torch.no_grad():
+            model.weight.copy_(values)
+        before = ema.weights["weight"].clone()
+        ema.update(model, step)
+        updates += int(not torch.equal(before, ema.weights["weight"]))
+        exact.lerp_(values, 1 - min(decay, (1 + step) / (10 + step)))
+    far = (weights[-1] - exact).norm()
+    assert (ema.weights["weight"][0] - exact).norm() < 0.05 * far
+    assert updates <= {0.99: 20_000, 0.999: 5_000, 0.9999: 4_500}[decay]
+
+
 def test_every_parameter_is_averaged() -> None:
     model = tiny_model(tiny_config())
     ema = EMA(model, 0.99)
