@@ -154,6 +154,23 @@ def test_wrong_type_is_refused_with_key_value_and_what_is_expected(argument: str
     assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("argument", "needed"),
+    [
+        ("model.num_kv_heads=0", "at least 1"),
+        ("model.num_kv_heads=-2", "at least 1"),
+        ("model.rope_theta=0", "above 0"),
+        ("model.norm_eps=-1", "above 0"),
+        ("optimizer.lr=.nan", "above 0"),
+        ("training.max_minutes=.nan", "at least 0"),
+    ],
+)
+def test_number_that_no_run_can_have_is_refused(argument: str, needed: str) -> None:
+    message = refusal(argument)
+    assert f"{argument.split('=')[0]} is " in message
+    assert f"must be {needed}" in message
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just a word\n", "b\0ad"])
 def test_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"

@@ -439,6 +439,13 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
         ({"modalities": {"text": "text", "image": "text"}}, "image.*no modality uses"),
         ({"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 24)}, "untied": ["ffn"]}, "hidden_size"),
         (
+            {
+                "towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 24)},
+                "untied": ["norm", "qkv", "output", "output"],
+            },
+            "hidden_size",
+        ),
+        (
             {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(16, 32)}, "untied": ["qkv"]},
             "intermediate_size",
         ),
@@ -447,6 +454,11 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
         ({"patch_size": 3}, "patch_size is 3"),
         ({"image_adapter": "unet", "unet_channels": [32]}, "at least 2"),
         ({"image_adapter": "unet", "unet_channels": [32, 40]}, "multiple of 32"),
+        ({"image_adapter": "unet", "unet_channels": [0, 32]}, "multiple of 32"),
+        *(
+            ({"towers": {name: TowerConfig(16, 24)}, "modalities": {"text": name, "image": name}}, f"named '{name}'")
+            for name in ("", "a.b", "keys")
+        ),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(changes, message: str) -> None:

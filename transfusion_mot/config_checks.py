@@ -38,6 +38,7 @@ _AT_LEAST = {
     "diffusion.guidance_scale": 0,
     "model.num_layers": 1,
     "model.num_heads": 1,
+    "model.num_kv_heads": 1,
     "model.head_dim": 2,
     "model.unet_num_layers": 1,
     "diffusion.num_inference_steps": 1,
@@ -68,7 +69,7 @@ def check_ranges(config: Any) -> None:
         return functools.reduce(lambda section, name: getattr(section, name, None), key.split("."), config)
 
     for key, smallest in _AT_LEAST.items():
-        if (given := value(key)) is not None and given < smallest:
+        if (given := value(key)) is not None and not given >= smallest:  # nor is "not a number"
             raise UserError(f"configuration: {key} is {given}; it must be at least {smallest}")
     for key in _SHARES:
         if (given := value(key)) is not None and not 0 <= given <= 1:
@@ -79,9 +80,11 @@ def check_ranges(config: Any) -> None:
         "optimizer.max_grad_norm",
         "data.image_first_max_timestep",
         "diffusion.min_snr_gamma",
+        "model.rope_theta",
+        "model.norm_eps",
         "lr",
     ):
-        if (given := value(key)) is not None and given <= 0:
+        if (given := value(key)) is not None and not given > 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
     if value("data.has_copies") and config.data.images_per_row < 2:
         raise UserError(

@@ -180,8 +180,13 @@ def check_architecture(config: ModelConfig) -> None:
         raise UserError(f"model.modalities has {sorted(config.modalities)}; it needs exactly 'text' and 'image'")
     if idle := set(config.towers) - set(config.modalities.values()):
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
+    for name in config.towers:
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise UserError(
+                f"model.towers has a tower named '{name}', which torch gives to no weights; give another name"
+            )
     widths = {tower.hidden_size for tower in config.towers.values()}
-    if len(widths) > 1 and len(config.untied) < 4:
+    if len(widths) > 1 and len(set(config.untied)) < 4:
         raise UserError(
             f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} can share nothing; "
             "use [norm, qkv, output, ffn]"
@@ -198,7 +203,9 @@ def check_architecture(config: ModelConfig) -> None:
         raise UserError(f"model.patch_size is {config.patch_size}; known: 1, 2, 4, 8")
     if config.image_adapter == "unet":
         widths_needed = config.patch_size.bit_length()
-        if len(config.unet_channels) < widths_needed or any(width % UNET_GROUPS for width in config.unet_channels):
+        if len(config.unet_channels) < widths_needed or any(
+            width < 1 or width % UNET_GROUPS for width in config.unet_channels
+        ):
             raise UserError(
                 f"model.unet_channels is {config.unet_channels}; model.patch_size {config.patch_size} needs at least "
                 f"{widths_needed} widths, each a multiple of {UNET_GROUPS}"
