@@ -102,6 +102,27 @@ def test_text_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32()
     torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.05)
 
 
+def test_gradient_of_a_bfloat16_head_is_summed_in_float32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP gathers it: 64 chunks lose no more digits than one, which rounds the gradient once."""
+    generator = torch.Generator().manual_seed(0)
+    slots, vocab_size = 4096, 64
+    hidden, weight = (torch.randn(count, 32, generator=generator).bfloat16() for count in (slots, vocab_size))
+    labels = torch.randint(vocab_size, (1, slots), generator=generator)
+
+    def gradient(chunks: int, dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", slots // chunks * vocab_size)
+        leaf = weight.to(dtype).requires_grad_()
+        loss, _ = text_loss_sum(hidden[None].to(dtype), leaf, labels)
+        (found,) = torch.autograd.grad(0.3 * loss, leaf)
+        assert found.dtype == dtype
+        return found.double()
+
+    exact = gradient(1, torch.float64)
+    error = {n: ((gradient(n, torch.bfloat16) - exact).norm() / exact.norm()).item() for n in (1, 64)}
+    assert error[1] < 4e-3
+    assert error[64] < 1.05 * error[1]
+
+
 @pytest.mark.parametrize("logits_at_once", [2**28, 7])
 def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.MonkeyPatch, logits_at_once: int) -> None:
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", logits_at_once)

@@ -82,8 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow = weight.to(hidden.dtype)
         losses_and_gradient = _compiled_losses_and_gradient if hidden.is_cuda else _losses_and_gradient
         parts, hidden_gradients = [], []
-        # A frozen head needs none.
-        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
+        # A frozen head needs none. FSDP gathers the weight in bfloat16, in which a sum over chunks would lose digits.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
         for part, target in _chunks(hidden, labels, len(weight)):
             part_losses, gradient = losses_and_gradient(part @ narrow.T, target, z_loss_weight)
             parts.append(part_losses)
@@ -91,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 weight_gradient += gradient.T @ part
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
+        ctx.weight_dtype = weight.dtype
         losses = torch.cat(parts)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -98,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        by_weight = None if weight_gradient is None else weight_gradient * upstream
+        by_weight = None if weight_gradient is None else (weight_gradient * upstream).to(ctx.weight_dtype)
         return hidden_gradient * upstream, by_weight, None, None
 
 
