@@ -122,17 +122,71 @@ def test_extreme_proportions_cost_no_memory():
     assert load_image(Image.new("L", (1, 20000), 7), 64).mean() == 7
 
 
-def test_sixteen_bit_colour_is_brought_to_eight(tmp_path):
-    """Pillow cannot write it: a PNG by hand, of one row."""
-    values = np.linspace(0, 65535, 48).astype(">u2").reshape(16, 3)
+def png_of(samples: list[int], bits: int, channels: int = 1, transparent: tuple[int, ...] | None = None) -> bytes:
+    """A PNG of one row that Pillow cannot write: of 2, 4 or 16 bits, with a transparent colour (chunk tRNS)."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", 16, 1, 16, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes())) + chunk(b"IEND", b"")
-    loaded = load_image(b"\x89PNG\r\n\x1a\n" + content, (1, 16))
-    assert np.abs(loaded[0] - values / 257).max() < 1
+    packed = sum(sample << bits * place for place, sample in enumerate(reversed(samples)))
+    row = packed.to_bytes(len(samples) * bits // 8)
+    header = struct.pack(">IIBBBBB", len(samples) // channels, 1, bits, 0 if channels == 1 else 2, 0, 0, 0)
+    content = chunk(b"IHDR", header)
+    if transparent is not None:
+        content += chunk(b"tRNS", struct.pack(f">{channels}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def test_sixteen_bit_colour_is_brought_to_eight():
+    values = np.linspace(0, 65535, 48).astype(int)
+    loaded = load_image(png_of(values.tolist(), 16, 3), (1, 16))
+    assert np.abs(loaded[0] - values.reshape(16, 3) / 257).max() < 1
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_transparent_grey_is_white_whatever_its_bits(bits):
+    """The second of four greys; its neighbour, whose upper bits are the same, is not."""
+    largest = 2**bits - 1
+    samples = [0, 1, 2, largest]
+    loaded = load_image(png_of(samples, bits, transparent=(1,)), (1, 4))
+    expected = [255 if sample == 1 else round(sample * 255 / largest) for sample in samples]
+    np.testing.assert_array_equal(loaded[0], np.repeat(np.array(expected)[:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_is_white_whatever_its_bits(bits):
+    factor = 256 if bits == 16 else 1
+    colours = [(0, 0, 0), (10, 20, 30), (90, 80, 70), (255, 255, 255)]
+    samples = [value * factor for colour in colours for value in colour]
+    loaded = load_image(png_of(samples, bits, 3, tuple(samples[3:6])), (1, 4))
+    np.testing.assert_array_equal(loaded[0], [colours[0], (255, 255, 255), *colours[2:]])
+
+
+def tiff_of(content: bytes, width: int, bits: int, sample_format: int) -> bytes:
+    """A TIFF of one row of grey samples: 1 unsigned, 2 signed, 3 floating point."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(content)}
+    tags[339] = sample_format
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = 8 + len(content)
+    return b"II*\0" + struct.pack("<I", start) + content + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_greys_of_12_and_16_bits_in_a_tiff_keep_their_range():
+    sixteen = np.array([0, 257, 32896, 65535], dtype="<u2")
+    assert load_image(tiff_of(sixteen.tobytes(), 4, 16, 1), (1, 4))[0, :, 0].tolist() == [0, 1, 128, 255]
+    twelve = bytes.fromhex("000fff800010")
+    assert load_image(tiff_of(twelve, 4, 12, 1), (1, 4))[0, :, 0].tolist() == [0, 255, 128, 1]
+
+
+@pytest.mark.parametrize(("dtype", "sample_format"), [("<i4", 2), ("<u4", 1), ("<i2", 2), ("<f4", 3)])
+def test_values_of_an_unknown_range_are_refused_and_not_black(dtype, sample_format):
+    values = np.array([0, 100, 255], dtype=dtype)
+    content = tiff_of(values.tobytes(), 3, 8 * values.itemsize, sample_format)
+    with pytest.raises(UserError, match=r"scan\.tif' holds .* whose range is unknown; save it with 8 or 16 bits"):
+        load_image(content, (1, 3), name="scan.tif")
+    for outside in (-1, 70000):
+        with pytest.raises(UserError, match="range is unknown"):
+            load_image(Image.fromarray(np.array([[0, outside]], dtype=np.int32)), 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (20, 40), (60, 30)])
@@ -158,6 +212,16 @@ def test_fits_against_their_definitions(height, width):
     padded = load_image(picture, (height, width), "pad")
     np.testing.assert_array_equal(padded, np.asarray(expected))
     assert {array.shape for array in (stretched, cropped, padded)} == {(height, width, 3)}
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 2000), (2000, 1), (40, 2000), (1, 1)])
+def test_the_longest_pictures_are_padded_to_at_least_a_line(width, height):
+    padded = load_image(Image.new("L", (width, height), 7), (32, 64), "pad")
+    scale = min(64 / width, 32 / height)
+    inner = max(1, round(height * scale)), max(1, round(width * scale))
+    assert padded.shape == (32, 64, 3)
+    assert (padded == 7).sum() == 3 * inner[0] * inner[1]
+    assert (padded == 255).sum() == padded.size - 3 * inner[0] * inner[1]
 
 
 def test_the_content_of_a_file_is_as_good_as_its_path(tmp_path):

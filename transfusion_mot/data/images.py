@@ -21,6 +21,8 @@ ImageFit = Literal["crop", "stretch", "pad"]
 _CELL = 128
 _MARGIN = 12
 _FONT_SIZE = 13
+# What Pillow calls the samples of a file => their bits. Those of a transparent colour are not scaled as pixels are.
+_SAMPLE_BITS = {"L;2": 2, "L;4": 4, "I;12": 12, "I;16": 16, "I;16B": 16, "RGB;16B": 16}
 
 
 def load_image(
@@ -42,7 +44,8 @@ def load_image(
 
     Raises:
         UserError: The file is missing, no image, cut off, has more pixels than Pillow's limit against decompression
-            bombs, or holds floating-point values, whose range is anybody's guess. The message names the file.
+            bombs, or holds floating-point values, signed or 32-bit integers, whose range is unknown. The message names
+            the file.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with _opened(source, name) as (image, name):
@@ -107,7 +110,9 @@ def _opened(source: str | Path | bytes | Image.Image, name: str | None) -> Itera
 
 
 def _bring_to_size(image: Image.Image, size: tuple[int, int], fit: ImageFit, name: str) -> ImageArray:
-    image = _to_rgb(ImageOps.exif_transpose(image), name)
+    # Before the next line decodes the file and Pillow forgets how its samples were stored.
+    samples = _samples_of(image)
+    image = _to_rgb(ImageOps.exif_transpose(image), samples, name)
     width_and_height = (size[1], size[0])
     lanczos = Image.Resampling.LANCZOS
     if fit == "crop":
@@ -115,21 +120,57 @@ def _bring_to_size(image: Image.Image, size: tuple[int, int], fit: ImageFit, nam
     elif fit == "stretch":
         image = image.resize(width_and_height, lanczos)
     else:
-        image = ImageOps.pad(image, width_and_height, lanczos, color="white")
+        image = _padded(image, width_and_height)
     return np.array(image, dtype=np.uint8)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise UserError(f"image '{name}' holds floating-point values; save it with 8 or 16 bits a channel")
+def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole picture, as large as fits into `size`, in the middle of white; a side is at least one pixel."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    padded = Image.new("RGB", size, "white")
+    left, top = round((size[0] - width) * 0.5), round((size[1] - height) * 0.5)
+    padded.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+    return padded
+
+
+def _samples_of(image: Image.Image) -> str:
+    """What Pillow calls the samples of a file that is not decoded yet, for example "I;16B"; "" if it is not known."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _to_rgb(image: Image.Image, samples: str, name: str) -> Image.Image:
+    """RGB with transparency on white; `samples` is from `_samples_of` the file."""
+    bits = _SAMPLE_BITS.get(samples, 16 if image.mode.startswith("I") else 8)
+    transparent = image.info.get("transparency")
+    if image.mode == "F" or (image.mode == "I" and samples not in ("", *_SAMPLE_BITS)):
+        raise _of_unknown_range(name)
     if image.mode.startswith("I"):
-        # 16-bit grey ("I;16", "I;16B"), which older formats hand over as 32-bit "I": Pillow's own convert would clip.
-        values = np.asarray(image).astype(np.float64).clip(0, 65535)
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        # Grey of more than 8 bits ("I;16", "I;16B"; "I" is of 32 bits): Pillow's own convert would clip.
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise _of_unknown_range(name)
+        grey = (values * (255 / (2**bits - 1))).round().astype(np.uint8)
+        image = Image.fromarray(np.where(values == transparent, np.uint8(255), grey))
+    elif image.mode == "L" and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(transparent, tuple):
+        # Of 16 bits Pillow keeps the upper 8.
+        image.info["transparency"] = tuple(value >> (bits - 8) for value in transparent)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _of_unknown_range(name: str) -> UserError:
+    return UserError(
+        f"image '{name}' holds floating-point values, signed or 32-bit integers, whose range is unknown; save it with "
+        "8 or 16 bits a channel"
+    )
 
 
 def draw_svg(svg: str, size: int) -> Image.Image:
