@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transfusion_mot.data.emoji import emoji_captions
@@ -98,6 +98,99 @@ def test_tokens_are_added_to_a_foreign_tokenizer(tmp_path):
 
     bare = TextTokenizer(word_tokenizer())
     assert len({bare.bos_id, bare.eos_id, bare.pad_id, bare.boi_id, bare.eoi_id}) == 5
+
+
+SPECIAL = ["<pad>", "</s>", "[SEP]"]
+PIECES = [("\u2581", -3.0), *((letter, -4.0) for letter in "<>/[]adepsABEPS"), ("ad", -4.0), ("[S", -4.0)]
+
+
+def spelt_tokenizer(kind: str, special: list[str]) -> Tokenizer:
+    """A tokenizer of a kind that finds words or pieces by their spelling, with special tokens in its vocabulary."""
+    words = ["<unk>", *special, "a", "sad", "</s>red"]
+    if kind == "Unigram":
+        # The form of T5 and XLM-R: the special tokens have the best scores of all.
+        tokenizer = Tokenizer(models.Unigram([(token, 0.0) for token in ["<unk>", *special]] + PIECES, unk_id=0))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "BPE":
+        letters = ["<unk>", *special, *(letter for letter, _ in PIECES), "ad", "sad"]
+        vocabulary = {token: number for number, token in enumerate(letters)}
+        merges = [("a", "d"), ("s", "ad")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", ignore_merges=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        vocabulary = {token: number for number, token in enumerate(words)}
+        model = models.WordLevel if kind == "WordLevel" else models.WordPiece
+        tokenizer = Tokenizer(model(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ["<unk>", *special]])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece", "BPE"])
+def test_special_tokens_in_a_text_are_text_for_every_kind_of_tokenizer(kind):
+    """The ids are those of a tokenizer that never had the special tokens, behind as many unused ones."""
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=spelt_tokenizer(kind, SPECIAL), pad_token="<pad>", eos_token="</s>", sep_token="[SEP]"
+    )
+    tokenizer = TextTokenizer(hf)
+    plain = spelt_tokenizer(kind, [])
+    plain.encode_special_tokens = True
+    for text in ("</s>", "a </s>", "sad<pad> [SEP]</s>", "<boi> a <eoi>", "sad a", "</s>red"):
+        ids = plain.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == [number + len(SPECIAL) if number else 0 for number in ids], text
+        assert not {tokenizer.pad_id, tokenizer.eos_id, tokenizer.boi_id} & set(tokenizer.encode(text))
+    assert tokenizer.encode("sad") != [0]
+    assert tokenizer.eos_id == 2, "where it belongs it is still there"
+
+
+def test_a_special_token_that_is_a_character_or_a_merged_word_is_still_text():
+    """Some give the padding the id of "!"."""
+    for model in (
+        models.BPE({"!": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], ignore_merges=True),
+        models.WordLevel({"!": 0, "a": 1, "b": 2, "ab": 3}, unk_token="a"),
+    ):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!")
+        assert TextTokenizer(hf).encode("! ab") == [0, 3]
+    merged = Tokenizer(models.BPE({"a": 1, "b": 0, "ab": 2}, [("a", "b")], ignore_merges=True))
+    assert TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=merged, pad_token="ab")).encode("ab") == [2]
+
+
+@pytest.mark.parametrize("added", [{}, {"bos_token": "<s>"}])
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE"])
+def test_added_tokens_take_no_id_of_a_word_where_ids_are_unused(tmp_path, kind, added):
+    vocabulary = {"[UNK]": 0, "a": 1, "s": 3, "k": 4, "in": 8, "tone": 9, "skin": 10, "!": 11}
+    if kind == "BPE":
+        vocabulary = {"a": 1, "b": 2, "c": 5, "ab": 6, "d": 8, "!": 9}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    else:
+        model = models.WordLevel if kind == "WordLevel" else models.WordPiece
+        tokenizer = Tokenizer(model(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **added).save_pretrained(tmp_path / "foreign")
+    loaded = load_tokenizer(str(tmp_path / "foreign"))
+    ours = [loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.boi_id, loaded.eoi_id]
+    assert sorted(ours) == list(range(max(vocabulary.values()) + 1, loaded.vocab_size))
+    assert len(set(ours)) == 5
+    for word, number in vocabulary.items():
+        if word != "[UNK]":
+            assert loaded.encode(word) == [number], "ids stay"
+            assert loaded.decode([number]) == word
+    loaded.save(tmp_path / "ours")
+    again = load_tokenizer(str(tmp_path / "ours"))
+    assert [again.bos_id, again.eos_id, again.pad_id, again.boi_id, again.eoi_id] == ours
+    assert (again.fingerprint, again.vocab_size) == (loaded.fingerprint, loaded.vocab_size)
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").convert_tokens_to_ids([BOI, EOI]) == ours[3:]
+
+
+def test_a_tokenizer_that_was_saved_with_ids_that_collide_keeps_them(tmp_path):
+    """The model of that run or snapshot was trained with them."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 2, "skin": 3}, unk_token="[UNK]"))
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    hf.add_tokens([AddedToken(name, special=True, normalized=False) for name in (BOI, EOI)], special_tokens=True)
+    hf.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).boi_id == 3
 
 
 def test_refusals(tmp_path):

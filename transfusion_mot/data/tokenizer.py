@@ -1,8 +1,11 @@
 """The text tokenizer, and the one place where the special tokens are named."""
 
 import hashlib
+import json
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -17,8 +20,8 @@ _NUM_BYTES = 256
 class TextTokenizer:
     """A Hugging Face tokenizer with the special tokens that documents need.
 
-    The begin- and end-of-image tokens are added to it, as are begin of text, end of text and padding where it has none;
-    existing ids stay what they are.
+    The begin- and end-of-image tokens are added to it behind its largest id, as are begin of text, end of text and
+    padding where it has none; existing ids stay what they are.
 
     Attributes:
         hf: The wrapped tokenizer.
@@ -32,6 +35,9 @@ class TextTokenizer:
 
     def __init__(self, hf: PreTrainedTokenizerFast) -> None:
         self.hf = hf
+        # The tokenizer of a run or snapshot keeps the ids that its model was trained with.
+        if BOI not in hf.get_vocab():
+            _fill_unused_ids(hf)
         missing = {
             role: _special(name)
             for role, name in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
@@ -51,7 +57,7 @@ class TextTokenizer:
         content = hf.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(f"{content} {special_ids}".encode()).hexdigest()[:16]
         # Its own call takes three times as long as the encoding of a caption.
-        self._encoder = Tokenizer.from_str(content)
+        self._encoder = Tokenizer.from_str(_without_special_tokens(content))
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -120,3 +126,43 @@ def load_tokenizer(path_or_name: str) -> TextTokenizer:
 
 def _special(name: str) -> AddedToken:
     return AddedToken(name, special=True, normalized=False)
+
+
+def _fill_unused_ids(hf: PreTrainedTokenizerFast) -> None:
+    """Name the unused ids below the largest one.
+
+    The library gives an added token the number of tokens as its id: with gaps, the id of another token.
+    """
+    used = set(hf.backend_tokenizer.get_vocab(with_added_tokens=False).values())
+    unused = set(range(max(used, default=-1) + 1)) - used
+    if unused:
+        content = json.loads(hf.backend_tokenizer.to_str())
+        content["model"]["vocab"] |= {f"<unused id {number}>": number for number in sorted(unused)}
+        hf._tokenizer = Tokenizer.from_str(json.dumps(content))
+
+
+def _without_special_tokens(content: str) -> str:
+    """A tokenizer, as its JSON, to one that finds no special token in any text; ids stay what they are.
+
+    That special tokens are not looked for in a text (`encode_special_tokens`) leaves them in the vocabulary of the
+    model: Unigram, WordLevel and WordPiece find them there by their spelling. So they are spelt in a way that nobody
+    can know. A BPE finds what it merges, and merges no special tokens, unless it takes whole words first.
+    """
+    tokenizer: dict[str, Any] = json.loads(content)
+    model = tokenizer["model"]
+    if model["type"] == "BPE" and not model["ignore_merges"]:
+        return content
+    # What is merged is text, too, and so is a single character.
+    merged = {left + right for left, right in model.get("merges", ())}
+    special = {token["content"] for token in tokenizer["added_tokens"] if token["special"]}
+    hidden = {token: uuid.uuid4().hex for token in special - merged if len(token) > 1}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {hidden.get(token, token): number for token, number in vocabulary.items()}
+    else:
+        model["vocab"] = [(hidden.get(token, token), score) for token, score in vocabulary]
+    if "unk_token" in model:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    for token in tokenizer["added_tokens"]:
+        token["content"] = hidden.get(token["content"], token["content"])
+    return json.dumps(tokenizer)
