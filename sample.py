@@ -37,6 +37,7 @@ from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.prompts import derived_seed
+from transfusion_mot.files import lines_of
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import load_pipeline
 from transfusion_mot.sampling.options import parse_arguments
@@ -84,9 +85,8 @@ def _lines_of(file: str, state: PartialState) -> list[str]:
     if file == "-" and state.num_processes > 1:
         raise UserError("several processes cannot share standard input; write the prompts into a file")
     try:
-        if file == "-":
-            return sys.stdin.read().splitlines()
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return lines_of(content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
 

@@ -37,6 +37,7 @@ from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.report import metrics_table, read_report, save_metrics
+from transfusion_mot.files import lines_of
 from transfusion_mot.models.adapters import patchify, unpatchify
 
 _WARMUP_STEPS = 100
@@ -242,7 +243,9 @@ def main(arguments: Sequence[str]) -> None:
     settings = {"parameters": parameters, "steps": steps, **options}
 
     (output / "generated").mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in (evaluation / "generated" / "metadata.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in lines_of((evaluation / "generated" / "metadata.jsonl").read_text(encoding="utf-8"))
+    ]
     for start in range(0, len(lines), given.batch_size):
         batch = lines[start : start + given.batch_size]
         prompts = [torch.tensor(tokenizer.encode(line["text"]), device=device) for line in batch]

@@ -25,7 +25,7 @@ LAYERS = [
     ["models"],
     ["diffusion", "losses", "autoencoder"],
     ["config"],
-    ["config_checks", "hub_names"],
+    ["config_checks", "files", "hub_names"],
     ["errors", ""],
 ]
 

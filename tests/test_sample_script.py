@@ -178,7 +178,7 @@ def test_captions_are_those_of_the_pipeline(sample, run, tmp_path, capsys):
 
 
 def test_prompts_come_from_standard_input(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("an octopus\n\nsun\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"an octopus\n\nsun\n")))
     sample("moon", "--prompts-file", "-", "--output", tmp_path / "out")
     assert [line["text"] for line in lines(tmp_path / "out")] == ["moon", "an octopus", "sun"]
 

@@ -13,10 +13,26 @@ class NotFiniteError(UserError, FloatingPointError):
     """Training has diverged: a loss or gradient is not finite."""
 
 
+def refuse_surrogates(text: str, what: str, remedy: str) -> None:
+    """Refuse a text with lone surrogates, which Python makes of bytes that are not UTF-8: it cannot be written down.
+
+    Raises:
+        UserError: It has some; the message names it by `what` and ends with `remedy`.
+    """
+    shown = text.encode(errors="backslashreplace").decode()
+    if shown != text:
+        raise UserError(f"the {what} '{shown}' is not UTF-8 text; {remedy}")
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line on standard error and exit status 2; a defect of ours keeps its stack trace."""
+    """Turn a `UserError` into one line on standard error and exit status 2; a defect of ours keeps its stack trace.
+
+    An argument of the command that is not UTF-8 is such an error, too.
+    """
     try:
+        for argument in sys.argv[1:]:
+            refuse_surrogates(argument, "argument", "write it in UTF-8, or rename the file that it names")
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion_mot.data.images import load_image, to_pil, to_pixels
 from transfusion_mot.diffusion import Diffusion, Edit
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, refuse_surrogates
 from transfusion_mot.sampling.editing import Original, Pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
@@ -42,6 +42,7 @@ class TransfusionPipeline(SnapshotPipeline):
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
+            refuse_surrogates(prompt, "prompt", "write it in UTF-8")
             length, limit = len(self.text_tokenizer.encode(prompt)), self.config.max_prompt_tokens
             if limit is not None and length > limit:
                 shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import lines_of
 
 Words = Sequence[str]
 _Ngram = tuple[str, ...]
@@ -151,7 +152,7 @@ def _read_objects(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in lines_of(text) if line.strip()]
         content = json.loads(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from transfusion_mot.data.images import load_image
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import lines_of
 
 ImageArray = npt.NDArray[np.uint8]
 
@@ -126,7 +127,7 @@ def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
     """Place, image and content of each line of a folder's metadata."""
     metadata = folder / _METADATA
     listed = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(metadata.read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         where = f"{metadata}, line {number}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import lines_of
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def read_text_prompts(path: str) -> list[str]:
     Raises:
         UserError: The file cannot be read or holds none.
     """
-    texts = [line.strip() for line in _read(Path(path)).splitlines() if line.strip()]
+    texts = [line.strip() for line in lines_of(_read(Path(path))) if line.strip()]
     if not texts:
         raise UserError(f"'{path}' holds no prompts; write one on each line")
     return texts
@@ -186,7 +187,7 @@ def read_geneval(path: str) -> list[dict[str, Any]]:
         UserError: The file cannot be read or a line is not of that form.
     """
     lines = []
-    for number, line in enumerate(_read(Path(path)).splitlines(), start=1):
+    for number, line in enumerate(lines_of(_read(Path(path))), start=1):
         try:
             entry = json.loads(line)
             entry["prompt"].strip()

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import lines_of
 from transfusion_mot.pipeline import TransfusionPipeline
 
 COMMAND_FILE = "command.json"
@@ -82,7 +83,7 @@ class ResultFolder:
 
     def _lines_of_parts(self) -> Iterator[dict[str, Any]]:
         for part in sorted(self._part.parent.glob("*.jsonl")):
-            for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in lines_of(part.read_text(encoding="utf-8", errors="replace")):
                 try:
                     yield json.loads(line)
                 except ValueError:

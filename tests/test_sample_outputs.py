@@ -1,0 +1,70 @@
+"""What sample.py reads line by line, and the folder that it leaves."""
+
+import io
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from test_pipeline import tiny_pipeline
+
+import sample
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.captioning import read_captions
+from transfusion_mot.evaluation.images import read_prompts
+from transfusion_mot.evaluation.prompts import read_geneval, read_text_prompts
+from transfusion_mot.files import lines_of
+from transfusion_mot.sampling.outputs import ResultFolder
+
+# At each of these `str.splitlines` cuts, beside the line feed and the carriage return.
+BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+PROMPTS = [f"a{character}b" for character in BREAKS] + ["sun"]
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\n", "a\nb", "a\r\nb\r\n", "\n", "\n\na", "a\n\n"])
+def test_lines_are_those_of_python_where_it_cuts_at_newlines_alone(text: str) -> None:
+    assert lines_of(text) == text.splitlines()
+
+
+def test_results_keep_prompts_with_any_character(tmp_path: Path) -> None:
+    folder = ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", PartialState())
+    lines = [{"file_name": f"{number}.png", "text": prompt} for number, prompt in enumerate(PROMPTS)]
+    folder.add(dict(enumerate(lines)))
+    for line in lines:
+        (folder.path / line["file_name"]).touch()
+    folder.finish()
+    assert list(folder.read()) == lines
+    images, texts = read_prompts(folder.path)
+    assert [image.name for image in images] == [line["file_name"] for line in lines]
+    assert texts == PROMPTS
+    assert read_captions(folder.results) == {line["file_name"]: [line["text"]] for line in lines}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_prompts_of_a_file_and_of_standard_input_end_at_newlines_alone(tmp_path, monkeypatch, newline) -> None:
+    content = ("\ufeff" + newline.join([*PROMPTS, "", "moon"])).encode()
+    (tmp_path / "prompts.txt").write_bytes(content)
+    expected = [*PROMPTS, "moon"]
+    arguments = Namespace(prompts=[], prompts_file=str(tmp_path / "prompts.txt"))
+    assert sample.read_prompts(arguments, PartialState()) == expected
+    assert read_text_prompts(arguments.prompts_file) == expected
+    arguments.prompts_file = "-"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert sample.read_prompts(arguments, PartialState()) == expected
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in PROMPTS]
+    (tmp_path / "geneval.jsonl").write_text(newline.join([*lines, ""]), encoding="utf-8")
+    assert [line["prompt"] for line in read_geneval(str(tmp_path / "geneval.jsonl"))] == PROMPTS
+
+
+def test_what_is_not_utf_8_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(UserError, match=r"the prompt 'caf\\udce9' is not UTF-8 text; write it in UTF-8"):
+        tiny_pipeline().check_prompts(["sun", "caf\udce9"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--caption", b"caf\xe9.png".decode(errors="surrogateescape")])
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise AssertionError
+    assert capsys.readouterr().err.startswith(r"error: the argument 'caf\udce9.png' is not UTF-8 text; ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"sun\ncaf\xe9\n"), errors="surrogateescape"))
+    with pytest.raises(UserError, match="prompts file '-' cannot be read as UTF-8 text"):
+        sample.read_prompts(Namespace(prompts=[], prompts_file="-"), PartialState())
