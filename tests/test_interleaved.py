@@ -2,19 +2,25 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from conftest import documents_of, sources_of, texts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_packing import check_positions, read_row
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.documents import DocumentReader, ImageSegment, join_texts
 from transfusion_mot.data.lanes import LaneState
 from transfusion_mot.data.mixture import counter
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.sampling.sampler import laid_out
 
 # What a slot holds: a token, or the number of an image.
 Stream = list[int | str]
@@ -23,9 +29,10 @@ Stream = list[int | str]
 def stream_of(document: list[str | int], tokenizer: TextTokenizer) -> Stream:
     """A document as one sequence."""
     stream: Stream = [tokenizer.bos_id]
-    for item in document:
+    for before, item in zip(["", *document], document, strict=False):
         if isinstance(item, str):
-            stream += tokenizer.encode(item)
+            follows_a_text = isinstance(before, str) and before
+            stream += tokenizer.encode(f" {item}" if follows_a_text else item)
         else:
             stream += [tokenizer.boi_id, f"image {item}", tokenizer.eoi_id]
     return [*stream, tokenizer.eos_id]
@@ -150,7 +157,7 @@ def test_document_that_is_too_long_is_cut_between_segments(byte_tokenizer) -> No
     encode = byte_tokenizer.encode
     document = ["four", 0, "more", 1, 2, "ten letter", "x" * 21, 3]
     rows = rows_of(byte_tokenizer, document, 5, text_slots=16, images_per_row=2, lookahead=1)
-    text = encode("ten letter" + "x" * 21)
+    text = encode("ten letter " + "x" * 21)
     assert rows[:4] == [
         # The third image has no slot, and so the piece ends before it.
         [([bos, *encode("four"), boi, "image 0", eoi, *encode("more"), boi, "image 1", eoi], boi)],
@@ -181,7 +188,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(byte_tokenizer) -> 
         rows, state, counts = packer.rows([0], step, state)
         totals.update(counts)
         read += [tuple(stream) for stream, _ in pieces_of(rows.batch, 40, "1d")]
-    expected = {tuple(stream_of(document, byte_tokenizer)) for document in (["onetwo", 1], ["three", 3])}
+    expected = {tuple(stream_of(document, byte_tokenizer)) for document in (["one two", 1], ["three", 3])}
     assert set(read) == expected
     assert totals[counter("documents", "documents")] == len(read)
     dropped, unreadable = (totals[counter("documents", what)] for what in ("dropped_documents", "unreadable_images"))
@@ -193,3 +200,38 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(byte_tokenizer) -> 
 def test_document_of_text_alone_is_read_like_the_others(byte_tokenizer) -> None:
     rows = rows_of(byte_tokenizer, ["text and nothing else"], 4, text_slots=30, images_per_row=2, lookahead=2)
     assert all(row == [(stream_of(["text and nothing else"], byte_tokenizer), IGNORE_INDEX)] for row in rows)
+
+
+def test_neighbouring_texts_are_joined_as_one_text(byte_tokenizer) -> None:
+    """By a space, if neither brings white space; the sampler reads what is given in the same way."""
+    document = ["It sleeps.", "Then it wakes.", 0, "And\n", "eats.", " Then", "", "sleeps."]
+    texts = ["It sleeps. Then it wakes.", "And\neats. Then sleeps."]
+    assert join_texts(document) == [texts[0], 0, texts[1]]
+    bos, eos, boi, eoi = (getattr(byte_tokenizer, f"{name}_id") for name in ("bos", "eos", "boi", "eoi"))
+    before, behind = (byte_tokenizer.encode(text) for text in texts)
+    ((piece,),) = rows_of(byte_tokenizer, document, 1, text_slots=64, images_per_row=1, lookahead=1)
+    assert piece[0] == [bos, *before, boi, "image 0", eoi, *behind, eos]
+    image = torch.zeros(4, 2, 2)
+    given = laid_out(byte_tokenizer, [image if isinstance(item, int) else item for item in document])
+    assert given == [[bos], before, [boi], image, [eoi], behind]
+
+
+def test_texts_are_joined_before_they_are_encoded() -> None:
+    """A tokenizer that puts a space before every text puts none inside."""
+    model = models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("\u2581a", -1.0), ("b", -1.0)], unk_id=0)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    wrapped = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    document = DocumentReader(wrapped, DataConfig()).read(documents_of([["a", "a", "b"]]), 0, np.random.default_rng(0))
+    assert document.segments == [[wrapped.bos_id, 2, 2, 1, 3, wrapped.eos_id]]
+
+
+def test_all_images_of_a_document_are_mirrored_or_none(byte_tokenizer) -> None:
+    """A picture and its edit stay a pair; over many documents each comes about as often."""
+    source = documents_of([["make it red", *range(6)]])
+    for random_flip in (True, False):
+        reader = DocumentReader(byte_tokenizer, DataConfig(random_flip=random_flip))
+        read = [reader.read(source, 0, np.random.default_rng(seed)) for seed in range(60)]
+        flips = [{part.flipped for part in document.segments if isinstance(part, ImageSegment)} for document in read]
+        assert all(len(flipped) == 1 for flipped in flips)
+        assert (15 < sum(flipped == {True} for flipped in flips) < 45) is random_flip

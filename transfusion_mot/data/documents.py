@@ -1,7 +1,8 @@
 """Documents: what a source holds => segments of text and images, and the pieces of them that fit a row."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -43,6 +44,7 @@ class ImageSegment:
 
 # Token ids of text, or an image.
 Segment = list[int] | ImageSegment
+_Image = TypeVar("_Image")
 
 
 class Piece(NamedTuple):
@@ -113,6 +115,19 @@ class Document:
         return Piece(segments, num_tokens, used_image_slots, IGNORE_INDEX, passed)
 
 
+def join_texts(items: Iterable[str | _Image]) -> list[str | _Image]:
+    """Texts and images => the same with neighbouring texts joined: by a space, unless there is white space already."""
+    joined: list[str | _Image] = []
+    for item in items:
+        last = joined[-1] if joined else None
+        if isinstance(item, str) and isinstance(last, str):
+            gap = " " if last[-1:].strip() and item[:1].strip() else ""
+            joined[-1] = f"{last}{gap}{item}"
+        else:
+            joined.append(item)
+    return joined
+
+
 class DocumentReader:
     """Reads documents of sources.
 
@@ -164,18 +179,24 @@ class DocumentReader:
     def _interleaved(
         self, source: Source, documents: InterleavedDocuments, index: int, rng: np.random.Generator
     ) -> Document:
-        items = documents.segments(index)
-        flips = rng.random(len(items)) < 0.5
-        segments: list[Segment] = []
-        text = [self.tokenizer.bos_id]
+        # Together: of a picture and its edit the one must not be mirrored without the other.
+        flipped = bool(rng.random() < 0.5)
+        items: list[str | ImageSegment] = []
         unreadable = 0
-        for item, flipped in zip(items, flips.tolist(), strict=True):
+        for item in documents.segments(index):
             if isinstance(item, str):
-                text += self.tokenizer.encode(item)
+                items.append(item)
             elif (image := self._image(source, item, flipped, 1.0, self.config.has_copies)) is None:
                 unreadable += 1
             else:
-                segments += [text, image] if text else [image]
+                items.append(image)
+        segments: list[Segment] = []
+        text = [self.tokenizer.bos_id]
+        for part in join_texts(items):
+            if isinstance(part, str):
+                text += self.tokenizer.encode(part)
+            else:
+                segments += [text, part] if text else [part]
                 text = []
         if not segments and len(text) == 1:
             return Document(unreadable_images=unreadable)

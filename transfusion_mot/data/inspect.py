@@ -23,6 +23,7 @@ from PIL import Image
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.latents import LatentCache
@@ -124,8 +125,8 @@ class Inspection:
                 texts, num_images = [[caption] for caption in documents.captions(item)], 1
             else:
                 segments = documents.segments(item)
-                texts = [[segment for segment in segments if isinstance(segment, str)]]
-                num_images = len(segments) - len(texts[0])
+                texts = [[segment for segment in join_texts(segments) if isinstance(segment, str)]]
+                num_images = sum(isinstance(segment, int) for segment in segments)
             tokens += [sum(len(self.tokenizer.encode(part)) for part in text) for text in texts]
             images.append(num_images)
         return np.array(tokens), np.array(images)

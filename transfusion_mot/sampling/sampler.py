@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance
@@ -190,7 +191,7 @@ class Sampler:
 def laid_out(tokenizer: TextTokenizer, items: Sequence[str | Tensor]) -> list[Segment]:
     """Texts and latents => segments as in training, `BOS text BOI` image `EOI text ...`, without the end."""
     segments: list[Segment] = [[tokenizer.bos_id]]
-    for item in items:
+    for item in join_texts(items):
         if isinstance(item, str):
             segments.append(tokenizer.encode(item))
         else:
