@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from conftest import numbered_images, sources_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
+from transfusion_mot.config import DataConfig
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     KVCache,
@@ -24,9 +27,12 @@ def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:
 
 def loop_mask(queries: list[tuple[int, int, int]], keys: list[tuple[int, int, int]]) -> list[list[bool]]:
     return [
-        [dq == dk and (ok <= oq or (sq == sk and sq != -1)) for dk, ok, sk in keys]
-        for dq, oq, sq in queries
-    ]  # fmt: skip
+        [
+            dq == dk and (ok <= oq or (sq == sk and sq != -1)) if dq >= 0 else i == j  # padding sees itself alone
+            for j, (dk, ok, sk) in enumerate(keys)
+        ]
+        for i, (dq, oq, sq) in enumerate(queries)
+    ]
 
 
 @st.composite
@@ -51,21 +57,21 @@ def test_mask_of_real_documents(slots) -> None:
     for q, (document, order, span) in enumerate(slots):
         assert mask[q, q], "every slot sees itself, so that no softmax is empty"
         for k, (other, earlier, its_span) in enumerate(slots):
-            if document != other:
-                assert not mask[q, k]
-            elif document >= 0:
+            if document != other or document < 0:
+                assert mask[q, k] == (q == k)
+            else:
                 assert mask[q, k] == (earlier <= order or (span >= 0 and its_span == span))
 
 
-@given(documents().filter(bool), st.data())
+@given(documents().filter(lambda slots: any(document >= 0 for document, _, _ in slots)), st.data())
 @settings(max_examples=100, deadline=None)
 def test_mask_of_one_image_against_everything(slots, data) -> None:
     """What a denoising step asks: the patches of an image alone see what they see among all slots."""
-    spans = sorted({span for _, _, span in slots})
+    spans = sorted({span for document, _, span in slots if document >= 0})
     chosen = data.draw(st.sampled_from(spans))
     # Spans count the images of a call.
     renamed = {chosen: 0, 0: chosen} if chosen > 0 else {}
-    slots = [(document, order, renamed.get(span, span)) for document, order, span in slots]
+    slots = [(document, order, renamed.get(span, span)) for document, order, span in slots if document >= 0]
     queries = [slot for slot in slots if slot[2] == min(chosen, 0)]
     assert dense_mask(slot_ids([queries]), slot_ids([slots]))[0].tolist() == loop_mask(queries, slots)
 
@@ -121,6 +127,29 @@ def test_block_mask_is_that_of_pytorch(rows: int, length: int, clean: bool) -> N
         partial, full = int(expected.kv_num_blocks.sum()), int(expected.full_kv_num_blocks.sum())
         empty = expected.kv_indices.numel() - partial - full
         assert min(partial, full, empty) > 0, "all three kinds of blocks are met"
+
+
+def test_padding_adds_no_more_blocks_than_it_has_on_the_diagonal(byte_tokenizer) -> None:
+    """Rows of captioned images as they are packed, with nothing to fill the text slots left over."""
+    captions = [f"a picture of the number {number}" for number in range(20)]
+    sources, data = (
+        sources_of(numbered_images(captions, side=32), side=32),
+        DataConfig(text_slots=640, images_per_row=4),
+    )
+    packer = Packer(sources, byte_tokenizer, data, "3d", 2, 2, 0, lambda uniform: uniform)
+    batch = packer.rows(range(2), 0, packer.initial_state()[None].repeat(2, axis=0))[0].batch
+    padding = batch.document_ids < 0
+    assert padding.float().mean() > 0.3
+    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids)
+    with torch.compiler.set_stance("force_eager"):
+        blocks = block_mask(slots).to_dense()[:, 0]
+    pairs = dense_mask(slots, slots)
+    needed = (pairs & ~padding[:, None] & ~padding[:, :, None]).unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    needed = needed.any(dim=4).any(dim=2)
+    added = blocks.bool() & ~needed
+    assert added.any(), "there are blocks of nothing but padding"
+    assert not (added & ~torch.eye(added.shape[-1], dtype=torch.bool)).any()
+    assert not (pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool) & padding[:, :, None]).any()
 
 
 def test_what_lies_behind_the_end_of_a_row_attends_to_nobody() -> None:

@@ -28,7 +28,8 @@ class SlotIds:
     """What the mask knows of each slot.
 
     Attributes:
-        document_ids: [B, S], the document a slot belongs to; -1 is padding, which attends to padding alone.
+        document_ids: [B, S], the document a slot belongs to. A slot of padding is a document of its own, with a number
+            of its own below 0: it attends to itself alone, so that blocks of padding are skipped, too.
         order: [B, S], reading order inside the document.
         horizon: [B, S], the reading order up to which a slot sees its document: a token to itself, a patch to the last
             patch of its image.
@@ -47,11 +48,13 @@ class SlotIds:
         """Find the horizons.
 
         Args:
-            document_ids, order: [B, S].
+            document_ids, order: [B, S]; -1 is padding.
             span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
             copies: [B, K] bool, True for images that what follows sees: the other ones are seen by themselves alone.
                 None if all are seen.
         """
+        slots = torch.arange(order.shape[1], device=order.device)
+        document_ids = torch.where(document_ids < 0, -1 - slots, document_ids)
         spans = span_ids + 1
         last = order.new_zeros(order.shape[0], order.shape[1] + 1).scatter_reduce(1, spans, order, "amax")
         horizon = torch.where(span_ids >= 0, last.gather(1, spans), order)
@@ -125,9 +128,9 @@ def _attending_blocks(
 
     # Behind the end of a row nobody attends: there, queries and keys are of two documents that no slot has.
     allowed = _may_attend(
-        of_queries(in_blocks(document_ids, -2)),
+        of_queries(in_blocks(document_ids, -length - 1)),
         of_queries(in_blocks(horizon)),
-        of_keys(in_blocks(document_ids, -3)),
+        of_keys(in_blocks(document_ids, -length - 2)),
         of_keys(in_blocks(order)),
         None if last_horizon is None else of_keys(in_blocks(last_horizon)),
     )
