@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import numbered_images, sources_of, texts_of, tiny_config
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from transfusion_mot.config import DataConfig, ModelConfig, OptimizerConfig, TowerConfig
@@ -28,20 +29,21 @@ ROWS = 8
 
 
 class Run:
-    """A tiny model on the rows of some lanes: in bfloat16 on CUDA, compiled by default; eager on the CPU, in float32 by
-    default."""
+    """A tiny model on the rows of some lanes: on CUDA compiled and in bfloat16 by default, on the CPU eager and in
+    float32."""
 
     def __init__(
         self,
         device: str,
         tokenizer: TextTokenizer,
-        precision: str = "no",
+        precision: str | None = None,
         optimizer: str = "adamw",
         config: ModelConfig | None = None,
         checkpointing: Checkpointing = "none",
         compiled: bool = True,
         float8: bool = False,
         lr: float = 3e-3,
+        seed: int = 0,
     ) -> None:
         self.device = torch.device(device)
         on_gpu = device == "cuda"
@@ -54,14 +56,14 @@ class Run:
             tokenizer, data, "3d", 2, ROWS, 0, self.diffusion.timesteps_from_uniform,
         )  # fmt: skip
         self.states = self.packer.initial_state()[None].repeat(ROWS, axis=0)
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = config or tiny_config(head_dim=32, rope="3d")
         self.bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, config).to(self.device)
         if float8:
             convert_to_float8(self.bare)
         self.optimizer = make_optimizer(self.bare, OptimizerConfig(name=optimizer, lr=lr))
         AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else precision)
+        self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision or ("bf16" if on_gpu else "no"))
         self.bare.checkpoint_activations(checkpointing)
         if not compiled:
             self.bare.attention = "sdpa"  # FlexAttention would compile itself
@@ -86,13 +88,38 @@ def curve(run: Run, num_steps: int) -> torch.Tensor:
 
 
 def test_loss_curves_of_both_devices_agree(byte_tokenizer) -> None:
-    """200 steps on the same rows: compilation and other kernels change the curve no more than bfloat16 alone does."""
-    host, half = (curve(Run("cpu", byte_tokenizer, precision), 200) for precision in ("no", "bf16"))
-    gpu = curve(Run("cuda", byte_tokenizer), 200)
-    assert ((gpu - host).abs().mean(dim=0) < 1.5 * (half - host).abs().mean(dim=0)).all()
-    assert (host[-20:].mean(dim=0) < 0.9 * host[:20].mean(dim=0)).all(), "nothing was learnt, so nothing was compared"
-    # On the CPU, weights that are rounded to bfloat16 once, before the first step, move these means by 3 %.
-    torch.testing.assert_close(gpu[-20:].mean(dim=0), host[-20:].mean(dim=0), rtol=0.05, atol=0.0)
+    """60 steps on the same rows, several seeds.
+
+    In float32 compilation and other kernels change the curves less than a change of all initial weights by 1e-5 of
+    themselves, a hundred roundings, does on one device. A larger learning rate or more steps make small differences
+    grow until they say nothing: at 3e-3, 1e-6 becomes 1e-3 in 100 steps. In bfloat16 they change them about as much as
+    bfloat16 does on the CPU.
+    """
+
+    def trained(device: str, precision: str, seed: int, moved: float = 0.0) -> Tensor:
+        run = Run(device, byte_tokenizer, precision, seed=seed, lr=1e-3)
+        with torch.no_grad():
+            for parameter in run.bare.parameters():
+                parameter.mul_(1 + moved * torch.randn(parameter.shape).to(parameter))
+        return curve(run, 60)
+
+    differences: dict[str, list[Tensor]] = {"moved": [], "gpu": [], "half": [], "half on gpu": []}
+    for seed in range(3):
+        host = trained("cpu", "no", seed)
+        assert (host[-10:].mean(dim=0) < 0.9 * host[:10].mean(dim=0)).all(), "nothing was learnt, so nothing compared"
+        others = {
+            "moved": trained("cpu", "no", seed, 1e-5),
+            "gpu": trained("cuda", "no", seed),
+            "half": trained("cpu", "bf16", seed),
+            "half on gpu": trained("cuda", "bf16", seed),
+        }
+        for name, other in others.items():
+            differences[name].append((other / host - 1).abs())
+    mean = {name: torch.stack(found).mean().item() for name, found in differences.items()}
+    assert mean["moved"] < 0.2 * mean["half"], "the comparison in float32 is no sharper than in bfloat16"
+    assert mean["gpu"] < mean["moved"], mean
+    # Two draws of the same size: neither is the larger one for sure.
+    assert mean["half on gpu"] < 2 * mean["half"], mean
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

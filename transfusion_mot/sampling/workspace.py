@@ -1,5 +1,6 @@
 """What sampling keeps from one call to the next: the cache, and its steps as CUDA graphs."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -65,7 +66,7 @@ class Step:
 
     def _record(self) -> None:
         before = {name: tensor.clone() for name, tensor in self.state.items()}
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # The first calls compile kernels, allocate workspaces and wait for the device, which a recording must not.
@@ -78,6 +79,12 @@ class Step:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._result = self._run()
         self._graph = graph
+
+
+@functools.cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """Where steps run before they are recorded: one for all, as cuBLAS keeps memory for each stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Workspace:
