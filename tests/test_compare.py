@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.comparison import difference
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric, Report, read_report, save_report
 
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "compare.py"
@@ -23,7 +23,7 @@ def clip(scores: np.ndarray, **protocol: object) -> Metric:
         "CLIP cosine (generated)",
         float(scores.mean()),
         PROTOCOL | protocol,
-        bootstrap_interval(scores),
+        mean_interval(scores),
         tuple(scores.tolist()),
     )
 

@@ -87,7 +87,8 @@ def test_extrapolation_finds_the_distance_of_infinitely_many():
     assert found.slope == pytest.approx(4000 * whole, rel=0.2)
     assert abs(found.distance) < 0.2 * whole
     assert found == extrapolated_distance(reference, features)
-    assert extrapolated_distance(reference, features[:63]) is None
+    assert extrapolated_distance(reference, features[:160]) is not None
+    assert extrapolated_distance(reference, features[:159]) is None
 
 
 def test_extrapolation_equals_the_published_recipe():

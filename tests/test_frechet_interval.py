@@ -3,42 +3,84 @@
 import numpy as np
 import pytest
 
-from transfusion_mot.evaluation.frechet import frechet_distance, frechet_interval, gaussian_of
+from transfusion_mot.evaluation.comparison import difference
+from transfusion_mot.evaluation.frechet import (
+    extrapolated_distance,
+    frechet_distance,
+    frechet_scores,
+    gaussian_of,
+    standard_error,
+)
+from transfusion_mot.evaluation.report import Metric
 
-NUM_FEATURES = 12
+NUM_FEATURES = 24
 
 
-def drawn(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Correlated features that are not quite the reference's."""
+def drawn(rng: np.random.Generator, count: int, shift: float = 0.3) -> np.ndarray:
+    """Correlated, skewed features that are not quite the reference's."""
     mixing = np.random.default_rng(5).standard_normal((NUM_FEATURES, NUM_FEATURES))
-    return (rng.standard_normal((count, NUM_FEATURES)) @ mixing + 0.3).astype(np.float32)
+    mixing *= np.linspace(0.1, 1.5, NUM_FEATURES) / NUM_FEATURES**0.5
+    return np.abs(rng.standard_normal((count, NUM_FEATURES))) @ mixing + shift
 
 
-REFERENCE = gaussian_of(drawn(np.random.default_rng(9), 4000) * 1.1 - 3)
+REFERENCE = gaussian_of(drawn(np.random.default_rng(9), 6000) * 1.1 - 0.2)
 
 
-@pytest.mark.parametrize("count", [8, 300])
-def test_the_middle_is_the_distance(count: int) -> None:
-    """With fewer images than features, and with more."""
-    features = drawn(np.random.default_rng(0), count)
-    low, high = frechet_interval(REFERENCE, features)
-    assert (low + high) / 2 == pytest.approx(frechet_distance(REFERENCE, gaussian_of(features)), rel=1e-9)
-    assert low < high
-
-
-def test_it_is_as_wide_as_distances_of_new_images_spread() -> None:
+@pytest.mark.parametrize("count", [NUM_FEATURES // 4, NUM_FEATURES, 4 * NUM_FEATURES])
+def test_intervals_hold_the_distance_that_so_many_images_have_on_average(count: int) -> None:
+    """With fewer images than features, as many, and more."""
     rng = np.random.default_rng(0)
-    # Near a distance of zero it is wider than need be.
-    distances = [frechet_distance(REFERENCE, gaussian_of(drawn(rng, 300))) for _ in range(300)]
-    intervals = [frechet_interval(REFERENCE, drawn(rng, 300), seed=seed) for seed in range(20)]
-    half = np.mean([high - low for low, high in intervals]) / 2
-    assert half == pytest.approx(1.96 * np.std(distances), rel=0.15)
+    distances, errors = [], []
+    for _ in range(400):
+        features = drawn(rng, count)
+        scores = frechet_scores(REFERENCE, features)
+        assert scores.mean() == pytest.approx(frechet_distance(REFERENCE, gaussian_of(features)), rel=1e-9)
+        distances.append(scores.mean())
+        errors.append(standard_error(scores))
+    held = np.abs(np.array(distances) - np.mean(distances)) < 1.96 * np.array(errors)
+    # 95 %, less or more three standard errors of 400 draws; of few images an error is itself a rough number.
+    assert 0.90 < held.mean() < 0.985
+    assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.25)
 
 
-def test_resamples_are_those_of_the_definition() -> None:
-    """The same draws, each measured as a set of its own."""
-    features = drawn(np.random.default_rng(0), 50)
-    generator = np.random.default_rng(3)
-    distances = [frechet_distance(REFERENCE, gaussian_of(features[generator.integers(50, size=50)])) for _ in range(10)]
-    low, high = frechet_interval(REFERENCE, features, resamples=10, seed=3)
-    assert (high - low) / 2 == pytest.approx(1.96 * np.std(distances, ddof=1), rel=1e-9)
+def test_scores_say_what_more_images_of_a_kind_would_do() -> None:
+    """The influence function by its definition: the distance with a little more weight on one image."""
+    features = drawn(np.random.default_rng(0), 60)
+    scores = frechet_scores(REFERENCE, features)
+    distance = frechet_distance(REFERENCE, gaussian_of(features))
+    copies = 400
+    for index in (0, 7, 31):
+        heavier = np.concatenate([np.repeat(features, copies, axis=0), features[[index]]])
+        plain = frechet_distance(REFERENCE, gaussian_of(np.repeat(features, copies, axis=0)))
+        moved = (frechet_distance(REFERENCE, gaussian_of(heavier)) - plain) * len(heavier)
+        assert scores[index] - distance == pytest.approx(moved, rel=0.05)
+
+
+def test_equal_prompts_find_smaller_differences_than_separate_images() -> None:
+    """Two models whose pictures of a prompt have most in common."""
+    rng = np.random.default_rng(0)
+    common = drawn(rng, 400)
+    paintings = [common + 0.05 * rng.standard_normal(common.shape) + shift for shift in (0.0, 0.015)]
+    protocol = {"prompts": "the same", "captioned images": None}
+
+    def metric(features: np.ndarray, is_paired: bool) -> Metric:
+        scores = frechet_scores(REFERENCE, features)
+        half = 1.96 * standard_error(scores)
+        interval = (scores.mean() - half, scores.mean() + half)
+        return Metric("FD", scores.mean(), protocol, interval, tuple(scores) if is_paired else None)
+
+    paired = difference(*(metric(features, True) for features in paintings))
+    separate = difference(*(metric(features, False) for features in paintings))
+    assert paired.verdict == "worse"
+    assert separate.verdict == "within noise"
+    same = difference(metric(paintings[0], True), metric(paintings[0], True))
+    assert same.verdict == "within noise"
+
+
+def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
+    rng = np.random.default_rng(0)
+    whole = frechet_distance(REFERENCE, gaussian_of(drawn(np.random.default_rng(3), 300_000)))
+    found = [extrapolated_distance(REFERENCE, drawn(rng, 10 * NUM_FEATURES), seed=seed) for seed in range(120)]
+    held = [abs(one.distance - whole) < 1.96 * one.standard_error for one in found]
+    assert 0.87 < np.mean(held) <= 1
+    assert np.mean([one.distance for one in found]) == pytest.approx(whole, rel=0.1)

@@ -13,7 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation import blocks
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.kernels import gaussian_distance, kernel_distance
 from transfusion_mot.evaluation.manifold import manifold_scores
 
@@ -109,22 +109,31 @@ def test_too_few_for_a_kernel_distance():
         kernel_distance(_features(1, 4, 0), _features(5, 4, 0))
 
 
-def test_bootstrap_interval():
+def test_mean_interval():
     values = np.random.default_rng(0).gamma(2, size=400)
-    low, high = bootstrap_interval(values)
+    low, high = mean_interval(values)
     theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
     assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.01)
     # As the theory of the mean says, and whatever the order.
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
-    assert (low, high) == bootstrap_interval(values[::-1])
-    assert bootstrap_interval([3.0]) == (3.0, 3.0)
+    assert (low, high) == mean_interval(values[::-1])
+    assert mean_interval([3.0]) is None
+    assert mean_interval([]) is None
     # Losses over lengths: documents of twice the length count twice.
     lengths = np.random.default_rng(1).integers(1, 30, size=400)
-    low, high = bootstrap_interval(values * lengths, lengths)
+    low, high = mean_interval(values * lengths, lengths)
     theirs = scipy.stats.bootstrap(
         (values * lengths, lengths), _ratio, paired=True, method="percentile", rng=0
     ).confidence_interval
     assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.01)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 20), (20, 20), (7, 20), (1, 2)])
+def test_interval_of_a_share_is_that_of_wilson(right, count):
+    theirs = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
+    low, high = mean_interval([1.0] * right + [0.0] * (count - right))
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
+    assert low < high
 
 
 def _ratio(values, lengths, axis=-1):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
 from transfusion_mot.evaluation.captioning import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.meteor import MeteorMissing, meteor
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.sentence_similarity import SentenceEncoder, sentence_similarity
@@ -80,4 +80,4 @@ def caption_metrics(
 
 
 def _mean(name: str, scores: np.ndarray[Any, np.dtype[np.float64]], protocol: dict[str, Any]) -> Metric:
-    return Metric(name, float(scores.mean()), protocol, bootstrap_interval(scores), tuple(scores.tolist()))
+    return Metric(name, float(scores.mean()), protocol, mean_interval(scores), tuple(scores.tolist()))

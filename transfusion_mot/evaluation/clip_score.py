@@ -17,8 +17,8 @@ from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.blocks import row_blocks
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.images import ImageArray, ImageSource, device_batches
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.weights import weights_hash
@@ -209,4 +209,4 @@ def clip_scores(
 
 
 def _mean(name: str, scores: npt.NDArray[np.float64], protocol: dict[str, Any]) -> Metric:
-    return Metric(name, float(scores.mean()), protocol, bootstrap_interval(scores), tuple(scores.tolist()))
+    return Metric(name, float(scores.mean()), protocol, mean_interval(scores), tuple(scores.tolist()))

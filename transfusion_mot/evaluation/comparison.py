@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric, Report, shown_number, value_and_interval
 
 Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"]
@@ -52,8 +52,8 @@ class Difference:
 def difference(first: Metric, other: Metric) -> Difference:
     """Decide whether a metric differs from that of the same name in the first report.
 
-    Where both have a score for every image of the same list, the interval of the mean difference (paired bootstrap)
-    must not hold zero. Otherwise the two intervals must not overlap, which finds fewer differences.
+    Where both have a score for every image of the same list, the interval of the mean difference must not hold zero.
+    Otherwise the two intervals must not overlap, which finds fewer differences.
     """
     value = other.value - first.value
     keys = (first.protocol.keys() | other.protocol.keys()) - _COMPARED
@@ -63,7 +63,10 @@ def difference(first: Metric, other: Metric) -> Difference:
         first.protocol.get(key) == other.protocol.get(key) for key in _LISTS
     )
     if same_list and first.scores is not None and other.scores is not None and len(first.scores) == len(other.scores):
-        low, high = bootstrap_interval(np.subtract(other.scores, first.scores))
+        interval = mean_interval(np.subtract(other.scores, first.scores))
+        if interval is None:
+            return Difference(first.name, value, "unknown", "one image has no interval")
+        low, high = interval
         differs = low > 0 or high < 0
         reason = f"paired bootstrap over {len(first.scores)} images: [{shown_number(low)}, {shown_number(high)}]"
     elif first.interval is not None and other.interval is not None:

@@ -1,6 +1,7 @@
 """Distances between real and generated images in the features of a network, as numbers with their protocols."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from accelerate import PartialState
 
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.frechet import extrapolated_distance, frechet_distance, frechet_interval
+from transfusion_mot.evaluation.frechet import (
+    FEW_EXTRAPOLATED,
+    extrapolated_distance,
+    frechet_scores,
+    standard_error,
+)
 from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.intervals import DEVIATIONS
 from transfusion_mot.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
 from transfusion_mot.evaluation.report import Metric
 
 _logger = logging.getLogger(__name__)
-# Of a normal distribution, either side of 95 %.
-_DEVIATIONS = 1.96
 
 
 def image_distance(
@@ -51,8 +56,8 @@ def set_distance(
 ) -> list[Metric]:
     """Frechet and kernel distance, precision, recall, density and coverage of two sets of features of `network`.
 
-    Saved statistics without features give the Frechet distance alone. With at least twice as many generated images as
-    features it is extrapolated to infinitely many, too. `image_size` is what the images were brought to, for the
+    Saved statistics without features give the Frechet distance alone. With at least five generated images for each
+    feature it is extrapolated to infinitely many, too. `image_size` is what the images were brought to, for the
     protocol.
     """
     assert generated_set.features is not None
@@ -76,15 +81,29 @@ def set_distance(
         "image size": "as stored" if image_size is None else image_size,
         "resize": network.resize,
     }
-    distance = frechet_distance(real_set.gaussian, generated_set.gaussian)
-    interval = frechet_interval(real_set.gaussian, generated_set.features)
-    metrics = [Metric(network.frechet_name, distance, protocol, interval)]
+    scores = frechet_scores(real_set.gaussian, generated_set.features)
+    distance = float(scores.mean())
+    interval = _interval(distance, standard_error(scores), lowest=0.0)
+    metrics = [Metric(network.frechet_name, distance, protocol, interval, tuple(scores.tolist()))]
     extrapolated = extrapolated_distance(real_set.gaussian, generated_set.features)
     if extrapolated is not None:
+        if count < FEW_EXTRAPOLATED * num_features:
+            _logger.warning(
+                "%d generated images are few for %s at infinite N with %d features: %d or more are better",
+                count,
+                network.frechet_name,
+                num_features,
+                FEW_EXTRAPOLATED * num_features,
+            )
         subsets = f"{extrapolated.num_subsets} of {extrapolated.smallest} to {count}"
         name = f"{network.frechet_name}, infinite N"
-        metrics.append(Metric(name, extrapolated.distance, {**protocol, "subsets": subsets}))
+        interval = _interval(extrapolated.distance, extrapolated.standard_error)
+        metrics.append(Metric(name, extrapolated.distance, {**protocol, "subsets": subsets}, interval))
     return metrics + _pairwise(real_set, generated_set, network, protocol)
+
+
+def _interval(value: float, error: float, lowest: float = -math.inf) -> tuple[float, float]:
+    return max(lowest, value - DEVIATIONS * error), value + DEVIATIONS * error
 
 
 def _pairwise(
@@ -96,8 +115,7 @@ def _pairwise(
     real = torch.from_numpy(real_set.features).to(network.device)
     generated = torch.from_numpy(generated_set.features).to(network.device)
     kernel = network.kernel(real, generated)
-    half = _DEVIATIONS * kernel.standard_error
-    interval = (kernel.value - half, kernel.value + half)
+    interval = _interval(kernel.value, kernel.standard_error)
     metrics = [Metric(network.kernel_name, kernel.value, {**protocol, "pairs": "all"}, interval)]
     if min(len(real), len(generated)) <= DENSITY_NEIGHBOURS:
         return metrics

@@ -82,15 +82,23 @@ class Extrapolation:
 
     Attributes:
         distance: Where the line meets 1/N = 0.
+        standard_error: Of the distance: of the line, and of the images that were drawn.
         slope: Of the distance against 1/N.
         smallest: The fewest images of a subset.
         num_subsets: Points on the line.
     """
 
     distance: float
+    standard_error: float
     slope: float
     smallest: int
     num_subsets: int
+
+
+# Generated images for each feature: with fewer than this there is no extrapolation,
+_FEWEST_EXTRAPOLATED = 5
+# and with fewer than this a warning.
+FEW_EXTRAPOLATED = 10
 
 
 def extrapolated_distance(
@@ -98,12 +106,12 @@ def extrapolated_distance(
 ) -> Extrapolation | None:
     """FID-infinity of generated features `[N, D]` (Chong & Forsyth, arXiv 1911.07023).
 
-    The bias of the distance is linear in 1/N: it is measured on random subsets of 5,000 to N images (of N/2 to N where
-    there are fewer than 10,000) and extrapolated by least squares. None where N < 2 D: below D images the bias is
-    another one.
+    The bias of the distance is linear in 1/N where there are many images for each feature: it is measured on random
+    subsets of 5,000 to N images (of N/2 to N where there are fewer than 10,000) and extrapolated by least squares.
+    None where N < 5 D: there the bias is another one, and the line ends far too low.
     """
     count, num_features = features.shape
-    if count < 2 * num_features:
+    if count < _FEWEST_EXTRAPOLATED * num_features:
         return None
     sizes = np.linspace(5000 if count >= 10_000 else count // 2, count, num_subsets).astype(int)
     generator = np.random.default_rng(seed)
@@ -111,39 +119,40 @@ def extrapolated_distance(
     for size in sizes:
         chosen = features[np.sort(generator.choice(count, size, replace=False))]
         distances.append(frechet_distance(reference, gaussian_of(chosen)))
-    slope, intercept = np.polyfit(1 / sizes, distances, 1)
-    return Extrapolation(float(intercept), float(slope), int(sizes[0]), num_subsets)
+    (slope, intercept), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
+    of_images = standard_error(frechet_scores(reference, features))
+    error = float(np.hypot(of_images, np.sqrt(covariance[1, 1])))
+    return Extrapolation(float(intercept), error, float(slope), int(sizes[0]), num_subsets)
 
 
-def frechet_interval(
-    reference: Gaussian, features: Features, resamples: int = 25, seed: int = 0
-) -> tuple[float, float]:
-    """The distance of generated features `[N, D]`, less and plus 1.96 standard errors: (low, high).
+def frechet_scores(reference: Gaussian, features: Features) -> Array:
+    """One value for each generated image of features `[N, D]` => [N], whose mean is the Frechet distance.
 
-    The standard error is that of bootstrap resamples of the generated images; the references stay as they are. Their
-    quantiles would not do: a resample holds images twice, which raises its distance as a smaller N does.
+    They are the distance plus its influence function at each image: how much the distance would move if there were more
+    images like this one. With c the features less their mean m, A the factor of the reference's covariance, w and v the
+    eigenvalues and eigenvectors of the covariance of c A, it is
+
+        |c|^2 - sum_j (c A v_j)^2 / sqrt(w_j) - 2 c (m_ref - m)
+
+    less its mean. So the standard error of the distance is that of the mean of these values, for the distance that N
+    images have on average: the bias of a small N is no part of it. The references stay as they are.
     """
     rows = features.astype(np.float64)
-    squares = (rows**2).sum(axis=1)
+    mean = rows.mean(axis=0)
+    rows -= mean
     # In this basis the overlap is the sum of the roots of one covariance's eigenvalues, see `frechet_distance`.
     projected = rows @ reference.factor
+    values, vectors = np.linalg.eigh(projected.T @ projected / (len(rows) - 1))
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    overlap = ((projected @ vectors[:, kept]) ** 2 / np.sqrt(values[kept])).sum(axis=1)
+    influence = (rows**2).sum(axis=1) - overlap - 2 * rows @ (reference.mean - mean)
+    distance = frechet_distance(reference, gaussian_of(features))
+    return np.asarray(distance + influence - influence.mean())
 
-    def distance(chosen: npt.NDArray[np.int64]) -> float:
-        count, mean = len(chosen), rows[chosen].mean(axis=0)
-        difference = reference.mean - mean
-        trace = (squares[chosen].sum() - count * mean @ mean) / (count - 1)
-        centred = projected[chosen]
-        centred -= centred.mean(axis=0)
-        wide = count < centred.shape[1]
-        values = np.linalg.eigvalsh((centred @ centred.T if wide else centred.T @ centred) / (count - 1))
-        overlap = np.sqrt(values.clip(min=0)).sum()
-        return float(difference @ difference + np.trace(reference.covariance) + trace - 2 * overlap)
 
-    generator = np.random.default_rng(seed)
-    drawn = [distance(generator.integers(len(rows), size=len(rows))) for _ in range(resamples)]
-    half = 1.96 * float(np.std(drawn, ddof=1))
-    value = max(0.0, distance(np.arange(len(rows))))
-    return max(0.0, value - half), value + half
+def standard_error(scores: Array) -> float:
+    """Of the mean of values `[N]`."""
+    return float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
 
 
 def gaussian_of(features: Features, rows: int = 4096) -> Gaussian:

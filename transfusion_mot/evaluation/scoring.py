@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
 from transfusion_mot.evaluation.distances import set_distance
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource, default_num_workers
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric
@@ -135,7 +135,7 @@ def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> l
             metric,
             name=f"{metric.name} ({images})",
             protocol=metric.protocol | protocol,
-            interval=metric.interval or (bootstrap_interval(metric.scores) if metric.scores else None),
+            interval=metric.interval or (mean_interval(metric.scores) if metric.scores else None),
         )
         for metric in metrics
     ]

@@ -19,11 +19,11 @@ from diffusers import SchedulerMixin
 from transfusion_mot.config import DataConfig
 from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
 from transfusion_mot.evaluation.images import default_num_workers
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.memorisation import (
     MOST_PAINTED,
     TrainingImages,
@@ -162,7 +162,7 @@ class Benchmark:
         # A sweep paints the first of the prompts.
         scores = 1 - np.einsum("nd,nd->n", ours, self._real_features[: len(prompts)]).astype(np.float64)
         protocol = {"features": self.networks.features[0].description}
-        interval = bootstrap_interval(scores)
+        interval = mean_interval(scores)
         return [Metric(DISTANCE_TO_REFERENCE, float(scores.mean()), protocol, interval, tuple(scores.tolist()))]
 
     @functools.cached_property

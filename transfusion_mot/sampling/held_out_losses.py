@@ -12,7 +12,7 @@ from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
@@ -123,9 +123,9 @@ def diffusion_metrics(
         }
         means = losses.mean(axis=1)
         over_all = {**protocol, "mean of t": _listed(timesteps)}
-        metrics.append(Metric(f"diffusion loss ({name})", float(means.mean()), over_all, bootstrap_interval(means)))
+        metrics.append(Metric(f"diffusion loss ({name})", float(means.mean()), over_all, mean_interval(means)))
         metrics += [
-            Metric(f"diffusion loss ({name}, t = {t:.3g})", float(column.mean()), protocol, bootstrap_interval(column))
+            Metric(f"diffusion loss ({name}, t = {t:.3g})", float(column.mean()), protocol, mean_interval(column))
             for t, column in zip(timesteps, losses.T, strict=True)
         ]
     return metrics

@@ -14,7 +14,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.bootstrap import bootstrap_interval
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.losses import IGNORE_INDEX
@@ -87,16 +87,16 @@ def text_losses(
     nats, last, tokens = rows.T
     mean = nats.sum() / tokens.sum()
     protocol = {"texts": len(texts), "tokens": int(tokens.sum()), "bytes": int(sizes.sum()), "row": reader.text_slots}
-    low, high = bootstrap_interval(nats, tokens)
+    interval = mean_interval(nats, tokens)
     bits = (nats - last) / math.log(2)
     return [
-        Metric("text loss", float(mean), {**protocol, "unit": "nats per token"}, (low, high)),
-        Metric("perplexity", math.exp(mean), protocol, (math.exp(low), math.exp(high))),
+        Metric("text loss", float(mean), {**protocol, "unit": "nats per token"}, interval),
+        Metric("perplexity", math.exp(mean), protocol, interval and (math.exp(interval[0]), math.exp(interval[1]))),
         Metric(
             "bits per byte",
             float(bits.sum() / sizes.sum()),
             {**protocol, "without": "the end of texts"},
-            bootstrap_interval(bits, sizes),
+            mean_interval(bits, sizes),
         ),
     ]
 

@@ -1,0 +1,54 @@
+"""How far a mean over images would move if other images had been drawn."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+# Of a normal distribution, either side of 95 %.
+DEVIATIONS = 1.96
+_BLOCK = 2**22
+
+
+def mean_interval(
+    values: Sequence[float] | npt.NDArray[np.floating],
+    weights: Sequence[float] | npt.NDArray[np.floating] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """An interval (low, high) that holds a mean with a confidence of 95 %; None of fewer than two values.
+
+    It is a percentile bootstrap. Of shares, whose values are all 0 or 1, it is Wilson's score interval (1927): that has
+    a width also where all values are equal. The order of the values does not matter, and the draws are fixed by the
+    seed.
+
+    Args:
+        values: One number for each image (or document).
+        weights: None for the mean; else the interval is of sum of values / sum of weights, for example of the losses
+            of documents over their lengths.
+        resamples: Number of times that as many values are drawn with replacement.
+        seed: Of the draws.
+    """
+    if len(values) < 2:
+        return None
+    if weights is None and np.isin(values, (0, 1)).all():
+        return _wilson(float(np.mean(values)), len(values))
+    pairs = np.stack([values, np.ones(len(values)) if weights is None else weights]).astype(np.float64)
+    count = pairs.shape[1]
+    pairs = pairs[:, np.lexsort(pairs)]
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // count)
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = generator.integers(count, size=(min(rows, resamples - start), count))
+        means.append(pairs[0][drawn].sum(axis=1) / pairs[1][drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    squared = DEVIATIONS**2 / count
+    middle = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
+    return max(0.0, middle - half), min(1.0, middle + half)
