@@ -3,19 +3,23 @@
 import io
 import json
 import sys
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import PartialState
 from test_pipeline import tiny_pipeline
 
 import sample
+from transfusion_mot import files
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.captioning import read_captions
+from transfusion_mot.evaluation.generation import claim_folder
 from transfusion_mot.evaluation.images import read_prompts
 from transfusion_mot.evaluation.prompts import read_geneval, read_text_prompts
-from transfusion_mot.files import lines_of
 from transfusion_mot.sampling.outputs import ResultFolder
 
 # At each of these `str.splitlines` cuts, beside the line feed and the carriage return.
@@ -25,7 +29,7 @@ PROMPTS = [f"a{character}b" for character in BREAKS] + ["sun"]
 
 @pytest.mark.parametrize("text", ["", "a", "a\n", "a\nb", "a\r\nb\r\n", "\n", "\n\na", "a\n\n"])
 def test_lines_are_those_of_python_where_it_cuts_at_newlines_alone(text: str) -> None:
-    assert lines_of(text) == text.splitlines()
+    assert files.lines_of(text) == text.splitlines()
 
 
 def test_results_keep_prompts_with_any_character(tmp_path: Path) -> None:
@@ -68,3 +72,60 @@ def test_what_is_not_utf_8_is_refused(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"sun\ncaf\xe9\n"), errors="surrogateescape"))
     with pytest.raises(UserError, match="prompts file '-' cannot be read as UTF-8 text"):
         sample.read_prompts(Namespace(prompts=[], prompts_file="-"), PartialState())
+
+
+def folder_of(path: Path, **command: object) -> ResultFolder:
+    return ResultFolder(str(path), command, "metadata.jsonl", PartialState())
+
+
+def test_of_two_commands_that_begin_together_one_is_refused(tmp_path: Path) -> None:
+    one, two = folder_of(tmp_path / "out", seed=0), folder_of(tmp_path / "out", seed=1)
+    again = folder_of(tmp_path / "out", seed=0)
+    one.add({0: {"text": "a"}})
+    with pytest.raises(UserError, match=r"holds results of another command \(seed was 0 and is 1\)"):
+        two.add({0: {"text": "b"}})
+    again.add({1: {"text": "c"}})
+    one.finish()
+    assert list(again.read()) == [{"text": "a"}, {"text": "c"}]
+
+
+def test_the_same_command_goes_on_whatever_form_its_values_have(tmp_path: Path) -> None:
+    one = folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7))
+    one.add({0: {"text": "a"}})
+    assert folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7)).missing(2) == [1]
+
+
+def test_of_many_that_claim_a_file_one_has_it(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def claim_it(number: int) -> dict[str, Any]:
+        start.wait()
+        return files.claim(tmp_path / "command.json", {"number": number, "text": "蛸" * 10_000})
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(claim_it, range(8)))
+    assert all(content == found[0] for content in found)
+
+
+def test_a_claim_waits_for_the_one_who_is_writing(tmp_path: Path) -> None:
+    path = tmp_path / "command.json"
+    path.touch()
+    writing = threading.Timer(0.1, path.write_text, ['{"seed": 0}'])
+    writing.start()
+    assert files.claim(path, {"seed": 1}) == {"seed": 0}
+    writing.join()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", None])
+@pytest.mark.parametrize("open_folder", [folder_of, lambda path: claim_folder(path, {})])
+def test_a_foreign_file_in_the_place_of_ours_is_refused(tmp_path, monkeypatch, open_folder, content) -> None:
+    monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)
+    for name in ("command.json", "settings.json"):
+        path = tmp_path / "out" / name
+        if content is None:
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    with pytest.raises(UserError, match=r"json' is not a file that this command wrote; give another folder, or remove"):
+        open_folder(tmp_path / "out")

@@ -1,4 +1,14 @@
-"""Text files that are read line by line."""
+"""Files that commands read line by line, and the places that they write to."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transfusion_mot.errors import UserError
+
+# Another process may be writing a file of a few lines at the moment.
+_ATTEMPTS, _SECONDS_BETWEEN = 20, 0.05
 
 
 def lines_of(text: str) -> list[str]:
@@ -8,3 +18,39 @@ def lines_of(text: str) -> list[str]:
     U+0085, U+2028 and others.
     """
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def claim(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write a new JSON file, or read the one that is there => what the file holds.
+
+    Of all who ask at the same time, one writes: whose file it is shows by its content.
+
+    Raises:
+        UserError: The file is there and holds no JSON object.
+        OSError: The file cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    except FileExistsError:
+        pass
+    return read_claim(path)
+
+
+def read_claim(path: Path) -> dict[str, Any]:
+    """What a file of `claim` holds.
+
+    Raises:
+        UserError: The file holds no JSON object.
+    """
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_SECONDS_BETWEEN)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict):
+            return content
+        break
+    raise UserError(f"'{path}' is not a file that this command wrote; give another folder, or remove this one")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transfusion_mot.data.images import load_image
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt
+from transfusion_mot.files import claim
 
 # A batch => a picture of each.
 Make = Callable[[Sequence[Prompt]], list[Image.Image]]
@@ -30,21 +31,21 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Make a folder for samples of these settings, or go on with one; called by the main process first.
 
     Raises:
-        UserError: It holds samples of other settings.
+        UserError: It holds samples of other settings, or cannot be written to.
     """
     path = folder / _SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-        if different:
-            changes = ", ".join(f"{key} ({before.get(key)} there, {settings.get(key)} now)" for key in different)
-            raise UserError(f"'{folder}' holds samples of other settings: {changes}; give another folder or remove it")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()) and not path.exists():
         raise UserError(f"'{folder}' holds files but no {_SETTINGS_FILE} of ours; give another folder or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = claim(path, settings)
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be written to: {error}; give another folder") from None
+    different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    if different:
+        changes = ", ".join(f"{key} ({before.get(key)} there, {settings.get(key)} now)" for key in different)
+        raise UserError(f"'{folder}' holds samples of other settings: {changes}; give another folder or remove it")
 
 
 def write_images(

@@ -1,6 +1,7 @@
 """What a sampling command leaves behind: a folder that the same command goes on with, and pictures of the denoising."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import claim, lines_of, read_claim
 from transfusion_mot.pipeline import TransfusionPipeline
 
 COMMAND_FILE = "command.json"
@@ -46,38 +47,40 @@ class ResultFolder:
         self.results = self.path / file_name
         self._state = state
         self._part = self.path / _PARTS / f"{state.process_index:05d}.jsonl"
-        self._command = command
-        self._check()
+        # As it is read back: lists for tuples.
+        self._command: dict[str, Any] = json.loads(json.dumps(command))
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not (self.path / COMMAND_FILE).exists():
+                raise UserError(
+                    f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
+                )
+            self._refuse_other(read_claim(self.path / COMMAND_FILE))
+        self._is_claimed = False
         self._done = {int(line["index"]) for line in self._lines_of_parts()}
         # Nobody writes before everybody has read.
         state.wait_for_everyone()
 
-    def _check(self) -> None:
-        command, saved = self._command, self.path / COMMAND_FILE
-        if saved.is_file():
-            before = json.loads(saved.read_text(encoding="utf-8"))
-            other = [key for key in {**before, **command} if before.get(key) != command.get(key)]
-            if other:
-                raise UserError(
-                    f"output '{self.path}' holds results of another command ({other[0]} was {before.get(other[0])!r} "
-                    f"and is {command.get(other[0])!r}); give another --output, or remove it"
-                )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def _refuse_other(self, before: dict[str, Any]) -> None:
+        command = self._command
+        other = [key for key in {**before, **command} if before.get(key) != command.get(key)]
+        if other:
             raise UserError(
-                f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
+                f"output '{self.path}' holds results of another command ({other[0]} was {before.get(other[0])!r} "
+                f"and is {command.get(other[0])!r}); give another --output, or remove it"
             )
 
     def make(self) -> None:
         """Make the folder if it is not there; not before the first results are, so that a mistake leaves nothing.
 
         Raises:
-            UserError: It cannot be made.
+            UserError: It cannot be made, or another command that began at the same time has made it.
         """
         try:
+            # Every time: the same command, where it runs twice, removes it when it has finished.
             self._part.parent.mkdir(parents=True, exist_ok=True)
-            if not (self.path / COMMAND_FILE).exists():
-                lines = [json.dumps(self._command, ensure_ascii=False, indent=2)]
-                _write_whole(self.path / COMMAND_FILE, lines, self._part.name)
+            if not self._is_claimed:
+                self._refuse_other(claim(self.path / COMMAND_FILE, self._command))
+                self._is_claimed = True
         except OSError as error:
             raise UserError(f"output folder '{self.path}' cannot be made: {error}") from None
 
@@ -113,7 +116,7 @@ class ResultFolder:
             if not self.results.exists():
                 # One for each number: the command may run twice at a time, and then makes the same results twice.
                 lines = {int(line.pop("index")): line for line in self._lines_of_parts()}
-                _write_whole(self.results, [json.dumps(lines[i], ensure_ascii=False) for i in sorted(lines)], "")
+                _write_whole(self.results, [json.dumps(lines[i], ensure_ascii=False) for i in sorted(lines)])
             shutil.rmtree(self._part.parent, ignore_errors=True)
         self._state.wait_for_everyone()
 
@@ -124,9 +127,9 @@ class ResultFolder:
                 yield json.loads(line)
 
 
-def _write_whole(path: Path, lines: list[str], writer: str) -> None:
+def _write_whole(path: Path, lines: list[str]) -> None:
     """Write a file that is never seen half, whoever else writes it, too."""
-    partial = path.with_name(f".{path.name}.{writer}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(path)
 
