@@ -37,7 +37,7 @@ from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.prompts import derived_seed
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import check_writable_folder, lines_of
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import load_pipeline
 from transfusion_mot.sampling.options import parse_arguments
@@ -262,11 +262,8 @@ def sample(
         pipeline.check_prompts(prompts)
     make, settings = MAKERS[task](pipeline, arguments)
     items = plan(prompts, arguments.num_images, arguments.seed)
-    output = arguments.output or ("samples" if task in ("image", "auto") else None)
-    if output is None and state.num_processes > 1:
-        raise UserError("several processes need a folder to write into; give --output FOLDER")
     folder = None
-    if output is not None:
+    if arguments.output is not None:
         digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
         command = {
             "task": task,
@@ -276,7 +273,7 @@ def sample(
             **{name: getattr(arguments, name) for name in ("num_images", "seed", "strip", "gif")},
             **settings,
         }
-        folder = ResultFolder(output, command, RESULTS[task], state)
+        folder = ResultFolder(arguments.output, command, RESULTS[task], state)
     missing = range(len(items)) if folder is None else folder.missing(len(items))
     lines: list[dict[str, Any]] = []
     with tqdm(total=len(missing), desc=VERBS[task], disable=not state.is_main_process) as bar:
@@ -330,6 +327,10 @@ def main() -> None:
     prompts = arguments.caption or read_prompts(arguments, state)
     if arguments.device not in (None, "cpu") and state.num_processes > 1:
         raise UserError(f"--device {arguments.device} is one device for several processes; leave it out")
+    if arguments.output is None and state.num_processes > 1:
+        raise UserError("several processes need a folder to write into; give --output FOLDER")
+    if arguments.output is not None:
+        check_writable_folder(arguments.output, "output")
     pipeline = load_pipeline(arguments.checkpoint, arguments.device or state.device, arguments.dtype)
     pipeline.set_progress_bar_config(desc="step", leave=False, disable=not state.is_main_process)
     sample(pipeline, prompts, arguments, state)

@@ -27,6 +27,7 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import check_writable_folder
 from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         Path(config.data.cache_dir).mkdir(parents=True, exist_ok=True)
+        check_writable_folder(run, "output_dir")
     except OSError as error:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)

@@ -32,6 +32,7 @@ from transfusion_mot.evaluation.published import own_row
 from transfusion_mot.evaluation.report import Report, now, used_versions
 from transfusion_mot.evaluation.scoring import load_networks
 from transfusion_mot.evaluation.work import open_work
+from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
 from transfusion_mot.sampling.held_out_losses import diffusion_metrics, text_metrics
@@ -46,6 +47,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     snapshot = find_snapshot(arguments.checkpoint)
     output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
+    check_writable_folder(output, "output")
     pipeline = load_pipeline(snapshot, protocol).to(device)
     networks = load_networks(protocol, device)
     config = run_config(protocol, snapshot)

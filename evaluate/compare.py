@@ -10,7 +10,7 @@ otherwise intervals of 95 % must not overlap. Numbers of different protocols are
 from pathlib import Path
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.command import command_parser, run_command
+from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
 from transfusion_mot.evaluation.comparison import comparison_table
 from transfusion_mot.evaluation.report import read_report
 from transfusion_mot.training.plot import labels_of
@@ -19,7 +19,7 @@ from transfusion_mot.training.plot import labels_of
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
-    parser.add_argument("--output", metavar="FILE", help="also write the table as markdown")
+    parser.add_argument("--output", type=writable_file, metavar="FILE", help="also write the table as markdown")
     arguments = parser.parse_args()
     if len(arguments.reports) < 2:
         raise UserError("one report is given; give at least two, the first of which the others are compared with")

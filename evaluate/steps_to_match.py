@@ -15,6 +15,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.command import command_parser, run_command
 from transfusion_mot.evaluation.curves import plot_matches
 from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
+from transfusion_mot.files import check_writable_folder
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
 from transfusion_mot.training.plot import Lines, curve, labels_of
 
@@ -35,6 +36,7 @@ def main() -> None:
         "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
     )
     arguments = parser.parse_args()
+    check_writable_folder(arguments.output, "output")
     a, b = (read_run(Path(run)) for run in (arguments.run_a, arguments.run_b))
     labels = labels_of([Path(arguments.run_a), Path(arguments.run_b)])
     matches, curves = compare_runs(a, b)

@@ -116,6 +116,9 @@ def test_help(run, script):
         (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
         (["captioning.py", "no.json", "no.json"], "cannot read no.json"),
         (["fid.py"], "the following arguments are required"),
+        (["fid.py", "nowhere", "nowhere", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
+        (["compare.py", "nowhere", "nowhere", "--output", "."], "output '.' is a folder; give the name of a file"),
+        (["steps_to_match.py", "nowhere", "nowhere", "--output", "/dev/null/out"], "output '/dev/null/out' cannot be"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message):
@@ -124,3 +127,10 @@ def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message
     last = errors.strip().splitlines()[-1]
     assert "error: " in last
     assert message in last
+
+
+def test_a_benchmark_finds_before_the_model_that_its_output_cannot_be_written(run, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    status, _, errors = run("benchmark.py", "--checkpoint", ".", "--output", "/dev/null/out", "--device", "cpu")
+    assert status == 2
+    assert "output '/dev/null/out' cannot be written: '/dev/null': Not a directory" in errors

@@ -129,3 +129,35 @@ def test_a_foreign_file_in_the_place_of_ours_is_refused(tmp_path, monkeypatch, o
             path.write_bytes(content)
     with pytest.raises(UserError, match=r"json' is not a file that this command wrote; give another folder, or remove"):
         open_folder(tmp_path / "out")
+
+
+def test_places_are_tried_without_leaving_anything(tmp_path: Path) -> None:
+    files.check_writable_folder(tmp_path / "a" / "b", "output")
+    files.check_writable_folder(tmp_path, "output")
+    files.check_writable_file(tmp_path / "a" / "b.json", "output")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    files.check_writable_file(tmp_path / "file", "output")
+    assert (tmp_path / "file").read_text() == "x"
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(UserError, match=f"output '{path}' cannot be written: '{tmp_path / 'file'}': Not a dir"):
+            files.check_writable_folder(path, "output")
+    with pytest.raises(UserError, match=f"output '{tmp_path}' is a folder; give the name of a file"):
+        files.check_writable_file(tmp_path, "output")
+    with pytest.raises(
+        UserError, match=f"output '{tmp_path}/file/a.json' cannot be written: '{tmp_path}/file': Not a dir"
+    ):
+        files.check_writable_file(tmp_path / "file" / "a.json", "output")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which nobody may make files")
+def test_a_folder_in_which_files_cannot_be_made_is_refused() -> None:
+    with pytest.raises(UserError, match=r"output '/proc/out' cannot be written: '/proc': .*; choose another"):
+        files.check_writable_folder("/proc/out", "output")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py", "sun", "--checkpoint", "nothing", "--output", str(tmp_path / "a/b")])
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match=r"output '.*/a/b' cannot be written"):
+        sample.main()

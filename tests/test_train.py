@@ -408,6 +408,12 @@ def test_run_without_sample_prompts_ends_well(arguments, tmp_path) -> None:
     assert find_snapshot(str(tmp_path / "run"))
 
 
+def test_folder_in_which_nobody_can_make_a_file_is_refused(arguments, capfd) -> None:
+    sentence = refused([*arguments(autoencoder={"path": "no/such/vae"}), "--output_dir", "/proc"], capfd)
+    assert "/proc" in sentence
+    assert sentence.endswith("choose another")
+
+
 def test_rows_that_do_not_divide_are_refused(arguments) -> None:
     finished = launch(arguments(training={"num_rows": 3}), processes=2)
     assert finished.returncode != 0

@@ -31,6 +31,7 @@ from transfusion_mot.data.images import ImageArray, grid, to_pil, to_pixels
 from transfusion_mot.data.sources.base import CaptionedImages, SkippedItems, Split, read_images
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import check_writable_folder
 
 _LOG_EVERY = 100
 _READ_AT_ONCE = 256
@@ -62,6 +63,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, device: torch.device) -
             the loss stops being finite.
     """
     output_dir = Path(config.output_dir)
+    check_writable_folder(output_dir, "output_dir")
     vae = _build(config).to(device)
     objective = _Objective(config, device)
     train_images, _ = _read_split(config.data, "train")

@@ -1,6 +1,8 @@
 """Files that commands read line by line, and the places that they write to."""
 
 import json
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,3 +56,43 @@ def read_claim(path: Path) -> dict[str, Any]:
             return content
         break
     raise UserError(f"'{path}' is not a file that this command wrote; give another folder, or remove this one")
+
+
+def check_writable_folder(path: str | Path, what: str) -> None:
+    """Refuse a folder that cannot be written to, or cannot be made; nothing is left behind.
+
+    Args:
+        path: The folder, which need not be there.
+        what: The folder's name in the message.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
+    _check_writable(Path(path), f"{what} '{path}'")
+
+
+def check_writable_file(path: str | Path, what: str) -> None:
+    """Refuse a file that cannot be written; nothing is left behind.
+
+    Raises:
+        UserError: It is a folder, is protected, or its own folder cannot be written to or made.
+    """
+    file = Path(path)
+    if not file.exists():
+        _check_writable(file.parent, f"{what} '{path}'")
+    elif file.is_dir() or not os.access(file, os.W_OK):
+        raise UserError(
+            f"{what} '{path}' is {'a folder' if file.is_dir() else 'protected'}; give the name of a file to write"
+        )
+
+
+def _check_writable(folder: Path, named: str) -> None:
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        # Permissions do not tell: of a file system mounted read-only, for example, or of an administrator.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{named} cannot be written: '{there}': {error.strerror}; choose another") from None

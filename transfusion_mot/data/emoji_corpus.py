@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import check_writable_folder
 
 # Icon set of the package => the style's name in captions.
 STYLES = {
@@ -290,6 +291,7 @@ def main(arguments: Sequence[str]) -> None:
     except ImportError:
         raise UserError("drawing needs the package resvg-py: pip install 'transfusion-mot[emoji]'") from None
 
+    check_writable_folder(given.output, "--output")
     begun = time.perf_counter()
     with _packages(given.iconify, given.emojibase) as (package, tags):
         counts = write_corpus(

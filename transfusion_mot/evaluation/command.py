@@ -5,8 +5,9 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
+from transfusion_mot.files import check_writable_file
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
@@ -30,7 +31,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Option `--output`, for `publish`."""
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON, with how they were measured")
+    parser.add_argument(
+        "--output",
+        type=writable_file,
+        metavar="FILE",
+        help="also write the numbers as JSON, with how they were measured",
+    )
 
 
 def at_least_one(text: str) -> int:
@@ -42,6 +48,19 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
     return int(text)
+
+
+def writable_file(text: str) -> str:
+    """An option's value: a file that can be written, which is tried before hours of work.
+
+    Raises:
+        argparse.ArgumentTypeError: It cannot.
+    """
+    try:
+        check_writable_file(text, "output")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def publish(metrics: Sequence[Metric], output: str | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import metrics_table, read_report
+from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import find_snapshot, written_aside
 
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
     parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
     given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "output")
     licences = None if given.licences is None else f"```\n{_read(given.licences).strip()}\n```"
     evaluation = None if given.evaluation is None else _measured(given.evaluation)
     sizes = export(given.checkpoint, Path(given.output), licences, evaluation, given.max_megabytes)

@@ -106,6 +106,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
     arguments = parser.parse_intermixed_args()
     arguments.task = arguments.task or ("caption" if arguments.caption else "image")
+    if arguments.output is None and arguments.task in ("image", "auto"):
+        arguments.output = "samples"
     _check(arguments)
     return arguments
 
