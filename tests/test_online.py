@@ -1,6 +1,7 @@
 """Training straight from pixels: the same batch as with a cache, and images that cannot be read."""
 
 import io
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def encoded(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_images_that_cannot_be_read_are_skipped_and_counted(byte_tokenizer, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_skipped_counted_and_named(byte_tokenizer, tmp_path: Path, caplog) -> None:
     members = shard(range(12))
     members["000003.jpg"] = picture(3, "jpg")[:200]
     members["000007.jpg"] = b"no image at all"
@@ -90,8 +91,12 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(byte_tokenizer, tmp_
             totals.update(counts)
         return seen, totals
 
-    seen, counts = stream()
+    with caplog.at_level(logging.WARNING):
+        seen, counts = stream()
     assert set(seen) == set(range(12)) - {3, 7}
+    assert len(caplog.messages) == 2, "each once, though they come in every epoch"
+    for name in ("images.tar:000003.jpg", "images.tar:000007.jpg"):
+        assert sum(name in message for message in caplog.messages) == 1
     assert stream() == (seen, counts), "the same rows again"
     name = sources.names[0]
     taken, unreadable, dropped = (
@@ -112,6 +117,18 @@ def test_source_of_which_nothing_can_be_read_ends_with_one_sentence(
     with pytest.raises(UserError, match=r"nothing of 1000 documents.*images\.tar") as error:
         next(iter(LaneLoader(packer, 0, 1, workers, None, 0, 4, CPU)))
     assert "Traceback" not in str(error.value)
+
+
+def test_of_many_images_that_cannot_be_read_the_first_are_named(byte_tokenizer, tmp_path: Path, caplog) -> None:
+    members = shard(range(40)) | {f"{n:06d}.jpg": b"damaged" for n in range(39)}
+    write_tar(tmp_path / "images.tar", members)
+    data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
+    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
+    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 1, 0, lambda uniform: uniform)
+    with caplog.at_level(logging.WARNING):
+        packer.rows([0], 0, packer.initial_state()[None])
+    assert len(caplog.messages) == 10
+    assert "more of this source are counted only" in caplog.messages[-1]
 
 
 def test_files_that_vanish_while_training_do_not_stop_it(byte_tokenizer, tmp_path: Path) -> None:

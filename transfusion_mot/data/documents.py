@@ -1,5 +1,6 @@
 """Documents: what a source holds => segments of text and images, and the pieces of them that fit a row."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -41,6 +42,10 @@ class ImageSegment:
         """Image slots it takes."""
         return 1 + self.copied
 
+
+_logger = logging.getLogger(__name__)
+# Unreadable images of a source that a process names; all are counted.
+_NUM_NAMED = 10
 
 # Token ids of text, or an image.
 Segment = list[int] | ImageSegment
@@ -139,6 +144,7 @@ class DocumentReader:
     def __init__(self, tokenizer: TextTokenizer, config: DataConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
         """A document; what is drawn about its layout comes from `rng`."""
@@ -205,12 +211,21 @@ class DocumentReader:
     def _image(
         self, source: Source, index: int, flipped: bool, max_timestep: float, copied: bool
     ) -> ImageSegment | None:
-        """An image, or None if it cannot be read."""
+        """An image, or None if it cannot be read, which is told."""
         flipped = flipped and self.config.random_flip
         if source.latents is not None:
             return ImageSegment(index, flipped, max_timestep, None, copied) if source.latents.readable[index] else None
         try:
             pixels = source.images.image(index)
-        except UserError:
+        except UserError as error:
+            self._name(source.documents.name, str(error))
             return None
         return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels, copied)
+
+    def _name(self, source: str, problem: str) -> None:
+        """Log that an image cannot be read, once: it comes again in every epoch."""
+        named = self._named.setdefault(source, set())
+        if problem not in named and len(named) < _NUM_NAMED:
+            named.add(problem)
+            more = "; more of this source are counted only" if len(named) == _NUM_NAMED else ""
+            _logger.warning("%s: skipped an unreadable image: %s%s", source, problem, more)
