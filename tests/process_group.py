@@ -1,15 +1,23 @@
-"""Several processes on this machine's CPU, as accelerate's launcher would start them, without its seconds of import."""
+"""Processes of their own on this machine's CPU, and groups of them as accelerate's launcher would start them.
+
+They are forked from a server that has imported the code and computed nothing. A fork of the test process itself would
+have the locks and the memory of threads that are not there, and abort in PyTorch now and then; a new interpreter would
+import for seconds, each time.
+"""
 
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import patch_environment
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HYBRID = FSDP2 | {
@@ -17,6 +25,33 @@ HYBRID = FSDP2 | {
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }
+TESTS = Path(__file__).parent
+
+
+@cache
+def clean_context() -> ForkServerContext:
+    """Makes processes and what they share; the server is started by the first call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train"])
+    # Python 3.11 does not tell the server where modules are.
+    with patch_environment(PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)])):
+        forkserver.ensure_running()
+    return context
+
+
+def clean_process(function: Callable[..., Any], *arguments: Any) -> multiprocessing.Process:
+    """A process that will call a function of a module with arguments that can be pickled, in this environment."""
+    start_method = multiprocessing.get_start_method()
+    return clean_context().Process(target=_call, args=(dict(os.environ), start_method, function, arguments))
+
+
+def _call(environment: dict[str, str], start_method: str, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    # Of workers of its own; it would be the server.
+    multiprocessing.set_start_method(start_method, force=True)
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def run_processes(
@@ -27,9 +62,8 @@ def run_processes(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    fork = multiprocessing.get_context("fork")
     processes = [
-        fork.Process(target=_process, args=(function, rank, world_size, port, environment, folder, arguments))
+        clean_process(_in_group, function, rank, world_size, port, environment, folder, arguments)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -46,7 +80,7 @@ def run_processes(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _process(
+def _in_group(
     function: Callable[..., Any],
     rank: int,
     world_size: int,
@@ -55,11 +89,6 @@ def _process(
     folder: Path,
     arguments: tuple[Any, ...],
 ) -> None:
-    # Without what the tests in the parent have set up.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    assert not PartialState._shared_state
-    torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if world_size > 1 or environment:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})

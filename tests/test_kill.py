@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from process_group import clean_process
 from test_lanes import NUM_LANES, mixed_packer
 from training_runs import load_all
 
@@ -58,13 +58,12 @@ def test_twenty_kills_at_random_moments_change_no_row(byte_tokenizer, tmp_path: 
     assert len({row for rows in expected.values() for row in rows.split()}) == NUM_STEPS * NUM_LANES
 
     draw = random.Random(0)
-    fork = multiprocessing.get_context("fork")
     rows = killed / "rows.txt"
     rows.touch()
     for _ in range(NUM_KILLS):
         # On another number of ranks and workers every time.
         arguments = (killed, byte_tokenizer, draw.choice([1, 2, 4]), draw.choice([0, 0, 2]), NUM_STEPS)
-        process = fork.Process(target=read_rows, args=arguments)
+        process = clean_process(read_rows, *arguments)
         size, deadline = rows.stat().st_size, time.monotonic() + 60
         process.start()
         while rows.stat().st_size == size:

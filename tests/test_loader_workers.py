@@ -1,5 +1,6 @@
 """The processes that prepare rows end with the one that reads them, whatever way it ends, and with nothing else."""
 
+import functools
 import multiprocessing
 import os
 import select
@@ -9,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import numbered_images, sources_of, texts_of
+from process_group import clean_process
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data import loader
@@ -71,16 +74,17 @@ def is_killed_before_workers_begin(tokenizer: TextTokenizer, file: int) -> None:
         os.kill(here, signal.SIGKILL)
 
     loader._quiet_worker = late
-    threading.Thread(target=kill).start()
+    threading.Thread(target=kill, daemon=True).start()
     take_two_steps(tokenizer, file)
 
 
-def and_then(end: Callable[[], None]) -> Callable[[TextTokenizer, int], None]:
-    def read(tokenizer: TextTokenizer, file: int) -> None:
-        take_two_steps(tokenizer, file)
-        end()
+def take_two_steps_and(end: Callable[[], None], tokenizer: TextTokenizer, file: int) -> None:
+    take_two_steps(tokenizer, file)
+    end()
 
-    return read
+
+def and_then(end: Callable[..., None], *arguments: int) -> Callable[[TextTokenizer, int], None]:
+    return functools.partial(take_two_steps_and, functools.partial(end, *arguments))
 
 
 def fail() -> None:
@@ -102,25 +106,29 @@ def assert_all_end(file: int) -> None:
         os.close(file)
 
 
+def call_with_file(read: Callable[[TextTokenizer, int], None], tokenizer: TextTokenizer, file: Connection) -> None:
+    read(tokenizer, file.fileno())
+
+
 @pytest.mark.parametrize(
     ("read", "status"),
     [
         (take_two_steps, 0),
         (and_then(fail), 1),
-        (and_then(lambda: os._exit(3)), 3),
-        (and_then(lambda: os.kill(os.getpid(), signal.SIGTERM)), -signal.SIGTERM),
-        (and_then(lambda: os.kill(os.getpid(), signal.SIGKILL)), -signal.SIGKILL),
+        (and_then(os._exit, 3), 3),
+        (and_then(signal.raise_signal, signal.SIGTERM), -signal.SIGTERM),
+        (and_then(signal.raise_signal, signal.SIGKILL), -signal.SIGKILL),
         (is_killed_before_workers_begin, -signal.SIGKILL),
     ],
     ids=["return", "error", "exit", "SIGTERM", "SIGKILL", "early SIGKILL"],
 )
 def test_workers_end_with_their_process(byte_tokenizer, read: Callable[..., None], status: int) -> None:
-    output, file = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=read, args=(byte_tokenizer, file))
+    output, file = multiprocessing.Pipe(duplex=False)
+    process = clean_process(call_with_file, read, byte_tokenizer, file)
     process.start()
-    os.close(file)
+    file.close()
     try:
-        assert_all_end(output)
+        assert_all_end(os.dup(output.fileno()))
     finally:
         process.join()
     assert process.exitcode == status

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset
 from PIL import Image
-from process_group import run_processes
+from process_group import clean_process, run_processes
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
 from transfusion_mot.data.images import to_pixels
@@ -299,8 +298,10 @@ def test_the_denoising_is_shown_from_the_first_estimate_to_the_picture(sample, t
 WORDS = [f"{adjective} {noun}" for adjective in ("red", "old", "big") for noun in ("sun", "moon", "cat", "car")]
 
 
-def call(script, arguments: list[object], kill_after: int | None = None) -> None:
+def call(arguments: list[object], kill_after: int | None = None) -> None:
     """The script as a process of its own calls it; it may be killed while it notes its `kill_after`th batch."""
+    import sample
+
     original, batches = ResultFolder.add, itertools.count(1)
 
     def add(folder: ResultFolder, made: dict) -> None:
@@ -314,7 +315,7 @@ def call(script, arguments: list[object], kill_after: int | None = None) -> None
 
     ResultFolder.add = add
     sys.argv = ["sample.py", *map(str, arguments)]
-    script.main()
+    sample.main()
 
 
 def test_a_command_that_runs_twice_at_a_time_names_each_result_once(tmp_path):
@@ -328,16 +329,14 @@ def test_a_command_that_runs_twice_at_a_time_names_each_result_once(tmp_path):
     assert {path.name for path in one.path.iterdir()} == {"command.json", "metadata.jsonl"}
 
 
-def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(script, sample, run, tmp_path):
+def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(sample, run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(WORDS))
     arguments = ["--checkpoint", run, "--device", "cpu", "--prompts-file", prompts, "--num-images", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     sample(*arguments[4:], "--batch-size", 5, "--output", whole)
 
-    killed = multiprocessing.get_context("fork").Process(
-        target=call, args=(script, [*arguments, "--batch-size", 4, "--output", parts], 3)
-    )
+    killed = clean_process(call, [*arguments, "--batch-size", 4, "--output", parts], 3)
     killed.start()
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
@@ -345,7 +344,7 @@ def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(script, s
     assert not (parts / "metadata.jsonl").exists()
     before = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*.png"))[:8]}
 
-    run_processes(call, 2, {}, tmp_path / "ranks", script, [*arguments, "--batch-size", 3, "--output", parts])
+    run_processes(call, 2, {}, tmp_path / "ranks", [*arguments, "--batch-size", 3, "--output", parts])
     # What was noted was not made again.
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert lines(parts) == lines(whole)

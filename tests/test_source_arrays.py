@@ -1,6 +1,6 @@
 """What sources keep on disk: strings and arrays, whole or not at all, mapped by every process."""
 
-import multiprocessing
+import functools
 import pickle
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from process_group import clean_context, clean_process
 from source_files import SIZE, all_captions, open_with, picture, shard, write_tar
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
@@ -81,15 +82,14 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, error) -> None:
     assert stored_arrays(str(tmp_path), "x", "key", numbered)["a"].tolist() == [3, 1, 2]
 
 
+def numbered_together(barrier, writer) -> None:
+    barrier.wait(30)
+    numbered(writer)
+
+
 def test_processes_that_build_at_once_end_with_the_same(tmp_path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-
-    def build(writer) -> None:
-        barrier.wait(30)
-        numbered(writer)
-
-    children = [context.Process(target=stored_arrays, args=(str(tmp_path), "x", "key", build)) for _ in range(3)]
+    build = functools.partial(numbered_together, clean_context().Barrier(3))
+    children = [clean_process(stored_arrays, str(tmp_path), "x", "key", build) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:

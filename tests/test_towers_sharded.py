@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from process_group import run_processes
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.multiprocessing import spawn
 
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.errors import UserError
@@ -41,8 +41,8 @@ def stepped(model: TransfusionMoT) -> list[torch.Tensor]:
     return [total, *norms.values(), *(parameter.detach().clone() for parameter in parameters)]
 
 
-def rank(index: int, store: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=2)
+def compare() -> None:
+    distributed.init_process_group("gloo")
     for frozen in ([], ["text"]):
         expected, sharded = (tiny_model(tiny_config(), dtype=torch.float32) for _ in range(2))
         for model in (expected, sharded):
@@ -56,8 +56,7 @@ def rank(index: int, store: str) -> None:
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
         with pytest.raises(UserError, match=r"optimizer\.name is muon"):
             make_optimizer(sharded, OptimizerConfig(name="muon"))
-    distributed.destroy_process_group()
 
 
 def test_norms_clipping_and_step_are_those_of_one_process(tmp_path: Path) -> None:
-    spawn(rank, (str(tmp_path / "store"),), nprocs=2)
+    run_processes(compare, 2, {}, tmp_path)

@@ -1,7 +1,6 @@
 """Whole runs of train.py in several processes, sharded or not; runs that are asked to stop, or killed."""
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_group import FSDP2, run_processes
+from process_group import FSDP2, clean_process, run_processes
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from training_runs import Arguments, assert_same, final_state
 
@@ -106,7 +105,7 @@ def ask_in_the_first_step(arguments: list[str]) -> None:
 
 
 def test_signal_in_the_first_step_ends_the_run_at_once(arguments: Arguments, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=ask_in_the_first_step, args=(arguments(),))
+    process = clean_process(ask_in_the_first_step, arguments())
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGTERM
@@ -138,8 +137,15 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 
 
-def killed_at(arguments: list[str], target: Any, name: str, number: int) -> None:
-    """Train until `target.name` is called for the n-th time."""
+def train_without_figure(arguments: list[str]) -> None:
+    """The figure takes most of the time, and nothing depends on it."""
+    train.plot_runs = lambda *_: None
+    train.main(arguments)
+
+
+def killed_at(arguments: list[str], phase: str, number: int) -> None:
+    """Train until what a phase calls is called for the n-th time."""
+    target, name = PHASES[phase]
     original: Callable[..., Any] = getattr(target, name)
     calls = itertools.count(1)
 
@@ -149,20 +155,18 @@ def killed_at(arguments: list[str], target: Any, name: str, number: int) -> None
         return original(*args, **kwargs)
 
     setattr(target, name, dies)
-    train.main(arguments)
+    train_without_figure(arguments)
 
 
 def test_twenty_kills_in_every_phase_change_nothing(arguments: Arguments, tmp_path: Path, monkeypatch) -> None:
-    # The figure takes most of the time, and nothing depends on it.
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     training = {"num_steps": 120, "save_every": 2, "log_every": 10, "sample_prompts": [], "num_validation_documents": 2}
     train.main(arguments("whole", training=training | {"save_every": 0}))
     command = arguments("killed", training=training)
     draw = random.Random(0)
-    fork = multiprocessing.get_context("fork")
     steps = []
     for phase in ("snapshot", "state begun", "state written", "before the renaming"):
-        process = fork.Process(target=killed_at, args=(command, *PHASES[phase], 1))
+        process = clean_process(killed_at, command, phase, 1)
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -170,11 +174,11 @@ def test_twenty_kills_in_every_phase_change_nothing(arguments: Arguments, tmp_pa
     for kill in range(20):
         phase = list(PHASES)[kill] if kill < len(PHASES) else None
         if phase is not None:
-            process = fork.Process(target=killed_at, args=(command, *PHASES[phase], draw.randint(2, 5)))
+            process = clean_process(killed_at, command, phase, draw.randint(2, 5))
             process.start()
             process.join(60)
         else:
-            process = fork.Process(target=train.main, args=(command,))
+            process = clean_process(train_without_figure, command)
             process.start()
             process.join(draw.uniform(0.2, 0.8))
             process.kill()
