@@ -76,15 +76,8 @@ FSDP_OPTIONS = ["--use_fsdp", "--fsdp_version=2", "--num_processes=2"]
             [*FSDP_OPTIONS, "--fsdp_sharding_strategy=SHARD_GRAD_OP"],
             ["FSDP_SHARDING_STRATEGY is SHARD_GRAD_OP", "fsdp_reshard_after_forward"],
         ),
-        (
-            [
-                *("--multi_gpu", "--num_processes=4", "--use_parallelism_config"),
-                *("--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=2"),
-            ],
-            ["PARALLELISM_CONFIG_DP_SHARD_SIZE is 2", "fsdp2.yaml"],
-        ),
     ],
-)  # fmt: skip
+)
 def test_options_of_the_launcher_that_are_not_offered_are_refused(
     monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
 ) -> None:
@@ -108,13 +101,12 @@ def test_options_of_the_launcher_that_are_not_offered_are_refused(
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, ["training.activation_checkpointing"]),
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "perhaps"}, ["launcher's settings", "perhaps"]),
         ({"ACCELERATE_USE_CPU": "perhaps"}, ["launcher's settings", "perhaps"]),
-        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "ACCELERATE_USE_CPU=true"]),
+        ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, ["PARALLELISM_CONFIG_DP_SHARD_SIZE is 2", "fsdp2.yaml"]),
     ],
 )
 def test_variables_that_are_not_offered_are_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError) as error:
@@ -134,3 +126,11 @@ def test_sizes_of_a_mesh_that_the_processes_do_not_fill_are_refused(tmp_path: Pa
     for sentence in run_processes(refused, 2, environment, tmp_path, training):
         assert "launcher's settings" in sentence
         assert "found 3 ranks" in sentence
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path) -> None:
+    """As started by a launcher on a machine whose GPUs are not there."""
+    environment = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    for sentence in run_processes(refused, 2, environment, tmp_path, TrainingConfig(mixed_precision="no")):
+        assert "WORLD_SIZE is 2" in sentence
+        assert "ACCELERATE_USE_CPU=true" in sentence

@@ -42,7 +42,9 @@ def main(arguments: Sequence[str]) -> None:
     # A run that wants its latents prepared is what this prepares.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    accelerator = Accelerator(
+        mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))]
+    )
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
     check_image_sizes(data, autoencoder, config.model.patch_size)
     lines = []

@@ -19,11 +19,12 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from transfusion_mot.config import TrainingConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.launcher import check_launcher, uses_fsdp
 
 # The other ranks wait while the first one encodes the images.
 _TIMEOUT = timedelta(hours=12)
@@ -44,13 +45,14 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
     Raises:
         UserError: It is configured for something that is not offered.
     """
-    plugin = _fsdp_plugin(training) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
-    if plugin is not None and parse_flag_from_env("ACCELERATE_USE_CPU"):
-        state = PartialState(cpu=True, timeout=_TIMEOUT)
-        if state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate shards over GPUs alone, by the same code that serves CPUs.
-            state.distributed_type = DistributedType.MULTI_GPU
+    check_launcher(training)
     try:
+        plugin = _fsdp_plugin(training) if uses_fsdp() else None
+        if plugin is not None and parse_flag_from_env("ACCELERATE_USE_CPU"):
+            state = PartialState(cpu=True, timeout=_TIMEOUT)
+            if state.distributed_type == DistributedType.MULTI_CPU:
+                # accelerate shards over GPUs alone, by the same code that serves CPUs.
+                state.distributed_type = DistributedType.MULTI_GPU
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             log_with=training.tracker,
@@ -75,6 +77,12 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
             f"accelerate's parallelism_config has the dimensions {', '.join(mesh.non_dp_dim_names)}; train.py knows "
             "dp_replicate and dp_shard"
         )
+    world_size = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if world_size != "1" and accelerator.num_processes == 1:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but accelerate finds no GPUs to join the processes on, so that each would "
+            "train alone; launch one process, or set ACCELERATE_USE_CPU=true for several on CPUs"
+        )
     if training.num_rows % accelerator.num_processes:
         raise UserError(
             f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
@@ -85,29 +93,19 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
 
 def _fsdp_plugin(training: TrainingConfig) -> FullyShardedDataParallelPlugin:
     """FSDP2 with a shard for each block; whether weights are dropped after a forward is what the launcher says."""
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise UserError(f"accelerate is configured for FSDP with fsdp_version {version}; train.py needs fsdp_version 2")
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if training.mixed_precision == "bf16" else None,
         reduce_dtype=torch.float32,
         # Autocast decides what is computed in bfloat16; timesteps and rotary angles are not.
         cast_forward_inputs=False,
     )
-    plugin = FullyShardedDataParallelPlugin(
+    return FullyShardedDataParallelPlugin(
         mixed_precision_policy=policy,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=TransfusionMoT._no_split_modules,
         # Weights are drawn where they belong.
         cpu_ram_efficient_loading=False,
     )
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError("accelerate is configured with fsdp_offload_params, which train.py does not offer; remove it")
-    if plugin.activation_checkpointing:
-        raise UserError(
-            "accelerate is configured with fsdp_activation_checkpointing; use training.activation_checkpointing instead"
-        )
-    return plugin
 
 
 def place(model: TransfusionMoT, accelerator: Accelerator, seed: int) -> None:
