@@ -1,5 +1,6 @@
 """Data sources: what is read, what is skipped, what is refused, and who is held out."""
 
+import itertools
 import json
 import logging
 import pickle
@@ -13,13 +14,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from source_files import SIZE, all_captions, open_with
+from source_files import (
+    SIZE,
+    all_captions,
+    numbers_of,
+    open_with,
+    picture_dataset,
+    shard,
+    write_coco,
+    write_tar,
+)
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
-from transfusion_mot.data.sources.base import split_of
+from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
+
+SPLITS = ("train", "held_out")
 
 
 @pytest.fixture(scope="module")
@@ -137,22 +149,101 @@ def test_split_does_not_depend_on_order_or_on_other_items(tmp_path):
     assert set(captions_of(open_folder(tmp_path, "held_out", split_seed=1))) != held_out & {e["text"] for e in kept}
 
 
-def test_a_caption_is_never_on_both_sides(tmp_path):
+def test_of_every_class_a_share_is_held_out_where_captions_repeat(tmp_path):
+    """By file name; an image whose caption no other image has keeps the side that its caption gives it."""
+    entries = image_folder(tmp_path, 240)
+    labelled = [
+        entry | {"text": f"a kind {number % 6}" if number < 200 else entry["text"]}
+        for number, entry in enumerate(entries)
+    ]
+    write_metadata(tmp_path, labelled)
+    sides = [captions_of(open_folder(tmp_path, split, held_out_fraction=0.3)) for split in ("train", "held_out")]
+    assert len(sides[0]) + len(sides[1]) == 240
+    for kind in range(6):
+        assert 0.1 < sides[1].count(f"a kind {kind}") / 33 < 0.5
+    expected = [
+        entry["text"]
+        for number, entry in enumerate(labelled)
+        if share_of(entry["file_name"] if number < 200 else entry["text"], 0) < 0.3
+    ]
+    assert sides[1] == expected
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "datasets", "coco", "interleaved"])
+def test_where_all_captions_are_the_same_a_share_is_held_out(tmp_path, kind):
+    """Whatever kind the source is of, and whatever the fraction is."""
+    source: dict = {"kind": kind, "path": tmp_path / "data"}
+    if kind == "webdataset":
+        write_tar(tmp_path / "data", shard(range(60), "png", "a picture of my dog"))
+        source["path"] = (tmp_path / "data").rename(tmp_path / "data.tar")
+    elif kind == "coco":
+        path = write_coco(tmp_path, 60, captions_per_image=1)
+        content = json.loads(path.read_text())
+        content["annotations"] = [entry | {"caption": "a picture of my dog"} for entry in content["annotations"]]
+        path.write_text(json.dumps(content))
+        source |= {"path": tmp_path / "train2017", "annotations": path}
+    elif kind == "interleaved":
+        image_folder(tmp_path / "data")
+        rows = [{"texts": ["make it red", None], "images": [None, f"{number}.png"]} for number in range(60)]
+        (tmp_path / "data" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "data" / "metadata.jsonl").unlink()
+    else:
+        table = picture_dataset(range(60)).remove_columns("text").add_column("text", ["a picture of my dog"] * 60)
+        (tmp_path / "data").mkdir()
+        if kind == "parquet":
+            table.to_parquet(tmp_path / "data" / "a.parquet")
+        else:
+            table.save_to_disk(tmp_path / "data")
+            source["image_column"] = "image"
+    for fraction in (0.2, 0.5, 0.8):
+        sizes = [
+            len(open_with(source, tmp_path / "cache", split, held_out_fraction=fraction))
+            for split in ("train", "held_out")
+        ]
+        assert sum(sizes) == 60
+        assert abs(sizes[1] / 60 - fraction) < 0.15
+
+
+def test_documents_without_images_are_held_out_by_their_text(tmp_path):
+    """A copy of a text that is held out is no text to train on."""
+    rows = [{"texts": [f"text {number % 10}"], "images": [None]} for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "interleaved", "path": tmp_path / "a.jsonl"}
+    opened = [open_with(source, tmp_path / "cache", split, held_out_fraction=0.4) for split in ("train", "held_out")]
+    texts = [{str(side.segments(index)) for index in range(len(side))} for side in opened]
+    assert not texts[0] & texts[1]
+    assert len(texts[0] | texts[1]) == 10
+
+
+def test_so_few_images_that_a_share_would_be_all_or_none_are_all_trained_on(tmp_path, caplog):
+    """And it is said that nothing is held out."""
+    entries = image_folder(tmp_path, 12)
+    for number, caption in ((12, "my drawing"), (1, "picture 0"), (1, "picture 1"), (2, "my drawing")):
+        write_metadata(tmp_path, [entry | {"text": caption} for entry in entries[:number]])
+        for fraction in (0.05, 0.5, 0.999):
+            caplog.clear()
+            train, held_out = (open_folder(tmp_path, split, held_out_fraction=fraction) for split in SPLITS)
+            assert len(train) >= 1
+            assert len(train) + len(held_out) == number
+            told = [message for message in caplog.messages if "nothing is held out" in message]
+            assert len(told) == (len(held_out) == 0), "said once, and only then"
+    with pytest.raises(UserError, match=r"no image to train on \(held_out_fraction is 1\.0\)"):
+        open_folder(tmp_path, held_out_fraction=1.0)
+    write_metadata(tmp_path, [entry | {"split": "test"} for entry in entries])
+    with pytest.raises(UserError, match="no image to train on"):
+        open_folder(tmp_path)
+
+
+def test_split_grows_with_its_fraction(tmp_path):
     entries = image_folder(tmp_path)
-    write_metadata(tmp_path, [entry | {"text": f"kind {number % 7}"} for number, entry in enumerate(entries)])
-    train, held_out = open_folder(tmp_path), open_folder(tmp_path, "held_out")
-    assert len(train) + len(held_out) == 60
-    assert not set(captions_of(train)) & set(captions_of(held_out))
-
-
-@given(st.text(), st.integers(0, 5), st.floats(0, 1))
-def test_split_grows_with_its_fraction(text, seed, fraction):
-    smaller = DataConfig(split_seed=seed, held_out_fraction=fraction * 0.5)
-    larger = DataConfig(split_seed=seed, held_out_fraction=fraction)
-    if split_of(text, smaller) == "held_out":
-        assert split_of(text, larger) == "held_out"
-    assert split_of(text, DataConfig(held_out_fraction=0.0)) == "train"
-    assert split_of(text, DataConfig(held_out_fraction=1.0)) == "held_out"
+    write_metadata(tmp_path, [entry | {"text": f"kind {max(40, number)}"} for number, entry in enumerate(entries)])
+    found = [
+        set(numbers_of(open_folder(tmp_path, "held_out", held_out_fraction=fraction)))
+        for fraction in (0.0, 0.05, 0.3, 0.31, 0.9)
+    ]
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(found))
+    assert not found[0]
+    assert len(found[-1]) > 45
 
 
 def test_what_cannot_be_used_is_counted_and_told(tmp_path, caplog):

@@ -69,7 +69,7 @@ class DataConfig:
         image_fit: What brings an image to its size: `crop` cuts what is over, `stretch` changes the proportions, `pad`
             adds white.
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
-        held_out_fraction: Share of each source that is never trained on, chosen by name and `split_seed`.
+        held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
         text_slots: Text slots T of a row.
         images_per_row: Image slots K of a row; at least 2 where images have copies, see `image_context`.

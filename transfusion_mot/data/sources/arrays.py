@@ -16,7 +16,7 @@ import numpy.typing as npt
 from transfusion_mot.data.sources.base import SkippedItems
 
 # Part of every key: raise it when the files or what is stored in them change.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Strings(Sequence[str]):
@@ -59,11 +59,18 @@ class StringsWriter:
 
 
 class ArrayWriter:
-    """Collects the arrays of a folder; strings go to disk at once, numbers (8 bytes each) when it is closed."""
+    """Collects the arrays of a folder; strings go to disk at once, numbers (8 bytes each) when it is closed.
+
+    Attributes:
+        folder: Where they are written.
+        skipped: What is left out of them.
+        before_close: What is to be done when everything has been added.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.skipped = SkippedItems()
+        self.before_close: list[Callable[[], None]] = []
         self._strings: dict[str, StringsWriter] = {}
         self._numbers: dict[str, array[Any]] = {}
 
@@ -84,6 +91,8 @@ class ArrayWriter:
 
     def close(self) -> None:
         """Write what is not written yet, and a hash of it all."""
+        for finish in self.before_close:
+            finish()
         for name, strings in self._strings.items():
             strings.close()
             self._numbers[f"{name}_ends"] = strings.ends

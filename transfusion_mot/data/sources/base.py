@@ -11,7 +11,6 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from transfusion_mot.config import DataConfig
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.errors import UserError
 
@@ -151,17 +150,11 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(parts)
 
 
-def split_of(text: str, data: DataConfig) -> Split:
-    """The side of the held-out split that a caption or document is on.
-
-    It depends on the text and `split_seed` alone: other items, their order and their number do not move it, and the
-    same caption is on one side wherever it occurs.
-    """
-    return "held_out" if share_of(text, data.split_seed) < data.held_out_fraction else "train"
-
-
 def share_of(text: str, split_seed: int) -> float:
-    """Where in [0, 1) a text falls: it is held out if that is below `held_out_fraction`."""
+    """Where in [0, 1) a text falls: it is held out if that is below `held_out_fraction`.
+
+    It depends on the text and `split_seed` alone: other items, their order and their number do not move it.
+    """
     digest = hashlib.sha256(f"{split_seed}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 

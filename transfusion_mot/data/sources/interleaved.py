@@ -114,7 +114,9 @@ class _Writer:
                 self.num_images += 1
         self.segment_ends.append(len(self.segments))
         self.image_ends.append(self.num_images)
-        self.sides.add("\n".join(texts), side)
+        # The instruction of an edit, say, stands in many documents.
+        name = Path(where).name if len(texts) < len(segments) else None
+        self.sides.add("\n".join(texts), side, name)
 
 
 def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredDocuments:

@@ -1,5 +1,6 @@
 """From the configuration of a source to its images, texts or documents."""
 
+import logging
 from pathlib import Path
 
 from transfusion_mot.config import DataConfig, SourceConfig
@@ -17,6 +18,8 @@ from transfusion_mot.data.sources.tars import index_webdataset
 from transfusion_mot.data.sources.texts import open_dataset_texts, open_texts
 from transfusion_mot.errors import UserError
 
+_logger = logging.getLogger(__name__)
+
 # Keys that some kinds alone have.
 _KEYS = {
     "text_column": ("imagefolder", "webdataset", "parquet", "datasets", "text", "interleaved"),
@@ -33,7 +36,7 @@ def open_source(
     """Open one side of a source. What had to be read for it is kept in `data.cache_dir` for the next time.
 
     A source of which nothing is on that side gives an object of length 0; only the training side of a source that is
-    not set aside as a whole must not be empty.
+    not set aside as a whole must not be empty. That nothing is held out where something should be is logged.
 
     Raises:
         UserError: The source is missing, cannot be understood, or has nothing to train on.
@@ -56,6 +59,13 @@ def open_source(
             reasons.append(f"held_out_fraction is {data.held_out_fraction}")
         raise UserError(
             f"{source.kind} source '{opened.name}' has no {what} to train on ({'; '.join(reasons) or 'it is empty'})"
+        )
+    if split == "held_out" and source.use == "split" and data.held_out_fraction > 0 and len(opened) == 0:
+        _logger.warning(
+            "%s: nothing is held out, and all of it is trained on: it has too few items for data.held_out_fraction %g, "
+            "or its field 'split' says so",
+            opened.name,
+            data.held_out_fraction,
         )
     return opened
 

@@ -1,5 +1,6 @@
 """Images of one side of a source: which items are on it, which bucket each takes, and their captions."""
 
+from array import array
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,22 +31,41 @@ class SplitWriter:
     def __init__(self, writer: ArrayWriter, split_seed: int) -> None:
         self._shares = writer.floats("shares")
         self._sides = writer.integers("sides")
+        self._by_name = array("d")
         self._split_seed = split_seed
+        writer.before_close.append(self._finish)
 
-    def add(self, text: str, side: Split | None) -> None:
-        """One item: by its own word for a side, or else by a hash of `text`."""
+    def add(self, text: str, side: Split | None, name: str | None = None) -> None:
+        """One item: by its own word for a side, or else by a hash of `text`.
+
+        With a `name`, by a hash of that where another item has the same text: a text that repeats may be that of a
+        class, all of which would be held out, or the text of all items.
+        """
         self._shares.append(share_of(text, self._split_seed))
+        self._by_name.append(share_of(text if name is None else name, self._split_seed))
         self._sides.append(-1 if side is None else int(side == "held_out"))
+
+    def _finish(self) -> None:
+        if self._shares:
+            shares = np.frombuffer(self._shares)
+            _, texts, counts = np.unique(shares, return_inverse=True, return_counts=True)
+            repeats = counts[texts] > 1
+            shares[repeats] = np.frombuffer(self._by_name)[repeats]
 
 
 def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> Items:
-    """The items on one side, in order."""
-    if source.use == "split":
-        held_out = arrays["shares"] < data.held_out_fraction
-    else:
-        held_out = np.full(len(arrays["shares"]), source.use == "held_out")
+    """The items on one side, in order.
+
+    A share that happens to hold out every item, as it may of a few, holds out none: there is something to train on.
+    """
     sides = arrays["sides"]
-    return np.flatnonzero(np.where(sides >= 0, sides == 1, held_out) == (split == "held_out"))
+    if source.use == "split":
+        held_out = np.where(sides >= 0, sides == 1, arrays["shares"] < data.held_out_fraction)
+        if data.held_out_fraction < 1 and held_out.all():
+            held_out = sides == 1
+    else:
+        held_out = np.where(sides >= 0, sides == 1, source.use == "held_out")
+    return np.flatnonzero(held_out == (split == "held_out"))
 
 
 def skipped_on_opening(arrays: StoredArrays, source: SourceConfig, split: Split) -> SkippedItems:
@@ -70,7 +90,7 @@ class CaptionWriter:
     def add(self, name: str, captions: Sequence[str], where: str, side: Split | None = None) -> bool:
         """One item, by the name of its image; False if it has no caption and is left out.
 
-        Held out is by the caption, so that no side shows another's; an image of several by its name.
+        Held out is by the caption if the item has one and no other item has it, else by the name.
         """
         if not captions:
             self._skipped.add("empty caption", where)
@@ -79,7 +99,7 @@ class CaptionWriter:
         for caption in captions:
             self._captions.add(caption)
         self._ends.append(len(self._captions.ends))
-        self._split.add(captions[0] if len(captions) == 1 else name, side)
+        self._split.add(captions[0] if len(captions) == 1 else name, side, name)
         return True
 
 
