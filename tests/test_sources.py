@@ -276,7 +276,9 @@ def test_caption_field_and_unicode(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"file_name": "0.png", "text": ', "not a line of JSON"),
+        (b'{"file_name": "0.png", "text": ', "not JSON"),
+        (b'{"file_name": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"file_name": "0.png", "text": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'["0.png", "x"]', "must be a JSON object"),
         (b'{"text": "x"}', "'file_name'"),
         (b'{"file_name": "0.png"}', "'text' or 'caption'"),
@@ -289,6 +291,25 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     good = (tmp_path / "metadata.jsonl").read_bytes()
     (tmp_path / "metadata.jsonl").write_bytes(good * 2 + line + b"\n" + good)
     with pytest.raises(UserError, match=rf"metadata\.jsonl:3: .*{re.escape(message)}"):
+        open_folder(tmp_path)
+
+
+def test_an_image_of_two_spellings_is_one_image_on_one_side(tmp_path):
+    image_folder(tmp_path, 2)
+    lines = [
+        {"file_name": "./0.png", "text": "one"},
+        {"file_name": "0.png", "text": "two"},
+        {"file_name": "below/../0.png", "text": "three"},
+        {"file_name": str(tmp_path / "0.png"), "text": "four"},
+        {"file_name": "1.png", "text": "other", "split": "train"},
+    ]
+    write_metadata(tmp_path, lines)
+    assert all_captions(open_folder(tmp_path, held_out_fraction=0.0)) == [["one", "two", "three", "four"], ["other"]]
+    # A side that any of the lines names is that of the image.
+    write_metadata(tmp_path, [lines[0], lines[1] | {"split": "test"}, *lines[2:]])
+    assert all_captions(open_folder(tmp_path, held_out_fraction=0.0)) == [["other"]]
+    write_metadata(tmp_path, [lines[0] | {"split": "train"}, lines[1] | {"split": "test"}])
+    with pytest.raises(UserError, match=r"jsonl:2: puts '0\.png' on another side of the split than .*jsonl:1; give"):
         open_folder(tmp_path)
 
 
@@ -367,9 +388,11 @@ def test_a_folder_of_texts_and_its_split(tmp_path):
     (tmp_path / "b.txt").write_text("\n\n".join(f"paragraph {number}" for number in range(50)))
     lines = [json.dumps({"text": f"line {number}"}) for number in range(50)] + [json.dumps({"text": ""})]
     (tmp_path / "below" / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "below" / "B.TXT").write_text("paragraph 50")
     (tmp_path / "readme.md").write_text("not read")
     documents = open_text(tmp_path)
-    assert sorted(all_texts(documents)) == sorted(f"{kind} {n}" for kind in ("paragraph", "line") for n in range(50))
+    numbered = [f"{kind} {n}" for kind in ("paragraph", "line") for n in range(50)]
+    assert sorted(all_texts(documents)) == sorted([*numbered, "paragraph 50"])
     assert documents.skipped == {"empty text": 1}
     train = open_text(tmp_path, held_out_fraction=0.3)
     held_out = open_text(tmp_path, "held_out", held_out_fraction=0.3)
@@ -377,6 +400,36 @@ def test_a_folder_of_texts_and_its_split(tmp_path):
     assert len(held_out) > 10
     assert len({documents.fingerprint, train.fingerprint, held_out.fingerprint}) == 3
     assert open_text(tmp_path).fingerprint == documents.fingerprint
+
+
+def test_lines_that_cannot_be_used_are_counted_and_the_others_read(tmp_path, caplog):
+    """One damaged line does not discard what was read of a large file; where no line can be used, it is refused."""
+    bad = [
+        (b'{"text": "cut o', "not JSON"),
+        (b'["a list"]', "must be a JSON object"),
+        (b'{"text": "\xe4pfel"}', "not UTF-8 text"),
+        (b'{"text": 3}', "must be a text"),
+        (b'{"body": "other field"}', "needs a field 'text'"),
+        (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+    ]
+    for number, (line, message) in enumerate(bad):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(line + b'\n{"text": "first"}\n' + line + b'\n{"text": "second"}\n')
+        caplog.clear()
+        documents = open_text(path)
+        assert all_texts(documents) == ["first", "second"]
+        assert documents.skipped == {"unusable row": 2}
+        assert f"{path}:1: " in caplog.text
+        assert f"{path}:3: " in caplog.text
+        assert caplog.text.count(message) == 2
+        path.write_bytes(line + b"\n" + line + b"\n")
+        with pytest.raises(UserError, match=rf"{path.name}:1: .*{re.escape(message)}"):
+            open_text(path)
+    # Long before the end of a large file.
+    path = tmp_path / "all.jsonl"
+    path.write_bytes(b'{"body": "x"}\n' * 5000 + b'{"text": "the only one"}\n')
+    with pytest.raises(UserError, match=r"all\.jsonl:1: needs a field 'text'; it has \['body'\]"):
+        open_text(path)
 
 
 def write_texts(folder, texts):

@@ -90,6 +90,8 @@ def test_what_coco_lacks_is_counted(tmp_path, cache, caplog) -> None:
         (b"", "not a JSON file.*downloaded whole"),
         (b'{"images": [], "annotations": [{"ima', "not a JSON file"),
         (b'{"images": [{"file_name": "\xe4.jpg"}]}', "not a JSON file"),
+        (b"[" * 100_000, "not a JSON file.*nested too deeply"),
+        (b'{"images": [{"file_name": 7, "id": 1}], "annotations": []}', "image 0: the field 'file_name' must be"),
         (b"[]", "needs the lists 'images' and 'annotations'.*list"),
         (b'{"images": []}', r"needs the lists 'images' and 'annotations'.*\['images'\]"),
         (
@@ -105,6 +107,18 @@ def test_other_annotations_are_refused(tmp_path, cache, content: bytes, message:
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"captions_train2017\.json.*{message}"):
         coco(tmp_path / "coco", cache)
+
+
+def test_coco_lists_a_file_twice_and_it_is_one_image(tmp_path, cache) -> None:
+    path = write_coco(tmp_path / "coco", 2, captions_per_image=1)
+    content = json.loads(path.read_text())
+    content["images"].append({"file_name": "./000000001000.jpg", "id": 7})
+    content["annotations"].append({"image_id": 7, "caption": "once more"})
+    path.write_text(json.dumps(content))
+    assert all_captions(coco(tmp_path / "coco", cache)) == [
+        ["Picture 0, described 0.", "once more"],
+        ["Picture 1, described 0."],
+    ]
 
 
 def test_coco_needs_both_paths(tmp_path, cache) -> None:
@@ -160,6 +174,37 @@ def test_metadata_formats_agree(tmp_path, cache, suffix: str) -> None:
     assert (numbers_of(held_out), all_captions(held_out)) == ([1, 2], [[captions[1]], [captions[2]]])
     # The data's own word stands above `use`.
     assert numbers_of(open_with({**source, "use": "held_out"}, cache, "held_out")) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["0.png,a cat, a dog"], r"csv:2: has 3 fields where the header has 2; .* must be in double quotes"),
+        (["0.png,a cat", "", "1.png,a dog", "with a hat"], r"csv:5: has 1 field where the header has 2"),
+        (['0.png,"a cat', "1.png,a dog", "2.png,a cow"], r"csv:2: the row that begins there is not CSV"),
+        (["0.png,a dog", '1.png,"a cat', '2.png,"a dog"', "3.png,a cow"], r"csv:3: the row that begins there is not"),
+        (['0.png,"a "big" dog"'], r"csv:2: the row that begins there is not CSV"),
+    ],
+)
+def test_a_csv_that_is_not_quoted_is_refused_and_loses_nothing(tmp_path, cache, lines: list[str], message: str) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]) + "\n")
+    with pytest.raises(UserError, match=message):
+        open_with({"kind": "imagefolder", "path": folder}, cache)
+
+
+def test_a_csv_of_any_line_ends_and_blank_lines(tmp_path, cache) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    lines = ["file_name,text", "", '0.png,"a cat, ""a dog"""', "  ", '1.png,says "miaow"', ""]
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    images = open_with({"kind": "imagefolder", "path": folder}, cache)
+    assert all_captions(images) == [['a cat, "a dog"'], ['says "miaow"']]
 
 
 def test_columns_of_other_names(tmp_path, cache) -> None:

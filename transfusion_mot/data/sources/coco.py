@@ -1,6 +1,6 @@
 """COCO captions as distributed: a folder of images, and a JSON of `images` and `annotations` with a caption each."""
 
-import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import texts_in
+from transfusion_mot.data.sources.tables import from_json, texts_in
 from transfusion_mot.errors import UserError
 
 
@@ -33,11 +33,18 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
             where = f"{path}: annotation {number}"
             image_id, caption = (_field(annotation, name, where) for name in ("image_id", "caption"))
             captions[image_id] += texts_in(caption, "caption", where)
-        items = CaptionWriter(writer, data.split_seed)
+        # A file is one image, however often and in whatever spelling it is listed.
+        listed: dict[str, tuple[str, list[str]]] = {}
         for number, image in enumerate(annotations["images"]):
             where = f"{path}: image {number}"
             name = _field(image, "file_name", where)
-            items.add(name, captions.pop(_field(image, "id", where), []), name)
+            if not isinstance(name, str):
+                raise UserError(f"{where}: the field 'file_name' must be the name of a file, got {name!r:.100}")
+            _, own = listed.setdefault(os.path.normpath(name), (name, []))
+            own += captions.pop(_field(image, "id", where), [])
+        items = CaptionWriter(writer, data.split_seed)
+        for name, own in listed.values():
+            items.add(name, own, name)
         for image_id in captions:
             writer.skipped.add("caption of no image", f"image_id {image_id}")
 
@@ -45,10 +52,7 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"'{path}' is not a JSON file ({error}); was it downloaded whole?") from None
+    content = from_json(path.read_bytes(), f"'{path}' is not a JSON file that was downloaded whole")
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             has = sorted(content) if isinstance(content, dict) else type(content).__name__

@@ -1,5 +1,6 @@
 """A folder of images with metadata: the ImageFolder convention of the library `datasets`."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass
 class _Listed:
+    name: str
     where: str
     side: Split | None
     captions: list[str] = field(default_factory=list)
@@ -23,10 +25,12 @@ class _Listed:
 def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> StoredArrays:
     """Names (paths below the folder) and captions of the images that the metadata lists.
 
-    A field may hold a list of captions, and an image may be listed several times: each line adds to its captions.
+    A field may hold a list of captions, and an image may be listed several times, in any spelling of its path: each
+    line adds to its captions.
 
     Raises:
-        UserError: There is no metadata, or a line of it cannot be used; names the line.
+        UserError: There is no metadata, or a line of it cannot be used, or puts an image on another side of the split
+            than a line before it; names the line.
     """
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is None:
@@ -43,11 +47,18 @@ def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> S
             name = row[name_column]
             if not isinstance(name, str):
                 raise UserError(f"{where}: needs a field '{name_column}' with the path of an image, got {name!r}")
-            entry = listed.setdefault(name, _Listed(where, split_field(row, where)))
+            side = split_field(row, where)
+            entry = listed.setdefault(os.path.normpath(folder / name), _Listed(name, where, side))
+            if side is not None and entry.side not in (None, side):
+                raise UserError(
+                    f"{where}: puts '{name}' on another side of the split than {entry.where}; give all lines of an "
+                    "image the same 'split'"
+                )
+            entry.side = entry.side or side
             entry.captions += texts_in(row[text_column], text_column, where)
         items = CaptionWriter(writer, data.split_seed)
-        for name, entry in listed.items():
-            items.add(name, entry.captions, entry.where, entry.side)
+        for entry in listed.values():
+            items.add(entry.name, entry.captions, entry.where, entry.side)
 
     key = [file_stamp(metadata), source.image_column, source.text_column, data.split_seed]
     return stored_arrays(data.cache_dir, "imagefolder", key, build)

@@ -3,19 +3,22 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfusion_mot.data.sources.base import Split
+from transfusion_mot.data.sources.base import SkippedItems, Split, counted
 from transfusion_mot.errors import UserError
 
 Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
+_UNUSABLE = "unusable row"
+# So many without one that can be used are no accident.
+_MOST_UNUSABLE = 1000
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TRAIN_NAMES = ("train", "training")
 _HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "dev", "test")
@@ -34,12 +37,12 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
         found = [given]
     elif given.is_dir():
         found = [file for file in given.rglob("*") if file.is_file()]
-        if not any(file.suffix in suffixes for file in found):
+        if not any(suffix_of(file) in suffixes for file in found):
             instead = f"its files are others, such as '{found[0].name}'" if found else "it is empty"
             raise UserError(
                 f"{kind} source '{path}' is a folder without a {wanted} file: {_compressed(found) or instead}"
             )
-        found = [file for file in found if file.suffix in suffixes]
+        found = [file for file in found if suffix_of(file) in suffixes]
     elif numbers := _NUMBERS.search(path):
         first, last = numbers.groups()
         names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
@@ -52,43 +55,117 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
         raise UserError(f"{kind} source '{path}' is not a file or folder")
     if not found:
         raise UserError(f"{kind} source '{path}': no file matches the pattern")
-    if others := [file for file in found if file.suffix not in suffixes]:
+    if others := [file for file in found if suffix_of(file) not in suffixes]:
         reason = _compressed(others) or f"'{others[0]}' is none"
         raise UserError(f"{kind} source '{path}' must be a {wanted} file, or a folder that holds some; {reason}")
     return sorted(found)
 
 
+def suffix_of(file: Path) -> str:
+    """What the name of a file ends with, in lower case: "A.TAR" => ".tar"."""
+    return file.suffix.lower()
+
+
 def _compressed(files: Sequence[Path]) -> str:
     """What to say of compressed tar files, if there are any."""
-    named = next((file.name for file in files if re.search(r"\.(tgz|tar\.\w+)$", file.name)), None)
+    named = next((file.name for file in files if re.search(r"(?i)\.(tgz|tar\.\w+)$", file.name)), None)
     return f"'{named}' is compressed and cannot be read in any order; uncompress it" if named is not None else ""
 
 
-def rows_of(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
+class Unusable:
+    """Items of a large set that cannot be used: counted and named where others can be used, refused where none can.
+
+    Attributes:
+        num_used: Those that can, so far.
+    """
+
+    def __init__(self, skipped: SkippedItems) -> None:
+        self.num_used = 0
+        self._skipped = skipped
+        self._num_unusable = 0
+        self._first: UserError | None = None
+
+    def add(self, error: UserError, reason: str = _UNUSABLE) -> None:
+        """Count one, by what was wrong with it.
+
+        Raises:
+            UserError: Nothing but such items has been there for long: the first one's.
+        """
+        self._first = self._first or error
+        self._num_unusable += 1
+        self._skipped.add(reason, str(error))
+        if self._num_unusable >= _MOST_UNUSABLE:
+            self.refuse_if_all()
+
+    def refuse_if_all(self) -> None:
+        """Called at the end.
+
+        Raises:
+            UserError: No item could be used: the first one's.
+        """
+        if self._first is not None and not self.num_used:
+            raise self._first
+
+
+def rows_of(
+    file: Path, columns: Sequence[str] | None = None, unusable: Unusable | None = None
+) -> Iterator[tuple[str, Row]]:
     """Rows of a .jsonl, .csv or .parquet file with their places ("file:line"); of parquet only `columns`, if given.
+
+    Args:
+        unusable: Receives lines of a .jsonl file that are no JSON object; None refuses them.
 
     Raises:
         UserError: The file is damaged or no UTF-8; names the place.
     """
-    if file.suffix == ".parquet":
+    if suffix_of(file) == ".parquet":
         with open_parquet(file) as table:
             number = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", row
-    elif file.suffix == ".csv":
-        reader = csv.DictReader(line for _, line in lines_of(file, keep_ends=True))
-        try:
-            for row in reader:
-                yield f"{file}:{reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{file}:{reader.line_num}: not a line of CSV ({error})") from None
+    elif suffix_of(file) == ".csv":
+        yield from _csv_rows(file)
     else:
-        for number, line in lines_of(file):
-            if line:
-                where = f"{file}:{number}"
-                yield where, json_object(line, where)
+        skip = None if unusable is None else unusable.add
+        for number, line in lines_of(file, skip=skip):
+            if not line:
+                continue
+            where = f"{file}:{number}"
+            try:
+                row = json_object(line, where)
+            except UserError as error:
+                if skip is None:
+                    raise
+                skip(error)
+            else:
+                yield where, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a .csv file; the place is the line where a row begins.
+
+    Raises:
+        UserError: A row has not as many fields as the header, or a quote is not closed.
+    """
+    reader = csv.reader((line for _, line in lines_of(file, keep_ends=True)), strict=True)
+    header: list[str] | None = None
+    hint = 'a text that holds a comma, a line break or a double quote must be in double quotes, as "a cat, a dog"'
+    where = f"{file}:1"
+    try:
+        for fields in reader:
+            if len(fields) > 1 or "".join(fields).strip():
+                if header is None:
+                    header = fields
+                elif len(fields) != len(header):
+                    found = counted({"field": len(fields)})
+                    raise UserError(f"{where}: has {found} where the header has {len(header)}; {hint}")
+                else:
+                    yield where, dict(zip(header, fields, strict=True))
+            where = f"{file}:{reader.line_num + 1}"
+    except csv.Error as error:
+        raise UserError(f"{where}: the row that begins there is not CSV ({error}); {hint}") from None
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -109,17 +186,33 @@ def json_object(text: str, where: str) -> Row:
     Raises:
         UserError: The text is not a JSON object.
     """
-    try:
-        entry = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a line of JSON ({error})") from None
+    entry = from_json(text, f"{where}: not JSON")
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be a JSON object, got {type(entry).__name__}")
     return entry
 
 
-def lines_of(file: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+def from_json(content: str | bytes, problem: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        UserError: `content` is none: `problem`, and what is wrong with it.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise UserError(f"{problem} (nested too deeply)") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise UserError(f"{problem} ({error})") from None
+
+
+def lines_of(
+    file: Path, keep_ends: bool = False, skip: Callable[[UserError], None] | None = None
+) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file, numbered from 1, without the white space at their ends unless asked for.
+
+    Args:
+        skip: Receives what is wrong with a line that is not UTF-8; None refuses it.
 
     Raises:
         UserError: The file is not UTF-8.
@@ -130,9 +223,11 @@ def lines_of(file: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
                 # "utf-8-sig": some editors put a byte-order mark before the first line.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
-                ) from None
+                refusal = UserError(f"{file}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8")
+                if skip is None:
+                    raise refusal from None
+                skip(refusal)
+                continue
             yield number, text if keep_ends else text.rstrip()
 
 

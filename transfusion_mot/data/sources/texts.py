@@ -11,14 +11,17 @@ from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_
 from transfusion_mot.data.sources.base import Split, fingerprint_of
 from transfusion_mot.data.sources.stored_images import SplitWriter, items_of, skipped_on_opening
 from transfusion_mot.data.sources.tables import (
+    Unusable,
     find_files,
     lines_of,
     open_parquet,
     pick_column,
     rows_of,
     split_field,
+    suffix_of,
     texts_in,
 )
+from transfusion_mot.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _ROWS_AT_ONCE = 1024
@@ -50,17 +53,25 @@ def open_texts(source: SourceConfig, data: DataConfig, split: Split, path: str) 
     """A `.txt` file (a document is a paragraph; blank lines divide them), a `.jsonl` or `.parquet` file (a document is
     the field `text` of a line or row), or a folder with such files anywhere below it.
 
+    Lines and rows that cannot be used are counted.
+
     Raises:
-        UserError: A file is missing, is not UTF-8 text, or cannot be understood.
+        UserError: A file is missing or damaged, a `.txt` is not UTF-8, or no line or row can be used.
     """
     files = find_files(path, _SUFFIXES, "text")
     key = [[file_stamp(file) for file in files], source.text_column, data.split_seed]
 
-    def read() -> Iterator[_Read]:
-        for file in tqdm(files, desc=f"reading {path}", unit="file"):
-            yield from _paragraphs(file) if file.suffix == ".txt" else _rows(file, source.text_column)
+    def build(writer: ArrayWriter) -> None:
+        unusable = Unusable(writer.skipped)
+        _write(writer, data, read(unusable))
+        unusable.refuse_if_all()
 
-    arrays = stored_arrays(data.cache_dir, "text", key, lambda writer: _write(writer, data, read()))
+    def read(unusable: Unusable) -> Iterator[_Read]:
+        for file in tqdm(files, desc=f"reading {path}", unit="file"):
+            is_text = suffix_of(file) == ".txt"
+            yield from _paragraphs(file) if is_text else _rows(file, source.text_column, unusable)
+
+    arrays = stored_arrays(data.cache_dir, "text", key, build)
     return StoredTexts(path, arrays, source, data, split)
 
 
@@ -100,16 +111,23 @@ def _write(writer: ArrayWriter, data: DataConfig, rows: Iterator[_Read]) -> None
             sides.add(text, side)
 
 
-def _rows(file: Path, text_column: str | None) -> Iterator[_Read]:
+def _rows(file: Path, text_column: str | None, unusable: Unusable) -> Iterator[_Read]:
     usual: Sequence[str] = ("text",)
     columns = None
-    if file.suffix == ".parquet":
+    if suffix_of(file) == ".parquet":
         with open_parquet(file) as table:
             names = table.schema_arrow.names
         columns = [pick_column(text_column, usual, names, str(file)), *(["split"] if "split" in names else [])]
-    for where, row in rows_of(file, columns):
-        column = pick_column(text_column, usual, list(row), where)
-        yield where, texts_in(row[column], column, where), split_field(row, where)
+    for where, row in rows_of(file, columns, unusable):
+        side = split_field(row, where)
+        try:
+            column = pick_column(text_column, usual, list(row), where)
+            texts = texts_in(row[column], column, where)
+        except UserError as error:
+            unusable.add(error)
+            continue
+        unusable.num_used += 1
+        yield where, texts, side
 
 
 def _paragraphs(file: Path) -> Iterator[_Read]:
