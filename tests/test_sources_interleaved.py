@@ -1,6 +1,8 @@
 """Interleaved documents: reading order, images by path, tar member and bytes, and what is left out."""
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -191,13 +193,40 @@ def test_damaged_images_are_told_when_read(tmp_path, cache) -> None:
         ({"texts": ["a", None], "images": [None, 5]}, "must be named by its path, got 5"),
         ({"text_list": ["a"], "image_info": [{"image_name": "0.png"}]}, "matched_text_index"),
         ({"text_list": ["a"], "image_info": [{"image_name": "0.png", "matched_text_index": 1}]}, "not one of the 1"),
+        (
+            {
+                "text_list": ["a"],
+                "image_info": [{"image_name": "0.png", "matched_text_index": place} for place in ([], 0)],
+            },
+            r"is \[\], not one of the 1",
+        ),
         ({"text_list": ["a"]}, "needs a field 'image_info'"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, cache, row: dict, message: str) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [{"texts": ["good"], "images": [None]}, row])
-    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}"):
-        open_with({"kind": "interleaved", "path": tmp_path / "a.jsonl"}, cache)
+def test_a_bad_row_is_counted_and_named_and_refused_where_there_is_no_other(
+    tmp_path, cache, caplog, row: dict, message: str
+) -> None:
+    good = [obelics(document, "{}.png".format) for document in DOCUMENTS]
+    write_pictures(tmp_path)
+    source = {"kind": "interleaved", "path": tmp_path / "a.jsonl"}
+    write_jsonl(tmp_path / "a.jsonl", [*good[:2], row, *good[2:]])
+    with caplog.at_level(logging.WARNING):
+        documents = open_with(source, cache)
+    assert read(documents) == DOCUMENTS, "the rows around it stay aligned with their images"
+    assert documents.skipped == {"unusable row": 1}
+    assert re.search(rf"a\.jsonl:3: .*{message}", caplog.text)
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{message}"):
+        open_with(source, cache)
+
+
+def test_two_members_of_one_name_are_one_image_and_counted(tmp_path, cache) -> None:
+    """The last one, as when the tar file is unpacked; in tar files of any spelling of `.tar`."""
+    source = source_of(tmp_path, "tars")
+    write_tar(tmp_path / "shards" / "2.TAR", {"./3.png": picture(77)})
+    documents = open_with(source, cache)
+    assert documents.skipped == {"member of the same name": 1}
+    assert read(documents) == [DOCUMENTS[0], [77, "after an image"], *DOCUMENTS[2:]]
 
 
 def test_other_column_names_and_sides(tmp_path, cache) -> None:

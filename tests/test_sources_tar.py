@@ -1,6 +1,7 @@
 """WebDataset tar files: read in place, indexed once; what is damaged is counted and the rest used."""
 
 import gzip
+import io
 import json
 import logging
 import pickle
@@ -77,6 +78,93 @@ def test_captions_from_json(folder, cache) -> None:
     assert all_captions(opened(folder, cache, text_column="alt")) == [["other"], ["two", "of them"]]
     with pytest.raises(UserError, match=r"a\.tar:0\.jpg: needs a field 'title'; it has \['alt', 'caption'\]"):
         opened(folder, cache, text_column="title")
+
+
+def test_one_sample_that_cannot_be_understood_does_not_discard_the_rest(folder, cache, caplog) -> None:
+    bad = {
+        "00.json": '{"caption": ',
+        "01.json": "[" * 100_000,
+        "02.json": '["a list"]',
+        "03.json": '{"title": "no caption"}',
+        "04.json": '{"caption": 3}',
+        "05.json": '{"caption": ' + "1" * 5000 + "}",
+        "06.json": b'{"caption": "\xe4pfel"}',
+    }
+    members: dict[str, bytes | str] = {}
+    for number in range(9):
+        members[f"{number:02d}.jpg"] = picture(number, "jpg")
+        members[f"{number:02d}.json"] = bad.get(f"{number:02d}.json", json.dumps({"caption": f"picture {number}"}))
+    write_tar(folder / "a.tar", members)
+    (folder / "b.tar").write_bytes(gzip.compress(b"x" * 1000))
+    with caplog.at_level(logging.WARNING):
+        images = opened(folder, cache)
+    assert numbers_of(images) == [7, 8]
+    assert images.skipped == {
+        "damaged JSON file": 4,
+        "sample without a caption": 2,
+        "caption not in UTF-8": 1,
+        "unreadable tar file": 1,
+    }
+    for place in ("a.tar:00", "a.tar:03", "a.tar:04", "a.tar:06", "b.tar"):
+        assert place in caplog.text, place
+    assert "needs a field 'text' or 'caption'; it has ['title']" in caplog.text
+
+
+def test_shards_of_which_no_sample_has_the_field_are_refused_long_before_the_end(folder, cache, monkeypatch) -> None:
+    members: dict[str, bytes | str] = {}
+    for number in range(1001):
+        members[f"{number:04d}.jpg"], members[f"{number:04d}.json"] = b"x", '{"title": "x"}'
+    write_tar(folder / "a.tar", members)
+    write_tar(folder / "b.tar", shard(range(3)))
+    seen = []
+    monkeypatch.setattr(
+        tars, "map_in_processes", lambda read, files: (read(file) for file in files if not seen.append(file))
+    )
+    with pytest.raises(UserError, match=r"a\.tar:0000\.jpg: needs a field 'text' or 'caption'; it has \['title'\]"):
+        opened(folder, cache)
+    assert [file.name for file in seen] == ["a.tar"]
+
+
+def test_names_with_dots_are_samples_of_their_own(folder, cache) -> None:
+    members: dict[str, bytes | str] = {}
+    for number, name in enumerate(("cat 2.0", "cat 2.1", "v1.dog.v2", "plain")):
+        members[f"./x.y/{name}.JPG"] = picture(number, "jpg")
+        members[f"./x.y/{name}.json"] = json.dumps({"caption": f"a {name}"})
+    members |= {"cat 2.2.jpg": picture(4, "jpg"), "cat 2.3.txt": "no image", "._hidden.jpg": b"x", "._hidden.txt": "x"}
+    write_tar(folder / "a.tar", members)
+    images = opened(folder, cache)
+    assert numbers_of(images) == [0, 1, 2, 3]
+    assert all_captions(images) == [["a cat 2.0"], ["a cat 2.1"], ["a v1.dog.v2"], ["a plain"]]
+    assert images.skipped == {"sample without a caption": 1, "sample without an image": 2}
+    write_tar(folder / "a.tar", {"1.5.small.png": picture(9), "1.5.png": picture(8), "1.5.txt": "named"})
+    assert numbers_of(opened(folder, cache)) == [8]
+    assert numbers_of(opened(folder, cache, image_column="small.png")) == [9]
+
+
+def test_the_last_of_two_members_of_one_name_is_used_and_the_other_counted(folder, cache, caplog) -> None:
+    """As when the file is unpacked, which `tar --append` counts on."""
+    write_tar(folder / "a.tar", shard(range(3)))
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        for name, content in (("000001.jpg", picture(77, "jpg")), ("000001.txt", b"mended"), ("000002.JPG", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with caplog.at_level(logging.WARNING):
+        images = opened(folder, cache)
+    assert [int(images.image(index)[0, 0, 0]) for index in range(2)] == [0, 77]
+    assert all_captions(images) == [["picture 0"], ["mended"], ["picture 2"]]
+    assert images.skipped == {"member of the same name": 3}
+    assert "3 members of the same name (" in caplog.text
+    assert "a.tar:000002.jpg" in caplog.text
+
+
+def test_endings_in_upper_case_are_read(folder, cache) -> None:
+    write_tar(folder / "A.TAR", {name.upper(): content for name, content in shard(range(3)).items()})
+    assert numbers_of(opened(folder, cache)) == [0, 1, 2]
+    assert numbers_of(opened(folder / "*.TAR", cache)) == [0, 1, 2]
+    (folder / "A.TAR").rename(folder / "A.TAR.GZ")
+    with pytest.raises(UserError, match=r"'A\.TAR\.GZ' is compressed"):
+        opened(folder, cache)
 
 
 def test_members_of_a_sample_need_not_be_neighbours_and_one_of_several_images_is_named(folder, cache) -> None:

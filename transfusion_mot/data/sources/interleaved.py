@@ -1,6 +1,7 @@
 """Documents of texts and images in reading order, in the form of OBELICS or of MMC4."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from transfusion_mot.data.sources.stored_images import SplitWriter, StoredImages
 from transfusion_mot.data.sources.stores import FileStore, ImageStore, ParquetStore, TarStore
 from transfusion_mot.data.sources.tables import (
     Row,
+    Unusable,
     find_files,
     open_parquet,
     pick_column,
     rows_of,
     split_field,
+    suffix_of,
     texts_in,
 )
-from transfusion_mot.data.sources.tars import Member, scan_tars
+from transfusion_mot.data.sources.tars import SAME_NAME, Member, scan_tars
 from transfusion_mot.errors import UserError
 
 _SUFFIXES = (".jsonl", ".parquet")
@@ -88,10 +91,14 @@ _Segment = tuple[bool, Any]
 
 
 class _Writer:
-    """Writes documents; where their images lie is written by `add_image`, which says whether there is one."""
+    """Writes documents; where their images lie is written by `add_image`, which says whether there is one.
+
+    Rows that cannot be used are counted, unless there are no others.
+    """
 
     def __init__(self, writer: ArrayWriter, split_seed: int, add_image: Callable[[Any, str], bool]) -> None:
         self.skipped = writer.skipped
+        self.unusable = Unusable(writer.skipped)
         self.texts = writer.strings("texts")
         self.segments = writer.integers("segments")
         self.segment_ends = writer.integers("segment_ends")
@@ -100,7 +107,15 @@ class _Writer:
         self.add_image = add_image
         self.num_images = 0
 
-    def add(self, segments: Sequence[_Segment], where: str, side: Split | None) -> None:
+    def add(self, row: Row, where: str, read: Callable[[], Iterator[_Segment]]) -> None:
+        """One document, from its row and what makes segments of it."""
+        side = split_field(row, where)
+        try:
+            segments = list(read())
+        except UserError as error:
+            self.unusable.add(error)
+            return
+        self.unusable.num_used += 1
         texts = [value for is_text, value in segments if is_text]
         if not texts:
             self.skipped.add("document without text", where)
@@ -128,13 +143,15 @@ def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path:
 
     Images lie in a folder or in tar files (`images`), next to the documents, or as bytes in a parquet file.
 
+    Rows that cannot be used are counted.
+
     Raises:
-        UserError: A file is missing or damaged, or a row cannot be understood; names its place.
+        UserError: A file is missing or damaged, or no row can be used; names the place.
     """
     files = find_files(path, _SUFFIXES, "interleaved")
     in_table = source.images is None and _hold_bytes(source, files)
     tars: list[Path] = []
-    if source.images is not None and not (Path(source.images).is_dir() and not any(Path(source.images).glob("*.tar"))):
+    if source.images is not None and not _is_folder_of_images(Path(source.images)):
         tars = find_files(source.images, (".tar",), "interleaved")
 
     def build(writer: ArrayWriter) -> None:
@@ -145,8 +162,8 @@ def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path:
         else:
             names = writer.strings("names")
 
-            def add_image(value: Any, where: str) -> bool:
-                names.add(_image_name(value, where))
+            def add_image(name: str, where: str) -> bool:
+                names.add(name)
                 return True
 
             _write(_Writer(writer, data.split_seed, add_image), source, files)
@@ -164,9 +181,13 @@ def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path:
     return StoredDocuments(path, store, arrays, source, data, split)
 
 
+def _is_folder_of_images(path: Path) -> bool:
+    return path.is_dir() and not any(suffix_of(file) == ".tar" for file in path.iterdir())
+
+
 def _hold_bytes(source: SourceConfig, files: Sequence[Path]) -> bool:
     """Whether the files are tables that hold the images, instead of their names."""
-    if any(file.suffix != ".parquet" for file in files):
+    if any(suffix_of(file) != ".parquet" for file in files):
         return False
     with open_parquet(files[0]) as table:
         schema = table.schema_arrow
@@ -193,13 +214,17 @@ def _write_with_bytes(writer: ArrayWriter, source: SourceConfig, data: DataConfi
         column = pick_column(source.text_column, (_TEXTS,), names, str(file))
         wanted = [column, *(["split"] if "split" in names else [])]
         for index, (where, row) in enumerate(rows_of(file, wanted)):
-            segments: list[_Segment] = []
-            for position, value in enumerate(_list_in(row, column, where)):
-                if value is None:
-                    segments.append((False, (number, index, position)))
-                else:
-                    segments += [(True, text) for text in texts_in(value, column, where)]
-            documents.add(segments, where, split_field(row, where))
+            documents.add(row, where, partial(_segments_around_bytes, row, column, (number, index), where))
+    documents.unusable.refuse_if_all()
+
+
+def _segments_around_bytes(row: Row, column: str, place: tuple[int, int], where: str) -> Iterator[_Segment]:
+    """Texts and places of images of a document whose images are bytes in its row, in reading order."""
+    for position, value in enumerate(_list_in(row, column, where)):
+        if value is None:
+            yield False, (*place, position)
+        else:
+            yield from ((True, text) for text in texts_in(value, column, where))
 
 
 def _write_with_tars(
@@ -210,10 +235,14 @@ def _write_with_tars(
     members: dict[str, tuple[int, Member]] = {}
     for number, (found, skipped) in enumerate(scan_tars(tars)):
         writer.skipped.update(skipped)
-        members |= {member.name.removeprefix("./"): (number, member) for member in found}
+        for member in found:
+            name = member.name.removeprefix("./")
+            if name in members:
+                writer.skipped.add(SAME_NAME, f"{tars[number]}:{member.name}")
+            members[name] = number, member
 
-    def add_image(value: Any, where: str) -> bool:
-        name = _image_name(value, where).removeprefix("./")
+    def add_image(name: str, where: str) -> bool:
+        name = name.removeprefix("./")
         if name not in members:
             writer.skipped.add(_MISSING, name)
             return False
@@ -236,8 +265,9 @@ def _write_with_tars(
 
 def _write(documents: _Writer, source: SourceConfig, files: Sequence[Path]) -> None:
     for file in tqdm(files, desc=f"reading {source.path}", unit="file"):
-        for where, row in rows_of(file):
-            documents.add(list(_segments(row, source, where)), where, split_field(row, where))
+        for where, row in rows_of(file, unusable=documents.unusable):
+            documents.add(row, where, partial(_segments, row, source, where))
+    documents.unusable.refuse_if_all()
 
 
 def _segments(row: Row, source: SourceConfig, where: str) -> Iterator[_Segment]:
@@ -253,9 +283,9 @@ def _segments(row: Row, source: SourceConfig, where: str) -> Iterator[_Segment]:
                     f"{where}: each entry of '{_MMC4_IMAGES}' needs 'image_name' and 'matched_text_index', got "
                     f"{image!r:.100}"
                 ) from None
-            before.setdefault(place, []).append(name)
-        if any(place not in range(len(texts)) for place in before):
-            raise UserError(f"{where}: a matched_text_index is not one of the {len(texts)} texts: {sorted(before)}")
+            if place not in range(len(texts)):
+                raise UserError(f"{where}: a matched_text_index is {place!r:.100}, not one of the {len(texts)} texts")
+            before.setdefault(place, []).append(_image_name(name, where))
         for place, text in enumerate(texts):
             yield from ((False, name) for name in before.get(place, []))
             yield from ((True, part) for part in texts_in(text, _MMC4_TEXTS, where))
@@ -270,7 +300,7 @@ def _segments(row: Row, source: SourceConfig, where: str) -> Iterator[_Segment]:
         )
     for text, image in zip(texts, images, strict=True):
         if image is not None:
-            yield False, image
+            yield False, _image_name(image, where)
         yield from ((True, part) for part in texts_in(text, text_column, where))
 
 

@@ -13,7 +13,7 @@ from transfusion_mot.data.sources.interleaved import open_interleaved
 from transfusion_mot.data.sources.openmoji import EmojiStore, index_openmoji
 from transfusion_mot.data.sources.stored_images import StoredCaptionedImages
 from transfusion_mot.data.sources.stores import ArrowStore, FileStore, ImageStore, ParquetStore, TarStore
-from transfusion_mot.data.sources.tables import find_files
+from transfusion_mot.data.sources.tables import find_files, suffix_of
 from transfusion_mot.data.sources.tars import index_webdataset
 from transfusion_mot.data.sources.texts import open_dataset_texts, open_texts
 from transfusion_mot.errors import UserError
@@ -100,10 +100,10 @@ def _open_images(source: SourceConfig, data: DataConfig, path: str) -> tuple[Ima
         return TarStore(files, arrays), arrays
     if source.kind == "parquet":
         files = find_files(path, (".parquet", ".arrow"), "parquet")
-        if all(file.suffix == ".parquet" for file in files):
+        if all(suffix_of(file) == ".parquet" for file in files):
             column, arrays = index_parquet(source, data, files)
             return ParquetStore(files, column, arrays), arrays
-        if any(file.suffix == ".parquet" for file in files):
+        if any(suffix_of(file) == ".parquet" for file in files):
             raise UserError(f"parquet source '{path}' holds .parquet and .arrow files; make two sources of them")
         dataset = open_arrow_files(files)
     else:

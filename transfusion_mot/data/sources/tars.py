@@ -1,9 +1,8 @@
 """Tar files, indexed once and read in place: WebDataset shards, and images that other documents name."""
 
-import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,13 @@ from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_
 from transfusion_mot.data.sources.base import SkippedItems
 from transfusion_mot.data.sources.parallel import map_in_processes
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import pick_column, texts_in
+from transfusion_mot.data.sources.tables import Unusable, json_object, pick_column, texts_in
 from transfusion_mot.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
+_CAPTIONS = ("txt", "json")
+# Why a member is left out whose name another one has, of which the last is used.
+SAME_NAME = "member of the same name"
 
 
 @dataclass
@@ -39,8 +41,11 @@ class _Sample:
 
 @dataclass
 class _Shard:
+    """What a tar file holds: samples; what is left out, by reason; (reason, problem) of what cannot be understood."""
+
     samples: list[_Sample] = field(default_factory=list)
     skipped: SkippedItems = field(default_factory=SkippedItems)
+    unusable: list[tuple[str, str]] = field(default_factory=list)
 
 
 def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
@@ -94,14 +99,18 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
     """Names, places and captions of the images of WebDataset shards.
 
     Members whose names agree up to the first dot are a sample: an image, and its caption in a `.txt`, or in the field
-    `text` or `caption` of a `.json` if there is no `.txt`; with `text_column`, in that field.
+    `text` or `caption` of a `.json` if there is no `.txt`; with `text_column`, in that field. Where that gives no
+    image, names agree up to the extension, as those of "cat 2.0.jpg" and "cat 2.0.txt".
+
+    Shards and samples that cannot be used are counted.
 
     Raises:
-        UserError: A file is no tar file, or no `.json` has the field.
+        UserError: No file is a tar file, or no `.json` has the field.
     """
 
     def build(writer: ArrayWriter) -> None:
         items = CaptionWriter(writer, data.split_seed)
+        unusable = Unusable(writer.skipped)
         numbers, offsets, sizes = (writer.integers(name) for name in ("files", "offsets", "sizes"))
         read = partial(_read_shard, text_column=source.text_column, image_column=source.image_column)
         shards = tqdm(map_in_processes(read, files), total=len(files), desc=f"indexing {source.path}", unit="file")
@@ -112,6 +121,10 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
                     numbers.append(number)
                     offsets.append(sample.image.offset)
                     sizes.append(sample.image.size)
+            unusable.num_used = len(numbers)
+            for reason, problem in shard.unusable:
+                unusable.add(UserError(problem), reason)
+        unusable.refuse_if_all()
 
     columns = [source.text_column, source.image_column]
     key = [[file_stamp(file) for file in files], columns, data.split_seed]
@@ -121,49 +134,77 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
 def _read_shard(path: Path, text_column: str | None, image_column: str | None) -> _Shard:
     """The samples of a tar file with their captions."""
     shard = _Shard()
-    by_key: dict[str, dict[str, Member]] = {}
-    for member in scan_tar(path, shard.skipped):
-        folder, _, base = member.name.rpartition("/")
-        key, _, extension = base.partition(".")
-        by_key.setdefault(f"{folder}/{key}", {})[extension.lower()] = member
+    try:
+        found = scan_tar(path, shard.skipped)
+    except UserError as error:
+        shard.unusable.append(("unreadable tar file", str(error)))
+        return shard
+    images = _IMAGES if image_column is None else (image_column,)
     with path.open("rb", buffering=0) as file:
-        for members in by_key.values():
-            extensions = _IMAGES if image_column is None else (image_column,)
-            image = next((members[extension] for extension in extensions if extension in members), None)
+        for members in _samples_in(found, images, path, shard.skipped):
+            image = next((members[extension] for extension in images if extension in members), None)
             where = f"{path}:{next(iter(members.values())).name}"
             if image is None:
                 shard.skipped.add("sample without an image", where)
             elif image.size == 0:
                 shard.skipped.add("empty file", f"{path}:{image.name}")
             else:
-                captions = _captions(file.fileno(), members, text_column, where, shard.skipped)
+                captions = _captions(file.fileno(), members, text_column, where, shard)
                 if captions is not None:
                     shard.samples.append(_Sample(image.name, captions, image))
     return shard
 
 
+def _samples_in(
+    found: Iterable[Member], images: Sequence[str], path: Path, skipped: SkippedItems
+) -> Iterator[dict[str, Member]]:
+    """Members of a tar file => those of each sample by extension, in lower case."""
+    by_key: dict[str, dict[str, Member]] = {}
+    for member in found:
+        folder, _, base = member.name.rpartition("/")
+        key, _, extension = base.partition(".")
+        members = by_key.setdefault(f"{folder}/{key}", {})
+        if (earlier := members.pop(extension.lower(), None)) is not None:
+            skipped.add(SAME_NAME, f"{path}:{earlier.name}")
+        members[extension.lower()] = member
+    for key, members in by_key.items():
+        # Not of hidden files, whose names begin with a dot.
+        if key.endswith("/") or any(extension in members for extension in images):
+            yield members
+            continue
+        samples: dict[str, dict[str, Member]] = {}
+        for extension, member in members.items():
+            for known in (*images, *_CAPTIONS):
+                if f".{extension}".endswith(f".{known}"):
+                    samples.setdefault(f".{extension}".removesuffix(f".{known}"), {})[known] = member
+        has_image = any(extension in sample for sample in samples.values() for extension in images)
+        yield from samples.values() if has_image else [members]
+
+
 def _captions(
-    file: int, members: dict[str, Member], text_column: str | None, where: str, skipped: SkippedItems
+    file: int, members: dict[str, Member], text_column: str | None, where: str, shard: _Shard
 ) -> list[str] | None:
-    """The captions of a sample; None if they cannot be read, which is counted."""
+    """The captions of a sample; None if there are none that can be used, which is counted."""
     extension = "txt" if "txt" in members and text_column is None else "json"
     if extension not in members:
-        skipped.add("sample without a caption", where)
+        shard.skipped.add("sample without a caption", where)
         return None
     member = members[extension]
     try:
         content = os.pread(file, member.size, member.offset).decode("utf-8-sig")
     except UnicodeDecodeError:
-        skipped.add("caption not in UTF-8", where)
+        shard.skipped.add("caption not in UTF-8", where)
         return None
     if extension == "txt":
         return texts_in(content, "txt", where)
     try:
-        entry = json.loads(content)
-    except json.JSONDecodeError:
-        entry = None
-    if not isinstance(entry, dict):
-        skipped.add("damaged JSON file", where)
+        entry = json_object(content, where)
+    except UserError as error:
+        shard.skipped.add("damaged JSON file", str(error))
         return None
-    column = pick_column(text_column, ("text", "caption"), list(entry), where)
-    return texts_in(entry[column], column, where)
+    try:
+        column = pick_column(text_column, ("text", "caption"), list(entry), where)
+        return texts_in(entry[column], column, where)
+    except UserError as error:
+        shard.unusable.append(("sample without a caption", str(error)))
+        return None
