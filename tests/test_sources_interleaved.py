@@ -1,5 +1,6 @@
 """Interleaved documents: reading order, images by path, tar member and bytes, and what is left out."""
 
+import gzip
 import json
 import logging
 import re
@@ -154,6 +155,18 @@ def test_members_that_no_tar_has_are_counted(tmp_path, cache) -> None:
     documents = open_with(source, cache)
     assert documents.skipped == {"missing file": 1, "empty shard": 1}
     assert read(documents) == [*DOCUMENTS, ["text"]]
+
+
+def test_one_file_that_is_no_tar_is_counted_and_all_are_refused(tmp_path, cache) -> None:
+    source = source_of(tmp_path, "tars")
+    (tmp_path / "shards" / "2.tar").write_bytes(gzip.compress(b"x" * 1000))
+    documents = open_with(source, cache)
+    assert documents.skipped == {"unreadable tar file": 1}
+    assert read(documents) == DOCUMENTS
+    for number in range(2):
+        (tmp_path / "shards" / f"{number}.tar").unlink()
+    with pytest.raises(UserError, match=r"2\.tar' is not an uncompressed tar file"):
+        open_with(source, cache)
 
 
 @pytest.mark.parametrize("form", ["next to them", "folder", "tars", "parquet paths"])

@@ -233,8 +233,7 @@ def _write_with_tars(
     names = writer.strings("names")
     numbers, offsets, sizes = (writer.integers(name) for name in ("files", "offsets", "sizes"))
     members: dict[str, tuple[int, Member]] = {}
-    for number, (found, skipped) in enumerate(scan_tars(tars)):
-        writer.skipped.update(skipped)
+    for number, found in enumerate(scan_tars(tars, writer.skipped)):
         for member in found:
             name = member.name.removeprefix("./")
             if name in members:

@@ -21,6 +21,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 _CAPTIONS = ("txt", "json")
 # Why a member is left out whose name another one has, of which the last is used.
 SAME_NAME = "member of the same name"
+_NO_TAR = "unreadable tar file"
 
 
 @dataclass
@@ -85,14 +86,33 @@ def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
     return members
 
 
-def scan_tars(files: Sequence[Path]) -> list[tuple[list[Member], SkippedItems]]:
-    """`scan_tar` of each, on all cores."""
-    return list(tqdm(map_in_processes(_scan_one, files), total=len(files), desc="indexing tar files", unit="file"))
+def scan_tars(files: Sequence[Path], skipped: SkippedItems) -> list[list[Member]]:
+    """`scan_tar` of each, on all cores; what is no tar file is counted in `skipped`, too.
+
+    Raises:
+        UserError: None is an uncompressed tar file.
+    """
+    unusable = Unusable(skipped)
+    found = []
+    for members, own, problem in tqdm(
+        map_in_processes(_scan_one, files), total=len(files), desc="indexing tar files", unit="file"
+    ):
+        skipped.update(own)
+        found.append(members)
+        if problem is None:
+            unusable.num_used += 1
+        else:
+            unusable.add(UserError(problem), _NO_TAR)
+    unusable.refuse_if_all()
+    return found
 
 
-def _scan_one(path: Path) -> tuple[list[Member], SkippedItems]:
+def _scan_one(path: Path) -> tuple[list[Member], SkippedItems, str | None]:
     skipped = SkippedItems()
-    return scan_tar(path, skipped), skipped
+    try:
+        return scan_tar(path, skipped), skipped, None
+    except UserError as error:
+        return [], skipped, str(error)
 
 
 def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Path]) -> StoredArrays:
@@ -134,11 +154,9 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
 def _read_shard(path: Path, text_column: str | None, image_column: str | None) -> _Shard:
     """The samples of a tar file with their captions."""
     shard = _Shard()
-    try:
-        found = scan_tar(path, shard.skipped)
-    except UserError as error:
-        shard.unusable.append(("unreadable tar file", str(error)))
-        return shard
+    found, shard.skipped, problem = _scan_one(path)
+    if problem is not None:
+        shard.unusable.append((_NO_TAR, problem))
     images = _IMAGES if image_column is None else (image_column,)
     with path.open("rb", buffering=0) as file:
         for members in _samples_in(found, images, path, shard.skipped):
