@@ -62,5 +62,5 @@ def test_images_are_encoded_on_the_gpu_without_waiting(byte_tokenizer, random_va
         found.append(read(packer, OnlineEncoder(autoencoder, 6)))
     for cached, online in zip(*found, strict=True):
         assert torch.equal(cached.text_ids, online.text_ids)
-        # Both are encoded in bfloat16, one of them compiled.
-        torch.testing.assert_close(cached.latents, online.latents, rtol=0.05, atol=0.05)
+        # Both are encoded in bfloat16, one of them compiled: single values may differ by more than they do together.
+        assert (cached.latents - online.latents).norm() < 0.05 * cached.latents.norm()
