@@ -21,7 +21,7 @@ from transfusion_mot.evaluation.command import add_device, add_output, command_p
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.features import open_reference
 from transfusion_mot.evaluation.images import default_num_workers, find_images
-from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, load_feature_network
+from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, load_feature_networks
 from transfusion_mot.evaluation.processes import open_processes
 from transfusion_mot.evaluation.report import Metric
 
@@ -31,17 +31,17 @@ def main() -> None:
     real = open_reference(arguments.real)
     generated = find_images(arguments.generated)
     processes, device = open_processes(arguments.device)
+    networks = load_feature_networks(
+        arguments.features,
+        device,
+        arguments.inception_weights,
+        legacy_weights=arguments.legacy_weights,
+        dinov2=arguments.dinov2,
+        dinov2_weights=arguments.dinov2_weights,
+        clip=arguments.cmmd_clip,
+    )
     metrics: list[Metric] = []
-    for choice in arguments.features:
-        network = load_feature_network(
-            choice,
-            device,
-            arguments.inception_weights,
-            legacy_weights=arguments.legacy_weights,
-            dinov2=arguments.dinov2,
-            dinov2_weights=arguments.dinov2_weights,
-            clip=arguments.cmmd_clip,
-        )
+    for network in networks:
         metrics += image_distance(
             real,
             generated,

@@ -108,3 +108,10 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "give at least two" in capsys.readouterr().err
     assert call(tmp_path / "base", tmp_path / "none") == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["FID (clean-fid)", "FD-DINOv2", "KID", "CMMD", "CLIP-MMD", "text loss"])
+def test_less_of_a_distance_is_better(name: str) -> None:
+    first, other = (Metric(name, value, {}, (value - 0.1, value + 0.1)) for value in (5.0, 1.0))
+    assert difference(first, other).verdict == "better"
+    assert difference(other, first).verdict == "worse"

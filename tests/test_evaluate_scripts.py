@@ -112,6 +112,15 @@ def test_help(run, script):
             ["fid.py", *PAIR, "--image-size", "0"],
             "image size must be at least 1",
         ),
+        # The network that is missing is found before the other one has computed anything.
+        (
+            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "inception", "--inception-weights", "no.pt"],
+            "cannot read the weights 'no.pt'",
+        ),
+        (
+            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "--inception-weights", "no.pt"],
+            "inception weights 'no.pt' are given, and the features are efficientnet",
+        ),
         (["clip_score.py", "nowhere"], "metadata.jsonl' does not exist"),
         (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
         (["captioning.py", "no.json", "no.json"], "cannot read no.json"),

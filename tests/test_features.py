@@ -22,7 +22,7 @@ from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.feature_network import clean_resize
 from transfusion_mot.evaluation.features import feature_set, image_features
 from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
-from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.networks import load_feature_network, load_feature_networks
 from transfusion_mot.evaluation.report import metrics_table, save_metrics
 from transfusion_mot.evaluation.weights import file_sha256
 
@@ -247,8 +247,8 @@ def test_other_weights_are_not_called_fid(tmp_path, inception_file):
         load_feature_network("auto", CPU, other)
     with pytest.raises(UserError, match=r"missing\.pt"):
         load_feature_network("auto", CPU, tmp_path / "missing.pt")
-    with pytest.raises(UserError, match="one or the other"):
-        load_feature_network("efficientnet", CPU, inception_file)
+    with pytest.raises(UserError, match="the features are efficientnet"):
+        load_feature_networks(["efficientnet"], CPU, inception_file)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

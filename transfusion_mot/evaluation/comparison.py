@@ -13,7 +13,7 @@ Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"
 
 # Numbers for which less is more.
 _LOWER_IS_BETTER = (
-    *("FID", "FD", "KID", "KD", "CMMD", "feature distance"),
+    *("FID", "FD", "KID", "KD", "CMMD", "CLIP-MMD", "feature distance"),
     *("text loss", "diffusion loss", "perplexity", "bits per byte"),
 )
 # What may differ between the protocols of two numbers that compare: it is what is compared.

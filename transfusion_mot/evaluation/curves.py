@@ -30,7 +30,7 @@ def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
     distance = _first_name(points, "FID", "FD-")
     if distance is None:
         return None
-    clip = _first_name(points, "CLIP")
+    clip = _first_name(points, "CLIP cosine", "CLIP score", "CLIPScore")
     curves = defaultdict(list)
     for point in points:
         values = {metric.name: metric.value for metric in point.metrics}

@@ -5,6 +5,7 @@ that were resized in one way. Anything else is another number, so it has another
 """
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +66,6 @@ def load_feature_network(
         UserError: The weights cannot be had or are not the published ones, or a Python package is missing.
     """
     if choice == "efficientnet":
-        if inception_weights is not None:
-            raise UserError("Inception weights are given but the features are 'efficientnet'; give one or the other")
         return _load_efficientnet(device)
     if choice == "legacy":
         return load_legacy(legacy_file(legacy_weights), device)
@@ -83,6 +82,35 @@ def load_feature_network(
         return _load_efficientnet(device)
     _logger.info("features: Inception-v3 from %s", path)
     return load_inception(path, device)
+
+
+def load_feature_networks(
+    choices: Sequence[FeatureChoice],
+    device: torch.device,
+    inception_weights: str | Path | None = None,
+    *,
+    legacy_weights: str | Path | None = None,
+    **others: Any,
+) -> list[FeatureNetwork]:
+    """Load all networks in which images are compared, before anything is computed; arguments as of each.
+
+    Raises:
+        UserError: As for each, or weights are given for a network that is not asked for.
+    """
+    for option, given, users in (
+        ("inception weights", inception_weights, ("inception", "auto")),
+        ("legacy weights", legacy_weights, ("legacy",)),
+        ("DINOv2 weights", others.get("dinov2_weights"), ("dinov2",)),
+    ):
+        if given is not None and not set(users) & set(choices):
+            raise UserError(
+                f"{option} '{given}' are given, and the features are {', '.join(choices)}; add {users[0]} to them or "
+                "leave the weights out"
+            )
+    return [
+        load_feature_network(choice, device, inception_weights, legacy_weights=legacy_weights, **others)
+        for choice in choices
+    ]
 
 
 def _load_dinov2(name: str, weights: str | Path | None, device: torch.device) -> FeatureNetwork:

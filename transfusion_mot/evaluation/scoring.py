@@ -16,7 +16,7 @@ from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource, default_num_workers
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.networks import load_feature_networks
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.sentence_similarity import (
@@ -49,18 +49,15 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
     Raises:
         UserError: Weights cannot be had; the message names the file and the key that takes its local path.
     """
-    features = [
-        load_feature_network(
-            choice,
-            device,
-            protocol.inception_weights if choice in ("auto", "inception") else None,
-            legacy_weights=protocol.legacy_weights,
-            dinov2=protocol.dinov2,
-            dinov2_weights=protocol.dinov2_weights,
-            clip=protocol.cmmd_clip,
-        )
-        for choice in protocol.feature_choices
-    ]
+    features = load_feature_networks(
+        protocol.feature_choices,
+        device,
+        protocol.inception_weights,
+        legacy_weights=protocol.legacy_weights,
+        dinov2=protocol.dinov2,
+        dinov2_weights=protocol.dinov2_weights,
+        clip=protocol.cmmd_clip,
+    )
     sentence_model = protocol.sentence_model
     if protocol.captions.kind != "none":
         sentence_model = sentence_model or packaged_sentence_model()
