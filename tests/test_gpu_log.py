@@ -60,5 +60,6 @@ def test_steps_are_logged_without_waiting(byte_tokenizer, tmp_path: Path, bad: b
     assert line["skipped_steps"] == (STEPS if bad else 0)
     if not bad:
         assert line["text_loss"] == pytest.approx(5.5, abs=0.5)
-        assert 0 < line["mfu"] < 1 or "mfu" not in line
+        # Of a device whose peak is known.
+        assert "mfu" not in line or 0 < line["mfu"] < 1
         assert line["peak_memory_gib"] > 0

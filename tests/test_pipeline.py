@@ -13,6 +13,7 @@ from PIL import Image
 from test_sampling import tiny_model, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transfusion_mot.data.images import load_image
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.diffusion import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 from transfusion_mot.errors import UserError
@@ -98,7 +99,17 @@ def test_bfloat16_paints_nearly_the_same(pipeline, snapshot):
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     expected, painted = (p("sun", generator=seeds(1), output_type="np").images for p in (pipeline, half))
     assert np.abs(expected - painted).mean() < 0.05
-    assert half.caption(Image.new("RGB", (9, 9)), max_new_tokens=3) is not None
+    logits = [first_logits_of_a_caption(p, Image.new("RGB", (9, 9))) for p in (pipeline, half)]
+    assert logits[0].std() > 0.3
+    torch.testing.assert_close(logits[1].float(), logits[0], rtol=0, atol=0.1)
+
+
+def first_logits_of_a_caption(pipeline: TransfusionPipeline, picture: Image.Image) -> torch.Tensor:
+    seen = []
+    handle = pipeline.transformer.text_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    pipeline.caption(picture, max_new_tokens=1)
+    handle.remove()
+    return seen[0].flatten()
 
 
 @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDPMScheduler"])
@@ -207,8 +218,11 @@ def test_every_fitting_scheduler_paints_the_same_image(name, fine_image):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"])
 def test_pictures_of_any_mode_and_size_are_captioned(pipeline, mode):
-    picture = Image.new(mode, (37, 21))
-    assert len(pipeline.caption([picture, picture.resize((8, 8))], max_new_tokens=4)) == 2
+    pictures = [Image.new("RGB", size, colour).convert(mode) for size, colour in (((37, 21), "red"), ((8, 8), "white"))]
+    arrays = [Image.fromarray(load_image(picture, IMAGE_SIZE)) for picture in pictures]
+    captions = pipeline.caption(pictures, max_new_tokens=4)
+    assert captions == pipeline.caption(arrays, max_new_tokens=4)
+    assert all(captions)
 
 
 def test_captions_depend_on_the_picture_and_the_generator(pipeline):
@@ -223,7 +237,10 @@ def test_captions_depend_on_the_picture_and_the_generator(pipeline):
 
 
 def test_text_is_continued(pipeline):
-    assert pipeline.complete("a red", max_new_tokens=4) == pipeline.complete(["a red", "sun"], max_new_tokens=4)[:1]
+    both = pipeline.complete(["a red", "sun"], max_new_tokens=4)
+    assert pipeline.complete("a red", max_new_tokens=4) == both[:1]
+    assert both[0] != both[1]
+    assert all(both)
 
 
 @pytest.mark.parametrize(
