@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test depends on the network: a name that is no folder is not found, at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
@@ -27,6 +28,28 @@ from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    """Where a fixture needs a package that is not installed, its tests are skipped."""
+    return (yield from _skipped_without_packages())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Where a test needs a package that is not installed, it is skipped."""
+    return (yield from _skipped_without_packages())
+
+
+def _skipped_without_packages() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except (Exception, SystemExit) as error:
+        if name := missing_package(error):
+            pytest.skip(f"needs the package {name}")
+        raise
+
 
 VOCAB_SIZE = 29
 CHANNELS = 3

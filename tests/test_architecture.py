@@ -1,10 +1,12 @@
 """Imports go one way, and the other rules that a machine can check."""
 
 import ast
-import itertools
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from optional_packages import MODULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "transfusion_mot"
@@ -13,7 +15,6 @@ FILES = sorted(
     for path in (*ROOT.glob("*.py"), *(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "evaluate").rglob("*.py"))
     if "__pycache__" not in path.parts
 )
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the top to the ground; each may import what stands below it, and its own layer.
 LAYERS = [
     ["train", "sample", "evaluate", "demo"],
@@ -105,16 +106,10 @@ def test_private_names_stay_at_home(path: Path) -> None:
     assert private == []
 
 
-@pytest.mark.parametrize("path", FILES + TESTS, ids=lambda path: module_of(path))
-def test_files_have_one_subject(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 500
-
-
 def test_latent_scale_and_shift_are_known_to_the_autoencoder_alone() -> None:
     words = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    homes = {ROOT / PACKAGE / "autoencoder.py", ROOT / PACKAGE / "autoencoder_training.py"}
-    found = [(path.name, word) for path, word in itertools.product(FILES, words) if word in path.read_text()]
-    assert [(name, word) for name, word in found if name not in {home.name for home in homes}] == []
+    knowing = {module_of(path) for path in FILES if any(word in path.read_text() for word in words)}
+    assert knowing == {f"{PACKAGE}.autoencoder"}
 
 
 def test_every_public_function_and_class_says_what_it_does() -> None:
@@ -131,3 +126,23 @@ def test_every_public_function_and_class_says_what_it_does() -> None:
             and ast.get_docstring(node) is None
         ]
     assert missing == []
+
+
+def test_tests_are_collected_without_the_packages_of_extras() -> None:
+    """At the top of a file such a package is imported behind `pytest.importorskip` of it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirements in extras.values() for requirement in requirements}
+    tools = {"mypy", "pytest", "pytest-xdist", "ruff", "transfusion-mot", "types-pyyaml", "types-tqdm"}
+    assert names - tools == set(MODULES)
+    needed = []
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        skipped: set[str] = set()
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.Expr(ast.Call(ast.Attribute(attr="importorskip"), [ast.Constant(module)])):
+                    skipped.add(module)
+                case ast.Import() | ast.ImportFrom():
+                    modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                    roots = {(module or "").split(".")[0] for module in modules}
+                    needed += [(path.name, root) for root in (roots & set(MODULES.values())) - skipped]
+    assert needed == []

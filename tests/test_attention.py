@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import numbered_images, sources_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from transfusion_mot.config import DataConfig
@@ -19,6 +17,10 @@ from transfusion_mot.models.attention import (
     dense_mask,
     joint_attention,
 )
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:

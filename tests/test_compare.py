@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.comparison import difference
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric, Report, read_report, save_report
+
+pytest.importorskip("scipy")
+from scipy import stats
 
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "compare.py"
 PROTOCOL = {"clip": "a", "prompts": "sha256 1", "guidance": 1.0}

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.stats
 import torch
 from cleanfid import fid as cleanfid
 from torchmetrics.image.fid import _compute_fid
@@ -15,6 +13,10 @@ from transfusion_mot.evaluation.frechet import (
     extrapolated_distance,
     frechet_distance,
 )
+
+pytest.importorskip("scipy")
+import scipy.linalg
+import scipy.stats
 
 
 def _features(count, num_features, seed):

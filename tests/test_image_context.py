@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, DENSE, ArrayImages, documents_of, sources_of, texts_of, tiny_config, tiny_model
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_packing import read_row, rows_of_lane
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
@@ -26,6 +24,10 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import attending_pairs
 from transfusion_mot.training.log import loss_by_timestep
 from transfusion_mot.training.step import StepResult, compute_losses, loss_counts
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 TEXT_SLOTS, PATCHES = 48, 4
 CAPTIONS = ["red apple", "sun", "an octopus", "fox", "moon", "a car"]

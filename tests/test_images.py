@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, features
 
 from transfusion_mot.data.images import displayed_size, grid, load_image, nearest_buckets, to_pil, to_pixels
 from transfusion_mot.errors import UserError
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 RED, BLUE = (220, 20, 60), (30, 60, 200)
 

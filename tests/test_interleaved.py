@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import documents_of, sources_of, texts_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_packing import check_positions, read_row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +19,10 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.sampling.sampler import laid_out
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # What a slot holds: a token, or the number of an image.
 Stream = list[int | str]

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, documents_of, numbered_images, texts_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
@@ -18,6 +16,10 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=NUM_ROUNDS, max_size=NUM_ROUNDS)
 

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, ArrayImages, numbered_images, sources_of, texts_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
@@ -15,6 +13,10 @@ from transfusion_mot.data.mixture import Source, counter
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 PATCHES = 4
 

@@ -2,13 +2,8 @@
 
 import numpy as np
 import pytest
-import scipy.spatial
-import scipy.stats
 import torch
 from cleanfid import fid as cleanfid
-from prdc import compute_prdc
-from torch_fidelity.metric_kid import mmd2
-from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torchmetrics.image.kid import poly_mmd
 
 from transfusion_mot.errors import UserError
@@ -16,6 +11,15 @@ from transfusion_mot.evaluation import blocks
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.kernels import gaussian_distance, kernel_distance
 from transfusion_mot.evaluation.manifold import manifold_scores
+
+pytest.importorskip("scipy")
+pytest.importorskip("prdc")
+pytest.importorskip("torch_fidelity")
+import scipy.spatial
+import scipy.stats
+from prdc import compute_prdc
+from torch_fidelity.metric_kid import mmd2
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 
 def _features(count, num_features, seed, shift=0.0):

@@ -1,10 +1,13 @@
 """Reading order and rotary positions, against the rules written out."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
 from transfusion_mot.models.positions import PositionCounter
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_one_axis_counts_every_slot() -> None:

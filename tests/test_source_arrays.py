@@ -5,8 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from process_group import clean_context, clean_process
 from source_files import SIZE, all_captions, open_with, picture, shard, write_tar
@@ -16,6 +14,10 @@ from transfusion_mot.data.images import load_image
 from transfusion_mot.data.sources import stored_images
 from transfusion_mot.data.sources.arrays import StoredArrays, stored_arrays
 from transfusion_mot.data.sources.base import fingerprint_of
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @given(texts=st.lists(st.text()))

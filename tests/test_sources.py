@@ -11,8 +11,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from source_files import (
     SIZE,
@@ -30,6 +28,10 @@ from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_em
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 SPLITS = ("train", "held_out")
 

