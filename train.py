@@ -42,7 +42,7 @@ from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
 from transfusion_mot.training.model_card import model_card
 from transfusion_mot.training.optimizer import make_optimizer, set_lr
-from transfusion_mot.training.parallel import make_accelerator, place, wrap
+from transfusion_mot.training.parallel import end_preparing, make_accelerator, place, wrap
 from transfusion_mot.training.plan import plan
 from transfusion_mot.training.plot import plot_runs
 from transfusion_mot.training.state import (
@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
         tokenizer = open_tokenizer(config, run, state_folder, documents, accelerator.is_main_process)
     sources = with_latents(documents, config.data, autoencoder, config.autoencoder, accelerator)
     held_out = with_latents(held_out_documents, config.data, autoencoder, config.autoencoder, accelerator)
+    end_preparing(accelerator)
     encoder = OnlineEncoder(autoencoder, config.autoencoder.batch_size)
 
     # What a run must find again to go on.

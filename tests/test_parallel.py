@@ -1,10 +1,13 @@
 """One process, DDP, FSDP2 and its hybrid: equal weights, gradients, averages, and states that any of them reads."""
 
 import functools
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CHANNELS, VOCAB_SIZE, randomise, tiny_config
 from process_group import FSDP2, HYBRID, run_processes
 from test_losses import make_batch
@@ -14,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from transfusion_mot.config import OptimizerConfig, TrainingConfig
 from transfusion_mot.diffusion import Diffusion, make_scheduler
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training import parallel
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
-from transfusion_mot.training.parallel import make_accelerator, place, wrap
+from transfusion_mot.training.parallel import end_preparing, host_group, make_accelerator, place, wrap
 from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.step import train_step
 
@@ -137,6 +141,36 @@ def test_large_models_exchange_more_at_a_time(tmp_path: Path) -> None:
     small, large = run_processes(bucket_bytes, 2, {}, tmp_path)[0]
     assert small == 25 * 2**20
     assert large == 7 * 120 // 30 * 2**20
+
+
+def wait_for_late_ranks() -> list[float]:
+    """Seconds for which even ranks wait for odd ones that never come, in every kind of group; 0 for odd ranks."""
+    parallel._TRAINING = timedelta(seconds=1)
+    accelerator = make_accelerator(TrainingConfig(mixed_precision="no", num_rows=4, tracker=None), Path())
+    mesh = accelerator.torch_device_mesh
+    groups = [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else [])]
+    is_late = accelerator.process_index % 2 == 1
+    for group in groups:  # while preparing, they wait
+        time.sleep(1.5 * is_late)
+        dist.all_reduce(torch.zeros(1), group=group)
+    end_preparing(accelerator)
+    waited = []
+    for group in [*groups, host_group()]:
+        begun = time.monotonic()
+        if is_late or all(rank % 2 == 0 for rank in dist.get_process_group_ranks(group)):
+            time.sleep(1.5)
+        else:
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.zeros(1), group=group)
+            waited.append(time.monotonic() - begun)
+    return waited
+
+
+def test_late_ranks_are_waited_for_while_preparing_and_not_in_training(tmp_path: Path) -> None:
+    for rank, waited in enumerate(run_processes(wait_for_late_ranks, 4, HYBRID, tmp_path)):
+        # Of all ranks, of those that share weights, and from host to host.
+        assert len(waited) == (0 if rank % 2 else 3)
+        assert all(0.9 < seconds < 5 for seconds in waited)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,10 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.launcher import check_launcher, uses_fsdp
 
-# The other ranks wait while the first one encodes the images.
-_TIMEOUT = timedelta(hours=12)
+# Before training, ranks wait while the first one reads the sources and while others encode more images than they.
+# In training one that is so late hangs; the longest that the others wait for is the first one's snapshots and samples.
+_PREPARING = timedelta(hours=12)
+_TRAINING = timedelta(minutes=30)
 
 # Gradients that DDP exchanges at a time: 25 MB, its default, and of large models a part. Of 5.8 GB, 200 MB at a time
 # made a step on two H200 0.9 and 2.1 % shorter than 25 (docs/scaling.md).
@@ -49,7 +51,7 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
     try:
         plugin = _fsdp_plugin(training) if uses_fsdp() else None
         if plugin is not None and parse_flag_from_env("ACCELERATE_USE_CPU"):
-            state = PartialState(cpu=True, timeout=_TIMEOUT)
+            state = PartialState(cpu=True, timeout=_PREPARING)
             if state.distributed_type == DistributedType.MULTI_CPU:
                 # accelerate shards over GPUs alone, by the same code that serves CPUs.
                 state.distributed_type = DistributedType.MULTI_GPU
@@ -58,7 +60,7 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
             log_with=training.tracker,
             project_config=ProjectConfiguration(str(run), logging_dir=str(run / "tracker")),
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=_TIMEOUT),
+                InitProcessGroupKwargs(timeout=_PREPARING),
                 # Else every gradient exists twice.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
@@ -130,6 +132,21 @@ def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return accelerator.prepare_model(model)
 
 
+def end_preparing(accelerator: Accelerator) -> None:
+    """From here on a rank that others wait for longer than half an hour ends the run; called by all ranks."""
+    if not dist.is_initialized():
+        return
+    # Nobody is left waiting for a rank that still prepares.
+    accelerator.wait_for_everyone()
+    mesh = accelerator.torch_device_mesh
+    # PyTorch 2.11 has it under this name alone.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
+        set_timeout(_TRAINING, group)
+
+
 def host_group() -> dist.ProcessGroup | None:
     """A new group of all ranks that talk from host to host, beside what their devices do; None for a single process."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(timeout=_TRAINING, backend="gloo"))
