@@ -21,9 +21,10 @@ from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, parse_con
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import Source, open_documents, training_texts, with_latents
+from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_latents
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.sources.base import counted
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -162,7 +163,7 @@ def main(arguments: list[str]) -> None:
     )
     microbatch_rows = training.microbatch_rows or training.num_rows // accelerator.num_processes
     validation = None
-    if held_out.num_image_documents():
+    if held_out.pools:
         validation = Validation(held_out, tokenizer, config, diffusion, encoder, microbatch_rows)
     pipeline = make_pipeline(bare_model, autoencoder, diffusion, tokenizer, config)
     previews = Previews(pipeline, training.sample_prompts, held_out, run / "samples")
@@ -183,7 +184,7 @@ def main(arguments: list[str]) -> None:
         text_tower.hidden_size,
         is_new=state_folder is None,
     )
-    describe(accelerator, bare_model, packer, held_out.num_image_documents())
+    describe(accelerator, bare_model, packer, held_out)
 
     def plain_step(batch: Batch) -> StepResult:
         return train_step(
@@ -341,7 +342,7 @@ def settled_model(model: ModelConfig) -> dict[str, Any]:
     return kept
 
 
-def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, num_held_out: int) -> None:
+def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, held_out: Sources) -> None:
     """Print what is about to be trained on what, and what of it was left out."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = " or ".join(
@@ -352,11 +353,13 @@ def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, nu
         attention_kernel(model.attention, accelerator.device.type, packer.num_slots(bucket))
         for bucket in range(len(packer.sources.latent_shapes))
     }
-    side = f"{num_held_out} documents with images" if num_held_out else "nothing with images, so there is no validation"
+    num_texts = sum(held_out.pools[pool].length for pool in held_out.text_pools)
+    sides = {"image document": held_out.num_image_documents(), "text": num_texts}
+    side = counted({kind: count for kind, count in sides.items() if count})
     accelerator.print(
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
         f"{packer.sources}\n"
-        f"held out: {side}\n"
+        f"held out: {side or 'nothing, so there is no validation'}\n"
         f"batch: {packer.num_lanes} rows of {row}, on {accelerator.num_processes} x {accelerator.device.type}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )

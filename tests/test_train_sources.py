@@ -117,6 +117,8 @@ KINDS = ["imagefolder", "webdataset", "coco", "parquet", "datasets", "interleave
 def test_source_trains(files: Path, tmp_path: Path, random_vae: Path, capsys, kind: str) -> None:
     source = source_of(files, kind)
     beside = [source_of(files, "imagefolder")] if "text" in kind else []
+    if kind == "text txt":  # no image is held out, and texts are measured all the same
+        beside[0]["use"] = "train"
     lines = run(tmp_path, random_vae, [*beside, source], {})
     last = next(line for line in lines if line["step"] == 2 and "loss" in line)
     assert math.isfinite(last["loss"])
@@ -127,9 +129,13 @@ def test_source_trains(files: Path, tmp_path: Path, random_vae: Path, capsys, ki
     assert (seen["images"] > 0) == ("text" not in kind)
     assert 0 < last[f"sources/{name}/epochs"] < 3
     validation = next(line for line in lines if "validation/text_loss" in line)
-    assert ("validation/caption_loss" in validation) == (kind != "interleaved")
+    assert ("validation/caption_loss" in validation) == (kind not in ("interleaved", "text txt"))
+    assert ("validation/diffusion_loss" in validation) == (kind != "text txt")
+    assert math.isfinite(validation["validation/loss"])
     # The report at the end.
-    assert f" {seen['tokens']} " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f" {seen['tokens']} " in told
+    assert ("image document" in told.split("held out: ")[1].split("\n")[0]) == (kind != "text txt")
 
 
 @pytest.mark.parametrize("latents", ["cache", "online"])

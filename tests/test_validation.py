@@ -296,3 +296,35 @@ def test_copies_stay_clean_whatever_the_timestep(byte_tokenizer, accelerator) ->
 def test_fewer_held_out_images_than_a_row_has_slots(byte_tokenizer, accelerator) -> None:
     validation, model = make_validation(byte_tokenizer, held_out(), images_per_row=16)
     assert all(math.isfinite(loss) for loss in validation.losses(model, accelerator).values())
+
+
+def test_texts_alone_have_the_losses_of_one_at_a_time(byte_tokenizer, accelerator) -> None:
+    """Where no image is held out, texts are: two of 18 bytes fill a row of 40 slots."""
+    texts = [f"a text, number {n:03}" for n in range(8)]
+    validation, model = make_validation(byte_tokenizer, sources_of(texts_of(texts)))
+    losses = validation.losses(model, accelerator)
+    assert losses.keys() == {"text_loss"}
+    assert validation.num_rows == 4
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[byte_tokenizer.bos_id, *byte_tokenizer.encode(text), byte_tokenizer.eos_id]])
+        places = torch.arange(ids.shape[1])[None]
+        output = model(
+            text_ids=ids,
+            noisy_latents=None,
+            timesteps=None,
+            document_ids=torch.zeros_like(ids),
+            order=places,
+            span_ids=torch.full_like(ids, -1),
+            rope_positions=places,
+        )
+        chances = output.logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])
+        total, count = total - chances.sum().item(), count + len(chances)
+    assert losses["text_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(("documents", "rows"), [(2, 1), (4, 2), (100, 20)])
+def test_as_many_texts_are_measured_as_a_validation_uses(byte_tokenizer, documents: int, rows: int) -> None:
+    sources = sources_of(*(texts_of([f"a text, number {n:03}" for n in range(20)]) for _ in range(2)))
+    validation, _ = make_validation(byte_tokenizer, sources, documents)
+    assert validation.num_rows == rows

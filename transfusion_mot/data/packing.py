@@ -134,12 +134,16 @@ class Packer:
         ever.
         """
         waiting: list[Waiting] = []
+        pools = self.sources.image_pools[bucket]
         for entry in state.waiting[bucket]:
             waiting += self._place(row, lane, entry, counts)
         while (
-            row.free_image_slots and row.free_text_slots >= _SHORTEST_DOCUMENT and len(waiting) < self.config.lookahead
+            pools  # Held-out texts may be without images.
+            and row.free_image_slots
+            and row.free_text_slots >= _SHORTEST_DOCUMENT
+            and len(waiting) < self.config.lookahead
         ):
-            entry = self._take(lane, state, self.sources.image_pools[bucket], bucket, counts)
+            entry = self._take(lane, state, pools, bucket, counts)
             waiting += self._place(row, lane, entry, counts)
         state.waiting[bucket] = waiting
 

@@ -300,7 +300,9 @@ class RunLog:
 
     def write_validation(self, step: int, losses: dict[str, float]) -> str:
         """Write held-out losses, and their sum as in training => a line for the console."""
-        total = losses["text_loss"] + self.config.training.diffusion_loss_weight * losses["diffusion_loss"]
+        total = losses["text_loss"]
+        if "diffusion_loss" in losses:  # images are held out, too
+            total += self.config.training.diffusion_loss_weight * losses["diffusion_loss"]
         self._write(step, {f"validation/{name}": loss for name, loss in (losses | {"loss": total}).items()})
         summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
         if self.best is None or total < self.best[0]:

@@ -14,6 +14,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.sources.base import TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import attention_kernel
@@ -29,10 +30,11 @@ class Validation:
     """Held-out rows, and the losses of a model on them.
 
     Captions stand before their images for `text_loss` (of all text) and `diffusion_loss` (of images, given what stands
-    before them), and behind clean images for `caption_loss`, which is missing if no source has captions.
+    before them), and behind clean images for `caption_loss`, which is missing if no source has captions. Without images
+    there is only `text_loss`, of rows of text.
 
     Args:
-        sources: Held-out sources.
+        sources: Held-out sources, at least one.
         tokenizer: Of the run.
         config: Of the run.
         diffusion: Of the run.
@@ -57,9 +59,9 @@ class Validation:
         captions = sources.only_captions()
         total = sources.num_image_documents()
         wanted = min(total, config.training.num_validation_documents)
+        self.has_images = total > 0
 
-        def packers(sources: Sources, caption_first_prob: float) -> list[tuple[int, Packer]]:
-            """(bucket, packer) of every bucket that has images; a lane each row, so that no image comes twice."""
+        def packer(sources: Sources, caption_first_prob: float, num_rows: int) -> Packer:
             data = dataclasses.replace(
                 config.data,
                 caption_first_prob=caption_first_prob,
@@ -67,44 +69,47 @@ class Validation:
                 random_flip=False,
                 lookahead=1,
             )
+            rope, patch_size, draw = config.model.rope, config.model.patch_size, diffusion.timesteps_from_uniform
+            return Packer(sources, tokenizer, data, rope, patch_size, num_rows, SEED, draw)
+
+        def packers(sources: Sources, caption_first_prob: float) -> list[tuple[int, Packer]]:
+            """(bucket, packer) of every bucket that has images; a lane each row, so that no image comes twice."""
             result = []
             for bucket, pools in enumerate(sources.image_pools):
+                if not pools:
+                    continue
                 available = sum(sources.pools[pool].length for pool in pools)
                 # Of an image in front of its caption there may be a copy.
-                slots_per_image = 2 if data.has_copies and caption_first_prob == 0 else 1
-                num_rows = max(1, wanted * available // total // (data.images_per_row // slots_per_image))
-                if pools:
-                    rope, patch_size, draw = (
-                        config.model.rope,
-                        config.model.patch_size,
-                        diffusion.timesteps_from_uniform,
-                    )
-                    packer = Packer(sources, tokenizer, data, rope, patch_size, num_rows, SEED, draw)
-                    result.append((bucket, packer))
+                slots_per_image = 2 if config.data.has_copies and caption_first_prob == 0 else 1
+                num_rows = max(1, wanted * available // total // (config.data.images_per_row // slots_per_image))
+                result.append((bucket, packer(sources, caption_first_prob, num_rows)))
             return result
 
-        self.caption_first = packers(sources, 1.0)
+        # Texts alone lie in rows of the first bucket, whose image slots stay empty.
+        self.caption_first = packers(sources, 1.0) or [(0, packer(sources, 1.0, text_rows(sources, tokenizer, config)))]
         self.image_first = packers(captions, 0.0)
         self.num_rows = sum(packer.num_lanes for _, packer in self.caption_first)
 
     @torch.no_grad()
     def losses(self, model: TransfusionMoT, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses over all held-out rows; called by all ranks, which share the rows."""
+        timesteps = TIMESTEPS if self.has_images else ()
         device = next(model.parameters()).device
-        sums = torch.zeros(2 + len(TIMESTEPS), 2, dtype=torch.float64, device=device)
+        sums = torch.zeros(2 + len(timesteps), 2, dtype=torch.float64, device=device)
         with accelerator.autocast():
             for batch in self._batches(self.image_first, model, accelerator):
                 sums[0] += self._sum_and_count(model, batch, 0.0)[0]
             for batch in self._batches(self.caption_first, model, accelerator):
                 sums[1] += self._sum_and_count(model, batch, 0.0)[0]
-                for index, timestep in enumerate(TIMESTEPS):
+                for index, timestep in enumerate(timesteps):
                     sums[2 + index] += self._sum_and_count(model, batch, timestep)[1]
         sums = accelerator.reduce(sums, reduction="sum")
         caption, text, *per_timestep = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        by_timestep = {f"diffusion_loss/t={t}": loss for t, loss in zip(TIMESTEPS, per_timestep, strict=True)}
-        mean = sum(per_timestep) / len(per_timestep)
-        captions = {"caption_loss": caption} if self.image_first else {}
-        return {"text_loss": text, **captions, "diffusion_loss": mean, **by_timestep}
+        losses = {"text_loss": text} | ({"caption_loss": caption} if self.image_first else {})
+        if self.has_images:
+            losses["diffusion_loss"] = sum(per_timestep) / len(per_timestep)
+            losses |= {f"diffusion_loss/t={t}": loss for t, loss in zip(timesteps, per_timestep, strict=True)}
+        return losses
 
     @torch.no_grad()
     def image_losses(self, model: TransfusionMoT, accelerator: Accelerator, timesteps: Sequence[float]) -> Tensor:
@@ -142,6 +147,19 @@ class Validation:
         losses = compute_losses(model, _at(batch, timestep), self.diffusion)
         sums = torch.stack([losses.text.sum(), losses.images.sum()])
         return torch.stack([sums.double(), loss_counts(batch)], dim=1)
+
+
+def text_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
+    """Rows that about as many texts fill as a validation uses, or all held-out ones if they are fewer."""
+    most, lengths = config.training.num_validation_documents, []
+    pools = [sources.pools[index] for index in sources.text_pools]
+    for pool in pools:
+        documents = sources.sources[pool.source].documents
+        assert isinstance(documents, TextDocuments)
+        # Begin and end of a document stand around a text.
+        lengths += [len(tokenizer.encode(documents.text(index))) + 2 for index in range(min(pool.length, most))]
+    wanted = min(most, sum(pool.length for pool in pools))
+    return max(1, int(wanted * np.mean(lengths)) // config.data.text_slots)
 
 
 def _at(batch: Batch, timestep: float) -> Batch:
