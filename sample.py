@@ -119,8 +119,10 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
     }
     settings |= {key: value for key, value in guidance.items() if value not in (None, False, 0.0, (0.0, 1.0))}
     editing: dict[str, Any] = {}
+    pictures = [open_picture(arguments.image)] if arguments.image else []
+    settings |= image_size(pipeline, arguments, pictures)
     if arguments.image:
-        editing = {"image": open_picture(arguments.image), "strength": arguments.strength}
+        editing = {"image": pictures[0], "strength": arguments.strength}
         settings |= {"image": arguments.image, "strength": arguments.strength}
     if arguments.mask:
         editing["mask_image"] = open_picture(arguments.mask)
@@ -135,6 +137,8 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
             guidance_scale=settings["guidance_scale"],
             generator=[item.generator() for item in items],
             callback_on_step_end=denoising,
+            height=arguments.height,
+            width=arguments.width,
             **guidance,
             **editing,
         ).images
@@ -172,13 +176,26 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
     }
 
 
+def image_size(
+    pipeline: TransfusionPipeline, arguments: argparse.Namespace, pictures: list[Image.Image]
+) -> dict[str, int]:
+    """The sides of the images that are asked for, which are painted from pictures.
+
+    Raises:
+        UserError: They cannot be painted.
+    """
+    pipeline.sizes.painted(arguments.height, arguments.width, pictures)
+    given = {"height": arguments.height, "width": arguments.width}
+    return {side: pixels for side, pixels in given.items() if pixels is not None}
+
+
 def captioner(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
     """What captions image files, and the settings that it does it with."""
     settings = writing_settings(arguments)
 
     def caption(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
         captions = pipeline.caption(
-            [Image.fromarray(load_image(item.prompt, pipeline.config.image_size)) for item in items],
+            [Image.fromarray(pipeline.sizes.read(item.prompt)) for item in items],
             generator=[item.generator() for item in items],
             **settings,
         )
@@ -210,6 +227,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
         "max_images": arguments.max_images,
     }
     before = [open_picture(arguments.image)] if arguments.image else []
+    settings |= image_size(pipeline, arguments, before)
 
     def tell(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
         assert folder is not None

@@ -286,6 +286,7 @@ def make_pipeline(
         max_prompt_tokens=config.data.max_caption_tokens,
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
+        image_sizes={"trained": [list(size) for size in config.data.image_sizes], "fit": config.data.image_fit},
     )
 
 

@@ -132,11 +132,13 @@ def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeli
     pipeline.set_progress_bar_config(disable=True)
     if protocol.scheduler is not None:
         pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, protocol.scheduler)
-    size = pipeline.config.image_size
-    if protocol.image_size not in (None, size):
+    size, trained = protocol.image_size, pipeline.sizes.trained
+    if size is not None and (size, size) not in trained:
+        shown = ", ".join(f"{height} x {width}" for height, width in trained)
+        other = next((height for height, width in trained if height == width), "null")
         raise UserError(
-            f"the protocol '{protocol.name}' compares images of {protocol.image_size} pixels and the model paints "
-            f"{size}; --image-size {size} measures it at its own size, as another protocol"
+            f"the protocol '{protocol.name}' compares images of {size} x {size} pixels and the model paints {shown}; "
+            f"--image-size {other} measures it as another protocol"
         )
     return pipeline
 

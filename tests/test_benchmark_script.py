@@ -336,7 +336,7 @@ def test_coco_protocol(benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     given = ["--config", CONFIGS / "coco.yaml", "--output", tmp_path / "out"]
     status, errors = benchmark(*given)
     assert status == 2
-    assert "compares images of 256 pixels and the model paints 32; --image-size 32 measures it at its own" in errors
+    assert "compares images of 256 x 256 pixels and the model paints 32 x 32; --image-size 32 measures" in errors
     clip = save_tiny_clip(tmp_path / "clip")
     paths = {
         "prompts.path": "captions.json",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -143,14 +144,25 @@ def test_captions_are_those_of_the_pipeline_and_gone_on_with(painter: Painter, t
         painter.caption(images, 5, tmp_path / "out")
 
 
-def test_reconstructions_are_those_of_the_autoencoder(painter: Painter, tmp_path: Path) -> None:
-    paths = []
-    for number, size in enumerate((8, 16, 16)):
-        paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(render_emoji("1F34E", size)).save(paths[-1])
-    prompts = [Prompt(f"{number:05d}.png", "apple", 0, path, str(number)) for number, path in enumerate(paths)]
-    painter.reconstruct(prompts, None, tmp_path / "out")
-    sizes = [Image.open(tmp_path / "out" / prompt.file_name).size for prompt in prompts]
-    assert sizes == [(8, 8), (16, 16), (16, 16)]
-    painter.reconstruct(prompts, 16, tmp_path / "small")
-    assert {Image.open(path).size for path in (tmp_path / "small").glob("*.png")} == {(16, 16)}
+def test_prompts_with_images_are_painted_and_reconstructed_at_their_sizes(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(image_sizes={"trained": [[8, 8], [4, 16]], "fit": "crop"})
+    painter = Painter(pipeline, "sha256 0", PartialState(cpu=True), batch_size=3)
+    emoji = Image.fromarray(render_emoji("1F34E", 32))
+    shapes, expected = [(16, 16), (64, 16), (8, 8), (40, 12), (9, 9)], [(8, 8), (16, 4), (8, 8), (16, 4), (8, 8)]
+    prompts = []
+    for number, shape in enumerate(shapes):
+        emoji.resize(shape).save(tmp_path / f"{number}.png")
+        prompts.append(Prompt(f"{number:05d}.png", "a sun", number, tmp_path / f"{number}.png", str(number)))
+    painter.paint(prompts, settings(painter), tmp_path / "painted")
+    painter.reconstruct(prompts, None, tmp_path / "reconstructed")
+    for folder in ("painted", "reconstructed"):
+        assert [Image.open(tmp_path / folder / prompt.file_name).size for prompt in prompts] == expected
+    wide = pipeline("a sun", 2, 2.0, height=4, width=16, generator=torch.Generator().manual_seed(3)).images[0]
+    painted = Image.open(tmp_path / "painted" / prompts[3].file_name)
+    assert np.abs(np.asarray(painted).astype(int) - np.asarray(wide)).max() <= 1
+    painter.paint(prompts, settings(painter), tmp_path / "square", 8)
+    painter.reconstruct(prompts, 8, tmp_path / "square-reconstructed")
+    for folder in ("square", "square-reconstructed"):
+        assert {Image.open(path).size for path in (tmp_path / folder).glob("*.png")} == {(8, 8)}
+    with pytest.raises(UserError, match=r"other settings: image_size \(8 there, None now\)"):
+        painter.paint(prompts, settings(painter), tmp_path / "square")

@@ -194,6 +194,27 @@ def test_many_images_take_no_more_memory_than_the_first(pipeline) -> None:
     assert torch.cuda.max_memory_allocated() <= peak
 
 
+def test_sizes_in_turn_paint_what_plain_steps_paint_and_take_no_more_memory() -> None:
+    sizes = [[4, 16], [8, 8], [16, 4], [16, 16], [8, 24]]
+    model = model_of(torch.float32)
+    plain, recorded = (
+        tiny_pipeline(transformer=model, image_sizes={"trained": sizes, "fit": "crop"}).to(CUDA) for _ in range(2)
+    )
+    plain.workspace.records = False
+
+    def paint(pipeline: TransfusionPipeline, size: list[int]) -> torch.Tensor:
+        return pipeline("sun", height=size[0], width=size[1], generator=seeds(1), output_type="latent").images
+
+    expected = [paint(plain, size) for size in sizes]
+    peaks = []
+    for _ in range(12):
+        torch.cuda.reset_peak_memory_stats()
+        for size, image in zip(sizes, expected, strict=True):
+            torch.testing.assert_close(paint(recorded, size), image, rtol=1e-3, atol=1e-3)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(peaks[3:]) <= max(peaks[:3])
+
+
 def test_an_image_is_the_same_whatever_the_batch(pipeline) -> None:
     settings = {"output_type": "latent", "num_inference_steps": 8}
     prompts = ["sun", "an octopus", "a red apple", ""]

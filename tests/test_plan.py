@@ -46,6 +46,14 @@ def tiny_run(tmp_path: Path) -> RunConfig:
     return config
 
 
+def test_plan_of_buckets_is_that_of_the_largest(tiny_run: RunConfig) -> None:
+    assert open_model(tiny_run)[-1] == []
+    tiny_run.data.buckets = [[8, 24], [16, 32], [24, 8]]
+    _, layout, assumed = open_model(tiny_run)
+    assert tuple(layout.latent_shape) == (3, 8, 16)
+    assert assumed == ["all images of 16 x 32 pixels, the largest of data.buckets"]
+
+
 def numbers(text: str, title: str) -> list[float]:
     """The numbers of a row of a table."""
     (line,) = (line for line in text.splitlines() if line.startswith(title))

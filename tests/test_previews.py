@@ -41,16 +41,17 @@ def held_out(tmp_path: Path) -> Sources:
 
 
 def test_pictures_to_caption_are_evenly_spaced_and_have_their_captions(held_out: Sources) -> None:
-    pictures, captions = pictures_of(held_out, 5, IMAGE_SIZE)
+    pictures, captions = pictures_of(held_out, 5)
     numbers = [int(caption.removeprefix("number ")) for caption in captions]
     assert len(set(numbers)) == 5
-    assert all(picture.size == (IMAGE_SIZE, IMAGE_SIZE) for picture in pictures)
+    # As training reads them.
+    assert all(picture.size == (12, 12) for picture in pictures)
     assert [picture.getpixel((3, 3))[0] for picture in pictures] == [10 * number for number in numbers]
-    assert len(pictures_of(held_out, 50, IMAGE_SIZE)[0]) == 20
-    assert pictures_of(sources_of(texts_of(["a text"])), 5, IMAGE_SIZE) == ([], [])
+    assert len(pictures_of(held_out, 50)[0]) == 20
+    assert pictures_of(sources_of(texts_of(["a text"])), 5) == ([], [])
     # Latents without their pictures: there is nothing to show.
     with pytest.raises(NotImplementedError):
-        pictures_of(sources_of(numbered_images(["a"])), 5, IMAGE_SIZE)
+        pictures_of(sources_of(numbered_images(["a"])), 5)
 
 
 def test_grids_are_the_same_for_the_same_weights_and_stand_in_tensorboard(tmp_path: Path, held_out: Sources) -> None:
@@ -75,6 +76,18 @@ def test_grids_are_the_same_for_the_same_weights_and_stand_in_tensorboard(tmp_pa
     assert set(events.Tags()["images"]) == {"samples", "captions"}
     assert [event.step for event in events.Images("captions")] == [1, 2, 3]
     assert events.Images("samples")[0].width == Image.open(tmp_path / "samples" / "step-0000001.png").width
+
+
+def test_prompts_are_painted_at_all_sizes_in_turn(tmp_path: Path, monkeypatch) -> None:
+    sizes = [[8, 8], [4, 16], [16, 4]]
+    pipeline = tiny_pipeline(image_sizes={"trained": sizes, "fit": "crop"})
+    previews = Previews(pipeline, ["red", "sun", "a", "moon"], sources_of(texts_of(["b"])), tmp_path / "samples")
+    shown = []
+    monkeypatch.setattr(previews, "_show", lambda name, file, images, *rest: shown.extend(images))
+    previews.make(1, Accelerator(cpu=True))
+    assert [(image.height, image.width) for image in shown] == [(8, 8), (4, 16), (16, 4), (8, 8)]
+    third = pipeline("a", height=16, width=4, generator=torch.Generator().manual_seed(2)).images[0]
+    assert np.abs(np.asarray(shown[2]).astype(int) - np.asarray(third)).max() <= 1
 
 
 def card(folder: Path) -> str:

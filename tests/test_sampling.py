@@ -92,14 +92,14 @@ def forward_document(model, segments, timestep=0.0):
                 text.append((order, -1, [position] if flat else [position] * 3))
                 order, position = order + 1, position + 1
         else:
-            side = segment.shape[-1] // model.architecture.patch_size
-            for y in range(side):
-                for x in range(side):
-                    place = [position + y * side + x] if flat else [position, position + y, position + x]
+            rows, columns = (side // model.architecture.patch_size for side in segment.shape[-2:])
+            for y in range(rows):
+                for x in range(columns):
+                    place = [position + y * columns + x] if flat else [position, position + y, position + x]
                     patches.append((order, len(images), place))
                     order += 1
             images.append(segment)
-            position += side * side if flat else side
+            position += rows * columns if flat else max(rows, columns)
     slots = text + patches
     places = torch.tensor([[place for _, _, place in slots]])
     return model(

@@ -13,6 +13,7 @@ from source_files import SIZE, picture, picture_dataset, shard, write_coco, writ
 
 import train
 from transfusion_mot.errors import UserError
+from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.metrics import read_metrics
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32}
@@ -145,6 +146,7 @@ def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Pat
     data = {
         "latents": latents,
         "buckets": [[16, 16], [24, 8], [8, 24]],
+        "image_fit": "pad",
         "random_flip": True,
         "num_workers": 2,
         "text_slots": 128,
@@ -157,6 +159,8 @@ def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Pat
     assert last["images_seen"] == sum(value for name, value in last.items() if name.endswith("/images_seen"))
     assert last["text_tokens_seen"] == sum(value for name, value in last.items() if name.endswith("/tokens_seen"))
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    sizes = TransfusionPipeline.from_pretrained(tmp_path / "run" / "snapshots" / "step-0000030").sizes
+    assert ([list(size) for size in sizes.trained], sizes.fit) == (data["buckets"], "pad")
 
 
 def test_bucket_that_does_not_divide_into_patches_is_refused(files: Path, tmp_path: Path, random_vae: Path) -> None:

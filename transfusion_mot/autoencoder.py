@@ -142,15 +142,19 @@ class Autoencoder:
         return self._mean, self._std
 
 
-def check_image_size(image_size: int, autoencoder: Autoencoder, patch_size: int) -> None:
-    """Refuse images that do not divide into patches.
+def check_image_size(side: int, multiple: int, name: str = "image_size") -> None:
+    """Refuse a height or width of images that do not divide into patches.
+
+    Args:
+        side: In pixels.
+        multiple: Pixels of a patch's side: the autoencoder's downsampling times the model's patch size.
+        name: The side's name in the message.
 
     Raises:
-        UserError: Names the size and what it must be a multiple of.
+        UserError: It is no multiple.
     """
-    patch_pixels = autoencoder.downsampling * patch_size
-    if image_size % patch_pixels:
-        raise UserError(f"image_size is {image_size}; it must be a multiple of {patch_pixels} pixels, a patch's side")
+    if not isinstance(side, int) or side < 1 or side % multiple:
+        raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, a patch's side")
 
 
 def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:

@@ -23,6 +23,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import DTYPES, load_pipeline
 from transfusion_mot.sampling.options import OneLineParser
 from transfusion_mot.sampling.outputs import save_png
+from transfusion_mot.sampling.sizes import Size
 
 try:
     import gradio as gr
@@ -121,6 +122,7 @@ class Studio:
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
         self.trained = pipeline.scheduler
+        self.sizes = {_size_name(size): size for size in pipeline.sizes.trained}
         self._folder = tempfile.TemporaryDirectory(prefix="transfusion_mot-")
         self._numbers = itertools.count()
 
@@ -131,6 +133,7 @@ class Studio:
         negative_prompt: str,
         num_images: int,
         seed: int,
+        size: str,
         steps: int,
         scheduler: str,
         scale: float,
@@ -140,13 +143,16 @@ class Studio:
         prompt = prompt.strip()
         if not prompt:
             raise gr.Error("Say what to paint.", print_exception=False)
-        fields = (prompt, negative_prompt, num_images, seed, steps, scheduler, scale, rescale)
+        fields = (prompt, negative_prompt, num_images, seed, size, steps, scheduler, scale, rescale)
+        height, width = self.sizes[size]
         seeds = [int(seed) + index for index in range(int(num_images))]
 
         def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
             self.pipeline.scheduler = make_sampling_scheduler(self.trained, scheduler)
             images: list[Image.Image] = self.pipeline(
                 prompt,
+                height=height,
+                width=width,
                 num_inference_steps=int(steps),
                 guidance_scale=scale,
                 num_images_per_prompt=len(seeds),
@@ -167,6 +173,7 @@ class Studio:
         for image, own_seed in zip(images, seeds, strict=True):
             path = Path(self._folder.name) / f"{next(self._numbers):06d}.png"
             details = {"prompt": prompt, "negative_prompt": negative_prompt, "image_seed": own_seed}
+            details |= {"height": height, "width": width}
             details |= {"num_inference_steps": steps, "guidance_scale": scale, "guidance_rescale": rescale}
             save_png(image, path, details | {"scheduler": scheduler})
             new.append(Painted(str(path), (*fields[:3], own_seed, *fields[4:])))
@@ -204,7 +211,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
     current = sampler_name(pipeline.scheduler)
     with gr.Blocks(title="transfusion_mot", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown(
-            f"# transfusion_mot\n{_size(pipeline)} parameters, {pipeline.config.image_size} px, {pipeline.device}",
+            f"# transfusion_mot\n{_size(pipeline)} parameters, {', '.join(studio.sizes)} px, {pipeline.device}",
             elem_id="title",
         )
         with gr.Tab("Paint"), gr.Row(equal_height=False):
@@ -224,6 +231,13 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                     steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, scale=1, min_width=90)
+                    size = gr.Dropdown(
+                        list(studio.sizes),
+                        value=_size_name(pipeline.sizes.default),
+                        label="Width x height",
+                        scale=1,
+                        min_width=110,
+                    )
                     scheduler = gr.Dropdown(schedulers, value=current, label="Scheduler", scale=3)
             with gr.Column(scale=6, min_width=320):
                 painted = gr.Gallery(
@@ -260,7 +274,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
         )
         history = gr.State([], time_to_live=CACHE_SECONDS[1], delete_callback=studio.forget)
 
-        fields = [prompt, negative, num_images, seed, steps, scheduler, scale, rescale]
+        fields = [prompt, negative, num_images, seed, size, steps, scheduler, scale, rescale]
         painting = gr.on(
             [start.click, prompt.submit],
             studio.paint,
@@ -277,6 +291,11 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
 
 def _settings_of(history: list[Painted], clicked: "gr.SelectData") -> tuple[Any, ...]:
     return history[clicked.index].settings
+
+
+def _size_name(size: Size) -> str:
+    height, width = size
+    return f"{width} x {height}"
 
 
 def _size(pipeline: TransfusionPipeline) -> str:

@@ -9,13 +9,14 @@ from diffusers import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from transfusion_mot.data.images import load_image, to_pil, to_pixels
+from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError, refuse_surrogates
 from transfusion_mot.sampling.editing import Original, Pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
 from transfusion_mot.sampling.sampler import Document, Predict, Sampler, Task
+from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.snapshot import SnapshotPipeline
 from transfusion_mot.sampling.text import Decoding
 
@@ -87,6 +88,8 @@ class TransfusionPipeline(SnapshotPipeline):
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         *,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: str | list[str] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
@@ -107,6 +110,10 @@ class TransfusionPipeline(SnapshotPipeline):
             num_inference_steps: Reverse steps; None is the pipeline's own number.
             guidance_scale: Classifier-free guidance, 1 is off; None is the pipeline's own.
             num_images_per_prompt: Images of each prompt; they stand together in the result.
+            height: Of the images, in pixels; a multiple of a patch's side. None is that at which training would read
+                `image`, or else that of the trained size nearest to a square. Of sizes that the model was not trained
+                on there is a warning.
+            width: As `height`.
             negative_prompt: What guidance leads away from, in place of no prompt; one, or one for each prompt.
             guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance;
                 outside of it a step costs half.
@@ -116,7 +123,8 @@ class TransfusionPipeline(SnapshotPipeline):
                 same seed gives the same image, up to rounding, whatever else is in the batch and on every device. A
                 single generator draws for all images, one after the other. None is torch's global generator.
             latents: Initial noise [B, C, Y, X] in place of a draw; standard normal.
-            image: A picture to vary, or one for each prompt, of any size: its centre is used.
+            image: A picture to vary, or one for each prompt, of any size: it is brought to that of the painting, as in
+                training.
             strength: The noise it begins with, above 0 (the image itself) up to 1 (nothing of it).
             mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
@@ -154,17 +162,21 @@ class TransfusionPipeline(SnapshotPipeline):
             raise UserError("there is a mask_image and no image; give the image that it belongs to")
         generators = _one_each(generator, len(numbers))
         device = self._execution_device
-        noise = self._initial_noise(latents, generators).to(device)
         original, edit = None, None
-        if image is not None:
-            original = load_original(image, mask_image, self.config.image_size, numbers, device)
+        if image is None:
+            size = self.sizes.painted(height, width)
+        else:
+            original = load_original(image, mask_image, self.sizes, height, width, numbers, device)
+            size = original.size
+        noise = self._initial_noise(latents, generators, size).to(device)
+        if original is not None:
             edit = make_edit(original, strength, self.autoencoder, noise.dtype)
 
         def denoise(predict: Predict, _: list[int]) -> Tensor:
             return self._denoise(predict, noise, steps, generators, edit, callback_on_step_end)
 
         documents = [Document([prompts[number]], negatives[number]) for number in numbers]
-        self._sampler(documents, "image", denoise=denoise, guidance=guidance, max_images=1).run()
+        self._sampler(documents, "image", size, denoise=denoise, guidance=guidance, max_images=1).run()
         images = self._finish(_images(documents), output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -179,7 +191,7 @@ class TransfusionPipeline(SnapshotPipeline):
         top_p: float = 1.0,
         generator: Generators = None,
     ) -> list[str]:
-        """Describe pictures of any size and mode; they are brought to the model's size by cropping their centre.
+        """Describe pictures of any size and mode; each is brought to one of the model's sizes as in training.
 
         Args:
             images: One picture or several.
@@ -236,6 +248,8 @@ class TransfusionPipeline(SnapshotPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
@@ -249,6 +263,7 @@ class TransfusionPipeline(SnapshotPipeline):
             num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
             guidance_scale: How much a painting follows the text before it, 1 is plainly; None is the pipeline's own.
             image_guidance_scale: How much it follows the images before it, 1 is plainly; another one costs half more.
+            height, width: Of all images of the document, as for painting; None is that of the first picture.
             temperature, top_p: As for `caption`.
             generator: Of all that is drawn.
 
@@ -270,17 +285,20 @@ class TransfusionPipeline(SnapshotPipeline):
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         decoding = Decoding(max_new_tokens, temperature, top_p)
         guidance = Guidance(scale, image_guidance_scale)
-        given = [item if isinstance(item, str) else self._encode([item])[0] for item in document]
+        # As in training, where all images of a document have the size of its first.
+        size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
+        given = [item if isinstance(item, str) else self._encode([item], size)[0] for item in document]
         device = self._execution_device
 
         def denoise(predict: Predict, _: list[int]) -> Tensor:
-            noise = self._initial_noise(None, [generator]).to(device)
+            noise = self._initial_noise(None, [generator], size).to(device)
             return self._denoise(predict, noise, steps, [generator], None, None)
 
         whole = Document(given)
         self._sampler(
             [whole],
             "auto",
+            size,
             generators=[generator],
             decoding=decoding,
             denoise=denoise,
@@ -296,14 +314,14 @@ class TransfusionPipeline(SnapshotPipeline):
         """Normalised latents [B, C, Y, X] => pictures, as of a callback's `clean`."""
         return to_pil(self._decode(latents))
 
-    def _sampler(self, documents: list[Document], task: Task, **arguments: Any) -> Sampler:
+    def _sampler(self, documents: list[Document], task: Task, size: Size | None = None, **arguments: Any) -> Sampler:
         return Sampler(
             self.transformer,
             self.text_tokenizer,
             self.workspace,
             documents,
             task,
-            self.latent_shape,
+            self.latent_shape(size or self.sizes.default),
             self._execution_device,
             **arguments,
         )
@@ -341,21 +359,28 @@ class TransfusionPipeline(SnapshotPipeline):
             drawing = [own for own in generators if own is not None]
             return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, edit)
 
-    def _encode(self, pictures: list[Image.Image]) -> Tensor:
-        """Pictures of any size => clean latents [B, C, Y, X]."""
-        images_uint8 = np.stack([load_image(picture, self.config.image_size) for picture in pictures])
-        return self.autoencoder.encode(to_pixels(images_uint8).to(self._execution_device))[0]
+    def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Tensor]:
+        """Pictures => clean latents [C, Y, X] of each, at the size of training or another one."""
+        images_uint8 = [self.sizes.read(picture, size) for picture in pictures]
+
+        def encode(places: list[int], _: Size) -> Sequence[Tensor]:
+            pixels = to_pixels(np.stack([images_uint8[place] for place in places])).to(self._execution_device)
+            return self.autoencoder.encode(pixels)[0].unbind()
+
+        return by_size([image.shape[:2] for image in images_uint8], encode)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents => pixels [B, 3, H, W] in [-1, 1], some images at a time."""
-        at_once = max(1, _PIXELS_AT_ONCE // self.config.image_size**2)
+        at_once = max(1, _PIXELS_AT_ONCE // (latents[0, 0].numel() * self.autoencoder.downsampling**2))
         return torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
 
-    def _initial_noise(self, latents: Tensor | None, generators: Sequence[torch.Generator | None]) -> Tensor:
+    def _initial_noise(
+        self, latents: Tensor | None, generators: Sequence[torch.Generator | None], size: Size
+    ) -> Tensor:
         """Initial noise in float32, or float64 for a model in float64; a solver's steps are too small for less."""
-        shape = (len(generators), *self.latent_shape)
+        shape = (len(generators), *self.latent_shape(size))
         if latents is None:
-            latents = random_rows(torch.randn, self.latent_shape, generators)
+            latents = random_rows(torch.randn, shape[1:], generators)
         elif latents.shape != shape:
             raise UserError(f"latents have the shape {list(latents.shape)}; needed is {list(shape)}")
         return latents.to(torch.promote_types(self.transformer.dtype, torch.float32))

@@ -41,8 +41,9 @@ def check_image_sizes(data: DataConfig, autoencoder: Autoencoder, patch_size: in
     Raises:
         UserError: Names the size and what it must be a multiple of.
     """
-    for side in sorted({data.image_size, *(side for size in data.buckets for side in size)}):
-        check_image_size(side, autoencoder, patch_size)
+    name = "a side in data.buckets" if data.buckets else "data.image_size"
+    for side in sorted({side for size in data.image_sizes for side in size}):
+        check_image_size(side, autoencoder.downsampling * patch_size, name)
 
 
 class _Part(NamedTuple):

@@ -14,14 +14,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from transfusion_mot.data.images import load_image
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt
 from transfusion_mot.files import claim
 
 # A batch => a picture of each.
 Make = Callable[[Sequence[Prompt]], list[Image.Image]]
-Describe = Callable[[list[Image.Image]], list[str]]
+# Image files => a caption of each.
+Describe = Callable[[list[Path]], list[str]]
 
 _SETTINGS_FILE = "settings.json"
 _METADATA = "metadata.jsonl"
@@ -108,7 +108,6 @@ def caption_all(
     images: Sequence[CaptionedImage],
     folder: Path,
     describe: Describe,
-    image_size: int,
     batch_size: int,
     rank: int = 0,
     num_ranks: int = 1,
@@ -119,7 +118,6 @@ def caption_all(
         images: All images.
         folder: Claimed by `claim_folder`.
         describe: Captions a batch.
-        image_size: Images are brought to it on the way: centre square, Lanczos.
         batch_size: Images of a batch.
         rank: Of this process.
         num_ranks: Number of processes.
@@ -131,9 +129,8 @@ def caption_all(
     mine = [start for start in starts if not _part(folder, start).is_file()]
     with tqdm(total=len(mine) * batch_size, desc="captioning", unit="image", disable=rank > 0) as bar:
         for start in mine:
-            batch = images[start : start + batch_size]
-            pictures = [Image.fromarray(load_image(item.image, image_size)) for item in batch]
-            _write(_part(folder, start), json.dumps(describe(pictures), ensure_ascii=False))
+            batch = [item.image for item in images[start : start + batch_size]]
+            _write(_part(folder, start), json.dumps(describe(batch), ensure_ascii=False))
             bar.update(len(batch))
 
 

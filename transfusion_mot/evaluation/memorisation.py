@@ -45,14 +45,14 @@ class TrainingImages:
         data: That the model was trained on.
         most: Images that are drawn.
         network: Distances are 1 - cosine of its features.
-        image_size: All images are brought to it.
+        image_size: All images are brought to it; None takes each at the size at which training reads it.
         processes: Which share the images.
     """
 
     data: DataConfig
     most: int
     network: FeatureNetwork
-    image_size: int
+    image_size: int | None
     processes: PartialState
 
     def nearest(self, features: FeatureArray) -> tuple[list[Item], npt.NDArray[np.float64]]:
@@ -83,7 +83,8 @@ class TrainingImages:
     def _features(self) -> list[tuple[npt.NDArray[np.int64], FeatureArray]]:
         """Parts: places in `_items` [n], and features of length one [n, D]."""
         parts = []
-        at_once = max(1, _BYTES_AT_ONCE // (3 * self.image_size**2))
+        largest = max(height * width for height, width in self.data.image_sizes)
+        at_once = max(1, _BYTES_AT_ONCE // (3 * largest))
         for start in range(0, len(self._items), at_once):
             pictures, places = [], []
             for place, (images, index) in enumerate(self._items[start : start + at_once], start=start):

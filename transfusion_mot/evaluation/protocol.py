@@ -80,8 +80,9 @@ class ProtocolConfig:
         num_images: Prompts to paint, chosen by `seed`; null is all.
         images_per_prompt: Images of each prompt.
         seed: Decides which prompts are chosen, and with a prompt's text the noise of its image.
-        image_size: Size in pixels at which painted and real images are compared, centre square, Lanczos; null is the
-            model's. The model must paint at this size.
+        image_size: Size in pixels at which painted and real images are compared, centre square, Lanczos; the model must
+            have been trained on it. null paints each prompt at the size at which training would read its real image,
+            and takes images as they are.
         num_inference_steps: Reverse steps; null is the checkpoint's number.
         guidance_scale: Classifier-free guidance, 1 is off; null is the checkpoint's.
         guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance.

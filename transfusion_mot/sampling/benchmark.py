@@ -70,7 +70,7 @@ class Benchmark:
         self.networks, self.work, self.output = networks, work, output
         self.training: TrainingImages | None = None
         if data is not None and protocol.training_images:
-            size = painter.pipeline.config.image_size
+            size = protocol.image_size
             self.training = TrainingImages(data, protocol.training_images, networks.features[0], size, processes)
         self.distances: Distances | None = None
         # Of the images of the protocol itself, in the first network.
@@ -87,7 +87,7 @@ class Benchmark:
             painter.copy(work.held_out.real, output / "real", work.held_out.make)
         if self.protocol.reconstructions and work.own:
             painter.reconstruct(work.own, self.protocol.image_size, output / "reconstructed")
-        painter.paint(work.prompts, sampling, output / "generated")
+        painter.paint(work.prompts, sampling, output / "generated", self.protocol.image_size)
         if work.geneval and self.processes.is_main_process:
             write_geneval_metadata(work.geneval, output / "generated")
         maximum = self.protocol.captions.max_new_tokens
@@ -249,7 +249,7 @@ class Benchmark:
             name = f"{settings.scheduler}-{settings.num_inference_steps}-steps-guidance-{settings.guidance_scale:g}{at}"
             folder = self.output / "sweep" / name
             with self._scheduler(settings):
-                self.painter.paint(prompts, settings, folder)
+                self.painter.paint(prompts, settings, folder, self.protocol.image_size)
             metrics, _ = self._of_painted(prompts, settings, folder)
             # Of a sweep only the numbers are kept, not a score of every image.
             points.append(SweepPoint(vars(settings), [replace(metric, scores=None) for metric in metrics]))

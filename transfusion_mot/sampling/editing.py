@@ -6,13 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.data.images import load_image, to_pixels
 from transfusion_mot.diffusion import Edit
 from transfusion_mot.errors import UserError
+from transfusion_mot.sampling.sizes import ImageSizes, Size
 
 Pictures = Image.Image | Sequence[Image.Image]
 
@@ -28,29 +29,44 @@ class Original(NamedTuple):
     pixels: Tensor
     repaint: Tensor | None
 
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
     def put_back(self, painted: Tensor) -> Tensor:
         """Pixels of the painting [B, 3, H, W], with those of the picture where it was not to be repainted."""
         return painted if self.repaint is None else torch.where(self.repaint, painted, self.pixels)
 
 
 def load_original(
-    image: Pictures, mask_image: Pictures | None, image_size: int, repeats: Sequence[int], device: torch.device
+    image: Pictures,
+    mask_image: Pictures | None,
+    sizes: ImageSizes,
+    height: int | None,
+    width: int | None,
+    repeats: Sequence[int],
+    device: torch.device,
 ) -> Original:
-    """Pictures and masks of any size, brought to the model's by cropping their centre.
+    """Pictures and masks of any size, brought to that of the painting as in training.
 
     Args:
         image: One picture for all results, or one for each prompt.
         mask_image: As `image`, of the same sizes; what is white is repainted.
-        image_size: Height and width that the model paints.
+        sizes: Of the model's images.
+        height: Of the painting, in pixels; None is that at which training would read the pictures.
+        width: As `height`.
         repeats: The number of the prompt of each result.
         device: Where the result goes.
 
     Raises:
-        UserError: They are not as many as the prompts, of different sizes, or nothing is white.
+        UserError: They are not as many as the prompts, of different sizes, or nothing is white; and as of
+            `ImageSizes.painted`.
     """
     num_prompts = repeats[-1] + 1
     pictures = _one_a_prompt(image, "image", num_prompts)
-    pixels = to_pixels(np.stack([load_image(picture, image_size) for picture in pictures]))[list(repeats)].to(device)
+    size = sizes.painted(height, width, pictures)
+    pixels = to_pixels(np.stack([sizes.read(picture, size) for picture in pictures]))[list(repeats)].to(device)
     if mask_image is None:
         return Original(pixels, None)
     masks = _one_a_prompt(mask_image, "mask_image", num_prompts)
@@ -60,7 +76,9 @@ def load_original(
                 f"mask_image has {mask.width} x {mask.height} pixels and image {picture.width} x {picture.height}; "
                 "give a mask of the image's size"
             )
-    white = np.stack([load_image(mask, image_size).mean(axis=-1) > 127.5 for mask in masks])
+    # Inverted, because what is added at the sides is white, and stays as it is.
+    black = [ImageOps.invert(Image.fromarray(load_image(mask, (mask.height, mask.width)))) for mask in masks]
+    white = np.stack([sizes.read(mask, size).mean(axis=-1) < 127.5 for mask in black])
     if not white.any(axis=(1, 2)).all():
         raise UserError("mask_image has no white pixel; white is what is repainted")
     return Original(pixels, torch.from_numpy(white)[list(repeats), None].to(device))

@@ -47,6 +47,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")
 
     add = parser.add_argument_group("painting").add_argument
+    add("--height", type=int, metavar="N", help="of the pictures, in pixels (default: as trained, nearest to a square)")
+    add("--width", type=int, metavar="N", help="likewise; of a model of several sizes, give one of them")
     add("--num-inference-steps", type=int, metavar="N", help="reverse steps (default: what the checkpoint says)")
     add(
         "--scheduler",
@@ -127,5 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
     if arguments.image and task not in ("image", "auto"):
         raise UserError(f"--image goes with --task image or auto, not with {task}; to caption it give --caption")
+    if (arguments.height is not None or arguments.width is not None) and task not in ("image", "auto"):
+        raise UserError(f"--height and --width go with --task image or auto, not with {task}")
     if (arguments.strip or arguments.gif) and task != "image":
         raise UserError(f"--strip and --gif go with --task image, not with {task}")

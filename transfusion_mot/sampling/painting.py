@@ -1,7 +1,6 @@
 """Paint, reconstruct and caption many images, by all processes, into folders that a later attempt goes on with."""
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from transfusion_mot.data.images import load_image, to_pil, to_pixels
+from transfusion_mot.data.images import ImageArray, load_image, to_pil, to_pixels
 from transfusion_mot.diffusion import sampler_name
 from transfusion_mot.evaluation.generation import (
     Make,
@@ -25,6 +24,7 @@ from transfusion_mot.evaluation.generation import (
 )
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.sizes import Size, by_size
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,50 @@ class Painter:
     processes: PartialState
     batch_size: int
 
-    def paint(self, prompts: Sequence[Prompt], sampling: SamplerSettings, folder: Path) -> None:
+    def paint(
+        self, prompts: Sequence[Prompt], sampling: SamplerSettings, folder: Path, image_size: int | None = None
+    ) -> None:
         """Paint prompts with the pipeline's scheduler, which must be the one of `sampling`.
 
         A prompt that is longer than the model's longest is read without its last words; see `shortened`.
+
+        Args:
+            prompts: To paint; their real images, if there are any, lie there already.
+            sampling: How.
+            folder: That receives the images.
+            image_size: Height and width; None paints each prompt at the size at which training would read its real
+                image, or at the default size.
 
         Raises:
             UserError: The folder holds images of other settings.
         """
 
+        sizes = self.pipeline.sizes
+
+        def size_of(prompt: Prompt) -> Size:
+            if image_size is not None:
+                return image_size, image_size
+            return sizes.default if prompt.image is None else sizes.of(prompt.image)
+
         def make(batch: Sequence[Prompt]) -> list[Image.Image]:
-            images: list[Image.Image] = self.pipeline(
-                [self.shortened(prompt.text) for prompt in batch],
-                sampling.num_inference_steps,
-                sampling.guidance_scale,
-                guidance_interval=cast(tuple[float, float], tuple(sampling.guidance_interval)),
-                generator=[torch.Generator().manual_seed(prompt.image_seed) for prompt in batch],
-            ).images
-            return images
+            def paint(places: list[int], size: Size) -> list[Image.Image]:
+                images: list[Image.Image] = self.pipeline(
+                    [self.shortened(batch[place].text) for place in places],
+                    sampling.num_inference_steps,
+                    sampling.guidance_scale,
+                    height=size[0],
+                    width=size[1],
+                    guidance_interval=cast(tuple[float, float], tuple(sampling.guidance_interval)),
+                    generator=[torch.Generator().manual_seed(batch[place].image_seed) for place in places],
+                ).images
+                return images
+
+            return by_size([size_of(prompt) for prompt in batch], paint)
 
         assert sampler_name(self.pipeline.scheduler) == sampling.scheduler
         settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **vars(sampling)}
+        if len(sizes.trained) > 1:
+            settings["image_size"] = image_size
         self._write(prompts, folder, make, "painting", settings)
 
     def shortened(self, text: str) -> str:
@@ -99,7 +122,7 @@ class Painter:
 
         Args:
             prompts: Each has an image.
-            image_size: Bring the images to it first; None takes them as they are, which must be as training has them.
+            image_size: Bring the images to it first; None brings each to the size at which training would read it.
             folder: That receives them, under the file names of the prompts.
 
         Raises:
@@ -108,16 +131,23 @@ class Painter:
         autoencoder, device = self.pipeline.autoencoder, self.pipeline.device
 
         def make(batch: Sequence[Prompt]) -> list[Image.Image]:
-            pictures: list[Image.Image] = []
-            images = [_opened(prompt, image_size) for prompt in batch]
-            # Of one bucket at a time; those of one stand together.
-            for _, same_size in itertools.groupby(images, key=lambda image: image.shape):
-                latents, _ = autoencoder.encode(to_pixels(np.stack(list(same_size))).to(device))
-                pictures += to_pil(autoencoder.decode(latents))
-            return pictures
+            images = [self._real(prompt, image_size) for prompt in batch]
+
+            def reconstruct(places: list[int], _: Size) -> list[Image.Image]:
+                pixels = to_pixels(np.stack([images[place] for place in places])).to(device)
+                return to_pil(autoencoder.decode(autoencoder.encode(pixels)[0]))
+
+            return by_size([image.shape[:2] for image in images], reconstruct)
 
         settings = {"checkpoint": self.checkpoint, "images": prompts_hash(prompts), "image_size": image_size}
         self._write(prompts, folder, make, "reconstructing", settings)
+
+    def _real(self, prompt: Prompt, image_size: int | None) -> ImageArray:
+        """The image of a prompt, `uint8 [H, W, 3]`."""
+        assert prompt.image is not None
+        if image_size is not None:
+            return load_image(prompt.image, image_size)
+        return self.pipeline.sizes.read(prompt.image)
 
     def caption(self, images: Sequence[CaptionedImage], max_new_tokens: int, output: Path) -> list[str]:
         """Caption images greedily => their captions, which are also written to `captions.jsonl` in `output`.
@@ -135,8 +165,9 @@ class Painter:
         caption_all(
             images,
             folder,
-            lambda pictures: self.pipeline.caption(pictures, max_new_tokens=max_new_tokens),
-            self.pipeline.config.image_size,
+            lambda paths: self.pipeline.caption(
+                [Image.fromarray(self.pipeline.sizes.read(path)) for path in paths], max_new_tokens=max_new_tokens
+            ),
             self.batch_size,
             processes.process_index,
             processes.num_processes,
@@ -164,15 +195,6 @@ class Painter:
         more = {"batch_size": self.batch_size, "device": self.pipeline.device.type}
         with self.processes.main_process_first():
             claim_folder(folder, settings | more)
-
-
-def _opened(prompt: Prompt, image_size: int | None) -> Any:
-    """The image of a prompt, `uint8 [H, W, 3]`."""
-    assert prompt.image is not None
-    if image_size is not None:
-        return load_image(prompt.image, image_size)
-    with Image.open(prompt.image) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def files_hash(snapshot: Path) -> str:

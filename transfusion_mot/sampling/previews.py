@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from transfusion_mot.data.images import grid, load_image
+from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.sizes import Size, by_size
 
 _NUM_CAPTIONED = 8
 _COLUMNS = 4
@@ -19,6 +20,8 @@ _COLUMNS = 4
 
 class Previews:
     """Labelled grids in a folder, and in TensorBoard where that is the tracker.
+
+    Prompts are painted at all sizes of training in turn.
 
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
@@ -40,19 +43,26 @@ class Previews:
         pipeline.sampling_settings(None, None)
         if prompts:
             pipeline.check_prompts(prompts)
-        self.pictures, self.captions = pictures_of(held_out, _NUM_CAPTIONED, pipeline.config.image_size)
+        self.pictures, self.captions = pictures_of(held_out, _NUM_CAPTIONED)
 
     def make(self, step: int, accelerator: Accelerator) -> None:
         """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
         self.pipeline.set_progress_bar_config(disable=True)
         if self.prompts:
-            generators = [torch.Generator().manual_seed(seed) for seed in range(len(self.prompts))]
-            images = self.pipeline(self.prompts, generator=generators).images
+            sizes = self.pipeline.sizes.trained
+            turns = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
+            images = by_size(turns, self._paint)
             self._show("samples", f"step-{step:07d}.png", images, self.prompts, step, accelerator)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
             labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
             self._show("captions", f"step-{step:07d}-captions.png", self.pictures, labels, step, accelerator)
+
+    def _paint(self, places: list[int], size: Size) -> list[Image.Image]:
+        prompts = [self.prompts[place] for place in places]
+        generators = [torch.Generator().manual_seed(place) for place in places]
+        images: list[Image.Image] = self.pipeline(prompts, height=size[0], width=size[1], generator=generators).images
+        return images
 
     def _show(
         self, name: str, file: str, images: list[Image.Image], labels: list[str], step: int, accelerator: Accelerator
@@ -72,7 +82,7 @@ def _shown(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text) or "(nothing)"
 
 
-def pictures_of(sources: Sources, count: int, image_size: int) -> tuple[list[Image.Image], list[str]]:
+def pictures_of(sources: Sources, count: int) -> tuple[list[Image.Image], list[str]]:
     """Evenly spaced captioned images, as the model sees them, and the first caption of each; fewer if some are gone."""
     documents = [source.documents for source in sources.sources if isinstance(source.documents, CaptionedImages)]
     places = [(source, index) for source in documents for index in range(len(source))]
@@ -80,7 +90,7 @@ def pictures_of(sources: Sources, count: int, image_size: int) -> tuple[list[Ima
     for place in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int)) if places else []:
         source, index = places[place]
         try:
-            picture = Image.fromarray(load_image(Image.fromarray(source.image(index)), image_size))
+            picture = Image.fromarray(source.image(index))
         except UserError:
             continue
         pictures.append(picture)

@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, Y and X latent height and width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,7 +59,7 @@ class Sampler:
         workspace: Memory that stays for the next sampler.
         documents: Of any lengths.
         task: See above.
-        latent_shape: [C, Y, X] of an image.
+        latent_shape: [C, Y, X] of an image to paint.
         generators: One a document, for what is drawn in writing.
         decoding: Of writing; its number of tokens is for all texts of a document together.
         denoise: Does the painting: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is
@@ -102,16 +103,19 @@ class Sampler:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
         patch_size = model.architecture.patch_size
-        patches = (latent_shape[1] // patch_size) * (latent_shape[2] // patch_size)
+
+        def slots(part: Segment) -> int:
+            return len(part) if isinstance(part, list) else math.prod(part.shape[1:]) // patch_size**2
+
         rows = [laid_out(tokenizer, document.given) for document in documents]
         if self.branches > 1:
             rows += [
                 laid_out(tokenizer, [document.negative, *(item for item in document.given if isinstance(item, Tensor))])
                 for document in documents
             ]
-        longest = max(sum(patches if isinstance(part, Tensor) else len(part) for part in row) for row in rows)
+        longest = max(sum(map(slots, row)) for row in rows)
         # Each image comes with BOI and EOI.
-        capacity = longest + max_new_tokens + max_images * (patches + 2)
+        capacity = longest + max_new_tokens + max_images * (math.prod(latent_shape[1:]) // patch_size**2 + 2)
         self.session = Session(model, workspace, count * self.branches, capacity, device)
         for row, segments in enumerate(rows):
             self.session.feed(row, *segments)

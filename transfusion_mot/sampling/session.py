@@ -66,15 +66,19 @@ class Session:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> None:
-        """Read all that was fed to these rows; segments of one kind together."""
+        """Read all that was fed to these rows; texts together, and images of one size."""
         while waiting := [row for row in rows if self._fed[row]]:
             texts = [row for row in waiting if isinstance(self._fed[row][0], list)]
-            images = [row for row in waiting if isinstance(self._fed[row][0], Tensor)]
+            images: dict[torch.Size, dict[int, Tensor]] = {}
+            for row in waiting:
+                if isinstance(segment := self._fed[row][0], Tensor):
+                    images.setdefault(segment.shape, {})[row] = segment.to(self.device)
             if texts:
                 self._read_texts(texts)
-            if images:
-                latents = torch.stack([self._fed[row].pop(0).to(self.device) for row in images])  # type: ignore[union-attr]
-                self.read_images(images, latents, 0.0)
+            for of_size in images.values():
+                for row in of_size:
+                    del self._fed[row][0]
+                self.read_images(list(of_size), torch.stack(list(of_size.values())), 0.0)
 
     def _read_texts(self, rows: list[int]) -> None:
         texts = [np.array(self._fed[row].pop(0)) for row in rows]

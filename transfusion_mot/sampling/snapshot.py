@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
-from transfusion_mot.autoencoder import Autoencoder, check_image_size
+from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
 
 MODEL_CARD = "README.md"
@@ -27,13 +28,15 @@ class SnapshotPipeline(DiffusionPipeline):
         scheduler: diffusers scheduler that reverses the noise schedule it was trained with; another one that fits comes
             from `transfusion_mot.diffusion.make_sampling_scheduler`.
         tokenizer: Its tokenizer, `TextTokenizer.hf`.
-        image_size: Height and width in pixels of the images it was trained on.
+        image_size: Height and width in pixels of the images it was trained on, if there are no `image_sizes`.
         max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
         num_inference_steps: Reverse steps if a call names none.
         guidance_scale: Classifier-free guidance if a call names none; 1 is off.
+        image_sizes: All sizes of images that it was trained on, `{"trained": [[height, width], ...], "fit": "crop"}`;
+            see `ImageSizes`. (A list would be taken for a component by diffusers.)
 
     Attributes:
-        latent_shape: [C, Y, X] of an image.
+        sizes: Of images.
         workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
 
     Raises:
@@ -53,6 +56,7 @@ class SnapshotPipeline(DiffusionPipeline):
         max_prompt_tokens: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
+        image_sizes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
@@ -61,14 +65,15 @@ class SnapshotPipeline(DiffusionPipeline):
             max_prompt_tokens=max_prompt_tokens,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            image_sizes=image_sizes,
         )
         self.text_tokenizer = TextTokenizer(tokenizer)
         self.workspace = Workspace()
         # Text of the README.md that goes with it.
         self.model_card: str | None = None
         self._check_components()
-        side = image_size // self.autoencoder.downsampling
-        self.latent_shape = (self.autoencoder.latent_channels, side, side)
+        patch_pixels = self.autoencoder.downsampling * self.transformer.architecture.patch_size
+        self.sizes = ImageSizes(patch_pixels, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"}))
 
     def _check_components(self) -> None:
         model = self.transformer.config
@@ -82,7 +87,6 @@ class SnapshotPipeline(DiffusionPipeline):
                 f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
                 f"{model.vocab_size}; use the tokenizer that the transformer was trained with"
             )
-        check_image_size(self.config.image_size, self.autoencoder, self.transformer.architecture.patch_size)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -133,6 +137,11 @@ class SnapshotPipeline(DiffusionPipeline):
         device = next(self.transformer.parameters()).device
         # Weights on an accelerator are used there, whatever brought them.
         return super()._execution_device if device.type in ("cpu", "meta") else device
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, Y, X] of an image of so many pixels."""
+        height, width = (side // self.autoencoder.downsampling for side in size)
+        return self.autoencoder.latent_channels, height, width
 
     @property
     def autoencoder(self) -> Autoencoder:

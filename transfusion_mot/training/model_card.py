@@ -40,6 +40,7 @@ def model_card(
     is_flow = config.diffusion.scheduler.startswith("FlowMatch")
     objective = "flow" if is_flow else config.diffusion.scheduler_args.get("prediction_type", "epsilon")
     patch = f"{model.patch_size} x {model.patch_size}"
+    sizes = ", ".join(f"{width} x {height}" for height, width in config.data.image_sizes)
     prompt = next(iter(training.sample_prompts), "a red apple")
     return f"""---
 {header.strip()}
@@ -55,7 +56,7 @@ One transformer that writes text and paints images: next-token prediction on tex
 | --- | --- |
 | model | {kind} of {parameters / 1e6:,.1f} M parameters in {model.num_layers} layers of {model.num_heads} heads |
 | towers | {towers} |
-| images | {config.data.image_size} px, patches of {patch} latents, adapter `{model.image_adapter}` |
+| images | {sizes} px, patches of {patch} latents, adapter `{model.image_adapter}` |
 | objective of images | {objective} prediction, `{config.diffusion.scheduler}` |
 | batch | {training.num_rows} rows of {config.data.text_slots} text slots and {config.data.images_per_row} images |
 

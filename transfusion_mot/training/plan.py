@@ -1,6 +1,7 @@
 """What a run needs, computed without a GPU: `python train.py --plan --config FILE --gpus 8 --gpu A100-80GB`."""
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
@@ -100,11 +101,13 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, Layout, list[str]]:
     except (OSError, ValueError, KeyError):
         path = config.autoencoder.path
         assumed.append(f"latents of {channels} channels and 1/{downsampling} of the pixels: {path} cannot be read")
-    side = config.data.image_size // downsampling
+    height, width = max(config.data.image_sizes, key=math.prod)
+    if config.data.buckets:
+        assumed.append(f"all images of {height} x {width} pixels, the largest of data.buckets")
     layout = Layout(
         config.data.text_slots,
         config.data.images_per_row,
-        torch.Size((channels, side, side)),
+        torch.Size((channels, height // downsampling, width // downsampling)),
         config.model.patch_size,
     )
     with torch.device("meta"):
