@@ -51,6 +51,7 @@ from transfusion_mot.training.state import (
     load_progress,
     load_tensors,
     refuse_other_run,
+    refuse_other_tokenizer,
     state_tensors,
 )
 from transfusion_mot.training.step import StepResult, seed_step, train_step
@@ -316,15 +317,17 @@ def open_tokenizer(
     folder = run / "tokenizer"
     if not is_main_process:
         return load_tokenizer(str(folder))
-    kept = state.parent.parent / "tokenizer" if state is not None else None
-    if kept is not None:
+    if state is not None:
+        kept = state.parent.parent / "tokenizer"
         tokenizer = load_tokenizer(str(kept))
+        refuse_other_tokenizer(config.tokenizer, tokenizer, state)
+        if kept.resolve() == folder.resolve():
+            return tokenizer
     elif config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
     else:
         tokenizer = train_tokenizer(training_texts(documents), config.tokenizer.vocab_size)
-    if kept is None or kept.resolve() != folder.resolve():
-        tokenizer.save(folder)
+    tokenizer.save(folder)
     return tokenizer
 
 

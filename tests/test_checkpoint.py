@@ -1,14 +1,18 @@
 """Training states and snapshots on disk, and what is left when a write is cut off."""
 
 import pickle
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_config, tiny_model
 from training_runs import load_all
 
-from transfusion_mot.config import OptimizerConfig
+from transfusion_mot.config import OptimizerConfig, TokenizerConfig
+from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_snapshot, find_state, written_aside
 from transfusion_mot.training.ema import EMA
@@ -18,6 +22,7 @@ from transfusion_mot.training.state import (
     load_progress,
     load_tensors,
     refuse_other_run,
+    refuse_other_tokenizer,
     state_tensors,
 )
 
@@ -192,6 +197,35 @@ def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: 
     refuse_other_run({"made_of": MADE_OF}, MADE_OF | {"diffusion.scheduler": ("DDPMScheduler", {})}, Path("step-5"))
     with pytest.raises(UserError, match=message):
         refuse_other_run({"made_of": before}, MADE_OF, Path("step-5"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"path": None, "vocab_size": 300}, {"vocab_size": 300}, None),
+        ({"path": None, "vocab_size": 300}, {"vocab_size": 400}, "tokenizer.vocab_size is 400, and was 300; use the"),
+        # It is the same, or what it was trained on is, whatever its path; beside one, the size says nothing.
+        ({"path": "gone", "vocab_size": 300}, {"path": "gone", "vocab_size": 400}, None),
+        ({"path": "gone", "vocab_size": 300}, {"path": "{kept}"}, None),
+        ({"path": None, "vocab_size": 300}, {"path": "{kept}"}, None),
+        ({"path": "gone", "vocab_size": 300}, {"vocab_size": 300}, "tokenizer.path is null, and was gone"),
+        ({"path": "gone", "vocab_size": 300}, {"path": "{other}"}, "tokenizer.path={other} is another tokenizer"),
+        # A run whose configuration was removed.
+        (None, {"vocab_size": 400}, None),
+        (None, {"path": "{other}"}, "tokenizer.path={other} is another tokenizer"),
+    ],
+)
+def test_another_tokenizer_is_refused(tmp_path: Path, byte_tokenizer, before, now: dict, message: str | None) -> None:
+    places = {"kept": tmp_path / "tokenizer", "other": tmp_path / "other"}
+    byte_tokenizer.save(places["kept"])
+    train_tokenizer(["a word"], 263).save(places["other"])
+    if before is not None:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"tokenizer": before}))
+    config = TokenizerConfig(**now)
+    config.path = None if config.path is None else config.path.format(**places)
+    kept = load_tokenizer(str(places["kept"]))
+    with nullcontext() if message is None else pytest.raises(UserError, match=re.escape(message.format(**places))):
+        refuse_other_tokenizer(config, kept, tmp_path / "state" / "step-5")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04garbage", b"PK\x03\x04 cut off", pickle.dumps([1])])

@@ -131,9 +131,9 @@ def find_snapshot(path: str) -> Path:
     )
 
 
-def run_config_file(snapshot: Path) -> Path:
-    """Where the configuration of the run that a snapshot is of lies, if it is still in the folder of its run."""
-    return snapshot.parent.parent / "config.yaml"
+def run_config_file(folder: Path) -> Path:
+    """Where the configuration of the run that a snapshot or state is of lies, if that is still in its run's folder."""
+    return folder.parent.parent / "config.yaml"
 
 
 def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:

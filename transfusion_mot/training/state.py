@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -21,8 +22,17 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from transfusion_mot.config import TokenizerConfig
+from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.checkpoint import PROGRESS_FILE, aside_of, begin_aside, prune, put_in_place
+from transfusion_mot.training.checkpoint import (
+    PROGRESS_FILE,
+    aside_of,
+    begin_aside,
+    prune,
+    put_in_place,
+    run_config_file,
+)
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.parallel import host_group
 
@@ -176,6 +186,41 @@ def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: 
                 f"{folder} was trained with another {part}: {before}, and now it is {now}; "
                 "use the one it was trained with, or another output_dir"
             )
+
+
+def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder: Path) -> None:
+    """Refuse to resume with settings that say another tokenizer than the one the run keeps to.
+
+    Args:
+        config: Settings now.
+        kept: Of the run that is resumed.
+        folder: Its training state.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    file = run_config_file(folder)
+    try:
+        before = TokenizerConfig(**yaml.safe_load(file.read_text())["tokenizer"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        before = None  # The user has removed it, or writes it by hand.
+    # With a path, `vocab_size` says nothing.
+    if before is not None and before.path == config.path and (config.path or before.vocab_size == config.vocab_size):
+        return
+    if config.path is not None:
+        if load_tokenizer(config.path).fingerprint == kept.fingerprint:
+            return
+        given = f"tokenizer.path={config.path} is another tokenizer"
+    elif before is None:
+        return
+    elif before.path is not None:
+        given = f"tokenizer.path is null, and was {before.path}"
+    else:
+        given = f"tokenizer.vocab_size is {config.vocab_size}, and was {before.vocab_size}"
+    raise UserError(
+        f"{folder} was trained with another tokenizer: {given}; use the setting it was trained with, or another "
+        "output_dir"
+    )
 
 
 def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer) -> Tensor:
