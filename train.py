@@ -37,7 +37,7 @@ from transfusion_mot.sampling.previews import Previews
 from transfusion_mot.training.checkpoint import clear_behind, find_state, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.float8 import check_float8, convert_to_float8
-from transfusion_mot.training.graph import GraphedStep, check_graphed, make_capturable
+from transfusion_mot.training.graph import GraphedStep, make_capturable, why_not_recorded
 from transfusion_mot.training.guards import Guards
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -78,8 +78,10 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
     check_towers(config)
-    if training.cuda_graph:
-        check_graphed(config, accelerator)
+    plainly = why_not_recorded(accelerator.device.type, accelerator.num_processes)
+    records = training.cuda_graph and plainly is None
+    if training.cuda_graph and plainly is not None:
+        accelerator.print(plainly)
     state_folder = find_state(run, config.resume)
 
     diffusion = Diffusion.from_config(config.diffusion)
@@ -132,7 +134,7 @@ def main(arguments: list[str]) -> None:
         convert_to_float8(bare_model)
     ema = EMA(bare_model, training.ema_decay)
     optimizer = make_optimizer(bare_model, config.optimizer)
-    if training.cuda_graph:
+    if records:
         make_capturable(optimizer)
     if state_folder is not None:
         lanes = load_tensors(state_folder, bare_model, ema, optimizer)
@@ -200,7 +202,7 @@ def main(arguments: list[str]) -> None:
             training.z_loss_weight,
         )
 
-    take_step = GraphedStep(plain_step) if training.cuda_graph else plain_step
+    take_step = GraphedStep(plain_step) if records else plain_step
 
     # Where nobody watches, lines are enough: None is no bar unless standard error is a terminal.
     no_bar = None if accelerator.is_main_process else True

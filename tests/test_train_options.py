@@ -10,7 +10,7 @@ from test_train import interrupt_after
 from training_runs import TOWER, assert_same, final_state
 
 import train
-from transfusion_mot.errors import UserError
+from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.metrics import read_metrics
 
 
@@ -67,9 +67,10 @@ def test_dropout_may_change_in_a_run(arguments, tmp_path: Path) -> None:
     assert losses[0][2] != losses[1][2]
 
 
-def test_step_that_cannot_be_recorded_is_refused(arguments) -> None:
-    with pytest.raises(UserError, match=r"training\.cuda_graph is for one CUDA device, and this run is on 1 x cpu"):
-        train.main(arguments("run", training={"cuda_graph": True}))
+def test_step_that_cannot_be_recorded_is_taken_without(arguments, tmp_path: Path, capsys) -> None:
+    train.main(arguments("run", training={"cuda_graph": True, "num_steps": 1}))
+    assert "training.cuda_graph is for one CUDA device: on 1 x cpu steps are taken without" in capsys.readouterr().out
+    assert find_state(tmp_path / "run", "auto").name == "step-0000001"
 
 
 def test_frozen_tower_on_two_processes_equals_one(arguments, tmp_path: Path) -> None:

@@ -289,8 +289,8 @@ class TrainingConfig:
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
         cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what
-            a model needs that computes faster than the host can ask it to. On one CUDA device; the memory of a step
-            stays taken between steps.
+            a model needs that computes faster than the host can ask it to. On one CUDA device, elsewhere it does
+            nothing; the memory of a step stays taken between steps.
         float8: Compute the matrix products of the blocks with 8-bit numbers, one scale for each tensor; the weights
             stay float32. For wide models on GPUs of compute capability 8.9 or more (Ada, Hopper); needs `compile` and
             the package torchao. A run can be resumed with it or without.

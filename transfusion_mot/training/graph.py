@@ -4,12 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.errors import UserError
 from transfusion_mot.training.step import StepResult
 
 # Steps before the one that is recorded: they compile the blocks and make the optimizer's state.
@@ -72,15 +69,11 @@ class GraphedStep:
         return graph, static, result
 
 
-def check_graphed(config: RunConfig, accelerator: Accelerator) -> None:
-    """Refuse `training.cuda_graph` where a step cannot be recorded.
-
-    Raises:
-        UserError: Names what is in the way.
-    """
-    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
-        where = f"{accelerator.num_processes} x {accelerator.device.type}"
-        raise UserError(f"training.cuda_graph is for one CUDA device, and this run is on {where}; set it to false")
+def why_not_recorded(device_type: str, num_devices: int) -> str | None:
+    """Why a run with `training.cuda_graph` records no step, in a line; None where it does."""
+    if device_type == "cuda" and num_devices == 1:
+        return None
+    return f"training.cuda_graph is for one CUDA device: on {num_devices} x {device_type} steps are taken without it"
 
 
 def make_capturable(optimizer: Optimizer) -> None:

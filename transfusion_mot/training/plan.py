@@ -15,6 +15,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import Checkpointing, check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
+from transfusion_mot.training.graph import why_not_recorded
 from transfusion_mot.training.memory import Layout, Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
 
@@ -74,8 +75,10 @@ def plan(arguments: Sequence[str]) -> str:
             f"--mfu is {options.mfu}; it is the share of the GPU's peak that is used, above 0 and at most 1"
         )
     model, layout, assumed = open_model(config)
+    plainly = why_not_recorded("cuda", options.gpus) if config.training.cuda_graph else None
     parts = [
         *(f"assumed: {line}" for line in assumed),
+        *([plainly] if plainly is not None else []),
         parameter_table(model, config),
         memory_table(model, layout, config, options.gpus, options.gpu),
         microbatch_table(model, layout, config, options.gpus, options.gpu),
@@ -141,8 +144,9 @@ def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
 
 
 def parallelisms(config: RunConfig) -> tuple[Parallelism, ...]:
-    """Those that the configured optimizer works with: Muon needs whole matrices."""
-    return ("ddp",) if config.optimizer.name == "muon" else get_args(Parallelism)
+    """Those that the run works with: Muon and 8-bit products need whole matrices."""
+    needs_whole = config.optimizer.name == "muon" or config.training.float8
+    return ("ddp",) if needs_whole else get_args(Parallelism)
 
 
 def rows_per_gpu(config: RunConfig, gpus: int) -> int:
