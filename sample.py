@@ -34,7 +34,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.data.images import displayed_size, grid, load_image
-from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.files import check_writable_folder, lines_of
@@ -42,6 +41,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import load_pipeline
 from transfusion_mot.sampling.options import parse_arguments
 from transfusion_mot.sampling.outputs import Denoising, ResultFolder, save_png
+from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 8

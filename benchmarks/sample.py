@@ -26,10 +26,11 @@ from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import to_dict
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.flops import active_parameters, adapter_flops
 
 PROMPT_TOKENS = 64

@@ -35,9 +35,10 @@ from benchmarks.kernel_profile import profile_step
 from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
 from transfusion_mot.config import OptimizerConfig, TrainingConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.mixture import open_documents, with_latents
-from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.page import write_report
@@ -37,6 +36,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
 from transfusion_mot.sampling.held_out_losses import diffusion_metrics, text_metrics
 from transfusion_mot.sampling.painting import Painter, SamplerSettings, files_hash
+from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 from transfusion_mot.training.checkpoint import find_snapshot, read_run_config, run_config_file
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     ["data"],
     ["models"],
     ["diffusion", "losses", "autoencoder"],
+    ["schedulers"],
     ["config"],
     ["config_checks", "files", "hub_names"],
     ["errors", ""],

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from transfusion_mot.config import AutoencoderTrainingConfig, ModelConfig, RunConfig, parse_config, save_config, to_dict
-from transfusion_mot.diffusion import make_scheduler
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(

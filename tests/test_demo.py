@@ -16,9 +16,9 @@ from PIL import Image
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
 from transfusion_mot import demo
-from transfusion_mot.diffusion import STOCHASTIC_SOLVER, make_sampling_scheduler
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

@@ -18,10 +18,10 @@ from training_runs import flat
 from benchmarks.experiments import CONFIGS, Experiments, Result, arm_names, config_arguments, main, table
 from benchmarks.wordnet import entry_text
 from transfusion_mot.config import RunConfig, parse_config, to_dict
-from transfusion_mot.diffusion import make_scheduler
 from transfusion_mot.evaluation.protocol import read_protocol
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.flops import weight_flops_per_row
 
 TOWERS = {"model.towers", "model.num_heads"}

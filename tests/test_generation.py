@@ -12,11 +12,11 @@ from PIL import Image
 from test_pipeline import tiny_pipeline
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
-from transfusion_mot.diffusion import STOCHASTIC_SOLVER, make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.generation import claim_folder, write_images
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, prompts_of
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
+from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler, sampler_name
 
 PROMPTS = prompts_of(["a sun", "an owl", "an octopus, red", "a sun", "a", "", "rain"], 1, seed=0)
 

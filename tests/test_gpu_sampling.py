@@ -7,7 +7,7 @@ import torch
 from test_pipeline import seeds, tiny_pipeline
 from test_sampling import LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
 
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import KVCache, cached_attention
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -15,6 +15,7 @@ from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import Document, Sampler
 from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
+from transfusion_mot.schedulers import make_scheduler
 
 pytestmark = [
     pytest.mark.gpu,

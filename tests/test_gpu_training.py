@@ -14,9 +14,10 @@ from transfusion_mot.config import DataConfig, ModelConfig, OptimizerConfig, Tow
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.graph import GraphedStep, make_capturable
 from transfusion_mot.training.optimizer import make_optimizer, set_lr

@@ -18,9 +18,10 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.guards import Guards, SpikeDetector
 from transfusion_mot.training.log import StepRecord
 from transfusion_mot.training.muon import MuonAdamW

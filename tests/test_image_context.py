@@ -16,11 +16,12 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.mixture import Source, counter
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.attention import SlotIds, block_mask, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.flops import attending_pairs
 from transfusion_mot.training.log import loss_by_timestep
 from transfusion_mot.training.step import StepResult, compute_losses, loss_counts

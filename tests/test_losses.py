@@ -11,8 +11,9 @@ from torch import Tensor
 
 from transfusion_mot import losses
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses, text_loss_sum
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.step import compute_losses, loss_counts, train_step
 
 # Rows that differ in everything: labels, images, padding.

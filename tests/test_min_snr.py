@@ -8,8 +8,9 @@ from test_losses import make_batch
 from test_validation import held_out, make_validation
 
 from transfusion_mot.data.tokenizer import train_tokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.step import compute_losses
 
 FLOW = "FlowMatchEulerDiscreteScheduler"

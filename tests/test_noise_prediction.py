@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfusion_mot.diffusion import Diffusion, fit_samplers, make_sampling_scheduler, make_scheduler
+from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, make_scheduler
 
 COSINE = make_scheduler("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"})
 MEAN, SPREAD = 0.3, 0.8

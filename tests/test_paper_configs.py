@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.diffusion import make_scheduler
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 # Parameters without the U-Net, in millions: dense, and with two towers. Layers, widths and head counts are those of

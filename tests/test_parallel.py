@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transfusion_mot.config import OptimizerConfig, TrainingConfig
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training import parallel
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.ema import EMA

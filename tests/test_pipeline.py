@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion_mot.data.images import load_image
 from transfusion_mot.data.tokenizer import train_tokenizer
-from transfusion_mot.diffusion import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.schedulers import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 
 IMAGE_SIZE = 8
 

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 
-from transfusion_mot.diffusion import Diffusion, Edit, fit_samplers, make_sampling_scheduler, make_scheduler
+from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError
+from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, make_scheduler
 
 TRAINED = {
     "flow": make_scheduler("FlowMatchEulerDiscreteScheduler", {}),

@@ -8,11 +8,12 @@ from test_sampling import LATENT_CHANNELS, tiny_model
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models import mot
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
+from transfusion_mot.schedulers import make_scheduler
 
 TEXT_SLOTS = 64
 # Image first, image last, images side by side, text alone; of different lengths.

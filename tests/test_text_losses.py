@@ -15,8 +15,9 @@ from process_group import run_processes
 from test_validation import held_out, make_validation
 from training_runs import arguments_below
 
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.text_losses import TextReader, text_losses
 
 ROOT = Path(__file__).parents[1]

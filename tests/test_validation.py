@@ -14,8 +14,9 @@ from transfusion_mot.config import DataConfig, RunConfig, TrainingConfig
 from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion, make_scheduler
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import attention_kernel
+from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.validation import TIMESTEPS, Validation
 
 CAPTIONS = ["red apple", "sun", "an octopus", "fox", "moon", "a car", "star", "x"]

@@ -222,6 +222,8 @@ class DiffusionConfig:
         scheduler: diffusers scheduler class that defines noise schedule and prediction type:
             `FlowMatchEulerDiscreteScheduler` (flow), or `DDPMScheduler` and its kin.
         scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
+            Those that would sample something else than was trained, such as `clip_sample: true`, are refused with a
+            list of those that are taken.
         timestep_distribution: How training timesteps are drawn: `uniform` or `logit_normal` (Stable Diffusion 3,
             section 3.1).
         min_snr_gamma: Weighs the squared errors of training by min(SNR, gamma) of the clean latents, as Min-SNR does

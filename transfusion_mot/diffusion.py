@@ -9,146 +9,22 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from fractions import Fraction
+from typing import Literal, Self
 
-import diffusers
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
 from transfusion_mot.config import DiffusionConfig
-from transfusion_mot.errors import UserError
+from transfusion_mot.schedulers import is_flow, make_scheduler
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 
-# What samples a model trained with each kind of noise schedule. The second kind can define a training objective, too.
-FLOW_SCHEDULERS = (
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-)
-VARIANCE_PRESERVING_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-)
-# SDE-DPM-Solver++, which adds noise in every step: an argument of the class, which a snapshot or a command line names.
-STOCHASTIC_SOLVER = "DPMSolverMultistepScheduler:sde"
-# Largest sigma / alpha that Heun's method starts from in few steps. Up to that of the linear schedule (157) it is as
-# precise as the others; that of the cosine schedule (20,000) falls by orders of magnitude in the first step, and a
-# perfect network for normal data of deviation 0.5 is sampled with 5.2 in 10 steps, 1.2 with Karras' noise levels.
-_LARGEST_NOISE_RATIO_OF_HEUN = 200
 # Largest root mean square, over an image, of the clean latents that predicted noise may mean. Latents have unit
 # variance, and their best estimates no more; the held-out images of the quickstart reach 1.25.
 _LARGEST_CLEAN_RMS = 2.0
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-
-def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
-    """Build the scheduler that defines a training objective.
-
-    DDPM-like schedulers get two defaults that latents need: no clipping of the predicted sample to [-1, 1], and
-    sampling steps that start at pure noise (Lin et al., arXiv 2305.08891, section 3.3).
-
-    Raises:
-        UserError: An unknown class or argument.
-    """
-    known = ("FlowMatchEulerDiscreteScheduler", *VARIANCE_PRESERVING_SCHEDULERS)
-    if name not in known:
-        raise UserError(f"diffusion.scheduler '{name}' cannot define a training objective; known: {', '.join(known)}")
-    scheduler_class = getattr(diffusers, name)
-    accepted = inspect.signature(scheduler_class.__init__).parameters
-    if unknown := set(arguments) - set(accepted):
-        raise UserError(
-            f"diffusion.scheduler_args: {name} has no argument {sorted(unknown)}; it has {list(accepted)[1:]}"
-        )
-    if arguments.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise UserError(
-            f"diffusion.scheduler_args has prediction_type '{arguments['prediction_type']}'; {name} knows "
-            f"{', '.join(PREDICTION_TYPES)} (flow comes with FlowMatchEulerDiscreteScheduler)"
-        )
-    defaults = {"clip_sample": False, "timestep_spacing": "trailing"}
-    try:
-        scheduler = scheduler_class(**{key: value for key, value in defaults.items() if key in accepted} | arguments)
-        scheduler.set_timesteps(2)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"diffusion.scheduler_args {arguments} do not make a {name}: {error}") from None
-    return scheduler
-
-
-def fit_samplers(trained: SchedulerMixin) -> tuple[str, ...]:
-    """Names that `make_sampling_scheduler` takes for a model trained with the noise schedule of `trained`."""
-    if is_flow(trained):
-        return *FLOW_SCHEDULERS, STOCHASTIC_SOLVER
-    last = trained.alphas_cumprod[-1].double()
-    heun = ((1 - last) / last).sqrt() <= _LARGEST_NOISE_RATIO_OF_HEUN
-    return (
-        *VARIANCE_PRESERVING_SCHEDULERS,
-        "DPMSolverSinglestepScheduler",
-        *(["HeunDiscreteScheduler"] if heun else []),
-        STOCHASTIC_SOLVER,
-    )
-
-
-def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixin:
-    """A scheduler that reverses the noise schedule of `trained`.
-
-    Args:
-        trained: The scheduler of training, or one that was made from it here.
-        name: One of `fit_samplers`: a class of diffusers, with `:sde` behind it for its stochastic form.
-
-    Raises:
-        UserError: The class does not fit what the model was trained to predict.
-    """
-    flow = is_flow(trained)
-    fit = fit_samplers(trained)
-    if name not in fit:
-        kind = "flow" if flow else trained.config.prediction_type
-        raise UserError(
-            f"scheduler '{name}' does not fit a model trained with {kind} prediction and this noise schedule; "
-            f"fit: {', '.join(fit)}"
-        )
-    class_name, _, form = name.partition(":")
-    scheduler_class = getattr(diffusers, class_name)
-    arguments: dict[str, Any] = {}
-    if class_name.startswith("DPMSolver"):
-        arguments["algorithm_type"] = "sde-dpmsolver++" if form else "dpmsolver++"
-    if class_name == "DPMSolverSinglestepScheduler":
-        # Else it says at each of its makings that it turns this on.
-        arguments["lower_order_final"] = True
-    if not flow:
-        # The terminal signal-to-noise ratio of a cosine schedule is near zero; solvers in log-SNR need it bounded.
-        bounded = {"lambda_min_clipped": -5.1} if class_name.startswith("DPMSolver") else {}
-        # By name: of what was left at its default, diffusers takes that of the other class.
-        noise = {key: trained.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas")}
-        return scheduler_class.from_config(trained.config, **noise, **bounded, **arguments)
-    shift = trained.config.get("shift", trained.config.get("flow_shift"))
-    if class_name.startswith("FlowMatch"):
-        return scheduler_class.from_config(trained.config, shift=shift)
-    return scheduler_class(
-        num_train_timesteps=trained.config.num_train_timesteps,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-        **arguments,
-    )
-
-
-def sampler_name(scheduler: SchedulerMixin) -> str:
-    """The name that `make_sampling_scheduler` makes this scheduler from."""
-    class_name = type(scheduler).__name__
-    # Others may have the algorithm of a scheduler that they were made from: diffusers keeps arguments it cannot use.
-    stochastic = class_name.startswith("DPMSolver") and scheduler.config.algorithm_type.startswith("sde")
-    return f"{class_name}:sde" if stochastic else class_name
-
-
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler mixes data and noise along a straight line."""
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 class Diffusion:
@@ -297,6 +173,13 @@ class Diffusion:
             if hasattr(scheduler, "scale_model_input"):
                 scaled = scheduler.scale_model_input(latents, timestep)
             prediction = self._within_limit(predict(scaled, times[step]), scaled, times[step])
+            if type(scheduler).__name__ == "DDIMScheduler":
+                # It derives how far a step goes from their number, which is right where that divides the timesteps of
+                # training (huggingface/diffusers#12633).
+                distance = times[step] - (times[step + 1] if step + 1 < len(times) else 0)
+                scheduler.num_inference_steps = Fraction(
+                    self.num_train_timesteps, round(float(distance) * self.num_train_timesteps)
+                )
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
             if edit is not None and edit.repaint is not None:
                 latents = torch.where(edit.repaint, latents, self._for_solver(edit.clean, noise, times, step + 1))
@@ -338,12 +221,32 @@ class Diffusion:
 
         All at once, and on the host: a step asks for nothing that the device still computes.
         """
-        scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler, count = self.scheduler, self.num_train_timesteps
         if self.prediction_type == "flow":
+            # diffusers shifts the smallest noise of its two flow schedulers twice (huggingface/diffusers#13243).
+            scheduler.sigma_min = 1 / count
+            scheduler.set_timesteps(num_inference_steps, device=device)
             # Not from its timesteps: some flow schedulers round those to integers.
             return scheduler.sigmas[: len(scheduler.timesteps)].cpu()
-        return (scheduler.timesteps.double().cpu() + 1) / self.num_train_timesteps
+        if scheduler.config.get("use_karras_sigmas"):
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            return (scheduler.timesteps.double().cpu() + 1) / count
+        # Equidistant ones down from the last ("trailing" in table 2 of arXiv 2305.08891). Not those of diffusers, whose
+        # rounding gives one too many for some numbers of steps, such as 61: index -1, which is pure noise again.
+        last = count
+        if "lambda_min_clipped" in scheduler.config:
+            last = int((scheduler.lambda_t >= scheduler.config.lambda_min_clipped).sum())
+        steps = min(num_inference_steps, last)
+        timesteps = np.round(last - np.arange(steps) * (last / steps)).astype(np.int64) - 1
+        if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=timesteps.tolist(), device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
+            scheduler.timesteps = scheduler.timesteps[:steps]
+            if hasattr(scheduler, "sigmas"):
+                scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
+        repeats = [1] + [getattr(scheduler, "order", 1)] * (steps - 1)
+        return (torch.from_numpy(timesteps).repeat_interleave(torch.tensor(repeats)).double() + 1) / count
 
 
 @dataclass(frozen=True)

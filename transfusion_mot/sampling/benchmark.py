@@ -17,7 +17,6 @@ from accelerate import PartialState
 from diffusers import SchedulerMixin
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.diffusion import make_sampling_scheduler, sampler_name
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
@@ -37,6 +36,7 @@ from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_
 from transfusion_mot.evaluation.work import Work
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
+from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
 DISTANCE_TO_REFERENCE = "feature distance to its real image"
 

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from PIL import Image
 
 from transfusion_mot.data.images import ImageArray, load_image, to_pil, to_pixels
-from transfusion_mot.diffusion import sampler_name
 from transfusion_mot.evaluation.generation import (
     Make,
     caption_all,
@@ -25,6 +24,7 @@ from transfusion_mot.evaluation.generation import (
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.sizes import Size, by_size
+from transfusion_mot.schedulers import sampler_name
 
 
 @dataclass(frozen=True)
