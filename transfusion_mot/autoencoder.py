@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import refuse_dangling_links
 from transfusion_mot.hub_names import refuse_missing_path
 
 
@@ -54,6 +55,7 @@ class Autoencoder:
         config = Path(path) / "config.json"
         if (Path(path) / "model_index.json").is_file():
             raise UserError(f"autoencoder path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
+        refuse_dangling_links(Path(path))
         if Path(path).exists() and not config.is_file():
             raise UserError(
                 f"autoencoder path '{path}' has no config.json; give a folder that holds a diffusers AutoencoderKL, "
@@ -63,9 +65,10 @@ class Autoencoder:
             class_name = json.loads(config.read_text())["_class_name"] if config.is_file() else "AutoencoderKL"
             if class_name != "AutoencoderKL":
                 raise UserError(f"autoencoder path '{path}' holds a {class_name}; an AutoencoderKL is needed")
-            # Low memory usage would leave missing weights without storage, before they can be told.
+            # Low memory usage would leave missing weights without storage, before they can be told. No pickle: it can
+            # run code.
             vae, loading = AutoencoderKL.from_pretrained(
-                path, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+                path, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, UserError):

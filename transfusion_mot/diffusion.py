@@ -143,7 +143,7 @@ class Diffusion:
         noise: Tensor,
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
-        on_step: Callable[[int, Tensor, Callable[[], Tensor]], None] | None = None,
+        on_step: Callable[[int, Tensor, Callable[[], Tensor]], bool | None] | None = None,
         edit: "Edit | None" = None,
     ) -> Tensor:
         """Noise [B, C, Y, X] => clean latents, by the scheduler's reverse process.
@@ -154,7 +154,7 @@ class Diffusion:
             num_inference_steps: Reverse steps. A second-order scheduler calls `predict` twice in most of them.
             generators: One per image, for schedulers that draw noise in each step.
             on_step: Called after each call of `predict` with its index, the current latents and a function that gives
-                the clean latents that the model expects.
+                the clean latents that the model expects => whether to stop there.
             edit: What is there already; else all begins with noise.
         """
         scheduler = self.scheduler
@@ -183,8 +183,9 @@ class Diffusion:
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
             if edit is not None and edit.repaint is not None:
                 latents = torch.where(edit.repaint, latents, self._for_solver(edit.clean, noise, times, step + 1))
-            if on_step is not None:
-                on_step(step, latents, functools.partial(self.clean_estimate, prediction, scaled, times[step]))
+            clean = functools.partial(self.clean_estimate, prediction, scaled, times[step])
+            if on_step is not None and on_step(step, latents, clean):
+                break
         return latents
 
     def _within_limit(self, prediction: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:

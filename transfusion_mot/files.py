@@ -96,3 +96,17 @@ def _check_writable(folder: Path, named: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{named} cannot be written: '{there}': {error.strerror}; choose another") from None
+
+
+def refuse_dangling_links(folder: Path) -> None:
+    """Refuse a folder of a model that was copied without what its links point to.
+
+    Raises:
+        UserError: A file in it is a link to nothing.
+    """
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"'{path}' is a link to '{path.readlink()}', which is not there; copy the folder again with what its "
+                "links point to: cp -rL"
+            )

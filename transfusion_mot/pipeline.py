@@ -1,36 +1,52 @@
 """What a training run is for: a diffusers pipeline that paints prompts, captions images and goes on with text."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
 from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError, refuse_surrogates
-from transfusion_mot.sampling.editing import Original, Pictures, load_original, make_edit
+from transfusion_mot.sampling import snapshot
+from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
 from transfusion_mot.sampling.sampler import Document, Predict, Sampler, Task
 from transfusion_mot.sampling.sizes import Size, by_size
-from transfusion_mot.sampling.snapshot import SnapshotPipeline
 from transfusion_mot.sampling.text import Decoding
 
 Generators = torch.Generator | list[torch.Generator] | None
+Callback = Callable[["TransfusionPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # A decoder's hidden images are a hundred times as large as its output: so many pixels are decoded at once.
 _PIXELS_AT_ONCE = 2**21
 
 
-class TransfusionPipeline(SnapshotPipeline):
+# Its class is not imported by name: diffusers takes a module with two pipeline classes for no custom pipeline.
+class TransfusionPipeline(snapshot.SnapshotPipeline):
     """Text to image, image to text, text to text and documents of both with one transformer.
 
     `TransfusionPipeline.from_pretrained(snapshot)("a red apple").images[0]` is a picture.
     """
+
+    _callback_tensor_inputs = ["latents", "clean"]  # noqa: RUF012
+    _interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked for the end of the painting that is under way."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of the model for the pictures that are painted, or were painted last; for callbacks of diffusers."""
+        return self._num_timesteps
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse what the model cannot read.
@@ -101,7 +117,8 @@ class TransfusionPipeline(SnapshotPipeline):
         mask_image: Pictures | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Self, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "clean"),
     ) -> Any:
         """Paint prompts.
 
@@ -130,9 +147,12 @@ class TransfusionPipeline(SnapshotPipeline):
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X]).
             return_dict: False returns a tuple.
-            callback_on_step_end: Called as (pipeline, step, timestep, tensors) after every reverse step. Of the
-                tensors [B, C, Y, X], `latents` are the current ones, and `clean` those without noise that the model
-                expects, for `decode_latents`; `latents` in what it returns take the place of the current ones.
+            callback_on_step_end: Called as (pipeline, step, timestep, tensors) after every reverse step; a function, or
+                a `PipelineCallback` or `MultiPipelineCallbacks` of diffusers. Of the tensors [B, C, Y, X], `latents`
+                are the current ones, and `clean` those without noise that the model expects, for `decode_latents`;
+                `latents` in what it returns take the place of the current ones. If it sets `pipeline._interrupt`,
+                painting ends there, and the latents are decoded as they are.
+            callback_on_step_end_tensor_inputs: Which of them it is given.
 
         Returns:
             An `ImagePipelineOutput` whose `images` has one for each prompt and each of `num_images_per_prompt`.
@@ -160,6 +180,13 @@ class TransfusionPipeline(SnapshotPipeline):
             raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
         if mask_image is not None and image is None:
             raise UserError("there is a mask_image and no image; give the image that it belongs to")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise UserError(
+                f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
+                f"{' and '.join(self._callback_tensor_inputs)}"
+            )
         generators = _one_each(generator, len(numbers))
         device = self._execution_device
         original, edit = None, None
@@ -173,7 +200,8 @@ class TransfusionPipeline(SnapshotPipeline):
             edit = make_edit(original, strength, self.autoencoder, noise.dtype)
 
         def denoise(predict: Predict, _: list[int]) -> Tensor:
-            return self._denoise(predict, noise, steps, generators, edit, callback_on_step_end)
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            return self._denoise(predict, noise, steps, generators, edit, *callback)
 
         documents = [Document([prompts[number]], negatives[number]) for number in numbers]
         self._sampler(documents, "image", size, denoise=denoise, guidance=guidance, max_images=1).run()
@@ -184,7 +212,7 @@ class TransfusionPipeline(SnapshotPipeline):
     @torch.no_grad()
     def caption(
         self,
-        images: Image.Image | list[Image.Image],
+        images: Pictures,
         prompt: str | list[str] = "",
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -204,7 +232,7 @@ class TransfusionPipeline(SnapshotPipeline):
         Raises:
             UserError: An argument is out of its range, or a picture cannot be used.
         """
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        pictures = as_pictures(images, "images")
         if not pictures:
             raise UserError("there is no image to caption; give at least one")
         beginnings = [prompt] * len(pictures) if isinstance(prompt, str) else prompt
@@ -292,7 +320,7 @@ class TransfusionPipeline(SnapshotPipeline):
 
         def denoise(predict: Predict, _: list[int]) -> Tensor:
             noise = self._initial_noise(None, [generator], size).to(device)
-            return self._denoise(predict, noise, steps, [generator], None, None)
+            return self._denoise(predict, noise, steps, [generator], None, None, ())
 
         whole = Document(given)
         self._sampler(
@@ -340,21 +368,27 @@ class TransfusionPipeline(SnapshotPipeline):
         generators: list[torch.Generator | None],
         edit: Edit | None,
         callback: Callable[..., dict[str, Any] | None] | None,
+        callback_tensors: Sequence[str],
     ) -> Tensor:
         """The reverse process with its progress bar and callback: noise => clean latents [B, C, Y, X]."""
+        # What diffusers' callbacks ask and set.
+        self._interrupt = False
         diffusion = Diffusion(self.scheduler)
         times = diffusion.inference_timesteps(num_inference_steps, noise.device)
         # More than the steps, where a solver calls the model twice in a step.
         calls = len(times) - (0 if edit is None else edit.first_step(times))
+        self._num_timesteps = calls
         with self.progress_bar(total=calls) as bar:
 
-            def on_step(step: int, latents: Tensor, clean: Callable[[], Tensor]) -> None:
+            def on_step(step: int, latents: Tensor, clean: Callable[[], Tensor]) -> bool:
                 if callback is not None:
-                    tensors = {"latents": latents, "clean": clean()}
+                    ways = {"latents": lambda: latents, "clean": clean}
+                    tensors = {name: ways[name]() for name in callback_tensors}
                     replaced = callback(self, step, self.scheduler.timesteps[step], tensors)
                     if replaced and replaced.get("latents") is not None:
                         latents.copy_(replaced["latents"])
                 bar.update()
+                return self._interrupt
 
             drawing = [own for own in generators if own is not None]
             return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, edit)
@@ -370,7 +404,16 @@ class TransfusionPipeline(SnapshotPipeline):
         return by_size([image.shape[:2] for image in images_uint8], encode)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents => pixels [B, 3, H, W] in [-1, 1], some images at a time."""
+        """Latents => pixels [B, 3, H, W] in [-1, 1], some images at a time.
+
+        Raises:
+            UserError: They are not finite: black pictures would hide it.
+        """
+        if not latents.isfinite().all():
+            raise UserError(
+                "the painted latents are not finite; try more num_inference_steps, another scheduler, or a transformer "
+                "in float32"
+            )
         at_once = max(1, _PIXELS_AT_ONCE // (latents[0, 0].numel() * self.autoencoder.downsampling**2))
         return torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from transfusion_mot.diffusion import Edit
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 
-Pictures = Image.Image | Sequence[Image.Image]
+Picture = Image.Image | NDArray[np.generic] | Tensor
+Pictures = Picture | Sequence[Picture]
 
 
 class Original(NamedTuple):
@@ -93,10 +95,44 @@ def make_edit(original: Original, strength: float, autoencoder: Autoencoder, dty
 
 
 def _one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:
-    given = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    for picture in given:
-        if not isinstance(picture, Image.Image):
-            raise UserError(f"{name} must be a PIL image, got {type(picture).__name__}")
+    given = as_pictures(pictures, name)
     if len(given) not in (1, num_prompts):
         raise UserError(f"there are {len(given)} pictures in {name} for {num_prompts} prompts; give one, or one each")
     return given * (num_prompts // len(given))
+
+
+def as_pictures(given: Pictures, what: str) -> list[Image.Image]:
+    """PIL images from whatever diffusers takes for images; values become 8 bits.
+
+    Args:
+        given: PIL images; arrays [H, W, C] or [B, H, W, C], tensors [C, H, W] or [B, C, H, W] of 1 or 3 channels, in
+            [0, 1] or, if their type is `uint8`, from 0 to 255; one, or a sequence of them.
+        what: What they are called in messages.
+
+    Raises:
+        UserError: It is something else, of another shape, or out of its range.
+    """
+    if isinstance(given, Image.Image):
+        return [given]
+    if isinstance(given, Tensor | np.ndarray):
+        return _pictures_of(given, what)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(f"{what} must be PIL images, arrays or tensors, got {type(given).__name__}")
+    return [picture for part in given for picture in as_pictures(part, what)]
+
+
+def _pictures_of(given: Tensor | NDArray[np.generic], what: str) -> list[Image.Image]:
+    values = given
+    if isinstance(values, Tensor):
+        values = values if values.dtype == torch.uint8 else values.float()
+        values = np.moveaxis(values.detach().cpu().numpy(), -3, -1) if values.ndim > 2 else values.numpy()
+    if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3):
+        order = "[C, H, W] or [B, C, H, W]" if isinstance(given, Tensor) else "[H, W, C] or [B, H, W, C]"
+        raise UserError(f"{what} has the shape {list(given.shape)}; it must be {order}, with 1 or 3 channels C")
+    if values.dtype != np.uint8:
+        # So that what is no number is refused, too.
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UserError(f"{what} has values that are not from 0 to 1; only an array of uint8 is from 0 to 255")
+        values = (values.astype(np.float64) * 255).round().astype(np.uint8)
+    images = np.broadcast_to(values, (*values.shape[:-1], 3)).reshape(-1, *values.shape[-3:-1], 3)
+    return [Image.fromarray(image) for image in images]

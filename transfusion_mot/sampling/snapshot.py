@@ -12,11 +12,24 @@ from transformers import PreTrainedTokenizerFast
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import refuse_dangling_links
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
 
-MODEL_CARD = "README.md"
+MODEL_CARD, INDEX = "README.md", "model_index.json"
+# What diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.
+_SHIM_MODULE = "pipeline"
+_SHIM = '''\
+"""Lets diffusers' `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` find the class of this model.
+
+The package transfusion-mot must be installed.
+"""
+
+from transfusion_mot.pipeline import TransfusionPipeline
+
+__all__ = ["TransfusionPipeline"]
+'''
 
 
 class SnapshotPipeline(DiffusionPipeline):
@@ -92,17 +105,26 @@ class SnapshotPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
 
+        Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
+
         Raises:
             UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
         """
         path = pretrained_model_name_or_path
-        index = Path(path) / "model_index.json"
+        index = Path(path) / INDEX
+        kwargs.setdefault("use_safetensors", True)
         if os.path.isdir(path) and not index.is_file():
             raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
+        refuse_dangling_links(Path(path))
         try:
-            contents = json.loads(index.read_text()) if index.is_file() else {"_class_name": cls.__name__}
-            if (class_name := contents["_class_name"]) != cls.__name__:
+            contents = _with_plain_class(json.loads(index.read_text())) if index.is_file() else {}
+            if (class_name := contents.get("_class_name", cls.__name__)) != cls.__name__:
                 raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
+            if contents and "image_size" not in contents and "image_size" not in kwargs:
+                raise UserError(
+                    f"{index} has no image_size, so nobody knows at what size to paint; write it into the file, or "
+                    "give image_size=PIXELS"
+                )
             for name, part in contents.items():
                 if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
@@ -112,13 +134,25 @@ class SnapshotPipeline(DiffusionPipeline):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"no pipeline can be loaded from {path}: {reason}") from None
+        for name in ("transformer", "vae"):
+            _refuse_bad_weights(getattr(pipeline, name), f"the {name} of {path}")
         card = Path(path) / MODEL_CARD
         pipeline.model_card = card.read_text() if card.is_file() else None
         return pipeline
 
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> Any:
+        """What diffusers reads of model_index.json; this class needs no code from the folder to be found."""
+        return _with_plain_class(super()._dict_from_json_file(*args, **kwargs))
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with the model card."""
+        """As in diffusers, with the model card and what lets diffusers' generic loader find this class."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        index, shim = (Path(save_directory) / name for name in (INDEX, f"{_SHIM_MODULE}.py"))
+        contents = json.loads(index.read_text())
+        contents["_class_name"] = [_SHIM_MODULE, type(self).__name__]
+        index.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+        shim.write_text(_SHIM)
         if self.model_card is not None:
             (Path(save_directory) / MODEL_CARD).write_text(self.model_card)
 
@@ -147,3 +181,23 @@ class SnapshotPipeline(DiffusionPipeline):
     def autoencoder(self) -> Autoencoder:
         """The VAE with its normalisation of latents."""
         return Autoencoder(self.vae)
+
+
+def _with_plain_class(contents: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json with the name of the class alone, without the file that leads diffusers to it."""
+    class_name = contents.get("_class_name")
+    return {**contents, "_class_name": class_name[-1]} if isinstance(class_name, list) else contents
+
+
+def _refuse_bad_weights(model: torch.nn.Module, what: str) -> None:
+    """Refuse weights that are missing, which diffusers leaves without storage, or are not finite.
+
+    Raises:
+        UserError: Names the first of them.
+    """
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{what} has no weights for {', '.join(missing[:5])}; use a whole snapshot")
+    sums = [parameter.detach().abs().max().float() for parameter in model.parameters() if parameter.numel()]
+    if not torch.stack([value.cpu() for value in sums]).isfinite().all():
+        wrong = next(name for name, parameter in model.named_parameters() if not parameter.isfinite().all())
+        raise UserError(f"{what} has weights that are not finite, such as {wrong}; use an earlier snapshot")
