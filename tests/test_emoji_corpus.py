@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfusion_mot import files
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.emoji_corpus import STYLES, Icon, held_out_icons, main
 from transfusion_mot.data.sources.open import open_source
@@ -119,7 +120,7 @@ def test_a_tarball_is_as_good_as_a_folder_and_tags_can_be_left_out(packages):
         assert (packages / "other" / name).read_bytes() == (packages / "corpus" / name).read_bytes()
 
 
-def test_an_interrupted_run_goes_on(packages):
+def test_an_interrupted_run_goes_on(packages, monkeypatch):
     entries = draw(packages)
     folder = packages / "corpus"
     (folder / "noto" / "red-dot.png").unlink()
@@ -132,6 +133,10 @@ def test_an_interrupted_run_goes_on(packages):
     assert not list(folder.rglob("*.partial"))
     with pytest.raises(UserError, match=r"'size': 32.*'size': 48.*another --output"):
         draw(packages, size=48)
+    monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)
+    (packages / "corpus" / "corpus.json").write_text("")
+    with pytest.raises(UserError, match=r"corpus\.json' is not a file that this command wrote"):
+        draw(packages)
 
 
 def test_held_out_pairs_recombine_what_training_has_seen():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.files import check_writable_folder, claim
 
 # Icon set of the package => the style's name in captions.
 STYLES = {
@@ -153,15 +153,18 @@ def write_corpus(
     """Draw every icon that `output` does not have yet, and write metadata and licences => (style, split) to count.
 
     Raises:
-        UserError: `output` holds drawings of another size or another version of the package.
+        UserError: `output` holds drawings of another size or another version of the package, or a foreign corpus.json.
     """
     settings = {"size": size, _ICONS: _read(package / "package.json")["version"]}
-    _refuse_other_corpus(output, settings)
-    icons: list[Icon] = []
+    icons = [icon for icon_set in STYLES for icon in icons_of(package, icon_set)]
+    output.mkdir(parents=True, exist_ok=True)
+    before = claim(output / "corpus.json", settings)
+    if before != settings:
+        raise UserError(
+            f"'{output}' holds emoji drawn with {before}, and {settings} is asked for; give another --output"
+        )
     for icon_set in STYLES:
-        (output / icon_set).mkdir(parents=True, exist_ok=True)
-        icons += icons_of(package, icon_set)
-    (output / "corpus.json").write_text(json.dumps(settings) + "\n")
+        (output / icon_set).mkdir(exist_ok=True)
 
     missing = [(icon, size, output) for icon in icons if not (output / icon.file_name).exists()]
     failed = {}
@@ -193,15 +196,6 @@ def write_corpus(
     os.replace(partial, output / "metadata.jsonl")
     (output / "LICENSES").write_text(_licences(package, tags), encoding="utf-8")
     return counts
-
-
-def _refuse_other_corpus(output: Path, settings: dict[str, Any]) -> None:
-    written = output / "corpus.json"
-    before = _read(written) if written.is_file() else settings
-    if before != settings:
-        raise UserError(
-            f"'{output}' holds emoji drawn with {before}, and {settings} is asked for; give another --output"
-        )
 
 
 def _licences(package: Path, tags: Path | None) -> str:
