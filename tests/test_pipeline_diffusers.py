@@ -148,7 +148,7 @@ def test_images_may_be_arrays_and_tensors(pipeline, kind) -> None:
     ("image", "message"),
     [
         (np.zeros((4, 4, 3)) - 1, "from 0 to 1"),
-        (np.zeros((4, 4)), "shape"),
+        (np.zeros((4, 4, 2)), "shape"),
         (torch.zeros(4, 4, 3), "shape"),
         (torch.full((3, 4, 4), torch.nan), "from 0 to 1"),
         ("sun.png", "str"),

@@ -112,8 +112,9 @@ PICTURE = Image.new("RGB", (20, 10))
         ({"image": PICTURE, "strength": float("nan")}, "strength is nan"),
         ({"image": [PICTURE] * 3}, "3 pictures in image for 2 prompts"),
         ({"image": []}, "0 pictures in image for 2 prompts"),
-        ({"image": "a.png"}, "image must be a PIL image, got str"),
-        ({"image": PICTURE, "mask_image": np.zeros((10, 20))}, "mask_image must be a PIL image"),
+        ({"image": "a.png"}, "image must be PIL images, arrays or tensors, got str"),
+        ({"image": PICTURE, "mask_image": np.zeros((10, 20))}, "no white pixel"),
+        ({"image": PICTURE, "mask_image": np.zeros((10, 20, 2))}, r"mask_image has the shape \[10, 20, 2\]"),
     ],
 )
 def test_mistakes_are_named(pipeline, arguments, message) -> None:

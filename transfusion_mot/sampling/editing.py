@@ -105,8 +105,8 @@ def as_pictures(given: Pictures, what: str) -> list[Image.Image]:
     """PIL images from whatever diffusers takes for images; values become 8 bits.
 
     Args:
-        given: PIL images; arrays [H, W, C] or [B, H, W, C], tensors [C, H, W] or [B, C, H, W] of 1 or 3 channels, in
-            [0, 1] or, if their type is `uint8`, from 0 to 255; one, or a sequence of them.
+        given: PIL images; arrays [H, W], [H, W, C] or [B, H, W, C]; tensors [H, W], [C, H, W] or [B, C, H, W]; of 1 or
+            3 channels, in [0, 1] or, if their type is `uint8`, from 0 to 255; one, or a sequence of them.
         what: What they are called in messages.
 
     Raises:
@@ -126,6 +126,7 @@ def _pictures_of(given: Tensor | NDArray[np.generic], what: str) -> list[Image.I
     if isinstance(values, Tensor):
         values = values if values.dtype == torch.uint8 else values.float()
         values = np.moveaxis(values.detach().cpu().numpy(), -3, -1) if values.ndim > 2 else values.numpy()
+    values = values[..., None] if values.ndim == 2 else values
     if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3):
         order = "[C, H, W] or [B, C, H, W]" if isinstance(given, Tensor) else "[H, W, C] or [B, H, W, C]"
         raise UserError(f"{what} has the shape {list(given.shape)}; it must be {order}, with 1 or 3 channels C")
