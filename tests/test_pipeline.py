@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from test_sampling import tiny_model, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -316,6 +324,52 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="no pipeline can be loaded from a/b/c"):
         TransfusionPipeline.from_pretrained("a/b/c")
+
+
+@pytest.mark.parametrize(
+    "scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, FlowMatchHeunDiscreteScheduler]
+)
+def test_the_idiom_of_diffusers_paints_the_same_image(scheduler_class, fine_image):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    image = pipeline("sun", num_inference_steps=40, generator=seeds(1), output_type="latent").images
+    assert (image - fine_image).abs().mean() < 0.1 * fine_image.abs().mean()
+
+
+def test_a_scheduler_that_does_not_fit_is_refused_and_the_old_one_stays(pipeline):
+    before = pipeline.scheduler
+    with pytest.raises(UserError, match="'EulerDiscreteScheduler' does not fit a model trained with flow"):
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(before.config)
+    assert pipeline.scheduler is before
+    assert pipeline.config["scheduler"] == ("diffusers", "FlowMatchEulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_snapshot_knows_what_it_was_trained_for(older, tmp_path):
+    """Also if it samples with another class, and one from before this was saved by its scheduler."""
+    parts = {
+        **tiny_pipeline().components,
+        "scheduler": make_scheduler("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    }
+    pipeline = TransfusionPipeline(**parts, image_size=IMAGE_SIZE)
+    pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, "UniPCMultistepScheduler")
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    trained_for = {"prediction_type": "flow", "num_train_timesteps": 1000, "shift": 3.0}
+    assert index["trained_for"] == trained_for
+    if older:
+        del index["trained_for"]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for given in (
+        {},
+        {"scheduler": DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=3.0)},
+    ):
+        loaded = TransfusionPipeline.from_pretrained(tmp_path, **given)
+        assert loaded.config["trained_for"] == trained_for
+        assert loaded.scheduler.config.use_flow_sigmas
+        assert loaded.scheduler.config.flow_shift == 3.0
+    with pytest.raises(UserError, match="'DDIMScheduler' does not fit"):
+        TransfusionPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler())
 
 
 def test_other_scheduler_objects_are_taken_over_by_assignment(pipeline):

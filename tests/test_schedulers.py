@@ -1,6 +1,7 @@
 """Every scheduler that is offered, with every argument that is taken, in any number of steps; others are refused."""
 
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -31,6 +32,7 @@ from transfusion_mot.schedulers import (
     trained_for,
 )
 
+ROOT = Path(__file__).parents[1]
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 TRAINED = [
     (FLOW, {"shift": 3.0}),
@@ -250,3 +252,10 @@ def test_what_the_user_asks_for_stays() -> None:
 def test_a_scheduler_that_cannot_be_put_right_is_refused(careless, message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit_scheduler(careless(make_scheduler(FLOW, {"shift": 3.0}).config), FLOW_3)
+
+
+def test_the_scheduler_of_the_shipped_model_stays_as_it_is() -> None:
+    """It was saved before pipelines said what they were trained for."""
+    shipped = FlowMatchEulerDiscreteScheduler.from_pretrained(ROOT / "checkpoints" / "emoji" / "scheduler")
+    assert fit_scheduler(shipped, trained_for(shipped)) is shipped
+    assert trained_for(shipped)["shift"] == 2.0

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
+from transfusion_mot import schedulers
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
@@ -38,8 +39,8 @@ class SnapshotPipeline(DiffusionPipeline):
     Args:
         transformer: The model.
         vae: Autoencoder of the latents it was trained on.
-        scheduler: diffusers scheduler that reverses the noise schedule it was trained with; another one that fits comes
-            from `transfusion_mot.diffusion.make_sampling_scheduler`.
+        scheduler: diffusers scheduler that samples. Another one may be assigned later, as of
+            `X.from_config(pipeline.scheduler.config)`: it is adapted to what the model was trained for, or refused.
         tokenizer: Its tokenizer, `TextTokenizer.hf`.
         image_size: Height and width in pixels of the images it was trained on, if there are no `image_sizes`.
         max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
@@ -47,6 +48,8 @@ class SnapshotPipeline(DiffusionPipeline):
         guidance_scale: Classifier-free guidance if a call names none; 1 is off.
         image_sizes: All sizes of images that it was trained on, `{"trained": [[height, width], ...], "fit": "crop"}`;
             see `ImageSizes`. (A list would be taken for a component by diffusers.)
+        trained_for: Prediction type and noise schedule of training, from `transfusion_mot.schedulers.trained_for`; None
+            takes those of `scheduler`.
 
     Attributes:
         sizes: Of images.
@@ -70,8 +73,11 @@ class SnapshotPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
         image_sizes: dict[str, Any] | None = None,
+        trained_for: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        # Before the scheduler, which must fit it.
+        self.register_to_config(trained_for=trained_for or schedulers.trained_for(scheduler))
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(
             image_size=image_size,
@@ -87,6 +93,11 @@ class SnapshotPipeline(DiffusionPipeline):
         self._check_components()
         patch_pixels = self.autoencoder.downsampling * self.transformer.architecture.patch_size
         self.sizes = ImageSizes(patch_pixels, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"}))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            value = schedulers.fit_scheduler(value, self.config.trained_for)
+        super().__setattr__(name, value)
 
     def _check_components(self) -> None:
         model = self.transformer.config
@@ -128,7 +139,12 @@ class SnapshotPipeline(DiffusionPipeline):
             for name, part in contents.items():
                 if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
+            # What an older snapshot was trained for is known by its own scheduler alone.
+            own = "trained_for" in {**contents, **kwargs}
+            later = {} if own else {key: kwargs.pop(key) for key in ("scheduler",) if key in kwargs}
             pipeline = super().from_pretrained(path, **kwargs)
+            if later:
+                pipeline.scheduler = later["scheduler"]
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
