@@ -30,6 +30,7 @@ from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.models.attention import attention_kernel
+from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -54,7 +55,7 @@ from transfusion_mot.training.state import (
     refuse_other_tokenizer,
     state_tensors,
 )
-from transfusion_mot.training.step import StepResult, seed_step, train_step
+from transfusion_mot.training.step import StepResult, num_shapes, seed_step, train_step
 from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.towers import check_towers, freeze_towers
 from transfusion_mot.training.validation import Validation
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
     check_towers(config)
+    allow_shapes(num_shapes(config, accelerator.num_processes))
     plainly = why_not_recorded(accelerator.device.type, accelerator.num_processes)
     records = training.cuda_graph and plainly is None
     if training.cuda_graph and plainly is not None:

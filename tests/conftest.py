@@ -27,7 +27,11 @@ from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
+from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.transfusion import TransfusionMoT
+
+# The tests of a process compile as many models as many runs do.
+allow_shapes(1000)
 
 
 @pytest.hookimpl(wrapper=True)

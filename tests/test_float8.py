@@ -199,7 +199,6 @@ def test_selective_checkpointing_of_compiled_blocks_computes_no_8_bit_product_tw
         model = tiny_model(tiny_config(num_layers=3), dtype=torch.float32)
         convert_to_float8(model)
         model.checkpoint_activations(checkpointing)
-        torch._dynamo.reset()
         counters.clear()
         for block in model.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)

@@ -27,13 +27,12 @@ LAYOUTS = {4096: (2048, 128), 256: (64, 12), 200: (72, 8), 100: (52, 3), 24: (8,
 
 
 @pytest.fixture(autouse=True)
-def exact_and_freshly_compiled():
-    """No TF32; and no compiled code of other shapes, of which dynamo keeps a limited number."""
+def exact():
+    """No TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    torch._dynamo.reset()
     yield
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.set_float32_matmul_precision(before)

@@ -148,7 +148,6 @@ def kept_by_compiler(
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table(),
     )
-    torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         block = mot.MoTBlock(config)
         block.checkpointing = checkpointing

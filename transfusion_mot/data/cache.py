@@ -24,6 +24,7 @@ from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.data.sources.base import Split, TextDocuments, counted
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.models.compilation import allow_shapes
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     accelerator = Accelerator(
         mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))]
     )
+    # The encoder is compiled for the images of each bucket.
+    allow_shapes(len(data.image_sizes))
     autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
     check_image_sizes(data, autoencoder, config.model.patch_size)
     lines = []

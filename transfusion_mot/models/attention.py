@@ -141,9 +141,10 @@ def _attending_blocks(
 
 
 # One kernel counts the pairs of each block and stores none of them; eager, all pairs of slots would lie in memory.
-_compiled_attending_blocks = torch.compile(_attending_blocks, dynamic=False)
+# Whole or not at all, as beyond the shapes that `allow_shapes` allows they would run eagerly without a word.
+_compiled_attending_blocks = torch.compile(_attending_blocks, dynamic=False, fullgraph=True)
 # Outside of a compiled block, eager flex attention would materialise all scores; inside, this is a no-op.
-_flex_attention = torch.compile(flex_attention, dynamic=False)
+_flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def block_mask(slots: SlotIds) -> BlockMask:

@@ -14,6 +14,7 @@ from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
 from transfusion_mot.training.validation import Validation
@@ -107,6 +108,8 @@ def diffusion_metrics(
     # image before it, so it needs no clean copy of one, for which the row would have no slot either.
     data = replace(config.data, images_per_row=1, image_context="noised")
     config = replace(config, training=training, data=data)
+    # Attention is compiled for the rows of each bucket.
+    allow_shapes(len(data.image_sizes))
     diffusion = Diffusion.from_config(config.diffusion)
     encoder = OnlineEncoder(pipeline.autoencoder, config.autoencoder.batch_size)
     tokenizer = pipeline.text_tokenizer

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses
@@ -100,6 +101,19 @@ def seed_step(seed: int, step: int, process_index: int) -> None:
     Only generators on the host are set, from which each kernel takes its seed; a CUDA graph does so at each replay.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1, np.uint64)[0]))
+
+
+def num_shapes(config: RunConfig, num_processes: int) -> int:
+    """At least as many as the forms of input that a function which is compiled by shape meets in a run.
+
+    Rows come in microbatches, of which the last may be smaller, alone where the guards look for one, and as many at a
+    time as validation takes; images in the sizes of the buckets. Inputs of a function have no gradient in validation,
+    or, where a tower is frozen, in the first block alone.
+    """
+    own = config.training.num_rows // num_processes
+    at_once = config.training.microbatch_rows or own
+    rows = min(at_once, own)
+    return 3 * len({at_once, rows, own % rows or rows, 1}) * len(config.data.image_sizes)
 
 
 def train_step(
