@@ -223,7 +223,6 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
     settings = writing_settings(arguments) | {
         "num_inference_steps": painting["num_inference_steps"],
         "guidance_scale": painting["guidance_scale"],
-        "image_guidance_scale": arguments.image_guidance_scale,
         "max_images": arguments.max_images,
     }
     before = [open_picture(arguments.image)] if arguments.image else []

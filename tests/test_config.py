@@ -237,3 +237,9 @@ def test_help_explains_every_key(config_class, capsys) -> None:
     for name in leaves(config_class(), ""):
         assert f"--{name}" in shown, name
         assert name.split(".")[-1] in shown
+
+
+def test_guidance_away_from_what_is_never_trained_is_refused() -> None:
+    message = refusal("data.prompt_dropout_prob=0", "diffusion.guidance_scale=2")
+    assert "set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0" in message
+    parse("data.prompt_dropout_prob=0", "diffusion.guidance_scale=1")

@@ -278,8 +278,10 @@ def test_text_is_continued(pipeline):
         (lambda p: p.interleave("sun"), "must be a list of texts and images, got str"),
         (lambda p: p.interleave([3]), "texts and PIL images, got int"),
         (lambda p: p.interleave(["sun"], max_images=-1), "max_images is -1"),
-        (lambda p: p.interleave(["sun"], image_guidance_scale=float("nan")), "image_guidance_scale is nan"),
+        (lambda p: p.interleave(["sun"], guidance_scale=float("nan")), "guidance_scale is nan"),
         (lambda p: p.interleave(["octopus " * 9]), r"has \d+ tokens"),
+        (lambda p: p.interleave(["sun"] * 40), r"the document has \d+ tokens in all; .* at most 8: shorten it"),
+        (lambda p: p.interleave([Image.new("RGB", (8, 8))] * 6), "the document has 10 tokens in all"),
     ],
 )
 def test_mistakes_in_a_call_are_named(pipeline, call, message):

@@ -86,6 +86,12 @@ def check_ranges(config: Any) -> None:
     ):
         if (given := value(key)) is not None and not given > 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
+    if value("data.prompt_dropout_prob") == 0 and value("diffusion.guidance_scale") not in (None, 1):
+        raise UserError(
+            f"configuration: diffusion.guidance_scale is {config.diffusion.guidance_scale} and "
+            "data.prompt_dropout_prob is 0, so that the model never sees what guidance leads away from, images without "
+            "their prompts; set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0"
+        )
     if value("data.has_copies") and config.data.images_per_row < 2:
         raise UserError(
             f"configuration: data.images_per_row is {config.data.images_per_row}; with data.image_context=clean it "

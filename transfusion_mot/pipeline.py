@@ -10,6 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError, refuse_surrogates
@@ -66,6 +67,19 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 raise UserError(
                     f"the prompt '{shown}' has {length} tokens; the model was trained on at most {limit}: shorten it"
                 )
+
+    def _check_document(self, document: Sequence[str | Image.Image]) -> None:
+        """Refuse a document that is longer than a row of training: the sum of its texts, which are read as one."""
+        parts = join_texts(document)
+        texts = [part for part in parts if isinstance(part, str)]
+        # Each image stands between BOI and EOI; beside the longest prompt there is room for those of one.
+        delimiters = 2 * max(0, len(parts) - len(texts) - 1)
+        length = delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
+        limit = self.config.max_prompt_tokens
+        if limit is not None and length > limit:
+            raise UserError(
+                f"the document has {length} tokens in all; the model was trained on at most {limit}: shorten it"
+            )
 
     def sampling_settings(self, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
         """What a call with these arguments uses: None is replaced by the pipeline's own.
@@ -275,7 +289,6 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         max_new_tokens: int = 64,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        image_guidance_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         temperature: float = 0.0,
@@ -289,8 +302,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             max_images: Most images painted.
             max_new_tokens: Most tokens written, in all texts together.
             num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
-            guidance_scale: How much a painting follows the text before it, 1 is plainly; None is the pipeline's own.
-            image_guidance_scale: How much it follows the images before it, 1 is plainly; another one costs half more.
+            guidance_scale: How much a painting follows what is before it, 1 is plainly; None is the pipeline's own. It
+                is led away from an image without any context, which training shows as images without their prompts.
             height, width: Of all images of the document, as for painting; None is that of the first picture.
             temperature, top_p: As for `caption`.
             generator: Of all that is drawn.
@@ -299,7 +312,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             What follows, in reading order.
 
         Raises:
-            UserError: An argument is out of its range, or a picture cannot be used.
+            UserError: An argument is out of its range, a picture cannot be used, or the document is longer than any in
+                training.
         """
         if not isinstance(document, list):
             raise UserError(f"a document must be a list of texts and images, got {type(document).__name__}")
@@ -310,9 +324,10 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 raise UserError(f"a document is made of texts and PIL images, got {type(item).__name__}")
         if texts := [item for item in document if isinstance(item, str)]:
             self.check_prompts(texts)
+        self._check_document(document)
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         decoding = Decoding(max_new_tokens, temperature, top_p)
-        guidance = Guidance(scale, image_guidance_scale)
+        guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
         given = [item if isinstance(item, str) else self._encode([item], size)[0] for item in document]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what the model predicts without the prompt, and without the images before it.
+"""Classifier-free guidance: away from what the model predicts without a prompt.
 
 Shapes: B images, C latent channels, Y and X latent height and width.
 """
@@ -17,9 +17,7 @@ class Guidance:
     """How the predictions with and without context become one; it acts on all channels.
 
     Attributes:
-        scale: Of the text: uncond + scale * (cond - uncond) (Ho & Salimans, arXiv 2207.12598); 1 is off.
-        image_scale: Of the images before the one that is painted, against a document without them (InstructPix2Pix,
-            arXiv 2211.09800, equation 3); 1 is off.
+        scale: uncond + scale * (cond - uncond) (Ho & Salimans, arXiv 2207.12598); 1 is off.
         interval: Lowest and highest timestep of guidance (Kynkäänniemi et al., arXiv 2404.07724); outside of it only
             the conditional forward is run.
         rescale: Share of the result that is brought to the standard deviation of the conditional prediction (Lin et
@@ -31,15 +29,13 @@ class Guidance:
     """
 
     scale: float = 1.0
-    image_scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     renorm: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("guidance_scale", self.scale), ("image_guidance_scale", self.image_scale)):
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value}; it must be a finite number, 1 for no guidance")
+        if not math.isfinite(self.scale):
+            raise UserError(f"guidance_scale is {self.scale}; it must be a finite number, 1 for no guidance")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(
                 f"guidance_interval is {self.interval}; it must be the lowest and the highest timestep with guidance, "
@@ -50,9 +46,7 @@ class Guidance:
 
     @property
     def branches(self) -> int:
-        """Predictions it needs: with the whole context, with its images alone, without any."""
-        if self.image_scale != 1:
-            return 3
+        """Predictions it needs: with the context, and without any."""
         return 2 if self.scale != 1 else 1
 
     def at(self, timestep: float) -> bool:
@@ -61,9 +55,8 @@ class Guidance:
 
     def combine(self, predictions: Sequence[Tensor]) -> Tensor:
         """The predictions of `branches`, each [B, C, Y, X], in its order => the guided one."""
-        whole, images = predictions[0], predictions[1]
-        nothing = predictions[2] if len(predictions) == 3 else images
-        guided = nothing + self.image_scale * (images - nothing) + self.scale * (whole - images)
+        whole, nothing = predictions
+        guided = nothing + self.scale * (whole - nothing)
         if self.rescale:
             deviations = [part.flatten(1).std(dim=1)[:, None, None, None] for part in (whole, guided)]
             guided = guided * (1 - self.rescale + self.rescale * deviations[0] / deviations[1])

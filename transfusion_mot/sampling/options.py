@@ -99,13 +99,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
     add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
-    add(
-        "--image-guidance-scale",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="--task auto: how strongly to follow the pictures that come before, 1 is off (default: 1)",
-    )
     arguments = parser.parse_intermixed_args()
     arguments.task = arguments.task or ("caption" if arguments.caption else "image")
     if arguments.output is None and arguments.task in ("image", "auto"):

@@ -52,7 +52,8 @@ class Sampler:
     | `text` | text until `EOS`; behind an image that is its caption |
     | `auto` | text until `EOS` or `BOI`, as the model decides; behind `BOI` an image, `EOI`, and text again |
 
-    For guidance, a document has rows of its own without its text, and without anything.
+    For guidance, a document has a second row, in which its next image stands alone, behind no text or the negative one:
+    the only context that training drops to, whatever is before an image.
 
     Args:
         model, tokenizer: Of the pipeline.
@@ -108,12 +109,8 @@ class Sampler:
             return len(part) if isinstance(part, list) else math.prod(part.shape[1:]) // patch_size**2
 
         rows = [laid_out(tokenizer, document.given) for document in documents]
-        if self.branches > 1:
-            rows += [
-                laid_out(tokenizer, [document.negative, *(item for item in document.given if isinstance(item, Tensor))])
-                for document in documents
-            ]
-        longest = max(sum(map(slots, row)) for row in rows)
+        alone = [laid_out(tokenizer, [document.negative]) for document in documents] if self.branches > 1 else []
+        longest = max(sum(map(slots, row)) for row in (*rows, *alone))
         # Each image comes with BOI and EOI.
         capacity = longest + max_new_tokens + max_images * (math.prod(latent_shape[1:]) // patch_size**2 + 2)
         self.session = Session(model, workspace, count * self.branches, capacity, device)
@@ -159,7 +156,7 @@ class Sampler:
         """Paint an image in each of these documents."""
         session, count = self.session, len(self.documents)
         branches = [[branch * count + row for row in rows] for branch in range(self.branches)]
-        for row in branches[2] if self.branches > 2 else []:
+        for row in (row for branch in branches[1:] for row in branch):
             session.clear(row)
             session.feed(row, *laid_out(self.tokenizer, [self.documents[row % count].negative]))
         every_row = [row for branch in branches for row in branch]
@@ -172,9 +169,8 @@ class Sampler:
             self.documents[row].added.append(image)
             self._images_left[row] -= 1
         if self.task == "auto":
-            for branch in branches[:2]:
-                for row, image in zip(branch, latents, strict=True):
-                    session.feed(row, image, [self.tokenizer.eoi_id])
+            for row, image in zip(rows, latents, strict=True):
+                session.feed(row, image, [self.tokenizer.eoi_id])
 
     def _predict(self, branches: list[list[int]]) -> Predict:
         """The guided prediction for the next image of the first branch's rows."""
