@@ -1,5 +1,6 @@
 """The pipeline by the idioms of diffusers: its generic loader, callbacks, images as tensors, and damaged folders."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -162,6 +163,12 @@ def test_what_is_no_image_is_refused(pipeline, image, message) -> None:
 # --- Damaged folders. ---
 
 
+LOADERS = (
+    TransfusionPipeline.from_pretrained,
+    functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True),
+)
+
+
 def changed(file: Path, change) -> None:
     weights = load_file(file)
     change(weights)
@@ -176,17 +183,25 @@ def test_missing_and_infinite_weights_are_named(copied, part) -> None:
     with pytest.raises(UserError, match=f"{part} of .*not finite, such as {name}"):
         TransfusionPipeline.from_pretrained(copied)
     changed(file, lambda weights: weights.pop(name))
-    with pytest.raises(UserError, match=name):
-        TransfusionPipeline.from_pretrained(copied)
+    for load in LOADERS:
+        with pytest.raises(UserError, match=name):
+            load(copied)
 
 
 def test_an_index_without_a_size_is_refused(copied) -> None:
     index = json.loads((copied / "model_index.json").read_text())
     del index["image_size"]
     (copied / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="has no image_size"):
+    for load in LOADERS:
+        with pytest.raises(UserError, match="there is no image_size"):
+            load(copied)
+        assert load(copied, image_size=IMAGE_SIZE).config.image_size == IMAGE_SIZE
+
+
+def test_an_index_that_is_none_is_refused(copied) -> None:
+    (copied / "model_index.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds no index of a pipeline"):
         TransfusionPipeline.from_pretrained(copied)
-    assert TransfusionPipeline.from_pretrained(copied, image_size=IMAGE_SIZE).config.image_size == IMAGE_SIZE
 
 
 def test_a_pickle_is_not_read_in_place_of_missing_weights(pipeline, copied) -> None:

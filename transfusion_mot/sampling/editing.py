@@ -1,7 +1,7 @@
 """Pictures to begin with: variations of an image, and painting in a part of it, without training for either."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from transfusion_mot.diffusion import Edit
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 
-Picture = Image.Image | NDArray[np.generic] | Tensor
+Picture = Image.Image | NDArray[Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
 
@@ -121,7 +121,7 @@ def as_pictures(given: Pictures, what: str) -> list[Image.Image]:
     return [picture for part in given for picture in as_pictures(part, what)]
 
 
-def _pictures_of(given: Tensor | NDArray[np.generic], what: str) -> list[Image.Image]:
+def _pictures_of(given: Tensor | NDArray[Any], what: str) -> list[Image.Image]:
     values = given
     if isinstance(values, Tensor):
         values = values if values.dtype == torch.uint8 else values.float()

@@ -68,7 +68,7 @@ class SnapshotPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
         tokenizer: PreTrainedTokenizerFast,
-        image_size: int = 64,
+        image_size: int | None = None,
         max_prompt_tokens: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
@@ -101,6 +101,14 @@ class SnapshotPipeline(DiffusionPipeline):
 
     def _check_components(self) -> None:
         model = self.transformer.config
+        # Here, as diffusers' generic loader passes nothing else of ours. The transformer looks for its own weights.
+        if missing := [name for name, parameter in self.vae.named_parameters() if parameter.is_meta]:
+            raise UserError(f"the vae has no weights for {', '.join(missing[:5])}; use a whole snapshot")
+        if self.config.image_size is None:
+            raise UserError(
+                f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
+                "snapshot, or give image_size=PIXELS"
+            )
         if self.autoencoder.latent_channels != model.latent_channels:
             raise UserError(
                 f"the vae has {self.autoencoder.latent_channels} latent channels and the transformer was trained on "
@@ -128,14 +136,12 @@ class SnapshotPipeline(DiffusionPipeline):
             raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
         refuse_dangling_links(Path(path))
         try:
-            contents = _with_plain_class(json.loads(index.read_text())) if index.is_file() else {}
+            contents = json.loads(index.read_text()) if index.is_file() else {}
+            if not isinstance(contents, dict):
+                raise UserError(f"{index} holds no index of a pipeline; give a whole snapshot")
+            contents = _with_plain_class(contents)
             if (class_name := contents.get("_class_name", cls.__name__)) != cls.__name__:
                 raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
-            if contents and "image_size" not in contents and "image_size" not in kwargs:
-                raise UserError(
-                    f"{index} has no image_size, so nobody knows at what size to paint; write it into the file, or "
-                    "give image_size=PIXELS"
-                )
             for name, part in contents.items():
                 if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
@@ -206,13 +212,11 @@ def _with_plain_class(contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_bad_weights(model: torch.nn.Module, what: str) -> None:
-    """Refuse weights that are missing, which diffusers leaves without storage, or are not finite.
+    """Refuse weights that are not finite.
 
     Raises:
         UserError: Names the first of them.
     """
-    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise UserError(f"{what} has no weights for {', '.join(missing[:5])}; use a whole snapshot")
     sums = [parameter.detach().abs().max().float() for parameter in model.parameters() if parameter.numel()]
     if not torch.stack([value.cpu() for value in sums]).isfinite().all():
         wrong = next(name for name, parameter in model.named_parameters() if not parameter.isfinite().all())
