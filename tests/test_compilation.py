@@ -19,21 +19,20 @@ from transfusion_mot.training.metrics import read_metrics
 BUCKETS = [[8, 40], [8, 24], [16, 16], [16, 8], [48, 8]]
 
 
-@pytest.fixture
-def flat_and_upright_pictures(tmp_path: Path) -> Path:
-    """Two pictures of the proportions of each bucket."""
-    folder = tmp_path / "pictures"
+def write_flat_and_upright(folder: Path, number: int) -> Path:
+    """Pictures in the proportions of one bucket after the other."""
     folder.mkdir()
     lines = []
-    for number, (height, width) in enumerate([*BUCKETS, *BUCKETS]):
-        (folder / f"{number}.png").write_bytes(picture(number, size=(width, height)))
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}))
+    for index in range(number):
+        height, width = BUCKETS[index % len(BUCKETS)]
+        (folder / f"{index}.png").write_bytes(picture(index, size=(width, height)))
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
 def test_a_run_compiles_its_blocks_for_all_buckets_and_microbatches(
-    arguments, tmp_path: Path, flat_and_upright_pictures: Path, monkeypatch: pytest.MonkeyPatch
+    arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five buckets in microbatches of two rows and of one are ten shapes, where PyTorch allows eight."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -51,7 +50,7 @@ def test_a_run_compiles_its_blocks_for_all_buckets_and_microbatches(
     monkeypatch.setattr(train, "wrap", compiled)
     run = arguments(
         data={
-            "sources": [{"kind": "imagefolder", "path": str(flat_and_upright_pictures)}],
+            "sources": [{"kind": "imagefolder", "path": str(write_flat_and_upright(tmp_path / "pictures", 10))}],
             "buckets": BUCKETS,
             "held_out_fraction": 0.0,
         },
