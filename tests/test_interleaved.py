@@ -215,7 +215,7 @@ def test_neighbouring_texts_are_joined_as_one_text(byte_tokenizer) -> None:
     assert piece[0] == [bos, *before, boi, "image 0", eoi, *behind, eos]
     image = torch.zeros(4, 2, 2)
     given = laid_out(byte_tokenizer, [image if isinstance(item, int) else item for item in document])
-    assert given == [[bos], before, [boi], image, [eoi], behind]
+    assert given == [[bos, *before, boi], image, [eoi, *behind]]
 
 
 def test_texts_are_joined_before_they_are_encoded() -> None:

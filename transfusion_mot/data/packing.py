@@ -16,6 +16,7 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch, Rows
 from transfusion_mot.data.documents import Document, DocumentReader, ImageSegment, Piece
 from transfusion_mot.data.lanes import LaneArray, LaneState, Waiting
+from transfusion_mot.data.layout import TextRun, lay_out
 from transfusion_mot.data.mixture import Pool, Sources, counter
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
 from transfusion_mot.data.tokenizer import TextTokenizer
@@ -312,33 +313,28 @@ class _Row:
 
     def add(self, piece: Piece, source: int) -> None:
         """Place a piece of a document of a source."""
-        arrays, tokenizer = self.arrays, self.arrays.packer.tokenizer
+        arrays = self.arrays
         positions = PositionCounter(arrays.packer.rope)
-        run: list[int] = []
-        for segment in piece.segments:
-            if not isinstance(segment, ImageSegment):
-                run = run + segment if run else segment
-                continue
-            # The input BOI has no label: what follows it is an image (Transfusion, footnote 8).
-            self._add_run([*run, tokenizer.boi_id], IGNORE_INDEX, positions, source)
-            self.images.append((source, segment, self.image_slots_used))
-            order, rope_positions = positions.image(arrays.patch_rows, arrays.patch_columns)
-            self._add_patches(order, rope_positions, source)
-            if segment.copied:
-                # Read behind the image, so that the image does not see it, and in its place for all else.
+        # Those of the image slot before, which its copy has, too.
+        rope_positions: NDArray[np.int64] | None = None
+        for part in lay_out(piece.segments, arrays.packer.tokenizer, piece.next_token):
+            if isinstance(part, TextRun):
+                self._add_run(part, positions, source)
+            elif part.is_copy:
+                assert rope_positions is not None
                 self._add_patches(positions.take_order(arrays.patches), rope_positions, source)
-            run = [tokenizer.eoi_id]
-        self._add_run(run, piece.next_token, positions, source)
+            else:
+                self.images.append((source, part.image, self.image_slots_used))
+                order, rope_positions = positions.image(arrays.patch_rows, arrays.patch_columns)
+                self._add_patches(order, rope_positions, source)
         self.documents += 1
 
-    def _add_run(self, tokens: list[int], next_token: int, positions: PositionCounter, source: int) -> None:
-        """Place tokens that follow each other, and the label of the last."""
-        arrays, end = self.arrays, self.text_used + len(tokens)
+    def _add_run(self, run: TextRun, positions: PositionCounter, source: int) -> None:
+        """Place tokens that follow each other, with their labels."""
+        arrays, end = self.arrays, self.text_used + len(run.ids)
         where = self.row, slice(self.text_used, end)
-        arrays.text_ids[where] = tokens
-        arrays.text_labels[self.row, self.text_used : end - 1] = arrays.text_ids[self.row, self.text_used + 1 : end]
-        arrays.text_labels[self.row, end - 1] = next_token
-        arrays.order[where], arrays.rope_positions[where] = positions.text(len(tokens))
+        arrays.text_ids[where], arrays.text_labels[where] = run.ids, run.labels
+        arrays.order[where], arrays.rope_positions[where] = positions.text(len(run.ids))
         arrays.document_ids[where] = self.documents
         arrays.source_ids[where] = source
         self.text_used = end

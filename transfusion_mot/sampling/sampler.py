@@ -6,12 +6,13 @@ Shapes: B images, C latent channels, Y and X latent height and width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion_mot.data.documents import join_texts
+from transfusion_mot.data.layout import TextRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance
@@ -38,6 +39,13 @@ class Document:
     given: list[str | Tensor]
     negative: str = ""
     added: list[str | Tensor] = field(default_factory=list)
+
+
+class _Given(NamedTuple):
+    """The latents [C, Y, X] of an image that is read clean, so that it needs no copy."""
+
+    latents: Tensor
+    copied: bool = False
 
 
 class Sampler:
@@ -189,14 +197,10 @@ class Sampler:
 
 
 def laid_out(tokenizer: TextTokenizer, items: Sequence[str | Tensor]) -> list[Segment]:
-    """Texts and latents => segments as in training, `BOS text BOI` image `EOI text ...`, without the end."""
-    segments: list[Segment] = [[tokenizer.bos_id]]
-    for item in join_texts(items):
-        if isinstance(item, str):
-            segments.append(tokenizer.encode(item))
-        else:
-            segments += [[tokenizer.boi_id], item, [tokenizer.eoi_id]]
-    return segments
+    """Texts and latents => segments as in training, without the end of the document."""
+    given = [_Given(item) if isinstance(item, Tensor) else tokenizer.encode(item) for item in join_texts(items)]
+    parts = lay_out([[tokenizer.bos_id], *given], tokenizer)
+    return [part.ids if isinstance(part, TextRun) else part.image.latents for part in parts]
 
 
 def forbidden_tokens(tokenizer: TextTokenizer, may_paint: Sequence[bool]) -> Tensor:
