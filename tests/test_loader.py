@@ -9,6 +9,7 @@ import torch
 from conftest import numbered_images, sources_of, texts_of
 
 from transfusion_mot.config import DataConfig
+from transfusion_mot.data import loader
 from transfusion_mot.data.batch import Batch, PackedRows, Rows
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.packing import Packer
@@ -80,9 +81,22 @@ def test_states_are_those_of_the_step_just_taken_not_of_what_was_prepared(packer
         assert torch.equal(loader.states, saved[step])
 
 
-@pytest.mark.parametrize(("world_size", "asked", "used"), [(1, 3, 2), (1, 8, 4), (2, 3, 2), (4, 2, 1), (1, 0, 0)])
-def test_workers_divide_the_rows(packer, world_size: int, asked: int, used: int) -> None:
+@pytest.mark.parametrize(("world_size", "asked", "used"), [(1, 3, 3), (1, 8, 4), (2, 3, 2), (4, 2, 1), (1, 0, 0)])
+def test_every_worker_has_a_row(packer, world_size: int, asked: int, used: int) -> None:
     assert LaneLoader(packer, 0, world_size, asked, None, 0, 1, CPU).num_workers == used
+
+
+def test_workers_with_more_rows_than_others_stay_in_step(packer, monkeypatch) -> None:
+    """Three workers for four rows, which by themselves would send a different number of steps at a time."""
+    alone, alone_states, _ = steps_of(packer, 1, 0)
+    row = packer.rows([0], 0, packer.initial_state()[None])[0].nbytes
+    # As many bytes as a step of two rows, and more than one of one row.
+    monkeypatch.setattr(loader, "_BYTES_AT_A_TIME", 2 * row)
+    batches, states, _ = steps_of(packer, 1, 3)
+    assert len(batches) == NUM_STEPS
+    for step in range(NUM_STEPS):
+        assert_equal(batches[step], alone[step])
+        assert torch.equal(states[step], alone_states[step])
 
 
 def test_what_the_loader_gives_is_what_was_packed(packer) -> None:

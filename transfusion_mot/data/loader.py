@@ -62,17 +62,17 @@ class _LaneRows(IterableDataset[_Chunk]):
 
     def __iter__(self) -> Iterator[_Chunk]:
         worker = get_worker_info()
-        share = len(self.lanes) // (worker.num_workers if worker else 1)
-        start = share * (worker.id if worker else 0)
-        lanes = self.lanes[start : start + share]
-        states = self.states[start : start + share].numpy()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = slice(number * len(self.lanes) // workers, (number + 1) * len(self.lanes) // workers)
+        lanes, states = self.lanes[mine], self.states[mine].numpy()
+        most_lanes = -(-len(self.lanes) // workers)
         step, error = self.first_step, None
         while step < self.num_steps and error is None:
             rows: list[Rows] = []
             behind: list[NDArray[np.int64]] = []
             counts: list[Counter[str]] = []
             size = 0
-            # Of the same steps all workers have as many bytes: they stay in step.
+            # Counted as if all workers had as many lanes: they stay in step.
             while step < self.num_steps and size < _BYTES_AT_A_TIME and len(rows) < _STEPS_AT_A_TIME:
                 try:
                     made, states, counted = self.packer.rows(lanes, step, states)
@@ -82,7 +82,7 @@ class _LaneRows(IterableDataset[_Chunk]):
                 rows.append(made)
                 behind.append(states)
                 counts.append(counted)
-                size += made.nbytes
+                size += made.nbytes // len(lanes) * most_lanes
                 step += 1
             yield _Chunk(PackedRows.pack(rows), behind, counts, error)
 
@@ -97,7 +97,7 @@ class LaneLoader:
     Args:
         packer: Builds rows.
         rank, world_size: This process and their number; ranks own consecutive blocks of lanes.
-        num_workers: At most this many worker processes; lowered to a divisor of the rank's rows.
+        num_workers: At most this many worker processes, each with one row or more.
         states: Of all lanes [num_lanes, n], or None to begin.
         first_step: The step to begin with.
         num_steps: The step to end before.
@@ -127,7 +127,7 @@ class LaneLoader:
         self.seconds_waited = 0.0
         self.num_steps = num_steps
         self.first_step = first_step
-        self.num_workers = max((n for n in range(1, num_workers + 1) if rows % n == 0), default=0)
+        self.num_workers = min(num_workers, rows)
         self._loader = DataLoader(
             _LaneRows(packer, self.lanes, self.states, first_step, num_steps),
             batch_size=None,
