@@ -184,6 +184,7 @@ class ArrayImages:
     ) -> None:
         self.name, self.fingerprint, self.skipped = name, "", {}
         self.captions_fingerprint = "|".join(captions)
+        self.stamps = np.zeros((len(captions), 2), dtype=np.uint64)
         self.buckets = np.array(buckets or [0] * len(captions), dtype=np.int16)
         self.readable = np.ones(len(captions), dtype=np.bool_)
         self.all_captions, self.mean, self.std = captions, mean, std
@@ -194,7 +195,13 @@ class ArrayImages:
     def captions(self, index: int) -> list[str]:
         return self.all_captions[index].split("\n")
 
-    def image(self, index: int) -> np.ndarray:
+    def content(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def image(self, index: int, content: bytes | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
         raise NotImplementedError
 
     def posterior(self, index: int, flipped: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -260,6 +260,18 @@ def test_displayed_size_is_that_of_the_decoded_picture(tmp_path):
         displayed_size(tmp_path / "cut.png")
 
 
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+@pytest.mark.parametrize(("mode", "lossless"), [("RGB", False), ("RGBA", False), ("RGB", True), ("RGBA", True)])
+def test_sizes_of_webp_files_against_pillow(orientation, mode, lossless):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x010E], exif[0x0112] = "odd", orientation
+    for size in ((1, 1), (33, 17), (300, 301)):
+        buffer = io.BytesIO()
+        Image.new(mode, size, (9, 200, 3, 4)[: len(mode)]).save(buffer, "WEBP", lossless=lossless, exif=exif)
+        assert displayed_size(io.BufferedReader(buffer)) == displayed_size(buffer.getvalue())
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20),
     buckets=st.lists(st.tuples(st.integers(8, 512), st.integers(8, 512)), min_size=1, max_size=8),
@@ -309,8 +321,9 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(mode, data):
     content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
     with suppress(UserError):
         assert load_image(bytes(content), 16).shape == (16, 16, 3)
-    with suppress(UserError):
-        assert min(displayed_size(bytes(content))) >= 1
+    for source in (bytes(content), io.BufferedReader(io.BytesIO(content))):
+        with suppress(UserError):
+            assert min(displayed_size(source)) >= 1
 
 
 def test_pixels_and_back_is_the_identity():

@@ -1,19 +1,25 @@
 """What sources keep on disk: strings and arrays, whole or not at all, mapped by every process."""
 
 import functools
+import io
+import json
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from process_group import clean_context, clean_process
 from source_files import SIZE, all_captions, open_with, picture, shard, write_tar
 
+from transfusion_mot.data import images as images_module
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import load_image
 from transfusion_mot.data.sources import stored_images
 from transfusion_mot.data.sources.arrays import StoredArrays, stored_arrays
 from transfusion_mot.data.sources.base import fingerprint_of
+from transfusion_mot.data.sources.parallel import map_in_processes
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -132,6 +138,105 @@ def test_buckets_follow_the_pictures_and_are_kept(tmp_path, monkeypatch) -> None
     assert other.buckets.tolist() == [1, 1, 1, 0, 1, 0, 0]
     assert other.fingerprint != images.fingerprint
     assert all_captions(other) == all_captions(images)
+
+
+def noise(number: int, format_name: str) -> bytes:
+    """A picture that no format makes small, lying on its side in formats that say so."""
+    size = (200 + number, 300)
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format_name, exif=exif)
+    return buffer.getvalue()
+
+
+def bytes_read() -> int:
+    """By this process, from files of any kind."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["webdataset", "imagefolder"])
+def test_sizes_are_read_from_the_heads_of_files(tmp_path, monkeypatch, kind: str, format_name: str) -> None:
+    contents = [noise(number, format_name) for number in range(8)]
+    extension = format_name.lower()
+    path = tmp_path / "images"
+    if kind == "webdataset":
+        path = tmp_path / "images.tar"
+        members = {f"{number}.{extension}": content for number, content in enumerate(contents)}
+        write_tar(path, {name: part for pair in members.items() for name, part in (pair, (f"{pair[0][0]}.txt", "a"))})
+    else:
+        path.mkdir()
+        lines = [json.dumps({"file_name": f"{number}.{extension}", "text": "a"}) for number in range(8)]
+        (path / "metadata.jsonl").write_text("\n".join(lines))
+        for number, content in enumerate(contents):
+            (path / f"{number}.{extension}").write_bytes(content)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    seen = []
+
+    def nearest(sizes, buckets):
+        seen.append((bytes_read(), sizes.tolist()))
+        return images_module.nearest_buckets(sizes, buckets)
+
+    def build(*arguments):
+        seen.append(bytes_read())
+        return read_sizes(*arguments)
+
+    read_sizes = stored_images._displayed_sizes
+    monkeypatch.setattr(stored_images, "nearest_buckets", nearest)
+    monkeypatch.setattr(stored_images, "_displayed_sizes", build)
+    open_with({"kind": kind, "path": path}, tmp_path / "cache", buckets=[[16, 16], [16, 32]])
+    before, (after, sizes) = seen
+    assert sizes == [[300, 200 + number] for number in range(8)]
+    read, size = (after - before) / 8, min(map(len, contents))
+    assert read < 8192 < size / 4
+
+
+def test_sizes_that_are_known_are_not_read_again(tmp_path, monkeypatch) -> None:
+    """After a tar was added, and with something else held out."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    write_tar(folder / "b.tar", shard(range(10)))
+    source = {"kind": "webdataset", "path": folder}
+    buckets = [[SIZE, SIZE], [SIZE, 2 * SIZE]]
+    read = []
+
+    def displayed_size(file, name):
+        read.append(name)
+        return images_module.displayed_size(file, name)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    monkeypatch.setattr(stored_images, "displayed_size", displayed_size)
+    open_with(source, tmp_path / "cache", buckets=buckets)
+    assert len(read) == 10
+    for side in ("train", "held_out"):
+        open_with(source, tmp_path / "cache", side, buckets=buckets, held_out_fraction=0.4)
+    assert len(read) == 10
+    write_tar(folder / "a.tar", {"x.jpg": picture(77, "jpg", (60, 30)), "x.txt": "flat"})
+    added = open_with(source, tmp_path / "cache", buckets=buckets)
+    assert read[10:] == [f"{folder / 'a.tar'}:x.jpg"]
+    assert added.buckets.tolist() == [1] + [0] * 10
+
+
+class CountsPickling:
+    """Doubles numbers."""
+
+    pickled = 0
+
+    def __call__(self, number: int) -> int:
+        return 2 * number
+
+    def __reduce__(self):
+        CountsPickling.pickled += 1
+        return CountsPickling, ()
+
+
+def test_processes_are_given_the_function_once(monkeypatch) -> None:
+    """It may hold the names of thousands of tar files."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    assert list(map_in_processes(CountsPickling(), range(20))) == list(range(0, 40, 2))
+    assert CountsPickling.pickled <= 2
 
 
 def test_emoji_fill_the_bucket_nearest_to_a_square(tmp_path) -> None:

@@ -344,5 +344,5 @@ def test_a_tar_that_shrinks_under_the_run_is_told(folder, cache) -> None:
     with pytest.raises(UserError, match=r"a\.tar:000002\.jpg' is cut off"):
         images.image(2)
     (folder / "a.tar").unlink()
-    with pytest.raises(UserError, match=r"a\.tar:000000\.jpg' cannot be read"):
+    with pytest.raises(UserError, match=r"a\.tar:000000\.jpg' does not exist"):
         images.image(0)

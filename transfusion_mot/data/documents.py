@@ -8,11 +8,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.images import ImageArray
+from transfusion_mot.data.images import ImageArray, UnreadableImage
 from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 
 
@@ -211,13 +210,17 @@ class DocumentReader:
     def _image(
         self, source: Source, index: int, flipped: bool, max_timestep: float, copied: bool
     ) -> ImageSegment | None:
-        """An image, or None if it cannot be read, which is told."""
+        """An image, or None if it cannot be decoded, which is told.
+
+        Raises:
+            UserError: The system fails to read it.
+        """
         flipped = flipped and self.config.random_flip
         if source.latents is not None:
             return ImageSegment(index, flipped, max_timestep, None, copied) if source.latents.readable[index] else None
         try:
             pixels = source.images.image(index)
-        except UserError as error:
+        except UnreadableImage as error:
             self._name(source.documents.name, str(error))
             return None
         return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels, copied)

@@ -1,11 +1,13 @@
 """Image files => uint8 arrays => pixels in [-1, 1], and back to pictures one can look at."""
 
+import errno
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import matplotlib
 import numpy as np
@@ -17,16 +19,36 @@ from transfusion_mot.errors import UserError
 
 ImageArray = npt.NDArray[np.uint8]
 ImageFit = Literal["crop", "stretch", "pad"]
+# What Pillow opens: a path, a file's content or the file itself, or a picture.
+ImageInput = str | Path | bytes | BinaryIO | Image.Image
 
 _CELL = 128
 _MARGIN = 12
 _FONT_SIZE = 13
 # What Pillow calls the samples of a file => their bits. Those of a transparent colour are not scaled as pixels are.
 _SAMPLE_BITS = {"L;2": 2, "L;4": 4, "I;12": 12, "I;16": 16, "I;16B": 16, "RGB;16B": 16}
+# What the system says of a place that a file does not have. Only damaged content sends a decoder there.
+_PLACES_THAT_ARE_NOT = (errno.EINVAL, errno.EOVERFLOW)
+
+
+class UnreadableImage(UserError):
+    """What lies there is no image that can be used, and will not be one at the next attempt.
+
+    Attributes:
+        reason: What is wrong with it, to be put behind its name.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        # Both, because an exception goes from one process to another with these arguments.
+        super().__init__(name, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"image '{self.args[0]}' {self.reason}"
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: ImageInput,
     image_size: int | tuple[int, int],
     fit: ImageFit = "crop",
     name: str | None = None,
@@ -37,15 +59,15 @@ def load_image(
     brought to its size with antialiased Lanczos. Of an animation the first frame is taken.
 
     Args:
-        source: A file, the content of one, or a picture.
+        source: A file, its path or its content, or a picture.
         image_size: (height, width), or one number for both.
         fit: `crop` cuts out the centre in the wanted proportions, `stretch` changes the proportions, `pad` adds white.
         name: What to call the picture in messages, if not by its path.
 
     Raises:
-        UserError: The file is missing, no image, cut off, has more pixels than Pillow's limit against decompression
-            bombs, or holds floating-point values, signed or 32-bit integers, whose range is unknown. The message names
-            the file.
+        UnreadableImage: The file is missing, no image, cut off, has more pixels than Pillow's limit against
+            decompression bombs, or holds floating-point values, signed or 32-bit integers, whose range is unknown.
+        UserError: The system failed to read the file.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     with _opened(source, name) as (image, name):
@@ -55,17 +77,62 @@ def load_image(
         return _bring_to_size(image, size, fit, name)
 
 
-def displayed_size(source: str | Path | bytes | Image.Image, name: str | None = None) -> tuple[int, int]:
+def displayed_size(source: ImageInput, name: str | None = None) -> tuple[int, int]:
     """(height, width) of a picture as it is seen, from its header alone.
 
     Raises:
-        UserError: As `load_image`, as far as the header tells.
+        UnreadableImage, UserError: As `load_image`, as far as the header tells.
     """
+    if isinstance(source, BufferedReader):
+        with _errors_told(_name_of(source, name)):
+            if (size := _webp_size(source)) is not None:
+                return size
     with _opened(source, name) as (image, _):
-        width, height = image.size
         # Not the method of PNG files, which decodes the whole picture to find a tag that stands behind it.
-        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
-        return (width, height) if turned else (height, width)
+        return _turned(image.size, Image.Image.getexif(image))
+
+
+def _turned(size: tuple[int, int], exif: Image.Exif) -> tuple[int, int]:
+    """(width, height) as stored => (height, width) as seen."""
+    width, height = size
+    return (width, height) if exif.get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
+
+
+def _webp_size(file: BufferedReader) -> tuple[int, int] | None:
+    """`displayed_size` of a WebP file, of which Pillow would read all; None if it is none, or Pillow must see to it.
+
+    The container is described in RFC 9649, section 2.
+    """
+    head = file.read(30)
+    file.seek(0)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    kind, content = head[12:16], head[20:]
+    exif = Image.Exif()
+    if kind == b"VP8 " and content[3:6] == b"\x9d\x01\x2a":
+        width, height = (int.from_bytes(content[place : place + 2], "little") & 0x3FFF for place in (6, 8))
+    elif kind == b"VP8L" and content[0] == 0x2F:
+        bits = int.from_bytes(content[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X":
+        width, height = (int.from_bytes(content[place : place + 3], "little") + 1 for place in (4, 7))
+        if content[0] & 0x08:
+            # Behind the picture: from chunk to chunk, each of an even length.
+            place = 12
+            while len(chunk := _read_at(file, place, 8)) == 8:
+                length = int.from_bytes(chunk[4:], "little")
+                if chunk[:4] == b"EXIF":
+                    exif.load(_read_at(file, place + 8, length))
+                place += 8 + length + length % 2
+            file.seek(0)
+    else:
+        return None
+    return _turned((width, height), exif)
+
+
+def _read_at(file: BufferedReader, place: int, length: int) -> bytes:
+    file.seek(place)
+    return file.read(length)
 
 
 def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int16]:
@@ -83,30 +150,42 @@ def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int,
 
 
 @contextmanager
-def _opened(source: str | Path | bytes | Image.Image, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+def _opened(source: ImageInput, name: str | None) -> Iterator[tuple[Image.Image, str]]:
     """A picture that is not decoded yet, with its name; whatever goes wrong with it is a `UserError` that names it."""
-    name = name or ("the given picture" if isinstance(source, bytes | Image.Image) else str(source))
+    name = _name_of(source, name)
+    with _errors_told(name), ExitStack() as stack:
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            image = stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        width, height = image.size
+        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+            raise UnreadableImage(
+                name, f"has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
+            )
+        yield image, name
+
+
+def _name_of(source: ImageInput, name: str | None) -> str:
+    return name or (str(source) if isinstance(source, str | Path) else "the given picture")
+
+
+@contextmanager
+def _errors_told(name: str) -> Iterator[None]:
     try:
-        with ExitStack() as stack:
-            if isinstance(source, Image.Image):
-                image = source
-            else:
-                image = stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-            width, height = image.size
-            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-                raise UserError(
-                    f"image '{name}' has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
-                )
-            yield image, name
+        yield
     except FileNotFoundError:
-        raise UserError(f"image '{name}' does not exist") from None
+        raise UnreadableImage(name, "does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"image '{name}' is not in a format that Pillow reads") from None
+        raise UnreadableImage(name, "is not in a format that Pillow reads") from None
     except UserError:
         raise
     # Decoders raise anything, RuntimeError and AttributeError too; one damaged file of millions must not end a run.
     except Exception as error:
-        raise UserError(f"image '{name}' cannot be read: {error}") from None
+        # Of the content they complain without an error number; with one the system does, and may read it next time.
+        if isinstance(error, OSError) and error.errno not in (None, *_PLACES_THAT_ARE_NOT):
+            raise UserError(f"image '{name}' cannot be read: {error.strerror}") from None
+        raise UnreadableImage(name, f"cannot be read: {error}") from None
 
 
 def _bring_to_size(image: Image.Image, size: tuple[int, int], fit: ImageFit, name: str) -> ImageArray:
@@ -166,10 +245,11 @@ def _to_rgb(image: Image.Image, samples: str, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _of_unknown_range(name: str) -> UserError:
-    return UserError(
-        f"image '{name}' holds floating-point values, signed or 32-bit integers, whose range is unknown; save it with "
-        "8 or 16 bits a channel"
+def _of_unknown_range(name: str) -> UnreadableImage:
+    return UnreadableImage(
+        name,
+        "holds floating-point values, signed or 32-bit integers, whose range is unknown; save it with 8 or 16 bits a "
+        "channel",
     )
 
 

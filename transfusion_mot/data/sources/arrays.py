@@ -101,13 +101,18 @@ class ArrayWriter:
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             with path.open("rb") as file:
+                # On the disk before it gets its name: a machine that fails leaves nothing half written.
+                os.fsync(file.fileno())
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
         about = {
             "fingerprint": digest.hexdigest()[:16],
             "counts": self.skipped.counts,
             "examples": self.skipped.examples,
         }
-        (self.folder / "about.json").write_text(json.dumps(about))
+        with (self.folder / "about.json").open("w") as text:
+            text.write(json.dumps(about))
+            text.flush()
+            os.fsync(text.fileno())
 
     def abandon(self) -> None:
         """Close the files of an interrupted writer."""
@@ -158,8 +163,7 @@ def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[Array
     They are written aside and renamed at the end: what an interrupted run leaves behind is never taken for the whole,
     and of two processes that build at once both end up with the same files.
     """
-    digest = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / f"{name}-{digest}"
+    folder = arrays_folder(cache_dir, name, key)
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
@@ -176,6 +180,12 @@ def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[Array
             writer.abandon()
             shutil.rmtree(partial, ignore_errors=True)
     return StoredArrays(folder)
+
+
+def arrays_folder(cache_dir: str, name: str, key: object) -> Path:
+    """Where `stored_arrays` keeps them."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"{name}-{digest}"
 
 
 def file_stamp(path: Path) -> list[Any]:

@@ -10,9 +10,10 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from transfusion_mot.data.images import ImageArray
-from transfusion_mot.errors import UserError
+from transfusion_mot.data.images import ImageArray, UnreadableImage
+from transfusion_mot.data.sources.keys import Keys
 
 Split = Literal["train", "held_out"]
 
@@ -25,25 +26,43 @@ class ImageSet(Protocol):
 
     Attributes:
         name: What to call the source in messages and logs.
-        fingerprint: Hash of what decides the pixels: the images' identity and order, their size, buckets and fit; not
-            of captions.
+        fingerprint: Hash of what decides the pixels: the images' stamps and order, their size, buckets and fit; not of
+            captions.
+        stamps: [N, 2] a key of where each image lies and when its file was changed: one with the same stamp need not be
+            read to know that it is the same.
         skipped: What was left out while the source was opened: reason to count.
         buckets: [N] index of each image's size in `data.image_sizes`.
     """
 
     name: str
     fingerprint: str
+    stamps: Keys
     skipped: dict[str, int]
     buckets: npt.NDArray[np.int16]
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> ImageArray:
-        """One image, `uint8 [height, width, 3]` of its bucket.
+    def content(self, index: int) -> bytes | Image.Image:
+        """One image as it is stored: an encoded image, or a picture.
 
         Raises:
-            UserError: The image cannot be read.
+            UnreadableImage: There is none.
+            FileNotFoundError: Its file was there when the source was opened.
+            UserError: The system fails to read it.
         """
+        ...
+
+    def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
+        """One image, `uint8 [height, width, 3]` of its bucket; from its `content`, if that has been read.
+
+        Raises:
+            UnreadableImage: There is none, or it cannot be decoded.
+            UserError: The system fails to read it.
+        """
+        ...
+
+    def where(self, index: int) -> str:
+        """Where an image lies, for messages."""
         ...
 
 
@@ -167,7 +186,7 @@ def read_images(
     for index, future in [(index, pool.submit(images.image, index)) for index in indices]:
         try:
             readable[index] = future.result()
-        except UserError as error:
+        except UnreadableImage as error:
             skipped.add("unreadable image", str(error))
     return readable
 

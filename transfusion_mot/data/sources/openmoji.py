@@ -7,9 +7,10 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.data.emoji import emoji_captions, emoji_versions, rendered_emoji
 from transfusion_mot.data.images import nearest_buckets
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, stored_arrays
-from transfusion_mot.data.sources.base import SkippedItems, fingerprint_of
+from transfusion_mot.data.sources.base import SkippedItems
+from transfusion_mot.data.sources.keys import Keys
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.stores import Items
+from transfusion_mot.data.sources.stores import Items, stamps_of
 
 
 class EmojiStore:
@@ -20,11 +21,12 @@ class EmojiStore:
         size = max(sizes[int(nearest_buckets(np.ones((1, 2), np.int64), sizes)[0])])
         self.images_uint8 = rendered_emoji(size, data.cache_dir)
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
         """All of them."""
-        return items, fingerprint_of(emoji_versions().encode(), repr(self.images_uint8.shape).encode(), items)
+        drawn = (emoji_versions(), self.images_uint8.shape)
+        return items, stamps_of([drawn], np.zeros_like(items), items)
 
-    def content(self, item: int) -> Image.Image:
+    def open(self, item: int) -> Image.Image:
         """One drawing."""
         return Image.fromarray(self.images_uint8[item])
 

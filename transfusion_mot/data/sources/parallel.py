@@ -3,17 +3,30 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`map`, on all cores; results come in the order of the items."""
+    """`map`, on all cores; results come in the order of the items. Each process is given the function once."""
     workers = min(len(os.sched_getaffinity(0)), len(items))
     if workers <= 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(function, items)
+    with ProcessPoolExecutor(workers, initializer=_take, initargs=(function,)) as pool:
+        yield from pool.map(_apply, items)
+
+
+# What this process applies, if it is one of those that `map_in_processes` has started.
+_function: Callable[[Any], Any]
+
+
+def _take(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+
+
+def _apply(item: Any) -> Any:
+    return _function(item)

@@ -1,22 +1,28 @@
 """Images of one side of a source: which items are on it, which bucket each takes, and their captions."""
 
+import contextlib
 from array import array
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data.images import ImageArray, displayed_size, load_image, nearest_buckets
+from transfusion_mot.data.images import ImageArray, UnreadableImage, displayed_size, load_image, nearest_buckets
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, stored_arrays
 from transfusion_mot.data.sources.base import SkippedItems, Split, counted, fingerprint_of, share_of
+from transfusion_mot.data.sources.keys import Keys, places_of
 from transfusion_mot.data.sources.parallel import map_in_processes
-from transfusion_mot.data.sources.stores import ImageStore, Items
+from transfusion_mot.data.sources.stores import ImageStore, Items, content_of
 from transfusion_mot.errors import UserError
 
 _SIZES_AT_ONCE = 4096
+# Halves of the stamps of images whose sizes are known.
+_STAMPS = ("first_halves", "second_halves")
 
 # Where none of the images is found: what to look at.
 _CHECK = {
@@ -121,7 +127,7 @@ class StoredImages:
         split: Split,
     ) -> None:
         listed = items
-        items, identity = store.present(listed, skipped)
+        items, self.stamps = store.present(listed, skipped)
         # A few held out of a source may be missing by chance.
         if len(listed) and not len(items) and _is_main_side(source, split):
             raise UserError(
@@ -138,17 +144,28 @@ class StoredImages:
         self.fit = data.image_fit
         self.buckets = np.zeros(len(items), dtype=np.int16)
         if len(self.sizes) > 1:
-            self.buckets = nearest_buckets(_displayed_sizes(self, identity, data.cache_dir), self.sizes)
-        self.fingerprint = fingerprint_of(identity.encode(), repr((self.sizes, self.fit)).encode())
+            self.buckets = nearest_buckets(_displayed_sizes(self, data.cache_dir), self.sizes)
+        self.fingerprint = fingerprint_of(self.stamps, repr((self.sizes, self.fit)).encode())
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def image(self, index: int) -> ImageArray:
+    def content(self, index: int) -> bytes | Image.Image:
+        """One image as it is stored."""
+        return content_of(self.store, int(self.items[index]))
+
+    def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
         """One image, fitted to its bucket."""
-        item = int(self.items[index])
-        size = self.sizes[int(self.buckets[index])]
-        return load_image(self.store.content(item), size, self.fit, self.store.where(item))
+        where = self.where(index)
+        try:
+            content = self.content(index) if content is None else content
+        except FileNotFoundError:
+            raise UnreadableImage(where, "does not exist") from None
+        return load_image(content, self.sizes[int(self.buckets[index])], self.fit, where)
+
+    def where(self, index: int) -> str:
+        """Where an image lies, for messages."""
+        return self.store.where(int(self.items[index]))
 
     def share_buckets(self, groups: npt.NDArray[np.int64]) -> None:
         """Give all images of a group, which are neighbours, the bucket of the first of them."""
@@ -183,29 +200,54 @@ class StoredCaptionedImages(StoredImages):
         return self.arrays.strings("captions")[start : int(ends[item])]
 
 
-def _displayed_sizes(images: StoredImages, identity: str, cache_dir: str) -> npt.NDArray[np.int64]:
-    """(height, width) of every image [N, 2], from headers, kept in `cache_dir`."""
+def _displayed_sizes(images: StoredImages, cache_dir: str) -> npt.NDArray[np.int64]:
+    """(height, width) of every image [N, 2], kept in `cache_dir`; from headers, unless known by the stamp."""
 
     def build(writer: ArrayWriter) -> None:
-        heights, widths = writer.integers("heights"), writer.integers("widths")
-        chunks = [images.items[start : start + _SIZES_AT_ONCE] for start in range(0, len(images), _SIZES_AT_ONCE)]
-        with tqdm(total=len(images), desc=f"reading image sizes of {images.name}", unit="image") as progress:
-            for sizes in map_in_processes(partial(_sizes_in, images.store), chunks):
-                for height, width in sizes:
-                    heights.append(height)
-                    widths.append(width)
-                progress.update(len(sizes))
+        stamps, known = _known_sizes(cache_dir)
+        places = places_of(images.stamps, stamps)
+        unknown = np.flatnonzero(places < 0)
+        sizes = np.zeros((len(images), 2), dtype=np.int64)
+        sizes[places >= 0] = known[places[places >= 0]]
+        chunks = [unknown[start : start + _SIZES_AT_ONCE] for start in range(0, len(unknown), _SIZES_AT_ONCE)]
+        with tqdm(total=len(unknown), desc=f"reading image sizes of {images.name}", unit="image") as progress:
+            read = map_in_processes(partial(_sizes_in, images.store), [images.items[chunk] for chunk in chunks])
+            for chunk, found in zip(chunks, read, strict=True):
+                sizes[chunk] = found
+                progress.update(len(chunk))
+        for name, values in zip(("heights", "widths"), sizes.T, strict=True):
+            writer.integers(name).frombytes(values.tobytes())
+        for name, values in zip(_STAMPS, images.stamps.T, strict=True):
+            writer.integers(name).frombytes(values.tobytes())
 
-    arrays = stored_arrays(cache_dir, "sizes", identity, build)
+    arrays = stored_arrays(cache_dir, "sizes", fingerprint_of(images.stamps), build)
     return np.stack([arrays["heights"], arrays["widths"]], axis=1)
+
+
+def _known_sizes(cache_dir: str) -> tuple[Keys, npt.NDArray[np.int64]]:
+    """Stamps [N, 2] and sizes [N, 2] of all images that other sources, or this one before a change, have had."""
+    stamps = [np.empty((0, 2), dtype=np.uint64)]
+    sizes = [np.empty((0, 2), dtype=np.int64)]
+    for folder in Path(cache_dir).glob("sizes-*"):
+        # Not those that are being written, nor those of versions that kept no stamps.
+        if "." not in folder.name and all((folder / f"{name}.npy").is_file() for name in _STAMPS):
+            arrays = StoredArrays(folder)
+            stamps.append(np.stack([arrays[name].view(np.uint64) for name in _STAMPS], axis=1))
+            sizes.append(np.stack([arrays["heights"], arrays["widths"]], axis=1))
+    return np.concatenate(stamps), np.concatenate(sizes)
 
 
 def _sizes_in(store: ImageStore, items: Items) -> list[tuple[int, int]]:
     sizes = []
     for item in items.tolist():
+        where = store.where(item)
         try:
-            sizes.append(displayed_size(store.content(item), store.where(item)))
-        except UserError:
+            source = store.open(item)
+            with contextlib.nullcontext() if isinstance(source, Image.Image) else source:
+                sizes.append(displayed_size(source, where))
+        except UnreadableImage:
             # Told when it is read; until then it has to have some bucket.
             sizes.append((1, 1))
+        except OSError as error:
+            raise UserError(f"image '{where}' cannot be read: {error.strerror or error}") from None
     return sizes

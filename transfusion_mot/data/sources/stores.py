@@ -1,48 +1,80 @@
 """Where the images of a source lie: in files, tar files, parquet files or Arrow tables; read one by one."""
 
-import os
+import errno
+import io
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from transfusion_mot.data.images import UnreadableImage
 from transfusion_mot.data.sources.arrays import StoredArrays, file_stamp
-from transfusion_mot.data.sources.base import SkippedItems, fingerprint_of
-from transfusion_mot.data.sources.tables import open_parquet
+from transfusion_mot.data.sources.base import SkippedItems
+from transfusion_mot.data.sources.keys import Keys, key_of, keys_from
+from transfusion_mot.data.sources.reading import FilePart, tried_again
 from transfusion_mot.errors import UserError
 
 Items = npt.NDArray[np.int64]
 
 _STATS_AT_ONCE = 256
+# More images than one row of a table can hold.
+_MOST_POSITIONS = 2**24
 
 
 class ImageStore(Protocol):
     """Encoded images by the number of their item."""
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
-        """Those of `items` that are there, the others counted in `skipped`; and a hash of what they are, so that an
-        edited image is not taken for the old one.
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
+        """Those of `items` that are there, the others counted in `skipped`; and the stamp of each: an image with the
+        same stamp has not been edited since.
         """
         ...
 
-    def content(self, item: int) -> bytes | Path | Image.Image:
-        """An encoded image or a picture.
+    def open(self, item: int) -> BinaryIO | Image.Image:
+        """An encoded image, of which only what is asked for is read, or a picture.
 
         Raises:
-            UserError: There is none.
+            UnreadableImage: There is none.
+            OSError: The system fails to read it.
         """
         ...
 
     def where(self, item: int) -> str:
         """Where an image lies, for messages."""
         ...
+
+
+def content_of(store: ImageStore, item: int) -> bytes | Image.Image:
+    """An encoded image as a whole, or a picture.
+
+    Raises:
+        UnreadableImage: There is none.
+        FileNotFoundError: Its file was there when the source was opened.
+        UserError: The system fails to read it, again and again.
+    """
+    try:
+        source = store.open(item)
+        if isinstance(source, Image.Image):
+            return source
+        with source:
+            return source.read()
+    except FileNotFoundError:
+        raise
+    except EOFError as error:
+        raise UserError(
+            f"image '{store.where(item)}' is cut off: {error}; its file has changed since it was indexed, start again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"image '{store.where(item)}' cannot be read: {error.strerror or error}") from None
 
 
 class FileStore:
@@ -52,45 +84,68 @@ class FileStore:
         self.folder = folder
         self.arrays = arrays
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
         names = self.arrays.strings("names")
+        folder = self.folder.resolve()
 
-        def stamps(chunk: Items) -> list[tuple[int, int]]:
-            return [_size_and_time(self.folder / names[item]) for item in chunk.tolist()]
+        def look(chunk: Items) -> tuple[list[int], bytes]:
+            sizes, hashes = [], []
+            for path in (folder / names[item] for item in chunk.tolist()):
+                size, time = _size_and_time(path)
+                sizes.append(size)
+                hashes.append(_stamp_of(str(path), size, time))
+            return sizes, b"".join(hashes)
 
         # Threads, because a file system over a network takes its time for each.
         with ThreadPoolExecutor(16) as pool:
             chunks = (items[start : start + _STATS_AT_ONCE] for start in range(0, len(items), _STATS_AT_ONCE))
-            found = np.array([stamp for part in pool.map(stamps, chunks) for stamp in part], dtype=np.int64)
-        found = found.reshape(-1, 2)
-        for position in np.flatnonzero(found[:, 0] <= 0).tolist():
-            reason = "empty file" if found[position, 0] == 0 else "missing file"
+            looked = list(pool.map(look, chunks))
+        sizes = np.array([size for part, _ in looked for size in part], dtype=np.int64)
+        for position in np.flatnonzero(sizes <= 0).tolist():
+            reason = "empty file" if sizes[position] == 0 else "missing file"
             skipped.add(reason, names[int(items[position])])
-        there = found[:, 0] > 0
-        kept = items[there]
+        there = sizes > 0
         # Reading every byte would take as long as encoding; an edit changes size or time.
-        kept_names = "\0".join(names[item] for item in kept.tolist()).encode()
-        return kept, fingerprint_of(os.fsencode(self.folder.resolve()), kept_names, found[there])
+        stamps = keys_from(b"".join(hashes for _, hashes in looked))
+        return items[there], stamps[there]
 
-    def content(self, item: int) -> Path:
-        return self.folder / self.arrays.strings("names")[item]
+    def open(self, item: int) -> BinaryIO:
+        return _opened(self.folder / self.arrays.strings("names")[item])
 
     def where(self, item: int) -> str:
-        return str(self.content(item))
+        return str(self.folder / self.arrays.strings("names")[item])
 
 
-def _places(arrays: StoredArrays, items: Items, *names: str) -> list[npt.NDArray[Any]]:
-    """Where the images of items lie. Nothing else about them: other captions need no other latents."""
-    return [arrays[name][items] for name in names]
+def _opened(path: Path, offset: int = 0, size: int | None = None) -> BinaryIO:
+    # A few kilobytes at a time for those who want to know the head only; whoever wants all gets it at once.
+    return cast(BinaryIO, io.BufferedReader(FilePart(path, offset, size), buffer_size=4096))
+
+
+def _stamp_of(*parts: object) -> bytes:
+    return key_of(repr(parts).encode("utf-8", errors="surrogateescape"))
+
+
+def stamps_of(files: Sequence[object], numbers: npt.NDArray[Any], places: npt.NDArray[Any]) -> Keys:
+    """[N, 2] from what tells files apart, the number of each item's file, and its place there."""
+    halves = keys_from(b"".join(map(_stamp_of, files)))[:, 0]
+    return np.stack([halves[numbers], places.astype(np.uint64)], axis=1)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change of a file; -1 if there is none."""
+    """Size in bytes and time of change of a file; -1 if there is none.
+
+    Raises:
+        UserError: The system does not say.
+    """
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name that holds a null
+        status = tried_again(path.stat)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that holds a null
         return -1, -1
-    return status.st_size, status.st_mtime_ns
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return -1, -1
+        raise UserError(f"image '{path}' cannot be read: {error.strerror}") from None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
 
 
 class TarStore:
@@ -100,23 +155,15 @@ class TarStore:
         self.files = list(files)
         self.arrays = arrays
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
         # The index is of these very files: their stamps are part of its key.
-        stamps = repr([file_stamp(file) for file in self.files])
-        return items, fingerprint_of(stamps.encode(), *_places(self.arrays, items, "files", "offsets", "sizes"))
+        stamps = [file_stamp(file) for file in self.files]
+        return items, stamps_of(stamps, self.arrays["files"][items], self.arrays["offsets"][items])
 
-    def content(self, item: int) -> bytes:
+    def open(self, item: int) -> BinaryIO:
         path = self.files[int(self.arrays["files"][item])]
-        size = int(self.arrays["sizes"][item])
-        try:
-            # Opened each time: a descriptor kept for each of thousands of tar files would exhaust them.
-            with path.open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), size, int(self.arrays["offsets"][item]))
-        except OSError as error:
-            raise UserError(f"image '{self.where(item)}' cannot be read: {error.strerror}") from None
-        if len(content) < size:
-            raise UserError(f"image '{self.where(item)}' is cut off: {len(content)} of {size} bytes")
-        return content
+        # Opened each time: a descriptor kept for each of thousands of tar files would exhaust them.
+        return _opened(path, int(self.arrays["offsets"][item]), int(self.arrays["sizes"][item]))
 
     def where(self, item: int) -> str:
         return f"{self.files[int(self.arrays['files'][item])]}:{self.arrays.strings('names')[item]}"
@@ -133,40 +180,46 @@ class ParquetStore:
         self.files = list(files)
         self.column = column
         self.arrays = arrays
+        # Also tells what has been read of a file from what lies there since it was written anew.
+        self._stamps = [tuple(file_stamp(file)) for file in files]
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
-        stamps = repr(([file_stamp(file) for file in self.files], self.column))
-        return items, fingerprint_of(stamps.encode(), *_places(self.arrays, items, "files", "rows", "positions"))
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
+        stamps = [(stamp, self.column) for stamp in self._stamps]
+        numbers, rows, positions = (self.arrays[name][items] for name in ("files", "rows", "positions"))
+        return items, stamps_of(stamps, numbers, rows * _MOST_POSITIONS + positions)
 
-    def content(self, item: int) -> bytes | Path:
-        path = str(self.files[int(self.arrays["files"][item])])
+    def open(self, item: int) -> BinaryIO:
+        number = int(self.arrays["files"][item])
         row = int(self.arrays["rows"][item])
-        starts = _row_group_starts(path)
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        value = _row_group(path, group, self.column)[row - int(starts[group])]
+        stamp = self._stamps[number]
+        try:
+            starts = tried_again(partial(_row_group_starts, stamp))
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            value = tried_again(partial(_row_group, stamp, group, self.column))[row - int(starts[group])]
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UnreadableImage(self.where(item), f"cannot be read: {str(error).splitlines()[0]}") from None
         if isinstance(value, pa.ListScalar):
             value = value[int(self.arrays["positions"][item])]
-        return encoded_image(value.as_py(), self.column, self.where(item), Path(path).parent)
+        return opened_image(value.as_py(), self.column, self.where(item), self.files[number].parent)
 
     def where(self, item: int) -> str:
         return f"{self.files[int(self.arrays['files'][item])]}:{int(self.arrays['rows'][item]) + 1}"
 
 
 @lru_cache(maxsize=4096)
-def _row_group_starts(path: str) -> npt.NDArray[np.int64]:
-    with open_parquet(Path(path)) as table:
+def _row_group_starts(stamp: tuple[Any, ...]) -> npt.NDArray[np.int64]:
+    with pq.ParquetFile(stamp[0], memory_map=True) as table:
         rows = [table.metadata.row_group(group).num_rows for group in range(table.metadata.num_row_groups)]
     return np.cumsum([0, *rows])[:-1]
 
 
 # Few: a row group of images may have some hundred megabytes.
 @lru_cache(maxsize=2)
-def _row_group(path: str, group: int, column: str) -> pa.ChunkedArray:
-    try:
-        with open_parquet(Path(path)) as table:
-            return table.read_row_group(group, columns=[column]).column(column)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"'{path}' cannot be read: {str(error).splitlines()[0]}") from None
+def _row_group(stamp: tuple[Any, ...], group: int, column: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(stamp[0], memory_map=True) as table:
+        return table.read_row_group(group, columns=[column]).column(column)
 
 
 class ArrowStore:
@@ -181,32 +234,32 @@ class ArrowStore:
         self.name = name
         self.arrays = arrays
 
-    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, str]:
-        identity = f"{self.dataset._fingerprint} {self.column}"
-        return items, fingerprint_of(identity.encode(), *_places(self.arrays, items, "rows"))
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
+        rows = self.arrays["rows"][items]
+        return items, stamps_of([(self.dataset._fingerprint, self.column)], np.zeros_like(rows), rows)
 
-    def content(self, item: int) -> bytes | Path:
+    def open(self, item: int) -> BinaryIO:
         value = self.dataset[int(self.arrays["rows"][item])][self.column]
-        return encoded_image(value, self.column, self.where(item), Path())
+        return opened_image(value, self.column, self.where(item), Path())
 
     def where(self, item: int) -> str:
         return f"{self.name}:{int(self.arrays['rows'][item])}"
 
 
-def encoded_image(value: Any, column: str, where: str, folder: Path) -> bytes | Path:
+def opened_image(value: Any, column: str, where: str, folder: Path) -> BinaryIO:
     """An image as a column of a table holds it: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
-        UserError: It is none of them, or null, or there is no such file; names the column and what it holds.
+        UnreadableImage: It is none of them, or null, or there is no such file; names the column and what it holds.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
-        return value
+        return io.BytesIO(value)
     if isinstance(value, str) and value:
-        if not (folder / value).is_file():
-            raise UserError(f"image '{where}': the column '{column}' holds {value!r:.80}, which is no file")
-        return folder / value
+        if not tried_again((folder / value).is_file):
+            raise UnreadableImage(where, f"cannot be read: the column '{column}' holds {value!r:.80}, which is no file")
+        return _opened(folder / value)
     if not value:
-        raise UserError(f"image '{where}' is missing: the column '{column}' is empty there")
-    raise UserError(f"image '{where}': the column '{column}' holds no image but {value!r:.80}")
+        raise UnreadableImage(where, f"is missing: the column '{column}' is empty there")
+    raise UnreadableImage(where, f"cannot be read: the column '{column}' holds no image but {value!r:.80}")

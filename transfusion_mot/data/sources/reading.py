@@ -1,0 +1,127 @@
+"""Files and parts of files, read where they lie; a failure of the system is tried again."""
+
+import errno
+import io
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Seconds before the second, third and fourth attempt: a network file system is back after some, or after minutes.
+PAUSES = (0.1, 2.0, 20.0)
+
+# What another attempt does not change: the name is wrong, or the file is not for this user.
+_SETTLED = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+)
+
+_Value = TypeVar("_Value")
+
+
+def tried_again(read: Callable[[], _Value]) -> _Value:
+    """What `read` returns, after a pause if the system fails: too many open files, a network that is away, a bad disk.
+
+    Raises:
+        OSError: Of the last attempt, or of the first if another could not end in another way.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            # Libraries raise it without a number for content that they do not understand.
+            if error.errno in (None, *_SETTLED):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+class FilePart(io.RawIOBase):
+    """A part of a file, or all of it, as a file of its own; opened when it is first read.
+
+    Args:
+        path: Of the file.
+        offset: Where the part begins.
+        size: Of the part in bytes; None means up to the end of the file.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, size: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.offset = offset
+        self._size = size
+        self._position = 0
+        self._file: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Of the part in bytes."""
+        if self._size is None:
+            self._size = tried_again(self.path.stat).st_size - self.offset
+        return self._size
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the part, whose beginning is 0."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"place {start + offset} is before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from here on => number of bytes; 0 at the end."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self.size - self._position)]
+        count = tried_again(lambda: self._read_once(view)) if len(view) else 0
+        self._position += count
+        return count
+
+    def _read_once(self, view: memoryview) -> int:
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.preadv(self._file, [view], self.offset + self._position)
+        except OSError:
+            # Of a file that its server has replaced, a descriptor stays stale.
+            self._close_file()
+            raise
+
+    def readall(self) -> bytes:
+        """All from here to the end.
+
+        Raises:
+            EOFError: The part is not whole.
+        """
+        content = bytearray(max(0, self.size - self._position))
+        view = memoryview(content)
+        while len(view):
+            count = self.readinto(view)
+            if not count:
+                raise EOFError(f"{len(content) - len(view)} of {len(content)} bytes")
+            view = view[count:]
+        return bytes(content)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._close_file()
+        super().close()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
