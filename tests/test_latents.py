@@ -15,7 +15,7 @@ from PIL import Image
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.images import UnreadableImage, to_pixels
 from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
@@ -69,7 +69,7 @@ def encode(folder, autoencoder=None, batch_size=4, **changes):
 
 
 def cache_folders(folder):
-    return sorted((folder.parent / "cache").glob("latents-*"))
+    return sorted((folder.parent / "cache").glob("latent-cache-*"))
 
 
 class CountingAutoencoder(Autoencoder):
@@ -99,10 +99,11 @@ def test_cache_holds_the_posterior_of_every_image(folder, num_workers, batch_siz
     assert cache.num_encoded == NUM_IMAGES
     for index in range(NUM_IMAGES):
         assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
-    # Two numbers of two bytes for each latent; the rest is headers.
-    files = sum(path.stat().st_size for path in cache.folder.rglob("0*/*"))
-    assert cache.num_bytes == files
-    assert 0 < files - NUM_IMAGES * 2 * 2 * 4 * 8 * 8 < 500
+    # Two numbers of two bytes for each latent; the rest is keys and headers.
+    assert cache.num_bytes == NUM_IMAGES * 2 * 2 * 4 * 8 * 8
+    files = [path.stat().st_size for path in cache.folder.glob("16x16/*")]
+    assert len(files) == 3
+    assert 0 < sum(files) - cache.num_bytes < len(files) * 500 + NUM_IMAGES * 36
 
 
 class ImagesOfBuckets:
@@ -112,13 +113,20 @@ class ImagesOfBuckets:
 
     def __init__(self, sizes, buckets):
         self.sizes, self.buckets = sizes, np.array(buckets, dtype=np.int16)
+        self.stamps = np.stack([np.arange(len(buckets), dtype=np.uint64)] * 2, axis=1)
 
     def __len__(self):
         return len(self.buckets)
 
-    def image(self, index):
+    def content(self, index):
+        return str(index).encode()
+
+    def where(self, index):
+        return f"drawing {index}"
+
+    def image(self, index, content=None):
         if index == 3:
-            raise UserError("drawing 3 is torn")
+            raise UnreadableImage(self.where(index), "is torn")
         size = self.sizes[self.buckets[index]]
         return np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
 
@@ -155,7 +163,7 @@ def test_latents_that_do_not_fit_are_made_again_or_refused_by_name(folder, caplo
     original = encode(folder, first)
 
     def encoded_because():
-        return next(message for message in caplog.messages if "encoding 3 of 3 shards" in message)
+        return next(message for message in caplog.messages if "reading 7 images" in message)
 
     hashes = rf"autoencoder \({first.fingerprint}, and now it is {other.fingerprint}\)"
     with pytest.raises(
@@ -179,9 +187,10 @@ def test_latents_that_do_not_fit_are_made_again_or_refused_by_name(folder, caplo
         assert re.search(words, encoded_because())
 
     Image.new("RGB", (18, 18), "red").save(folder / "2.png")
-    with pytest.raises(UserError, match=r"has no latents of these 7 images of .* yet; encode"):
+    with pytest.raises(UserError, match=r"has latents of 6 of the 7 images of .*; encode"):
         encode(folder, first, latents="prepared")
     edited = encode(folder, first)
+    assert edited.num_encoded == 1
     np.testing.assert_array_equal(edited.posterior(3), original.posterior(3))
     assert not np.allclose(edited.posterior(2)[0], original.posterior(2)[0])
     assert encode(folder, first, latents="prepared").num_encoded == 0
@@ -194,7 +203,7 @@ def test_the_other_side_of_a_source_is_no_other_way_of_making_latents(folder, ca
         images = open_images(folder, data, split)
         caplog.clear()
         cached_latents(images, build_autoencoder(), data, 4)
-        reason = next(message for message in caplog.messages if "encoding 1 of 1 shards" in message)
+        reason = next(message for message in caplog.messages if "encoding what is new" in message)
     assert 0 < len(images) < 7
     assert f"has no latents of these {len(images)} images of '{folder}' yet" in reason
     assert "made with" not in reason
@@ -251,14 +260,15 @@ class EventfulImages:
     def __init__(self, images, event):
         self.__dict__.update(vars(images))
         self.images, self.event = images, event
+        self.where, self.image = images.where, images.image
 
     def __len__(self):
         return len(self.images)
 
-    def image(self, index):
+    def content(self, index):
         if index == 5:
             self.event()
-        return self.images.image(index)
+        return self.images.content(index)
 
 
 def test_an_interrupted_run_goes_on_with_the_shards_that_are_whole(folder):
@@ -270,42 +280,34 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_whole(folder):
     with pytest.raises(KeyboardInterrupt):
         cached_latents(EventfulImages(images, interrupt), autoencoder, data, 2, None, 3)
     (unfinished,) = cache_folders(folder)
-    assert [path.name for path in unfinished.iterdir()] == ["000000"]
-    with pytest.raises(UserError, match="has 1 of the 3 shards of latents"):
+    shards = unfinished / "16x16"
+    (first,) = shards.iterdir()
+    with pytest.raises(UserError, match="has latents of 3 of the 7 images"):
         encode(folder, autoencoder, latents="prepared")
 
     # Killed without a chance to clean up: what was half written is still there.
-    (unfinished / "000001.partial-1234").mkdir()
-    (unfinished / "000001.partial-1234" / "0.npy").write_bytes(b"half")
-    (unfinished / "readable.npy.partial-1234").write_bytes(b"half")
+    half = shards / "0123.safetensors.partial-1234"
+    half.write_bytes(b"half")
     autoencoder.num_encoded = 0
     cache = encode(folder, autoencoder)
     assert (autoencoder.num_encoded, cache.num_encoded) == (4, 4)
     for index in range(NUM_IMAGES):
         assert_posterior(cache, index, to_pixels(images.image(index)), autoencoder)
-    names = {path.name for path in unfinished.iterdir()}
-    assert names == {"000000", "000001", "000002", "index.json", "readable.npy"}
+    assert len({*shards.iterdir()} - {first, half}) == 2
+    assert len([*unfinished.iterdir()]) == 2
 
 
 def test_what_a_dead_run_left_goes_but_not_what_a_living_one_writes(folder):
-    def look():
-        assert not old.exists()
-        assert new.exists()
-
-    data = config(folder)
-    images = open_images(folder, data)
-    cache_folder = encode(folder).folder
-    (cache_folder / "index.json").unlink()
-    (cache_folder / "000001" / "0.npy").unlink()
-    (cache_folder / "000001" / "unreadable.json").unlink()
-    (cache_folder / "000001").rmdir()
-    old, new = (cache_folder / f"000001.partial-{name}" for name in ("old", "new"))
+    folder_of_shards = encode(folder).folder / "16x16"
+    next(folder_of_shards.iterdir()).unlink()
+    old, new = (folder_of_shards / f"x.partial-{name}" for name in ("old", "new"))
     for path in (old, new):
-        path.mkdir()
+        path.write_bytes(b"half")
     two_hours_ago = time.time() - 7200
     os.utime(old, (two_hours_ago, two_hours_ago))
-    cached_latents(EventfulImages(images, look), build_autoencoder(), data, 2, None, 3)
-    assert not new.exists(), "once all shards are there, nothing is being written"
+    assert encode(folder).num_encoded > 0
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_two_runs_at_once_end_with_the_same_files(folder):
@@ -314,7 +316,7 @@ def test_two_runs_at_once_end_with_the_same_files(folder):
     overtaking = EventfulImages(images, lambda: encode(folder, batch_size=7))
     cache = cached_latents(overtaking, build_autoencoder(), data, 2, None, 3)
     assert cache_folders(folder) == [cache.folder]
-    assert not list(cache.folder.glob("*.partial-*"))
+    assert len([*cache.folder.glob("16x16/*")]) == 3
     assert cache.readable.all()
 
 

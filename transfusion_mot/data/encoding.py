@@ -1,16 +1,6 @@
-"""Images => latents, shard by shard, in a folder that holds nothing but whole shards.
+"""Images => latents, shard by shard: what is new is encoded, the rest only recognised by its content."""
 
-A shard is a folder of its own: for every bucket a `.npy` of posteriors, and what was wrong with images that could not
-be read. It is written aside, flushed to the disk and renamed, so that a killed run goes on with what is whole, and
-processes need no more than different shards to work on one cache.
-"""
-
-import itertools
-import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,16 +13,14 @@ from tqdm import tqdm
 
 from transfusion_mot.autoencoder import Autoencoder, check_image_size
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.images import ImageArray, to_pixels
+from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
+from transfusion_mot.data.latent_shards import ShardWriter, content_key
 from transfusion_mot.data.sources.base import ImageSet
+from transfusion_mot.data.sources.keys import KeySet
 from transfusion_mot.errors import UserError
 
 # Compiling takes half a minute; fewer images are encoded sooner without.
 _WORTH_COMPILING = 20_000
-# Writing a shard takes seconds: what has not been touched for this long belongs to a run that is dead.
-_STALE_SECONDS = 3600
-
-_UNREADABLE = "unreadable.json"
 
 
 def check_image_sizes(data: DataConfig, autoencoder: Autoencoder, patch_size: int) -> None:
@@ -46,123 +34,160 @@ def check_image_sizes(data: DataConfig, autoencoder: Autoencoder, patch_size: in
         check_image_size(side, autoencoder.downsampling * patch_size, name)
 
 
-class _Part(NamedTuple):
-    """A batch of images of one shard and bucket."""
+class Shard(NamedTuple):
+    """What becomes one file: images of one bucket, by their index."""
 
-    shard: int
+    file: Path
     bucket: int
     indices: npt.NDArray[np.int64]
 
 
+class _Item(NamedTuple):
+    """An image on its way to the autoencoder.
+
+    Attributes:
+        content: Hash of its content.
+        image: It, unless there are latents of its content or it cannot be decoded.
+        reason: Why it cannot be decoded.
+        failure: A sentence for the user, which the data loader would bury under a traceback: why it was not read.
+    """
+
+    content: bytes
+    image: ImageArray | None = None
+    reason: str = ""
+    failure: str = ""
+
+
 class _Decoded(NamedTuple):
-    """The images of a part, and why one could not be read, by index."""
+    """What `_Item` says of some images, which of them are to be encoded, and the pixels of these."""
 
+    contents: list[bytes]
+    reasons: list[str]
+    failures: list[str]
+    encoded: list[bool]
     images_uint8: torch.Tensor
-    problems: dict[int, str]
 
 
-class _Decoding(Dataset[tuple[int, ImageArray, str]]):
-    """Index => (index, image, ""), or a black image and the reason in place of one that cannot be read."""
+class _Decoding(Dataset[_Item]):
+    """Reads, recognises and decodes images; `known` are the contents of each bucket that have latents."""
 
-    def __init__(self, images: ImageSet, image_sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, images: ImageSet, known: Sequence[KeySet]) -> None:
         self.images = images
-        self.image_sizes = image_sizes
+        self.known = known
 
-    def __getitem__(self, index: int) -> tuple[int, ImageArray, str]:
+    def __getitem__(self, index: int) -> _Item:
         try:
-            return index, self.images.image(index), ""
+            content = self.images.content(index)
+        except UnreadableImage as error:
+            return _Item(content_key(error.reason.encode()), reason=error.reason)
+        except FileNotFoundError:
+            where = self.images.where(index)
+            return _Item(b"", failure=f"image '{where}' was there when its source was opened, and is not; start again")
         except UserError as error:
-            return index, np.zeros((*self.image_sizes[self.images.buckets[index]], 3), np.uint8), str(error)
+            return _Item(b"", failure=str(error))
+        key = content_key(content)
+        if key in self.known[self.images.buckets[index]]:
+            return _Item(key)
+        try:
+            return _Item(key, self.images.image(index, content))
+        except UnreadableImage as error:
+            return _Item(key, reason=error.reason)
+        except UserError as error:
+            return _Item(b"", failure=str(error))
 
 
-class _Indices(Sampler[list[int]]):
-    """The indices of every part, made into a list only when they are asked for: there may be many millions."""
+class _Batches(Sampler[list[int]]):
+    """The indices of every batch, made into a list only when they are asked for: there may be many millions."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self.parts = parts
+    def __init__(self, shards: Sequence[Shard], batch_size: int) -> None:
+        self.shards = shards
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (part.indices.tolist() for part in self.parts)
+        for shard in self.shards:
+            for start in range(0, len(shard.indices), self.batch_size):
+                yield shard.indices[start : start + self.batch_size].tolist()
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return sum(-(-len(shard.indices) // self.batch_size) for shard in self.shards)
 
 
 def encode_shards(
     images: ImageSet,
     autoencoder: Autoencoder,
     data: DataConfig,
-    folder: Path,
-    shards: Sequence[int],
-    shard_images: int,
+    shards: Sequence[Shard],
+    known: Sequence[KeySet],
     batch_size: int,
     description: str | None,
+    refusal: str | None,
 ) -> float:
-    """Encode shards of `images` into `folder`; worker processes decode what the autoencoder takes next.
+    """Write shards of `images`; worker processes read and decode what the autoencoder takes next.
 
-    A shard is gathered in memory before it is written: at most `shard_images` posteriors, and the mirrored ones.
+    A shard is gathered in memory before it is written: the posteriors of its images, and the mirrored ones.
 
     Args:
-        data: Sizes of the buckets, whether mirrored images are encoded as well, number of worker processes.
-        shards: Which of them; shard i holds images `i * shard_images` up to the next one's first.
+        data: Whether mirrored images are encoded as well, number of worker processes.
+        known: For every bucket the contents that have latents already.
         batch_size: Images encoded at a time.
         description: What the progress bar is called; None shows none.
+        refusal: If no image may be encoded: what to say if one would have to be.
 
     Returns:
         Share of the time in which the autoencoder waited for images.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: A file cannot be read, the folder cannot be written, or `refusal`.
     """
-    parts = [part for shard in shards for part in _parts_of(images, shard, shard_images, batch_size)]
-    num_images = sum(len(part.indices) for part in parts)
+    batches = _Batches(shards, batch_size)
+    num_images = sum(len(shard.indices) for shard in shards)
     device = autoencoder.vae.device
     compiled = device.type == "cuda" and num_images >= _WORTH_COMPILING
     loader = DataLoader(
-        _Decoding(images, data.image_sizes),
-        batch_sampler=_Indices(parts),
-        num_workers=min(data.num_workers, len(parts)),
+        _Decoding(images, known),
+        batch_sampler=batches,
+        num_workers=min(data.num_workers, len(batches)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_single_thread,
     )
     begun = time.perf_counter()
     decoded_images = _Timed(loader)
+    stream = iter(decoded_images)
     with tqdm(total=num_images, desc=description, unit="image", disable=description is None) as progress:
-        batches = zip(parts, decoded_images, strict=True)
-        for shard, group in itertools.groupby(batches, key=lambda pair: pair[0].shard):
-            posteriors: dict[int, list[npt.NDArray[np.float16]]] = {}
-            problems: dict[int, str] = {}
-            for part, decoded in group:
-                pixels = to_pixels(decoded.images_uint8.to(device, non_blocking=True))
-                versions = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
-                encoded = [autoencoder.encode_fast(version, batch_size, compiled) for version in versions]
-                # [images, versions, mean and std, C, Y, X]
-                posterior = torch.stack([torch.stack(pair, dim=1) for pair in encoded], dim=1)
-                posteriors.setdefault(part.bucket, []).append(posterior.to("cpu", torch.float16).numpy())
-                problems |= decoded.problems
-                progress.update(len(part.indices))
+        for shard in shards:
+            writer = ShardWriter()
+            for start in range(0, len(shard.indices), batch_size):
+                indices = shard.indices[start : start + batch_size]
+                decoded = next(stream)
+                for failure in filter(None, decoded.failures):
+                    raise UserError(failure)
+                latents = None
+                if any(decoded.encoded):
+                    if refusal is not None:
+                        raise UserError(refusal)
+                    pixels = to_pixels(decoded.images_uint8.to(device, non_blocking=True))
+                    versions = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
+                    posteriors = [autoencoder.encode_fast(version, batch_size, compiled) for version in versions]
+                    # [images, versions, mean and std, C, Y, X]
+                    posterior = torch.stack([torch.stack(pair, dim=1) for pair in posteriors], dim=1)
+                    latents = posterior.to("cpu", torch.float16).numpy()
+                writer.add(images.stamps[indices], decoded.contents, decoded.encoded, decoded.reasons, latents)
+                progress.update(len(indices))
             try:
-                _write_shard(folder, shard, posteriors, problems)
+                writer.write(shard.file)
             except OSError as error:
                 raise UserError(
-                    f"cannot write latents to '{folder}': {error.strerror}; free or choose a place"
+                    f"cannot write latents to '{shard.file.parent}': {error.strerror}; free or choose a place"
                 ) from None
     return decoded_images.waited / (time.perf_counter() - begun)
 
 
-def _parts_of(images: ImageSet, shard: int, shard_images: int, batch_size: int) -> Iterator[_Part]:
-    first = shard * shard_images
-    buckets = images.buckets[first : first + shard_images]
-    for bucket in np.unique(buckets):
-        indices = first + np.flatnonzero(buckets == bucket)
-        for start in range(0, len(indices), batch_size):
-            yield _Part(shard, int(bucket), indices[start : start + batch_size])
-
-
-def _collate(items: Sequence[tuple[int, ImageArray, str]]) -> _Decoded:
-    images_uint8 = torch.from_numpy(np.stack([image for _, image, _ in items]))
-    return _Decoded(images_uint8, {index: problem for index, _, problem in items if problem})
+def _collate(items: list[_Item]) -> _Decoded:
+    contents, pixels, reasons, failures = (list(values) for values in zip(*items, strict=True))
+    present = [torch.from_numpy(image) for image in pixels if image is not None]
+    images_uint8 = torch.stack(present) if present else torch.empty(0, dtype=torch.uint8)
+    return _Decoded(contents, reasons, failures, [image is not None for image in pixels], images_uint8)
 
 
 def _single_thread(worker: int) -> None:
@@ -182,70 +207,3 @@ class _Timed:
             self.waited += time.perf_counter() - begun
             yield batch
             begun = time.perf_counter()
-
-
-def shard_folder(folder: Path, shard: int) -> Path:
-    """Where a shard is, once it is whole."""
-    return folder / f"{shard:06d}"
-
-
-def unreadable_images(shard: Path) -> dict[int, str]:
-    """Index of every image of a whole shard that could not be read => why."""
-    problems = json.loads((shard / _UNREADABLE).read_text(encoding="utf-8"))
-    return {int(index): problem for index, problem in problems.items()}
-
-
-def _write_shard(
-    folder: Path, shard: int, posteriors: dict[int, list[npt.NDArray[np.float16]]], problems: dict[int, str]
-) -> None:
-    target = shard_folder(folder, shard)
-    partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
-        for bucket, rows in posteriors.items():
-            with (partial / f"{bucket}.npy").open("wb") as file:
-                np.save(file, np.concatenate(rows))
-                file.flush()
-                os.fsync(file.fileno())
-        with (partial / _UNREADABLE).open("w", encoding="utf-8") as text:
-            json.dump(problems, text)
-            text.flush()
-            os.fsync(text.fileno())
-        _flush_folder(partial)
-        os.replace(partial, target)
-        _flush_folder(folder)
-    except OSError:
-        # A folder that is not empty is not replaced: another run was faster.
-        if not target.exists():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk and rename it: it is there as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_partial(folder: Path, everything: bool) -> None:
-    """Remove what killed runs have left half written; while others may be at work, only what is old."""
-    for path in folder.glob("*.partial-*"):
-        try:
-            if everything or time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except FileNotFoundError:
-            continue  # Its owner was not dead, and has just renamed it.

@@ -1,11 +1,11 @@
 """Latents of a source's images, encoded once and mapped from disk afterwards."""
 
 import hashlib
-import io
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,22 +16,19 @@ from accelerate.utils import broadcast_object_list
 
 from transfusion_mot.autoencoder import Autoencoder
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.encoding import (
-    encode_shards,
-    remove_partial,
-    replace_file,
-    shard_folder,
-    unreadable_images,
-)
-from transfusion_mot.data.sources.base import ImageSet, SkippedItems
+from transfusion_mot.data.encoding import Shard, encode_shards
+from transfusion_mot.data.latent_shards import ELSEWHERE, SUFFIX, ShardEntries, mapped_latents, remove_partial
+from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, arrays_folder, stored_arrays
+from transfusion_mot.data.sources.base import ImageSet, fingerprint_of
+from transfusion_mot.data.sources.keys import KeySet
 from transfusion_mot.errors import UserError
 
-# Raise it when the files or what is stored in them change.
-_FORMAT = 2
+# Raise it when what the files hold changes.
+_FORMAT = 3
 _SHARD_IMAGES = 4096
 # A network file system may take that long to show one machine what another has written.
 _VISIBLE_SECONDS = 60
-_INDEX, _READABLE = "index.json", "readable.npy"
+_INDEX, _ABOUT = "index", "about"
 _UNREADABLE = "unreadable image"
 
 _logger = logging.getLogger(__name__)
@@ -44,56 +41,49 @@ class LatentCache:
     Attributes:
         images: The images.
         folder: Where the latents are.
-        readable: [N] False where an image could not be read, and has no latents.
+        readable: [N] False where an image could not be decoded, and has no latents.
         skipped: What was left out, here and when the source was opened: reason to count.
         latent_shapes: (C, Y, X) of every bucket.
         num_encoded: How many of the readable images were encoded to open it.
-        num_bytes: Size of the files.
+        num_bytes: Size of their latents.
     """
 
     num_encoded = 0
 
-    def __init__(self, images: ImageSet, folder: Path) -> None:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    def __init__(self, images: ImageSet, folder: Path, index: StoredArrays) -> None:
         self.images = images
         self.folder = folder
-        self.readable: npt.NDArray[np.bool_] = np.load(folder / _READABLE)
-        self.skipped: dict[str, int] = images.skipped | index["skipped"]
-        self.latent_shapes: list[tuple[int, int, int]] = [tuple(shape) for shape in index["latent_shapes"]]
-        self.num_bytes: int = index["num_bytes"]
-        self._shard_images: int = index["made_of"]["images a shard"]
-        self._positions = _positions(images.buckets, self._shard_images, len(self.latent_shapes))
-        self._mapped: dict[tuple[int, int], npt.NDArray[np.float16]] = {}
+        self.skipped: dict[str, int] = images.skipped | index.skipped().counts
+        about = json.loads(index.strings(_ABOUT)[0])
+        self.latent_shapes: list[tuple[int, int, int]] = [tuple(shape) for shape in about["latent_shapes"]]
+        self._index = index
+        # As plain arrays: indexing numpy's own class for mapped files costs more than reading a small latent.
+        self._shards, self._rows = (index[name].view(np.ndarray) for name in ("shards", "rows"))
+        self._files = [str(folder / name) for name in index.strings("files")]
+        self.readable: npt.NDArray[np.bool_] = self._rows >= 0
+        counts = np.bincount(images.buckets[self.readable], minlength=len(self.latent_shapes)).tolist()
+        elements = [4 * channels * height * width for channels, height, width in self.latent_shapes]
+        versions = 1 + about["made_of"]["random_flip"]
+        self.num_bytes: int = sum(count * size for count, size in zip(counts, elements, strict=True)) * versions
 
     def posterior(self, index: int, flipped: bool = False) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """Mean and standard deviation [C, Y, X] of a readable image, or of its mirror image; views of a mapped file.
 
         Mirrored images are there with `data.random_flip`.
         """
-        assert self.readable[index]
-        key = index // self._shard_images, int(self.images.buckets[index])
-        if key not in self._mapped:
-            file = shard_folder(self.folder, key[0]) / f"{key[1]}.npy"
-            # As a plain array: indexing numpy's own class for mapped files costs more than reading a small latent.
-            self._mapped[key] = np.load(file, mmap_mode="r").view(np.ndarray)
-        mean, std = self._mapped[key][self._positions[index], int(flipped)]
+        row = self._rows[index]
+        assert row >= 0
+        mean, std = mapped_latents(self._files[self._shards[index]])[row, int(flipped)]
         return mean, std
 
-    def __reduce__(self) -> tuple[Callable[..., "LatentCache"], tuple[ImageSet, Path]]:
+    def count_encoded(self, known_files: set[str]) -> None:
+        """Count what is in other shards than those that were there before."""
+        is_new = np.array([file not in known_files for file in self._files], dtype=np.bool_)
+        self.num_encoded = int(is_new[self._shards[self.readable]].sum())
+
+    def __reduce__(self) -> tuple[Callable[..., "LatentCache"], tuple[Any, ...]]:
         # A worker process maps the files again; pickle would send it their bytes.
-        return LatentCache, (self.images, self.folder)
-
-
-def _positions(buckets: npt.NDArray[np.int16], shard_images: int, num_buckets: int) -> npt.NDArray[np.int32]:
-    """[N] place of each image among those of its shard and bucket."""
-    group = np.arange(len(buckets)) // shard_images * num_buckets + buckets
-    order = np.argsort(group, kind="stable")
-    ordered = group[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-    sizes = np.diff(starts, append=len(ordered))
-    positions = np.empty(len(buckets), dtype=np.int32)
-    positions[order] = np.arange(len(buckets)) - np.repeat(starts, sizes)
-    return positions
+        return LatentCache, (self.images, self.folder, self._index)
 
 
 def cached_latents(
@@ -106,10 +96,13 @@ def cached_latents(
 ) -> LatentCache:
     """The latents of `images`; what `data.cache_dir` lacks of them is encoded on the autoencoder's device.
 
-    The folder's name is a hash of what the latents are made of, so that those of another autoencoder or of images of
-    another size are never taken for these. All processes of `accelerator` must call this together: they share the work,
-    and an interrupted run goes on with the shards that are whole. Of two runs that encode at once both end up with the
-    same files.
+    Latents are known by the content of an image's file. Files that were moved or touched are read again, and not
+    encoded again; which files they lie in, what stands beside them and on which side of the held-out split they are
+    makes no difference. A file of the same path, size and time of change is not read again.
+
+    The folder's name is a hash of what the latents are made with, so that those of another autoencoder are never taken
+    for these. All processes of `accelerator` must call this together: they share the work, and an interrupted run goes
+    on with the shards that are whole. Of two runs that encode at once both end up with the same latents.
 
     Args:
         data: The images' transform, the place of the cache, the worker processes that decode, and whether to encode.
@@ -117,67 +110,51 @@ def cached_latents(
         shard_images: Images a shard, the least that an interrupted run does again.
 
     Raises:
-        UserError: None of the images can be read; the place cannot be written or is not seen by all processes; or
-            `data.latents` is `prepared` and the latents are not there: the message says what there is instead.
+        UserError: None of the images can be decoded; a file cannot be read; the place cannot be written or is not seen
+            by all processes; or `data.latents` is `prepared` and latents are missing: the message says what there is.
     """
-    made_of = {
+    made_with = {
         "format": _FORMAT,
         "autoencoder": autoencoder.fingerprint,
-        "image sizes": [list(size) for size in data.image_sizes],
         "image_fit": data.image_fit,
         "random_flip": data.random_flip,
-        "images": images.fingerprint,
-        "images a shard": shard_images,
     }
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    folder = Path(data.cache_dir) / f"latents-{key}"
-    num_shards = -(-len(images) // shard_images)
+    made_of = made_with | {"image sizes": [list(size) for size in data.image_sizes]}
+    folder = Path(data.cache_dir) / f"latent-cache-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}"
+    sizes = [folder / f"{height}x{width}" for height, width in data.image_sizes]
+    key = [made_of, images.fingerprint]
     is_main = accelerator is None or accelerator.is_main_process
-    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
     # Decided by one: others could see a shard that has been finished a moment later.
-    whole, missing = _agreed(
-        ((folder / _INDEX).is_file(), [i for i in range(num_shards) if not shard_folder(folder, i).is_dir()]),
-        accelerator,
-    )
-    if not whole:
-        reason = _agreed(_why_not(Path(data.cache_dir), folder, images, made_of, num_shards, len(missing)), accelerator)
-        if data.latents == "prepared":
-            raise UserError(
-                f"{reason}; encode them with `python -m transfusion_mot.data.cache` and the same configuration, or set "
-                "data.latents to cache or online"
-            )
+    known_files = None
+    if is_main and not _is_indexed(folder, key):
+        known_files = [sorted(size.glob(f"*{SUFFIX}")) for size in sizes]
+    known_files = _agreed(known_files, accelerator)
+    if known_files is not None:
+        entries = [ShardEntries(files) for files in known_files]
+        missing = np.flatnonzero(_places(images, entries) < 0)
+        plan = _plan(images, missing, sizes, shard_images)
+        if plan:
+            reason = _why_not(Path(data.cache_dir), folder, images, made_of, len(missing))
+            _encode(images, autoencoder, data, plan, entries, reason, batch_size, accelerator)
+        problem = None
         if is_main:
-            _logger.info("%s; encoding %d of %d shards", reason, len(missing), num_shards)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder '{folder}': {error.strerror}; set data.cache_dir") from None
-            remove_partial(folder, everything=False)
-        if mine := missing[rank::world_size]:
-            share = f" (process 1 of {world_size})" if world_size > 1 else ""
-            description = f"encoding {images.name}{share}" if is_main else None
-            begun = time.perf_counter()
-            waited = encode_shards(images, autoencoder, data, folder, mine, shard_images, batch_size, description)
-            if is_main and waited > 0.5 and time.perf_counter() - begun > 30:
-                _logger.info(
-                    "the autoencoder waited for images in %.0f %% of the time; more than %d data.num_workers may help",
-                    100 * waited,
-                    data.num_workers,
-                )
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        problem = _agreed(_finish(folder, images, autoencoder, made_of, num_shards) if is_main else None, accelerator)
-        if problem is not None:
+            files = [
+                sorted({*known, *(shard.file for shard in plan if shard.bucket == bucket)})
+                for bucket, known in enumerate(known_files)
+            ]
+            problem = _write_index(folder, key, images, autoencoder, made_of, files)
+        if (problem := _agreed(problem, accelerator)) is not None:
             raise UserError(problem)
-    _wait_for(folder / _INDEX)
-    cache = LatentCache(images, folder)
+    place = arrays_folder(str(folder), _INDEX, key)
+    _wait_for(place)
+    index = StoredArrays(place)
+    cache = LatentCache(images, folder, index)
+    if known_files is not None:
+        cache.count_encoded({str(file) for files in known_files for file in files})
     if len(images) and not cache.readable.any():
-        _, problem = next(iter(unreadable_images(shard_folder(folder, 0)).items()))
-        raise UserError(f"none of the {len(images)} images of '{images.name}' can be read; the first: {problem}")
-    if not whole:
-        shards = (cache.readable[shard * shard_images : (shard + 1) * shard_images] for shard in missing)
-        cache.num_encoded = sum(int(shard.sum()) for shard in shards)
+        (example, *_) = index.skipped().examples[_UNREADABLE]
+        raise UserError(f"none of the {len(images)} images of '{images.name}' can be read; the first: {example}")
     return cache
 
 
@@ -189,71 +166,179 @@ def _agreed(value: _Value, accelerator: Accelerator | None) -> _Value:
     return agreed
 
 
-def _why_not(
-    cache_dir: Path, folder: Path, images: ImageSet, made_of: dict[str, Any], num_shards: int, num_missing: int
-) -> str:
+def _is_indexed(folder: Path, key: object) -> bool:
+    """Whether it is written which latents are those of the images, and all of them are there."""
+    place = arrays_folder(str(folder), _INDEX, key)
+    if not place.is_dir():
+        return False
+    if all((folder / name).is_file() for name in StoredArrays(place).strings("files")):
+        return True
+    # Someone has removed shards.
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
+def _places(images: ImageSet, entries: Sequence[ShardEntries]) -> npt.NDArray[np.int64]:
+    """[N], which entry of its size's shards is that of an image; -1 if none is."""
+    places = np.full(len(images), -1, dtype=np.int64)
+    for bucket, of_size in enumerate(entries):
+        here = images.buckets == bucket
+        places[here] = of_size.places_of(images.stamps[here])
+    return places
+
+
+def _plan(images: ImageSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path], shard_images: int) -> list[Shard]:
+    """What to encode, as shards."""
+    plan = []
+    # Some at a time, so that files are read once or nearly so, although each bucket has shards of its own.
+    at_a_time = shard_images * len(sizes)
+    for some in (missing[start : start + at_a_time] for start in range(0, len(missing), at_a_time)):
+        for bucket, folder in enumerate(sizes):
+            of_bucket = some[images.buckets[some] == bucket]
+            for start in range(0, len(of_bucket), shard_images):
+                indices = of_bucket[start : start + shard_images]
+                # Two runs that do the same work write the same files.
+                plan.append(Shard(folder / f"{fingerprint_of(images.stamps[indices])}{SUFFIX}", bucket, indices))
+    return plan
+
+
+def _encode(
+    images: ImageSet,
+    autoencoder: Autoencoder,
+    data: DataConfig,
+    plan: Sequence[Shard],
+    entries: Sequence[ShardEntries],
+    reason: str,
+    batch_size: int,
+    accelerator: Accelerator | None,
+) -> None:
+    """Write this process's share of the shards, and wait for the others; `reason` says why there is something to do."""
+    is_main = accelerator is None or accelerator.is_main_process
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    refusal = None
+    if data.latents == "prepared":
+        refusal = (
+            f"{reason}; encode them with `python -m transfusion_mot.data.cache` and the same configuration, or set "
+            "data.latents to cache or online"
+        )
+        # Without any latents of such a size, the images need not be read to know that theirs are missing.
+        if any(not len(entries[shard.bucket].files) for shard in plan):
+            raise UserError(refusal)
+    for folder in {shard.file.parent for shard in plan}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder '{folder}': {error.strerror}; set data.cache_dir") from None
+    if is_main:
+        _logger.info("%s; reading %d images, and encoding what is new", reason, sum(len(s.indices) for s in plan))
+        remove_partial(plan[0].file.parents[1])
+    mine, loads = [], [0] * world_size
+    for shard in plan:
+        least = loads.index(min(loads))
+        loads[least] += len(shard.indices)
+        if least == rank:
+            mine.append(shard)
+    if mine:
+        share = f" (process 1 of {world_size})" if world_size > 1 else ""
+        description = f"encoding {images.name}{share}" if is_main else None
+        known = [KeySet(of_size.contents[of_size.rows != ELSEWHERE]) for of_size in entries]
+        begun = time.perf_counter()
+        waited = encode_shards(images, autoencoder, data, mine, known, batch_size, description, refusal)
+        if is_main and waited > 0.5 and time.perf_counter() - begun > 30:
+            _logger.info(
+                "the autoencoder waited for images in %.0f %% of the time; more than %d data.num_workers may help",
+                100 * waited,
+                data.num_workers,
+            )
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+
+
+def _why_not(cache_dir: Path, folder: Path, images: ImageSet, made_of: dict[str, Any], num_missing: int) -> str:
     """Why the latents that are wanted are not there, in a sentence."""
-    if num_missing < num_shards:
-        return f"'{folder}' has {num_shards - num_missing} of the {num_shards} shards of latents of '{images.name}'"
+    old = ""
+    if any(cache_dir.glob("latents-*/index.json")):
+        old = f" (those of an earlier version are not used any more; remove them: rm -r '{cache_dir}'/latents-*)"
+    if num_missing < len(images):
+        known = len(images) - num_missing
+        return f"'{folder}' has latents of {known:,} of the {len(images):,} images of '{images.name}'{old}"
     others = []
-    for file in cache_dir.glob(f"latents-*/{_INDEX}"):
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if index.get("name") == images.name:
-            before = index["made_of"]
-            differing = [part for part in made_of if before.get(part) != made_of[part]]
-            others.append((len(differing), str(file.parent), differing, before))
+    for place in cache_dir.glob(f"latent-cache-*/{_INDEX}-*"):
+        if "." not in place.name:
+            about = json.loads(StoredArrays(place).strings(_ABOUT)[0])
+            if about["name"] == images.name:
+                before = about["made_of"]
+                differing = [part for part in made_of if before.get(part) != made_of[part]]
+                others.append((len(differing), str(place.parent), differing, before))
     if not others:
-        return f"'{cache_dir}' has no latents of '{images.name}'"
+        return f"'{cache_dir}' has no latents of '{images.name}'{old}"
     _, path, differing, before = min(others, key=lambda other: other[:2])
-    # Other images of the source are no reason: the other side of the split, say. Their sizes are in their fingerprint.
-    differing = [part for part in differing if part != "images"]
+    # Other images of the source are no reason: the other side of the split, say.
     if not differing:
-        return f"'{cache_dir}' has no latents of these {len(images):,} images of '{images.name}' yet"
+        return f"'{cache_dir}' has no latents of these {len(images):,} images of '{images.name}' yet{old}"
     parts = [
         f"{'other' if part.endswith('s') else 'another'} {part} ({before.get(part)}, and now it is {made_of[part]})"
         for part in differing
     ]
-    return f"the latents of '{images.name}' in '{path}' were made with {' and '.join(parts)}"
+    return f"the latents of '{images.name}' in '{path}' were made with {' and '.join(parts)}{old}"
 
 
-def _finish(
-    folder: Path, images: ImageSet, autoencoder: Autoencoder, made_of: dict[str, Any], num_shards: int
+def _write_index(
+    folder: Path,
+    key: object,
+    images: ImageSet,
+    autoencoder: Autoencoder,
+    made_of: dict[str, Any],
+    files: Sequence[Sequence[Path]],
 ) -> str | None:
-    """Write what says that the cache is whole => None, or what is wrong."""
-    shards = [shard_folder(folder, shard) for shard in range(num_shards)]
-    if absent := [shard.name for shard in shards if not shard.is_dir()]:
-        return (
-            f"{len(absent)} shards written by other processes are not in '{folder}' ({', '.join(absent[:3])}); "
-            "data.cache_dir must be on a file system that all processes see"
-        )
-    readable = np.ones(len(images), dtype=np.bool_)
-    skipped = SkippedItems()
-    for shard in shards:
-        for index, problem in unreadable_images(shard).items():
-            readable[index] = False
-            skipped.add(_UNREADABLE, problem)
-    skipped.warn(images.name, int(readable.sum()), "image")
-    file = io.BytesIO()
-    np.save(file, readable)
-    replace_file(folder / _READABLE, file.getvalue())
+    """Write which latents are those of the images => None, or what is wrong."""
+    entries = []
+    try:
+        for of_size in files:
+            for file in of_size:
+                _wait_for(file)
+            entries.append(ShardEntries(of_size))
+    except UserError as error:
+        return str(error)
+    places = _places(images, entries)
+    if (places < 0).any():
+        return f"latents have vanished from '{folder}' while others were encoded; start again"
     scale = autoencoder.downsampling
-    content = {
+    about = {
         "name": images.name,
         "made_of": made_of,
-        "num_images": len(images),
         "latent_shapes": [(autoencoder.latent_channels, y // scale, x // scale) for y, x in made_of["image sizes"]],
-        "skipped": skipped.counts,
-        "num_bytes": sum(path.stat().st_size for shard in shards for path in shard.iterdir()),
     }
-    replace_file(folder / _INDEX, (json.dumps(content, indent=1) + "\n").encode())
-    # With all shards there, nobody has anything left to write.
-    remove_partial(folder, everything=True)
+
+    def build(writer: ArrayWriter) -> None:
+        shards = np.zeros(len(images), dtype=np.int64)
+        rows = np.zeros(len(images), dtype=np.int64)
+        names = writer.strings("files")
+        for bucket, of_size in enumerate(entries):
+            here = np.flatnonzero(images.buckets == bucket)
+            used, numbers = np.unique(of_size.shards[places[here]], return_inverse=True)
+            shards[here] = numbers + len(names.ends)
+            rows[here] = of_size.rows[places[here]]
+            for shard in used.tolist():
+                names.add(str(of_size.files[shard].relative_to(folder)))
+        for index in np.flatnonzero(rows < 0).tolist():
+            reason = entries[images.buckets[index]].reason(int(places[index]))
+            writer.skipped.add(_UNREADABLE, f"image '{images.where(index)}' {reason}")
+        writer.skipped.warn(images.name, int((rows >= 0).sum()), "image")
+        writer.integers("shards").frombytes(shards.tobytes())
+        writer.integers("rows").frombytes(rows.tobytes())
+        writer.strings(_ABOUT).add(json.dumps(about))
+
+    try:
+        stored_arrays(str(folder), _INDEX, key, build)
+    except OSError as error:
+        return f"cannot write to '{folder}': {error.strerror}; free or choose a place"
     return None
 
 
-def _wait_for(file: Path) -> None:
+def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not file.is_file():
+    while not path.exists():
         if time.monotonic() > deadline:
-            raise UserError(f"'{file}' does not appear; data.cache_dir must be on a file system that all processes see")
+            raise UserError(f"'{path}' does not appear; data.cache_dir must be on a file system that all processes see")
         time.sleep(0.5)

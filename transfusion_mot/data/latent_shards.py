@@ -1,0 +1,186 @@
+"""Files of latents: written once, whole or not at all, and found by what is in an image, not by where it lies.
+
+A shard is a safetensors file of images of one size. It lists the images that a process has worked on: `stamps` [N, 2],
+where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows` [N], its row in
+`latents` [n, versions, mean and std, C, Y, X]. An image whose content another shard has is listed without a row, so
+that it need not be read again; so is one that cannot be decoded, with the reason. Processes share nothing but a folder.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from transfusion_mot.data.sources.keys import Keys, key_of, keys_from, places_of
+from transfusion_mot.data.sources.reading import tried_again
+from transfusion_mot.errors import UserError
+
+# In place of a row.
+ELSEWHERE, UNREADABLE = -1, -2
+
+SUFFIX = ".safetensors"
+# Writing a shard takes seconds: what has not been touched for this long belongs to a run that is dead.
+_STALE_SECONDS = 3600
+# Half of what Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
+_MOST_MAPPED = 2**15
+
+
+def content_key(content: bytes | Image.Image) -> bytes:
+    """What tells an encoded image, or a picture, from others."""
+    if isinstance(content, bytes):
+        return key_of(content)
+    return key_of(content.mode.encode(), repr(content.size).encode(), content.tobytes())
+
+
+@dataclass
+class ShardWriter:
+    """Gathers a shard in memory."""
+
+    stamps: list[Keys] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    latents: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    num_latents: int = 0
+
+    def add(
+        self,
+        stamps: Keys,
+        contents: Sequence[bytes],
+        encoded: Sequence[bool],
+        reasons: Sequence[str],
+        latents: npt.NDArray[np.float16] | None,
+    ) -> None:
+        """Some images [N]: hashes of their contents, whether there are latents of it, and why it cannot be decoded."""
+        self.stamps.append(stamps)
+        self.contents += contents
+        for has_latents, reason in zip(encoded, reasons, strict=True):
+            if reason:
+                self.reasons[len(self.rows)] = reason
+            self.rows.append(self.num_latents if has_latents else UNREADABLE if reason else ELSEWHERE)
+            self.num_latents += has_latents
+        if latents is not None:
+            self.latents.append(latents)
+
+    def write(self, file: Path) -> None:
+        """Write it aside, flush it to the disk and rename it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "stamps": np.concatenate(self.stamps),
+            "contents": keys_from(b"".join(self.contents)),
+            "rows": np.array(self.rows, dtype=np.int32),
+        }
+        if self.latents:
+            tensors["latents"] = np.concatenate(self.latents)
+        partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
+        try:
+            save_file(tensors, partial, {"unreadable": json.dumps(self.reasons)})
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            # Another run that does the same work may be faster. Its file may be in use: over a network, a file that is
+            # replaced is gone for those who read it.
+            if not file.exists():
+                os.replace(partial, file)
+                _flush_folder(file.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed runs have left half written; what is new, others may be writing."""
+    for path in folder.rglob("*.partial-*"):
+        try:
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:
+            continue  # Its owner was not dead, and has just renamed it.
+
+
+class ShardEntries:
+    """What shards of images of one size list.
+
+    Args:
+        files: The shards.
+
+    Raises:
+        UserError: A shard is damaged.
+
+    Attributes:
+        files: The shards.
+        contents: [M, 2] hash of the content of every image that is listed.
+        shards, rows: [M] index of its shard, and its row there.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        stamps, contents = [np.empty((0, 2), dtype=np.uint64)], [np.empty((0, 2), dtype=np.uint64)]
+        rows = [np.empty(0, dtype=np.int32)]
+        lengths: list[int] = []
+        count = 0
+        self._reasons: dict[int, str] = {}
+        for file in self.files:
+            try:
+                with tried_again(partial(safe_open, file, "numpy")) as shard:
+                    reasons = json.loads(shard.metadata()["unreadable"])
+                    for arrays, name in ((stamps, "stamps"), (contents, "contents"), (rows, "rows")):
+                        arrays.append(shard.get_tensor(name))
+            except SafetensorError as error:
+                raise UserError(
+                    f"'{file}' is damaged ({error}); remove it, and what it held is encoded again"
+                ) from None
+            self._reasons |= {count + int(entry): reason for entry, reason in reasons.items()}
+            lengths.append(len(rows[-1]))
+            count += lengths[-1]
+        self.contents = np.concatenate(contents)
+        self.rows = np.concatenate(rows)
+        self.shards = np.repeat(np.arange(len(self.files)), lengths)
+        self._stamps = np.concatenate(stamps)
+
+    def places_of(self, stamps: Keys) -> npt.NDArray[np.int64]:
+        """[N] which entry has the latents of each image, or says that it cannot be decoded; -1 if none is known to."""
+        homes = np.flatnonzero(self.rows != ELSEWHERE)
+        home_of = places_of(self.contents, self.contents[homes])
+        home_of = np.where(home_of >= 0, homes[home_of] if len(homes) else -1, -1)
+        places = places_of(stamps, self._stamps)
+        return np.where(places >= 0, home_of[places] if len(home_of) else -1, -1)
+
+    def reason(self, entry: int) -> str:
+        """Why an image cannot be decoded."""
+        return self._reasons[entry]
+
+
+@lru_cache(maxsize=_MOST_MAPPED)
+def mapped_latents(file: str) -> npt.NDArray[np.float16]:
+    """The latents of a shard, [n, versions, mean and std, C, Y, X], mapped."""
+    # Neither numpy nor safetensors maps a file without keeping a descriptor for it: a process may have 1,024.
+    with tried_again(partial(pa.memory_map, file)) as mapped:
+        header_size = int.from_bytes(mapped.read(8), "little")
+        entry = json.loads(mapped.read(header_size))["latents"]
+        first, end = entry["data_offsets"]
+        mapped.seek(8 + header_size + first)
+        content = mapped.read_buffer(end - first)
+    return np.frombuffer(content, dtype=np.float16).reshape(entry["shape"])
