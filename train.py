@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
         documents = open_documents(config.data, "train")
         held_out_documents = open_documents(config.data, "held_out")
         tokenizer = open_tokenizer(config, run, state_folder, documents, accelerator.is_main_process)
-    sources = with_latents(documents, config.data, autoencoder, config.autoencoder, accelerator)
+    sources = with_latents(documents, config.data, autoencoder, config.autoencoder, accelerator, all_documents=True)
     held_out = with_latents(held_out_documents, config.data, autoencoder, config.autoencoder, accelerator)
     end_preparing(accelerator)
     encoder = OnlineEncoder(autoencoder, config.autoencoder.batch_size)
@@ -118,6 +118,13 @@ def main(arguments: list[str]) -> None:
     first_step, lanes, seen = 0, None, Counter[str]()
     if state_folder is not None:
         saved = load_progress(state_folder)
+        readable = Sources(sources.sources, sources.latent_shapes).contents()
+        if saved["made_of"].get("list of data.sources") == readable != sources.contents():
+            saved["made_of"]["list of data.sources"] = sources.contents()
+            accelerator.print(
+                "the version that began the run left unreadable images out of the order of documents; now they are "
+                "passed over: some documents of this epoch may come twice or not at all"
+            )
         refuse_other_run(saved, made_of, state_folder)
         first_step, seen = saved["step"], Counter(saved["seen"])
         if first_step >= training.num_steps:

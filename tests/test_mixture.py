@@ -14,7 +14,7 @@ from test_packing import read_row
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.mixture import Sources, counter, open_documents
+from transfusion_mot.data.mixture import Source, Sources, counter, open_documents
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
@@ -340,3 +340,25 @@ def test_every_slot_names_the_source_it_was_filled_from(byte_tokenizer) -> None:
                 found[source] += 1
         assert ((batch.source_ids == -1) == (batch.document_ids == -1)).all()
     assert min(found[source] for source in range(3)) > 3
+
+
+def test_unreadable_images_stay_in_the_pools_of_training(byte_tokenizer) -> None:
+    """So that lanes remember the same with a cache and without, where nobody knows what is unreadable."""
+    source = numbered_images(["a", "b", "c", "d"], buckets=[0, 0, 1, 0])
+    shapes = [(CHANNELS, 4, 4)] * 2
+    online = Sources([Source(source.documents)], shapes)
+    source.latents.readable[[1, 2]] = False
+    cached = Sources([source], shapes, all_documents=True)
+    assert cached.contents() == online.contents()
+    assert [pool.length for pool in cached.pools] == [3, 1]
+    # Nothing of the second size can be read: there is no step of it.
+    assert cached.bucket_shares == [1.0, 0.0]
+    packer = make_packer(cached, byte_tokenizer)
+    batches, counts = read(packer, 20)
+    seen = {int(value) for batch in batches for value in batch.latents[batch.image_mask][:, 0, 0, 0]}
+    assert seen == {0, 3}
+    assert counts[counter("images from 0", "dropped_documents")] > 0
+    # What is held out is never gone on with.
+    held_out = Sources([source], shapes)
+    assert [(pool.items.tolist(), pool.length) for pool in held_out.pools] == [([0, 3], 2)]
+    assert held_out.num_image_documents() == 2

@@ -1,7 +1,9 @@
 """Training straight from pixels: the same batch as with a cache, and images that cannot be read."""
 
+import errno
 import io
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources, counter, open_documents, with_latents
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.sources import reading
 from transfusion_mot.errors import UserError
 
 CPU = torch.device("cpu")
@@ -37,7 +40,7 @@ def data_of(folder: Path, cache: Path, **changes) -> DataConfig:
 
 
 def batches(data: DataConfig, autoencoder: Autoencoder, tokenizer, batch_size: int = 64):
-    sources = with_latents(open_documents(data, "train"), data, autoencoder, AutoencoderConfig())
+    sources = with_latents(open_documents(data, "train"), data, autoencoder, AutoencoderConfig(), all_documents=True)
     packer = Packer(sources, tokenizer, data, "3d", 2, 4, 0, lambda uniform: uniform)
     encoder = OnlineEncoder(autoencoder, batch_size)
     return [batch for batch, _ in LaneLoader(packer, 0, 1, data.num_workers, None, 0, 4, CPU, encoder)]
@@ -53,6 +56,7 @@ def test_batches_from_pixels_are_those_from_a_cache(
     gradient = np.zeros((20, 24, 3), dtype=np.uint8) + np.arange(0, 240, 10, dtype=np.uint8)[None, :, None]
     for name in [name for name in members if name.endswith(".png")][::2]:
         members[name] = encoded(gradient)
+    members["000060.png"] = picture(60)[:50]
     write_tar(tmp_path / "images.tar", members)
     autoencoder = Autoencoder.load(str(random_vae), CPU)
     changes = {"random_flip": flip, "num_workers": workers, "image_context": image_context}
@@ -129,6 +133,22 @@ def test_of_many_images_that_cannot_be_read_the_first_are_named(byte_tokenizer, 
         packer.rows([0], 0, packer.initial_state()[None])
     assert len(caplog.messages) == 10
     assert "more of this source are counted only" in caplog.messages[-1]
+
+
+def test_a_failure_of_the_system_is_no_unreadable_image(byte_tokenizer, tmp_path: Path, monkeypatch) -> None:
+    """Another run would read it, and come by other documents."""
+    write_tar(tmp_path / "images.tar", shard(range(6)))
+    data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
+    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
+    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 2, 0, lambda uniform: uniform)
+
+    def fails(*arguments: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(reading.os, "preadv", fails)
+    with pytest.raises(UserError, match=r"images\.tar:00000\d\.jpg' cannot be read: Stale file handle"):
+        next(iter(LaneLoader(packer, 0, 1, 0, None, 0, 4, CPU)))
 
 
 def test_files_that_vanish_while_training_do_not_stop_it(byte_tokenizer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,27 @@ def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Pat
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
     sizes = TransfusionPipeline.from_pretrained(tmp_path / "run" / "snapshots" / "step-0000030").sizes
     assert ([list(size) for size in sizes.trained], sizes.fit) == (data["buckets"], "pad")
+
+
+def test_unreadable_image_lets_a_run_go_on_without_a_cache(
+    files: Path, tmp_path: Path, random_vae: Path, capsys
+) -> None:
+    shutil.copytree(files / "pictures", tmp_path / "pictures")
+    for number in range(4):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"damaged")
+    sources = [{"kind": "imagefolder", "path": str(tmp_path / "pictures")}]
+    run(tmp_path, random_vae, sources, {"held_out_fraction": 0.0}, steps=1)
+    # As a version wrote it that left unreadable images out.
+    (progress,) = (tmp_path / "run").glob("state/*/progress.json")
+    text = progress.read_text()
+    assert text.count("of [24] documents") == 1
+    progress.write_text(text.replace("of [24] documents", "of [20] documents"))
+    capsys.readouterr()
+    run(tmp_path, random_vae, sources, {"held_out_fraction": 0.0}, steps=2)
+    assert "left unreadable images out of the order of documents" in capsys.readouterr().out
+    lines = run(tmp_path, random_vae, sources, {"held_out_fraction": 0.0, "latents": "online"}, steps=3)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert "left unreadable" not in capsys.readouterr().out
 
 
 def test_bucket_that_does_not_divide_into_patches_is_refused(files: Path, tmp_path: Path, random_vae: Path) -> None:

@@ -93,6 +93,9 @@ class Sources:
     Args:
         sources: To fill rows, at least one must have images.
         latent_shapes: [C, Y, X] of every bucket.
+        all_documents: Whether pools hold the captioned images, too, that a cache knows to be unreadable, and which are
+            dropped when they come up. They do where images are encoded while training, and nothing is known of them: so
+            what lanes remember means the same with a cache and without.
 
     Attributes:
         names: Of the sources, the last part of their paths: a run may go on where the data lies elsewhere. A second one
@@ -104,7 +107,9 @@ class Sources:
         bucket_shares: Chance of each bucket.
     """
 
-    def __init__(self, sources: list[Source], latent_shapes: list[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, sources: list[Source], latent_shapes: list[tuple[int, int, int]], all_documents: bool = False
+    ) -> None:
         self.sources = sources
         self.latent_shapes = latent_shapes
         self.names: list[str] = []
@@ -120,12 +125,17 @@ class Sources:
                 self.text_pools.append(self._add_pool(index, None, 1.0))
                 continue
             buckets = self._buckets(source)
+            readable = self._readable(source)
+            if not all_documents:
+                buckets = np.where(readable, buckets, np.int16(-1))
             usable = int((buckets >= 0).sum())
             for bucket, pools in enumerate(self.image_pools):
                 items = np.flatnonzero(buckets == bucket)
                 if len(items):
                     is_all = len(items) == len(buckets)
-                    pools.append(self._add_pool(index, None if is_all else items, len(items) / usable))
+                    # No step is to be of a size of which nothing can be read.
+                    share = len(items) / usable if readable[items].any() else 0.0
+                    pools.append(self._add_pool(index, None if is_all else items, share))
         totals = [sum(self.shares[pool] for pool in pools) for pools in self.image_pools]
         self.bucket_shares = [total / (sum(totals) or 1.0) for total in totals]
 
@@ -136,10 +146,9 @@ class Sources:
         return len(self.pools) - 1
 
     def _buckets(self, source: Source) -> NDArray[np.int16]:
-        """Bucket of every document; -1 if it cannot be used."""
+        """Bucket of every document."""
         if isinstance(source.documents, CaptionedImages):
-            buckets = source.images.buckets
-            return buckets if source.latents is None else np.where(source.latents.readable, buckets, np.int16(-1))
+            return source.images.buckets
         assert isinstance(source.documents, InterleavedDocuments)
         result = np.zeros(len(source.documents), dtype=np.int16)
         buckets = source.images.buckets
@@ -149,6 +158,13 @@ class Sources:
                 images = (item for item in source.documents.segments(index) if isinstance(item, int))
                 result[index] = next((buckets[image] for image in images), usual)
         return result
+
+    @staticmethod
+    def _readable(source: Source) -> NDArray[np.bool_]:
+        """[N] whether each document can be used, as far as that is known."""
+        if source.latents is not None and isinstance(source.documents, CaptionedImages):
+            return source.latents.readable
+        return np.ones(len(source.documents), dtype=np.bool_)
 
     def num_image_documents(self) -> int:
         """Documents with images that can be used."""
@@ -201,8 +217,10 @@ class Sources:
         for index, (name, source) in enumerate(zip(self.names, self.sources, strict=True)):
             epochs = self.epochs(seen)[name]
             drops = {what.replace("_", " ").removesuffix("s"): seen.get(counter(name, what), 0) for what in DROPS}
-            dropped = counted({what: count for what, count in drops.items() if count})
-            reasons = ", ".join(filter(None, [counted(self.left_out(index)), dropped])) or "nothing"
+            left_out = self.left_out(index)
+            # Of images that are known to be unreadable, their number says more than how often they have come up.
+            left_out |= {what: count for what, count in drops.items() if count and what not in left_out}
+            reasons = counted(left_out) or "nothing"
             documents, tokens, images = (seen.get(counter(name, what), 0) for what in ("documents", "tokens", "images"))
             short = name if len(name) <= 31 else f"...{name[-28:]}"
             lines.append(
@@ -272,10 +290,11 @@ def with_latents(
     autoencoder: Autoencoder,
     config: AutoencoderConfig,
     accelerator: Accelerator | None = None,
+    all_documents: bool = False,
 ) -> Sources:
     """Open the latents of the sources' images, encoding what a cache lacks, unless that is done while training.
 
-    All processes of `accelerator` call it together.
+    All processes of `accelerator` call it together. `all_documents`: see `Sources`.
     """
     if data.latents != "online":
         sources = [
@@ -288,7 +307,7 @@ def with_latents(
         ]
     factor = autoencoder.downsampling
     shapes = [(autoencoder.latent_channels, height // factor, width // factor) for height, width in data.image_sizes]
-    return Sources(sources, shapes)
+    return Sources(sources, shapes, all_documents)
 
 
 def training_texts(sources: list[Source]) -> Iterator[str]:
