@@ -63,7 +63,7 @@ def test_recorded_run_resumes_and_is_the_plain_one(arguments, tmp_path: Path, mo
         call(monkeypatch, train.main, words)
     whole, parts, plain = (final_state(tmp_path / run) for run in ("whole", "parts", "plain"))
     for other in (parts, plain):
-        assert_same(whole, other, tolerance=2e-4)
+        assert_same(whole, other, tolerance=1e-3)
     losses = [
         [[line[name] for name in ("step", "text_loss", "diffusion_loss", "grad_norm", "lr")] for line in lines]
         for lines in (
