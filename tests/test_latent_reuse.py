@@ -15,8 +15,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from source_files import picture, picture_dataset, shard, write_tar
 from test_latents import (
@@ -40,6 +38,10 @@ from transfusion_mot.data.sources import reading, stores
 from transfusion_mot.data.sources.keys import KeySet, places_of
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 class Encoding:
