@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from process_group import clean_process, run_processes
 from training_runs import assert_same, final_state, load_all
 
 import train
@@ -174,10 +175,7 @@ def test_two_processes_equal_one_and_resume_each_other(arguments, tmp_path) -> N
     changes = {"optimizer": {"lr_schedule": "constant"}}
     train.main(arguments("constant", **changes))
     train.main(arguments("mixed", **changes, training={"num_steps": 2}))
-    finished = launch(arguments("mixed", **changes, training={"num_steps": 4}), processes=2)
-    assert finished.returncode == 0, finished.stderr
-    assert "resuming" in finished.stdout
-    assert "on 2 x cpu" in finished.stdout
+    run_processes(train.main, 2, {}, tmp_path / "group", arguments("mixed", **changes, training={"num_steps": 4}))
     train.main(arguments("mixed", **changes))
     assert_same(final_state(tmp_path / "constant"), final_state(tmp_path / "mixed"), tolerance=2e-5)
 
@@ -186,17 +184,16 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(arguments, tmp_path) -> N
     training = {"num_steps": 24, "save_every": 2}
     train.main(arguments("whole", training=training | {"save_every": 0}))
     run = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments("killed", training=training)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not (run / "snapshots" / "step-0000004").exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = clean_process(train.main, arguments("killed", training=training))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (run / "snapshots" / "step-0000004").exists():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = final_state(run)
     assert left["step"] < 24, "killed too late to prove anything"
     train.main(arguments("killed", training=training))
@@ -410,12 +407,6 @@ def test_folder_in_which_nobody_can_make_a_file_is_refused(arguments, capfd) -> 
     sentence = refused([*arguments(autoencoder={"path": "no/such/vae"}), "--output_dir", "/proc"], capfd)
     assert "/proc" in sentence
     assert sentence.endswith("choose another")
-
-
-def test_rows_that_do_not_divide_are_refused(arguments) -> None:
-    finished = launch(arguments(training={"num_rows": 3}), processes=2)
-    assert finished.returncode != 0
-    assert "training.num_rows is 3" in finished.stderr
 
 
 def test_user_error_is_a_value_error() -> None:
