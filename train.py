@@ -29,7 +29,6 @@ from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.files import check_writable_folder
-from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -364,10 +363,11 @@ def describe(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, he
         str(math.prod(packer.patch_grid(bucket))) for bucket in range(len(packer.sources.latent_shapes))
     )
     row = f"{packer.config.text_slots} text slots + {packer.config.images_per_row} images of {sizes} patches"
-    kernels = {
-        attention_kernel(model.attention, accelerator.device.type, packer.num_slots(bucket))
-        for bucket in range(len(packer.sources.latent_shapes))
-    }
+    with accelerator.autocast():
+        kernels = {
+            model.kernel(accelerator.device, packer.num_slots(bucket))
+            for bucket in range(len(packer.sources.latent_shapes))
+        }
     num_texts = sum(held_out.pools[pool].length for pool in held_out.text_pools)
     sides = {"image document": held_out.num_image_documents(), "text": num_texts}
     side = counted({kind: count for kind, count in sides.items() if count})

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import text_loss_sum
-from transfusion_mot.models.attention import AttentionMask, SlotIds, attention_kernel, joint_attention, training_mask
+from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
 from transfusion_mot.models.layers import QKVProjection, rotary_angles, rotate
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
@@ -157,7 +157,7 @@ class GatherScatterMoT(nn.Module):
         if config.image_attention == "causal":
             span_ids = torch.full_like(span_ids, -1)
         document_ids, order, span_ids = (ids.gather(1, slots) for ids in (document_ids, order, span_ids))
-        kernel, _ = attention_kernel(self.model.attention, order.device.type, order.shape[1])
+        kernel, _ = self.model.kernel(order.device, order.shape[1])
         mask = training_mask(SlotIds.from_spans(document_ids, order, span_ids, copies), kernel)
         positions = rope_positions[torch.arange(rows, device=slots.device)[:, None], slots]
         rotary = rotary_angles(positions, config.head_dim, config.rope_theta)

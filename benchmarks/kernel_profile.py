@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # In the order in which they are tried; the first that a kernel's name holds a word of.
 CATEGORIES = {
-    "attention": ("flex_attention", "flash", "decode_attention"),
+    "attention": ("interval_", "flex_attention", "flash", "decode_attention"),
     "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "decode_products"),
     "norm, rotation and joining of heads": ("join_heads",),
     "cross-entropy": ("logsumexp",),

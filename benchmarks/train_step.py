@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,7 @@ from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
 from transfusion_mot.config import OptimizerConfig, TrainingConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.models.attention import SlotIds, dense_mask
+from transfusion_mot.models.attention import KernelChoice, SlotIds, dense_mask
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.ema import EMA
@@ -64,6 +64,7 @@ class Contender:
         accelerator: Of the run.
         cuda_graph: Record the step as a CUDA graph.
         float8: Multiply 8-bit numbers in the blocks.
+        attention: Its kernel, as `training.attention` says.
     """
 
     _MIDDLE = 100_000
@@ -77,6 +78,7 @@ class Contender:
         accelerator: Accelerator,
         cuda_graph: bool,
         float8: bool,
+        attention: KernelChoice,
     ) -> None:
         torch.manual_seed(0)
         self.name = name
@@ -87,6 +89,7 @@ class Contender:
         with torch.device("meta"):
             self.model = TransfusionMoT.from_config_section(size.vocab_size, CHANNELS, self.config)
         place(self.model, accelerator, seed=0)
+        self.model.attention = attention
         if float8:
             convert_to_float8(self.model)
         self.ema = EMA(self.model, TrainingConfig().ema_decay)
@@ -219,8 +222,8 @@ def waits_for_device(contender: Contender | Rival) -> bool:
     return False
 
 
-def block_pairs(batch: Batch, block: int = 128) -> float:
-    """Pairs of slots in the blocks of a row that FlexAttention cannot skip, mean over rows."""
+def block_pairs(batch: Batch, block: int) -> float:
+    """Pairs of slots in the blocks of a row that a kernel cannot skip, mean over rows."""
     total = 0
     for row in batch.split(1):
         slots = SlotIds.from_spans(row.document_ids, row.order, row.span_ids)
@@ -242,6 +245,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
     parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
     parser.add_argument("--float8", action="store_true", help="8-bit matrix products in the blocks of mot and dense")
+    parser.add_argument(
+        "--attention",
+        choices=get_args(KernelChoice),
+        default="auto",
+        help="kernel of all but transfusion_pytorch (default: %(default)s)",
+    )
     parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     options = parser.parse_args(arguments)
@@ -272,6 +281,7 @@ def main(arguments: list[str]) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         variant = f"{accelerator.num_processes}x{parallelism}"
         variant += ("-graph" if options.cuda_graph else "") + ("-float8" if options.float8 else "")
+        variant += "" if options.attention == "auto" else f"-{options.attention}"
         name = f"train_step-{options.size}-{options.layout or options.size}-{variant}.json"
         with contextlib.closing(batches):
             for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
@@ -305,7 +315,14 @@ def compare(
                     contenders[name] = Rival(size, device, options.rival_rows)
                 else:
                     contenders[name] = Contender(
-                        name, size, batches, diffusion, accelerator, options.cuda_graph, options.float8
+                        name,
+                        size,
+                        batches,
+                        diffusion,
+                        accelerator,
+                        options.cuda_graph,
+                        options.float8,
+                        options.attention,
                     )
             contender = contenders[name]
             contender.move(device)
@@ -334,11 +351,14 @@ def compare(
                 result["waits_for_device"] = waits_for_device(contender)
             if turn == 0 and isinstance(contender, Contender) and (peak := peak_flops(device)) is not None:
                 config = contender.config
-                attention = flops_per_pair(config) * block_pairs(sample)
+                with accelerator.autocast():
+                    kernel, _ = contender.model.kernel(device, layout.slots)
+                attention = flops_per_pair(config) * block_pairs(sample, 64 if kernel == "interval" else 128)
                 row_flops = weight_flops_per_row(
                     contender.model, config, sample.text_ids.shape[1], sample.latents.shape[1:]
                 )
                 result |= {"flops_per_step": (row_flops + attention) * layout.rows, "peak_flops": peak}
+                result["attention"] = kernel
             if turn == 0 and name == "mot" and options.profile:
                 result["profile"] = profile_step(contender.step)
             if name == "gather_scatter" and turn == 0 and isinstance(ours := contenders.get("mot"), Contender):

@@ -22,6 +22,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+BF16 = torch.bfloat16
+
 
 def slot_ids(slots: list[list[tuple[int, int, int]]]) -> SlotIds:
     return SlotIds.from_spans(*torch.tensor(slots).permute(2, 0, 1))
@@ -223,12 +225,40 @@ def test_filler_beyond_a_full_row_goes_to_its_last_slot() -> None:
     assert cache.keys[1, :, :, 0, 0].tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
 
 
+def chosen(
+    choice: str, device_type: str, length: int, head_dim: int = 64, dtype: torch.dtype = BF16, on_hopper: bool = False
+) -> tuple[str, str]:
+    return attention_kernel(choice, device_type, length, head_dim, dtype, on_hopper)
+
+
 def test_kernel_is_chosen_by_device_and_length() -> None:
-    assert attention_kernel("auto", "cuda", 4096)[0] == "flex"
-    assert attention_kernel("auto", "cuda", 100)[0] == "sdpa"
-    assert attention_kernel("auto", "cpu", 4096)[0] == "sdpa"
-    assert attention_kernel("sdpa", "cuda", 4096)[0] == "sdpa"
-    assert attention_kernel("flex", "cuda", 100)[0] == "flex"
-    assert "100 slots" in attention_kernel("auto", "cuda", 100)[1]
-    with pytest.raises(UserError, match="no backward on the device 'cpu'; use auto or sdpa"):
-        attention_kernel("flex", "cpu", 4096)
+    assert chosen("auto", "cuda", 4096)[0] == "flex"
+    assert chosen("auto", "cuda", 100)[0] == "sdpa"
+    assert chosen("auto", "cpu", 4096)[0] == "sdpa"
+    assert chosen("sdpa", "cuda", 4096)[0] == "sdpa"
+    assert chosen("flex", "cuda", 100)[0] == "flex"
+    assert "100 slots" in chosen("auto", "cuda", 100)[1]
+    for choice in ("flex", "interval"):
+        with pytest.raises(UserError, match=f"{choice}, which has no backward on the device 'cpu'; use auto or sdpa"):
+            chosen(choice, "cpu", 4096)
+
+
+def test_hopper_has_kernels_of_its_own_for_what_they_suit() -> None:
+    pytest.importorskip("triton")
+    assert chosen("auto", "cuda", 4096, on_hopper=True)[0] == "interval"
+    assert chosen("auto", "cuda", 192, head_dim=128, on_hopper=True)[0] == "interval"
+    assert chosen("auto", "cuda", 100, on_hopper=True)[0] == "sdpa"
+    assert chosen("flex", "cuda", 4096, on_hopper=True)[0] == "flex"
+    for other in ({"head_dim": 96}, {"dtype": torch.float32}, {"length": 4000}, {"length": 64_000}):
+        kernel, reason = chosen(**{"choice": "auto", "device_type": "cuda", "length": 4096, "on_hopper": True, **other})
+        assert kernel == "flex"
+        assert "interval is faster for" in reason
+    # Asked for, other kernels of the same kind take almost anything.
+    assert chosen("interval", "cuda", 4000, head_dim=96)[0] == "interval"
+    for other, message in (
+        ({"head_dim": 512}, "heads of up to 256 .* model.head_dim is 512"),
+        ({"head_dim": 256, "dtype": torch.float32}, "heads of up to 128"),
+        ({"length": 64_000}, "up to 46,340 slots, and these have 64,000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen(**{"choice": "interval", "device_type": "cuda", "length": 4096, **other})

@@ -15,6 +15,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.models.attention import KernelChoice
 from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
@@ -45,6 +46,7 @@ class Run:
         float8: bool = False,
         lr: float = 3e-3,
         seed: int = 0,
+        attention: KernelChoice = "auto",
     ) -> None:
         self.device = torch.device(device)
         on_gpu = device == "cuda"
@@ -66,6 +68,7 @@ class Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision or ("bf16" if on_gpu else "no"))
         self.bare.checkpoint_activations(checkpointing)
+        self.bare.attention = attention
         if not compiled:
             self.bare.attention = "sdpa"  # FlexAttention would compile itself
         elif on_gpu:
@@ -123,10 +126,20 @@ def test_loss_curves_of_both_devices_agree(byte_tokenizer) -> None:
     assert mean["half on gpu"] < 2 * mean["half"], mean
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_recorded_step_is_the_plain_one(byte_tokenizer, optimizer: str) -> None:
+# Heads of 64 have kernels of their own on Hopper.
+INTERVALS = {head_dim: tiny_config(head_dim=head_dim, rope="3d") for head_dim in (32, 64)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "attention", "head_dim"),
+    [("adamw", "auto", 32), ("muon", "auto", 32), ("adamw", "interval", 32), ("adamw", "interval", 64)],
+)
+def test_recorded_step_is_the_plain_one(byte_tokenizer, optimizer: str, attention: KernelChoice, head_dim: int) -> None:
     """The same batches, with another learning rate each; then one that is not finite, which moves nothing."""
-    plain, recorded = (Run("cuda", byte_tokenizer, optimizer=optimizer) for _ in range(2))
+    plain, recorded = (
+        Run("cuda", byte_tokenizer, optimizer=optimizer, config=INTERVALS[head_dim], attention=attention)
+        for _ in range(2)
+    )
     make_capturable(recorded.optimizer)
     take_step = GraphedStep(recorded.step)
     config = OptimizerConfig(lr=3e-3, warmup_steps=4)
@@ -201,8 +214,11 @@ def test_what_is_computed_again_drops_the_same(byte_tokenizer, checkpointing: Ch
     torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=2e-2, atol=0)
 
 
-def test_a_step_neither_waits_for_the_device_nor_compiles_again(byte_tokenizer) -> None:
-    run = Run("cuda", byte_tokenizer)
+@pytest.mark.parametrize(("attention", "head_dim"), [("auto", 32), ("interval", 32), ("interval", 64)])
+def test_a_step_neither_waits_for_the_device_nor_compiles_again(
+    byte_tokenizer, attention: KernelChoice, head_dim: int
+) -> None:
+    run = Run("cuda", byte_tokenizer, config=INTERVALS[head_dim], attention=attention)
     for _ in range(5):
         run.step(run.batch())
     batches = [run.batch() for _ in range(200)]

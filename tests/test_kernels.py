@@ -62,11 +62,12 @@ def check_join_heads(case: tuple[int, int, int, tuple[int, ...], bool], device: 
         assert (one.float() - two.float()).abs().max() <= tolerance * two.float().abs().max()
 
 
-def test_join_heads_equals_the_modules_of_the_model() -> None:
-    """In a process of its own, because Triton reads the variable when it is imported."""
+def test_kernels_by_the_interpreter() -> None:
+    """All in one process, and in one of their own, because Triton reads the variable when it is imported."""
     program = (
-        "import torch; from test_kernels import CASES, check_join_heads\n"
+        "import torch; from test_kernels import CASES, check_join_heads; import test_interval_attention\n"
         "for case in CASES: check_join_heads(case, 'cpu', torch.float32)\n"
+        "test_interval_attention.check_by_interpreter()\n"
         "print('equal')"
     )
     folder = Path(__file__).parent

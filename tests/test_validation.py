@@ -125,8 +125,10 @@ def test_losses_do_not_change_from_call_to_call_or_with_the_rows_at_once(byte_to
 def choose_as_on_cuda(monkeypatch) -> None:
     """Let validation choose rows as if there were a GPU; the model goes on computing on the CPU."""
     monkeypatch.setattr(
-        "transfusion_mot.training.validation.attention_kernel",
-        lambda choice, device_type, length: attention_kernel(choice, "cuda", length),
+        "transfusion_mot.training.validation.is_compiled_for_shape",
+        lambda model, device, length: (
+            attention_kernel(model.attention, "cuda", length, 64, torch.bfloat16, on_hopper=False)[0] == "flex"
+        ),
     )
 
 
@@ -149,7 +151,7 @@ def test_batches_filled_up_to_one_shape_give_the_same_losses(
 @pytest.mark.parametrize(
     ("attention", "text_slots", "is_filled"),
     # Two images of four patches make these rows of 127 and of 128 slots: the block of FlexAttention.
-    [("auto", 119, False), ("auto", 120, True), ("flex", 119, True), ("sdpa", 120, False)],
+    [("auto", 119, False), ("auto", 120, True), ("flex", 119, True), ("sdpa", 120, False), ("interval", 120, False)],
 )
 def test_batches_are_filled_up_where_attention_is_compiled_for_their_shape(
     byte_tokenizer, accelerator, attention: str, text_slots: int, is_filled: bool, monkeypatch

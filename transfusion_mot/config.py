@@ -296,8 +296,9 @@ class TrainingConfig:
         float8: Compute the matrix products of the blocks with 8-bit numbers, one scale for each tensor; the weights
             stay float32. For wide models on GPUs of compute capability 8.9 or more (Ada, Hopper); needs `compile` and
             the package torchao. A run can be resumed with it or without.
-        attention: Kernel: `flex` skips blocks in which nobody attends (CUDA only), `sdpa` takes a dense mask, `auto`
-            chooses by device and length of a row and says why.
+        attention: Kernel, for speed alone: `interval`, the project's own, and `flex`, PyTorch's FlexAttention, skip
+            tiles of 64 and blocks of 128 slots in which nobody attends (CUDA only), `sdpa` takes a dense mask. `auto`
+            chooses by device, head width and length of a row and says why.
         activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of
             matrix products and attention, `full` the block's input alone; the rest it computes again.
         log_every: Steps between two lines of metrics.
@@ -329,7 +330,7 @@ class TrainingConfig:
     compile: bool = True
     cuda_graph: bool = False
     float8: bool = False
-    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    attention: Literal["auto", "interval", "flex", "sdpa"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     log_every: int = 10
     validate_every: int = 0

@@ -1,8 +1,9 @@
-"""Joint attention: one rule for who attends to whom, two renderers of it, and the cache for sampling.
+"""Joint attention: one rule for who attends to whom, three renderers of it, and the cache for sampling.
 
 Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -13,7 +14,28 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from transfusion_mot.errors import UserError
 
-AttentionMask = BlockMask | Tensor
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # It comes with torch for CUDA only.
+if HAS_TRITON:
+    from transfusion_mot.models.interval_attention import (
+        MAX_HEAD_DIM,
+        MAX_SLOTS,
+        has_hopper_kernels,
+        interval_attention,
+        interval_tiles,
+        places,
+        suits_hopper_kernels,
+    )
+
+
+class IntervalMask(NamedTuple):
+    """The mask for the kernels of `interval_attention`, where its fields are described."""
+
+    ids: Tensor
+    counts: Tensor
+    tiles: Tensor
+
+
+AttentionMask = BlockMask | IntervalMask | Tensor
 
 # A horizon beyond every order, in 32 bits.
 _BEYOND = 2**31 - 1
@@ -162,35 +184,84 @@ def block_mask(slots: SlotIds) -> BlockMask:
     return BlockMask(lengths, *keys, *full_keys, *queries, *full_queries, BLOCK_SIZE=sizes, mask_mod=mask_mod)
 
 
-Kernel = Literal["flex", "sdpa"]
-KernelChoice = Literal["auto", "flex", "sdpa"]
+def interval_mask(slots: SlotIds) -> IntervalMask:
+    """The mask as intervals and lists of tiles, the same for all heads; built once per batch, waits for no device."""
+    ids = places(slots.document_ids, slots.order, slots.horizon, slots.last_horizon)
+    return IntervalMask(ids, *interval_tiles(ids))
 
 
-def attention_kernel(choice: KernelChoice, device_type: str, length: int) -> tuple[Kernel, str]:
-    """The kernel for rows of `length` slots in training => (its name, why).
+Kernel = Literal["interval", "flex", "sdpa"]
+KernelChoice = Literal["auto", "interval", "flex", "sdpa"]
+
+
+def runs_on_hopper(device: torch.device) -> bool:
+    """Whether a device has the kernels of `interval_hopper`."""
+    return HAS_TRITON and has_hopper_kernels(device)
+
+
+def attention_kernel(
+    choice: KernelChoice, device_type: str, length: int, head_dim: int, dtype: torch.dtype, on_hopper: bool
+) -> tuple[Kernel, str]:
+    """The kernel for training => (its name, why).
+
+    Args:
+        choice: What the configuration says.
+        device_type: Of the model.
+        length: Slots of a row.
+        head_dim: Width of a head.
+        dtype: Number format of queries, keys and values.
+        on_hopper: See `runs_on_hopper`.
 
     Raises:
-        UserError: `flex` was asked for where it cannot train.
+        UserError: A kernel was asked for where it cannot train.
     """
     if choice == "sdpa":
         return "sdpa", "as training.attention says"
     if device_type != "cuda":
-        if choice == "flex":
+        if choice != "auto":
             raise UserError(
-                f"training.attention is flex, which has no backward on the device '{device_type}'; use auto or sdpa"
+                f"training.attention is {choice}, which has no backward on the device '{device_type}'; use auto or sdpa"
             )
-        return "sdpa", f"FlexAttention has no backward on the device '{device_type}'"
-    if choice == "flex":
-        return "flex", "as training.attention says"
+        return "sdpa", f"the other kernels have no backward on the device '{device_type}'"
+    if choice == "interval":
+        _check_interval(length, head_dim, dtype)
+    if choice != "auto":
+        return choice, "as training.attention says"
     # A row of a part of a block gives FlexAttention nothing to skip. Before PyTorch pull request 185349 it also fails
     # there with grouped heads.
     if length < _BLOCK:
         return "sdpa", f"rows of {length} slots are shorter than a block of {_BLOCK}"
-    return "flex", f"rows of {length} slots on CUDA: blocks of {_BLOCK} in which nobody attends are skipped"
+    if not on_hopper:
+        return "flex", f"blocks of {_BLOCK} in which nobody attends are skipped; interval is measured on Hopper alone"
+    if not suits_hopper_kernels(dtype, length, head_dim) or length > MAX_SLOTS:
+        return "flex", (
+            f"blocks of {_BLOCK} in which nobody attends are skipped; interval is faster for heads of 64 or 128 in 16 "
+            f"bits and rows of a multiple of 64 slots, not for heads of {head_dim} in {dtype} and rows of {length}"
+        )
+    return "interval", f"rows of {length} slots on Hopper: tiles of 64 in which nobody attends are skipped"
+
+
+def _check_interval(length: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Refuse what the kernels of `interval_attention` do not take."""
+    if not HAS_TRITON:
+        raise UserError("training.attention is interval, which needs the package triton; install it, or use auto")
+    widest = MAX_HEAD_DIM if dtype.itemsize == 2 else MAX_HEAD_DIM // 2
+    if head_dim > widest:
+        raise UserError(
+            f"training.attention is interval, which takes heads of up to {widest} in {dtype}, and model.head_dim is "
+            f"{head_dim}; use auto"
+        )
+    if length > MAX_SLOTS:
+        raise UserError(
+            f"training.attention is interval, which takes rows of up to {MAX_SLOTS:,} slots, and these have "
+            f"{length:,}; use auto"
+        )
 
 
 def training_mask(slots: SlotIds, kernel: Kernel) -> AttentionMask:
     """The mask in the form that the kernel takes."""
+    if kernel == "interval":
+        return interval_mask(slots)
     return block_mask(slots) if kernel == "flex" else dense_mask(slots, slots)
 
 
@@ -206,6 +277,9 @@ def _kernel_options(q_BNSH: Tensor) -> Any:
 
 def joint_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, mask: AttentionMask) -> Tensor:
     """One softmax over all slots that the mask allows => [B, N, S_q, H]. Key/value heads may be fewer (GQA)."""
+    if isinstance(mask, IntervalMask):
+        q_BSNH, k_BSMH, v_BSMH = (heads.transpose(1, 2) for heads in (q_BNSH, k_BMSH, v_BMSH))
+        return interval_attention(q_BSNH, k_BSMH, v_BSMH, *mask)[0].transpose(1, 2)
     grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
     if isinstance(mask, BlockMask):
         options = _kernel_options(q_BNSH)

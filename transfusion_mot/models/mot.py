@@ -8,7 +8,6 @@ Norms stand before attention and feed-forward, as in Llama, which the papers' Tr
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -19,10 +18,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transfusion_mot.config import ModelConfig, TowerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.adapters import UNET_GROUPS
-from transfusion_mot.models.attention import AttentionMask, LayerCache, cached_attention, joint_attention
+from transfusion_mot.models.attention import (
+    HAS_TRITON,
+    AttentionMask,
+    LayerCache,
+    cached_attention,
+    joint_attention,
+)
 from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotate
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # It comes with torch for CUDA only.
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
 
@@ -40,6 +44,8 @@ _EXPENSIVE = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
 }
+if HAS_TRITON:
+    _EXPENSIVE.add(torch.ops.transfusion_mot.interval_attention.default)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

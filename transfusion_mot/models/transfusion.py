@@ -34,7 +34,15 @@ from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
-from transfusion_mot.models.attention import CacheWindow, KernelChoice, SlotIds, attention_kernel, training_mask
+from transfusion_mot.models.attention import (
+    CacheWindow,
+    Kernel,
+    KernelChoice,
+    SlotIds,
+    attention_kernel,
+    runs_on_hopper,
+    training_mask,
+)
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
@@ -140,6 +148,17 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         for block in self.blocks:
             block.forward = _compiled_in_training(block.forward)
 
+    def kernel(self, device: torch.device, num_slots: int) -> tuple[Kernel, str]:
+        """The kernel of attention without a cache for rows of so many slots, and why; depends on autocast.
+
+        Raises:
+            UserError: See `attention_kernel`.
+        """
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.text_head.weight.dtype
+        head_dim, on_hopper = self.architecture.head_dim, runs_on_hopper(device)
+        return attention_kernel(self.attention, device.type, num_slots, head_dim, dtype, on_hopper)
+
     def initialise(self, seed: int) -> None:
         """Draw all weights.
 
@@ -231,8 +250,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
                 assert copies is None
                 span_ids = torch.full_like(span_ids, -1)
             slots = SlotIds.from_spans(document_ids, order, span_ids, copies)
-            kernel, _ = attention_kernel(self.attention, order.device.type, order.shape[1])
-            mask = training_mask(slots, kernel)
+            mask = training_mask(slots, self.kernel(order.device, order.shape[1])[0])
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
         # Under autocast the residual stream has its number format, not that of the embedding.
         device_type = rope_positions.device.type

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from transfusion_mot.models.attention import KVCache
+from transfusion_mot.models.attention import HAS_TRITON, KVCache
 from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotary_angles
-from transfusion_mot.models.mot import HAS_TRITON, MoTBlock
+from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.workspace import can_record
 

@@ -17,7 +17,6 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.models.attention import attention_kernel
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.step import compute_losses, loss_counts
 
@@ -129,14 +128,14 @@ class Validation:
         """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
         device = next(model.parameters()).device
         for bucket, packer in packers:
-            kernel, _ = attention_kernel(model.attention, device.type, packer.num_slots(bucket))
+            is_compiled = is_compiled_for_shape(model, device, packer.num_slots(bucket))
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
             for start in range(0, -(-packer.num_lanes // accelerator.num_processes), self.rows_at_once):
                 chunk = lanes[start : start + self.rows_at_once]
                 # Rows that count for nothing: one where there are none left, and for FlexAttention, which is compiled
                 # for every shape, as many as give all batches the shape of training's. Without gradients nothing else
                 # is compiled, but for the encoder, which fills its batches itself.
-                rows = self.rows_at_once if kernel == "flex" else max(1, len(chunk))
+                rows = self.rows_at_once if is_compiled else max(1, len(chunk))
                 used = [*chunk, *[0] * (rows - len(chunk))]
                 states = np.tile(packer.initial_state(), (rows, 1))
                 batch = self.encoder(packer.rows(used, 0, states, bucket)[0].to(device))
@@ -147,6 +146,11 @@ class Validation:
         losses = compute_losses(model, _at(batch, timestep), self.diffusion)
         sums = torch.stack([losses.text.sum(), losses.images.sum()])
         return torch.stack([sums.double(), loss_counts(batch)], dim=1)
+
+
+def is_compiled_for_shape(model: TransfusionMoT, device: torch.device, num_slots: int) -> bool:
+    """Whether attention over such rows is compiled anew for every number of them."""
+    return model.kernel(device, num_slots)[0] == "flex"
 
 
 def text_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:

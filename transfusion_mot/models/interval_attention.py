@@ -1,0 +1,183 @@
+"""Attention in which a key is seen from an interval of places, for CUDA devices.
+
+All slots of a row stand on one line, document after document in reading order. A query has one place there: how far it
+sees. A key has an interval: it is seen from its own place up to the last one from which it is not hidden. So the mask
+is two comparisons of three numbers, whatever modalities there are and wherever their slots lie, and copies, causal
+images and padding are no cases of their own.
+
+A row is cut into tiles of 64 slots. Which tiles a tile of queries meets, and which of them it sees in full, is listed
+once for a batch and used by all layers. Two sets of kernels read these lists: those of `interval_hopper` on Hopper,
+those of `interval_triton` elsewhere. The forward keeps the logarithms of the sums. The backward computes scores again,
+once for the gradient by the queries and once for those by keys and values; as nothing is added up across programs, it
+is the same in every run.
+
+Shapes: B rows, S slots, n tiles a row, N query heads, M key/value heads, H head width.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from transfusion_mot.models import interval_triton
+from transfusion_mot.models.interval_triton import TILE
+
+# Beyond every place.
+_FAR = 2**31 - 1
+# Of Triton. Gluon, in which the kernels for Hopper are written, is experimental: they ran with 3.6 (torch 2.11), and
+# the compilers of the other two take them.
+_GLUON_VERSIONS = ("3.6", "3.7", "3.8")
+# A place is a document's number times the slots of a row, and has 32 bits.
+MAX_SLOTS = 46_340
+MAX_HEAD_DIM = 256
+
+
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether the kernels of `interval_hopper` run on a device with this version of Triton."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and triton.__version__.rpartition(".")[0] in _GLUON_VERSIONS
+    )
+
+
+def suits_hopper_kernels(dtype: torch.dtype, num_slots: int, head_dim: int) -> bool:
+    """Whether the kernels of `interval_hopper` take such heads."""
+    return dtype in (torch.bfloat16, torch.float16) and num_slots % TILE == 0 and head_dim in (64, 128)
+
+
+def places(document_ids: Tensor, order: Tensor, horizon: Tensor, last_horizon: Tensor | None) -> Tensor:
+    """Where queries and keys stand on the line of a row, see `SlotIds` for the arguments.
+
+    Returns:
+        int32 [3, B, n * 64]: places of queries, first and last places from which keys are seen. Behind the end of a row
+        nobody sees anything.
+    """
+    length = order.shape[1]
+    begin = document_ids * length
+    last = begin + (length - 1 if last_horizon is None else last_horizon.clamp(max=length - 1))
+    behind = (0, -length % TILE)
+    rows = (
+        F.pad(begin + horizon, behind, value=_FAR),
+        F.pad(begin + order, behind, value=_FAR),
+        F.pad(last, behind, value=-_FAR),
+    )
+    return torch.stack(rows).int()
+
+
+@torch.library.custom_op("transfusion_mot::interval_tiles", mutates_args=())
+def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What each tile meets, as lists; waits for no device.
+
+    Args:
+        ids: int32 [3, B, n * 64], see `places`.
+
+    Returns:
+        counts: int32 [2, B, n], tiles of keys that a tile of queries meets, and the other way round.
+        tiles: int32 [2, B, n, n + 1], their numbers times two, in order, one more where not all pairs are seen; zeros
+            behind the last.
+    """
+    counts, tiles = _new_lists(ids)
+    interval_triton.list_tiles(ids, counts, tiles)
+    return counts, tiles
+
+
+def _new_lists(ids: Tensor) -> tuple[Tensor, Tensor]:
+    rows, num_tiles = ids.shape[1], ids.shape[2] // TILE
+    # Kernels read an entry ahead: there is one behind the last, and each is the number of a tile.
+    return ids.new_empty(2, rows, num_tiles), ids.new_zeros(2, rows, num_tiles, num_tiles + 1)
+
+
+@interval_tiles.register_fake
+def _(ids):
+    return _new_lists(ids)
+
+
+@torch.library.custom_op("transfusion_mot::interval_attention", mutates_args=())
+def interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, tiles: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One softmax over all keys that a query sees.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, S, M, H].
+        ids: See `places`.
+        counts, tiles: See `interval_tiles`.
+
+    Returns:
+        attended: [B, S, N, H].
+        log_sums: float32 [B, N, n * 64], logarithms to base 2 of the sums of the softmax; for the backward.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    attended, log_sums = _empty_results(q, ids)
+    _kernels(q).forward(q, k, v, attended, log_sums, ids, counts[0], tiles[0])
+    return attended, log_sums
+
+
+def _empty_results(q: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    rows, _, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(rows, num_heads, ids.shape[2], dtype=torch.float32)
+
+
+@interval_attention.register_fake
+def _(q, k, v, ids, counts, tiles):
+    return _empty_results(q, ids)
+
+
+@torch.library.custom_op("transfusion_mot::interval_attention_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    log_sums: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    tiles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v."""
+    upstream, q, k, v = upstream.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    # Sums of upstream * attended of each query, which the first kernel leaves for the second.
+    deltas = torch.empty_like(log_sums)
+    kernels = _kernels(q)
+    kernels.backward_queries(q, k, v, attended, upstream, dq, log_sums, deltas, ids, counts[0], tiles[0])
+    kernels.backward_keys(q, k, v, upstream, dk, dv, log_sums, deltas, ids, counts[1], tiles[1])
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(upstream, q, k, v, attended, log_sums, ids, counts, tiles):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ids, counts, tiles = inputs
+    ctx.save_for_backward(q, k, v, *output, ids, counts, tiles)
+
+
+def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_backward(upstream, *ctx.saved_tensors), None, None, None)
+
+
+interval_attention.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _kernels(q: Tensor) -> ModuleType:
+    if has_hopper_kernels(q.device) and suits_hopper_kernels(q.dtype, q.shape[1], q.shape[3]):
+        return _hopper_kernels()
+    return interval_triton
+
+
+@functools.cache
+def _hopper_kernels() -> ModuleType:
+    from transfusion_mot.models import interval_hopper
+
+    return interval_hopper
