@@ -1,0 +1,91 @@
+"""Time of one layer's attention, forward and backward, by each kernel: `python -m benchmarks.attention`.
+
+Real rows, as a step has them; queries, keys and values are random. What counts is the time of the kernels alone, which
+inside of a step follow each other without gaps.
+"""
+
+import argparse
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from benchmarks.kernel_profile import profile_step
+from benchmarks.train_step import surroundings
+from benchmarks.workload import LAYOUTS, SIZES, make_loader
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.models import interval_attention
+from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
+from transfusion_mot.schedulers import make_scheduler
+
+# Interval attention has kernels for Hopper, and others in Triton, which elsewhere are the only ones.
+KERNELS = ("flex", "interval", "interval in Triton")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["760m", "163m"])
+    parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
+    parser.add_argument("--copies", action="store_true", help="every other image is a copy that what follows sees")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device; the kernels are for one")
+    accelerator = Accelerator(mixed_precision="bf16")
+    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
+    print(surroundings(accelerator.device))
+    print("| rows | kernel | forward ms | backward ms | together | flex takes |\n| --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.layouts:
+            layout = LAYOUTS[name]
+            loader = make_loader(layout, diffusion, accelerator, Path(folder), 1, 0)
+            batch, _ = next(iter(loader))
+            # As many heads as the model of that layout has, or the smaller one.
+            size = SIZES.get(name, SIZES["163m"])
+            heads = size.num_heads * size.head_dim // options.head_dim
+            times = {kernel: time_of(kernel, batch, heads, options.head_dim, options.copies) for kernel in KERNELS}
+            for kernel, (forward, backward) in times.items():
+                both = forward + backward
+                ratio = sum(times["flex"]) / both
+                print(f"| {name} | {kernel} | {forward:.3f} | {backward:.3f} | {both:.3f} | {ratio:.2f} |", flush=True)
+
+
+def time_of(kernel: str, batch: Batch, num_heads: int, head_dim: int, with_copies: bool) -> tuple[float, float]:
+    """Milliseconds of the kernels of forward and backward."""
+    copies = None
+    if with_copies:
+        is_copy = torch.arange(batch.latents.shape[1], device=batch.order.device) % 2 == 1
+        copies = is_copy.expand(batch.latents.shape[:2])
+    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids, copies)
+    shape = (4, *batch.order.shape, num_heads, head_dim)
+    q, k, v, upstream = torch.randn(shape, device=batch.order.device, dtype=torch.bfloat16).transpose(2, 3)
+    for heads in (q, k, v):
+        heads.requires_grad_()
+    without_hopper = mock.patch.object(interval_attention, "has_hopper_kernels", return_value=False)
+    with without_hopper if kernel == "interval in Triton" else nullcontext():
+        mask = training_mask(slots, "flex" if kernel == "flex" else "interval")
+        return measured(q, k, v, upstream, mask)
+
+
+def measured(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: AttentionMask) -> tuple[float, float]:
+    def forward() -> Tensor:
+        return joint_attention(q, k, v, mask)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), (q, k, v), upstream)
+
+    # With gradients both, as training has it: FlexAttention's forward is another one without.
+    times = []
+    for run in (forward, both):
+        run()
+        times.append(profile_step(run, 10)["categories"]["attention"])
+    return times[0], times[1] - times[0]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
