@@ -1,5 +1,6 @@
 """The autoencoder: its normalisation, loading, and training at toy size."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import yaml
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -451,3 +453,16 @@ def test_augmentation_depends_on_the_generator_alone():
     before = same.clone()
     augment(same, torch.Generator().manual_seed(0))
     assert same.equal(before), "the input is left alone"
+
+
+def test_weights_that_are_brought_part_by_part_encode_and_decode_the_same(random_vae) -> None:
+    """As diffusers' sequential offload does it: between calls the weights are on `meta`."""
+    plain = Autoencoder.load(str(random_vae), "cpu")
+    vae = cpu_offload(copy.deepcopy(plain.vae), execution_device=torch.device("cpu"))
+    assert vae.device.type == "meta"
+    brought = Autoencoder(vae)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    for one, two in zip(plain.encode(pixels), brought.encode(pixels), strict=True):
+        torch.testing.assert_close(one, two)
+    latents = torch.randn(2, plain.latent_channels, 4, 4)
+    torch.testing.assert_close(plain.decode(latents), brought.decode(latents))

@@ -8,7 +8,7 @@ from test_pipeline import seeds, tiny_pipeline
 
 from transfusion_mot.pipeline import TransfusionPipeline
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "device_map"])

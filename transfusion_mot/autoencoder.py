@@ -40,9 +40,11 @@ class Autoencoder:
         else:
             mean = [vae.config.shift_factor or 0.0] * self.latent_channels
             std = [1.0 / vae.config.scaling_factor] * self.latent_channels
-        # On the device from the start: a copy at every call would make the host wait for it.
-        self._mean = torch.tensor(mean, device=vae.device).view(-1, 1, 1)
-        self._std = torch.tensor(std, device=vae.device).view(-1, 1, 1)
+        # On the device from the start: a copy at every call would make the host wait for it. Of weights that come
+        # part by part (sequential offload) the device is `meta`; where they will be used shows later.
+        device = "cpu" if vae.device.type == "meta" else vae.device
+        self._mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(std, device=device).view(-1, 1, 1)
 
     @classmethod
     def load(cls, path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Self:
