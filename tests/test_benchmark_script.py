@@ -60,10 +60,10 @@ def call(*words: object) -> None:
 
 
 @pytest.fixture
-def benchmark(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Benchmark:
+def call_benchmark(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Benchmark:
     """Call the script on the run; its status and what it printed last."""
 
-    def benchmark(*words: object) -> tuple[int, str]:
+    def call_on_run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", sys.argv)
         try:
             call("--checkpoint", run, *words)
@@ -71,7 +71,7 @@ def benchmark(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             return ended.code, capsys.readouterr().err
         return 0, capsys.readouterr().out
 
-    return benchmark
+    return call_on_run
 
 
 def values(report: Report) -> dict[str, float]:
@@ -134,13 +134,13 @@ def test_captions_are_compared_with_those_of_the_nearest_training_images(held_ou
         assert measured[f"{name} (copied from the nearest training image)"] == pytest.approx(expected[name]), name
 
 
-def test_few_held_out_images_are_drawn_from_all(held_out: Path, benchmark: Benchmark, tmp_path: Path) -> None:
+def test_few_held_out_images_are_drawn_from_all(held_out: Path, call_benchmark: Benchmark, tmp_path: Path) -> None:
     prompts = [picture.prompt for picture in read_report(held_out).pictures]
     words = ["--training-images", 0, "--loss-documents", 0, "--captions.kind", "none", "--reconstructions", "false"]
     chosen = []
     for seed in (0, 1):
         output = tmp_path / str(seed)
-        status, printed = benchmark(*words, "--num-images", 3, "--seed", seed, "--output", output)
+        status, printed = call_benchmark(*words, "--num-images", 3, "--seed", seed, "--output", output)
         assert status == 0, printed
         chosen.append([picture.prompt for picture in read_report(output).pictures])
         drawn = sorted(prompts, key=lambda text, seed=seed: hashlib.sha256(f"{seed} {text}".encode()).digest())[:3]
@@ -187,7 +187,7 @@ def test_pictures_of_the_report(held_out: Path, run: Path) -> None:
 
 
 def test_the_network_sees_each_training_image_once(
-    held_out: Path, benchmark: Benchmark, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: Path, call_benchmark: Benchmark, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
     captions = [json.loads(line) for line in (held_out / "captions.jsonl").read_text().splitlines()]
@@ -203,12 +203,13 @@ def test_the_network_sees_each_training_image_once(
     monkeypatch.setattr(FeatureNetwork, "features", counted)
     # A few at a time.
     monkeypatch.setattr(memorisation, "_BYTES_AT_ONCE", 5 * 3 * 32**2)
-    status, printed = benchmark("--output", tmp_path / "out", "--loss-documents", 0)
+    status, printed = call_benchmark("--output", tmp_path / "out", "--loss-documents", 0)
     assert status == 0, printed
     assert [seen[load_image(file, 32).tobytes()] for file in files] == [1] * len(files)
 
     neighbours, whole = read_report(tmp_path / "out").neighbours, read_report(held_out)
-    assert [vars(pair) for pair in neighbours] == [vars(pair) for pair in whole.neighbours]
+    # A distance of another batch size differs in its last bit.
+    assert [vars(pair) for pair in neighbours] == [pytest.approx(vars(pair), abs=1e-6) for pair in whole.neighbours]
     painted = find_images(held_out / "generated")
     distances = 1 - (unit_features(painted) @ unit_features(files).T).max(axis=1)
     assert [pair.distance for pair in neighbours] == pytest.approx(sorted(distances)[: len(neighbours)], abs=1e-5)
@@ -225,7 +226,7 @@ def test_the_network_sees_each_training_image_once(
     ],
 )
 def test_data_without_captioned_training_images_have_no_nearest_ones(
-    benchmark: Benchmark,
+    call_benchmark: Benchmark,
     run: Path,
     picture_folder: Path,
     tmp_path: Path,
@@ -244,7 +245,7 @@ def test_data_without_captioned_training_images_have_no_nearest_ones(
     config["data"]["sources"] = sources
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
     words = ["--prompts.run-config", tmp_path / "other.yaml", "--output", tmp_path / "out", "--loss-documents", 0]
-    status, printed = benchmark(*words, "--num-images", 3, "--reconstructions", "false")
+    status, printed = call_benchmark(*words, "--num-images", 3, "--reconstructions", "false")
     assert status == 0, printed
     report = read_report(tmp_path / "out")
     assert report.neighbours == []
@@ -271,17 +272,17 @@ def test_images_are_those_of_the_pipeline_and_seed(held_out: Path, run: Path) ->
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(held_out / "generated" / line["file_name"])))
 
 
-def test_it_goes_on_after_a_kill_and_refuses_other_settings(held_out: Path, benchmark: Benchmark) -> None:
+def test_it_goes_on_after_a_kill_and_refuses_other_settings(held_out: Path, call_benchmark: Benchmark) -> None:
     before, numbers = pngs(held_out), values(read_report(held_out))
     painted = sorted((held_out / "generated").glob("*.png"))
     painted[1].unlink()
     kept = painted[-1].stat().st_mtime_ns
     next((held_out / "captions").glob("000000.json")).unlink()
-    assert benchmark("--output", held_out)[0] == 0
+    assert call_benchmark("--output", held_out)[0] == 0
     assert pngs(held_out) == before
     assert values(read_report(held_out)) == numbers
     assert painted[-1].stat().st_mtime_ns == kept
-    status, errors = benchmark("--output", held_out, "--guidance-scale", 2)
+    status, errors = call_benchmark("--output", held_out, "--guidance-scale", 2)
     assert status == 2
     assert "holds samples of other settings: guidance_scale (3.0 there, 2.0 now); give another folder" in errors
     assert pngs(held_out) == before
@@ -331,10 +332,10 @@ def write_coco(folder: Path) -> list[tuple[int, list[str]]]:
     return items
 
 
-def test_coco_protocol(benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
+def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     items = dict(write_coco(tmp_path / "coco"))
     given = ["--config", CONFIGS / "coco.yaml", "--output", tmp_path / "out"]
-    status, errors = benchmark(*given)
+    status, errors = call_benchmark(*given)
     assert status == 2
     assert "compares images of 256 x 256 pixels and the model paints 32 x 32; --image-size 32 measures" in errors
     clip = save_tiny_clip(tmp_path / "clip")
@@ -346,7 +347,7 @@ def test_coco_protocol(benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     }
     given += [f"--{key}={tmp_path / 'coco' / name}" for key, name in paths.items()]
     given += ["--image-size", 32, "--num-images", 8, "--clip", clip, "--captions.max-new-tokens", 8]
-    status, output = benchmark(*given, "--cache-dir", tmp_path / "cache")
+    status, output = call_benchmark(*given, "--cache-dir", tmp_path / "cache")
     assert status == 0, output
     report = read_report(tmp_path / "out")
     metrics = {metric.name: metric for metric in report.metrics}
@@ -374,13 +375,13 @@ def test_coco_protocol(benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     assert "MoT, figure 12" in (tmp_path / "out" / "metrics.md").read_text()
 
 
-def test_geneval_leaves_what_its_evaluation_reads(benchmark: Benchmark, tmp_path: Path) -> None:
+def test_geneval_leaves_what_its_evaluation_reads(call_benchmark: Benchmark, tmp_path: Path) -> None:
     lines = [{"tag": "colors", "include": [], "prompt": f"a photo of a {word} cow"} for word in ("red", "green")]
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = tmp_path / "out"
     given = ["--config", CONFIGS / "geneval.yaml", "--prompts.path", path, "--images-per-prompt", 2]
-    assert benchmark(*given, "--output", output)[0] == 0
+    assert call_benchmark(*given, "--output", output)[0] == 0
     folders = [folder for folder in sorted((output / "generated").iterdir()) if folder.is_dir()]
     assert [folder.name for folder in folders] == ["00000", "00001"]
     for folder, line in zip(folders, lines, strict=True):
@@ -392,12 +393,12 @@ def test_geneval_leaves_what_its_evaluation_reads(benchmark: Benchmark, tmp_path
     ] == ["Samples"]
 
 
-def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
+def test_sweep(call_benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     words = ["sweep.guidance_scale=[1,3]", "--sweep.num-images", 4]
     schedulers = ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler:sde"]
     words += [f"sweep.scheduler=[{','.join(schedulers)}]", "sweep.guidance_interval=[[0,1],[0.8,1]]"]
     output = tmp_path / "out"
-    status, printed = benchmark(*words, "--training-images", 0, "--loss-documents", 0, "--output", output)
+    status, printed = call_benchmark(*words, "--training-images", 0, "--loss-documents", 0, "--output", output)
     assert status == 0, printed
     report = read_report(output)
     assert len({json.dumps(point.settings) for point in report.sweep}) == 12
@@ -431,21 +432,21 @@ def test_sweep(benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_of_a_sweep_is_found_before_anything_is_painted(
-    benchmark: Benchmark, tmp_path: Path, word: str, reason: str
+    call_benchmark: Benchmark, tmp_path: Path, word: str, reason: str
 ) -> None:
-    status, printed = benchmark(word, "--output", tmp_path / "out")
+    status, printed = call_benchmark(word, "--output", tmp_path / "out")
     assert status != 0
     assert reason in printed
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_stochastic_scheduler_and_a_sweep_back_to_its_plain_form(
-    benchmark: Benchmark, held_out: Path, tmp_path: Path
+    call_benchmark: Benchmark, held_out: Path, tmp_path: Path
 ) -> None:
     output, plain = tmp_path / "out", "DPMSolverMultistepScheduler"
     words = ["--scheduler", f"{plain}:sde", f"sweep.scheduler=[{plain}:sde,{plain}]", "--sweep.num-images", 3]
     words += ["--training-images", 0, "--captions.kind", "none", "--reconstructions", "false"]
-    status, printed = benchmark(*words, "--output", output)
+    status, printed = call_benchmark(*words, "--output", output)
     assert status == 0, printed
     report = read_report(output)
     assert report.settings["scheduler"] == f"{plain}:sde"
@@ -477,9 +478,9 @@ def test_a_stochastic_scheduler_and_a_sweep_back_to_its_plain_form(
     ],
 )
 def test_mistakes_end_before_anything_is_painted(
-    benchmark: Benchmark, tmp_path: Path, words: list[str], message: str
+    call_benchmark: Benchmark, tmp_path: Path, words: list[str], message: str
 ) -> None:
-    status, errors = benchmark(*words, "--output", tmp_path / "out")
+    status, errors = call_benchmark(*words, "--output", tmp_path / "out")
     assert status == 2
     assert message in errors
     assert not (tmp_path / "out").exists()
