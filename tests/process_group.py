@@ -7,9 +7,11 @@ import for seconds, each time.
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -41,17 +43,48 @@ def clean_context() -> ForkServerContext:
 
 def clean_process(function: Callable[..., Any], *arguments: Any) -> multiprocessing.Process:
     """A process that will call a function of a module with arguments that can be pickled, in this environment."""
-    start_method = multiprocessing.get_start_method()
-    return clean_context().Process(target=_call, args=(dict(os.environ), start_method, function, arguments))
+    here = dict(os.environ), list(sys.path), multiprocessing.get_start_method()
+    return clean_context().Process(target=_call, args=(*here, function, arguments))
 
 
-def _call(environment: dict[str, str], start_method: str, function: Callable[..., Any], arguments: Any) -> None:
+def _call(
+    environment: dict[str, str], path: list[str], start_method: str, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:] = path
     # Of workers of its own; it would be the server.
     multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def run_script(words: Sequence[str], folder: Path, environment: dict[str, str], log: Path) -> int:
+    """`python WORDS` in a folder, without the seconds of its imports; what it prints goes to a file => its status."""
+    with patch_environment(**environment):
+        process = clean_process(_script, list(words), folder, log)
+        process.start()
+    try:
+        process.join(300)
+    finally:
+        process.kill()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _script(words: list[str], folder: Path, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    sys.argv = words[1:] if words[0] == "-m" else words
+    sys.path.insert(0, "" if words[0].startswith("-") else str(Path(words[0]).resolve().parent))
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        exec(words[1], {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def run_processes(

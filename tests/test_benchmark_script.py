@@ -5,7 +5,7 @@ import json
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,7 @@ from transfusion_mot.training.checkpoint import find_snapshot
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "benchmark.py"
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"
 Benchmark = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_java(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Starting Java takes longer than all the rest; METEOR has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(tmp_path_factory.mktemp("bin")))
-        yield
+pytestmark = pytest.mark.usefixtures("without_java")
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,19 @@
 
 import json
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.data import main
 
 
-def test_the_benchmark_measures_both_ways_to_an_image(tmp_path):
+def test_the_benchmark_measures_both_ways_to_an_image(tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "data.json"
     arguments = [
         *("--workers", "0", "2", "--rows", "4", "--text-slots", "64", "--images-per-row", "2", "--image-size", "16"),
         *("--num-images", "24", "--seconds", "0.3", "--device", "cpu", "--consumption", "10", "--output", str(output)),
     ]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.data", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    main()
     content = json.loads(output.read_text())
     metrics = content["metrics"]
     assert [(metric["protocol"]["from"], metric["protocol"]["workers"]) for metric in metrics] == [
@@ -32,4 +24,4 @@ def test_the_benchmark_measures_both_ways_to_an_image(tmp_path):
         assert metric["value"] > 0
         assert abs(metric["protocol"]["times the consumption"] - metric["value"] / 10) < 0.01
     assert content["command"] == shlex.join(["python", "-m", "benchmarks.data", *arguments[:-2]])
-    assert result.stdout.count("\n| ") >= 5
+    assert capsys.readouterr().out.count("\n| ") >= 5

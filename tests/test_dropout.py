@@ -1,6 +1,5 @@
 """Dropout of a tower: what it drops, when, and that it can be drawn and computed again."""
 
-import copy
 import json
 from typing import Any
 
@@ -134,28 +133,28 @@ def test_what_is_computed_again_drops_the_same(checkpointing: Checkpointing) -> 
 
 
 def test_compiled_blocks_drop_by_the_seed_and_have_the_gradient_of_what_they_return() -> None:
-    """A compiled block draws other masks than an eager one; with them fixed, its gradient is the slope."""
-    model = model_with(image=0.5)
+    """A compiled block draws other masks than an eager one; with them fixed, its gradient is the slope.
+
+    With all of it computed again: without, a gradient is of fewer draws.
+    """
+    # One tower and no norm of heads: half of the kernels, each of which takes a second of the C++ compiler.
+    tower = {"towers": {"shared": TowerConfig(16, 24, 0.5)}, "modalities": {"text": "shared", "image": "shared"}}
+    model = tiny_model(tiny_config(**tower, qk_norm=False))
     direction = [torch.randn_like(parameter) for parameter in model.parameters()]
-    found = {}
-    for checkpointing in ("none", "full"):
-        compiled = copy.deepcopy(model)
-        compiled.checkpoint_activations(checkpointing)
-        counters.clear()
-        compiled.compile_blocks()
-        found[checkpointing] = gradients(compiled)
-        assert counters["stats"]["unique_graphs"] <= 1, "one compilation serves all blocks"
-        assert same(outputs(compiled), outputs(compiled)) == (True, True)
-        assert same(outputs(compiled), outputs(compiled, seed=1)) == (False, False)
-        values = []
-        for distance in (1e-6, -2e-6):
-            with torch.no_grad():
-                torch._foreach_add_(list(compiled.parameters()), direction, alpha=distance)
-            values.append(sum(part.sin().mean().item() for part in outputs(compiled)))
-        slope = sum((gradient * d).sum().item() for gradient, d in zip(found[checkpointing], direction, strict=True))
-        assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
-    for one, two in zip(found["none"], found["full"], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    model.checkpoint_activations("full")
+    counters.clear()
+    model.compile_blocks()
+    found = gradients(model)
+    assert counters["stats"]["unique_graphs"] <= 1, "one compilation serves all blocks"
+    assert same(outputs(model), outputs(model)) == (True, True)
+    assert same(outputs(model), outputs(model, seed=1)) == (False, False)
+    values = []
+    for distance in (1e-6, -2e-6):
+        with torch.no_grad():
+            torch._foreach_add_(list(model.parameters()), direction, alpha=distance)
+        values.append(sum(part.sin().mean().item() for part in outputs(model)))
+    slope = sum((gradient * d).sum().item() for gradient, d in zip(found, direction, strict=True))
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
 
 
 def test_every_step_and_process_has_draws_of_its_own() -> None:

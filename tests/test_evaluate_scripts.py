@@ -74,6 +74,7 @@ def test_clip_score(folders, run, tmp_path):
     assert saved["CLIP cosine"]["protocol"]["clip"] == clip
 
 
+@pytest.mark.usefixtures("without_java")
 def test_captioning(folders, run, tmp_path):
     references = Path(folders[0]) / "metadata.jsonl"
     status, output, _ = run("captioning.py", str(references), str(references), "--output", "captions.json")
