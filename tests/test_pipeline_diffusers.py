@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
@@ -226,3 +227,13 @@ def test_a_link_that_was_copied_without_its_file_is_told(copied) -> None:
 def test_latents_that_are_not_finite_are_no_black_picture(pipeline) -> None:
     with pytest.raises(UserError, match="not finite"):
         pipeline("sun", callback_on_step_end=lambda p, s, t, tensors: {"latents": tensors["latents"] * torch.nan})
+
+
+def test_no_kernel_reads_weights_that_wait_elsewhere(monkeypatch) -> None:
+    """As diffusers' sequential offload does it: between calls of their module the weights are on `meta`."""
+    whole, offloaded = tiny_pipeline(), tiny_pipeline()
+    expected = whole("sun", generator=seeds(1), output_type="latent").images
+    cpu_offload(offloaded.transformer, torch.device("cpu"))
+    # What the kernels are chosen by. With a weight on `meta` torch starts none and returns memory as it is.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(offloaded("sun", generator=seeds(1), output_type="latent").images, expected)
