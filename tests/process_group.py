@@ -80,6 +80,8 @@ def _script(words: list[str], folder: Path, log: Path) -> None:
     sys.argv = words[1:] if words[0] == "-m" else words
     sys.path.insert(0, "" if words[0].startswith("-") else str(Path(words[0]).resolve().parent))
     if words[0] == "-m":
+        # Which a new interpreter would not have imported.
+        sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         exec(words[1], {"__name__": "__main__"})
@@ -87,10 +89,10 @@ def _script(words: list[str], folder: Path, log: Path) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def run_processes(
+def start_processes(
     function: Callable[..., Any], world_size: int, environment: dict[str, str], folder: Path, *arguments: Any
-) -> list[Any]:
-    """Call a function in every process of a new group => what each returned; fails if any of them did."""
+) -> list[multiprocessing.Process]:
+    """Call a function in every process of a new group, each of which leaves in the folder what it returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,6 +103,14 @@ def run_processes(
     ]
     for process in processes:
         process.start()
+    return processes
+
+
+def run_processes(
+    function: Callable[..., Any], world_size: int, environment: dict[str, str], folder: Path, *arguments: Any
+) -> list[Any]:
+    """Call a function in every process of a new group => what each returned; fails if any of them did."""
+    processes = start_processes(function, world_size, environment, folder, *arguments)
     try:
         for process in processes:
             process.join(120)

@@ -54,6 +54,23 @@ def imports_of(path: Path) -> list[tuple[str, str]]:
     return [pair for pair in found if pair[0].split(".")[0] in (PACKAGE, "train", "sample", "evaluate")]
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Modules of ours that each module names in its imports."""
+    return {
+        module_of(path): {name for module, name in imports_of(path) for name in (module, f"{module}.{name}")}
+        for path in FILES
+    }
+
+
+def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Modules that an import of `start` imports, directly or not."""
+    seen: set[str] = set()
+    new = {start}
+    while new := {module for one in new for module in graph.get(one, ())} - seen:
+        seen |= new
+    return seen
+
+
 def layer_of(part: str) -> int:
     (layer,) = (index for index, parts in enumerate(LAYERS) if part in parts)
     return layer
@@ -73,17 +90,15 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_there_is_no_cycle_between_modules() -> None:
-    graph = {module_of(path): {module for module, _ in imports_of(path)} for path in FILES}
+    graph = import_graph()
     graph[f"{PACKAGE}.autoencoder"].discard(f"{PACKAGE}.autoencoder_training")
+    assert [module for module in graph if module in reached(module, graph)] == []
 
-    def reaches(start: str, seen: set[str]) -> set[str]:
-        for module in graph.get(start, ()):
-            if module not in seen:
-                seen.add(module)
-                reaches(module, seen)
-        return seen
 
-    assert [module for module in graph if module in reaches(module, set())] == []
+def test_a_pipeline_imports_nothing_of_the_training() -> None:
+    found = reached(f"{PACKAGE}.pipeline", import_graph())
+    assert f"{PACKAGE}.models.mot" in found
+    assert [module for module in found if module.startswith(f"{PACKAGE}.training")] == []
 
 
 def test_package_files_import_nothing_in_init() -> None:

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import yaml
 from accelerate import cpu_offload
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
+from process_group import run_script
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
@@ -389,11 +388,10 @@ def test_published_config_fits_its_promise():
 
 
 def test_command_ends_on_a_user_error_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "transfusion_mot.autoencoder", "num_stepz=3", f"output_dir={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert "num_steps" in result.stderr
-    assert "Traceback" not in result.stderr
+    words, log = ["-m", "transfusion_mot.autoencoder", "num_stepz=3", f"output_dir={tmp_path}"], tmp_path / "log"
+    assert run_script(words, ROOT, {}, log) == 2
+    assert "num_steps" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 # --- augmentation --------------------------------------------------------------------------------------------------

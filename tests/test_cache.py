@@ -1,16 +1,15 @@
 """The cache by several processes: the command, and a run that is killed."""
 
-import os
+import io
 import re
-import signal
-import subprocess
-import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from accelerate import Accelerator
+from process_group import run_processes, start_processes
 from test_latents import (
     assert_posterior,
     build_autoencoder,
@@ -26,7 +25,12 @@ from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+
+def command_in_a_group(arguments: list[str]) -> tuple[str, str]:
+    """What it prints."""
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        main(arguments)
+    return output.getvalue(), errors.getvalue()
 
 
 def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, capsys):
@@ -39,22 +43,12 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
         *(f"autoencoder.path={folder.parent / 'vae'}", "data.image_size=16", "data.held_out_fraction=0.3"),
         *("data.num_workers=1", "data.latents=prepared"),
     ]
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
-    launcher += ["--num_processes", "2", "--main_process_port", "0", "--dynamo_backend", "no"]
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "transfusion_mot.data.cache", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "process 1 of 2" in result.stderr
-    assert re.search(r"\(train\): (\d) images, \1 of them new; skipped: .*MB in ", result.stdout)
-    assert "(held_out)" in result.stdout
-    assert result.stdout.count("1 unreadable image") == 1
-    assert re.search(r"encoded 6 images in [\d.]+ s: [\d.]+ images/s", result.stdout)
+    (output, errors), _ = run_processes(command_in_a_group, 2, {}, tmp_path / "group", arguments)
+    assert "process 1 of 2" in errors
+    assert re.search(r"\(train\): (\d) images, \1 of them new; skipped: .*MB in ", output)
+    assert "(held_out)" in output
+    assert output.count("1 unreadable image") == 1
+    assert re.search(r"encoded 6 images in [\d.]+ s: [\d.]+ images/s", output)
     assert len(cache_folders(folder)) == 1
 
     data = config(folder, held_out_fraction=0.3, latents="prepared")
@@ -99,50 +93,27 @@ def test_help_keeps_its_lines(capsys):
     )
 
 
-TWO_RANKS = """
-import sys
-sys.path.insert(0, "tests")
-from pathlib import Path
-from accelerate import Accelerator
-from test_latents import build_autoencoder, config, open_images
-from transfusion_mot.data.latents import cached_latents
-folder = Path(sys.argv[1])
-data, accelerator = config(folder), Accelerator(cpu=True)
-cache = cached_latents(open_images(folder, data), build_autoencoder(), data, 2, accelerator, 3)
-print(f"[{accelerator.process_index}:{cache.num_encoded}]", flush=True)
-accelerator.end_training()
-"""
+def encode_in_a_group(folder: Path) -> int:
+    """How many images this rank has encoded."""
+    data, accelerator = config(folder), Accelerator(cpu=True)
+    return cached_latents(open_images(folder, data), build_autoencoder(), data, 2, accelerator, 3).num_encoded
 
 
 def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
-    """Killed with every process it has started, as soon as there is a shard."""
+    """Killed as soon as there is a shard."""
     folder = tmp_path / "images"
     write_images(folder, [(16, 16)] * 40)
-    (tmp_path / "encode.py").write_text(TWO_RANKS)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(tmp_path / "encode.py"), str(folder)),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def start():
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
-
-    process = start()
+    processes = start_processes(encode_in_a_group, 2, {}, tmp_path / "killed", folder)
     while not list(tmp_path.glob("cache/latent-cache-*/*x*/*.safetensors")):
-        assert process.poll() is None, process.stderr.read()
+        assert all(process.is_alive() for process in processes)
         time.sleep(0.002)
-    everybody = psutil.Process(process.pid)
-    for one in (*everybody.children(recursive=True), everybody):
-        one.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    for process in processes:
+        process.kill()
+        process.join()
     (unfinished,) = cache_folders(folder)
     assert not list(unfinished.glob("index-*"))
     finished = len([*unfinished.glob("*x*/*.safetensors")])
-    process = start()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    encoded = run_processes(encode_in_a_group, 2, {}, tmp_path / "group", folder)
     whole = cached_latents(
         open_images(folder, config(folder)),
         build_autoencoder(),
@@ -151,10 +122,8 @@ def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
         None,
         3,
     )
-    encoded = dict(re.findall(r"\[(\d):(\d+)\]", output))
-    assert encoded.keys() == {"0", "1"}
-    assert encoded["0"] == encoded["1"], "of both together"
-    assert 0 < int(encoded["0"]) <= 40 - 3 * finished + 2
+    assert encoded[0] == encoded[1], "of both together"
+    assert 0 < encoded[0] <= 40 - 3 * finished + 2
     cache = cached_latents(open_images(folder, config(folder)), build_autoencoder(), config(folder), 2)
     assert cache.num_encoded == 0
     for index in range(40):

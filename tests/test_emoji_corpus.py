@@ -1,14 +1,12 @@
 """The corpus of ten styles, on a package of the real format with a few drawings of our own."""
 
 import json
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from process_group import run_script
 
 from transfusion_mot import files
 from transfusion_mot.config import DataConfig, SourceConfig
@@ -181,11 +179,8 @@ def test_what_is_no_package_is_refused(packages, iconify, message):
 
 
 def test_the_command_without_npm_says_what_to_do(packages):
-    command = [sys.executable, "-m", "transfusion_mot.data.emoji", "--output", str(packages / "corpus")]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env={"PATH": ""}, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
-    assert "there is no npm to fetch @iconify/json" in result.stderr
-    assert "--iconify" in result.stderr
+    words, log = ["-m", "transfusion_mot.data.emoji", "--output", str(packages / "corpus")], packages / "log"
+    assert run_script(words, packages, {"PATH": ""}, log) == 2
+    (line,) = log.read_text().splitlines()
+    assert "there is no npm to fetch @iconify/json" in line
+    assert "--iconify" in line

@@ -2,12 +2,12 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from process_group import run_script
 from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
@@ -53,11 +53,13 @@ def _saved(path):
 
 
 def test_fid_as_a_command_from_another_folder(folders, tmp_path):
-    command = [sys.executable, str(SCRIPTS / "fid.py"), *folders, "--features", "efficientnet", "--output", "out.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "FD-EfficientNet" in done.stdout
-    assert "5 real and 5 generated images are few" in done.stderr
+    words, log = (
+        [str(SCRIPTS / "fid.py"), *folders, "--features", "efficientnet", "--output", "out.json"],
+        tmp_path / "log",
+    )
+    assert run_script(words, tmp_path, {}, log) == 0, log.read_text()
+    assert "FD-EfficientNet" in log.read_text()
+    assert "5 real and 5 generated images are few" in log.read_text()
     saved = _saved(tmp_path / "out.json")
     assert set(saved) == {"FD-EfficientNet", "KD-EfficientNet"}
     assert saved["FD-EfficientNet"]["value"] > 0

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset
 from PIL import Image
-from process_group import clean_process, run_processes
+from process_group import clean_process, run_processes, run_script
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
 from transfusion_mot.data.images import to_pixels
@@ -461,12 +460,11 @@ def test_mistakes_end_with_one_sentence(sample, tmp_path, monkeypatch, capsys, a
 
 
 def test_a_missing_checkpoint_ends_the_command(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--checkpoint", str(tmp_path / "nothing"), "sun"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("error: ")
-    assert "nothing" in ended.stderr
+    log = tmp_path / "log"
+    assert run_script([str(SCRIPT), "--checkpoint", str(tmp_path / "nothing"), "sun"], tmp_path, {}, log) == 2
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("error: ")
+    assert "nothing" in log.read_text()
 
 
 def test_a_snapshot_is_a_checkpoint_too(sample, run, tmp_path):

@@ -4,8 +4,6 @@ import csv
 import json
 import logging
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from process_group import run_script
 from source_files import (
     SIZE,
     all_captions,
@@ -287,14 +286,14 @@ def test_tables_are_the_same_in_another_process(tmp_path, cache, kind: str) -> N
     """The latents of a run must be found again by the next."""
     source = {key: str(value) for key, value in saved(tmp_path, kind).items()}
     program = (
-        "import sys, json; sys.path.insert(0, 'tests'); from source_files import open_with; from pathlib import Path;"
+        "from source_files import open_with; from pathlib import Path;"
         f"images = open_with({source!r}, Path({str(cache)!r})); print(images.fingerprint, images.captions_fingerprint)"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    log = tmp_path / "log"
+    assert run_script(["-c", program], tmp_path, {}, log) == 0, log.read_text()
     before = sorted(cache.iterdir())
     images = open_with(source, cache)
-    assert done.stdout.split() == [images.fingerprint, images.captions_fingerprint]
+    assert log.read_text().splitlines()[-1].split() == [images.fingerprint, images.captions_fingerprint]
     assert sorted(cache.iterdir()) == before, "nothing is read twice"
 
 

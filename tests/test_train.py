@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from process_group import clean_process, run_processes
+from process_group import clean_process, run_processes, run_script
 from training_runs import assert_same, final_state, load_all
 
 import train
@@ -138,13 +138,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
 
 
-def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    if processes > 1:
-        # With --cpu the launcher would start one process, whatever the number; ACCELERATE_USE_CPU keeps these off GPUs.
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
-        launcher += ["--num_processes", str(processes), "--main_process_port", "0", "--dynamo_backend", "no"]
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
+def launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess:
+    # With --cpu the launcher would start one process, whatever the number; ACCELERATE_USE_CPU keeps these off GPUs.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0", "--dynamo_backend", "no"]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -290,13 +288,13 @@ def refused(arguments: list[str], capfd) -> str:
     return sentence
 
 
-def test_error_of_the_user_is_one_sentence_and_status_two(arguments) -> None:
+def test_error_of_the_user_is_one_sentence_and_status_two(arguments, tmp_path) -> None:
     """As a user meets it; the other refusals are tested in this process."""
-    finished = launch(arguments(autoencoder={"path": "no/such/vae"}))
-    assert finished.returncode == 2
-    assert "Traceback" not in finished.stderr
-    assert finished.stderr.splitlines()[-1].startswith("error: ")
-    assert "no/such/vae" in finished.stderr
+    words, log = [str(ROOT / "train.py"), *arguments(autoencoder={"path": "no/such/vae"})], tmp_path / "log"
+    assert run_script(words, tmp_path, {}, log) == 2
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("error: ")
+    assert "no/such/vae" in log.read_text()
 
 
 @pytest.mark.parametrize(
