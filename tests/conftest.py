@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test depends on the network: a name that is no folder is not found, at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from filelock import FileLock
 from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
-from transfusion_mot.config import DataConfig, ModelConfig, SourceConfig, TowerConfig
+from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Source, Sources
-from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -292,12 +293,30 @@ def without_java(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emoji_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where drawn emoji and latents are kept for the whole session."""
+    """Where latents are kept for the whole session."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
-def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> Path:
+def draw_emoji(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Path], None]:
+    """Puts drawings of all emoji, of a size, into a cache folder: they take seconds, so that all workers share them."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drawn-emoji"
+
+    def draw(size: int, cache: Path) -> None:
+        for folder in (shared, cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(shared / "lock"):
+            rendered_emoji(size, shared)
+        for file in shared.glob(f"openmoji-{size}px-*.npy"):
+            if not (cache / file.name).exists():
+                os.link(file, cache / file.name)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def random_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An autoencoder with random weights (downsampling 4, 4 latent channels), normalised on real emoji."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -312,9 +331,7 @@ def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> P
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -10
-    data = DataConfig(image_size=32, cache_dir=str(emoji_cache))
-    images = open_source(SourceConfig("openmoji"), data, "train")
-    pixels = to_pixels(np.stack([images.image(index) for index in range(0, len(images), len(images) // 64)]))
+    pixels = to_pixels(np.stack([render_emoji(stem, 32) for stem in list(emoji_captions())[::60]]))
     raw = Autoencoder(vae).encode(pixels)[0] / vae.config.scaling_factor
     set_normalisation(vae, raw.mean(dim=(0, 2, 3)).tolist(), raw.std(dim=(0, 2, 3)).tolist())
     folder = tmp_path_factory.mktemp("vae")
@@ -323,10 +340,10 @@ def random_vae(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> P
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory, emoji_cache: Path) -> Path:
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real emoji as an image folder, and texts."""
     folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, emoji_cache)
+    write_pictures(folder)
     return folder
 
 

@@ -58,12 +58,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
 def test_every_example_is_a_configuration_and_its_sources_open(
-    text: str, workplace: Path, emoji_cache: Path, monkeypatch
+    text: str, workplace: Path, emoji_cache: Path, draw_emoji, monkeypatch
 ) -> None:
     monkeypatch.chdir(workplace)
     (workplace / "example.yaml").write_text(text)
     # Small: drawing the emoji large takes long.
     small = [] if "image_size" in text or "buckets" in text else ["data.image_size=32"]
+    draw_emoji(32, emoji_cache)
     arguments = ["--config", "example.yaml", "data.held_out_fraction=0.0", f"data.cache_dir={emoji_cache}"]
     config = parse_config(RunConfig, [*arguments, *small], "")
     sources = config.data.sources if "sources:" in text else []

@@ -239,9 +239,10 @@ def test_processes_are_given_the_function_once(monkeypatch) -> None:
     assert CountsPickling.pickled <= 2
 
 
-def test_emoji_fill_the_bucket_nearest_to_a_square(tmp_path) -> None:
-    emoji = open_with({"kind": "openmoji"}, tmp_path, buckets=[[16, 32], [24, 20], [40, 16]])
+def test_emoji_fill_the_bucket_nearest_to_a_square(tmp_path, draw_emoji) -> None:
+    draw_emoji(16, tmp_path)
+    emoji = open_with({"kind": "openmoji"}, tmp_path, buckets=[[16, 32], [16, 14], [40, 16]])
     assert set(emoji.buckets.tolist()) == {1}
     # Drawn as large as the bucket, not drawn larger and shrunk.
     stem = list(emoji_captions())[int(emoji.items[5])]
-    np.testing.assert_array_equal(emoji.image(5), load_image(Image.fromarray(render_emoji(stem, 24)), (24, 20)))
+    np.testing.assert_array_equal(emoji.image(5), load_image(Image.fromarray(render_emoji(stem, 16)), (16, 14)))

@@ -37,8 +37,11 @@ SPLITS = ("train", "held_out")
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
+def cache_dir(tmp_path_factory, draw_emoji):
+    """With the drawings of all emoji."""
+    folder = tmp_path_factory.mktemp("cache")
+    draw_emoji(SIZE, folder)
+    return str(folder)
 
 
 def image_folder(folder, num_images=60, seed=None):

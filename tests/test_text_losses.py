@@ -15,6 +15,7 @@ from process_group import run_processes
 from test_validation import held_out, make_validation
 from training_runs import arguments_below
 
+from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
 from transfusion_mot.schedulers import make_scheduler
@@ -138,14 +139,16 @@ def test_text_as_a_command(run_folder, picture_folder, tmp_path, capsys):
     assert "bits per byte (mine.txt)" in capsys.readouterr().out
 
 
-def test_diffusion_loss_as_a_command(run_folder, tmp_path, capsys):
+def test_diffusion_loss_as_a_command(run_folder, picture_folder, tmp_path, capsys):
     _run("evaluate/diffusion_loss.py", ["--checkpoint", run_folder, "--bins", 4, "--output", tmp_path / "loss.json"])
     saved = _saved(tmp_path / "loss.json")
     assert len(saved) == 10
+    captions = [json.loads(line)["text"] for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    held_out_captions = [caption for caption in captions if share_of(caption, 0) < 0.2]
     for name in ("conditional", "unconditional"):
         bins = [saved[f"diffusion loss ({name}, t = {t})"]["value"] for t in (0.125, 0.375, 0.625, 0.875)]
         assert saved[f"diffusion loss ({name})"]["value"] == pytest.approx(np.mean(bins))
-        assert saved[f"diffusion loss ({name})"]["protocol"]["images"] == 8
+        assert saved[f"diffusion loss ({name})"]["protocol"]["images"] == len(held_out_captions)
     assert saved["diffusion loss (conditional)"]["value"] != saved["diffusion loss (unconditional)"]["value"]
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -191,5 +191,8 @@ def test_twenty_kills_in_every_phase_change_nothing(arguments: Arguments, tmp_pa
     train.main(command)
     assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
     assert find_snapshot(str(tmp_path / "killed")).name == "step-0000120"
+    logged = [line["step"] for line in read_metrics(tmp_path / "killed" / "metrics.jsonl") if "loss" in line]
+    assert logged == sorted(set(logged)), "no step twice"
+    assert set(logged) >= set(range(10, 121, 10))
     state = tmp_path / "killed" / "state"
     assert sorted(path.name for path in state.iterdir()) == ["step-0000118", "step-0000120"]

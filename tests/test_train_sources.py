@@ -5,6 +5,7 @@ import math
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,12 @@ def test_source_trains(files: Path, tmp_path: Path, random_vae: Path, capsys, ki
 
 
 @pytest.mark.parametrize("latents", ["cache", "online"])
-def test_all_sources_train_together(files: Path, tmp_path: Path, random_vae: Path, latents: str) -> None:
+def test_all_sources_train_together(
+    files: Path, tmp_path: Path, random_vae: Path, draw_emoji: Callable[[int, Path], None], latents: str
+) -> None:
     """In buckets, mirrored, and with workers."""
     kinds = [*KINDS, "openmoji"]
+    draw_emoji(SIZE, tmp_path / "cache")
     data = {
         "latents": latents,
         "buckets": [[16, 16], [24, 8], [8, 24]],

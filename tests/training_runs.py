@@ -11,8 +11,7 @@ from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data.sources.open import open_source
+from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.state import load_progress
 
@@ -20,13 +19,12 @@ TOWER = {"hidden_size": 16, "intermediate_size": 32}
 Arguments = Callable[..., list[str]]
 
 
-def write_pictures(folder: Path, emoji_cache: Path) -> None:
+def write_pictures(folder: Path) -> None:
     """Forty real emoji as an image folder, and a file of texts."""
-    images = open_source(SourceConfig("openmoji"), DataConfig(image_size=32, cache_dir=str(emoji_cache)), "train")
     lines = []
-    for number, index in enumerate(range(0, len(images), len(images) // 40)):
-        Image.fromarray(images.image(index)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": images.captions(index)[0]}))
+    for number, (stem, caption) in enumerate(list(emoji_captions().items())[: 40 * 98 : 98]):
+        Image.fromarray(render_emoji(stem, 32)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     (folder / "texts.txt").write_text("\n\n".join(f"a paragraph about the number {n}, and no image" for n in range(40)))
 
