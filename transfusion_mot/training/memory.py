@@ -2,7 +2,7 @@
 
 It is that of compiled blocks. What a block keeps for its backward pass is what torch's partitioner chooses to keep,
 which a test traces; with the other parts the peaks that were measured on one H100 are met within 2 %
-(tests/test_memory.py).
+(docs/scaling.md).
 """
 
 from collections import Counter
