@@ -112,7 +112,7 @@ def test_dinov2_from_a_local_file(folders, tmp_path):
     assert network.frechet_name == f"FD-{name}"
     state = published.state_dict()
     save_file({key: state[key] for key in state if key != "norm.weight"}, tmp_path / "part.safetensors")
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "other.safetensors")
     for file, message in (("part", "lacks weights of .* 'norm.weight'"), ("other", "does not hold")):
         with pytest.raises(UserError, match=message):
             load_feature_network("dinov2", CPU, dinov2=name, dinov2_weights=tmp_path / f"{file}.safetensors")

@@ -22,7 +22,9 @@ Arguments = Callable[..., list[str]]
 def write_pictures(folder: Path) -> None:
     """Forty real emoji as an image folder, and a file of texts."""
     lines = []
-    for number, (stem, caption) in enumerate(list(emoji_captions().items())[: 40 * 98 : 98]):
+    captions = list(emoji_captions().items())
+    step = len(captions) // 40
+    for number, (stem, caption) in enumerate(captions[: 40 * step : step]):
         Image.fromarray(render_emoji(stem, 32)).save(folder / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))

@@ -47,7 +47,7 @@ CACHE_SECONDS = (3600, 86400)
 MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 # Small pictures fill their place; the page has one column on a phone.
 CSS = """
-.gradio-container main {max-width: 1080px !important; margin: 0 auto !important}
+.gradio-container main {width: 100%; max-width: 1080px !important; margin: 0 auto !important}
 #painted img, #history img {object-fit: contain}
 #title {margin: 4px 0 0}
 #title h1 {font-size: 1.5rem; margin: 0}
@@ -230,15 +230,14 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
                     steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, scale=1, min_width=90)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=90)
                     size = gr.Dropdown(
                         list(studio.sizes),
                         value=_size_name(pipeline.sizes.default),
                         label="Width x height",
-                        scale=1,
-                        min_width=110,
+                        min_width=130,
                     )
-                    scheduler = gr.Dropdown(schedulers, value=current, label="Scheduler", scale=3)
+                scheduler = gr.Dropdown(schedulers, value=current, label="Scheduler")
             with gr.Column(scale=6, min_width=320):
                 painted = gr.Gallery(
                     show_label=False, columns=2, height=530, object_fit="contain", elem_id="painted", format="png"
