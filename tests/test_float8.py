@@ -110,8 +110,12 @@ def test_outputs_and_gradients_are_near_the_plain_ones(changes: dict) -> None:
         (output.logits.sin().sum() + output.prediction.sin().sum()).backward()
     pairs = [(outputs[0].logits, outputs[1].logits), (outputs[0].prediction, outputs[1].prediction)]
     assert all(0.005 < relative_error(*pair) < 0.15 for pair in pairs)
+    gradients = [torch.cat([weight.grad.flatten() for weight in one.parameters()]) for one in (plain, model)]
+    assert relative_error(*gradients) < 0.2
+    # Of one weight alone: large terms cancel in the norms of queries, so that an activation which another processor
+    # rounds to the next 8-bit number shows there. A gradient that is missing has an error of 1.
     for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
-        assert relative_error(one.grad, two.grad) < 0.3, name
+        assert relative_error(one.grad, two.grad) < 0.6, name
     # As validation and samples compute.
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, outputs[1].logits)

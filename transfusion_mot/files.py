@@ -58,6 +58,15 @@ def read_claim(path: Path) -> dict[str, Any]:
     raise UserError(f"'{path}' is not a file that this command wrote; give another folder, or remove this one")
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, where they outlast a machine that fails."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable_folder(path: str | Path, what: str) -> None:
     """Refuse a folder that cannot be written to, or cannot be made; nothing is left behind.
 

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from transfusion_mot.data.sources.keys import Keys, key_of, keys_from, places_of
 from transfusion_mot.data.sources.reading import tried_again
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import flush_to_disk
 
 # In place of a row.
 ELSEWHERE, UNREADABLE = -1, -2
@@ -91,23 +92,14 @@ class ShardWriter:
         partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
         try:
             save_file(tensors, partial, {"unreadable": json.dumps(self.reasons)})
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            flush_to_disk(partial)
             # Another run that does the same work may be faster. Its file may be in use: over a network, a file that is
             # replaced is gone for those who read it.
             if not file.exists():
                 os.replace(partial, file)
-                _flush_folder(file.parent)
+                flush_to_disk(file.parent)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_partial(folder: Path) -> None:

@@ -151,13 +151,13 @@ class MoTBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each tower's projection [B, slots, (N + 2M) * H] => normed and rotated q [B, S, N, H], k, v [B, S, M, H]."""
         modules = cast(list[QKVProjection], [self.qkv[tower] for tower in towers])
-        q_weights = [module.q_norm.weight for module in modules if isinstance(module.q_norm, RMSNorm)]
-        k_weights = [module.k_norm.weight for module in modules if isinstance(module.k_norm, RMSNorm)]
-        # Sequential offload brings a weight only where its own module is called; elsewhere it has no values.
-        waiting = any(weight.device.type == "meta" for weight in q_weights)
-        if HAS_TRITON and projected[0].is_cuda and projected[0].dtype != torch.float64 and not waiting:
+        if HAS_TRITON and projected[0].is_cuda and projected[0].dtype != torch.float64:
+            q_weights = [module.q_norm.weight for module in modules if isinstance(module.q_norm, RMSNorm)]
+            k_weights = [module.k_norm.weight for module in modules if isinstance(module.k_norm, RMSNorm)]
             heads, kv_heads, _ = modules[0].heads
-            return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, modules[0].eps)
+            # Sequential offload brings a weight only where its own module is called; elsewhere it has no values.
+            if all(weight.device.type != "meta" for weight in q_weights):
+                return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, modules[0].eps)
         angles = zip(*(angle.split([part.shape[1] for part in projected], dim=1) for angle in rotary), strict=True)
         parts = []
         for module, projection, (cos, sin) in zip(modules, projected, angles, strict=True):

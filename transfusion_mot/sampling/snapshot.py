@@ -146,11 +146,11 @@ class SnapshotPipeline(DiffusionPipeline):
                 if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
             # What an older snapshot was trained for is known by its own scheduler alone.
-            own = "trained_for" in {**contents, **kwargs}
-            later = {} if own else {key: kwargs.pop(key) for key in ("scheduler",) if key in kwargs}
+            is_known = "trained_for" in {**contents, **kwargs}
+            scheduler = None if is_known else kwargs.pop("scheduler", None)
             pipeline = super().from_pretrained(path, **kwargs)
-            if later:
-                pipeline.scheduler = later["scheduler"]
+            if scheduler is not None:
+                pipeline.scheduler = scheduler
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise

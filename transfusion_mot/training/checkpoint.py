@@ -1,6 +1,5 @@
 """The folders a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import flush_to_disk
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
@@ -41,18 +41,10 @@ def put_in_place(folder: Path) -> None:
     """Let what was written aside take the place of `folder`, once it is on the disk."""
     aside = aside_of(folder)
     for path in [*aside.rglob("*"), aside]:
-        _fsync(path)
+        flush_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    flush_to_disk(folder.parent)
 
 
 def find_state(run: Path, resume: str) -> Path | None:
