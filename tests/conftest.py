@@ -1,5 +1,6 @@
 """Small shared builders: models, rows and data at toy size."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 # The tests of a process compile as many models as many runs do.
 allow_shapes(1000)
+
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # The same examples on every day, on a machine of any speed; `--hypothesis-profile default` draws others.
+    ignored = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=ignored)
+    settings.load_profile("fixed")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -54,7 +54,7 @@ def documents(draw) -> list[tuple[int, int, int]]:
 
 
 @given(documents().filter(bool))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_mask_of_real_documents(slots) -> None:
     mask = dense_mask(slot_ids([slots]), slot_ids([slots]))[0]
     assert mask.tolist() == loop_mask(slots, slots)
@@ -68,7 +68,7 @@ def test_mask_of_real_documents(slots) -> None:
 
 
 @given(documents().filter(lambda slots: any(document >= 0 for document, _, _ in slots)), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_mask_of_one_image_against_everything(slots, data) -> None:
     """What a denoising step asks: the patches of an image alone see what they see among all slots."""
     spans = sorted({span for document, _, span in slots if document >= 0})

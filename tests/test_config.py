@@ -186,7 +186,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_section_whose_keys_are_all_commented_out_is_not_a_crash(tmp_path: Path, section: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"{section}:\n  # seed: 3\n")
-    # Either the defaults or a refusal will do.
+    # Versions of the parser differ in it: either the defaults or a refusal will do.
     with contextlib.suppress(UserError):
         assert parse("--config", str(file)) == RunConfig()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decode_kernels import ARCHITECTURES, cached_logits
+from decode_kernel_checks import ARCHITECTURES, cached_logits
 from test_sampling import LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.config import TowerConfig

@@ -27,7 +27,7 @@ from transfusion_mot.training.log import loss_by_timestep
 from transfusion_mot.training.step import StepResult, compute_losses, loss_counts
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TEXT_SLOTS, PATCHES = 48, 4
@@ -102,7 +102,7 @@ def check_document(batch: Batch, document, tokenizer: TextTokenizer) -> tuple[li
     with_text=st.booleans(),
     rope=st.sampled_from(["1d", "3d"]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_every_image_is_noised_once_and_copied_where_a_label_follows(
     byte_tokenizer, shapes, images_per_row, with_text, rope
 ) -> None:

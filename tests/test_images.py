@@ -308,7 +308,7 @@ def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["JPEG RGB", "JPEG CMYK", "PNG RGBA", "PNG P", "WEBP RGB", "AVIF RGB"])
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(mode, data):
     format_name, mode = mode.split()
     if format_name == "AVIF" and not features.check("avif"):

@@ -21,7 +21,7 @@ from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.sampling.sampler import laid_out
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # What a slot holds: a token, or the number of an image.
@@ -82,7 +82,7 @@ SEGMENTS = st.lists(st.one_of(st.integers(1, 40), st.just("image")), min_size=1,
     with_text=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 def test_every_token_and_image_comes_once_and_in_order(
     byte_tokenizer, shapes, text_slots, images_per_row, lookahead, lanes, rope, with_text, seed
 ) -> None:

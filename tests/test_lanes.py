@@ -18,14 +18,14 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=NUM_ROUNDS, max_size=NUM_ROUNDS)
 
 
 @given(st.integers(1, 3000), KEYS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shuffled_order_holds_every_item_once(length: int, keys: list[int]) -> None:
     assert sorted(permuted(position, length, keys) for position in range(length)) == list(range(length))
 
@@ -99,7 +99,7 @@ def placed_and_waiting(packer: Packer, lane: int, steps: int) -> tuple[list[list
     lanes=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_what_waits_is_neither_lost_nor_repeated_nor_left_waiting(
     byte_tokenizer, lengths, text_slots, images_per_row, lookahead, lanes, seed
 ) -> None:
@@ -182,7 +182,7 @@ def uninterrupted(request, byte_tokenizer):
 
 
 @given(stops=st.sets(st.integers(1, NUM_STEPS - 1)), data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 def test_stream_is_the_same_however_it_is_interrupted_and_shared(uninterrupted, stops, data) -> None:
     packer, whole = uninterrupted
     first, states = 0, None

@@ -15,7 +15,7 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 PATCHES = 4
@@ -171,7 +171,7 @@ def epochs(per_lane: list[list], length: int) -> list[list]:
     rope=st.sampled_from(["1d", "3d"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_every_document_is_read_once_per_epoch(
     byte_tokenizer, caption_lengths, text_lengths, text_slots, images_per_row, lanes, rope, seed
 ) -> None:

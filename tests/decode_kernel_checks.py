@@ -1,9 +1,4 @@
-"""The kernels that decode few rows against the model itself, on the CPU by Triton's interpreter."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The kernels that decode few rows against the model itself."""
 
 import pytest
 import torch
@@ -60,23 +55,14 @@ def cached_logits(
 
 @torch.no_grad()
 def compare_by_interpreter() -> None:
-    """Run in a process of its own, because Triton reads its variable when it is imported."""
+    """Called where Triton was imported as an interpreter."""
     from transfusion_mot.sampling import decode_kernels
 
     # The interpreter runs one program after the other.
-    decode_kernels._SPLITS = decode_kernels._PROGRAMS = 4
+    decode_kernels._SPLITS = decode_kernels._PROGRAMS = 2
     for number, architecture in enumerate(ARCHITECTURES.values()):
         model = tiny_model(70, num_layers=1 + number % 2, **architecture).float()
         rows = [None, [3, 0, 2]][number % 2]
         found, expected = (cached_logits(model, rows, 2, by_kernels) for by_kernels in (True, False))
         for one, two in zip(found, expected, strict=True):
             assert (one - two).abs().max() <= 1e-5 * two.abs().max(), architecture
-
-
-def test_kernels_equal_the_model() -> None:
-    program = "from test_decode_kernels import compare_by_interpreter; compare_by_interpreter(); print('equal')"
-    folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parent)])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
