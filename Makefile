@@ -8,11 +8,12 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(shell nproc)
 PROMPTS := "red apple" "octopus" "flag: Japan" "sun" "green heart" "pizza" "rocket" "butterfly"
 
-.PHONY: help install lock quickstart demo test test-gpu lint types
+.PHONY: help install lock quickstart demo test test-fast test-gpu lint types
 help:
 	@echo "make quickstart   install, train a small model on emoji, sample it and measure it (10 to 15 minutes on 2 CPU cores)"
 	@echo "make demo         open a page to play with the model of the quickstart"
 	@echo "make test         install and run all tests but those that need a GPU"
+	@echo "make test-fast    those of them that take two minutes together"
 	@echo "make test-gpu     the tests that need a GPU, some at a time"
 	@echo "make lint types   check style and types"
 	@echo "make lock         renew requirements.lock, the exact versions that all of these install"
@@ -46,8 +47,14 @@ quickstart: install
 demo: install
 	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)
 
+# Neighbours share what they build, so each process takes a stretch of the tests, and what is left of others' at its end.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(PYTEST)
+
+test-fast: install
+	$(PYTEST) -m "not slow and not gpu"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -n 8

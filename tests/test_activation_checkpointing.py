@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 from transfusion_mot.models.mot import Checkpointing
 
+pytestmark = pytest.mark.slow
+
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]
 
 

@@ -32,6 +32,8 @@ from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, Source
 from transfusion_mot.data.images import load_image, to_pixels
 from transfusion_mot.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MEAN, STD = [0.3, -1.0, 0.0, 2.0], [0.5, 2.0, 1.0, 0.1]
 

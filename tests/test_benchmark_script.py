@@ -34,7 +34,7 @@ from transfusion_mot.training.checkpoint import find_snapshot
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "benchmark.py"
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"
 Benchmark = Callable[..., tuple[int, str]]
-pytestmark = pytest.mark.usefixtures("without_java")
+pytestmark = [pytest.mark.usefixtures("without_java"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from PIL import Image
 
 from benchmarks import plot, train_step
 
+pytestmark = pytest.mark.slow
+
 
 def test_contenders_take_turns_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_step.main(["--size", "tiny", "--steps", "2", "--workers", "0", "--output", str(tmp_path)])

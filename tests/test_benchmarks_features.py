@@ -12,6 +12,8 @@ from PIL import Image
 from benchmarks.features import RANDOM, load_network, main, time_network, time_pipeline, write_images
 from transfusion_mot.evaluation.images import find_images
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -12,6 +12,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.transfusion import TransfusionMoT
 
+pytestmark = pytest.mark.slow
+
 # Images first, last, between and beside each other; two documents in a row; text alone; padding of both modalities.
 SPEC = [
     [[3, "image", 2], [2, "image", 4]],

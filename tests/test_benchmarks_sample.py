@@ -10,6 +10,8 @@ from benchmarks.sample import PROMPT_TOKENS, SCALE, main, make_pipeline, paint_u
 from benchmarks.workload import SIZES
 from transfusion_mot.pipeline import TransfusionPipeline
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -25,6 +25,8 @@ from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def command_in_a_group(arguments: list[str]) -> tuple[str, str]:
     """What it prints."""

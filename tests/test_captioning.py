@@ -39,6 +39,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+pytestmark = pytest.mark.slow
+
 ORDINARY = {
     "A man riding a wave on top of a surfboard.": "a man riding a wave on top of a surfboard",
     'Two dogs (one black, one white) don\'t play with "toys"!': (

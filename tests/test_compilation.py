@@ -15,6 +15,8 @@ from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 # Of 5, 3, 4, 2 and 6 patches.
 BUCKETS = [[8, 40], [8, 24], [16, 16], [16, 8], [48, 8]]
 

@@ -4,7 +4,11 @@ import json
 import shlex
 import sys
 
+import pytest
+
 from benchmarks.data import main
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_benchmark_measures_both_ways_to_an_image(tmp_path, monkeypatch, capsys):

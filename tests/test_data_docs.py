@@ -13,6 +13,8 @@ from source_files import picture, picture_dataset, shard, write_coco, write_tar
 from transfusion_mot.config import RunConfig, SourceConfig, parse_config
 from transfusion_mot.data.sources.open import open_source
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 YAML = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
 KINDS = get_args(get_type_hints(SourceConfig)["kind"])

@@ -20,6 +20,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler
 
+pytestmark = pytest.mark.slow
+
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )

@@ -18,6 +18,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.step import seed_step
 
+pytestmark = pytest.mark.slow
+
 # The second row is of text alone.
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]
 INPUTS = make_rows(SPEC, 12, 2, (2, 2)).inputs

@@ -12,6 +12,8 @@ from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 
+pytestmark = pytest.mark.slow
+
 PAIR = ["REAL", "REAL", "--features", "efficientnet"]
 SCRIPTS = Path(__file__).parents[1] / "evaluate"
 

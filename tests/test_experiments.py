@@ -27,6 +27,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.flops import weight_flops_per_row
 
+pytestmark = pytest.mark.slow
+
 TOWERS = {"model.towers", "model.num_heads"}
 UNET = {"model.image_adapter", "model.unet_channels", "model.unet_num_layers"}
 DISCRETE = {"diffusion.scheduler", "diffusion.scheduler_args", "diffusion.timestep_distribution"}

@@ -26,6 +26,8 @@ from transfusion_mot.evaluation.networks import load_feature_network, load_featu
 from transfusion_mot.evaluation.report import metrics_table, save_metrics
 from transfusion_mot.evaluation.weights import file_sha256
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

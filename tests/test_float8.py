@@ -35,6 +35,8 @@ from transfusion_mot.training import float8
 from transfusion_mot.training.float8 import check_float8, convert_to_float8
 from transfusion_mot.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]

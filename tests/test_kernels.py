@@ -12,6 +12,8 @@ from transfusion_mot.models.layers import QKVProjection, rotary_angles, rotate
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 # Query heads, key/value heads, head width, slots of each tower, whether queries and keys are normed.
 CASES = [
     (2, 2, 8, (5, 12), True),

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from process_group import clean_process
 from test_lanes import NUM_LANES, mixed_packer
@@ -17,6 +18,8 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.state import StateWriter, load_progress
+
+pytestmark = pytest.mark.slow
 
 NUM_STEPS, NUM_KILLS = 400, 20
 

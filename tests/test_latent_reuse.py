@@ -39,6 +39,8 @@ from transfusion_mot.data.sources.keys import KeySet, places_of
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 class Encoding:
     """Encodes a source of `kind` below a folder, and counts."""

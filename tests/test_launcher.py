@@ -13,6 +13,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.training.launcher import check_launcher
 from transfusion_mot.training.parallel import make_accelerator
 
+pytestmark = pytest.mark.slow
+
 
 def launch(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     """Have in the environment what the launcher hands to its processes."""

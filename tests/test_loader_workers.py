@@ -23,6 +23,8 @@ from transfusion_mot.data import loader
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 
+pytestmark = pytest.mark.slow
+
 NUM_LANES, NUM_WORKERS = 4, 2
 CPU = torch.device("cpu")
 # What a process may take to end on a busy machine: to take PyTorch apart, seconds on an idle one.

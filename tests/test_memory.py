@@ -18,6 +18,8 @@ from transfusion_mot.models import mot
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.memory import Layout, Setting, kept_by_adapter, kept_by_block, step_memory
 
+pytestmark = pytest.mark.slow
+
 
 def meta_model(config: ModelConfig, vocab_size: int = 32000, channels: int = 4) -> TransfusionMoT:
     with torch.device("meta"):

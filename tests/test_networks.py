@@ -29,6 +29,8 @@ from transfusion_mot.evaluation.images import find_images, load_rgb
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.weights import file_sha256
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -27,6 +27,8 @@ from transfusion_mot.training.parallel import end_preparing, host_group, make_ac
 from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.step import train_step
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = ({}, {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1})
 SEED = 3
 # Of float32 sums in another order.

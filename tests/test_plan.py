@@ -23,6 +23,8 @@ from transfusion_mot.training.plan import (
     time_line,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAPER = [f"--config={ROOT / 'configs' / 'paper' / name}.yaml" for name in ("recipe", "760m")]
 

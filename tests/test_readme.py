@@ -14,6 +14,8 @@ from process_group import run_script
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What makes any training command of the README a matter of seconds; the autoencoder is the real one.

@@ -20,6 +20,8 @@ from transfusion_mot.evaluation.page import PAGE_FILE, embedded, picture_groups,
 from transfusion_mot.evaluation.published import own_row, published_table
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, Report, SweepPoint, metrics_table
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(BROWSERS)})")

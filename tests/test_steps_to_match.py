@@ -12,6 +12,8 @@ from PIL import Image
 import train
 from transfusion_mot.evaluation.steps_to_match import Curve, first_reaching, window_means
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "steps_to_match.py"
 
 

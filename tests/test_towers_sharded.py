@@ -17,6 +17,8 @@ from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.step import clipped_step
 from transfusion_mot.training.towers import freeze_towers, grad_norms
 
+pytestmark = pytest.mark.slow
+
 CONFIG = OptimizerConfig(lr=0.1, tower_lr_scale={"image": 0.5})
 
 

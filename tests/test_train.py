@@ -26,6 +26,8 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "monitoring.md").read_text()
 

@@ -13,6 +13,8 @@ import train
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch) -> None:

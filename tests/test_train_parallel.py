@@ -23,6 +23,8 @@ from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.state import StateWriter, load_progress
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch) -> None:

@@ -18,6 +18,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 TOWER = {"hidden_size": 16, "intermediate_size": 32}
 NUM_IMAGES = 24
 

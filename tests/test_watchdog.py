@@ -6,7 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from transfusion_mot.training.watchdog import Watchdog
+
+pytestmark = pytest.mark.slow
 
 OTHER = """
 import sys, time
