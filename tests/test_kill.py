@@ -76,7 +76,9 @@ def test_twenty_kills_at_random_moments_change_no_row(byte_tokenizer, tmp_path: 
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
-    assert load_progress(find_state(killed, "auto"))["step"] < NUM_STEPS
+    # A very busy machine may not have come to a state at all.
+    left = find_state(killed, "auto")
+    assert left is None or load_progress(left)["step"] < NUM_STEPS
     read_rows(killed, byte_tokenizer, 2, 0, NUM_STEPS)
 
     lines = [line.split(" ", 1) for line in rows.read_text().splitlines()]
