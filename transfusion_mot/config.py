@@ -170,12 +170,44 @@ class TowerConfig:
 
 
 @dataclass
+class ModalityConfig:
+    """One modality: its weights, its objective and how its spans attend.
+
+    Attributes:
+        tower: The tower whose weights its slots use. Several modalities may share one; all on one is the dense model.
+        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents.
+        loss_weight: Factor of its mean loss in the total (the papers' lambda for images is 5).
+        attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs `diffusion`. null
+            is what the papers have: bidirectional for `diffusion`, causal for `next_token`.
+        patch_size: `diffusion` only: latent pixels per side of a patch.
+        adapter: `diffusion` only: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
+        unet_channels: Widths of the blocks of the `unet` adapter, multiples of 32: one for each halving of the patch
+            size and at least one more.
+        unet_num_layers: Residual layers in each block of the `unet` adapter.
+    """
+
+    tower: str
+    objective: Literal["next_token", "diffusion"] = "next_token"
+    loss_weight: float = 1.0
+    attention: Literal["causal", "bidirectional"] | None = None
+    patch_size: int = 2
+    adapter: Literal["linear", "unet"] = "linear"
+    unet_channels: list[int] = field(default_factory=lambda: [128, 256])
+    unet_num_layers: int = 2
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether the slots of a span see all of it."""
+        return (self.attention or ("bidirectional" if self.objective == "diffusion" else "causal")) == "bidirectional"
+
+
+@dataclass
 class ModelConfig:
     """The Mixture-of-Transformers.
 
     Attributes:
         towers: Tower name to its sizes. Towers share head count and head width (they meet in attention).
-        modalities: Modality (`text`, `image`) to the tower its tokens use. Both on one tower is the dense model.
+        modalities: Modality to its tower and objective. `text` is always one, with `next_token`.
         untied: Components that each tower owns; what is not listed is shared by all towers.
         num_layers: Transformer blocks.
         num_heads: Query heads.
@@ -185,17 +217,16 @@ class ModelConfig:
         rope: Rotary positions: `1d` counts slots as the papers do, `3d` counts (t, y, x) so that patches know their row
             and column.
         rope_theta: Base of the rotary frequencies.
-        image_attention: `bidirectional` inside an image, or `causal` for comparison.
-        patch_size: Latent pixels per side of a patch.
-        image_adapter: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
-        unet_channels: Widths of the U-Net adapter's blocks, multiples of 32: one for each halving of the patch size and
-            at least one more.
-        unet_num_layers: Residual layers in each block of the U-Net adapter.
         norm_eps: Epsilon of every RMSNorm.
     """
 
     towers: dict[str, TowerConfig] = field(default_factory=lambda: {"text": TowerConfig(), "image": TowerConfig()})
-    modalities: dict[str, str] = field(default_factory=lambda: {"text": "text", "image": "image"})
+    modalities: dict[str, ModalityConfig] = field(
+        default_factory=lambda: {
+            "text": ModalityConfig("text"),
+            "image": ModalityConfig("image", "diffusion", loss_weight=5.0),
+        }
+    )
     untied: list[Literal["norm", "qkv", "output", "ffn"]] = field(
         default_factory=lambda: ["norm", "qkv", "output", "ffn"]
     )
@@ -206,12 +237,17 @@ class ModelConfig:
     qk_norm: bool = True
     rope: Literal["1d", "3d"] = "3d"
     rope_theta: float = 10000.0
-    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    patch_size: int = 2
-    image_adapter: Literal["linear", "unet"] = "linear"
-    unet_channels: list[int] = field(default_factory=lambda: [128, 256])
-    unet_num_layers: int = 2
     norm_eps: float = 1e-5
+
+    @property
+    def stream_order(self) -> list[str]:
+        """Modalities in the order of their slots in a row: those of one tower stand side by side."""
+        towers = list(dict.fromkeys(modality.tower for modality in self.modalities.values()))
+        return sorted(self.modalities, key=lambda name: towers.index(self.modalities[name].tower))
+
+    def of_objective(self, objective: Literal["next_token", "diffusion"]) -> list[str]:
+        """Modalities with this objective, in the order of their slots."""
+        return [name for name in self.stream_order if self.modalities[name].objective == objective]
 
 
 @dataclass

@@ -1,18 +1,17 @@
-"""The batch: rows of text slots and images, laid out by modality, with the ids that carry reading order.
-
-Shapes: B rows, T text slots, K images a row, P patches an image, S = T + K*P, C latent channels, Y and X latent height
-and width.
-"""
+"""The batch: rows of slots, laid out by modality, with the ids that carry reading order."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
+
+_SLOTS = "slots"
 
 
 @dataclass
@@ -20,71 +19,90 @@ class Batch:
     """Rows of a training batch.
 
     Attributes:
-        text_ids: [B, T] token ids.
-        text_labels: [B, T] the next token, `IGNORE_INDEX` where there is no loss.
-        latents: [B, K, C, Y, X] clean normalised latents.
-        noise: [B, K, C, Y, X] the noise that will be mixed in.
-        timesteps: [B, K] one t in (0, 1] per image; 0 for a copy.
-        document_ids: [B, S] the document a slot belongs to; -1 is padding.
-        order: [B, S] reading order inside the document; the copy of an image is read behind it.
-        span_ids: [B, S] the image a patch belongs to; -1 on text.
-        rope_positions: [B, S] or [B, S, 3] rotary positions.
-        source_ids: [B, S] int16, the source that a slot was filled from; -1 is padding. For the log alone.
-        copies: [B, K] bool, where images are seen by what follows them in clean copies (`data.image_context: clean`):
-            True where the slot holds such a copy, of the image in the slot before it; it has timestep 0. Else None.
+        inputs: Of each modality, in the order of `ModelConfig.stream_order`.
+        slots: Ids of all slots of a row, in the same order.
     """
 
-    text_ids: Tensor
-    text_labels: Tensor
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    document_ids: Tensor
-    order: Tensor
-    span_ids: Tensor
-    rope_positions: Tensor
-    source_ids: Tensor
-    copies: Tensor | None = None
+    inputs: dict[str, ModalityInput]
+    slots: Slots
 
     @property
-    def filled_images(self) -> Tensor:
-        """[B, K] bool, True where the slot holds an image or a copy of one."""
-        text_slots, images = self.text_ids.shape[1], self.latents.shape[1]
-        return self.document_ids[:, text_slots:].unflatten(1, (images, -1))[:, :, 0] >= 0
+    def num_rows(self) -> int:
+        """Rows B."""
+        return self.slots.order.shape[0]
 
-    @property
-    def image_mask(self) -> Tensor:
-        """[B, K] bool, True where the slot holds an image: it has a loss, which a copy has not."""
-        return self.filled_images if self.copies is None else self.filled_images & ~self.copies
+    def tokens(self, modality: str) -> TokenInput:
+        """The input of a modality of tokens."""
+        given = self.inputs[modality]
+        assert isinstance(given, TokenInput)
+        return given
+
+    def latents(self, modality: str) -> LatentInput:
+        """The input of a modality of latents."""
+        given = self.inputs[modality]
+        assert isinstance(given, LatentInput)
+        return given
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """All tensors by name, such as `text.ids` or `slots.order`."""
+        parts = {**self.inputs, _SLOTS: self.slots}
+        return {
+            f"{part}.{field}": tensor
+            for part, fields in parts.items()
+            for field, tensor in fields._asdict().items()
+            if tensor is not None
+        }
 
-    def _map(self, function) -> Self:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """The batch that `tensors` came from."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, field = name.rsplit(".", 1)
+            parts.setdefault(part, {})[field] = tensor
+        slots = Slots(**parts.pop(_SLOTS))
+        return cls({name: (TokenInput if "ids" in part else LatentInput)(**part) for name, part in parts.items()}, slots)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A function applied to every tensor."""
+        return self.from_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, without waiting where the memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, rows: int) -> list[Self]:
         """Cut into microbatches of `rows` rows; the last may be smaller."""
         parts = {name: tensor.split(rows) for name, tensor in self.tensors().items()}
-        return [type(self)(**dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)]
+        return [
+            self.from_tensors(dict(zip(parts, values, strict=True))) for values in zip(*parts.values(), strict=True)
+        ]
 
     def emptied(self, first: int = 0) -> Self:
         """The same with nothing but padding in its rows from `first` on."""
-        is_kept = torch.arange(len(self.text_ids), device=self.text_ids.device)[:, None] < first
-        labels = self.text_labels.where(is_kept, IGNORE_INDEX)
-        return dataclasses.replace(self, text_labels=labels, document_ids=self.document_ids.where(is_kept, -1))
+        empty = torch.arange(self.num_rows, device=self.slots.order.device) >= first
+        inputs = {name: given.without_loss(empty) for name, given in self.inputs.items()}
+        slots = self.slots._replace(document_ids=self.slots.document_ids.masked_fill(empty[:, None], -1))
+        return dataclasses.replace(self, inputs=inputs, slots=slots)
+
+    def at(self, timestep: float) -> Self:
+        """The same with all latents at one timestep; copies stay clean."""
+        inputs = {
+            name: given.at(timestep) if isinstance(given, LatentInput) else given for name, given in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=inputs)
+
+    def counts(self) -> Tensor:
+        """[modalities] float64: labelled tokens, or elements with a diffusion loss, of each modality."""
+        return torch.stack([given.count() for given in self.inputs.values()])
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
         """Join rows."""
         if len(parts) == 1:
             return parts[0]
-        return cls(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
+        tensors = [part.tensors() for part in parts]
+        return cls.from_tensors({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
 
 @dataclass
@@ -92,34 +110,43 @@ class Rows:
     """What is prepared on the host.
 
     Attributes:
-        batch: Rows; where images are encoded on the device, their latents are still the noise of the posterior.
-        images_uint8: [B, K, H, W, 3] where images are encoded on the device, else None; zeros in empty slots.
+        batch: Rows; where media are encoded on the device, their latents are still the noise of the posterior.
+        media: Of each modality whose media are encoded on the device: uint8 [B, K, H, W, 3], zeros in empty slots.
     """
 
     batch: Batch
-    images_uint8: Tensor | None
+    media: dict[str, Tensor]
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors."""
-        images = 0 if self.images_uint8 is None else self.images_uint8.nbytes
-        return images + sum(tensor.nbytes for tensor in self.batch.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; media stand behind the batch as `media.NAME`."""
+        return self.batch.tensors() | {f"{_MEDIA}{name}": tensor for name, tensor in self.media.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """The rows that `tensors` came from."""
+        batch = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MEDIA)}
+        media = {name.removeprefix(_MEDIA): tensors[name] for name in tensors.keys() - batch.keys()}
+        return cls(Batch.from_tensors(batch), media)
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device, without waiting where the memory is pinned."""
-        images = None if self.images_uint8 is None else self.images_uint8.to(device, non_blocking=True)
-        return type(self)(self.batch.to(device), images)
+        return self.from_tensors({name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
         """Join rows."""
-        images = [part.images_uint8 for part in parts if part.images_uint8 is not None]
-        return cls(Batch.cat([part.batch for part in parts]), torch.cat(images) if images else None)
+        tensors = [part.tensors() for part in parts]
+        return cls.from_tensors({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
 
 # Where a tensor begins in a run of bytes, its type and its shape.
 _Place = tuple[int, torch.dtype, tuple[int, ...]]
-_IMAGES = "images_uint8"
+_MEDIA = "media."
 # Kernels read 16 bytes at once where they begin at a multiple.
 _ALIGNMENT = 16
 
@@ -142,10 +169,7 @@ class PackedRows:
     @classmethod
     def pack(cls, steps: list[Rows]) -> Self:
         """Copy rows into one tensor."""
-        named = [rows.batch.tensors() for rows in steps]
-        for tensors, rows in zip(named, steps, strict=True):
-            if rows.images_uint8 is not None:
-                tensors[_IMAGES] = rows.images_uint8
+        named = [rows.tensors() for rows in steps]
         layout, size = [], 0
         for tensors in named:
             places: dict[str, _Place] = {}
@@ -161,11 +185,7 @@ class PackedRows:
 
     def rows(self) -> list[Rows]:
         """The rows of each step, which share the memory of `content`."""
-        steps = []
-        for views in self._views():
-            images = views.pop(_IMAGES, None)
-            steps.append(Rows(Batch(**views), images))
-        return steps
+        return [Rows.from_tensors(views) for views in self._views()]
 
     def _views(self) -> list[dict[str, Tensor]]:
         return [

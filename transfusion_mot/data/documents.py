@@ -1,54 +1,44 @@
-"""Documents: what a source holds => segments of text and images, and the pieces of them that fit a row."""
+"""Documents: items of a source => segments, and the pieces of them that fit a row."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from transfusion_mot.config import DataConfig
-from transfusion_mot.data.images import ImageArray, UnreadableImage
+from transfusion_mot.data.images import UnreadableImage
+from transfusion_mot.data.layout import TEXT, Media, Segment
 from transfusion_mot.data.mixture import Source
-from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, TextDocuments
+from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 
 
-@dataclass(frozen=True)
-class ImageSegment:
-    """An image of a document; it takes a text slot before it (BOI) and one behind it (EOI).
+_logger = logging.getLogger(__name__)
+# Unreadable media of a source that a process names; all are counted.
+_NUM_NAMED = 10
 
-    With `data.image_context: clean` nothing but the image itself sees its noised patches. Where there is a label behind
-    it, it takes a second image slot for a clean copy of itself, which what follows sees.
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class LatentMedia:
+    """Media that are latents: where they come from, and how far they are noised.
 
     Attributes:
-        index: Of the image in its source.
-        flipped: Whether it is mirrored.
-        max_timestep: Highest timestep it is noised to.
-        pixels: `uint8 [H, W, 3]` where images are encoded on the device, else None.
-        copied: Whether it has a clean copy.
+        index: In the media of the source.
+        flipped: Whether they are mirrored.
+        max_timestep: Highest timestep they are noised to.
+        raw: `uint8 [H, W, 3]` where they are encoded on the device, else None.
     """
 
     index: int
     flipped: bool
     max_timestep: float
-    pixels: ImageArray | None
-    copied: bool
-
-    @property
-    def num_slots(self) -> int:
-        """Image slots it takes."""
-        return 1 + self.copied
-
-
-_logger = logging.getLogger(__name__)
-# Unreadable images of a source that a process names; all are counted.
-_NUM_NAMED = 10
-
-# Token ids of text, or an image.
-Segment = list[int] | ImageSegment
-_Image = TypeVar("_Image")
+    raw: Any
 
 
 class Piece(NamedTuple):
@@ -56,21 +46,20 @@ class Piece(NamedTuple):
 
     Attributes:
         segments: In reading order.
-        num_tokens, image_slots: Text slots and image slots it takes.
+        slots: Slots that it takes of each modality.
         next_token: First token of the rest, the label of the piece's last token; `IGNORE_INDEX` at the document's end.
-        used: Tokens of text and images of the document in this piece and those before.
+        used: Tokens of text and media of the document in this piece and those before.
     """
 
     segments: list[Segment]
-    num_tokens: int
-    image_slots: int
+    slots: Counter[str]
     next_token: int
     used: int
 
     @property
-    def num_images(self) -> int:
-        """Images in it; their copies are none."""
-        return sum(isinstance(segment, ImageSegment) for segment in self.segments)
+    def media(self) -> Counter[str]:
+        """Media of each modality in it; their copies are none."""
+        return Counter(segment.modality for segment in self.segments if isinstance(segment, Media))
 
 
 @dataclass
@@ -79,49 +68,54 @@ class Document:
 
     Attributes:
         segments: In reading order; none if nothing of it can be read.
+        stream: Modality of its tokens outside of media.
         caption_cut: Whether its caption was longer than a row.
-        unreadable_images: Images of it that cannot be read, and so are left out.
+        unreadable: Media of it that cannot be read, and so are left out.
+        too_long: Media of it that are longer than a row, and so are left out.
     """
 
     segments: list[Segment] = field(default_factory=list)
+    stream: str = TEXT
     caption_cut: bool = False
-    unreadable_images: int = 0
+    unreadable: int = 0
+    too_long: int = 0
 
-    def piece(self, used: int, text_slots: int, image_slots: int, boi_id: int) -> Piece:
-        """What fits so many slots of the document behind its first `used` tokens of text and images.
+    def piece(self, used: int, room: dict[str, int], begin_ids: dict[str, int]) -> Piece:
+        """What fits so many slots of each modality, of the document behind its first `used` tokens and media.
 
-        It ends between two segments; only a text that is longer than that by itself is cut inside.
+        It ends between two segments; only tokens that are more than that by themselves are cut inside.
         """
         segments: list[Segment] = []
-        num_tokens = used_image_slots = passed = 0
+        slots: Counter[str] = Counter()
+        passed = 0
         for segment in self.segments:
-            length = 1 if isinstance(segment, ImageSegment) else len(segment)
+            length = 1 if isinstance(segment, Media) else len(segment)
             skipped = max(0, used - passed)
             passed += length
             if skipped >= length:
                 continue
-            if isinstance(segment, ImageSegment):
-                if used_image_slots + segment.num_slots > image_slots or num_tokens + 2 > text_slots:
-                    return Piece(segments, num_tokens, used_image_slots, boi_id, passed - 1)
+            if isinstance(segment, Media):
+                name = segment.modality
+                if slots[name] + segment.num_slots > room[name] or slots[self.stream] + 2 > room[self.stream]:
+                    return Piece(segments, slots, begin_ids[name], passed - 1)
                 segments.append(segment)
-                used_image_slots += segment.num_slots
-                num_tokens += 2
+                slots[name] += segment.num_slots
+                slots[self.stream] += 2
                 continue
-            if num_tokens + length - skipped > text_slots:
-                end = skipped if segments else skipped + text_slots
+            if slots[self.stream] + length - skipped > room[self.stream]:
+                end = skipped if segments else skipped + room[self.stream]
                 if end > skipped:
                     segments.append(segment[skipped:end])
-                return Piece(
-                    segments, num_tokens + end - skipped, used_image_slots, segment[end], passed - length + end
-                )
+                slots[self.stream] += end - skipped
+                return Piece(segments, slots, segment[end], passed - length + end)
             segments.append(segment[skipped:])
-            num_tokens += length - skipped
-        return Piece(segments, num_tokens, used_image_slots, IGNORE_INDEX, passed)
+            slots[self.stream] += length - skipped
+        return Piece(segments, slots, IGNORE_INDEX, passed)
 
 
-def join_texts(items: Iterable[str | _Image]) -> list[str | _Image]:
-    """Texts and images => the same with neighbouring texts joined: by a space, unless there is white space already."""
-    joined: list[str | _Image] = []
+def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
+    """Texts and media => the same with neighbouring texts joined: by a space, unless there is white space already."""
+    joined: list[str | _Item] = []
     for item in items:
         last = joined[-1] if joined else None
         if isinstance(item, str) and isinstance(last, str):
@@ -133,7 +127,14 @@ def join_texts(items: Iterable[str | _Image]) -> list[str | _Image]:
 
 
 class DocumentReader:
-    """Reads documents of sources.
+    """Reads documents of sources: their items, put in order by one of four templates.
+
+    | template | segments |
+    | --- | --- |
+    | caption first | `BOS caption` media `EOS`; no `EOS` behind latents that have a clean context |
+    | prompt dropped | `BOS` media |
+    | media first | `BOS` media `caption EOS` |
+    | in reading order | `BOS text` media `text ... EOS` |
 
     Args:
         tokenizer: Turns text into ids and knows the special ones.
@@ -147,88 +148,109 @@ class DocumentReader:
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
         """A document; what is drawn about its layout comes from `rng`."""
-        if source.captioned is not None:
-            return self._captioned_image(source, source.captioned, index, rng)
-        if source.interleaved is not None:
-            return self._interleaved(source, source.interleaved, index, rng)
-        assert isinstance(source.documents, TextDocuments)
-        tokens = self.tokenizer.encode(source.documents.text(index))
-        return Document([[self.tokenizer.bos_id, *tokens, self.tokenizer.eos_id]])
+        items = source.items(index)
+        if source.is_paired:
+            return self._paired(source, items, rng)
+        if len(items) == 1 and isinstance(items[0], MediaItem) and source.stream != TEXT:
+            return self._codes_alone(source, items[0])
+        return self._in_reading_order(source, items, rng)
 
-    def _captioned_image(
-        self, source: Source, documents: CaptionedImages, index: int, rng: np.random.Generator
-    ) -> Document:
+    def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
+        """Text and media of one thing, in an order that is drawn."""
         config, bos, eos = self.config, self.tokenizer.bos_id, self.tokenizer.eos_id
         draws = rng.random(4)
         caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
-        # Noised less where the caption stands behind it and must be read off it (Transfusion, section 4.3.4).
-        max_timestep = 1.0 if caption_first or config.has_copies else config.image_first_max_timestep
-        copied = config.has_copies and not caption_first
-        image = self._image(source, index, bool(draws[3] < 0.5), max_timestep, copied)
-        if image is None:
-            return Document(unreadable_images=1)
+        flipped = bool(draws[3] < 0.5)
+        wanted = [item for item in items if isinstance(item, MediaItem)]
+        if len(wanted) > 1:
+            wanted = [wanted[place] for place in rng.permutation(len(wanted))]
+        document = Document()
+        media: list[Media] = []
+        for place, item in enumerate(wanted):
+            is_read = not caption_first or place < len(wanted) - 1
+            # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
+            limit = config.image_first_max_timestep if is_read and not config.has_copies else 1.0
+            media += self._media(source, item, flipped, limit, config.has_copies and is_read, document)
+        if not media:
+            return document
         if caption_first and prompt_dropped:
-            # Ends at EOI, without a label there: that the image has no caption is not for the model to learn.
-            return Document([[bos], image])
-        captions = documents.captions(index)
+            # Ends at the end token, without a label there: that media have no caption is not for the model to learn.
+            document.segments = [[bos], *media]
+            return document
+        captions = next(item.choices for item in items if isinstance(item, Text))
         caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
-        caption_cut = len(caption) > config.max_caption_tokens
+        document.caption_cut = len(caption) > config.max_caption_tokens
         caption = caption[: config.max_caption_tokens]
-        if caption_first:
-            # Without a copy there is no label at EOI: EOS behind images that are not seen, and something else behind
-            # all that are, would teach never to end behind an image. A copy would cost an image slot for one label.
-            behind: list[Segment] = [] if config.has_copies else [[eos]]
-            return Document([[bos, *caption], image, *behind], caption_cut)
-        return Document([[bos], image, [*caption, eos]], caption_cut)
+        if not caption_first:
+            document.segments = [[bos], *media, [*caption, eos]]
+            return document
+        # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
+        # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
+        last = media[-1]
+        is_hidden = config.has_copies and isinstance(last, Media) and not last.is_codes
+        document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
+        return document
 
-    def _interleaved(
-        self, source: Source, documents: InterleavedDocuments, index: int, rng: np.random.Generator
-    ) -> Document:
-        # Together: of a picture and its edit the one must not be mirrored without the other.
+    def _in_reading_order(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
+        # One for all: the images of a document belong together.
         flipped = bool(rng.random() < 0.5)
-        items: list[str | ImageSegment] = []
-        unreadable = 0
-        for item in documents.segments(index):
-            if isinstance(item, str):
-                items.append(item)
-            elif (image := self._image(source, item, flipped, 1.0, self.config.has_copies)) is None:
-                unreadable += 1
+        document = Document()
+        readable: list[str | Media] = []
+        for item in items:
+            if isinstance(item, Text):
+                readable.append(item.choices[0])
             else:
-                items.append(image)
+                readable += self._media(source, item, flipped, 1.0, self.config.has_copies, document)
         segments: list[Segment] = []
         text = [self.tokenizer.bos_id]
-        for part in join_texts(items):
+        for part in join_texts(readable):
             if isinstance(part, str):
                 text += self.tokenizer.encode(part)
             else:
                 segments += [text, part] if text else [part]
                 text = []
-        if not segments and len(text) == 1:
-            return Document(unreadable_images=unreadable)
-        return Document([*segments, [*text, self.tokenizer.eos_id]], unreadable_images=unreadable)
+        if segments or len(text) > 1:
+            document.segments = [*segments, [*text, self.tokenizer.eos_id]]
+        return document
 
-    def _image(
-        self, source: Source, index: int, flipped: bool, max_timestep: float, copied: bool
-    ) -> ImageSegment | None:
-        """An image, or None if it cannot be decoded, which is told.
+    def _codes_alone(self, source: Source, item: MediaItem) -> Document:
+        """Codes that no text belongs to: they fill what is left of their stream, as texts do."""
+        return Document([source.encoded[item.modality].span(item.index, False)], stream=item.modality)
+
+    def _media(
+        self, source: Source, item: MediaItem, flipped: bool, max_timestep: float, copied: bool, document: Document
+    ) -> list[Media]:
+        """Media, or none if they cannot be decoded or are longer than a row; the document counts those.
 
         Raises:
-            UserError: The system fails to read it.
+            UserError: The system fails to read them.
         """
         flipped = flipped and self.config.random_flip
-        if source.latents is not None:
-            return ImageSegment(index, flipped, max_timestep, None, copied) if source.latents.readable[index] else None
-        try:
-            pixels = source.images.image(index)
-        except UnreadableImage as error:
-            self._name(source.documents.name, str(error))
-            return None
-        return ImageSegment(index, flipped, max_timestep, pixels[:, ::-1] if flipped else pixels, copied)
+        encoded = source.encoded.get(item.modality)
+        if encoded is None:
+            try:
+                raw = source.documents.media[item.modality].read(item.index)
+            except UnreadableImage as error:
+                self._name(source.documents.name, str(error))
+                document.unreadable += 1
+                return []
+            raw = raw[:, ::-1] if flipped else raw
+            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, raw), copied)]
+        if not encoded.readable[item.index]:
+            document.unreadable += 1
+            return []
+        if encoded.kind == "latents":
+            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, None), copied)]
+        media = Media(item.modality, encoded.span(item.index, flipped))
+        if media.num_slots > self.config.slots[item.modality]:
+            document.too_long += 1
+            return []
+        return [media]
 
     def _name(self, source: str, problem: str) -> None:
-        """Log that an image cannot be read, once: it comes again in every epoch."""
+        """Log that media cannot be read, once: they come again in every epoch."""
         named = self._named.setdefault(source, set())
         if problem not in named and len(named) < _NUM_NAMED:
             named.add(problem)
             more = "; more of this source are counted only" if len(named) == _NUM_NAMED else ""
-            _logger.warning("%s: skipped an unreadable image: %s%s", source, problem, more)
+            _logger.warning("%s: skipped what cannot be read: %s%s", source, problem, more)

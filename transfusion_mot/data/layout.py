@@ -1,79 +1,106 @@
 """What a document looks like as slots: the one place where delimiters, labels and clean copies are inserted.
 
-Rows of training, of validation and of the guards are laid out here, and so is what the sampler reads.
+Training, validation, guards and the sampler all lay documents out here.
 
 | item | slots |
 | --- | --- |
 | text | its tokens |
-| image | `BOI` (text), an image slot, a second one if it has a clean copy, `EOI` (text) |
+| media of latents | begin token (text), a media slot, a second one if it has a clean copy, end token (text) |
+| media of codes | begin token (text), `start` and the codes (their own stream), end token (text) |
 
-The label of a token is the token behind it. `BOI` has none: an image stands behind it (Transfusion, footnote 8).
+The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token,
+which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 
-
-class LaidOutImage(Protocol):
-    """An image, whatever stands for it."""
-
-    @property
-    def copied(self) -> bool:
-        """Whether what follows sees a clean copy of it."""
-        ...
+TEXT = "text"
 
 
-Image = TypeVar("Image", bound=LaidOutImage)
-
-
-class TextRun(NamedTuple):
-    """Tokens that are read one after the other.
+@dataclass(frozen=True)
+class Media:
+    """An item of a document that is no text.
 
     Attributes:
+        modality: What it is, a key of `model.modalities`.
+        content: Codes, ended by what follows the last one (`next_token`), or whatever stands for latents (`diffusion`).
+        copied: Whether what follows sees a clean copy of its latents.
+    """
+
+    modality: str
+    content: Any
+    copied: bool = False
+
+    @property
+    def is_codes(self) -> bool:
+        """Whether it is a run of codes, and not a slot of latents."""
+        return isinstance(self.content, list)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of its modality: codes, or media slots."""
+        return len(self.content) - 1 if self.is_codes else 1 + self.copied
+
+
+# Token ids, or media.
+Segment = list[int] | Media
+
+
+class TokenRun(NamedTuple):
+    """Tokens of one modality that are read one after the other.
+
+    Attributes:
+        modality: Whose vocabulary the ids are of.
         ids: Input tokens.
         labels: The token behind each, or `IGNORE_INDEX`.
     """
 
+    modality: str
     ids: list[int]
     labels: list[int]
 
 
-class ImageSlot(NamedTuple, Generic[Image]):
-    """One image slot.
+class LatentSpan(NamedTuple):
+    """One media slot.
 
     Attributes:
-        image: What it holds.
-        is_copy: Whether it is the clean copy, in the place of the one before it. It is read behind that, so that the
-            image does not see it.
+        media: What it holds.
+        is_copy: Whether it is the clean copy, in the place of the one before it.
     """
 
-    image: Image
+    media: Media
     is_copy: bool
 
 
 def lay_out(
-    segments: Sequence[list[int] | Image], tokenizer: TextTokenizer, next_token: int = IGNORE_INDEX
-) -> Iterator[TextRun | ImageSlot[Image]]:
-    """Segments in reading order => slots in reading order.
+    segments: Sequence[Segment], tokenizer: TextTokenizer, next_token: int = IGNORE_INDEX, stream: str = TEXT
+) -> Iterator[TokenRun | LatentSpan]:
+    """Segments in reading order => runs of slots in reading order.
 
     Args:
-        segments: Token ids of text, and images: of a document, or of the piece of one that a row takes.
-        tokenizer: Knows the delimiters.
+        segments: Of a document, or of the piece of one that a row takes.
+        tokenizer: Knows the begin and end token of each modality.
         next_token: Label of the last token.
+        stream: Modality of the tokens outside of media; another one than text has no media between them.
     """
     run: list[int] = []
     for segment in segments:
-        if isinstance(segment, list):
+        if not isinstance(segment, Media):
             run = run + segment if run else segment
             continue
-        run = [*run, tokenizer.boi_id]
-        yield TextRun(run, [*run[1:], IGNORE_INDEX])
-        yield ImageSlot(segment, is_copy=False)
-        if segment.copied:
-            yield ImageSlot(segment, is_copy=True)
-        run = [tokenizer.eoi_id]
+        run = [*run, tokenizer.begin_ids[segment.modality]]
+        yield TokenRun(stream, run, [*run[1:], IGNORE_INDEX])
+        if segment.is_codes:
+            yield TokenRun(segment.modality, segment.content[:-1], segment.content[1:])
+        else:
+            yield LatentSpan(segment, is_copy=False)
+            if segment.copied:
+                yield LatentSpan(segment, is_copy=True)
+        run = [tokenizer.end_ids[segment.modality]]
     if run:
-        yield TextRun(run, [*run[1:], next_token])
+        yield TokenRun(stream, run, [*run[1:], next_token])

@@ -37,29 +37,32 @@ class Source:
     Attributes:
         documents: What it holds.
         weight: Relative chance of its documents; see `Sources`.
-        latents: Of its images, where they are read from a cache.
+        encoded: Of its media, by modality, what is read from a cache.
     """
 
-    documents: CaptionedImages | InterleavedDocuments | TextDocuments
+    documents: Documents
     weight: float = 1.0
-    latents: LatentCache | None = None
+    encoded: dict[str, EncodedMedia] = dataclasses.field(default_factory=dict)
 
     # Kept, because to ask a protocol about every document takes as long as reading one.
     @cached_property
-    def captioned(self) -> CaptionedImages | None:
-        """Its documents, if they are captioned images."""
-        return self.documents if isinstance(self.documents, CaptionedImages) else None
+    def is_paired(self) -> bool:
+        """Whether text and media of a document are of one thing and have no order of their own."""
+        return isinstance(self.documents, CaptionedMedia)
 
     @cached_property
-    def interleaved(self) -> InterleavedDocuments | None:
-        """Its documents, if they are interleaved."""
-        return self.documents if isinstance(self.documents, InterleavedDocuments) else None
+    def stream(self) -> str | None:
+        """The modality of tokens that its documents fill, where they are of one alone; None where they are mixed."""
+        if isinstance(self.documents, TextDocuments):
+            return TEXT
+        if isinstance(self.documents, MediaAlone):
+            (modality,) = self.documents.media
+            return modality
+        return None
 
-    @cached_property
-    def images(self) -> ImageSet:
-        """Its images; it must have some."""
-        assert not isinstance(self.documents, TextDocuments)
-        return self.documents.images if isinstance(self.documents, InterleavedDocuments) else self.documents
+    def items(self, index: int) -> list[Text | MediaItem]:
+        """Text and media of a document."""
+        return self.documents.items(index)
 
 
 @dataclass(frozen=True)

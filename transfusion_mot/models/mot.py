@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.config import ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.adapters import UNET_GROUPS
 from transfusion_mot.models.attention import (
@@ -178,15 +178,24 @@ def check_architecture(config: ModelConfig) -> None:
     Raises:
         UserError: Names the key, what it holds and what it needs.
     """
-    for modality in ("text", "image"):
-        if config.modalities.get(modality) not in config.towers:
+    for name, modality in config.modalities.items():
+        if modality.tower not in config.towers:
             raise UserError(
-                f"model.modalities gives '{modality}' the tower {config.modalities.get(modality)!r}; it needs one of "
-                f"model.towers: {', '.join(config.towers)}"
+                f"model.modalities.{name}.tower is {modality.tower!r}; it needs one of model.towers: "
+                f"{', '.join(config.towers)}"
             )
-    if set(config.modalities) != {"text", "image"}:
-        raise UserError(f"model.modalities has {sorted(config.modalities)}; it needs exactly 'text' and 'image'")
-    if idle := set(config.towers) - set(config.modalities.values()):
+        if modality.objective == "next_token" and modality.is_bidirectional:
+            raise UserError(
+                f"model.modalities.{name} has the objective next_token and attention: bidirectional, by which a token "
+                "would see the one it predicts; set attention to causal"
+            )
+    text = config.modalities.get("text")
+    if text is None or text.objective != "next_token":
+        raise UserError(
+            f"model.modalities has {', '.join(config.modalities) or 'nothing'}; 'text' with the objective next_token "
+            "must be one of them"
+        )
+    if idle := set(config.towers) - {modality.tower for modality in config.modalities.values()}:
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
     for name in config.towers:
         if not name or "." in name or hasattr(nn.ModuleDict, name):
@@ -207,14 +216,18 @@ def check_architecture(config: ModelConfig) -> None:
         raise UserError(
             f"model.num_heads {config.num_heads} is no multiple of model.num_kv_heads {config.num_kv_heads}"
         )
-    if config.patch_size not in (1, 2, 4, 8):
-        raise UserError(f"model.patch_size is {config.patch_size}; known: 1, 2, 4, 8")
-    if config.image_adapter == "unet":
-        widths_needed = config.patch_size.bit_length()
-        if len(config.unet_channels) < widths_needed or any(
-            width < 1 or width % UNET_GROUPS for width in config.unet_channels
-        ):
-            raise UserError(
-                f"model.unet_channels is {config.unet_channels}; model.patch_size {config.patch_size} needs at least "
-                f"{widths_needed} widths, each a multiple of {UNET_GROUPS}"
-            )
+    for name in config.of_objective("diffusion"):
+        _check_patches(name, config.modalities[name])
+
+
+def _check_patches(name: str, modality: ModalityConfig) -> None:
+    if modality.patch_size not in (1, 2, 4, 8):
+        raise UserError(f"model.modalities.{name}.patch_size is {modality.patch_size}; known: 1, 2, 4, 8")
+    widths_needed = modality.patch_size.bit_length()
+    if modality.adapter == "unet" and (
+        len(modality.unet_channels) < widths_needed or any(width < 1 or width % UNET_GROUPS for width in modality.unet_channels)
+    ):
+        raise UserError(
+            f"model.modalities.{name}.unet_channels is {modality.unet_channels}; patch_size {modality.patch_size} needs "
+            f"at least {widths_needed} widths, each a multiple of {UNET_GROUPS}"
+        )

@@ -1,17 +1,17 @@
-"""The whole model: text and images in, next-token logits and image predictions out.
+"""The whole model: slots of every modality in, losses or predictions of each out.
 
-Shapes: B rows, T text slots, K images a row, P patches an image, S = T + K*P, D width, V vocabulary, C latent channels,
-Y and X latent height and width.
+Shapes: B rows, T token slots of a modality, K images a row, S all slots of a row, D width, V vocabulary, C latent
+channels, Y and X latent height and width.
 
 Initialisation (`initialise`; the values of a module come from the seed and its name alone):
 
 | parameters | values |
 | --- | --- |
-| token embedding, text head, matrices of the blocks | normal, standard deviation 0.02 (Llama) |
+| token embeddings, heads, matrices of the blocks | normal, standard deviation 0.02 (Llama) |
 | block matrices whose output is added to the residual stream | normal, 0.02 / sqrt(2 * num_layers) (GPT-2) |
-| last layer of the image adapter | zero, so that training starts from the mean prediction |
+| last layer of a patch adapter | zero, so that training starts from the mean prediction |
 | norms | one |
-| rest of the image adapter | as torch and diffusers set it |
+| rest of a patch adapter | as torch and diffusers set it |
 """
 
 import copy
@@ -30,10 +30,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
+from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
-from transfusion_mot.losses import text_loss_sum
-from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
 from transfusion_mot.models.attention import (
     CacheWindow,
     Kernel,
@@ -43,7 +41,9 @@ from transfusion_mot.models.attention import (
     runs_on_hopper,
     training_mask,
 )
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
+from transfusion_mot.models.modalities import DiffusionModality, Terms, TokenModality
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
 # Standard deviation of embedding, head and block matrices.
@@ -54,28 +54,26 @@ _GLOBAL_GENERATOR = threading.Lock()
 
 
 class TransfusionOutput(NamedTuple):
-    """Predictions of both modalities.
+    """What the model says, by modality.
 
     Attributes:
-        logits: [B, T, V], the next token at every text slot; None without text, or where `text_loss` is asked for.
-        prediction: [B, K, C, Y, X], the network's side of the diffusion loss; None without images.
-        text_loss: [], cross-entropy in nats summed over labelled text slots; None without labels.
-        text_losses: [B, T], its terms, without gradient; None without labels.
+        terms: Losses of the modalities whose input has labels or noise.
+        predictions: Of the others: logits [B, T, V] of the next token, or the network's side of the diffusion loss
+            [B, K, C, Y, X].
     """
 
-    logits: Tensor | None
-    prediction: Tensor | None
-    text_loss: Tensor | None
-    text_losses: Tensor | None
+    terms: dict[str, Terms]
+    predictions: dict[str, Tensor]
 
 
 class TransfusionMoT(ModelMixin, ConfigMixin):
-    """One transformer over text tokens and noisy image patches, with a tower of weights per modality.
+    """One transformer over several modalities, each with a tower of weights, an objective and codes or latents.
 
     Args:
-        vocab_size: Token ids, special ones included.
-        latent_channels: Channels of the autoencoder's latents.
+        sizes: Of each modality, what its codec or tokenizer says: the vocabulary size (`next_token`) or the number of
+            latent channels (`diffusion`).
         architecture: The fields of `ModelConfig`.
+        diffusion: The fields of `DiffusionConfig`, the objective of the modalities with `diffusion`.
     """
 
     # Which kernel computes attention in training; all give the same numbers, so it is no part of the architecture.
@@ -87,32 +85,33 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
     _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
 
     @register_to_config
-    def __init__(self, vocab_size: int, latent_channels: int, architecture: dict[str, Any]) -> None:
+    def __init__(self, sizes: dict[str, int], architecture: dict[str, Any], diffusion: dict[str, Any]) -> None:
         super().__init__()
-        towers = {name: TowerConfig(**sizes) for name, sizes in architecture["towers"].items()}
-        self.architecture = config = ModelConfig(**{**architecture, "towers": towers})
+        towers = {name: TowerConfig(**fields) for name, fields in architecture["towers"].items()}
+        modalities = {name: ModalityConfig(**fields) for name, fields in architecture["modalities"].items()}
+        self.architecture = config = ModelConfig(**{**architecture, "towers": towers, "modalities": modalities})
         check_architecture(config)
-        text_size = towers[config.modalities["text"]].hidden_size
-        image_size = towers[config.modalities["image"]].hidden_size
-        self.token_embedding = nn.Embedding(vocab_size, text_size)
-        if config.image_adapter == "linear":
-            self.image_adapter: LinearAdapter | UNetAdapter = LinearAdapter(
-                latent_channels, image_size, config.patch_size
-            )
-        else:
-            self.image_adapter = UNetAdapter(
-                latent_channels, image_size, config.patch_size, config.unet_channels, config.unet_num_layers
-            )
+        self.modalities = nn.ModuleDict()
+        for name in config.stream_order:
+            modality = config.modalities[name]
+            width = towers[modality.tower].hidden_size
+            if modality.objective == "next_token":
+                self.modalities[name] = TokenModality(sizes[name], width)
+            else:
+                self.modalities[name] = DiffusionModality(sizes[name], width, modality, DiffusionConfig(**diffusion))
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.num_layers))
         self.final_norm = TowerModules(config, "norm", lambda tower: RMSNorm(tower.hidden_size, config.norm_eps))
-        self.text_head = nn.Linear(text_size, vocab_size, bias=False)
         # Drawn on the CPU whatever torch's default device is.
         self.initialise(int(torch.randint(2**62, (), device="cpu")))
 
     @classmethod
-    def from_config_section(cls, vocab_size: int, latent_channels: int, config: ModelConfig) -> "TransfusionMoT":
-        """Build a model from its section of the run's configuration."""
-        return cls(vocab_size=vocab_size, latent_channels=latent_channels, architecture=to_dict(config))
+    def from_sections(cls, sizes: dict[str, int], model: ModelConfig, diffusion: DiffusionConfig) -> "TransfusionMoT":
+        """Build a model from its sections of the run's configuration."""
+        return cls(sizes=sizes, architecture=to_dict(model), diffusion=to_dict(diffusion))
+
+    def modality(self, name: str) -> TokenModality | DiffusionModality:
+        """The module of a modality."""
+        return cast(TokenModality | DiffusionModality, self.modalities[name])
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +164,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         A module's come from the seed and its name, and are drawn on the CPU, a few modules at a time: they are the same
         on every device and however they are sharded, and no process ever holds all that are sharded.
         """
-        if self.token_embedding.weight.is_meta:
+        if next(self.parameters()).is_meta:
             return
         owners = [(name, module) for name, module in self.named_modules() if list(module.parameters(recurse=False))]
         # One thread draws 10^8 numbers a second, of which a model of the papers has up to 10^10.
@@ -190,11 +189,13 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             for key, parameter in module.named_parameters(recurse=False)
         }
         is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear)
-        if is_matrix or name in ("token_embedding", "text_head"):
+        _, of_modality, inner = (*name.split(".", 2), "", "")[:3] if name.startswith("modalities.") else ("", "", "")
+        modality = self.modality(of_modality) if of_modality else None
+        if is_matrix or (modality is not None and inner in modality.normal):
             to_residual = is_matrix and (".output." in name or name.endswith(".down"))
             std = INIT_STD / math.sqrt(2 * len(self.blocks)) if to_residual else INIT_STD
             nn.init.normal_(drawn.weight, std=std, generator=torch.Generator().manual_seed(number))
-        elif name == f"image_adapter.{self.image_adapter.last_layer}":
+        elif modality is not None and inner in modality.zero:
             for parameter in drawn.parameters():
                 nn.init.zeros_(parameter)
         else:
@@ -205,88 +206,96 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        text_ids: Tensor | None,
-        noisy_latents: Tensor | None,
-        timesteps: Tensor | None,
-        document_ids: Tensor | None,
-        order: Tensor | None,
-        span_ids: Tensor | None,
-        rope_positions: Tensor,
-        text_labels: Tensor | None = None,
+        inputs: dict[str, ModalityInput],
+        slots: Slots | None = None,
+        *,
         cache: CacheWindow | None = None,
+        rope_positions: Tensor | None = None,
         z_loss_weight: float = 0.0,
-        copies: Tensor | None = None,
     ) -> TransfusionOutput:
-        """Predict the next token of every text slot and the diffusion target of every image.
+        """Predict the next token of every token slot and the diffusion target of every image.
 
         Args:
-            text_ids: [B, T], or None where there is no text.
-            noisy_latents: [B, K, C, Y, X], or None where there are no images.
-            timesteps: [B, K] in [0, 1], one per image.
-            document_ids, order, span_ids: [B, S], see `SlotIds`; text slots first, then the patches of each image. None
-                with a cache.
-            rope_positions: [B, S] or [B, S, 3].
-            text_labels: [B, T], the next token or `IGNORE_INDEX`: gives `text_loss` in place of `logits`, which for a
-                large vocabulary would be most of the memory of a training step.
+            inputs: By modality; one that is missing has no slots.
+            slots: Ids of all slots, [B, S], in the order of `ModelConfig.stream_order`. None with a cache.
             cache: While sampling, what earlier calls left; new slots, of one modality in each call, attend to it too.
-                Of text there are then only the logits of the last slot, [B, 1, V].
-            z_loss_weight: Of the gradient of `text_loss`, see `text_loss_sum`.
-            copies: [B, K] bool, see `SlotIds.from_spans`.
+                Of tokens there are then only the logits of the last slot, [B, 1, V].
+            rope_positions: With a cache, those of the new slots: [B, S] or [B, S, 3].
+            z_loss_weight: Of the gradient of every next-token loss, see `next_token_loss`.
         """
         config = self.architecture
         embedded: dict[str, Tensor] = {}
-        if text_ids is not None:
-            embedded["text"] = self.token_embedding(text_ids)
-        kept: tuple[Tensor, ...] = ()
-        if noisy_latents is not None and timesteps is not None:
-            tokens, kept = self.image_adapter.embed(noisy_latents.flatten(0, 1), timesteps.flatten())
-            embedded["image"] = tokens.unflatten(0, noisy_latents.shape[:2]).flatten(1, 2)
+        kept: dict[str, Any] = {}
+        for name in config.stream_order:
+            if name in inputs:
+                embedded[name], kept[name] = self.modality(name).embed(cast(Any, inputs[name]))
         mask = None
-        if cache is None:
-            assert document_ids is not None
-            assert order is not None
-            assert span_ids is not None
-            if config.image_attention == "causal":
-                assert copies is None
-                span_ids = torch.full_like(span_ids, -1)
-            slots = SlotIds.from_spans(document_ids, order, span_ids, copies)
-            mask = training_mask(slots, self.kernel(order.device, order.shape[1])[0])
+        if slots is not None:
+            rope_positions = slots.rope_positions
+            mask = training_mask(self.slot_ids(inputs, slots), self.kernel(slots.order.device, slots.order.shape[1])[0])
+        assert rope_positions is not None
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
         # Under autocast the residual stream has its number format, not that of the embedding.
         device_type = rope_positions.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            embedded = {modality: hidden.to(dtype) for modality, hidden in embedded.items()}
+            embedded = {name: hidden.to(dtype) for name, hidden in embedded.items()}
         streams = self._to_streams(embedded)
         for layer, block in enumerate(self.blocks):
             streams = block(streams, rotary, mask, None if cache is None else cache.layer(layer))
-        hidden = self._from_streams(streams, embedded)
-        logits, text_loss, text_losses = None, None, None
-        if "text" in hidden and text_labels is not None:
-            text_loss, text_losses = text_loss_sum(hidden["text"], self.text_head.weight, text_labels, z_loss_weight)
-        elif "text" in hidden:
-            logits = self.text_head(hidden["text"] if cache is None else hidden["text"][:, -1:])
-        prediction = None
-        if noisy_latents is not None:
-            images = hidden["image"].unflatten(1, (noisy_latents.shape[1], -1)).flatten(0, 1)
-            height, width = noisy_latents.shape[-2:]
-            prediction = self.image_adapter.predict(images, kept, height, width).view(noisy_latents.shape)
-        return TransfusionOutput(logits, prediction, text_loss, text_losses)
+        terms: dict[str, Terms] = {}
+        predictions: dict[str, Tensor] = {}
+        for name, hidden in self._from_streams(streams, embedded).items():
+            modality, given = self.modality(name), cast(Any, inputs[name])
+            if (given.labels if isinstance(given, TokenInput) else given.noise) is not None:
+                terms[name] = modality.loss(hidden, given, kept[name], z_loss_weight)
+            else:
+                hidden = hidden[:, -1:] if cache is not None and isinstance(given, TokenInput) else hidden
+                predictions[name] = modality.predict(hidden, given, kept[name])
+        return TransfusionOutput(terms, predictions)
+
+    def slot_ids(self, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
+        """What the attention mask knows of each slot; spans whose attention is causal are none."""
+        latents = [cast(LatentInput, inputs[name]) for name in self.architecture.of_objective("diffusion") if name in inputs]
+        some = [given.copies for given in latents if given.copies is not None]
+        return SlotIds.from_spans(
+            slots.document_ids, slots.order, self._bidirectional(inputs, slots), torch.cat(some, 1) if some else None
+        )
+
+    def _bidirectional(self, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
+        """Span ids [B, S], -1 also where the attention inside a span is causal."""
+        config = self.architecture
+        if all(config.modalities[name].is_bidirectional for name in config.of_objective("diffusion")):
+            return slots.span_ids
+        names = [name for name in config.stream_order if name in inputs]
+        lengths = [self.num_slots(name, inputs[name]) for name in names]
+        parts = zip(names, slots.span_ids.split(lengths, dim=1), strict=True)
+        return torch.cat(
+            [part if config.modalities[name].is_bidirectional else torch.full_like(part, -1) for name, part in parts],
+            dim=1,
+        )
+
+    def num_slots(self, name: str, given: ModalityInput) -> int:
+        """Slots of a row that an input of a modality takes."""
+        if isinstance(given, TokenInput):
+            return given.ids.shape[1]
+        _, images, _, height, width = given.latents.shape
+        return images * height * width // self.architecture.modalities[name].patch_size ** 2
 
     def _to_streams(self, embedded: dict[str, Tensor]) -> Streams:
         """Join the modalities of each tower into its stream."""
         parts: dict[str, list[Tensor]] = {}
-        for modality, hidden in embedded.items():
-            parts.setdefault(self.architecture.modalities[modality], []).append(hidden)
+        for name, hidden in embedded.items():
+            parts.setdefault(self.architecture.modalities[name].tower, []).append(hidden)
         return {tower: hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1) for tower, hidden in parts.items()}
 
     def _from_streams(self, streams: Streams, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Apply the final norms and cut the streams back into modalities."""
         normed = {tower: self.final_norm[tower](hidden) for tower, hidden in streams.items()}
         result = {}
-        for modality, tokens in embedded.items():
-            tower, length = self.architecture.modalities[modality], tokens.shape[1]
-            result[modality], normed[tower] = normed[tower].split([length, normed[tower].shape[1] - length], dim=1)
+        for name, tokens in embedded.items():
+            tower, length = self.architecture.modalities[name].tower, tokens.shape[1]
+            result[name], normed[tower] = normed[tower].split([length, normed[tower].shape[1] - length], dim=1)
         return result
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transfusion_mot.models.attention import HAS_TRITON, KVCache
 from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotary_angles
+from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.workspace import can_record
@@ -23,7 +24,7 @@ _MOST_ROWS = 4
 
 
 class _Layer(NamedTuple):
-    """The modules of a block that text meets."""
+    """The modules of a block that a tower's tokens meet."""
 
     attention_norm: RMSNorm
     qkv: QKVProjection
@@ -54,12 +55,14 @@ class FewRows:
     Args:
         model: Gives the weights, which are read where they are.
         cache: To read and to write.
+        modality: Whose tokens are decoded.
     """
 
-    def __init__(self, model: TransfusionMoT, cache: KVCache) -> None:
+    def __init__(self, model: TransfusionMoT, cache: KVCache, modality: str) -> None:
         self.model = model
         self.cache = cache
-        tower = model.architecture.modalities["text"]
+        self.tokens = cast(TokenModality, model.modality(modality))
+        tower = model.architecture.modalities[modality].tower
         self._layers = [_layer(cast(MoTBlock, block), tower) for block in model.blocks]
         self._final_norm = cast(RMSNorm, model.final_norm[tower])
         device = cache.keys.device
@@ -74,7 +77,7 @@ class FewRows:
         Not of one that is sharded, hooked, quantised, has other layers in place of its own, or runs under autocast.
         """
         cache, model = self.cache.keys, self.model
-        matrices: list[nn.Module] = [model.token_embedding, model.text_head]
+        matrices: list[nn.Module] = [self.tokens.embedding, self.tokens.head]
         matrices += [linear for layer in self._layers for linear in layer.linears()]
         return (
             HAS_TRITON
@@ -103,7 +106,7 @@ class FewRows:
                 are not the first B of the cache.
         """
         early, keys, values = self._early, self.cache.keys, self.cache.values
-        hidden = self.model.token_embedding(tokens)
+        hidden = self.tokens.embedding(tokens)
         for layer, (attention_norm, qkv, output, ffn_norm, ffn) in enumerate(self._layers):
             projection = products(hidden, qkv.linear.weight, norm=_weight_and_eps(attention_norm), early=early)
             norms = None
@@ -113,7 +116,7 @@ class FewRows:
             products(attended, output.weight, add_to=hidden, early=early)
             gated = products(hidden, ffn.gate.weight, up=ffn.up.weight, norm=_weight_and_eps(ffn_norm), early=early)
             products(gated, ffn.down.weight, add_to=hidden, early=early)
-        head = self.model.text_head.weight
+        head = self.tokens.head.weight
         return products(hidden, head, norm=_weight_and_eps(self._final_norm), early=early)
 
 

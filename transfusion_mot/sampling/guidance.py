@@ -1,6 +1,6 @@
 """Classifier-free guidance: away from what the model predicts without a prompt.
 
-Shapes: B images, C latent channels, Y and X latent height and width.
+Shapes: B documents, C latent channels, Y and X latent height and width.
 """
 
 import math
@@ -54,13 +54,18 @@ class Guidance:
         return self.branches > 1 and self.interval[0] <= timestep <= self.interval[1]
 
     def combine(self, predictions: Sequence[Tensor]) -> Tensor:
-        """The predictions of `branches`, each [B, C, Y, X], in its order => the guided one."""
+        """The predictions of `branches`, each [B, ...], in its order => the guided one: latents or logits."""
         whole, nothing = predictions
         guided = nothing + self.scale * (whole - nothing)
         if self.rescale:
-            deviations = [part.flatten(1).std(dim=1)[:, None, None, None] for part in (whole, guided)]
+            deviations = [_per_row(part.flatten(1).std(dim=1), part) for part in (whole, guided)]
             guided = guided * (1 - self.rescale + self.rescale * deviations[0] / deviations[1])
         if self.renorm:
-            norms = [part.flatten(1).norm(dim=1)[:, None, None, None] for part in (whole, guided)]
+            norms = [_per_row(part.flatten(1).norm(dim=1), part) for part in (whole, guided)]
             guided = guided * (norms[0] / norms[1].clamp(min=1e-8)).clamp(max=1.0)
         return guided
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    """[B] => [B, 1, ...], to multiply a tensor [B, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))

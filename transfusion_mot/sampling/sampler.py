@@ -1,81 +1,90 @@
-"""One way through every task: documents are read, then text is written and images are painted until they end.
+"""One way through every task: documents are read, then text is written and media are made until they end.
 
-Shapes: B images, C latent channels, Y and X latent height and width.
+Shapes: B documents, C latent channels, Y and X latent height and width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion_mot.data.documents import join_texts
-from transfusion_mot.data.layout import TextRun, lay_out
+from transfusion_mot.data.layout import TEXT, LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
-from transfusion_mot.sampling.session import Segment, Session
+from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 
-Task = Literal["image", "text", "auto"]
+AUTO = "auto"
 Predict = Callable[[Tensor, Tensor], Tensor]
 Denoise = Callable[[Predict, list[int]], Tensor]
 
 
 @dataclass
 class Document:
-    """What is given of a document, and what the model adds to it: texts and clean latents [C, Y, X] in reading order.
+    """What is given of a document, and what the model adds to it, in reading order.
 
     Attributes:
-        given: What it begins with.
+        given: What it begins with: texts, and media whose content is clean latents [C, Y, X] or codes.
         negative: Text that guidance leads away from, in place of no text.
         added: What follows.
     """
 
-    given: list[str | Tensor]
+    given: list[str | Media]
     negative: str = ""
-    added: list[str | Tensor] = field(default_factory=list)
+    added: list[str | Media] = field(default_factory=list)
 
 
-class _Given(NamedTuple):
-    """The latents [C, Y, X] of an image that is read clean, so that it needs no copy."""
+class Making(NamedTuple):
+    """How media of one modality are made.
 
-    latents: Tensor
-    copied: bool = False
+    Attributes:
+        most: Most of them in a document.
+        num_slots: Slots that one takes, at most where its length is the model's choice.
+        denoise: Of latents: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy latents
+            [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
+        decoding: Of codes.
+        is_ragged: Of codes: whether the model decides how many there are.
+    """
+
+    most: int
+    num_slots: int
+    denoise: Denoise | None = None
+    decoding: Decoding | None = None
+    is_ragged: bool = False
 
 
 class Sampler:
     """Goes on with documents until each of them ends.
 
-    Each is in one of two phases, writing and painting, and those in the same phase go on together. The task decides
-    what follows:
+    Each is in the phase of one modality, and those in the same phase go on together: token modalities write, diffusion
+    modalities denoise. In text, a begin token changes the phase, and the end of media returns to text. The target
+    decides what follows:
 
-    | task | what follows |
+    | target | what follows |
     | --- | --- |
-    | `image` | `BOI`, an image |
-    | `text` | text until `EOS`; behind an image that is its caption |
-    | `auto` | text until `EOS` or `BOI`, as the model decides; behind `BOI` an image, `EOI`, and text again |
+    | a modality other than text | its begin token, and one of its media |
+    | `text` | text until `EOS`; behind media that is their caption |
+    | `auto` | text until `EOS` or a begin token, as the model decides; behind that media, their end token, text again |
 
-    For guidance, a document has a second row, in which its next image stands alone, behind no text or the negative one:
-    the only context that training drops to, whatever is before an image.
+    For guidance, a document has a second row, in which its next media stand alone, behind no text or the negative one:
+    the only context that training drops to, whatever is before them.
 
     Args:
         model, tokenizer: Of the pipeline.
         workspace: Memory that stays for the next sampler.
         documents: Of any lengths.
-        task: See above.
-        latent_shape: [C, Y, X] of an image to paint.
-        generators: One a document, for what is drawn in writing.
-        decoding: Of writing; its number of tokens is for all texts of a document together.
-        denoise: Does the painting: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is
-            (noisy latents [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
-        guidance: Of painting.
-        max_images: Most images painted in a document.
+        target: See above.
         device: Where the model is.
+        generators: One a document, for what is drawn in writing.
+        decoding: Of text; its number of tokens is for all texts of a document together.
+        making: How media of each modality are made; a modality that is missing is not made.
+        guidance: Of media.
     """
 
     def __init__(
@@ -84,104 +93,143 @@ class Sampler:
         tokenizer: TextTokenizer,
         workspace: Workspace,
         documents: Sequence[Document],
-        task: Task,
-        latent_shape: tuple[int, int, int],
+        target: str,
         device: torch.device,
         *,
         generators: Sequence[torch.Generator | None] = (),
         decoding: Decoding | None = None,
-        denoise: Denoise | None = None,
+        making: dict[str, Making] | None = None,
         guidance: Guidance | None = None,
-        max_images: int = 0,
     ) -> None:
+        self.model = model
         self.tokenizer = tokenizer
         self.workspace = workspace
         self.documents = documents
-        self.task = task
+        self.target = target
         self.decoding = decoding
-        self.denoise = denoise
+        self.generators = generators
+        self.making = making or {}
         self.guidance = guidance or Guidance()
-        self.branches = self.guidance.branches if max_images else 1
+        self.branches = self.guidance.branches if self.making else 1
         count = len(documents)
         max_new_tokens = decoding.max_new_tokens if decoding is not None else 0
         self._tokens_left = [max_new_tokens] * count
-        self._images_left = [max_images] * count
+        self._media_left = {name: [making.most] * count for name, making in self.making.items()}
         # All at once, so that a document's numbers do not depend on when others end.
         self._uniform = torch.zeros(count, max_new_tokens)
         if decoding is not None and decoding.temperature > 0:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
-        patch_size = model.architecture.patch_size
-
-        def slots(part: Segment) -> int:
-            return len(part) if isinstance(part, list) else math.prod(part.shape[1:]) // patch_size**2
-
-        rows = [laid_out(tokenizer, document.given) for document in documents]
-        alone = [laid_out(tokenizer, [document.negative]) for document in documents] if self.branches > 1 else []
-        longest = max(sum(map(slots, row)) for row in (*rows, *alone))
-        # Each image comes with BOI and EOI.
-        capacity = longest + max_new_tokens + max_images * (math.prod(latent_shape[1:]) // patch_size**2 + 2)
-        self.session = Session(model, workspace, count * self.branches, capacity, device)
-        for row, segments in enumerate(rows):
-            self.session.feed(row, *segments)
+        rows = [self._laid_out(document.given) for document in documents]
+        alone = [self._laid_out([document.negative]) for document in documents] if self.branches > 1 else []
+        longest = max(sum(map(self._num_slots, row)) for row in (*rows, *alone))
+        # Each comes with its begin and end token.
+        media = sum(making.most * (making.num_slots + 2) for making in self.making.values())
+        self.session = Session(model, workspace, count * self.branches, longest + max_new_tokens + media, device)
+        for row, parts in enumerate(rows):
+            self.session.feed(row, *parts)
 
     def run(self) -> None:
-        """Write and paint; what is added stands in the documents."""
-        everyone = list(range(len(self.documents)))
-        writing: list[int] = [] if self.task == "image" else everyone
-        painting: list[int] = everyone if self.task == "image" else []
-        while writing or painting:
-            if writing:
-                painting = self._write(writing)
-            if painting:
-                self._paint(painting)
-            writing = [row for row in painting if self.task == "auto" and self._tokens_left[row]]
-            painting = []
+        """Write and make media; what is added stands in the documents."""
+        # The modality that each document goes on with.
+        phases = {row: TEXT if self.target == AUTO else self.target for row in range(len(self.documents))}
+        while phases:
+            for name in [TEXT, *self.making]:
+                rows = [row for row, phase in phases.items() if phase == name]
+                if not rows:
+                    continue
+                following = self._write_text(rows) if name == TEXT else self._make(name, rows)
+                for row in rows:
+                    del phases[row]
+                phases |= following
         self.workspace.finish()
 
-    def _write(self, rows: list[int]) -> list[int]:
-        """Write in these documents => those that go on with an image."""
+    def _write_text(self, rows: list[int]) -> dict[int, str]:
+        """Write in these documents => the modality with which each of them goes on, of those that do."""
         assert self.decoding is not None
-        eos, boi = self.tokenizer.eos_id, self.tokenizer.boi_id
-        may_paint = [self.task == "auto" and self._images_left[row] > 0 for row in rows]
+        eos, begins = self.tokenizer.eos_id, {self.tokenizer.begin_ids[name]: name for name in self.making}
+        may_begin = {
+            name: torch.tensor([self.target == AUTO and left[row] > 0 for row in rows])
+            for name, left in self._media_left.items()
+        }
         steps = max(self._tokens_left[row] for row in rows)
         # Each goes on with its numbers where it stopped; what is written beyond the tokens it has left is cut off.
         used = [self.decoding.max_new_tokens - self._tokens_left[row] for row in rows]
         uniform = torch.stack([self._uniform[row].roll(-first)[:steps] for row, first in zip(rows, used, strict=True)])
-        forbidden = forbidden_tokens(self.tokenizer, may_paint)
-        painting = []
-        written = self.session.write(rows, forbidden, [eos, boi], self.decoding, uniform)
+        written = self.session.write(
+            TEXT,
+            [rows],
+            forbidden=forbidden_tokens(self.tokenizer, len(rows), may_begin),
+            ends=[eos, *begins],
+            decoding=self.decoding,
+            uniform=uniform,
+        )
+        following = {}
         for row, ids in zip(rows, written, strict=True):
             ids = ids[: self._tokens_left[row]]
             self._tokens_left[row] -= len(ids)
             if text := self.tokenizer.decode(ids):
                 self.documents[row].added.append(text)
-            if ids[-1] == boi:
-                painting.append(row)
-        return painting
+            if ids[-1] in begins:
+                following[row] = begins[ids[-1]]
+        return following
 
-    def _paint(self, rows: list[int]) -> None:
-        """Paint an image in each of these documents."""
-        session, count = self.session, len(self.documents)
+    def _make(self, name: str, rows: list[int]) -> dict[int, str]:
+        """Make one of the media of a modality in each of these documents => those that go on with text."""
+        session, making = self.session, self.making[name]
+        count = len(self.documents)
         branches = [[branch * count + row for row in rows] for branch in range(self.branches)]
-        for row in (row for branch in branches[1:] for row in branch):
-            session.clear(row)
-            session.feed(row, *laid_out(self.tokenizer, [self.documents[row % count].negative]))
         every_row = [row for branch in branches for row in branch]
+        for row in every_row[len(rows) :]:
+            session.clear(row)
+            session.feed(row, *self._laid_out([self.documents[row % count].negative]))
         for row in every_row:
-            session.feed(row, [self.tokenizer.boi_id])
-        session.read(every_row)
-        assert self.denoise is not None
-        latents = self.denoise(self._predict(branches), rows)
-        for row, image in zip(rows, latents, strict=True):
-            self.documents[row].added.append(image)
-            self._images_left[row] -= 1
-        if self.task == "auto":
-            for row, image in zip(rows, latents, strict=True):
-                session.feed(row, image, [self.tokenizer.eoi_id])
+            session.feed(row, TokenRun(TEXT, [self.tokenizer.begin_ids[name]], []))
+        contents: list[Tensor | list[int]]
+        if making.denoise is not None:
+            session.read(every_row)
+            contents = list(making.denoise(self._predict(name, branches), rows))
+        else:
+            contents = list(self._write_codes(name, branches))
+        goes_on = self.target == AUTO
+        for place, row in enumerate(rows):
+            media = Media(name, contents[place])
+            self.documents[row].added.append(media)
+            self._media_left[name][row] -= 1
+            if goes_on:
+                # Codes are in the cache already.
+                if making.denoise is not None:
+                    session.feed(row, LatentSpan(media, is_copy=False))
+                session.feed(row, TokenRun(TEXT, [self.tokenizer.end_ids[name]], []))
+        return {row: TEXT for row in rows if goes_on and self._tokens_left[row]}
 
-    def _predict(self, branches: list[list[int]]) -> Predict:
-        """The guided prediction for the next image of the first branch's rows."""
+    def _write_codes(self, name: str, branches: list[list[int]]) -> list[list[int]]:
+        """Codes of one of the media for each document of the first branch, `start` and `end` included."""
+        making, modality = self.making[name], self.model.modality(name)
+        assert making.decoding is not None
+        start, end = modality.start_id, modality.end_id
+        rows = branches[0]
+        for row in (row for branch in branches for row in branch):
+            self.session.feed(row, TokenRun(name, [start], []))
+        forbidden = torch.zeros(len(rows), modality.vocab_size, dtype=torch.bool)
+        forbidden[:, start] = True
+        forbidden[:, end] = not making.is_ragged
+        uniform = torch.zeros(len(rows), making.num_slots)
+        if making.decoding.temperature > 0:
+            uniform = random_rows(torch.rand, (making.num_slots,), [self.generators[row] for row in rows])
+        written = self.session.write(
+            name,
+            branches,
+            forbidden=forbidden,
+            ends=[end],
+            decoding=making.decoding,
+            uniform=uniform,
+            guidance=self.guidance if len(branches) > 1 else None,
+        )
+        return [[start, *(ids if ids[-1] != end else ids[:-1]), end] for ids in written]
+
+    def _predict(self, name: str, branches: list[list[int]]) -> Predict:
+        """The guided prediction for the next latents of the first branch's rows."""
         denoisers: dict[bool, Callable[[Tensor, float], Tensor]] = {}
 
         def predict(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
@@ -189,28 +237,38 @@ class Sampler:
             guided = self.guidance.at(time)
             if guided not in denoisers:
                 rows = [row for branch in branches for row in branch] if guided else branches[0]
-                denoisers[guided] = self.session.denoiser(rows, noisy_latents)
+                denoisers[guided] = self.session.denoiser(name, rows, noisy_latents)
             prediction = denoisers[guided](noisy_latents, time)
             return self.guidance.combine(prediction.chunk(len(branches))) if guided else prediction
 
         return predict
 
+    def _laid_out(self, items: Sequence[str | Media]) -> list[TokenRun | LatentSpan]:
+        """Texts and media as in training, without the end of the document."""
+        segments = [self.tokenizer.encode(item) if isinstance(item, str) else item for item in join_texts(items)]
+        return list(lay_out([[self.tokenizer.bos_id], *segments], self.tokenizer))
 
-def laid_out(tokenizer: TextTokenizer, items: Sequence[str | Tensor]) -> list[Segment]:
-    """Texts and latents => segments as in training, without the end of the document."""
-    given = [_Given(item) if isinstance(item, Tensor) else tokenizer.encode(item) for item in join_texts(items)]
-    parts = lay_out([[tokenizer.bos_id], *given], tokenizer)
-    return [part.ids if isinstance(part, TextRun) else part.image.latents for part in parts]
+    def _num_slots(self, part: TokenRun | LatentSpan) -> int:
+        if isinstance(part, TokenRun):
+            return len(part.ids)
+        _, height, width = part.media.content.shape
+        return height * width // self.model.architecture.modalities[part.media.modality].patch_size ** 2
 
 
-def forbidden_tokens(tokenizer: TextTokenizer, may_paint: Sequence[bool]) -> Tensor:
-    """Which special tokens rows may not write: all but the end of the text, and of an image's begin where it may be.
+def forbidden_tokens(tokenizer: TextTokenizer, count: int, may_begin: dict[str, Tensor]) -> Tensor:
+    """Which special tokens rows may not write: all but the end of the text, and begin tokens where they may be.
+
+    Args:
+        tokenizer: Of the model.
+        count: Number of rows B.
+        may_begin: Bool [B] of each modality whose media may begin.
 
     Returns:
         Bool [B, V].
     """
-    forbidden = torch.zeros(len(may_paint), tokenizer.vocab_size, dtype=torch.bool)
+    forbidden = torch.zeros(count, tokenizer.vocab_size, dtype=torch.bool)
     forbidden[:, tokenizer.special_ids] = True
     forbidden[:, tokenizer.eos_id] = False
-    forbidden[:, tokenizer.boi_id] = ~torch.tensor(may_paint)
+    for name, allowed in may_begin.items():
+        forbidden[:, tokenizer.begin_ids[name]] = ~allowed
     return forbidden

@@ -1,26 +1,31 @@
-"""Documents in the cache: reading text and images into them, denoising the next image, writing the next tokens.
+"""Documents in the cache: reading tokens and latents into them, denoising the next latents, writing the next tokens.
 
-Shapes: B rows that take part, C latent channels, Y and X latent height and width, P patches an image, V vocabulary.
+Shapes: B rows that take part, C latent channels, Y and X latent height and width, P patches of latents, V vocabulary.
 """
 
 import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from transfusion_mot.data.layout import LatentSpan, TokenRun
+from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.few_rows import FewRows
+from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import padded
 from transfusion_mot.sampling.text import Decoding, choose_tokens
 from transfusion_mot.sampling.workspace import Workspace
 
-# Token ids, or the clean latents [C, Y, X] of an image.
-Segment = list[int] | Tensor
+# A modality with token ids, or with clean latents [C, Y, X].
+Fed = tuple[str, list[int] | Tensor]
 # A model under way never waits for the device but once in so many tokens, to see whether all rows have ended.
 _TOKENS_BETWEEN_CHECKS = 16
 
@@ -29,8 +34,8 @@ class Session:
     """Rows of documents that grow segment by segment, each at its own pace.
 
     A segment is fed to a row first and read later, together with those of other rows. The model reads a document in
-    reading order and with the positions of training; an image that is context is clean (t = 0), the end of the noise
-    that it has in training.
+    reading order and with the positions of training; latents that are context are clean (t = 0), the end of the noise
+    that they have in training.
 
     Args:
         model: Reads and predicts.
@@ -48,75 +53,79 @@ class Session:
         self.device = device
         self.cache = workspace.cache(model, rows, capacity, device)
         self._counters = [PositionCounter(model.architecture.rope) for _ in range(rows)]
-        self._fed: list[list[Segment]] = [[] for _ in range(rows)]
+        self._fed: list[list[Fed]] = [[] for _ in range(rows)]
 
     def clear(self, row: int) -> None:
         """Forget a document."""
         self._counters[row] = PositionCounter(self.model.architecture.rope)
         self._fed[row] = []
 
-    def feed(self, row: int, *segments: Segment) -> None:
+    def feed(self, row: int, *parts: TokenRun | LatentSpan) -> None:
         """What comes next in a document."""
         fed = self._fed[row]
-        for segment in segments:
-            if fed and isinstance(segment, list) and isinstance(fed[-1], list):
-                fed[-1] = fed[-1] + segment
-            elif isinstance(segment, Tensor) or segment:
-                fed.append(segment)
+        for part in parts:
+            if isinstance(part, LatentSpan):
+                fed.append((part.media.modality, part.media.content))
+            elif fed and fed[-1][0] == part.modality and isinstance(fed[-1][1], list):
+                fed[-1] = part.modality, fed[-1][1] + part.ids
+            elif part.ids:
+                fed.append((part.modality, part.ids))
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> None:
-        """Read all that was fed to these rows; texts together, and images of one size."""
+        """Read all that was fed to these rows; segments of one modality together."""
         while waiting := [row for row in rows if self._fed[row]]:
-            texts = [row for row in waiting if isinstance(self._fed[row][0], list)]
-            images: dict[torch.Size, dict[int, Tensor]] = {}
-            for row in waiting:
-                if isinstance(segment := self._fed[row][0], Tensor):
-                    images.setdefault(segment.shape, {})[row] = segment.to(self.device)
-            if texts:
-                self._read_texts(texts)
-            for of_size in images.values():
-                for row in of_size:
-                    del self._fed[row][0]
-                self.read_images(list(of_size), torch.stack(list(of_size.values())), 0.0)
+            # In the order of the streams, so that it does not depend on which row is asked first.
+            for modality in self.model.architecture.stream_order:
+                now = [row for row in waiting if self._fed[row] and self._fed[row][0][0] == modality]
+                if not now:
+                    continue
+                contents = [self._fed[row].pop(0)[1] for row in now]
+                if isinstance(contents[0], Tensor):
+                    latents = torch.stack([cast(Tensor, part).to(self.device) for part in contents])
+                    self.read_latents(modality, now, latents, 0.0)
+                else:
+                    self._read_tokens(modality, now, [np.array(part) for part in contents])
+                waiting = [row for row in waiting if row not in now]
 
-    def _read_texts(self, rows: list[int]) -> None:
-        texts = [np.array(self._fed[row].pop(0)) for row in rows]
+    def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
         lengths = self._lengths(rows)
-        positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, texts, strict=True)]
+        positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
         # A filler is seen by no token of its row, and written over by what comes next.
-        text_ids, rope_positions = padded(texts, self.device), padded(positions, self.device)
-        window = self.cache.window(lengths, text_ids.shape[1], True, self._index(rows), self._longest(rows))
+        ids, rope_positions = padded(tokens, self.device), padded(positions, self.device)
+        window = self.cache.window(lengths, ids.shape[1], True, self._index(rows), self._longest(rows))
         with self._uncompiled():
-            self.model(text_ids, None, None, None, None, None, rope_positions, cache=window)
+            self.model({modality: TokenInput(ids)}, cache=window, rope_positions=rope_positions)
 
-    def read_images(self, rows: list[int], latents: Tensor, timestep: float) -> None:
-        """Read an image into each of the rows: latents [B, C, Y, X] with the noise of that timestep."""
+    def read_latents(self, modality: str, rows: list[int], latents: Tensor, timestep: float) -> None:
+        """Read latents into each of the rows: [B, C, Y, X] with the noise of that timestep."""
         lengths = self._lengths(rows)
-        rope_positions = self._patch_positions([self._counters[row] for row in rows], latents.shape)
+        rope_positions = self._patch_positions(modality, [self._counters[row] for row in rows], latents.shape)
         patches = rope_positions.shape[1]
-        window = self.cache.window(lengths, patches, self._causal, self._index(rows), self._longest(rows))
+        causal = self._is_causal(modality)
+        window = self.cache.window(lengths, patches, causal, self._index(rows), self._longest(rows))
         timesteps = torch.full((len(rows), 1), timestep, dtype=latents.dtype, device=self.device)
+        given = LatentInput(latents[:, None].to(self.model.dtype), timesteps)
         with self._uncompiled():
-            self.model(
-                None, latents[:, None].to(self.model.dtype), timesteps, None, None, None, rope_positions, cache=window
-            )
+            self.model({modality: given}, cache=window, rope_positions=rope_positions)
 
-    def denoiser(self, rows: list[int], noisy_latents: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """The next image of these rows, as a function: noisy latents [B, C, Y, X], timestep => prediction.
+    def denoiser(self, modality: str, rows: list[int], noisy_latents: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """The next latents of these rows, as a function: noisy latents [B, C, Y, X], timestep => prediction.
 
-        The prediction is [len(rows), C, Y, X]: for all B images with the first B rows, then with the next B, and so on.
+        The prediction is [len(rows), C, Y, X]: for all B latents with the first B rows, then with the next B, and so on.
 
-        Each call forwards the patches alone, and writes them over those of the last call: no image is read by it.
+        Each call forwards the patches alone, and writes them over those of the last call: nothing is read by it.
 
         Args:
-            rows: Whose next image it is; all that was fed to them has been read.
+            modality: Of the latents.
+            rows: Whose next latents they are; all that was fed to them has been read.
             noisy_latents: Of the shape and number format of those to come.
         """
-        model, cache, causal = self.model, self.cache, self._causal
+        model, cache, causal = self.model, self.cache, self._is_causal(modality)
         lengths, index = self._lengths(rows), self._index(rows)
-        # Copies: the image is not in the document yet.
-        rope_positions = self._patch_positions([copy.copy(self._counters[row]) for row in rows], noisy_latents.shape)
+        # Copies: the latents are not in the document yet.
+        counters = [copy.copy(self._counters[row]) for row in rows]
+        rope_positions = self._patch_positions(modality, counters, noisy_latents.shape)
         patches = rope_positions.shape[1]
         end = self.workspace.end(self._longest(rows) + patches)
         state = {
@@ -130,14 +139,13 @@ class Session:
 
         def body(state: dict[str, Tensor]) -> Tensor:
             window = cache.window(state["lengths"], patches, causal, state.get("rows"), end)
-            images = state["noisy_latents"].to(model.dtype)
-            images = images.repeat(len(rows) // len(images), 1, 1, 1)[:, None]
-            timesteps = state["timestep"].expand(len(rows), 1)
-            output = model(None, images, timesteps, None, None, None, state["rope_positions"], cache=window)
-            assert output.prediction is not None
-            return output.prediction[:, 0].to(state["noisy_latents"].dtype)
+            latents = state["noisy_latents"].to(model.dtype)
+            latents = latents.repeat(len(rows) // len(latents), 1, 1, 1)[:, None]
+            given = LatentInput(latents, state["timestep"].expand(len(rows), 1))
+            output = model({modality: given}, cache=window, rope_positions=state["rope_positions"])
+            return output.predictions[modality][:, 0].to(state["noisy_latents"].dtype)
 
-        step = self.workspace.step("denoise", body, state)
+        step = self.workspace.step(("denoise", modality), body, state)
 
         @torch.no_grad()
         def predict(noisy_latents: Tensor, timestep: float) -> Tensor:
@@ -150,22 +158,29 @@ class Session:
     @torch.no_grad()
     def write(
         self,
-        rows: list[int],
+        modality: str,
+        branches: list[list[int]],
+        *,
         forbidden: Tensor,
         ends: list[int],
         decoding: Decoding,
         uniform: Tensor,
+        guidance: Guidance | None = None,
     ) -> list[list[int]]:
-        """Write tokens into rows, each until one of `ends` => what was written, with the one that ended it.
+        """Write tokens of a modality into rows, each until one of `ends` => what was written, with what ended it.
 
         Args:
-            rows: To write in. Something must have been fed to each since it was last read.
+            modality: Whose tokens they are.
+            branches: Rows to write in, and for guidance other versions of the same documents, in the same order.
+                Something must have been fed to each since it was last read.
             forbidden: Bool [B, V], tokens that a row may not write.
             ends: Tokens behind which a row goes on in another way, or not at all; they are not read.
             decoding: How tokens are chosen.
             uniform: [B, steps] numbers in [0, 1), of which a row uses one for each token; so many are written at most.
+            guidance: Makes one of the logits of several branches.
         """
         model, cache = self.model, self.cache
+        rows = [row for branch in branches for row in branch]
         held_back = [self._hold_back(row) for row in rows]
         self.read(rows)
         steps = uniform.shape[1]
@@ -182,7 +197,7 @@ class Session:
         state["written"][:, 0] = torch.tensor(held_back, device=self.device)
         if index is not None:
             state["rows"] = index
-        few_rows = FewRows(model, cache)
+        few_rows = FewRows(model, cache, modality)
         by_kernels = few_rows.serves(len(rows))
         if by_kernels:
             state |= few_rows.state(state["positions"], steps)
@@ -194,21 +209,22 @@ class Session:
             rope_positions = (state["positions"] + state["step"])[:, None]
             if axes > 1:
                 rope_positions = rope_positions[..., None].expand(-1, -1, axes)
-            output = model(tokens, None, None, None, None, None, rope_positions, cache=window)
-            assert output.logits is not None
-            return output.logits[:, 0]
+            output = model({modality: TokenInput(tokens)}, cache=window, rope_positions=rope_positions)
+            return output.predictions[modality][:, 0]
 
         def body(state: dict[str, Tensor]) -> Tensor:
             tokens = state["written"].index_select(1, state["step"])
             logits = few_rows.logits(tokens[:, 0], state) if by_kernels else read(state, tokens)
+            logits = logits if guidance is None else guidance.combine(logits.chunk(len(branches)))
             logits = logits.masked_fill(state["forbidden"], -math.inf)
             chosen = choose_tokens(logits, decoding, state["uniform"].index_select(1, state["step"])[:, 0])
             # Rows that have ended go on, too: what they write is cut off, and where they do, nobody reads.
             state["step"].add_(1)
-            state["written"].index_copy_(1, state["step"], chosen[:, None])
+            # All branches of a document read the same.
+            state["written"].index_copy_(1, state["step"], chosen.repeat(len(branches))[:, None])
             return chosen
 
-        step = self.workspace.step(("write", decoding), body, state)
+        step = self.workspace.step(("write", modality, len(branches), decoding, guidance), body, state)
         written_ids, end_ids = step.state["written"][:, 1:], torch.tensor(ends, device=self.device)
         for done in range(1, steps + 1):
             step()
@@ -219,23 +235,22 @@ class Session:
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), steps)
             self._counters[row].text(length)
             written.append(ids[:length])
-        return written
+        return written[: len(branches[0])]
 
     def _hold_back(self, row: int) -> int:
         """The last token fed to a row, which is read when the next one is written."""
-        last = self._fed[row][-1]
+        modality, last = self._fed[row][-1]
         assert isinstance(last, list)
         *before, token = last
-        self._fed[row][-1:] = [before] if before else []
+        self._fed[row][-1:] = [(modality, before)] if before else []
         return token
 
-    @property
-    def _causal(self) -> bool:
-        return self.model.architecture.image_attention == "causal"
+    def _is_causal(self, modality: str) -> bool:
+        return not self.model.architecture.modalities[modality].is_bidirectional
 
-    def _patch_positions(self, counters: list[PositionCounter], latents: torch.Size) -> Tensor:
-        """Rotary positions of the next image of each document; the counters pass it."""
-        patch_size = self.model.architecture.patch_size
+    def _patch_positions(self, modality: str, counters: list[PositionCounter], latents: torch.Size) -> Tensor:
+        """Rotary positions of the next latents of each document; the counters pass them."""
+        patch_size = self.model.architecture.modalities[modality].patch_size
         height, width = latents[-2] // patch_size, latents[-1] // patch_size
         return padded([counter.image(height, width)[1] for counter in counters], self.device)
 

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.models.attention import SlotIds
+from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.mot import SHARED
 from transfusion_mot.models.transfusion import TransfusionMoT
 
@@ -23,35 +24,34 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> int:
-    """Matrix parameters that every slot of the modality passes through: its tower's blocks, and the head of text."""
-    owners = tuple(f".owned.{owner}." for owner in (config.modalities[modality], SHARED))
+    """Matrix parameters that every slot of the modality passes through: its tower's blocks, and the head of tokens."""
+    owners = tuple(f".owned.{owner}." for owner in (config.modalities[modality].tower, SHARED))
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2
         and (
             (name.startswith("blocks.") and any(owner in name for owner in owners))
-            or (name.startswith("text_head.") and modality == "text")
+            or name == f"modalities.{modality}.head.weight"
         )
     )
 
 
-def adapter_flops(model: TransfusionMoT, latents: torch.Size) -> int:
-    """FLOPs of the forward pass of the image adapter of a model without weights (on `meta`), for latents [I, C, Y, X].
+def adapter_flops(modality: DiffusionModality, latents: torch.Size) -> int:
+    """FLOPs of the forward pass of a patch adapter without weights (on `meta`), for latents [I, C, Y, X].
 
     They are counted rather than derived, because some of its layers see patches, some pixels and some images.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         noisy_latents = torch.empty(latents, device="meta")
-        tokens, kept = model.image_adapter.embed(noisy_latents, torch.empty(latents[0], device="meta"))
-        model.image_adapter.predict(tokens, kept, *latents[-2:])
+        tokens, kept = modality.adapter.embed(noisy_latents, torch.empty(latents[0], device="meta"))
+        modality.adapter.predict(tokens, kept, *latents[-2:])
     return counter.get_total_flops()
 
 
-def attending_pairs(batch: Batch, config: ModelConfig) -> Tensor:
+def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     """Pairs of slots of which one attends to the other, of all rows: []; padding is not counted."""
-    spans = batch.span_ids if config.image_attention == "bidirectional" else torch.full_like(batch.span_ids, -1)
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, spans, batch.copies)
+    slots = model.slot_ids(batch.inputs, batch.slots)
     # A document is whole in its row: a slot sees all places of it from the first to its horizon.
     seen = slots.horizon + 1
     if slots.last_horizon is not None:
@@ -68,23 +68,23 @@ def flops_per_pair(config: ModelConfig) -> int:
     return 12 * config.num_layers * config.num_heads * config.head_dim
 
 
-def weight_flops_per_row(model: TransfusionMoT, config: ModelConfig, text_slots: int, latents: torch.Size) -> int:
+def weight_flops_per_row(model: TransfusionMoT, shape: RowShape) -> int:
     """FLOPs of forward and backward over one row without attention of slots to each other (Chowdhery et al., arXiv
     2204.02311, appendix B).
 
-    6 per active parameter and slot, and three times the forward pass of the image adapter. What activation
+    6 per active parameter and slot, and three times the forward pass of the patch adapters. What activation
     checkpointing computes again is not counted.
 
     Args:
         model: It may be sharded or compiled: only its configuration is read.
-        config: The fields of its architecture.
-        text_slots: Text slots of the row.
-        latents: [K, C, Y, X] of its images.
+        shape: Slots of the row.
     """
-    given = model.config
     with torch.device("meta"):
-        bare = TransfusionMoT(given["vocab_size"], given["latent_channels"], given["architecture"])
-    images, _, height, width = latents
-    patches = images * (height // config.patch_size) * (width // config.patch_size)
-    weights = active_parameters(bare, config, "text") * text_slots + active_parameters(bare, config, "image") * patches
-    return 6 * weights + 3 * adapter_flops(bare, latents)
+        bare = TransfusionMoT.from_config(dict(model.config))
+    weights = adapters = 0
+    for name, block in shape.blocks.items():
+        weights += active_parameters(bare, bare.architecture, name) * block.num_slots
+        modality = bare.modality(name)
+        if block.latent_shape is not None and isinstance(modality, DiffusionModality):
+            adapters += adapter_flops(modality, torch.Size((block.capacity, *block.latent_shape)))
+    return 6 * weights + 3 * adapters

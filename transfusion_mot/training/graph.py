@@ -44,8 +44,7 @@ class GraphedStep:
         graph.replay()
         # The next replay writes over the graph's own.
         return StepResult(
-            result.text_losses.clone(),
-            result.image_losses.clone(),
+            {name: losses.clone() for name, losses in result.losses.items()},
             result.counts.clone(),
             result.grad_norm.clone(),
             {tower: norm.clone() for tower, norm in result.tower_grad_norms.items()},
@@ -61,7 +60,7 @@ class GraphedStep:
 
     def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, StepResult]:
         """The graph, the batch that it reads and the result that it writes; nothing is computed."""
-        static = Batch(**{name: tensor.clone() for name, tensor in batch.tensors().items()})
+        static = batch.map(torch.clone)
         graph = torch.cuda.CUDAGraph()
         # The thread that pins batches calls CUDA, too.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):

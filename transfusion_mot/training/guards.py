@@ -1,6 +1,5 @@
 """What watches the steps of a run: mis-wired starts, losses and gradients that are not finite, and spikes."""
 
-import dataclasses
 import math
 import statistics
 from collections import Counter, deque
@@ -12,16 +11,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transfusion_mot.config import TrainingConfig
+from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.layout import TEXT
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.errors import NotFiniteError, UserError
-from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.modalities import DiffusionModality, Modality, TokenModality
 from transfusion_mot.models.transfusion import INIT_STD
 from transfusion_mot.training.log import StepRecord
-from transfusion_mot.training.step import compute_losses
+from transfusion_mot.training.step import loss_terms
 
 # Steps that a spike is compared with, fewest of them, and how many deviations it is above their median.
 _WINDOW, _FEWEST, _DEVIATIONS = 200, 50, 10.0
@@ -30,7 +30,7 @@ _MOST_NAMED = 3
 _MOST_SKIPPED = 20
 _TEXT_SHOWN = 80
 # How far the first losses may be from what a new model has: nats, and share of the diffusion loss.
-_TEXT_BAND, _DIFFUSION_BAND = 0.5, 0.05
+_TOKEN_BAND, _DIFFUSION_BAND = 0.5, 0.05
 # Mean square of latents: normalised ones have 1.
 _LATENT_BAND = (0.1, 10.0)
 
@@ -60,12 +60,11 @@ class Guards:
     Args:
         accelerator: Of the run.
         model: As prepared for training.
-        diffusion: Of the run.
+        modalities: Of the bare model.
         packer: Of the run: it makes the rows of a step again to name what is in them.
         encoder: Of the run.
         lanes: Those of this rank.
         config: Of the run.
-        hidden_size: Of the tower of text.
         is_new: Whether the model starts from its initialisation, and so with losses that are known.
     """
 
@@ -73,25 +72,31 @@ class Guards:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        diffusion: Diffusion,
+        modalities: dict[str, Modality],
+        *,
         packer: Packer,
         encoder: OnlineEncoder,
         lanes: range,
-        config: TrainingConfig,
-        hidden_size: int,
+        config: RunConfig,
         is_new: bool,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
-        self.diffusion = diffusion
+        self.modalities = modalities
         self.packer = packer
         self.encoder = encoder
         self.lanes = lanes
-        self.config = config
+        self.config = config.training
+        self.loss_weights = {name: modality.loss_weight for name, modality in config.model.modalities.items()}
         # Of random logits: ln V of equal chances, and half the variance of a sum of `hidden_size` normal weights.
-        self.first_text_loss = math.log(packer.tokenizer.vocab_size) + hidden_size * INIT_STD**2 / 2
+        self.first_losses = {
+            name: math.log(modality.vocab_size) + modality.embedding.embedding_dim * INIT_STD**2 / 2
+            for name, modality in modalities.items()
+            if isinstance(modality, TokenModality)
+        }
         self.is_new = is_new
-        self._first_squares: Tensor | None = None
+        # Of each modality of latents: summed squares of the targets and of the latents.
+        self._first_squares: dict[str, Tensor] = {}
         self._states: dict[int, Tensor] = {}
         self._skipped_in_turn = 0
         self._spikes = {"loss": SpikeDetector(), "gradient norm": SpikeDetector()}
@@ -105,10 +110,17 @@ class Guards:
         """
         self._states[step] = states_before
         if self.is_new and step == 1:
-            target = self.diffusion.target(batch.latents, batch.noise, batch.timesteps)
-            mask = batch.image_mask[:, :, None, None, None]
-            squares = [torch.where(mask, values, 0.0).double().square().sum() for values in (target, batch.latents)]
-            self._first_squares = self.accelerator.reduce(torch.stack(squares), reduction="sum")
+            for name, modality in self.modalities.items():
+                if isinstance(modality, DiffusionModality):
+                    given = batch.latents(name)
+                    assert given.noise is not None
+                    assert given.mask is not None
+                    target = modality.diffusion.target(given.latents, given.noise, given.timesteps)
+                    mask = given.mask[:, :, None, None, None]
+                    squares = [
+                        torch.where(mask, values, 0.0).double().square().sum() for values in (target, given.latents)
+                    ]
+                    self._first_squares[name] = self.accelerator.reduce(torch.stack(squares), reduction="sum")
 
     def check(self, steps: list[StepRecord]) -> Counter[str]:
         """Look at the steps since the last call => how many were skipped, and how many were spikes.
@@ -121,8 +133,8 @@ class Guards:
         for record in steps:
             if record.is_finite:
                 self._skipped_in_turn = 0
-                if record.step == 1 and self._first_squares is not None:
-                    self._check_first(record, *self._first_squares.tolist())
+                if record.step == 1 and self.is_new:
+                    self._check_first(record)
                 noticed["spikes"] += self._warn_of_spike(record)
                 continue
             noticed["skipped_steps"] += 1
@@ -143,47 +155,49 @@ class Guards:
         self._states.clear()
         return noticed
 
-    def _check_first(self, record: StepRecord, target_square: float, latent_square: float) -> None:
+    def _check_first(self, record: StepRecord) -> None:
         """Refuse a start whose losses are not those of a new model.
 
-        Logits are nearly equal, and the image adapter's last layer is zero: it predicts nothing, and the loss is the
+        Logits are nearly equal, and the last layer of a patch adapter is zero: it predicts nothing, and the loss is the
         mean square of its target.
         """
-        if record.labels and abs(record.text_loss - self.first_text_loss) > _TEXT_BAND:
-            raise UserError(
-                f"the text loss of the first step is {record.text_loss:.3f}, and that of a new model with this "
-                f"vocabulary is about {self.first_text_loss:.3f}: the tokenizer, the head of the model or the "
-                "initialisation is mis-wired"
-            )
-        if not record.elements:
-            return
-        expected, latents = target_square / record.elements, latent_square / record.elements
-        if not _LATENT_BAND[0] < latents < _LATENT_BAND[1]:
-            raise UserError(
-                f"the latents of the first step have a mean square of {latents:.3g}, and those that the autoencoder "
-                "has normalised have about 1: its scaling factor, or the mean and deviation of its latents, does not "
-                "fit these images"
-            )
-        if abs(record.diffusion_loss - expected) > _DIFFUSION_BAND * expected:
-            raise UserError(
-                f"the diffusion loss of the first step is {record.diffusion_loss:.4f}, and that of a new model, which "
-                f"predicts zero, is {expected:.4f}, the mean square of its target: the image adapter is not "
-                "initialised to zero, or predictions and targets do not belong together"
-            )
+        for name, expected in self.first_losses.items():
+            if record.counts[name] and abs(record.loss(name) - expected) > _TOKEN_BAND:
+                raise UserError(
+                    f"the {name} loss of the first step is {record.loss(name):.3f}, and that of a new model with this "
+                    f"vocabulary is about {expected:.3f}: the tokenizer or codec, the head of the model or the "
+                    "initialisation is mis-wired"
+                )
+        for name, squares in self._first_squares.items():
+            if not record.counts[name]:
+                continue
+            expected, latents = (squares / record.counts[name]).tolist()
+            if not _LATENT_BAND[0] < latents < _LATENT_BAND[1]:
+                raise UserError(
+                    f"the {name} latents of the first step have a mean square of {latents:.3g}, and those that the "
+                    "codec has normalised have about 1: its scaling factor, or the mean and deviation of its latents, "
+                    "does not fit these media"
+                )
+            if abs(record.loss(name) - expected) > _DIFFUSION_BAND * expected:
+                raise UserError(
+                    f"the {name} loss of the first step is {record.loss(name):.4f}, and that of a new model, which "
+                    f"predicts zero, is {expected:.4f}, the mean square of its target: the patch adapter is not "
+                    "initialised to zero, or predictions and targets do not belong together"
+                )
 
     def _warn_of_spike(self, record: StepRecord) -> bool:
-        weight = self.config.diffusion_loss_weight
-        loss = record.text_loss + weight * record.diffusion_loss
+        loss = sum(weight * record.loss(name) for name, weight in self.loss_weights.items())
         found = []
         for (name, detector), value in zip(self._spikes.items(), (loss, record.grad_norm), strict=True):
             median = detector.median_if_spike(value)
             if median is not None:
                 found.append(f"{name} is {value:.3g}, the median of the steps before {median:.3g}")
         if found:
-            parts = [
-                text / max(1.0, record.labels) + weight * image / max(1.0, record.elements)
-                for text, image in zip(record.text_by_row, record.diffusion_by_row, strict=True)
+            by_modality = [
+                [self.loss_weights[name] * row / max(1.0, record.counts[name]) for row in rows]
+                for name, rows in record.by_row.items()
             ]
+            parts = [sum(parts) for parts in zip(*by_modality, strict=True)]
             most = sorted(range(len(parts)), key=parts.__getitem__, reverse=True)[:_MOST_NAMED]
             rows = ", ".join(f"{row} ({100 * parts[row] / (loss or 1.0):.0f} %)" for row in most)
             self.accelerator.print(
@@ -193,20 +207,19 @@ class Guards:
 
     def _describe(self, record: StepRecord, find_rows: bool) -> str:
         """What of a step is not finite, and which rows and documents it comes from."""
-        told = (
-            f"step {record.step} is not finite (text loss {record.text_loss:.4g}, diffusion loss "
-            f"{record.diffusion_loss:.4g}, gradient norm {record.grad_norm:.4g})"
-        )
+        losses = "".join(f"{name} loss {record.loss(name):.4g}, " for name in record.by_row)
+        told = f"step {record.step} is not finite ({losses}gradient norm {record.grad_norm:.4g})"
+        num_rows = self.packer.num_lanes
         rows = []
         # With 8-bit products the rows of a microbatch share scales: one that is not finite makes all of them so.
         if not self.config.float8:
-            sums = zip(record.text_by_row, record.diffusion_by_row, strict=True)
-            rows = [row for row, (text, image) in enumerate(sums) if not math.isfinite(text + image)]
+            sums = zip(*record.by_row.values(), strict=True)
+            rows = [row for row, losses_of_row in enumerate(sums) if not math.isfinite(sum(losses_of_row))]
         if find_rows and not rows:
             rows = self._rows_of_bad_gradient(record)
         if not rows:
             return told
-        if len(rows) == len(record.text_by_row) > 1:
+        if len(rows) == num_rows > 1:
             return f"{told} in every row: it is the weights or the learning rate, not the data"
         named = [
             f"row {row}: {text}"
@@ -225,12 +238,13 @@ class Guards:
     def _documents(self, step: int, row: int) -> list[str]:
         """One line that says what is in a row of this rank."""
         batch = self._rows_again(step, range(row, row + 1))
-        text_slots = batch.text_ids.shape[1]
+        slots, block = batch.slots, RowShape.of_batch(self.packer.model, batch).blocks[TEXT]
+        text_of = slice(block.start, block.start + block.num_slots)
         parts = []
-        for document in range(int(batch.document_ids.max()) + 1):
-            slots = batch.document_ids[0] == document
-            source = self.packer.sources.names[int(batch.source_ids[0][slots][0])]
-            text = self.packer.tokenizer.decode(batch.text_ids[0][slots[:text_slots]].tolist())
+        for document in range(int(slots.document_ids.max()) + 1):
+            member = slots.document_ids[0] == document
+            source = self.packer.sources.names[int(slots.source_ids[0][member][0])]
+            text = self.packer.tokenizer.decode(batch.tokens(TEXT).ids[0][member[text_of]].tolist())
             text = text if len(text) <= _TEXT_SHOWN else f"{text[:_TEXT_SHOWN]}..."
             parts.append(f"{source} '{' '.join(text.split())}'")
         return [", ".join(parts)]
@@ -242,23 +256,18 @@ class Guards:
         one, and all ranks learn of it.
         """
         mine = self._rows_again(record.step, self.lanes).split(1)
-        empty = dataclasses.replace(
-            mine[0],
-            text_labels=torch.full_like(mine[0].text_labels, IGNORE_INDEX),
-            document_ids=torch.full_like(mine[0].document_ids, -1),
-            latents=torch.zeros_like(mine[0].latents),
-            noise=torch.zeros_like(mine[0].noise),
-        )
-        scales = torch.tensor(
-            [1 / max(1.0, record.labels), self.config.diffusion_loss_weight / max(1.0, record.elements)],
-            device=self.accelerator.device,
-        )
+        # What is not finite would stay so without a loss: zero times infinity.
+        empty = mine[0].emptied().map(lambda tensor: tensor.nan_to_num(0.0, 0.0, 0.0))
+        processes = self.accelerator.num_processes
+        scales = {
+            name: weight * processes / max(1.0, record.counts[name]) for name, weight in self.loss_weights.items()
+        }
         found = []
-        for row in range(len(record.text_by_row)):
+        for row in range(self.packer.num_lanes):
             batch = mine[row - self.lanes.start] if row in self.lanes else empty
             with self.accelerator.autocast():
-                sums = compute_losses(self.model, batch, self.diffusion).sums
-            self.accelerator.backward((sums * scales * self.accelerator.num_processes).sum())
+                terms = loss_terms(self.model, batch)
+            self.accelerator.backward(sum(scales[name] * term.loss for name, term in terms.items()))
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
             norm = torch.stack([shard.float().norm() for shard in shards]).sum()

@@ -16,9 +16,11 @@ from torch import Tensor
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.mixture import SOURCE_COUNTED, Sources, counter
-from transfusion_mot.data.packing import COUNTED
+from transfusion_mot.data.packing import counted_by
+from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics, write_metrics
@@ -36,32 +38,24 @@ class StepRecord:
 
     Attributes:
         step: 1 is the first step of a run.
-        text_by_row, diffusion_by_row: Summed losses of every row of the global batch.
-        labels, elements: Labelled tokens and image elements of the step.
+        by_row: Of each modality, the summed loss of every row of the global batch.
+        counts: Of each modality, labelled tokens or elements of the step.
         grad_norm: Before clipping.
     """
 
     step: int
-    text_by_row: list[float]
-    diffusion_by_row: list[float]
-    labels: float
-    elements: float
+    by_row: dict[str, list[float]]
+    counts: dict[str, float]
     grad_norm: float
 
-    @property
-    def text_loss(self) -> float:
-        """In nats per labelled token."""
-        return sum(self.text_by_row) / max(1.0, self.labels)
-
-    @property
-    def diffusion_loss(self) -> float:
-        """Squared error per element."""
-        return sum(self.diffusion_by_row) / max(1.0, self.elements)
+    def loss(self, modality: str) -> float:
+        """Mean loss: nats per labelled token, or squared error per element."""
+        return sum(self.by_row[modality]) / max(1.0, self.counts[modality])
 
     @property
     def is_finite(self) -> bool:
-        """Whether both losses and the gradient are numbers."""
-        return math.isfinite(self.text_loss + self.diffusion_loss + self.grad_norm)
+        """Whether all losses and the gradient are numbers."""
+        return math.isfinite(sum(map(self.loss, self.by_row)) + self.grad_norm)
 
 
 @dataclass
@@ -73,8 +67,8 @@ class Interval:
         seconds: They took, on this rank.
         slots, flops: Slots of all rows, and what the model cost on them.
         counted: Documents, tokens and slots, by counter.
-        by_source: (sum, count) of the text loss of every source.
-        by_timestep: (sum, count) of the diffusion loss of every bin of timesteps.
+        by_source: Of each modality of tokens, (sum, count) of its loss of every source.
+        by_timestep: Of each modality of latents, (sum, count) of its loss of every bin of timesteps.
         waited: Seconds that each rank waited for its rows.
         memory_gib: Most that each rank's device has held so far.
     """
@@ -84,24 +78,24 @@ class Interval:
     slots: int
     flops: float
     counted: dict[str, int]
-    by_source: list[list[float]]
-    by_timestep: list[list[float]]
+    by_source: dict[str, list[list[float]]]
+    by_timestep: dict[str, list[list[float]]]
     waited: list[float]
     memory_gib: list[float]
 
 
-def loss_by_source(result: StepResult, batch: Batch, num_sources: int) -> Tensor:
-    """[sources, 2]: summed text loss and labelled tokens of each."""
-    text_slots = batch.text_ids.shape[1]
-    labelled = batch.text_labels != IGNORE_INDEX
-    return _sums_by(batch.source_ids[:, :text_slots], num_sources, result.text_losses, labelled)
+def loss_by_source(losses: Tensor, given: TokenInput, source_ids: Tensor, num_sources: int) -> Tensor:
+    """[sources, 2]: summed loss and labelled tokens of each; losses, source ids [B, T]."""
+    assert given.labels is not None
+    return _sums_by(source_ids, num_sources, losses, given.labels != IGNORE_INDEX)
 
 
-def loss_by_timestep(result: StepResult, batch: Batch) -> Tensor:
-    """[bins, 2]: summed diffusion loss and image elements of each bin of timesteps."""
-    bins = (batch.timesteps * TIMESTEP_BINS).ceil().clamp(1, TIMESTEP_BINS) - 1
-    sums = _sums_by(bins, TIMESTEP_BINS, result.image_losses, batch.image_mask)
-    return torch.stack([sums[:, 0], sums[:, 1] * batch.latents[0, 0].numel()], dim=1)
+def loss_by_timestep(losses: Tensor, given: LatentInput) -> Tensor:
+    """[bins, 2]: summed loss and elements of each bin of timesteps; losses [B, K]."""
+    assert given.mask is not None
+    bins = (given.timesteps * TIMESTEP_BINS).ceil().clamp(1, TIMESTEP_BINS) - 1
+    sums = _sums_by(bins, TIMESTEP_BINS, losses, given.mask)
+    return torch.stack([sums[:, 0], sums[:, 1] * given.latents[0, 0].numel()], dim=1)
 
 
 def _sums_by(group: Tensor, num_groups: int, values: Tensor, mask: Tensor) -> Tensor:
@@ -109,6 +103,11 @@ def _sums_by(group: Tensor, num_groups: int, values: Tensor, mask: Tensor) -> Te
     member = (group.flatten()[:, None] == torch.arange(num_groups, device=group.device)) & mask.flatten()[:, None]
     sums = torch.where(member, values.flatten()[:, None], 0.0).sum(dim=0)
     return torch.stack([sums.double(), member.sum(dim=0).double()], dim=1)
+
+
+def loss_name(modality: str) -> str:
+    """Name of a modality's loss in the metrics."""
+    return f"{modality}_loss"
 
 
 class RunLog:
@@ -142,14 +141,15 @@ class RunLog:
         self.model = model
         self.seen = Counter(seen)
         self.sources = sources
-        self.counted = [*COUNTED, *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED)]
+        self.modalities = config.model.stream_order
+        self.counted = [*counted_by(self.modalities), *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED)]
         self.left_out = {
             counter(name, f"left_out/{reason}"): count
             for index, name in enumerate(sources.names)
             for reason, count in sources.left_out(index).items()
         }
         self.peak_flops = peak_flops(accelerator.device)
-        self._flops_per_row: dict[torch.Size, int] = {}
+        self._flops_per_row: dict[tuple[tuple[str, Block], ...], int] = {}
         earlier = read_metrics(history or self.path) if first_step else []
         kept = [line for line in earlier if line["step"] <= first_step]
         held_out = [(line["validation/loss"], line["step"]) for line in kept if "validation/loss" in line]
@@ -171,34 +171,44 @@ class RunLog:
         self.started, self.first_step = time.perf_counter(), step
         self.interval: Counter[str] = Counter()
         self.slots, self.flops, self.waited = 0, 0, 0.0
-        device = self.accelerator.device
-        self.by_source = torch.zeros(len(self.sources.names), 2, dtype=torch.float64, device=device)
-        self.by_timestep = torch.zeros(TIMESTEP_BINS, 2, dtype=torch.float64, device=device)
+        device, model = self.accelerator.device, self.config.model
+
+        def zeros(count: int) -> Tensor:
+            return torch.zeros(count, 2, dtype=torch.float64, device=device)
+
+        self.by_source = {name: zeros(len(self.sources.names)) for name in model.of_objective("next_token")}
+        self.by_timestep = {name: zeros(TIMESTEP_BINS) for name in model.of_objective("diffusion")}
         self.pairs = torch.zeros(1, dtype=torch.float64, device=device)
         self._by_row: list[Tensor] = []
         self._of_step: list[Tensor] = []
 
     def add(self, result: StepResult, batch: Batch, counts: Counter[str], seconds_waited: float = 0.0) -> None:
         """Take a step in, without waiting for the device."""
-        by_row = torch.stack([result.text_losses.sum(dim=1), result.image_losses.sum(dim=1)])
+        # [modalities, rows]
+        by_row = torch.stack([losses.sum(dim=1) for losses in result.losses.values()])
         self._by_row.append(by_row)
         self._of_step.append(torch.cat([result.counts, result.grad_norm.double()[None]]))
         self._tower_grad_norms = result.tower_grad_norms
         # What is not finite would hide the losses of the steps beside it.
         finite = result.grad_norm.isfinite() & by_row.isfinite().all()
-        self.by_source += torch.where(finite, loss_by_source(result, batch, len(self.by_source)), 0.0)
-        self.by_timestep += torch.where(finite, loss_by_timestep(result, batch), 0.0)
+        shape = RowShape.of_batch(self.config.model, batch)
+        for name, losses in result.losses.items():
+            given, block = batch.inputs[name], shape.blocks[name]
+            if isinstance(given, TokenInput):
+                source_ids = batch.slots.source_ids[:, block.start : block.start + block.num_slots]
+                sums = loss_by_source(losses, given, source_ids, len(self.sources.names))
+                self.by_source[name] += torch.where(finite, sums, 0.0)
+            else:
+                self.by_timestep[name] += torch.where(finite, loss_by_timestep(losses, given), 0.0)
         self.interval.update(counts)
         self.waited += seconds_waited
         # Buckets differ in their patches.
-        self.slots += batch.order.numel() * self.accelerator.num_processes
-        shape = batch.latents.shape
-        if shape not in self._flops_per_row:
-            self._flops_per_row[shape] = weight_flops_per_row(
-                self.model, self.config.model, batch.text_ids.shape[1], batch.latents.shape[1:]
-            )
-        self.flops += self._flops_per_row[shape] * self.config.training.num_rows
-        self.pairs += attending_pairs(batch, self.config.model)
+        self.slots += batch.slots.order.numel() * self.accelerator.num_processes
+        key = tuple(shape.blocks.items())
+        if key not in self._flops_per_row:
+            self._flops_per_row[key] = weight_flops_per_row(self.model, shape)
+        self.flops += self._flops_per_row[key] * self.config.training.num_rows
+        self.pairs += attending_pairs(batch, self.model)
 
     def collect(self) -> Interval:
         """What the steps since the last line left; called by all ranks.
@@ -214,16 +224,25 @@ class RunLog:
         of_ranks = by_row.new_zeros(2, ranks)
         of_ranks[:, rank] = by_row.new_tensor([self.waited, memory])
         counted = by_row.new_tensor([self.interval[name] for name in self.counted])
-        parts = (self.by_source, self.by_timestep, of_ranks, self.pairs, counted, all_rows.flatten(2))
+        by_source, by_timestep = self.by_source.values(), self.by_timestep.values()
+        parts = (*by_source, *by_timestep, of_ranks, self.pairs, counted, all_rows.flatten(2))
         summed = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), reduction="sum").cpu()
-        by_source, by_timestep, of_ranks, pairs, counted, all_rows = (
+        pieces = iter(
             piece.view(part.shape)
             for piece, part in zip(summed.split([part.numel() for part in parts]), parts, strict=True)
         )
+        sums_by_source = {name: next(pieces).tolist() for name in self.by_source}
+        sums_by_timestep = {name: next(pieces).tolist() for name in self.by_timestep}
+        of_ranks, pairs, counted, all_rows = pieces
         # The same on all ranks.
         of_step = torch.stack(self._of_step).tolist()
         steps = [
-            StepRecord(self.first_step + 1 + index, *rows, *numbers)
+            StepRecord(
+                self.first_step + 1 + index,
+                dict(zip(self.modalities, rows, strict=True)),
+                dict(zip(self.modalities, numbers[:-1], strict=True)),
+                numbers[-1],
+            )
             for index, (rows, numbers) in enumerate(zip(all_rows.tolist(), of_step, strict=True))
         ]
         return Interval(
@@ -232,8 +251,8 @@ class RunLog:
             self.slots,
             self.flops + flops_per_pair(self.config.model) * pairs.item(),
             dict(zip(self.counted, map(int, counted.tolist()), strict=True)),
-            by_source.tolist(),
-            by_timestep.tolist(),
+            sums_by_source,
+            sums_by_timestep,
             *of_ranks.tolist(),
         )
 
@@ -245,34 +264,36 @@ class RunLog:
             lr: Learning rate of its last step.
             noticed: What the guards found in it: `skipped_steps` and `spikes`.
         """
-        weight = self.config.training.diffusion_loss_weight
         self.seen.update(interval.counted)
         seconds, counted, finite = interval.seconds, interval.counted, [s for s in interval.steps if s.is_finite]
         more = {"seconds": seconds, "flops": interval.flops, **noticed}
         self.running = {name: value + more.get(name, 0) for name, value in self.running.items()}
-        text_loss = _mean([(sum(step.text_by_row), step.labels) for step in finite])
-        diffusion_loss = _mean([(sum(step.diffusion_by_row), step.elements) for step in finite])
+        losses = {
+            name: _mean([(sum(step.by_row[name]), step.counts[name]) for step in finite]) for name in self.modalities
+        }
         step, used_slots = interval.steps[-1].step, interval.slots - counted["pad_slots"]
+        rates = {name: counted[f"{name}_items"] / seconds for name in self.modalities if f"{name}_items" in counted}
         values = {
-            "text_loss": text_loss,
-            "diffusion_loss": diffusion_loss,
-            "loss": text_loss + weight * diffusion_loss,
+            **{loss_name(name): loss for name, loss in losses.items()},
+            "loss": self.total(losses),
             "grad_norm": finite[-1].grad_norm if finite else 0.0,
             **{f"grad_norm/{tower}": float(norm) for tower, norm in self._tower_grad_norms.items()},
             "lr": lr,
             "seconds_per_step": seconds / len(interval.steps),
             "tokens_per_second": used_slots / seconds,
-            "images_per_second": counted["images"] / seconds,
+            **{f"{name}_items_per_second": rate for name, rate in rates.items()},
             "data_wait_fraction": max(interval.waited) / seconds,
             "pad_fraction": counted["pad_slots"] / interval.slots,
             **{
-                f"diffusion_loss/t={index / TIMESTEP_BINS:.1f}-{(index + 1) / TIMESTEP_BINS:.1f}": total / count
-                for index, (total, count) in enumerate(interval.by_timestep)
+                f"{loss_name(name)}/t={index / TIMESTEP_BINS:.1f}-{(index + 1) / TIMESTEP_BINS:.1f}": total / count
+                for name, bins in interval.by_timestep.items()
+                for index, (total, count) in enumerate(bins)
                 if count
             },
             **{
-                counter(name, "text_loss"): total / count
-                for name, (total, count) in zip(self.sources.names, interval.by_source, strict=True)
+                counter(source, loss_name(name)): total / count
+                for name, sums in interval.by_source.items()
+                for source, (total, count) in zip(self.sources.names, sums, strict=True)
                 if count
             },
             **{f"{name}_seen": self.seen[name] for name in self.counted},
@@ -282,12 +303,11 @@ class RunLog:
         }
         shown = [
             f"step {step:>{len(str(self.config.training.num_steps))}}",
-            f"text {text_loss:6.3f}",
-            f"diffusion {diffusion_loss:6.4f}",
+            *(f"{name} {losses[name]:6.3f}" for name in self.modalities),
             f"norm {values['grad_norm']:5.2f}",
             f"lr {lr:.1e}",
             f"{1000 * values['seconds_per_step']:5.0f} ms",
-            f"{values['images_per_second']:6.0f} images/s",
+            *(f"{rate:6.0f} {name}s/s" for name, rate in rates.items()),
             f"data wait {100 * values['data_wait_fraction']:2.0f} %",
         ]
         if self.peak_flops is not None:
@@ -298,11 +318,13 @@ class RunLog:
         self._begin_interval(step)
         return "  ".join(shown)
 
+    def total(self, losses: dict[str, float]) -> float:
+        """The mean losses of all modalities, weighted as in training."""
+        return sum(self.config.model.modalities[name].loss_weight * loss for name, loss in losses.items())
+
     def write_validation(self, step: int, losses: dict[str, float]) -> str:
         """Write held-out losses, and their sum as in training => a line for the console."""
-        total = losses["text_loss"]
-        if "diffusion_loss" in losses:  # images are held out, too
-            total += self.config.training.diffusion_loss_weight * losses["diffusion_loss"]
+        total = self.total({name: losses[loss_name(name)] for name in self.modalities if loss_name(name) in losses})
         self._write(step, {f"validation/{name}": loss for name, loss in (losses | {"loss": total}).items()})
         summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
         if self.best is None or total < self.best[0]:

@@ -13,39 +13,15 @@ import torch
 from torch import Tensor
 
 from transfusion_mot.config import ModelConfig
+from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.losses import LOGITS_AT_ONCE
+from transfusion_mot.models.modalities import DiffusionModality, TokenModality
 from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 Parallelism = Literal["ddp", "fsdp2"]
 # Blocks whose gathered weights and gradients exist at a time under FSDP: the one at work and the next.
 _GATHERED_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A row: text slots, and images [C, Y, X] as latents."""
-
-    text_slots: int
-    images: int
-    latent_shape: torch.Size
-    patch_size: int
-
-    @property
-    def patches(self) -> int:
-        """Patches of a row."""
-        return self.images * self.latent_shape[1] * self.latent_shape[2] // self.patch_size**2
-
-    @property
-    def slots(self) -> int:
-        """All slots of a row."""
-        return self.text_slots + self.patches
-
-    @property
-    def causal_pairs(self) -> float:
-        """Pairs of slots that attend if a row is one document: the most that there can be."""
-        per_image = self.patches / max(1, self.images)
-        return self.slots * (self.slots + 1) / 2 + self.images * per_image * (per_image - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -57,8 +33,8 @@ class Memory:
             it is Muon's), and the averaged weights; the GPU's share where they are sharded.
         copies: Of matrices in bfloat16, and under FSDP what is gathered of them.
         blocks: What the blocks keep for the backward pass.
-        adapter: What the image adapter, the embedding and the last norms keep.
-        text_loss: Logits of a chunk, their gradient, and the gradients that they become.
+        adapter: What the patch adapters, the embeddings and the last norms keep.
+        logits: Logits of a chunk, their gradient, and the gradients that they become.
         working: What one block needs while its gradients are computed.
         gradients_stay: Gradients are there while the activations are, not only when those go: with more than one
             microbatch, or in the buckets of data parallelism.
@@ -71,14 +47,14 @@ class Memory:
     copies: float
     blocks: float
     adapter: float
-    text_loss: float
+    logits: float
     working: float
     gradients_stay: bool
 
     @property
     def peak(self) -> float:
         """Most bytes at a time: at the end of the forward pass, or when all gradients are there."""
-        forward = self.copies + self.blocks + self.adapter + max(self.text_loss, self.working)
+        forward = self.copies + self.blocks + self.adapter + max(self.logits, self.working)
         rest = forward + self.gradients if self.gradients_stay else max(forward, self.gradients + self.copies)
         return self.weights + self.optimizer + self.ema + rest
 
@@ -140,7 +116,7 @@ class Setting:
     ema: bool = True
 
 
-def step_memory(model: TransfusionMoT, layout: Layout, setting: Setting) -> Memory:
+def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Memory:
     """Memory of a step on one GPU; `model` is on `meta`, its frozen parameters need no gradient."""
     config, width, rows = model.architecture, setting.width, setting.rows
     sharded = setting.parallelism == "fsdp2"
@@ -156,8 +132,8 @@ def step_memory(model: TransfusionMoT, layout: Layout, setting: Setting) -> Memo
     one_block = numbers["block matrices"] / config.num_layers
 
     slots = Counter[str]()
-    slots[config.modalities["text"]] += rows * layout.text_slots
-    slots[config.modalities["image"]] += rows * layout.patches
+    for name, block in shape.blocks.items():
+        slots[config.modalities[name].tower] += rows * block.num_slots
     towers = {tower: config.towers[tower] for tower in slots}
     # Gradients of a stream and of a feed-forward, which one tower after the other needs.
     working: float = width * (
@@ -184,16 +160,22 @@ def step_memory(model: TransfusionMoT, layout: Layout, setting: Setting) -> Memo
         ema=4 * numbers["all"] / shards if setting.ema else 0.0,
         copies=copies,
         blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width),
-        adapter=rows * layout.images * kept_by_adapter(model, layout, width) + last_norms,
-        text_loss=text_loss_memory(model, rows * layout.text_slots, width),
+        adapter=rows * sum(kept_by_adapter(model, name, block, width) for name, block in shape.blocks.items())
+        + last_norms,
+        # One modality after the other.
+        logits=max(logits_memory(model, name, rows * block.num_slots, width) for name, block in shape.blocks.items()),
         working=working,
         gradients_stay=setting.microbatches > 1 or setting.gpus > 1,
     )
 
 
-def kept_by_adapter(model: TransfusionMoT, layout: Layout, width: int) -> float:
-    """Bytes that the image adapter keeps for one image: the tensors that autograd saves in a pass on `meta`."""
-    adapter = model.image_adapter
+def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) -> float:
+    """Bytes that a patch adapter keeps for the latents of one row: the tensors that autograd saves in a pass on `meta`,
+    for one media slot, times their number. 0 for tokens."""
+    modality = model.modality(name)
+    if block.latent_shape is None or not isinstance(modality, DiffusionModality):
+        return 0.0
+    adapter = modality.adapter
     weights = {parameter.untyped_storage()._cdata for parameter in adapter.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -203,7 +185,7 @@ def kept_by_adapter(model: TransfusionMoT, layout: Layout, width: int) -> float:
             kept[storage._cdata] = storage
         return tensor
 
-    channels, rows, columns = layout.latent_shape
+    channels, rows, columns = block.latent_shape
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         latents, timesteps = torch.empty(1, channels, rows, columns, device="meta"), torch.empty(1, device="meta")
         hidden, skips = adapter.embed(latents, timesteps)
@@ -212,12 +194,15 @@ def kept_by_adapter(model: TransfusionMoT, layout: Layout, width: int) -> float:
     numbers = sum(storage.nbytes() for storage in kept.values()) / 4
     # A residual layer keeps three numbers of each kind: under autocast those of its norm and its activation are in
     # float32, those of its convolution in bfloat16.
-    return numbers * (10 / 3 if width == 2 else 4)
+    return block.capacity * numbers * (10 / 3 if width == 2 else 4)
 
 
-def text_loss_memory(model: TransfusionMoT, slots: int, width: int) -> float:
-    """Bytes that the text loss of so many slots takes while the activations are there."""
-    vocab_size, hidden = model.text_head.weight.shape
+def logits_memory(model: TransfusionMoT, name: str, slots: int, width: int) -> float:
+    """Bytes that the next-token loss of so many slots takes while the activations are there; 0 for latents."""
+    modality = model.modality(name)
+    if not isinstance(modality, TokenModality):
+        return 0.0
+    vocab_size, hidden = modality.head.weight.shape
     chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
     # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
     chunks = 3 if slots * vocab_size > chunk else 2

@@ -18,7 +18,7 @@ def tower_of(name: str, config: ModelConfig) -> str:
     """
     if ".owned." in name:
         return name.split(".owned.")[1].split(".")[0]
-    return config.modalities["image" if name.startswith("image_adapter.") else "text"]
+    return config.modalities[name.removeprefix("modalities.").split(".")[0]].tower
 
 
 def check_towers(config: RunConfig) -> None:

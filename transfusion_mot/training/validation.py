@@ -11,14 +11,15 @@ from torch import Tensor
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.layout import TEXT
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import TextDocuments
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.step import compute_losses, loss_counts
+from transfusion_mot.training.log import loss_name
+from transfusion_mot.training.step import loss_terms
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)

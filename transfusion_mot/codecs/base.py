@@ -1,0 +1,88 @@
+"""What turns raw media into what the model sees, and back.
+
+A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective `diffusion`;
+one of the kind `codes` gives integers, for `next_token`. All compute in float32: half precision flips codes.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class LatentCodec(Protocol):
+    """Pixels <=> continuous latents.
+
+    Attributes:
+        kind: `latents`.
+        latent_channels: Channels C of the latents.
+        downsampling: Factor f from latent to image height and width.
+        fingerprint: Hash of weights and configuration.
+    """
+
+    kind: Literal["latents"]
+    latent_channels: int
+    downsampling: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] => mean and standard deviation [B, C, H/f, W/f] of the normalised latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, h, w] => pixels [B, 3, h*f, w*f] in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class CodeCodec(Protocol):
+    """Pixels <=> integer codes.
+
+    Attributes:
+        kind: `codes`.
+        codebook_size: Number of codes.
+        downsampling: Factor f from codes to image height and width.
+        fingerprint: Hash of weights and configuration.
+    """
+
+    kind: Literal["codes"]
+    codebook_size: int
+    downsampling: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] => codes [B, H/f, W/f] in [0, codebook_size)."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, h, w] => pixels [B, 3, h*f, w*f] in [-1, 1].
+
+        Raises:
+            UserError: The codec has no decoder.
+        """
+        ...
+
+
+Codec = LatentCodec | CodeCodec
+
+
+def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
+    """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model in float32, in evaluation mode and without gradients, on a device."""
+    return model.float().eval().requires_grad_(False).to(device)

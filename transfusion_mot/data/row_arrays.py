@@ -1,0 +1,286 @@
+"""Rows being filled: the arrays of a batch on the host, and where a document's slots go in them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from transfusion_mot.config import DataConfig, ModelConfig
+from transfusion_mot.data.batch import Batch, Rows
+from transfusion_mot.data.documents import LatentMedia, Piece
+from transfusion_mot.data.layout import TEXT, LatentSpan, Media, lay_out
+from transfusion_mot.data.mixture import Sources
+from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
+from transfusion_mot.models.positions import PositionCounter
+
+
+@dataclass(frozen=True)
+class Block:
+    """The slots of one modality in a row.
+
+    Attributes:
+        start: Its first slot among those of all modalities.
+        capacity: Tokens, or media slots K.
+        latent_shape: [C, Y, X] of a media slot; None for tokens.
+        grid: Rows and columns of patches of a media slot; (1, 1) for tokens.
+    """
+
+    start: int
+    capacity: int
+    latent_shape: tuple[int, int, int] | None = None
+    grid: tuple[int, int] = (1, 1)
+
+    @property
+    def slots_each(self) -> int:
+        """Slots of a token (1) or of a media slot (its patches)."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the modality in a row."""
+        return self.capacity * self.slots_each
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The layout of a row.
+
+    Attributes:
+        blocks: Of each modality, in the order of their slots.
+        rope: Kind of rotary positions, `1d` or `3d`.
+    """
+
+    blocks: dict[str, Block]
+    rope: str
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        slots: dict[str, int],
+        latent_shapes: dict[str, list[tuple[int, int, int]]],
+        bucket: int,
+    ) -> Self:
+        """The rows of a model whose latents have these shapes [C, Y, X] in each bucket."""
+        blocks, start = {}, 0
+        for name in model.stream_order:
+            modality = model.modalities[name]
+            block = Block(start, slots[name])
+            if modality.objective == "diffusion":
+                shape, patch = latent_shapes[name][bucket], modality.patch_size
+                block = Block(start, slots[name], shape, (shape[1] // patch, shape[2] // patch))
+            blocks[name] = block
+            start += block.num_slots
+        return cls(blocks, model.rope)
+
+    @classmethod
+    def of_batch(cls, model: ModelConfig, batch: Batch) -> Self:
+        """The rows of a batch."""
+        slots: dict[str, int] = {}
+        latent_shapes: dict[str, list[tuple[int, int, int]]] = {}
+        for name, given in batch.inputs.items():
+            if isinstance(given, TokenInput):
+                slots[name] = given.ids.shape[1]
+            else:
+                slots[name], channels, height, width = given.latents.shape[1:]
+                latent_shapes[name] = [(channels, height, width)]
+        return cls.of(model, slots, latent_shapes, 0)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots S of a row."""
+        return sum(block.num_slots for block in self.blocks.values())
+
+    @property
+    def causal_pairs(self) -> float:
+        """Pairs of slots that attend if a row is one document whose spans see all of themselves: the most there are."""
+        inside = sum(b.capacity * b.slots_each * (b.slots_each - 1) / 2 for b in self.blocks.values())
+        return self.num_slots * (self.num_slots + 1) / 2 + inside
+
+    def __str__(self) -> str:
+        """For example "48 text tokens + 4 image slots of 64 patches"."""
+        return " + ".join(
+            f"{block.capacity} {name} tokens"
+            if block.latent_shape is None
+            else f"{block.capacity} {name} slots of {block.slots_each} patches"
+            for name, block in self.blocks.items()
+        )
+
+
+class RowArrays:
+    """The arrays of some rows."""
+
+    def __init__(
+        self, shape: RowShape, num_rows: int, tokenizer: TextTokenizer, config: DataConfig, bucket: int
+    ) -> None:
+        self.shape = shape
+        self.tokenizer = tokenizer
+        slots = shape.num_slots
+        self.document_ids = np.full((num_rows, slots), -1)
+        self.order = np.zeros((num_rows, slots), dtype=np.int64)
+        self.span_ids = np.full((num_rows, slots), -1)
+        self.source_ids = np.full((num_rows, slots), -1, dtype=np.int16)
+        self.rope_positions = np.zeros((num_rows, slots, 3)[: 2 if shape.rope == "1d" else 3], dtype=np.int64)
+        self.ids: dict[str, NDArray[np.int64]] = {}
+        self.labels: dict[str, NDArray[np.int64]] = {}
+        self.latents: dict[str, NDArray[np.float32]] = {}
+        self.noise: dict[str, NDArray[np.float32]] = {}
+        self.timesteps: dict[str, torch.Tensor] = {}
+        self.mask: dict[str, NDArray[np.bool_]] = {}
+        self.copies: dict[str, NDArray[np.bool_]] = {}
+        self.media: dict[str, NDArray[np.uint8]] = {}
+        # Number of the first span of each modality of latents.
+        self.first_span: dict[str, int] = {}
+        spans = 0
+        for name, block in shape.blocks.items():
+            rows = num_rows, block.capacity
+            if block.latent_shape is None:
+                self.ids[name] = np.full(rows, tokenizer.pad_id if name == TEXT else 0)
+                self.labels[name] = np.full(rows, IGNORE_INDEX)
+                continue
+            self.first_span[name] = spans
+            spans += block.capacity
+            self.latents[name] = np.zeros((*rows, *block.latent_shape), dtype=np.float32)
+            self.noise[name] = np.empty_like(self.latents[name])
+            self.timesteps[name] = torch.empty(rows)
+            self.mask[name] = np.zeros(rows, dtype=np.bool_)
+            if config.has_copies:
+                self.copies[name] = np.zeros(rows, dtype=np.bool_)
+            if config.latents == "online":
+                height, width = config.image_sizes[bucket]
+                self.media[name] = np.zeros((*rows, height, width, 3), dtype=np.uint8)
+
+    def rows(self) -> Rows:
+        """As tensors."""
+        inputs: dict[str, ModalityInput] = {}
+        for name, block in self.shape.blocks.items():
+            if block.latent_shape is None:
+                inputs[name] = TokenInput(torch.from_numpy(self.ids[name]), torch.from_numpy(self.labels[name]))
+                continue
+            inputs[name] = LatentInput(
+                torch.from_numpy(self.latents[name]),
+                self.timesteps[name],
+                torch.from_numpy(self.noise[name]),
+                torch.from_numpy(self.mask[name]),
+                torch.from_numpy(self.copies[name]) if name in self.copies else None,
+            )
+        slots = Slots(**{field: torch.from_numpy(getattr(self, field)) for field in Slots._fields})
+        return Rows(Batch(inputs, slots), {name: torch.from_numpy(array) for name, array in self.media.items()})
+
+
+class Row:
+    """A row being filled.
+
+    Attributes:
+        free: Tokens or media slots that are left, by modality.
+    """
+
+    def __init__(self, arrays: RowArrays, row: int) -> None:
+        self.arrays = arrays
+        self.row = row
+        self.free = {name: block.capacity for name, block in arrays.shape.blocks.items()}
+        # Source, media and media slot of each latent.
+        self._spans: dict[str, list[tuple[int, Media, int]]] = {name: [] for name in arrays.latents}
+        self._documents = 0
+
+    @property
+    def has_room_for_media(self) -> bool:
+        """Whether there is a slot left in any stream but text."""
+        return any(free for name, free in self.free.items() if name != TEXT)
+
+    def add(self, piece: Piece, source: int, stream: str) -> None:
+        """Place a piece of a document of a source."""
+        positions = PositionCounter(self.arrays.shape.rope)
+        # Rotary positions of the media slot before, which its copy has too.
+        rope_positions: NDArray[np.int64] | None = None
+        for part in lay_out(piece.segments, self.arrays.tokenizer, piece.next_token, stream):
+            if not isinstance(part, LatentSpan):
+                where = self._take(part.modality, len(part.ids), source, *positions.text(len(part.ids)))
+                self.arrays.ids[part.modality][where] = part.ids
+                self.arrays.labels[part.modality][where] = part.labels
+                continue
+            name = part.media.modality
+            block = self.arrays.shape.blocks[name]
+            if part.is_copy:
+                assert rope_positions is not None
+                order = positions.take_order(block.slots_each)
+            else:
+                order, rope_positions = positions.image(*block.grid)
+            slot = block.capacity - self.free[name]
+            if not part.is_copy:
+                self._spans[name].append((source, part.media, slot))
+            self._take(name, 1, source, order, rope_positions)
+            first = block.start + slot * block.slots_each
+            self.arrays.span_ids[self.row, first : first + block.slots_each] = self.arrays.first_span[name] + slot
+        self._documents += 1
+
+    def _take(
+        self,
+        name: str,
+        count: int,
+        source: int,
+        order: NDArray[np.int64],
+        rope_positions: NDArray[np.int64],
+    ) -> tuple[int, slice]:
+        """Fill the next `count` tokens or media slots of a modality with ids => where they are in its own arrays."""
+        block = self.arrays.shape.blocks[name]
+        used = block.capacity - self.free[name]
+        self.free[name] -= count
+        first = block.start + used * block.slots_each
+        where = self.row, slice(first, first + count * block.slots_each)
+        arrays = self.arrays
+        arrays.order[where], arrays.rope_positions[where] = order, rope_positions
+        arrays.document_ids[where] = self._documents
+        arrays.source_ids[where] = source
+        return self.row, slice(used, used + count)
+
+    def finish(
+        self,
+        sources: Sources,
+        rng: np.random.Generator,
+        timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Draw what is random about the latents, one modality after the other."""
+        for name, spans in self._spans.items():
+            self._draw(name, spans, sources, rng, timesteps_from_uniform)
+
+    def _draw(
+        self,
+        name: str,
+        spans: list[tuple[int, Media, int]],
+        sources: Sources,
+        rng: np.random.Generator,
+        timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        arrays, row = self.arrays, self.row
+        latents, noise = arrays.latents[name][row], arrays.noise[name][row]
+        pixels = arrays.media[name][row] if name in arrays.media else None
+        max_timesteps = torch.ones(len(latents))
+        # Always the same number of draws, so that a row's draws do not depend on how full it is.
+        uniform = torch.from_numpy(rng.random(len(latents), dtype=np.float32))
+        posterior_noise = rng.standard_normal(latents.shape, dtype=np.float32)
+        rng.standard_normal(dtype=np.float32, out=noise)
+        for source, media, slot in spans:
+            content: LatentMedia = media.content
+            max_timesteps[slot] = content.max_timestep
+            arrays.mask[name][row, slot] = True
+            encoded = sources.sources[source].encoded.get(name)
+            if encoded is not None:
+                mean, std = encoded.posterior(content.index, content.flipped)
+                latents[slot] = mean + std * posterior_noise[slot]
+            elif pixels is not None and content.raw is not None:
+                # The latents are made of it and the pixels on the device.
+                latents[slot] = posterior_noise[slot]
+                pixels[slot] = content.raw
+            if media.copied:
+                arrays.copies[name][row, slot + 1] = True
+                latents[slot + 1] = latents[slot]
+                max_timesteps[slot + 1] = 0.0
+                if pixels is not None:
+                    pixels[slot + 1] = pixels[slot]
+        arrays.timesteps[name][row] = timesteps_from_uniform(uniform) * max_timesteps

@@ -1,0 +1,91 @@
+"""What the model reads: the slots of each modality, and the ids that carry reading order.
+
+Shapes: B rows, T token slots of a modality, K media slots of a modality (images of a row), P patches of one, C latent
+channels, Y and X latent height and width, S all slots of a row.
+
+Tuples and not data classes: what wraps a model (DDP, FSDP2) finds the tensors in them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion_mot.losses import IGNORE_INDEX
+
+
+class TokenInput(NamedTuple):
+    """Slots of a modality of tokens.
+
+    Attributes:
+        ids: [B, T] token ids.
+        labels: [B, T] the next token, `IGNORE_INDEX` where there is no loss. None while sampling.
+    """
+
+    ids: Tensor
+    labels: Tensor | None = None
+
+    def count(self) -> Tensor:
+        """[] float64, slots with a loss."""
+        assert self.labels is not None
+        return (self.labels != IGNORE_INDEX).sum().double()
+
+    def without_loss(self, rows: Tensor) -> "TokenInput":
+        """The same without a label in `rows` [B] bool."""
+        assert self.labels is not None
+        return self._replace(labels=self.labels.masked_fill(rows[:, None], IGNORE_INDEX))
+
+
+class LatentInput(NamedTuple):
+    """Slots of a modality of continuous latents.
+
+    Attributes:
+        latents: [B, K, C, Y, X]; with `noise` they are clean and normalised, without it (sampling) noisy already.
+        timesteps: [B, K] one t in [0, 1] for each slot: 0 is clean, 1 is noise.
+        noise: [B, K, C, Y, X] the noise that will be mixed in.
+        mask: [B, K] bool, True where a slot has a loss: it holds an image and no copy.
+        copies: [B, K] bool, True where a slot holds the clean copy of the image in the slot before it
+            (`data.image_context: clean`); None where there are no copies.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor | None = None
+    mask: Tensor | None = None
+    copies: Tensor | None = None
+
+    def count(self) -> Tensor:
+        """[] float64, elements with a loss."""
+        assert self.mask is not None
+        return (self.mask.sum() * self.latents[0, 0].numel()).double()
+
+    def without_loss(self, rows: Tensor) -> "LatentInput":
+        """The same without a loss in `rows` [B] bool."""
+        assert self.mask is not None
+        return self._replace(mask=self.mask & ~rows[:, None])
+
+    def at(self, timestep: float) -> "LatentInput":
+        """The same with every image at one timestep; copies stay clean."""
+        timesteps = torch.full_like(self.timesteps, timestep)
+        return self._replace(timesteps=timesteps if self.copies is None else timesteps.masked_fill(self.copies, 0.0))
+
+
+ModalityInput = TokenInput | LatentInput
+
+
+class Slots(NamedTuple):
+    """Ids of all slots of a batch, in the order of `ModelConfig.stream_order`.
+
+    Attributes:
+        document_ids: [B, S] the document a slot belongs to; -1 is padding.
+        order: [B, S] reading order inside the document; the clean copy of an image is read behind it.
+        span_ids: [B, S] the image a patch belongs to, counted over all modalities of latents of a row; -1 on tokens.
+        rope_positions: [B, S] or [B, S, 3] rotary positions.
+        source_ids: [B, S] int16, the source that a slot was filled from; -1 is padding. For the log alone.
+    """
+
+    document_ids: Tensor
+    order: Tensor
+    span_ids: Tensor
+    rope_positions: Tensor
+    source_ids: Tensor

@@ -1,0 +1,130 @@
+"""How each modality enters and leaves the transformer, and its loss.
+
+Shapes: B rows, T token slots, K media slots, P patches of one, D width, V vocabulary, C latent channels, Y and X latent
+height and width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfusion_mot.config import DiffusionConfig, ModalityConfig
+from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.losses import diffusion_losses, next_token_loss
+from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
+from transfusion_mot.models.inputs import LatentInput, TokenInput
+
+
+class Terms(NamedTuple):
+    """The loss of one modality over some rows, as sums: the caller divides by the count of the whole global batch.
+
+    Attributes:
+        loss: [], weighted for training (Min-SNR, z-loss), with gradient.
+        losses: Unweighted and without gradient: [B, T] cross-entropies in nats, 0 without a label; or [B, K] squared
+            errors summed over the elements of each image, 0 without a loss.
+    """
+
+    loss: Tensor
+    losses: Tensor
+
+
+class TokenModality(nn.Module):
+    """Discrete tokens with a next-token loss. Its vocabulary is its own: no softmax goes over another modality.
+
+    Args:
+        vocab_size: Token ids V, special ones included.
+        hidden_size: Width D of its tower.
+    """
+
+    # Modules drawn like the matrices of the blocks, and those that begin at zero; see `TransfusionMoT.initialise`.
+    normal = ("embedding", "head")
+    zero = ()
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    @property
+    def start_id(self) -> int:
+        """Of codes: what their span begins with. The two ids behind the codebook are `start` and `end`."""
+        return self.vocab_size - 2
+
+    @property
+    def end_id(self) -> int:
+        """Of codes: the label of the last one."""
+        return self.vocab_size - 1
+
+    def embed(self, given: TokenInput) -> tuple[Tensor, None]:
+        """Token ids => (hidden states [B, T, D], nothing)."""
+        return self.embedding(given.ids), None
+
+    def loss(self, hidden: Tensor, given: TokenInput, kept: None, z_loss_weight: float) -> Terms:
+        """Hidden states [B, T, D] behind the last norm => cross-entropy; the logits of all slots never exist at once."""
+        assert given.labels is not None
+        return Terms(*next_token_loss(hidden, self.head.weight, given.labels, z_loss_weight))
+
+    def predict(self, hidden: Tensor, given: TokenInput, kept: None) -> Tensor:
+        """Hidden states [B, T, D] => logits [B, T, V] of the next token."""
+        return self.head(hidden)
+
+
+class DiffusionModality(nn.Module):
+    """Continuous latents, cut into patches, with a diffusion loss.
+
+    Args:
+        latent_channels: Channels C of the codec's latents.
+        hidden_size: Width D of its tower.
+        config: Its patches and adapter.
+        diffusion: The objective.
+    """
+
+    normal = ()
+
+    def __init__(
+        self, latent_channels: int, hidden_size: int, config: ModalityConfig, diffusion: DiffusionConfig
+    ) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.patch_size = config.patch_size
+        self.adapter: LinearAdapter | UNetAdapter = (
+            LinearAdapter(latent_channels, hidden_size, config.patch_size)
+            if config.adapter == "linear"
+            else UNetAdapter(
+                latent_channels, hidden_size, config.patch_size, config.unet_channels, config.unet_num_layers
+            )
+        )
+        # Its last layer begins at zero: training starts from the mean prediction.
+        self.zero = (f"adapter.{self.adapter.last_layer}",)
+        # The model may be built on `meta`; the noise schedule is needed in numbers.
+        with torch.device("cpu"):
+            self.diffusion = Diffusion.from_config(diffusion)
+
+    def embed(self, given: LatentInput) -> tuple[Tensor, Any]:
+        """Latents => (hidden states [B, K * P, D], what `predict` needs beside them); clean ones are noised first."""
+        latents = given.latents
+        if given.noise is not None:
+            latents = self.diffusion.add_noise(latents, given.noise, given.timesteps)
+        tokens, kept = self.adapter.embed(latents.flatten(0, 1), given.timesteps.flatten())
+        return tokens.unflatten(0, latents.shape[:2]).flatten(1, 2), kept
+
+    def loss(self, hidden: Tensor, given: LatentInput, kept: Any, z_loss_weight: float) -> Terms:
+        """Hidden states [B, K * P, D] behind the last norm => squared errors of the prediction."""
+        assert given.noise is not None
+        assert given.mask is not None
+        prediction = self.predict(hidden, given, kept)
+        target = self.diffusion.target(given.latents, given.noise, given.timesteps)
+        losses = diffusion_losses(prediction, target, given.mask)
+        weight = self.diffusion.loss_weight(given.timesteps)
+        weighted = losses if weight is None else weight * losses
+        return Terms(weighted.sum(), losses.detach())
+
+    def predict(self, hidden: Tensor, given: LatentInput, kept: Any) -> Tensor:
+        """Hidden states [B, K * P, D] => the network's side of the diffusion loss [B, K, C, Y, X]."""
+        images = hidden.unflatten(1, (given.latents.shape[1], -1)).flatten(0, 1)
+        return self.adapter.predict(images, kept, *given.latents.shape[-2:]).view(given.latents.shape)
+
+
+Modality = TokenModality | DiffusionModality
