@@ -288,10 +288,12 @@ def test_an_image_that_cannot_be_opened_is_not_an_unreadable_image(tmp_path, pau
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("function", ["open", "preadv"])
 def test_a_failure_that_passes_leaves_no_trace(tars, monkeypatch, pauses, number, function):
-    """Of a system call, once in so many."""
+    """Of a system call on the files that are read, once in so many."""
     plain, calls = getattr(os, function), []
 
     def fails(*arguments, **keywords):
+        if function == "open" and Path(arguments[0]).suffix != ".tar":
+            return plain(*arguments, **keywords)
         calls.append(1)
         if len(calls) % 7 == 3:
             raise OSError(number, os.strerror(number))

@@ -134,7 +134,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "state begun": (StateWriter, "save"),
     "state written": (FileSystemWriter, "finish"),
     "before the renaming": (state, "put_in_place"),
-    "while syncing": (checkpoint, "_fsync"),
+    "while syncing": (checkpoint, "flush_to_disk"),
     "while removing": (checkpoint.shutil, "rmtree"),
 }
 
