@@ -19,6 +19,10 @@ from transfusion_mot.config_checks import check_ranges, explain
 from transfusion_mot.errors import UserError
 
 
+# The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
+TEXT = "text"
+
+
 @dataclass
 class SourceConfig:
     """One data source.
@@ -29,6 +33,7 @@ class SourceConfig:
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files). Texts: `text`
             (.txt, .jsonl or .parquet files). Documents of both: `interleaved` (.jsonl or .parquet files). `datasets` is
             a data set of the library `datasets`, of images if `image_column` is set, else of texts.
+        modality: What its media are, a key of `model.modalities`; not used by `text`.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
@@ -46,6 +51,7 @@ class SourceConfig:
     kind: Literal["openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved"] = (
         "openmoji"
     )
+    modality: str = "image"
     path: str | None = None
     weight: float = 1.0
     use: Literal["split", "train", "held_out"] = "split"
@@ -71,8 +77,8 @@ class DataConfig:
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
-        text_slots: Text slots T of a row.
-        images_per_row: Image slots K of a row; at least 2 where images have copies, see `image_context`.
+        slots: What a row holds of each modality: tokens (`next_token`), or images and the like (`diffusion`); of those at
+            least 2 where they have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
@@ -98,8 +104,7 @@ class DataConfig:
     random_flip: bool = False
     held_out_fraction: float = 0.05
     split_seed: int = 0
-    text_slots: int = 64
-    images_per_row: int = 4
+    slots: dict[str, int] = field(default_factory=lambda: {TEXT: 64, "image": 4})
     caption_first_prob: float = 0.8
     image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
@@ -121,8 +126,8 @@ class DataConfig:
 
     @property
     def max_caption_tokens(self) -> int:
-        """Longest caption that fits a row beside its BOS, BOI, EOI and EOS."""
-        return self.text_slots - 4
+        """Longest caption that fits a row beside the four special tokens of its document."""
+        return self.slots[TEXT] - 4
 
 
 @dataclass
@@ -140,11 +145,12 @@ class TokenizerConfig:
 
 
 @dataclass
-class AutoencoderConfig:
-    """The image autoencoder.
+class CodecConfig:
+    """What turns the media of a modality into latents or codes, and back.
 
     Attributes:
-        path: Name or local path of a diffusers `AutoencoderKL`.
+        path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of a tokenizer of images: `VQModel` of
+            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`).
         batch_size: Images encoded or decoded at a time.
     """
 
@@ -252,7 +258,7 @@ class ModelConfig:
 
 @dataclass
 class DiffusionConfig:
-    """The image objective, as a diffusers scheduler and a distribution of timesteps.
+    """The diffusion objective, as a diffusers scheduler and a distribution of timesteps.
 
     Attributes:
         scheduler: diffusers scheduler class that defines noise schedule and prediction type:
@@ -317,9 +323,8 @@ class TrainingConfig:
         num_steps: Optimizer steps.
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
-        diffusion_loss_weight: The papers' lambda: total = text + weight * diffusion.
-        z_loss_weight: Adds weight * log(Z)^2 to the gradient of the text loss, Z the sum of the exponentiated logits,
-            so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. The text loss in the log is without it.
+        z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
+            logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. The losses in the log are without it.
         frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
         seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of
@@ -357,7 +362,6 @@ class TrainingConfig:
     num_steps: int = 1000
     num_rows: int = 16
     microbatch_rows: int | None = None
-    diffusion_loss_weight: float = 5.0
     z_loss_weight: float = 0.0
     frozen_towers: list[str] = field(default_factory=list)
     ema_decay: float = 0.999
@@ -392,9 +396,9 @@ class RunConfig:
             the path of a saved training state.
         data: What is read and how it is laid out in rows.
         tokenizer: The text tokenizer.
-        autoencoder: The image autoencoder.
+        codecs: Of each modality but text, what turns media into latents or codes.
         model: The Mixture-of-Transformers.
-        diffusion: The image objective.
+        diffusion: The objective of the modalities with `objective: diffusion`.
         optimizer: The optimizer and its learning-rate schedule.
         training: The run.
     """
@@ -403,7 +407,7 @@ class RunConfig:
     resume: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    codecs: dict[str, CodecConfig] = field(default_factory=lambda: {"image": CodecConfig()})
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -483,6 +487,10 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
     # A list of sources takes the place of the one before; the parser would merge the two item by item.
     arguments = [part for word in arguments for part in _replacing(word)]
+    if issubclass(config_class, RunConfig):
+        # Otherwise the parser does not know the default modalities, of which an argument may change one key.
+        modalities = {name: dataclasses.asdict(modality) for name, modality in ModelConfig().modalities.items()}
+        arguments = [f"--model.modalities={json.dumps(modalities)}", *arguments]
     try:
         sections = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:

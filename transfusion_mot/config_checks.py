@@ -12,11 +12,8 @@ from transfusion_mot.errors import UserError
 # Smallest value of every key that has one; 0 is excluded where it would be meaningless.
 _AT_LEAST = {
     "data.image_size": 8,
-    "data.text_slots": 8,
-    "data.images_per_row": 1,
     "data.lookahead": 1,
     "data.num_workers": 0,
-    "autoencoder.batch_size": 1,
     "training.num_steps": 1,
     "training.num_rows": 1,
     "training.microbatch_rows": 1,
@@ -32,7 +29,6 @@ _AT_LEAST = {
     "training.watchdog_minutes": 0,
     "optimizer.warmup_steps": 0,
     "data.split_seed": 0,
-    "training.diffusion_loss_weight": 0,
     "training.z_loss_weight": 0,
     "optimizer.weight_decay": 0,
     "diffusion.guidance_scale": 0,
@@ -40,11 +36,24 @@ _AT_LEAST = {
     "model.num_heads": 1,
     "model.num_kv_heads": 1,
     "model.head_dim": 2,
-    "model.unet_num_layers": 1,
     "diffusion.num_inference_steps": 1,
     "tokenizer.vocab_size": 1,
     "num_steps": 1,
     "batch_size": 1,
+}
+# Keys of earlier versions, and where what they said stands now.
+_MOVED = {
+    "data.text_slots": "data.slots.text",
+    "data.images_per_row": "data.slots.image",
+    "training.diffusion_loss_weight": "model.modalities.image.loss_weight",
+    "model.patch_size": "model.modalities.image.patch_size",
+    "model.image_attention": "model.modalities.image.attention",
+    "model.image_adapter": "model.modalities.image.adapter",
+    "model.unet_channels": "model.modalities.image.unet_channels",
+    "model.unet_num_layers": "model.modalities.image.unet_num_layers",
+    "autoencoder": "codecs.image",
+    "autoencoder.path": "codecs.image.path",
+    "autoencoder.batch_size": "codecs.image.batch_size",
 }
 _SHARES = (
     "data.held_out_fraction",
@@ -92,16 +101,8 @@ def check_ranges(config: Any) -> None:
             "data.prompt_dropout_prob is 0, so that the model never sees what guidance leads away from, images without "
             "their prompts; set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0"
         )
-    if value("data.has_copies") and config.data.images_per_row < 2:
-        raise UserError(
-            f"configuration: data.images_per_row is {config.data.images_per_row}; with data.image_context=clean it "
-            "must be at least 2, for an image and its clean copy"
-        )
-    if value("data.has_copies") and value("model.image_attention") == "causal":
-        raise UserError(
-            "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
-            "model.image_attention is causal; set model.image_attention=bidirectional or data.image_context=noised"
-        )
+    if (modalities := value("model.modalities")) is not None:
+        _check_modalities(config, modalities)
     if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():
@@ -119,6 +120,43 @@ def check_ranges(config: Any) -> None:
             raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
 
 
+def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
+    """Refuse modalities without slots or codec, slots and codecs without modality, and numbers none can have."""
+    for section, needed in (("data.slots", set(modalities)), ("codecs", set(modalities) - {"text"})):
+        given = set(config.data.slots if section == "data.slots" else config.codecs)
+        if given != needed:
+            raise UserError(
+                f"configuration: {section} has {', '.join(sorted(given)) or 'nothing'}, and the modalities of "
+                f"model.modalities that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
+            )
+    for name, modality in modalities.items():
+        key, slots = f"data.slots.{name}", config.data.slots[name]
+        if slots < (smallest := 8 if name == "text" else 1):
+            raise UserError(f"configuration: {key} is {slots}; it must be at least {smallest}")
+        if not modality.loss_weight >= 0 or modality.unet_num_layers < 1:
+            key, least = (
+                ("unet_num_layers", 1) if modality.unet_num_layers < 1 else ("loss_weight", 0)
+            )
+            raise UserError(
+                f"configuration: model.modalities.{name}.{key} is {getattr(modality, key)}; it must be at least {least}"
+            )
+        if config.data.has_copies and modality.objective == "diffusion":
+            if slots < 2:
+                raise UserError(
+                    f"configuration: {key} is {slots}; with data.image_context=clean it must be at least 2, for an image "
+                    "and its clean copy"
+                )
+            if not modality.is_bidirectional:
+                raise UserError(
+                    "configuration: data.image_context is clean, which is for images whose patches all see each other, "
+                    f"and model.modalities.{name}.attention is causal; set it to bidirectional, or "
+                    "data.image_context=noised"
+                )
+    for name, codec in config.codecs.items():
+        if codec.batch_size < 1:
+            raise UserError(f"configuration: codecs.{name}.batch_size is {codec.batch_size}; it must be at least 1")
+
+
 def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
     sentence = " ".join(message.replace("Parser key ", "").split())
@@ -130,6 +168,10 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     else:
         files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
         return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
+    moved = {key: place for key, place in _MOVED.items() if unknown in (key, key.split(".")[-1])}
+    if moved:
+        ((key, place),) = list(moved.items())[:1]
+        return f"configuration: the key '{key}' is of an earlier version; write {place} instead"
     names = _key_names(config_class)
     if "." in unknown:
         near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)

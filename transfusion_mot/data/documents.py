@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from transfusion_mot.config import DataConfig
+from transfusion_mot.config import TEXT, DataConfig
 from transfusion_mot.data.images import UnreadableImage
-from transfusion_mot.data.layout import TEXT, Media, Segment
+from transfusion_mot.data.layout import Media, Segment
 from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
-
-TEXT = "text"
 
 
 @dataclass(frozen=True)

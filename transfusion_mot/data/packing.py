@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfusion_mot.config import DataConfig, ModelConfig
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig
 from transfusion_mot.data.batch import Rows
 from transfusion_mot.data.documents import Document, DocumentReader, Piece
 from transfusion_mot.data.lanes import LaneArray, LaneSizes, LaneState, Waiting
-from transfusion_mot.data.layout import TEXT
 from transfusion_mot.data.mixture import Pool, Sources, counter
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
 from transfusion_mot.data.row_arrays import Row, RowArrays, RowShape

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfusion_mot.config import DataConfig, ModelConfig
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig
 from transfusion_mot.data.batch import Batch, Rows
 from transfusion_mot.data.documents import LatentMedia, Piece
-from transfusion_mot.data.layout import TEXT, LatentSpan, Media, lay_out
+from transfusion_mot.data.layout import LatentSpan, Media, lay_out
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX

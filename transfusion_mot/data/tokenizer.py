@@ -3,40 +3,46 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import refuse_missing_path
 
-BOS, EOS, PAD, BOI, EOI = "<bos>", "<eos>", "<pad>", "<boi>", "<eoi>"
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 _NUM_BYTES = 256
 
 
 class TextTokenizer:
     """A Hugging Face tokenizer with the special tokens that documents need.
 
-    The begin- and end-of-image tokens are added to it behind its largest id, as are begin of text, end of text and
+    The begin and end tokens of each modality are added behind its largest id, as are begin of text, end of text and
     padding where it has none; existing ids stay what they are.
+
+    Args:
+        hf: The tokenizer to wrap.
+        modalities: Those of the model; text, which needs no delimiters, may be among them.
 
     Attributes:
         hf: The wrapped tokenizer.
         bos_id, eos_id: Begin and end of a document.
-        boi_id, eoi_id: Begin and end of an image.
+        begin_ids, end_ids: Begin and end token of each modality but text.
         pad_id: Filler of unused text slots.
         special_ids: All that stand for no text, in order.
         vocab_size: One more than the largest id.
         fingerprint: Hash of everything that decides the ids.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+    def __init__(self, hf: PreTrainedTokenizerFast, modalities: Sequence[str]) -> None:
         self.hf = hf
+        delimiters = delimiters_of(modalities)
         # The tokenizer of a run or snapshot keeps the ids that its model was trained with.
-        if BOI not in hf.get_vocab():
+        if not set(delimiters) <= set(hf.get_vocab()):
             _fill_unused_ids(hf)
         missing = {
             role: _special(name)
@@ -45,15 +51,16 @@ class TextTokenizer:
         }
         if missing:
             hf.add_special_tokens(missing)
-        hf.add_tokens([_special(BOI), _special(EOI)], special_tokens=True)
+        hf.add_tokens([_special(name) for name in delimiters], special_tokens=True)
         self.bos_id: int = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
         self.pad_id: int = hf.pad_token_id
-        self.boi_id: int = hf.convert_tokens_to_ids(BOI)
-        self.eoi_id: int = hf.convert_tokens_to_ids(EOI)
+        media = [name for name in modalities if name != TEXT]
+        self.begin_ids: dict[str, int] = {name: hf.convert_tokens_to_ids(_begin(name)) for name in media}
+        self.end_ids: dict[str, int] = {name: hf.convert_tokens_to_ids(_end(name)) for name in media}
         self.special_ids = sorted(number for number, token in hf.added_tokens_decoder.items() if token.special)
         self.vocab_size = max(hf.get_vocab().values()) + 1
-        special_ids = [self.bos_id, self.eos_id, self.pad_id, self.boi_id, self.eoi_id]
+        special_ids = [self.bos_id, self.eos_id, self.pad_id, *self.begin_ids.values(), *self.end_ids.values()]
         content = hf.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(f"{content} {special_ids}".encode()).hexdigest()[:16]
         # Its own call takes three times as long as the encoding of a caption.
@@ -63,7 +70,7 @@ class TextTokenizer:
         self._encoder.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens: a "<boi>" that somebody types is five characters, not a command."""
+        """Ids of a text, without special tokens: a "<bos>" that somebody types is five characters, not a command."""
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -75,18 +82,19 @@ class TextTokenizer:
         self.hf.save_pretrained(path)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, modalities: Sequence[str]) -> TextTokenizer:
     """Train a byte-level BPE: every Unicode text is encoded and decoded without loss.
 
     Args:
         texts: What the merges are learnt from.
-        vocab_size: Number of ids, of which 256 are bytes and 5 special tokens; fewer come out if `texts` have fewer
-            distinct words.
+        vocab_size: Number of ids, of which 256 are bytes, 3 special tokens, and 2 delimiters of each modality but text;
+            fewer come out if `texts` have fewer distinct words.
+        modalities: Those of the model.
 
     Raises:
         UserError: `vocab_size` has no room for the bytes and the special tokens.
     """
-    special_tokens = [PAD, BOS, EOS, BOI, EOI]
+    special_tokens = [PAD, BOS, EOS, *delimiters_of(modalities)]
     smallest = _NUM_BYTES + len(special_tokens)
     if vocab_size < smallest:
         raise UserError(f"tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
@@ -101,11 +109,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD),
+        modalities,
     )
 
 
-def load_tokenizer(path_or_name: str) -> TextTokenizer:
+def load_tokenizer(path_or_name: str, modalities: Sequence[str]) -> TextTokenizer:
     """Load a tokenizer from a folder or, by name, from the Hugging Face hub.
 
     Raises:
@@ -121,7 +130,20 @@ def load_tokenizer(path_or_name: str) -> TextTokenizer:
         ) from None
     if not hf.is_fast:
         raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
-    return TextTokenizer(hf)
+    return TextTokenizer(hf, modalities)
+
+
+def delimiters_of(modalities: Sequence[str]) -> list[str]:
+    """The begin and end token of each modality but text, which has none."""
+    return [token for name in modalities if name != TEXT for token in (_begin(name), _end(name))]
+
+
+def _begin(modality: str) -> str:
+    return f"<begin_of_{modality}>"
+
+
+def _end(modality: str) -> str:
+    return f"<end_of_{modality}>"
 
 
 def _special(name: str) -> AddedToken:

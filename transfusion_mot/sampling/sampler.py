@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
-from transfusion_mot.data.layout import TEXT, LatentSpan, Media, TokenRun, lay_out
+from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance

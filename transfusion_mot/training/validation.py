@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.layout import TEXT
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
