@@ -40,7 +40,9 @@ def configuration(tmp_path: Path, random_vae: Path, monkeypatch) -> Path:
     codec = VQModel(**blocks, block_out_channels=(8, 8, 8), latent_channels=4, num_vq_embeddings=24, norm_num_groups=4)
     codec.save_pretrained(tmp_path / "vq-sketches")
     text = shown().replace("checkpoints/vae-emoji", str(random_vae))
-    sections: dict[str, dict[str, Any]] = yaml.safe_load(re.sub(r"\b(photos|sketches|vq-sketches)(?=})", rf"{tmp_path}/\1", text))
+    sections: dict[str, dict[str, Any]] = yaml.safe_load(
+        re.sub(r"\b(photos|sketches|vq-sketches)(?=})", rf"{tmp_path}/\1", text)
+    )
     sections["data"] |= {"image_size": 32, "held_out_fraction": 0.2, "num_workers": 0, "cache_dir": f"{tmp_path}/cache"}
     sections["model"] |= {"num_layers": 1, "num_heads": 2, "head_dim": 16}
     sections["tokenizer"] = {"vocab_size": 300}
@@ -69,6 +71,7 @@ def test_what_is_shown_is_trained_saved_and_sampled(configuration: Path, tmp_pat
     assert any("validation/sketch_loss" in line for line in lines)
     pipeline = TransfusionPipeline.from_pretrained(tmp_path / "run" / "snapshots" / "step-0000003")
     assert set(pipeline.transformer.modalities) == {"text", "image", "sketch"}
-    assert "<begin_of_sketch>" in json.loads((tmp_path / "run/snapshots/step-0000003/tokenizer/tokenizer.json").read_text())[
-        "model"
-    ]["vocab"]
+    assert (
+        "<begin_of_sketch>"
+        in json.loads((tmp_path / "run/snapshots/step-0000003/tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    )

@@ -8,7 +8,15 @@ import pytest
 import torch
 import yaml
 
-from transfusion_mot.config import AutoencoderTrainingConfig, ModelConfig, RunConfig, parse_config, save_config, to_dict
+from transfusion_mot.config import (
+    AutoencoderTrainingConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    parse_config,
+    save_config,
+    to_dict,
+)
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
@@ -19,6 +27,11 @@ CONFIGS = sorted(
     for path in (ROOT / "configs").rglob("*.yaml")
     if path.parent.name not in ("accelerate", "eval")
 )
+
+
+MODALITIES = "{text: {tower: text}, speech: {tower: text}}"
+SLOTS = "{text: 32, speech: 16}"
+CODECS = "{speech: {path: units}}"
 
 
 def parse(*arguments: str) -> RunConfig:
@@ -97,7 +110,7 @@ def test_saved_configuration_comes_back(tmp_path: Path) -> None:
         "training.tracker=null",
         "optimizer.lr=1e-5",
         "model.towers={shared: {hidden_size: 8, intermediate_size: 16}}",
-        "model.modalities={text: shared, image: shared}",
+        "model.modalities={text: {tower: shared}, image: {tower: shared, objective: diffusion}}",
         "data.sources=[{kind: text, path: 'x: y'}]",
     )
     save_config(config, tmp_path / "config.yaml")
@@ -116,6 +129,7 @@ def test_saved_configuration_comes_back(tmp_path: Path) -> None:
         ("--model.num_layer=3", ("model.num_layer", "model.num_layers")),
         ("model.towers={text: {hidden: 3}}", ("hidden", "model.towers.hidden_size")),
         ("data.sources=[{kind: openmoji, pat: x}]", ("pat", "data.sources.path")),
+        ("model.modalities.image.patch_sise=1", ("model.modalities.image.patch_sise", "patch_size")),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest(argument: str, named: tuple[str, str]) -> None:
@@ -163,6 +177,11 @@ def test_wrong_type_is_refused_with_key_value_and_what_is_expected(argument: str
         ("model.norm_eps=-1", "above 0"),
         ("optimizer.lr=.nan", "above 0"),
         ("training.max_minutes=.nan", "at least 0"),
+        ("data.slots.text=7", "at least 8"),
+        ("data.slots.image=0", "at least 1"),
+        ("codecs.image.batch_size=0", "at least 1"),
+        ("model.modalities.image.loss_weight=-1", "at least 0"),
+        ("model.modalities.image.unet_num_layers=0", "at least 1"),
     ],
 )
 def test_number_that_no_run_can_have_is_refused(argument: str, needed: str) -> None:
@@ -176,6 +195,54 @@ def test_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> 
     file = tmp_path / "run.yaml"
     file.write_text(text)
     assert "config" in refusal("--config", str(file))
+
+
+def test_one_key_of_a_modality_is_changed_with_a_file_and_without(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model:\n  modalities: {MODALITIES}\ndata:\n  slots: {SLOTS}\ncodecs: {CODECS}\n")
+    plain = ModelConfig().modalities
+    alone = parse("model.modalities.image.patch_size=1", "data.slots.image=3", "codecs.image.path=x")
+    assert alone.model.modalities == {**plain, "image": dataclasses.replace(plain["image"], patch_size=1)}
+    assert (alone.data.slots, alone.codecs["image"].path) == ({"text": 64, "image": 3}, "x")
+    config = parse("--config", str(file), "model.modalities.speech.loss_weight=2", "data.slots.speech=9")
+    assert list(config.model.modalities) == ["text", "speech"], "a mapping of a file takes the place of the default"
+    assert config.model.modalities["speech"].loss_weight == 2
+    assert config.data.slots == {"text": 32, "speech": 9}
+    assert config.codecs["speech"].path == "units"
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({"data.slots": "{text: 32}"}, "data.slots has text, and the modalities"),
+        ({"codecs": "{}"}, "codecs has nothing, and the modalities"),
+        ({"codecs": "{speech: {path: x}, image: {path: y}}"}, "codecs has speech, image, and the modalities"),
+    ],
+)
+def test_each_modality_has_its_slots_and_its_codec(changed: dict[str, str], missing: str) -> None:
+    whole = {"model.modalities": MODALITIES, "data.slots": SLOTS, "codecs": CODECS}
+    parse(*(f"{key}={value}" for key, value in whole.items()))
+    message = refusal(*(f"{key}={value}" for key, value in (whole | changed).items()))
+    assert missing in message
+    assert "give each its own entry" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data.text_slots=48", "data.slots.text"),
+        ("training.diffusion_loss_weight=5", "model.modalities.image.loss_weight"),
+        ("model.image_attention=causal", "model.modalities.image.attention"),
+        ("autoencoder.path=x", "codecs.image.path"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    key, value = old.split("=")
+    section, name = key.split(".")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{section}:\n  {name}: {value}\n")
+    assert f"write {new} instead" in refusal(old)
+    assert f"write {new.removesuffix('.path')}" in refusal("--config", str(file))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -204,7 +271,8 @@ def test_config_file_parses_and_its_model_can_be_built(path: Path) -> None:
         return
     config = parse(*arguments)
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+        sizes = {name: config.tokenizer.vocab_size if name == "text" else 4 for name in config.model.modalities}
+        model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
     make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args)
 
@@ -212,7 +280,7 @@ def test_config_file_parses_and_its_model_can_be_built(path: Path) -> None:
 def test_model_section_is_what_a_model_keeps() -> None:
     config = ModelConfig(num_layers=1)
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(10, 4, config)
+        model = TransfusionMoT.from_sections({"text": 10, "image": 4}, config, DiffusionConfig())
     assert model.architecture == config
     assert to_dict(model.architecture) == to_dict(config)
 

@@ -122,39 +122,34 @@ def check_ranges(config: Any) -> None:
 
 def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     """Refuse modalities without slots or codec, slots and codecs without modality, and numbers none can have."""
-    for section, needed in (("data.slots", set(modalities)), ("codecs", set(modalities) - {"text"})):
-        given = set(config.data.slots if section == "data.slots" else config.codecs)
-        if given != needed:
+    for section, given, needed in (
+        ("data.slots", config.data.slots, set(modalities)),
+        ("codecs", config.codecs, set(modalities) - {"text"}),
+    ):
+        if set(given) != needed:
             raise UserError(
-                f"configuration: {section} has {', '.join(sorted(given)) or 'nothing'}, and the modalities of "
-                f"model.modalities that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
+                f"configuration: {section} has {', '.join(given) or 'nothing'}, and the modalities of model.modalities "
+                f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
             )
+    least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
+    least |= {f"codecs.{name}.batch_size": (codec.batch_size, 1) for name, codec in config.codecs.items()}
     for name, modality in modalities.items():
-        key, slots = f"data.slots.{name}", config.data.slots[name]
-        if slots < (smallest := 8 if name == "text" else 1):
-            raise UserError(f"configuration: {key} is {slots}; it must be at least {smallest}")
-        if not modality.loss_weight >= 0 or modality.unet_num_layers < 1:
-            key, least = (
-                ("unet_num_layers", 1) if modality.unet_num_layers < 1 else ("loss_weight", 0)
-            )
+        least[f"model.modalities.{name}.loss_weight"] = modality.loss_weight, 0
+        least[f"model.modalities.{name}.unet_num_layers"] = modality.unet_num_layers, 1
+    for key, (number, smallest) in least.items():
+        if not number >= smallest:
+            raise UserError(f"configuration: {key} is {number}; it must be at least {smallest}")
+    for name in (name for name, modality in modalities.items() if modality.objective == "diffusion"):
+        if config.data.has_copies and config.data.slots[name] < 2:
             raise UserError(
-                f"configuration: model.modalities.{name}.{key} is {getattr(modality, key)}; it must be at least {least}"
+                f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must be "
+                "at least 2, for an image and its clean copy"
             )
-        if config.data.has_copies and modality.objective == "diffusion":
-            if slots < 2:
-                raise UserError(
-                    f"configuration: {key} is {slots}; with data.image_context=clean it must be at least 2, for an image "
-                    "and its clean copy"
-                )
-            if not modality.is_bidirectional:
-                raise UserError(
-                    "configuration: data.image_context is clean, which is for images whose patches all see each other, "
-                    f"and model.modalities.{name}.attention is causal; set it to bidirectional, or "
-                    "data.image_context=noised"
-                )
-    for name, codec in config.codecs.items():
-        if codec.batch_size < 1:
-            raise UserError(f"configuration: codecs.{name}.batch_size is {codec.batch_size}; it must be at least 1")
+        if config.data.has_copies and not modalities[name].is_bidirectional:
+            raise UserError(
+                "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
+                f"model.modalities.{name}.attention is causal; set it to bidirectional, or data.image_context=noised"
+            )
 
 
 def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
@@ -168,10 +163,10 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     else:
         files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
         return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
-    moved = {key: place for key, place in _MOVED.items() if unknown in (key, key.split(".")[-1])}
-    if moved:
-        ((key, place),) = list(moved.items())[:1]
-        return f"configuration: the key '{key}' is of an earlier version; write {place} instead"
+    for key, place in _MOVED.items():
+        # A name from a file comes without its section.
+        if unknown in (key, key.split(".")[-1]):
+            return f"configuration: the key '{key}' is of an earlier version; write {place} instead"
     names = _key_names(config_class)
     if "." in unknown:
         near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
