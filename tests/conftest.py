@@ -25,10 +25,11 @@ from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.autoencoder import Autoencoder, set_normalisation
-from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.config import TEXT, ModelConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Source, Sources
+from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -180,10 +181,13 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> None:
 
 
 class ArrayImages:
-    """Captioned images whose latents lie in memory: what a source holds, and its latent cache.
+    """Captioned images whose latents lie in memory: what a source holds, and what is encoded of it.
 
     A caption of several lines is several captions.
     """
+
+    kind = "latents"
+    is_paired = True
 
     def __init__(
         self,
@@ -192,19 +196,24 @@ class ArrayImages:
         std: np.ndarray,
         buckets: list[int] | None = None,
         name: str = "images",
+        modality: str = "image",
     ) -> None:
         self.name, self.fingerprint, self.skipped = name, "", {}
-        self.captions_fingerprint = "|".join(captions)
+        self.documents_fingerprint = "|".join(captions)
         self.stamps = np.zeros((len(captions), 2), dtype=np.uint64)
         self.buckets = np.array(buckets or [0] * len(captions), dtype=np.int16)
         self.readable = np.ones(len(captions), dtype=np.bool_)
         self.all_captions, self.mean, self.std = captions, mean, std
+        self.modality, self.modalities, self.media = modality, (TEXT, modality), {modality: self}
 
     def __len__(self) -> int:
         return len(self.all_captions)
 
     def captions(self, index: int) -> list[str]:
         return self.all_captions[index].split("\n")
+
+    def document(self, index: int) -> list[Text | MediaItem]:
+        return [Text(self.captions(index)), MediaItem(self.modality, index)]
 
     def content(self, index: int) -> bytes:
         raise NotImplementedError
@@ -221,41 +230,54 @@ class ArrayImages:
 
 
 def numbered_images(
-    captions: list[str], first: int = 0, side: int = 4, weight: float = 1.0, buckets: list[int] | None = None
+    captions: list[str],
+    first: int = 0,
+    side: int = 4,
+    weight: float = 1.0,
+    buckets: list[int] | None = None,
+    modality: str = "image",
 ) -> Source:
     """Image i of the source has latents that are all i + `first`, and no spread."""
     values = np.arange(first, first + len(captions), dtype=np.float16)
     mean = np.broadcast_to(values[:, None, None, None], (len(captions), CHANNELS, side, side))
-    images = ArrayImages(captions, mean, np.zeros_like(mean), buckets, name=f"images from {first}")
-    return Source(images, weight, images)
+    images = ArrayImages(captions, mean, np.zeros_like(mean), buckets, f"images from {first}", modality)
+    return Source(images, weight, {modality: images})
 
 
 class ListTexts:
     """Texts in memory."""
 
+    is_paired = False
+
     def __init__(self, texts: list[str], name: str = "texts") -> None:
-        self.name, self.fingerprint, self.skipped = name, "|".join(texts), {}
+        self.name, self.documents_fingerprint, self.skipped = name, "|".join(texts), {}
+        self.modalities, self.media = (TEXT,), {}
         self.texts = texts
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def text(self, index: int) -> str:
-        return self.texts[index]
+    def document(self, index: int) -> list[Text | MediaItem]:
+        return [Text([self.texts[index]])]
 
 
 class ListDocuments:
     """Interleaved documents in memory; numbers are images of `images`."""
 
+    is_paired = False
+
     def __init__(self, documents: list[list[str | int]], images: ArrayImages) -> None:
-        self.name, self.fingerprint, self.skipped = "documents", str(documents), {}
-        self.documents, self.images = documents, images
+        self.name, self.documents_fingerprint, self.skipped = "documents", str(documents), {}
+        self.documents, self.media, self.modalities = documents, images.media, images.modalities
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def segments(self, index: int) -> list[str | int]:
-        return self.documents[index]
+    def document(self, index: int) -> list[Text | MediaItem]:
+        (modality,) = self.media
+        return [
+            Text([item]) if isinstance(item, str) else MediaItem(modality, item) for item in self.documents[index]
+        ]
 
 
 def texts_of(texts: list[str], weight: float = 1.0) -> Source:
@@ -266,19 +288,19 @@ def texts_of(texts: list[str], weight: float = 1.0) -> Source:
 def documents_of(documents: list[list[str | int]], weight: float = 1.0, side: int = 4) -> Source:
     """A source of interleaved documents, whose image i has latents that are all i."""
     count = 1 + max((item for document in documents for item in document if isinstance(item, int)), default=0)
-    images = numbered_images([""] * count, side=side).images
-    return Source(ListDocuments(documents, images), weight, images)
+    images = numbered_images([""] * count, side=side).documents
+    return Source(ListDocuments(documents, images), weight, dict(images.media))
 
 
 def sources_of(*sources: Source, side: int = 4) -> Sources:
     """Sources of square latents."""
-    return Sources(list(sources), [(CHANNELS, side, side)])
+    return Sources(list(sources), {"image": [(CHANNELS, side, side)]})
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> TextTokenizer:
     """Without merges: a text of n ASCII characters has n tokens."""
-    return train_tokenizer(["a"], 261)
+    return train_tokenizer(["a"], 261, (TEXT, "image"))
 
 
 @pytest.fixture(scope="session")
