@@ -18,7 +18,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transfusion_mot.config_checks import check_ranges, explain
 from transfusion_mot.errors import UserError
 
-
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -77,8 +76,8 @@ class DataConfig:
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
-        slots: What a row holds of each modality: tokens (`next_token`), or images and the like (`diffusion`); of those at
-            least 2 where they have copies, see `image_context`.
+        slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), of which at least 2 where
+            they have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
@@ -324,7 +323,7 @@ class TrainingConfig:
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
-            logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. The losses in the log are without it.
+            logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Losses in the log are without it.
         frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
         seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of

@@ -142,8 +142,8 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for name in (name for name, modality in modalities.items() if modality.objective == "diffusion"):
         if config.data.has_copies and config.data.slots[name] < 2:
             raise UserError(
-                f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must be "
-                "at least 2, for an image and its clean copy"
+                f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must "
+                "be at least 2, for an image and its clean copy"
             )
         if config.data.has_copies and not modalities[name].is_bidirectional:
             raise UserError(
