@@ -1,4 +1,4 @@
-"""A new modality is an entry in the configuration and a codec: what docs/architecture.md shows is trained and sampled."""
+"""A new modality is an entry in the configuration and a codec: what docs/architecture.md shows is trained."""
 
 import json
 import re

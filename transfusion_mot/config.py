@@ -76,8 +76,8 @@ class DataConfig:
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
-        slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), of which at least 2 where
-            they have copies, see `image_context`.
+        slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), at least 2 of them
+            where they have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
