@@ -41,7 +41,7 @@ def configuration(tmp_path: Path, random_vae: Path, monkeypatch) -> Path:
     codec.save_pretrained(tmp_path / "vq-sketches")
     text = shown().replace("checkpoints/vae-emoji", str(random_vae))
     sections: dict[str, dict[str, Any]] = yaml.safe_load(
-        re.sub(r"\b(photos|sketches|vq-sketches)(?=})", rf"{tmp_path}/\1", text)
+        re.sub(r"\b(photos|vq-sketches|sketches)(?=[,}])", rf"{tmp_path}/\1", text)
     )
     sections["data"] |= {"image_size": 32, "held_out_fraction": 0.2, "num_workers": 0, "cache_dir": f"{tmp_path}/cache"}
     sections["model"] |= {"num_layers": 1, "num_heads": 2, "head_dim": 16}
