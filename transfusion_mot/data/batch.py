@@ -130,7 +130,7 @@ class Rows:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
         """The rows that `tensors` came from."""
         batch = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MEDIA)}
-        media = {name.removeprefix(_MEDIA): tensors[name] for name in tensors.keys() - batch.keys()}
+        media = {name.removeprefix(_MEDIA): tensor for name, tensor in tensors.items() if name.startswith(_MEDIA)}
         return cls(Batch.from_tensors(batch), media)
 
     def to(self, device: torch.device) -> Self:

@@ -4,18 +4,17 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from transfusion_mot.config import TEXT, DataConfig
-from transfusion_mot.data.images import UnreadableImage
+from transfusion_mot.data.images import ImageArray, UnreadableImage
 from transfusion_mot.data.layout import Media, Segment
 from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
-
 
 _logger = logging.getLogger(__name__)
 # Unreadable media of a source that a process names; all are counted.
@@ -32,13 +31,13 @@ class LatentMedia:
         index: In the media of the source.
         flipped: Whether they are mirrored.
         max_timestep: Highest timestep they are noised to.
-        raw: `uint8 [H, W, 3]` where they are encoded on the device, else None.
+        pixels: `uint8 [H, W, 3]` where they are encoded on the device, else None.
     """
 
     index: int
     flipped: bool
     max_timestep: float
-    raw: Any
+    pixels: ImageArray | None
 
 
 class Piece(NamedTuple):
@@ -71,7 +70,7 @@ class Document:
         stream: Modality of its tokens outside of media.
         caption_cut: Whether its caption was longer than a row.
         unreadable: Media of it that cannot be read, and so are left out.
-        too_long: Media of it that are longer than a row, and so are left out.
+        too_long: Codes of it that are longer than a row, and so are left out.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -148,12 +147,12 @@ class DocumentReader:
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
         """A document; what is drawn about its layout comes from `rng`."""
-        items = source.items(index)
-        if source.is_paired:
+        items = source.documents.document(index)
+        if source.documents.is_paired:
             return self._paired(source, items, rng)
-        if len(items) == 1 and isinstance(items[0], MediaItem) and source.stream != TEXT:
-            return self._codes_alone(source, items[0])
-        return self._in_reading_order(source, items, rng)
+        if source.stream in (None, TEXT):
+            return self._in_reading_order(source, items, rng)
+        return self._codes_alone(source, items)
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """Text and media of one thing, in an order that is drawn."""
@@ -164,8 +163,7 @@ class DocumentReader:
         wanted = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
-        document = Document()
-        media: list[Media] = []
+        document, media = Document(), list[Media]()
         for place, item in enumerate(wanted):
             is_read = not caption_first or place < len(wanted) - 1
             # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
@@ -179,15 +177,17 @@ class DocumentReader:
             return document
         captions = next(item.choices for item in items if isinstance(item, Text))
         caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
-        document.caption_cut = len(caption) > config.max_caption_tokens
-        caption = caption[: config.max_caption_tokens]
+        # Begin and end token of each further one.
+        most = config.max_caption_tokens - 2 * (len(media) - 1)
+        document.caption_cut = len(caption) > most
+        caption = caption[:most]
         if not caption_first:
             document.segments = [[bos], *media, [*caption, eos]]
             return document
         # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
         # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
         last = media[-1]
-        is_hidden = config.has_copies and isinstance(last, Media) and not last.is_codes
+        is_hidden = config.has_copies and not last.is_codes and not last.copied
         document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
         return document
 
@@ -209,18 +209,24 @@ class DocumentReader:
             else:
                 segments += [text, part] if text else [part]
                 text = []
-        if segments or len(text) > 1:
+        if readable:
             document.segments = [*segments, [*text, self.tokenizer.eos_id]]
         return document
 
-    def _codes_alone(self, source: Source, item: MediaItem) -> Document:
+    def _codes_alone(self, source: Source, items: list[Text | MediaItem]) -> Document:
         """Codes that no text belongs to: they fill what is left of their stream, as texts do."""
-        return Document([source.encoded[item.modality].span(item.index, False)], stream=item.modality)
+        (item,) = items
+        assert isinstance(item, MediaItem)
+        encoded = source.encoded[item.modality]
+        assert encoded.kind == "codes"
+        if not encoded.readable[item.index]:
+            return Document(stream=item.modality, unreadable=1)
+        return Document([encoded.span(item.index)], stream=item.modality)
 
     def _media(
         self, source: Source, item: MediaItem, flipped: bool, max_timestep: float, copied: bool, document: Document
     ) -> list[Media]:
-        """Media, or none if they cannot be decoded or are longer than a row; the document counts those.
+        """Media, or none if they cannot be decoded or their codes are longer than a row; the document counts those.
 
         Raises:
             UserError: The system fails to read them.
@@ -229,13 +235,13 @@ class DocumentReader:
         encoded = source.encoded.get(item.modality)
         if encoded is None:
             try:
-                raw = source.documents.media[item.modality].read(item.index)
+                pixels = source.documents.media[item.modality].image(item.index)
             except UnreadableImage as error:
-                self._name(source.documents.name, str(error))
+                self._name(source.documents.name, item.modality, str(error))
                 document.unreadable += 1
                 return []
-            raw = raw[:, ::-1] if flipped else raw
-            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, raw), copied)]
+            pixels = pixels[:, ::-1] if flipped else pixels
+            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, pixels), copied)]
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return []
@@ -247,10 +253,10 @@ class DocumentReader:
             return []
         return [media]
 
-    def _name(self, source: str, problem: str) -> None:
+    def _name(self, source: str, modality: str, problem: str) -> None:
         """Log that media cannot be read, once: they come again in every epoch."""
         named = self._named.setdefault(source, set())
         if problem not in named and len(named) < _NUM_NAMED:
             named.add(problem)
             more = "; more of this source are counted only" if len(named) == _NUM_NAMED else ""
-            _logger.warning("%s: skipped what cannot be read: %s%s", source, problem, more)
+            _logger.warning("%s: skipped an unreadable %s: %s%s", source, modality, problem, more)

@@ -102,12 +102,13 @@ class LaneLoader:
         first_step: The step to begin with.
         num_steps: The step to end before.
         device: Where batches go, without the host waiting for the copy.
-        encoder: Encodes images there, unless their latents are cached.
+        encoder: Encodes media there, unless their latents are cached.
     """
 
     def __init__(
         self,
         packer: Packer,
+        *,
         rank: int,
         world_size: int,
         num_workers: int,

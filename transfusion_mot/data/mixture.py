@@ -6,28 +6,54 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from transfusion_mot.autoencoder import Autoencoder
-from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
-from transfusion_mot.data.latents import LatentCache, cached_latents
-from transfusion_mot.data.sources.base import (
-    CaptionedImages,
-    ImageSet,
-    InterleavedDocuments,
-    Split,
-    TextDocuments,
-    counted,
-)
-from transfusion_mot.data.sources.open import open_source
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
+from transfusion_mot.data import latents
+from transfusion_mot.data.sources.base import CaptionedImages, Documents, MediaItem, Split, Text, counted
+from transfusion_mot.data.sources.open import has_media, open_source
 from transfusion_mot.errors import UserError
 
 # A vocabulary of some ten thousand merges is settled long before.
 _NUM_TOKENIZER_DOCUMENTS = 1_000_000
+
+
+class EncodedLatents(Protocol):
+    """Media of a source as latents.
+
+    Attributes:
+        kind: `latents`.
+        readable: [N] False where they could not be decoded, and have no latents.
+        skipped: What was left out: reason to count.
+    """
+
+    kind: Literal["latents"]
+    readable: NDArray[np.bool_]
+    skipped: dict[str, int]
+
+    def posterior(self, index: int, flipped: bool = False) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Mean and standard deviation [C, Y, X] of readable media, or of their mirror image."""
+        ...
+
+
+class EncodedCodes(Protocol):
+    """Media of a source as codes; attributes as of `EncodedLatents`."""
+
+    kind: Literal["codes"]
+    readable: NDArray[np.bool_]
+    skipped: dict[str, int]
+
+    def span(self, index: int, flipped: bool = False) -> list[int]:
+        """`start`, the codes and `end` of readable media, or of their mirror image."""
+        ...
+
+
+EncodedMedia = EncodedLatents | EncodedCodes
 
 
 @dataclass(frozen=True)
@@ -44,30 +70,19 @@ class Source:
     weight: float = 1.0
     encoded: dict[str, EncodedMedia] = dataclasses.field(default_factory=dict)
 
-    # Kept, because to ask a protocol about every document takes as long as reading one.
-    @cached_property
-    def is_paired(self) -> bool:
-        """Whether text and media of a document are of one thing and have no order of their own."""
-        return isinstance(self.documents, CaptionedMedia)
-
     @cached_property
     def stream(self) -> str | None:
-        """The modality of tokens that its documents fill, where they are of one alone; None where they are mixed."""
-        if isinstance(self.documents, TextDocuments):
-            return TEXT
-        if isinstance(self.documents, MediaAlone):
-            (modality,) = self.documents.media
-            return modality
-        return None
-
-    def items(self, index: int) -> list[Text | MediaItem]:
-        """Text and media of a document."""
-        return self.documents.items(index)
+        """The modality of tokens that its documents fill, where they are of it alone; None where they are mixed."""
+        if len(self.documents.modalities) != 1:
+            return None
+        (name,) = self.documents.modalities
+        is_codes = name in self.encoded and self.encoded[name].kind == "codes"
+        return name if name == TEXT or is_codes else None
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The documents of a source whose images have the same size; or all documents of a source of text.
+    """The documents of a source whose latents have the same size; or all documents of a source of one stream.
 
     Attributes:
         source: Index of the source.
@@ -87,15 +102,17 @@ class Pool:
 class Sources:
     """What rows are filled from, or what is held out of it.
 
-    Image slots are filled with documents of the sources that have images, each the next one with a chance in proportion
-    to its weight; text slots left over with texts, chosen likewise among the sources of text. How much of a row is text
-    is decided by its numbers of slots, and so a weight compares sources of the same one of these two kinds.
+    Rows take documents of the sources that have media, each the next one with a chance in proportion to its weight.
+    Slots left over of a modality of tokens are filled with documents of that modality alone, such as texts, chosen
+    likewise among their sources. How much of a row that is follows from its slots, and so a weight compares sources of
+    the same kind.
 
     A bucket is used for a share of the steps that lets all documents of a source come with the same frequency.
+    Documents without latents are in the most usual bucket of their source.
 
     Args:
-        sources: To fill rows, at least one must have images.
-        latent_shapes: [C, Y, X] of every bucket.
+        sources: To fill rows, at least one must have media.
+        latent_shapes: [C, Y, X] of every bucket, of each modality of latents.
         all_documents: Whether pools hold the captioned images, too, that a cache knows to be unreadable, and which are
             dropped when they come up. They do where images are encoded while training, and nothing is known of them: so
             what lanes remember means the same with a cache and without.
@@ -104,14 +121,17 @@ class Sources:
         names: Of the sources, the last part of their paths: a run may go on where the data lies elsewhere. A second one
             of the same name is numbered.
         pools: Of all sources.
-        image_pools: Indices of the pools of every bucket.
-        text_pools: Indices of the pools of text.
+        media_pools: Indices of the pools of every bucket.
+        stream_pools: Indices of the pools of documents of one modality of tokens alone, by modality.
         shares: Share of each pool among those of its kind.
         bucket_shares: Chance of each bucket.
     """
 
     def __init__(
-        self, sources: list[Source], latent_shapes: list[tuple[int, int, int]], all_documents: bool = False
+        self,
+        sources: list[Source],
+        latent_shapes: dict[str, list[tuple[int, int, int]]],
+        all_documents: bool = False,
     ) -> None:
         self.sources = sources
         self.latent_shapes = latent_shapes
@@ -121,25 +141,26 @@ class Sources:
             self.names.append(f"{name} #{same + 1}" if same else name)
         self.pools: list[Pool] = []
         self.shares: list[float] = []
-        self.text_pools: list[int] = []
-        self.image_pools: list[list[int]] = [[] for _ in latent_shapes]
+        self.stream_pools: dict[str, list[int]] = {TEXT: []}
+        num_buckets = max((len(shapes) for shapes in latent_shapes.values()), default=1)
+        self.media_pools: list[list[int]] = [[] for _ in range(num_buckets)]
         for index, source in enumerate(sources):
-            if isinstance(source.documents, TextDocuments):
-                self.text_pools.append(self._add_pool(index, None, 1.0))
+            if source.stream is not None:
+                self.stream_pools.setdefault(source.stream, []).append(self._add_pool(index, None, 1.0))
                 continue
             buckets = self._buckets(source)
             readable = self._readable(source)
             if not all_documents:
                 buckets = np.where(readable, buckets, np.int16(-1))
             usable = int((buckets >= 0).sum())
-            for bucket, pools in enumerate(self.image_pools):
+            for bucket, pools in enumerate(self.media_pools):
                 items = np.flatnonzero(buckets == bucket)
                 if len(items):
                     is_all = len(items) == len(buckets)
                     # No step is to be of a size of which nothing can be read.
                     share = len(items) / usable if readable[items].any() else 0.0
                     pools.append(self._add_pool(index, None if is_all else items, share))
-        totals = [sum(self.shares[pool] for pool in pools) for pools in self.image_pools]
+        totals = [sum(self.shares[pool] for pool in pools) for pools in self.media_pools]
         self.bucket_shares = [total / (sum(totals) or 1.0) for total in totals]
 
     def _add_pool(self, index: int, items: NDArray[np.int64] | None, share: float) -> int:
@@ -149,33 +170,37 @@ class Sources:
         return len(self.pools) - 1
 
     def _buckets(self, source: Source) -> NDArray[np.int16]:
-        """Bucket of every document."""
-        if isinstance(source.documents, CaptionedImages):
-            return source.images.buckets
-        assert isinstance(source.documents, InterleavedDocuments)
-        result = np.zeros(len(source.documents), dtype=np.int16)
-        buckets = source.images.buckets
-        if len(self.latent_shapes) > 1 and len(buckets):
-            usual = np.bincount(buckets).argmax()
-            for index in range(len(result)):
-                images = (item for item in source.documents.segments(index) if isinstance(item, int))
-                result[index] = next((buckets[image] for image in images), usual)
+        """Bucket of every document: that of its first latents."""
+        documents = source.documents
+        result = np.zeros(len(documents), dtype=np.int16)
+        buckets = {name: media.buckets for name, media in documents.media.items() if name in self.latent_shapes}
+        all_buckets = np.concatenate([result[:0], *buckets.values()])
+        if len(self.media_pools) == 1 or not len(all_buckets):
+            return result
+        if isinstance(documents, CaptionedImages):
+            return documents.buckets
+        usual = np.bincount(all_buckets).argmax()
+        for index in range(len(result)):
+            media = (item for item in documents.document(index) if isinstance(item, MediaItem))
+            found = (buckets[item.modality][item.index] for item in media if item.modality in buckets)
+            result[index] = next(found, usual)
         return result
 
     @staticmethod
     def _readable(source: Source) -> NDArray[np.bool_]:
         """[N] whether each document can be used, as far as that is known."""
-        if source.latents is not None and isinstance(source.documents, CaptionedImages):
-            return source.latents.readable
+        encoded = list(source.encoded.values())
+        if encoded and isinstance(source.documents, CaptionedImages):
+            return encoded[0].readable
         return np.ones(len(source.documents), dtype=np.bool_)
 
-    def num_image_documents(self) -> int:
-        """Documents with images that can be used."""
-        return sum(self.pools[pool].length for pools in self.image_pools for pool in pools)
+    def num_media_documents(self) -> int:
+        """Documents with media that can be used."""
+        return sum(self.pools[pool].length for pools in self.media_pools for pool in pools)
 
-    def only_captions(self) -> "Sources":
-        """The captioned images alone."""
-        kept = [source for source in self.sources if isinstance(source.documents, CaptionedImages)]
+    def only_paired(self) -> "Sources":
+        """The sources alone whose documents are a text and media of one thing."""
+        kept = [source for source in self.sources if source.documents.is_paired]
         return Sources(kept, self.latent_shapes)
 
     def contents(self) -> list[str]:
@@ -183,11 +208,11 @@ class Sources:
 
         For example "coco: 8c1f of [118287] documents".
         """
-        documents = [source.documents for source in self.sources]
-        hashes = [d.captions_fingerprint if isinstance(d, CaptionedImages) else d.fingerprint for d in documents]
-        pools = [[pool.length for pool in self.pools if pool.source == index] for index in range(len(documents))]
-        described = zip(self.names, hashes, pools, strict=True)
-        return [f"{name}: {content} of {lengths} documents" for name, content, lengths in described]
+        described = []
+        for index, (name, source) in enumerate(zip(self.names, self.sources, strict=True)):
+            lengths = [pool.length for pool in self.pools if pool.source == index]
+            described.append(f"{name}: {source.documents.documents_fingerprint} of {lengths} documents")
+        return described
 
     def __str__(self) -> str:
         """For example "data: coco: 118287 documents, left out: 13 unreadable images; a.txt: 1 document"."""
@@ -208,26 +233,27 @@ class Sources:
         """What was left out of a source before training: reason to count."""
         source = self.sources[index]
         left_out = dict(source.documents.skipped)
-        if not isinstance(source.documents, TextDocuments):
-            left_out |= source.images.skipped | (source.latents.skipped if source.latents is not None else {})
+        for part in (*source.documents.media.values(), *source.encoded.values()):
+            left_out |= part.skipped
         return left_out
 
     def report(self, seen: dict[str, int]) -> str:
         """A table of what each source gave to rows, by the counters of the run, and of what was left out and why."""
         lines = [
-            f"{'source':<32}{'weight':>8}{'documents':>12}{'tokens':>14}{'images':>12}{'epochs':>9}  left out or cut"
+            f"{'source':<32}{'weight':>8}{'documents':>12}{'tokens':>14}{'media':>12}{'epochs':>9}  left out or cut"
         ]
         for index, (name, source) in enumerate(zip(self.names, self.sources, strict=True)):
             epochs = self.epochs(seen)[name]
             drops = {what.replace("_", " ").removesuffix("s"): seen.get(counter(name, what), 0) for what in DROPS}
-            left_out = self.left_out(index)
-            # Of images that are known to be unreadable, their number says more than how often they have come up.
-            left_out |= {what: count for what, count in drops.items() if count and what not in left_out}
+            if source.documents.media.keys() <= source.encoded.keys():
+                # How many of the encoded media are unreadable says more than how often they have come up.
+                del drops["unreadable item"]
+            left_out = self.left_out(index) | {what: count for what, count in drops.items() if count}
             reasons = counted(left_out) or "nothing"
-            documents, tokens, images = (seen.get(counter(name, what), 0) for what in ("documents", "tokens", "images"))
+            documents, tokens, media = (seen.get(counter(name, what), 0) for what in ("documents", "tokens", "items"))
             short = name if len(name) <= 31 else f"...{name[-28:]}"
             lines.append(
-                f"{short:<32}{source.weight:>8g}{documents:>12}{tokens:>14}{images:>12}{epochs:>9.2f}  {reasons}"
+                f"{short:<32}{source.weight:>8g}{documents:>12}{tokens:>14}{media:>12}{epochs:>9.2f}  {reasons}"
             )
         return "\n".join(lines)
 
@@ -243,10 +269,10 @@ def _short_name(name: str) -> str:
     return (path if path.name.strip(".") else path.resolve()).name
 
 
-# What is counted of each source: documents taken from it, those that are wholly in rows, text slots and images of it in
-# rows, and what happened to documents on the way.
-DROPS = ("cut_captions", "cut_documents", "unreadable_images", "dropped_documents")
-SOURCE_COUNTED = ("taken", "documents", "tokens", "images", *DROPS)
+# What is counted of each source: documents taken from it, those that are wholly in rows, tokens (of its stream, or text)
+# and media of it in rows, and what happened to documents on the way.
+DROPS = ("cut_captions", "cut_documents", "unreadable_items", "too_long_items", "dropped_documents")
+SOURCE_COUNTED = ("taken", "documents", "tokens", "items", *DROPS)
 
 
 def counter(source: str, what: str) -> str:
@@ -258,19 +284,36 @@ def open_documents(data: DataConfig, split: Split) -> list[Source]:
     """Open every source of a split; one of which nothing is held out is left out.
 
     Raises:
-        UserError: A source cannot be opened, two of the same data have another `use`, or none has images to train on.
+        UserError: A source cannot be opened or has a modality that rows have not, two of the same data have another
+            `use`, or a modality has nothing to train on.
     """
+    for config in data.sources:
+        if has_media(config) and config.modality not in data.slots:
+            raise UserError(
+                f"a source of kind '{config.kind}' has the modality '{config.modality}', and model.modalities has "
+                f"{', '.join(data.slots)}; set 'modality' of the source to one of them"
+            )
     _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
     sources = [source for source in sources if len(source.documents)]
-    if split == "train" and all(isinstance(source.documents, TextDocuments) for source in sources):
-        if any(source.kind != "text" and source.use == "held_out" for source in data.sources):
+    if split == "train":
+        _refuse_without_media(sources, data)
+    return sources
+
+
+def _refuse_without_media(sources: list[Source], data: DataConfig) -> None:
+    """Refuse modalities of which no source has anything to train on."""
+    found = {name for source in sources for name in source.documents.modalities}
+    for missing in (name for name in data.slots if name != TEXT and name not in found):
+        if any(has_media(s) and s.modality == missing and s.use == "held_out" for s in data.sources):
             raise UserError(
-                "all sources of data.sources that have images are held out; set 'use' of one to train or split"
+                f"all sources of data.sources that have {missing} media are held out; set 'use' of one to train or "
+                "split"
             )
         kinds = ", ".join(kind for kind in get_args(get_type_hints(SourceConfig)["kind"]) if kind != "text")
-        raise UserError(f"data.sources has no source with images to train on; kinds that have images are {kinds}")
-    return sources
+        raise UserError(
+            f"data.sources has no source with {missing} media to train on; kinds that have media are {kinds}"
+        )
 
 
 def _refuse_two_uses(sources: list[SourceConfig]) -> None:
@@ -287,39 +330,51 @@ def _refuse_two_uses(sources: list[SourceConfig]) -> None:
             )
 
 
-def with_latents(
+def with_encoded(
     sources: list[Source],
     data: DataConfig,
-    autoencoder: Autoencoder,
-    config: AutoencoderConfig,
+    codecs: dict[str, Codec],
+    codec_configs: dict[str, CodecConfig],
     accelerator: Accelerator | None = None,
+    *,
     all_documents: bool = False,
 ) -> Sources:
-    """Open the latents of the sources' images, encoding what a cache lacks, unless that is done while training.
+    """Open the encoded media of the sources, encoding what a cache lacks.
 
-    All processes of `accelerator` call it together. `all_documents`: see `Sources`.
+    Latents are not opened where they are made while training (`data.latents: online`). All processes of `accelerator`
+    call it together.
+
+    Args:
+        sources: The documents of one split.
+        data: The transform of media, the place of the cache.
+        codecs: Of each modality but text.
+        codec_configs: Likewise; how many media they encode at a time.
+        accelerator: Its processes share the work.
+        all_documents: See `Sources`.
     """
-    if data.latents != "online":
-        sources = [
-            source
-            if isinstance(source.documents, TextDocuments)
-            else dataclasses.replace(
-                source, latents=cached_latents(source.images, autoencoder, data, config.batch_size, accelerator)
-            )
-            for source in sources
+    opened = []
+    for source in sources:
+        encoded = {
+            name: latents.encoded_media(media, codecs[name], data, codec_configs[name].batch_size, accelerator)
+            for name, media in source.documents.media.items()
+            if codecs[name].kind == "codes" or data.latents != "online"
+        }
+        opened.append(dataclasses.replace(source, encoded=encoded))
+    latent_shapes = {
+        name: [
+            (codec.latent_channels, height // codec.downsampling, width // codec.downsampling)
+            for height, width in data.image_sizes
         ]
-    factor = autoencoder.downsampling
-    shapes = [(autoencoder.latent_channels, height // factor, width // factor) for height, width in data.image_sizes]
-    return Sources(sources, shapes, all_documents)
+        for name, codec in codecs.items()
+        if codec.kind == "latents"
+    }
+    return Sources(opened, latent_shapes, all_documents)
 
 
 def training_texts(sources: list[Source]) -> Iterator[str]:
-    """The captions and texts, from which a tokenizer is trained; evenly spaced ones of a large source."""
+    """The captions and texts, from which a tokenizer is trained; evenly spaced documents of a large source."""
     for documents in (source.documents for source in sources):
         for index in range(0, len(documents), 1 + len(documents) // _NUM_TOKENIZER_DOCUMENTS):
-            if isinstance(documents, TextDocuments):
-                yield documents.text(index)
-            elif isinstance(documents, CaptionedImages):
-                yield from documents.captions(index)
-            else:
-                yield from (item for item in documents.segments(index) if isinstance(item, str))
+            for item in documents.document(index):
+                if isinstance(item, Text):
+                    yield from item.choices

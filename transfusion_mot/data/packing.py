@@ -81,6 +81,11 @@ class Packer:
         self.lane_sizes = LaneSizes(
             len(sources.pools), len(self.token_modalities), len(sources.media_pools), config.lookahead
         )
+        # What the documents of each bucket are made of besides text; held-out documents may be texts alone.
+        self._media = [
+            {name for pool in pools for name in sources.sources[sources.pools[pool].source].documents.media}
+            for pools in sources.media_pools
+        ]
         self._reader = DocumentReader(tokenizer, config)
         self._round_keys: dict[tuple[int, int], list[int]] = {}
         # Documents that wait or are cut, so that they are not read again for every row.
@@ -125,7 +130,7 @@ class Packer:
             self._add_documents(row, lane, state, bucket, counts)
             for place, name in enumerate(self.token_modalities):
                 # A text of one token would have no label.
-                while self.sources.stream_pools[name] and row.free[name] >= 2:
+                while self.sources.stream_pools.get(name) and row.free[name] >= 2:
                     self._add_to_stream(row, lane, state, place, counts)
             row.finish(self.sources, self._rng(lane, step), self.timesteps_from_uniform)
             new_states[position] = state.to_array(self.lane_sizes)
@@ -144,9 +149,8 @@ class Packer:
         for entry in state.waiting[bucket]:
             waiting += self._place(row, lane, entry, counts)
         while (
-            row.has_room_for_media
+            any(row.free[name] for name in self._media[bucket])
             and row.free[TEXT] >= _SHORTEST_DOCUMENT
-            and self.sources.media_pools[bucket]
             and len(waiting) < self.config.lookahead
         ):
             entry = self._take(lane, state, self.sources.media_pools[bucket], bucket, counts)

@@ -188,11 +188,6 @@ class Row:
         self._spans: dict[str, list[tuple[int, Media, int]]] = {name: [] for name in arrays.latents}
         self._documents = 0
 
-    @property
-    def has_room_for_media(self) -> bool:
-        """Whether there is a slot left in any stream but text."""
-        return any(free for name, free in self.free.items() if name != TEXT)
-
     def add(self, piece: Piece, source: int, stream: str) -> None:
         """Place a piece of a document of a source."""
         positions = PositionCounter(self.arrays.shape.rope)
@@ -273,10 +268,10 @@ class Row:
             if encoded is not None:
                 mean, std = encoded.posterior(content.index, content.flipped)
                 latents[slot] = mean + std * posterior_noise[slot]
-            elif pixels is not None and content.raw is not None:
+            elif pixels is not None and content.pixels is not None:
                 # The latents are made of it and the pixels on the device.
                 latents[slot] = posterior_noise[slot]
-                pixels[slot] = content.raw
+                pixels[slot] = content.pixels
             if media.copied:
                 arrays.copies[name][row, slot + 1] = True
                 latents[slot + 1] = latents[slot]

@@ -1,4 +1,4 @@
-"""What a source gives: images, captioned images, texts or interleaved documents, of one side of the held-out split."""
+"""What a source gives: documents of texts and media, of one side of the held-out split."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,30 @@ _logger = logging.getLogger(__name__)
 _NUM_EXAMPLES = 3
 
 
+class Text(NamedTuple):
+    """Text of a document.
+
+    Attributes:
+        choices: One of them is used, such as one of several captions; at least one, none empty.
+    """
+
+    choices: Sequence[str]
+
+
+class MediaItem(NamedTuple):
+    """An item of a document that is no text, as a source gives it.
+
+    Attributes:
+        modality: What it is, a key of `model.modalities`.
+        index: Its index among the media of this modality in the source.
+    """
+
+    modality: str
+    index: int
+
+
 class ImageSet(Protocol):
-    """Images of one source and split: what the latent cache encodes.
+    """Images of one source and split: what is encoded and cached.
 
     Attributes:
         name: What to call the source in messages and logs.
@@ -67,61 +89,43 @@ class ImageSet(Protocol):
 
 
 @runtime_checkable
-class CaptionedImages(ImageSet, Protocol):
-    """Images with captions.
+class Documents(Protocol):
+    """Documents of one source and split.
 
     Attributes:
-        captions_fingerprint: Hash of all captions and their order.
+        name: What to call the source in messages and logs.
+        skipped: What was left out while the source was opened: reason to count.
+        documents_fingerprint: Hash of the texts, the places of the media between them, and the order of the documents.
+        media: The media of each modality; empty for texts. Those of one document have the same bucket.
+        modalities: What the documents are made of. Documents of codes alone fill the stream of their modality, as texts
+            fill the text stream.
+        is_paired: Whether a document is a text and media of one thing, without an order of their own.
     """
 
-    captions_fingerprint: str
+    name: str
+    skipped: dict[str, int]
+    documents_fingerprint: str
+    is_paired: bool
+
+    @property
+    def media(self) -> Mapping[str, ImageSet]: ...
+
+    @property
+    def modalities(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """One document: its texts and media, in reading order unless it is paired."""
+        ...
+
+
+@runtime_checkable
+class CaptionedImages(ImageSet, Documents, Protocol):
+    """Images with captions: document i is image i and its captions."""
 
     def captions(self, index: int) -> list[str]:
         """The captions of one image: at least one, none empty."""
-        ...
-
-
-@runtime_checkable
-class TextDocuments(Protocol):
-    """Texts without images, of one source and split.
-
-    Attributes:
-        name: What to call the source in messages and logs.
-        fingerprint: Hash of the texts and their order.
-        skipped: What was left out while the source was opened: reason to count.
-    """
-
-    name: str
-    fingerprint: str
-    skipped: dict[str, int]
-
-    def __len__(self) -> int: ...
-
-    def text(self, index: int) -> str:
-        """One document, never empty."""
-        ...
-
-
-@runtime_checkable
-class InterleavedDocuments(Protocol):
-    """Documents of texts and images in reading order, of one source and split.
-
-    Attributes:
-        name: What to call the source in messages and logs.
-        fingerprint: Hash of the texts, the places of the images between them, and the order of the documents.
-        skipped: What was left out while the source was opened: reason to count.
-        images: The images of all documents; those of one document have the same bucket.
-    """
-
-    name: str
-    fingerprint: str
-    skipped: dict[str, int]
-    images: ImageSet
-
-    def __len__(self) -> int: ...
-
-    def segments(self, index: int) -> list[str | int]:
-        """One document: texts, none empty, and images by their index in `images`."""
         ...
 
 

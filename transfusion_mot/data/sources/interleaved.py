@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.base import ImageSet, Split, counted, fingerprint_of
+from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, counted, fingerprint_of
 from transfusion_mot.data.sources.stored_images import SplitWriter, StoredImages, items_of, skipped_on_opening
 from transfusion_mot.data.sources.stores import FileStore, ImageStore, ParquetStore, TarStore
 from transfusion_mot.data.sources.tables import (
@@ -35,11 +35,13 @@ _MISSING = "missing file"
 
 
 class StoredDocuments:
-    """`InterleavedDocuments` of one side of a source.
+    """Documents of texts and images in reading order, of one side of a source.
 
     `arrays` holds the strings `texts`; `segments`, an image of the source by its number n >= 0 or a text by -1 - n; and
     where the segments and the images of each document end.
     """
+
+    is_paired = False
 
     def __init__(
         self,
@@ -65,25 +67,27 @@ class StoredDocuments:
         self._image_indices = np.full(int(ends[-1]) if len(ends) else 0, -1, dtype=np.int64)
         self._image_indices[images.items] = np.arange(len(images))
         images.share_buckets(documents[np.isin(numbers, images.items, assume_unique=True)])
-        self.images: ImageSet = images
-        self.fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items, images.items)
+        self.modality = source.modality
+        self.modalities = (TEXT, source.modality)
+        self.media: dict[str, ImageSet] = {source.modality: images}
+        self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items, images.items)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def segments(self, index: int) -> list[str | int]:
-        """One document: texts, none empty, and images by their index in `images`."""
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """One document; images that are not there are left out."""
         item = int(self.items[index])
         ends = self.arrays["segment_ends"]
         start = int(ends[item - 1]) if item > 0 else 0
         texts = self.arrays.strings("texts")
-        segments: list[str | int] = []
+        document: list[Text | MediaItem] = []
         for code in self.arrays["segments"][start : int(ends[item])].tolist():
             if code < 0:
-                segments.append(texts[-1 - code])
+                document.append(Text([texts[-1 - code]]))
             elif self._image_indices[code] >= 0:
-                segments.append(int(self._image_indices[code]))
-        return segments
+                document.append(MediaItem(self.modality, int(self._image_indices[code])))
+        return document
 
 
 # A text, or an image as the documents name it.

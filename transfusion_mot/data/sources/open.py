@@ -1,11 +1,11 @@
-"""From the configuration of a source to its images, texts or documents."""
+"""From the configuration of a source to its documents."""
 
 import logging
 from pathlib import Path
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import StoredArrays
-from transfusion_mot.data.sources.base import CaptionedImages, InterleavedDocuments, Split, TextDocuments, counted
+from transfusion_mot.data.sources.base import Documents, Split, counted
 from transfusion_mot.data.sources.coco import index_coco
 from transfusion_mot.data.sources.image_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
 from transfusion_mot.data.sources.imagefolder import index_imagefolder
@@ -30,9 +30,12 @@ _KEYS = {
 }
 
 
-def open_source(
-    source: SourceConfig, data: DataConfig, split: Split
-) -> CaptionedImages | TextDocuments | InterleavedDocuments:
+def has_media(source: SourceConfig) -> bool:
+    """Whether its documents are not texts alone."""
+    return source.kind != "text" and not (source.kind == "datasets" and source.image_column is None)
+
+
+def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
     """Open one side of a source. What had to be read for it is kept in `data.cache_dir` for the next time.
 
     A source of which nothing is on that side gives an object of length 0; only the training side of a source that is
@@ -52,9 +55,8 @@ def open_source(
         ) from None
     opened = _open(source, data, split)
     if split == "train" and source.use != "held_out" and len(opened) == 0:
-        skipped: dict[str, int] = opened.skipped
-        what = "image" if isinstance(opened, CaptionedImages) else "document"
-        reasons = [counted(skipped)] if skipped else []
+        what = "image" if opened.is_paired else "document"
+        reasons = [counted(opened.skipped)] if opened.skipped else []
         if source.use == "split":
             reasons.append(f"held_out_fraction is {data.held_out_fraction}")
         raise UserError(
@@ -70,9 +72,7 @@ def open_source(
     return opened
 
 
-def _open(
-    source: SourceConfig, data: DataConfig, split: Split
-) -> CaptionedImages | TextDocuments | InterleavedDocuments:
+def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
     if source.kind == "openmoji":
         return StoredCaptionedImages("openmoji", EmojiStore(data), index_openmoji(data), source, data, split)
     if source.path is None:

@@ -11,10 +11,19 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.images import ImageArray, UnreadableImage, displayed_size, load_image, nearest_buckets
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, stored_arrays
-from transfusion_mot.data.sources.base import SkippedItems, Split, counted, fingerprint_of, share_of
+from transfusion_mot.data.sources.base import (
+    ImageSet,
+    MediaItem,
+    SkippedItems,
+    Split,
+    Text,
+    counted,
+    fingerprint_of,
+    share_of,
+)
 from transfusion_mot.data.sources.keys import Keys, places_of
 from transfusion_mot.data.sources.parallel import map_in_processes
 from transfusion_mot.data.sources.stores import ImageStore, Items, content_of
@@ -178,6 +187,8 @@ class StoredImages:
 class StoredCaptionedImages(StoredImages):
     """`CaptionedImages` of items of a store, as `CaptionWriter` has written them."""
 
+    is_paired = True
+
     def __init__(
         self,
         name: str,
@@ -190,7 +201,18 @@ class StoredCaptionedImages(StoredImages):
         items = items_of(arrays, source, data, split)
         super().__init__(name, store, items, skipped_on_opening(arrays, source, split), source, data, split)
         self.arrays = arrays
-        self.captions_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
+        self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
+        self.modality = source.modality
+        self.modalities = (TEXT, source.modality)
+
+    @property
+    def media(self) -> dict[str, ImageSet]:
+        """Itself."""
+        return {self.modality: self}
+
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """The captions of one image, and the image."""
+        return [Text(self.captions(index)), MediaItem(self.modality, index)]
 
     def captions(self, index: int) -> list[str]:
         """The captions of one image."""

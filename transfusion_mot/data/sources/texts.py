@@ -6,9 +6,9 @@ from pathlib import Path
 import datasets
 from tqdm import tqdm
 
-from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.base import Split, fingerprint_of
+from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, fingerprint_of
 from transfusion_mot.data.sources.stored_images import SplitWriter, items_of, skipped_on_opening
 from transfusion_mot.data.sources.tables import (
     Unusable,
@@ -30,7 +30,9 @@ _Read = tuple[str, list[str], Split | None]
 
 
 class StoredTexts:
-    """`TextDocuments` of one side of a source: strings `texts`."""
+    """Texts of one side of a source: strings `texts`."""
+
+    is_paired = False
 
     def __init__(self, name: str, arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> None:
         self.items = items_of(arrays, source, data, split)
@@ -39,14 +41,16 @@ class StoredTexts:
         self.name = name
         self.arrays = arrays
         self.skipped = skipped.counts
-        self.fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
+        self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
+        self.media: dict[str, ImageSet] = {}
+        self.modalities = (TEXT,)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def text(self, index: int) -> str:
-        """One document, never empty."""
-        return self.arrays.strings("texts")[int(self.items[index])]
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """One text."""
+        return [Text([self.arrays.strings("texts")[int(self.items[index])]])]
 
 
 def open_texts(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredTexts:
