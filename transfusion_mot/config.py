@@ -246,9 +246,13 @@ class ModelConfig:
 
     @property
     def stream_order(self) -> list[str]:
-        """Modalities in the order of their slots in a row: those of one tower stand side by side."""
-        towers = list(dict.fromkeys(modality.tower for modality in self.modalities.values()))
-        return sorted(self.modalities, key=lambda name: towers.index(self.modalities[name].tower))
+        """Modalities in the order of their slots in a row: text, then the others by name; those of one tower side by side.
+
+        Not the order in which they are given: the JSON of a snapshot has its keys sorted.
+        """
+        names = sorted(self.modalities, key=lambda name: (name != TEXT, name))
+        towers = list(dict.fromkeys(self.modalities[name].tower for name in names))
+        return sorted(names, key=lambda name: towers.index(self.modalities[name].tower))
 
     def of_objective(self, objective: Literal["next_token", "diffusion"]) -> list[str]:
         """Modalities with this objective, in the order of their slots."""
