@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, parse_config, save_config, to_dict
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.encoding import check_image_sizes

@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from benchmarks.train_step import without_output
-from transfusion_mot.autoencoder import Autoencoder, set_normalisation
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources, open_documents, training_texts, with_latents

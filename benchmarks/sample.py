@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import CHANNELS, surroundings, without_output
 from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import to_dict
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion

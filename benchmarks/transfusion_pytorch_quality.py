@@ -26,7 +26,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transfusion_pytorch import Transfusion
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.data.mixture import open_documents, with_latents

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 from accelerate import Accelerator
 from PIL import Image
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import AutoencoderConfig, DataConfig, ModelConfig, SourceConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.loader import LaneLoader

@@ -24,7 +24,7 @@ from filelock import FileLock
 from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
-from transfusion_mot.autoencoder import Autoencoder, set_normalisation
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import TEXT, ModelConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
 from transfusion_mot.data.images import to_pixels

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 from process_group import run_script
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from transfusion_mot.autoencoder import Autoencoder, set_normalisation
 from transfusion_mot.autoencoder_training import (
     _build,
     _discriminator,
@@ -28,6 +27,7 @@ from transfusion_mot.autoencoder_training import (
     augment,
     train_autoencoder,
 )
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, SourceConfig, parse_config
 from transfusion_mot.data.images import load_image, to_pixels
 from transfusion_mot.errors import UserError

@@ -19,7 +19,7 @@ from test_latents import (
     write_images,
 )
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.data.cache import main
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.latents import cached_latents

@@ -7,7 +7,7 @@ import torch
 from conftest import numbered_images, sources_of, texts_of
 from source_files import SIZE, shard, write_tar
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import open_documents, with_latents

@@ -29,7 +29,7 @@ from test_latents import (
     write_images,
 )
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data import latents
 from transfusion_mot.data.images import to_pixels

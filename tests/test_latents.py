@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from transfusion_mot.autoencoder import Autoencoder, set_normalisation
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.images import UnreadableImage, to_pixels
 from transfusion_mot.data.latents import cached_latents

@@ -14,7 +14,7 @@ from conftest import CHANNELS
 from PIL import Image
 from source_files import SIZE, picture, shard, write_tar
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources, counter, open_documents, with_latents

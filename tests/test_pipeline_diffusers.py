@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 

@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from transfusion_mot.autoencoder import Autoencoder, set_normalisation
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, parse_config, save_config
 from transfusion_mot.data.images import ImageArray, grid, to_pil, to_pixels
 from transfusion_mot.data.sources.base import CaptionedImages, SkippedItems, Split, read_images

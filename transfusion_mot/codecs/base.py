@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from transfusion_mot.errors import UserError
+
 
 @runtime_checkable
 class LatentCodec(Protocol):
@@ -86,3 +88,18 @@ def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
 def frozen(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model in float32, in evaluation mode and without gradients, on a device."""
     return model.float().eval().requires_grad_(False).to(device)
+
+
+def check_image_size(side: int, multiple: int, name: str = "image_size") -> None:
+    """Refuse a height or width of images that do not divide into patches.
+
+    Args:
+        side: In pixels.
+        multiple: Pixels of a patch's side: the codec's downsampling times the patch size of the modality.
+        name: The side's name in the message.
+
+    Raises:
+        UserError: It is no multiple.
+    """
+    if not isinstance(side, int) or side < 1 or side % multiple:
+        raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, a patch's side")

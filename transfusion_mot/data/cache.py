@@ -17,7 +17,7 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.latents import cached_latents

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from transfusion_mot.autoencoder import Autoencoder, check_image_size
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import check_image_size
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
 from transfusion_mot.data.latent_shards import ShardWriter, content_key

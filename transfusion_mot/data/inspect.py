@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts

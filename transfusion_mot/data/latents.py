@@ -14,7 +14,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.encoding import Shard, encode_shards
 from transfusion_mot.data.latent_shards import ELSEWHERE, SUFFIX, ShardEntries, mapped_latents, remove_partial

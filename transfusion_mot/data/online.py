@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.data.batch import Batch, Rows
 from transfusion_mot.data.images import to_pixels
 

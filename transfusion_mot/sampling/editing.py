@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.data.images import load_image, to_pixels
 from transfusion_mot.diffusion import Edit
 from transfusion_mot.errors import UserError

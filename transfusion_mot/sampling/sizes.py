@@ -8,7 +8,7 @@ from typing import TypeVar, get_args
 import numpy as np
 from PIL import Image
 
-from transfusion_mot.autoencoder import check_image_size
+from transfusion_mot.codecs.base import check_image_size
 from transfusion_mot.data.images import ImageArray, ImageFit, displayed_size, load_image, nearest_buckets
 from transfusion_mot.errors import UserError
 

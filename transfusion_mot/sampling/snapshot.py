@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
 from transfusion_mot import schedulers
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import refuse_dangling_links

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from accelerate import Accelerator
 
-from transfusion_mot.autoencoder import Autoencoder
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT

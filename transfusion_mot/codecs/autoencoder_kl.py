@@ -1,20 +1,20 @@
 """The image autoencoder: pixels => normalised latents => pixels.
 
-Latent scale and shift are applied here and nowhere else: everybody outside sees latents of about zero mean and unit
-variance. `python -m transfusion_mot.autoencoder --config FILE` trains one (see `autoencoder_training`).
+Latent scale and shift are applied here and nowhere else: all other code sees latents of about zero mean and unit
+variance. `python -m transfusion_mot.autoencoder --config FILE` trains one.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from diffusers import AutoencoderKL
 
-from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.codecs.base import fingerprint_of
+from transfusion_mot.errors import UserError
 from transfusion_mot.files import refuse_dangling_links
 from transfusion_mot.hub_names import refuse_missing_path
 
@@ -30,6 +30,8 @@ class Autoencoder:
         latent_channels: Channels C of the latents.
         downsampling: Factor f from latent to image height and width.
     """
+
+    kind: Literal["latents"] = "latents"
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae.eval().requires_grad_(False)
@@ -88,12 +90,7 @@ class Autoencoder:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights and config; the same in every number format that holds the saved weights exactly."""
-        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, weight in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.float().contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.vae, dict(self.vae.config))
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,21 +144,6 @@ class Autoencoder:
         return self._mean, self._std
 
 
-def check_image_size(side: int, multiple: int, name: str = "image_size") -> None:
-    """Refuse a height or width of images that do not divide into patches.
-
-    Args:
-        side: In pixels.
-        multiple: Pixels of a patch's side: the autoencoder's downsampling times the model's patch size.
-        name: The side's name in the message.
-
-    Raises:
-        UserError: It is no multiple.
-    """
-    if not isinstance(side, int) or side < 1 or side % multiple:
-        raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, a patch's side")
-
-
 def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:
     """Write the statistics of the raw latents, one value a channel, into the config that `save_pretrained` writes.
 
@@ -169,10 +151,3 @@ def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -
     `Autoencoder`.
     """
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
-
-
-if __name__ == "__main__":
-    from transfusion_mot.autoencoder_training import main
-
-    with exit_on_user_error():
-        main()
