@@ -1,0 +1,8 @@
+"""The command `python -m transfusion_mot.autoencoder --config FILE`: train an image autoencoder."""
+
+from transfusion_mot.autoencoder_training import main
+from transfusion_mot.errors import exit_on_user_error
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
