@@ -61,7 +61,8 @@ class Batch:
             part, field = name.rsplit(".", 1)
             parts.setdefault(part, {})[field] = tensor
         slots = Slots(**parts.pop(_SLOTS))
-        return cls({name: (TokenInput if "ids" in part else LatentInput)(**part) for name, part in parts.items()}, slots)
+        kinds = {name: TokenInput if "ids" in part else LatentInput for name, part in parts.items()}
+        return cls({name: kinds[name](**part) for name, part in parts.items()}, slots)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A function applied to every tensor."""

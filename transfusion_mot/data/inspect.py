@@ -3,8 +3,8 @@
     python -m transfusion_mot.data.inspect --config configs/quickstart.yaml --picture row.png
 
 Prints how long the documents of each source are, what packing some hundred rows of the configuration leaves empty,
-cuts and drops, what each source gives to them, and the numbers of text and image slots that would fit the documents
-best; and draws one row. Nothing is encoded. Any setting of train.py can be given behind the options, as key=value.
+cuts and drops, what each source gives to them, and the slots that would fit the documents best; and draws one row.
+Nothing is encoded. Any setting of train.py can be given behind the options, as key=value.
 """
 
 import argparse
@@ -14,122 +14,170 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import DataConfig, RunConfig, parse_config
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.images import ImageArray
-from transfusion_mot.data.latents import LatentCache
-from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
+from transfusion_mot.data.mixture import EncodedMedia, Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.row_picture import draw_row
-from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments, counted
+from transfusion_mot.data.sources.base import ImageSet, Split, Text, counted
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.models.inputs import TokenInput
 
 # Documents of a source whose lengths are looked at, evenly spaced.
 _MOST_DOCUMENTS = 20_000
 _NUM_LANES = 8
-# Numbers of image slots that are tried, and rows packed for each layout that is.
+# Numbers of media that are tried, and rows packed for each layout that is.
 _MOST_LAYOUTS, _ROWS_PER_LAYOUT = 8, 64
 _BAR = 40
 
 
-class _UnencodedLatents:
-    """Stands in for a latent cache: the mean of an image is a constant for each of source, index and mirroring."""
+class _Unencoded:
+    """Stands in for a cache: what packing sees of media is whether they can be read and how many slots they take."""
 
-    def __init__(self, source: int, num_images: int, latent_shapes: Sequence[tuple[int, int, int]]) -> None:
-        self.source = source
-        self.readable = np.ones(num_images, dtype=np.bool_)
+    def __init__(self, media: ImageSet) -> None:
+        self.readable = np.ones(len(media), dtype=np.bool_)
         self.skipped: dict[str, int] = {}
-        self.latent_shapes = latent_shapes
+
+
+class _UnencodedLatents(_Unencoded):
+    """The mean of an image is a constant for each of source, index and mirroring."""
+
+    kind: Literal["latents"] = "latents"
+
+    def __init__(self, media: ImageSet, source: int) -> None:
+        super().__init__(media)
+        self.source = source
 
     def posterior(self, index: int, flipped: bool = False) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         mean = np.array([self.source, index, flipped], dtype=np.float32)[:, None, None]
         return mean, np.zeros_like(mean)
 
 
-class Layout(NamedTuple):
-    """Slots of a row, and what packing makes of them: shares of all slots, and of the captions; and images in a row."""
+class _UnencodedCodes(_Unencoded):
+    """The codes of an image are zeros, as many as its bucket has."""
 
-    text_slots: int
-    images_per_row: int
+    kind: Literal["codes"] = "codes"
+
+    def __init__(self, media: ImageSet, num_codes: Sequence[int]) -> None:
+        super().__init__(media)
+        self.media = media
+        self.num_codes = num_codes
+
+    def span(self, index: int, flipped: bool = False) -> list[int]:
+        return [0] * (self.num_codes[int(self.media.buckets[index])] + 2)
+
+
+class Layout(NamedTuple):
+    """Slots of a row, and what packing makes of them: shares of all slots, and of the captions; and media in a row."""
+
+    slots: dict[str, int]
     pad_fraction: float
     cut_fraction: float
-    mean_images: float
+    mean_media: float
 
 
 class Inspection:
-    """The sources of a configuration, ready to be packed without their latents.
+    """The sources of a configuration, ready to be packed without their encoded media.
 
     Args:
         config: Of the run.
+
+    Attributes:
+        data: The configuration's data section.
+        sources, held_out: Of both splits.
+        has_texts: Whether texts fill the text slots that are left over.
+        tokenizer: Of the run.
+        item_slots: Of each modality but text, the most slots that one item takes of a row.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        # What packing sees of an image is whether it can be read and how many patches it has.
         self.data = dataclasses.replace(config.data, latents="cache")
-        autoencoder = Autoencoder.load(config.autoencoder.path, "cpu")
-        check_image_sizes(self.data, autoencoder, config.model.patch_size)
-        scale = autoencoder.downsampling
-        shapes = [(3, height // scale, width // scale) for height, width in self.data.image_sizes]
-        documents = open_documents(self.data, "train")
-        self.sources = Sources(
-            [
-                source
-                if isinstance(source.documents, TextDocuments)
-                else dataclasses.replace(
+        modalities = config.model.modalities
+        codecs: dict[str, Codec] = {}
+        for name, codec in config.codecs.items():
+            codecs[name] = load_codec(codec, modalities[name].objective, "cpu")
+            check_image_sizes(self.data, codecs[name], modalities[name].patch_size)
+        sizes = {
+            name: [
+                (height // codec.downsampling, width // codec.downsampling) for height, width in self.data.image_sizes
+            ]
+            for name, codec in codecs.items()
+        }
+        shapes = {name: [(3, *size) for size in sizes[name]] for name in codecs if codecs[name].kind == "latents"}
+        num_codes = {name: [height * width for height, width in sizes[name]] for name in codecs}
+
+        def unencoded(index: int, name: str, media: ImageSet) -> EncodedMedia:
+            return _UnencodedLatents(media, index) if name in shapes else _UnencodedCodes(media, num_codes[name])
+
+        def opened(split: Split) -> list[Source]:
+            return [
+                dataclasses.replace(
                     source,
-                    latents=cast(LatentCache, _UnencodedLatents(index, len(source.images), shapes)),
+                    encoded={name: unencoded(index, name, media) for name, media in source.documents.media.items()},
                 )
-                for index, source in enumerate(documents)
-            ],
-            shapes,
-        )
-        self.held_out = Sources(open_documents(self.data, "held_out"), shapes)
-        self.has_texts = bool(self.sources.text_pools)
-        self.tokenizer = self._tokenizer(documents)
+                for index, source in enumerate(open_documents(self.data, split))
+            ]
+
+        self.sources = Sources(opened("train"), shapes)
+        self.held_out = Sources(opened("held_out"), shapes)
+        self.has_texts = bool(self.sources.stream_pools[TEXT])
+        self.tokenizer = self._tokenizer(self.sources.sources)
+        self.item_slots = {
+            name: max(num_codes[name]) // (modalities[name].patch_size ** 2 if name in shapes else 1)
+            + (name not in shapes)
+            for name in codecs
+        }
 
     def _tokenizer(self, documents: list[Source]) -> TextTokenizer:
         """The run's if there is one, else the configured one, else one trained as the run would."""
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
-            return load_tokenizer(str(kept))
+            return load_tokenizer(str(kept), self.config.model.stream_order)
         if self.config.tokenizer.path is not None:
-            return load_tokenizer(self.config.tokenizer.path)
-        return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size)
+            return load_tokenizer(self.config.tokenizer.path, self.config.model.stream_order)
+        modalities = self.config.model.stream_order
+        return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size, modalities)
 
     def packer(self, data: DataConfig) -> Packer:
         """Builds rows of the layout of `data`."""
-        model, seed = self.config.model, self.config.training.seed
         return Packer(
-            self.sources, self.tokenizer, data, model.rope, model.patch_size, _NUM_LANES, seed, lambda uniform: uniform
+            self.sources,
+            self.tokenizer,
+            data,
+            self.config.model,
+            num_lanes=_NUM_LANES,
+            seed=self.config.training.seed,
+            timesteps_from_uniform=lambda uniform: uniform,
         )
 
     def lengths(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Tokens of every caption, or of all text of a document; images of every document, of a sample of a source."""
+        """Tokens of every caption, or of all text of a document; media of every document, of a sample of a source."""
         documents = self.sources.sources[index].documents
-        tokens, images = [], []
-        for item in range(0, len(documents), 1 + len(documents) // _MOST_DOCUMENTS):
-            if isinstance(documents, TextDocuments):
-                texts, num_images = [[documents.text(item)]], 0
-            elif isinstance(documents, CaptionedImages):
-                texts, num_images = [[caption] for caption in documents.captions(item)], 1
+        tokens, media = [], []
+        for number in range(0, len(documents), 1 + len(documents) // _MOST_DOCUMENTS):
+            items = documents.document(number)
+            if documents.is_paired:
+                texts = [[caption] for item in items if isinstance(item, Text) for caption in item.choices]
             else:
-                segments = documents.segments(item)
-                texts = [[segment for segment in join_texts(segments) if isinstance(segment, str)]]
-                num_images = sum(isinstance(segment, int) for segment in segments)
+                joined = join_texts(item.choices[0] if isinstance(item, Text) else item for item in items)
+                texts = [[part for part in joined if isinstance(part, str)]]
             tokens += [sum(len(self.tokenizer.encode(part)) for part in text) for text in texts]
-            images.append(num_images)
-        return np.array(tokens), np.array(images)
+            media.append(sum(not isinstance(item, Text) for item in items))
+        return np.array(tokens), np.array(media)
 
     def pack(self, data: DataConfig, num_rows: int) -> tuple[Counter[str], Batch, int]:
         """Pack rows => (what was counted, the last step's rows, all slots)."""
@@ -140,54 +188,61 @@ class Inspection:
         for step in range(max(1, num_rows // _NUM_LANES)):
             rows, states, step_counts = packer.rows(range(_NUM_LANES), step, states)
             counts.update(step_counts)
-            num_slots += rows.batch.order.numel()
+            num_slots += rows.batch.slots.order.numel()
         return counts, rows.batch, num_slots
 
-    def layout(self, text_slots: int, images_per_row: int, num_rows: int = _ROWS_PER_LAYOUT) -> Layout:
+    def layout(self, slots: dict[str, int], num_rows: int = _ROWS_PER_LAYOUT) -> Layout:
         """What packing makes of a layout."""
-        data = dataclasses.replace(self.data, text_slots=text_slots, images_per_row=images_per_row)
+        data = dataclasses.replace(self.data, slots=slots)
         counts, batch, num_slots = self.pack(data, num_rows)
         cut = counts["truncated_captions"] / max(1, self.num_captioned(counts))
-        mean_images = counts["images"] * batch.order.shape[1] / num_slots
-        return Layout(text_slots, images_per_row, counts["pad_slots"] / num_slots, cut, mean_images)
+        media = sum(counts[f"{name}_items"] for name in self.item_slots)
+        return Layout(slots, counts["pad_slots"] / num_slots, cut, media * batch.slots.order.shape[1] / num_slots)
 
     def num_captioned(self, counts: Counter[str]) -> int:
-        """Images with a caption among what was packed."""
+        """Documents with a caption among what was packed."""
         named = zip(self.sources.names, self.sources.sources, strict=True)
-        return sum(
-            counts[counter(name, "images")] for name, source in named if isinstance(source.documents, CaptionedImages)
-        )
+        return sum(counts[counter(name, "documents")] for name, source in named if source.documents.is_paired)
+
+    def most_items(self, name: str) -> int:
+        """Media of a modality that a row has room for, if all that have a clean copy have one."""
+        slots = self.data.slots[name]
+        if self.config.model.modalities[name].objective == "next_token":
+            return slots // self.item_slots[name]
+        return slots // 2 if self.data.has_copies else slots
 
     def suggested(self, budget: int, longest: int, mean: float) -> list[Layout]:
-        """Layouts of at most `budget` slots, the best one first.
+        """Layouts of at most `budget` slots, the best one first; none with several modalities besides text.
 
-        With texts, which fill what is left, that is the one whose images take closest to half of the slots
+        With texts, which fill what is left, that is the one whose media take closest to half of the slots
         (Transfusion, section 4.1); without, the one with the least padding that uses three quarters of the budget.
 
         Args:
             longest: Text slots that a row must have, for captions to be whole.
-            mean: Text slots of an average document with an image, for each image slot that it takes.
+            mean: Text slots of an average document with media, for each media slot that it takes.
         """
-        fewest = 2 if self.data.has_copies else 1
-        shapes = range(len(self.sources.latent_shapes))
-        grid = self.packer(self.data).patch_grid
-        patches = max(height * width for height, width in map(grid, shapes))
-        most = (budget - longest) // patches
+        if len(self.item_slots) != 1:
+            return []
+        ((name, size),) = self.item_slots.items()
+        is_latents = name in self.sources.latent_shapes
+        fewest = 2 if self.data.has_copies and is_latents else 1
+        most = (budget - longest) // size
         if most < fewest:
             return []
-        half = min(most, max(fewest, round(budget / 2 / patches)))
+        half = min(most, max(fewest, round(budget / 2 / size)))
         layouts: list[Layout] = []
-        for images in np.unique([half, *np.linspace(fewest, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
-            room = budget - images * patches
-            wanted = [room] if self.has_texts else [int(images * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
+        for count in np.unique([half, *np.linspace(fewest, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
+            room = budget - count * size
+            wanted = [room] if self.has_texts else [int(count * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
             layouts += [
-                self.layout(text_slots, images)
+                self.layout({TEXT: text_slots, name: count if is_latents else count * size})
                 for text_slots in candidates
-                if self.has_texts or text_slots + images * patches >= 0.75 * budget
+                if self.has_texts or text_slots + count * size >= 0.75 * budget
             ]
         if self.has_texts:
-            return sorted(layouts, key=lambda layout: abs(layout.images_per_row * patches - budget / 2))
+            slots_each = size if is_latents else 1
+            return sorted(layouts, key=lambda layout: abs(layout.slots[name] * slots_each - budget / 2))
         return sorted(layouts, key=lambda layout: layout.pad_fraction)
 
 
@@ -227,21 +282,21 @@ def main(arguments: Sequence[str]) -> None:
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
 
-    with_images = []
+    paired = []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
         left_out = f", left out: {counted(documents.skipped)}" if documents.skipped else ""
         print(f"{name}: {counted({'document': len(documents)})} to train on{left_out}")
-        tokens, images = inspection.lengths(index)
-        is_captioned = isinstance(documents, CaptionedImages)
-        print("\n".join(histogram(tokens, "tokens a caption" if is_captioned else "tokens a document")))
-        if not is_captioned and images.any():
-            print("\n".join(histogram(images, "images a document")))
-            most = data.images_per_row // 2 if data.has_copies else data.images_per_row
-            if (share := (images > most).mean()) > 0:
-                print(f"  {100 * share:.1f} % have more images than the {most} of a row: they are cut")
-        if is_captioned:
-            with_images.append(tokens + 4)  # BOS, BOI, EOI, EOS
+        tokens, media = inspection.lengths(index)
+        what = "tokens a caption" if documents.is_paired else "tokens a document"
+        print("\n".join(histogram(tokens, what)))
+        if not documents.is_paired and len(documents.modalities) > 1 and media.any():
+            print("\n".join(histogram(media, "media a document")))
+            most = sum(inspection.most_items(name) for name in documents.media)
+            if (share := (media > most).mean()) > 0:
+                print(f"  {100 * share:.1f} % have more media than the {most} of a row: they are cut")
+        if documents.is_paired:
+            paired.append(tokens + 2 + 2 * media.max())  # BOS, EOS, begin and end tokens
 
     held_out = inspection.held_out
     lengths = (counted({"document": len(source.documents)}) for source in held_out.sources)
@@ -249,43 +304,43 @@ def main(arguments: Sequence[str]) -> None:
     print(f"held out: {'; '.join(parts) or 'nothing'}")
 
     counts, batch, num_slots = inspection.pack(data, given.rows)
-    print(f"\npacked {max(1, given.rows // _NUM_LANES) * _NUM_LANES} rows of {layout_of(data, batch)}:")
+    shape = RowShape.of_batch(config.model, batch)
+    print(f"\npacked {max(1, given.rows // _NUM_LANES) * _NUM_LANES} rows of {shape}:")
     print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
-    print(f"  {counted({'document': cut})} of texts, or of texts and images, are cut and go on in a later row")
+    print(f"  {counted({'document': cut})} without captions are cut and go on in a later row")
     print("  " + sources.report(counts).replace("\n", "\n  "))
 
-    budget = given.slots or batch.order.shape[1]
-    captions = np.concatenate(with_images) if with_images else np.array([8])
+    budget = given.slots or batch.slots.order.shape[1]
+    captions = np.concatenate(paired) if paired else np.array([8])
     longest = -(-int(np.percentile(captions, 99)) // 8) * 8
+    # With a clean context, latents that stand first have a copy.
+    slots_per_item = 2 - data.caption_first_prob if data.has_copies else 1
+    layouts = inspection.suggested(budget, longest, float(captions.mean()) / slots_per_item)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
     if inspection.has_texts:
-        print(
-            "  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for images)"
-        )
-    print(
-        f"  {'data.text_slots':>16}{'data.images_per_row':>21}{'padding':>10}{'captions cut':>14}{'images a row':>14}"
-    )
-    # Where the image stands first it has a copy.
-    slots_per_image = 2 - data.caption_first_prob if data.has_copies else 1
-    layouts = inspection.suggested(budget, longest, float(captions.mean()) / slots_per_image)
+        print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
+    columns = [f"data.slots.{name}" for name in shape.blocks]
+    print("".join(f"{column:>21}" for column in columns) + f"{'padding':>10}{'captions cut':>14}{'media a row':>14}")
     for layout in layouts[:5]:
         print(
-            f"  {layout.text_slots:>16}{layout.images_per_row:>21}{100 * layout.pad_fraction:>8.2f} %"
-            f"{100 * layout.cut_fraction:>12.2f} %{layout.mean_images:>14.1f}"
+            "".join(f"{layout.slots[name]:>21}" for name in shape.blocks)
+            + f"{100 * layout.pad_fraction:>8.2f} %{100 * layout.cut_fraction:>12.2f} %{layout.mean_media:>14.1f}"
         )
-    if not layouts:
-        what = "an image and the longest captions need" if with_images else "an image and a text need"
+    if len(inspection.item_slots) > 1:
+        print("  none: layouts are suggested for one modality besides text")
+    elif not layouts:
+        what = "media and the longest captions need" if paired else "media and a text need"
         print(f"  none: {what} more; give --slots a larger number than {budget}")
 
-    row = batch.split(1)[0]
     draw_row(
-        row,
+        batch.split(1)[0],
+        config.model,
         inspection.tokenizer,
-        thumbnails_of(row, sources),
-        f"A row of {layout_of(data, batch)}",
-        Path(given.picture),
+        thumbnails=thumbnails_of(batch.split(1)[0], sources),
+        title=f"A row of {shape}",
+        path=Path(given.picture),
     )
     print(f"\na row is drawn in {given.picture}")
 
@@ -305,22 +360,23 @@ def prepare_picture(path: Path) -> None:
         raise UserError(f"--picture: cannot make the folder '{path.parent}': {error.strerror}") from None
 
 
-def layout_of(data: DataConfig, batch: Batch) -> str:
-    """For example "88 text slots + 8 images of 64 patches"."""
-    patches = (batch.order.shape[1] - data.text_slots) // data.images_per_row
-    return f"{data.text_slots} text slots + {data.images_per_row} images of {patches} patches"
-
-
-def thumbnails_of(row: Batch, sources: Sources) -> list[ImageArray | None]:
-    """The image in every image slot, as its unencoded latents name it; None where there is none to be seen."""
-    thumbnails: list[ImageArray | None] = []
-    named: list[Any] = row.latents[0, :, :, 0, 0].long().tolist()
-    for (source, index, flipped), is_used in zip(named, row.filled_images[0].tolist(), strict=True):
-        try:
-            image = sources.sources[source].images.image(index) if is_used else None
-        except UserError:
-            image = None
-        thumbnails.append(image[:, ::-1] if image is not None and flipped else image)
+def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | None]]:
+    """The image in every media slot, as its unencoded latents name it; None where there is none to be seen."""
+    thumbnails: dict[str, list[ImageArray | None]] = {}
+    for name, given in row.inputs.items():
+        if isinstance(given, TokenInput):
+            continue
+        assert given.mask is not None
+        is_used = given.mask if given.copies is None else given.mask | given.copies
+        named: list[Any] = given.latents[0, :, :, 0, 0].long().tolist()
+        pictures: list[ImageArray | None] = []
+        for (source, index, flipped), used in zip(named, is_used[0].tolist(), strict=True):
+            try:
+                image = sources.sources[source].documents.media[name].image(index) if used else None
+            except UserError:
+                image = None
+            pictures.append(image[:, ::-1] if image is not None and flipped else image)
+        thumbnails[name] = pictures
     return thumbnails
 
 

@@ -269,8 +269,8 @@ def _short_name(name: str) -> str:
     return (path if path.name.strip(".") else path.resolve()).name
 
 
-# What is counted of each source: documents taken from it, those that are wholly in rows, tokens (of its stream, or text)
-# and media of it in rows, and what happened to documents on the way.
+# What is counted of each source: documents taken from it, those that are wholly in rows, tokens in rows (of text, or
+# codes of documents of codes alone), media in rows, and what happened to documents on the way.
 DROPS = ("cut_captions", "cut_documents", "unreadable_items", "too_long_items", "dropped_documents")
 SOURCE_COUNTED = ("taken", "documents", "tokens", "items", *DROPS)
 

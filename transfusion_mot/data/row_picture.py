@@ -1,6 +1,6 @@
 """A picture of one row: what stands in its slots, its documents in reading order, and who attends to whom."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,19 +8,29 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.images import ImageArray
+from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.attention import SlotIds, dense_mask
+from transfusion_mot.models.inputs import TokenInput
 
 Colour = tuple[int, int, int]
+# Of each modality of latents: the picture in every media slot, or None.
+Thumbnails = Mapping[str, Sequence[ImageArray | None]]
 
 _WHITE, _INK, _FAINT, _PADDING = (255, 255, 255), (38, 42, 51), (120, 126, 138), (226, 228, 232)
-_TEXT, _IMAGE = (52, 101, 164), (232, 126, 46)
-# What a query of a modality reads: its own modality in the full colour, the other one lighter.
-_TEXT_READS_IMAGE, _IMAGE_READS_TEXT = (158, 190, 228), (249, 200, 158)
+# Of each modality, in the order of their slots; and the lighter one, where a query of it reads another modality.
+_MODALITIES: list[tuple[Colour, Colour]] = [
+    ((52, 101, 164), (158, 190, 228)),
+    ((232, 126, 46), (249, 200, 158)),
+    ((64, 140, 84), (170, 212, 180)),
+    ((136, 92, 170), (206, 186, 224)),
+]
 _DOCUMENTS: list[Colour] = [
     *((91, 143, 214), (240, 162, 79), (102, 178, 120), (214, 106, 120), (148, 124, 196)),
     *((84, 180, 186), (196, 150, 92), (222, 140, 190), (140, 160, 80), (120, 132, 150)),
@@ -32,94 +42,174 @@ _MOST_LINES = 4
 
 @dataclass
 class _Row:
-    """The slots of a row, as arrays [S]."""
+    """The slots of a row.
 
+    Attributes:
+        blocks: The slots of each modality.
+        documents, order, spans: [S] ids.
+        modalities: [S] place of each slot's modality in `blocks`.
+        ids: Tokens of each modality of tokens.
+        copied_spans: Spans that are clean copies.
+    """
+
+    blocks: dict[str, Block]
     documents: npt.NDArray[np.int64]
     order: npt.NDArray[np.int64]
     spans: npt.NDArray[np.int64]
-    text_ids: npt.NDArray[np.int64]
-    is_copy: npt.NDArray[np.bool_]
-
-    @property
-    def num_images(self) -> int:
-        return len(self.is_copy)
-
-    @property
-    def text_slots(self) -> int:
-        return len(self.text_ids)
+    modalities: npt.NDArray[np.int64]
+    ids: dict[str, npt.NDArray[np.int64]]
+    copied_spans: set[int]
 
     def reading_order(self, document: int) -> npt.NDArray[np.int64]:
         """Slots of a document, first to last."""
         slots = np.flatnonzero(self.documents == document)
         return slots[np.argsort(self.order[slots])]
 
+    def modality(self, slot: int) -> str:
+        """Modality of a slot."""
+        return list(self.blocks)[int(self.modalities[slot])]
+
+    def token(self, slot: int) -> int | None:
+        """Token of text in a slot."""
+        is_text = self.modality(slot) == TEXT
+        return int(self.ids[TEXT][slot - self.blocks[TEXT].start]) if is_text else None
+
+    def media_slot(self, slot: int) -> int:
+        """The media slot, among those of its modality, that a patch belongs to."""
+        block = self.blocks[self.modality(slot)]
+        return (slot - block.start) // block.slots_each
+
 
 def draw_row(
-    batch: Batch, tokenizer: TextTokenizer, thumbnails: Sequence[ImageArray | None], title: str, path: Path
+    batch: Batch, model: ModelConfig, tokenizer: TextTokenizer, *, thumbnails: Thumbnails, title: str, path: Path
 ) -> None:
     """Draw a row to a PNG.
 
     Args:
         batch: Of one row.
-        tokenizer: Says what its ids mean.
-        thumbnails: The image in every image slot, or None.
+        model: Its modalities.
+        tokenizer: Says what the ids of text mean.
+        thumbnails: What is in media slots.
         title: Stands on top.
         path: Where the PNG goes.
     """
-    documents, order, spans, text_ids = (
-        getattr(batch, name)[0].numpy() for name in ("document_ids", "order", "span_ids", "text_ids")
-    )
-    is_copy = np.zeros(batch.latents.shape[1], dtype=np.bool_) if batch.copies is None else batch.copies[0].numpy()
-    row = _Row(documents, order, spans, text_ids, is_copy)
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids, batch.copies)
-    mask = dense_mask(slots, slots)[0].numpy()
-    canvas = Image.new("RGB", (_WIDTH, 2400), _WHITE)
+    row = _row(batch, model)
+    canvas = Image.new("RGB", (_WIDTH, 4000), _WHITE)
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, 40), title, fill=_INK, font=_font(34, bold=True))
     bottom = _draw_stored(canvas, draw, row, thumbnails, top=110)
-    ends = _draw_mask(canvas, draw, row, mask, top=bottom + 40)
+    ends = _draw_mask(canvas, draw, row, _attends(batch, model, row), top=bottom + 40)
     ends = max(ends, _draw_documents(canvas, draw, row, tokenizer, thumbnails, bottom + 40, ends))
     canvas.crop((0, 0, _WIDTH, ends + 30)).save(path)
 
 
-def _draw_stored(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, thumbnails: Sequence[ImageArray | None], top: int
-) -> int:
-    """The row as it is stored: all text slots, then all image slots => where it ends."""
-    patches = (len(row.documents) - row.text_slots) // row.num_images
-    used = int((row.documents[: row.text_slots] >= 0).sum())
-    size = min(150, 900 // row.num_images - 10)
-    width = _WIDTH - 2 * _MARGIN - row.num_images * (size + 10) - 30
-    draw.text((_MARGIN, top), f"text slots: {used} of {row.text_slots} used", fill=_TEXT, font=_font(24, bold=True))
-    left = _MARGIN + width + 30
-    heading = f"image slots of {patches} patches"
-    anchor = min(left, _WIDTH - _MARGIN - int(_font(24, bold=True).getlength(heading)))
-    draw.text((anchor, top), heading, fill=_IMAGE, font=_font(24, bold=True))
+def _row(batch: Batch, model: ModelConfig) -> _Row:
+    blocks = RowShape.of_batch(model, batch).blocks
+    ids, copied_spans, spans = {}, set[int](), 0
+    for name, given in batch.inputs.items():
+        if isinstance(given, TokenInput):
+            ids[name] = given.ids[0].numpy()
+            continue
+        if given.copies is not None:
+            copied_spans |= {spans + slot for slot in np.flatnonzero(given.copies[0].numpy()).tolist()}
+        spans += blocks[name].capacity
+    documents, order, span_ids = (
+        tensor[0].numpy() for tensor in (batch.slots.document_ids, batch.slots.order, batch.slots.span_ids)
+    )
+    modalities = np.repeat(np.arange(len(blocks)), [block.num_slots for block in blocks.values()])
+    return _Row(blocks, documents, order, span_ids, modalities, ids, copied_spans)
+
+
+def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool_]:
+    """[S, S], whether a slot attends to another."""
+    span_ids = batch.slots.span_ids.clone()
+    for name, block in row.blocks.items():
+        if not model.modalities[name].is_bidirectional:
+            span_ids[:, block.start : block.start + block.num_slots] = -1
+    copies = [given.copies for given in batch.inputs.values() if not isinstance(given, TokenInput)]
+    known = torch.cat([part for part in copies if part is not None], 1) if any(c is not None for c in copies) else None
+    slots = SlotIds.from_spans(batch.slots.document_ids, batch.slots.order, span_ids, known)
+    return dense_mask(slots, slots)[0].numpy()
+
+
+def _draw_stored(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, thumbnails: Thumbnails, top: int) -> int:
+    """The row as it is stored, modality after modality, media slots beside the tokens before them => where it ends."""
+    lines: list[list[str]] = []
+    for name in row.blocks:
+        is_beside = name not in row.ids and lines and lines[-1][-1] in row.ids
+        lines = [*lines[:-1], [*lines[-1], name]] if is_beside else [*lines, [name]]
+    places = {name: place for place, name in enumerate(row.blocks)}
+    for line in lines:
+        left = _MARGIN
+        of_media = sum(row.blocks[name].capacity for name in line if name not in row.ids)
+        for name in line:
+            colour = _MODALITIES[places[name] % len(_MODALITIES)][0]
+            if name in row.ids:
+                width = _WIDTH - 2 * _MARGIN - (of_media * (_media_size(of_media) + 10) + 30 if of_media else 0)
+                _draw_tokens(draw, row, name, colour, (left, top, width))
+                left += width + 30
+            else:
+                _draw_media(canvas, draw, row, name, thumbnails.get(name), colour, (left, top))
+        top += 42 + 150
+    return top
+
+
+def _media_size(count: int) -> int:
+    """Side of a media slot in the picture."""
+    return min(150, 900 // count - 10)
+
+
+def _draw_tokens(draw: ImageDraw.ImageDraw, row: _Row, name: str, colour: Colour, place: tuple[int, int, int]) -> None:
+    """A strip of documents at (left, top, width)."""
+    left, top, width = place
+    block = row.blocks[name]
+    documents = row.documents[block.start : block.start + block.num_slots]
+    used = int((documents >= 0).sum())
+    heading = f"{name} slots: {used} of {block.capacity} used"
+    draw.text((left, top), heading, fill=colour, font=_font(24, bold=True))
     top += 42
-    edges = _MARGIN + np.round(np.arange(row.text_slots + 1) * width / row.text_slots).astype(int)
-    middle = top + size // 2
-    for first, last in _runs(row.documents[: row.text_slots]):
-        document = int(row.documents[first])
-        box = (int(edges[first]), middle - 34, int(edges[last + 1]) - 2, middle + 34)
+    edges = left + np.round(np.arange(block.capacity + 1) * width / block.capacity).astype(int)
+    middle = top + 75
+    for first, last in _runs(documents):
+        document = int(documents[first])
+        box = (int(edges[first]), middle - 34, max(int(edges[first]), int(edges[last + 1]) - 2), middle + 34)
         draw.rectangle(box, fill=_colour(document) if document >= 0 else _PADDING)
         label = str(document + 1) if document >= 0 else "padding"
         if _font(22, bold=True).getlength(label) < box[2] - box[0] - 4:
             fill = _WHITE if document >= 0 else _FAINT
             draw.text(((box[0] + box[2]) / 2, middle), label, fill=fill, font=_font(22, bold=True), anchor="mm")
-    for slot in range(row.num_images):
-        document = int(row.documents[row.text_slots + slot * patches])
+
+
+def _draw_media(
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    row: _Row,
+    name: str,
+    thumbnails: Sequence[ImageArray | None] | None,
+    colour: Colour,
+    place: tuple[int, int],
+) -> None:
+    """Media slots from (left, top) on."""
+    left, top = place
+    block = row.blocks[name]
+    size = _media_size(block.capacity)
+    heading = f"{name} slots of {block.slots_each} patches"
+    anchor = min(left, _WIDTH - _MARGIN - int(_font(24, bold=True).getlength(heading)))
+    draw.text((anchor, top), heading, fill=colour, font=_font(24, bold=True))
+    top += 42
+    for slot in range(block.capacity):
+        document = int(row.documents[block.start + slot * block.slots_each])
         box = (left, top, left + size - 1, top + size - 1)
-        thumbnail = thumbnails[slot]
+        thumbnail = thumbnails[slot] if thumbnails else None
         if document < 0:
             draw.rectangle(box, fill=_PADDING)
-            draw.text((left + size / 2, middle), "padding", fill=_FAINT, font=_font(18), anchor="mm")
+            draw.text((left + size / 2, top + size / 2), "padding", fill=_FAINT, font=_font(18), anchor="mm")
         else:
             draw.rectangle(box, fill=_colour(document))
             if thumbnail is not None:
                 _paste(canvas, thumbnail, left + 6, top + 6, size - 12)
             _badge(draw, left + size - 18, top + 18, document)
         left += size + 10
-    return top + max(size, 68)
 
 
 def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: npt.NDArray[np.bool_], top: int) -> int:
@@ -130,17 +220,18 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
     draw.text((_MARGIN + font.getlength(f"{heading}  "), top + 4), below, fill=_FAINT, font=_font(20))
     documents = range(int(row.documents.max()) + 1)
     order = np.concatenate([row.reading_order(document) for document in documents])
-    is_image = row.spans[order] >= 0
-    pairs = np.stack([_TEXT, _TEXT_READS_IMAGE, _IMAGE_READS_TEXT, _IMAGE]).astype(np.uint8)
-    kind = 2 * is_image[:, None] + is_image[None, :]
-    pixels = np.where(mask[np.ix_(order, order)][..., None], pairs[kind.astype(int)], np.uint8(250))
+    kinds = row.modalities[order]
+    colours = np.array(_MODALITIES, dtype=np.uint8)[kinds % len(_MODALITIES)]
+    is_own = (kinds[:, None] == kinds[None, :])[..., None]
+    pairs = np.where(is_own, colours[:, None, 0], colours[:, None, 1])
+    pixels = np.where(mask[np.ix_(order, order)][..., None], pairs, np.uint8(250))
     left, top = _MARGIN + _STRIP + 6, top + 48 + _STRIP + 6
     side = _MASK - _STRIP
     method = Image.Resampling.NEAREST if len(order) <= side else Image.Resampling.BOX
     canvas.paste(Image.fromarray(pixels).resize((side, side), method), (left, top))
     edges = np.round(np.arange(len(order) + 1) * side / len(order)).astype(int)
-    for first, last in _runs(is_image.astype(np.int64)):
-        fill = _IMAGE if is_image[first] else _TEXT
+    for first, last in _runs(kinds):
+        fill = _MODALITIES[int(kinds[first]) % len(_MODALITIES)][0]
         draw.rectangle((left + edges[first], top - _STRIP - 4, left + edges[last + 1] - 1, top - 5), fill=fill)
         draw.rectangle((left - _STRIP - 4, top + edges[first], left - 5, top + edges[last + 1] - 1), fill=fill)
     for first, last in _runs(row.documents[order]):
@@ -152,17 +243,13 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
             _badge(draw, x, (box[1] + box[3]) // 2, int(row.documents[order[first]]))
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=_FAINT)
     top += side + 20
-    legend = (
-        (_TEXT, "text reads text before it"),
-        (_TEXT_READS_IMAGE, "text reads images before it"),
-        (_IMAGE, "patch reads all of its image, and images before"),
-        (_IMAGE_READS_TEXT, "patch reads text before it"),
-    )
-    for index, (colour, label) in enumerate(legend):
-        x, y = left + (index // 2) * 380, top + (index % 2) * 36
-        draw.rectangle((x, y, x + 24, y + 24), fill=colour)
-        draw.text((x + 34, y + 12), label, fill=_INK, font=_font(19), anchor="lm")
-    return top + 80
+    for place, (name, block) in enumerate(row.blocks.items()):
+        own = f"{name} reads {name}" + (" before it" if block.latent_shape is None else ": its span, and before")
+        for column, label in enumerate((own, f"{name} reads other modalities before it")):
+            x, y = left + column * 380, top + place * 36
+            draw.rectangle((x, y, x + 24, y + 24), fill=_MODALITIES[place % len(_MODALITIES)][column])
+            draw.text((x + 34, y + 12), label, fill=_INK, font=_font(19), anchor="lm")
+    return top + 36 * len(row.blocks) + 8
 
 
 def _draw_documents(
@@ -170,7 +257,7 @@ def _draw_documents(
     draw: ImageDraw.ImageDraw,
     row: _Row,
     tokenizer: TextTokenizer,
-    thumbnails: Sequence[ImageArray | None],
+    thumbnails: Thumbnails,
     top: int,
     limit: int,
 ) -> int:
@@ -187,17 +274,19 @@ def _draw_documents(
         x, lines = left, 1
         for word in _words(row, document, tokenizer):
             font = _font(17, bold=True) if word.is_special else _font(22)
-            width = _THUMBNAIL if word.image is not None else int(font.getlength(word.text))
+            width = _THUMBNAIL if word.media is not None else int(font.getlength(word.text))
             width += 16 * word.is_special
             if x + width > right - 30 and x > left:
                 if lines == _MOST_LINES:
                     draw.text((x, y), "...", fill=_INK, font=_font(22), anchor="lm")
                     break
                 x, y, lines = left, y + _LINE, lines + 1
-            if word.image is not None:
-                half = _THUMBNAIL // 2
-                draw.rectangle((x, y - half, x + 2 * half - 1, y + half - 1), fill=_IMAGE)
-                if (thumbnail := thumbnails[word.image]) is not None:
+            if word.media is not None:
+                name, slot = word.media
+                half, place = _THUMBNAIL // 2, list(row.blocks).index(name)
+                box = (x, y - half, x + 2 * half - 1, y + half - 1)
+                draw.rectangle(box, fill=_MODALITIES[place % len(_MODALITIES)][0])
+                if name in thumbnails and (thumbnail := thumbnails[name][slot]) is not None:
                     _paste(canvas, thumbnail, x + 3, y - half + 3, 2 * half - 6)
             elif word.is_special:
                 draw.rounded_rectangle((x, y - 14, x + width, y + 14), radius=8, fill=_PADDING)
@@ -211,39 +300,48 @@ def _draw_documents(
 
 @dataclass(frozen=True)
 class _Word:
+    """What is shown of a document.
+
+    Attributes:
+        text: What to write.
+        is_special: Whether it is no text of the document.
+        media: Modality and media slot.
+    """
+
     text: str
     is_special: bool = False
-    image: int | None = None
+    media: tuple[str, int] | None = None
 
 
 def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word]:
-    """What a document shows from left to right: words, special tokens, images."""
-    special = {
-        tokenizer.bos_id: "BOS",
-        tokenizer.eos_id: "EOS",
-        tokenizer.boi_id: "BOI",
-        tokenizer.eoi_id: "EOI",
-    }
-    run: list[int] = []
-    slots = row.reading_order(document).tolist()
-    if slots[0] >= row.text_slots or int(row.text_ids[slots[0]]) != tokenizer.bos_id:
+    """What a document shows from left to right: words, special tokens, media."""
+    special = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
+    special |= {token: f"begin of {name}" for name, token in tokenizer.begin_ids.items()}
+    special |= {token: f"end of {name}" for name, token in tokenizer.end_ids.items()}
+    slots = row.reading_order(document)
+    if row.token(slots[0]) not in (tokenizer.bos_id, None):
         yield _Word("goes on from the row before", is_special=True)
-    for slot, next_slot in zip(slots, [*slots[1:], None], strict=True):
-        if slot < row.text_slots and (token := int(row.text_ids[slot])) not in special:
-            run.append(token)
-            if next_slot is not None:
-                continue
-        yield from (_Word(word) for word in tokenizer.decode(run).split())
-        run = []
-        if slot >= row.text_slots:
-            if next_slot is None or row.spans[next_slot] != row.spans[slot]:
-                image = int(row.spans[slot])
-                if row.is_copy[image]:
-                    yield _Word("clean copy", is_special=True)
-                yield _Word("", image=image)
-        elif token in special:
-            yield _Word(special[token], is_special=True)
-    if slots[-1] < row.text_slots and int(row.text_ids[slots[-1]]) not in special:
+    # One run for each text, special token, media slot or span of codes.
+    keys = [
+        (row.modalities[slot], row.spans[slot], row.token(slot) if row.token(slot) in special else -1) for slot in slots
+    ]
+    starts = [place for place, key in enumerate(keys) if place == 0 or key != keys[place - 1]]
+    for first, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+        run, name = slots[first:end], row.modality(slots[first])
+        token = row.token(run[0])
+        if token in special:
+            yield from (_Word(special[token], is_special=True) for _ in run)
+        elif token is not None:
+            words = tokenizer.decode([int(row.ids[TEXT][slot - row.blocks[TEXT].start]) for slot in run]).split()
+            yield from (_Word(word) for word in words)
+        elif name in row.ids:
+            yield _Word(f"{len(run)} codes of {name}", is_special=True)
+        else:
+            if int(row.spans[run[0]]) in row.copied_spans:
+                yield _Word("clean copy", is_special=True)
+            yield _Word("", media=(name, row.media_slot(run[0])))
+    last = row.token(slots[-1])
+    if last is not None and last not in special:
         yield _Word("goes on in the next row", is_special=True)
 
 
