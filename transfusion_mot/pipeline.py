@@ -1,7 +1,7 @@
 """What a training run is for: a diffusers pipeline that paints prompts, captions images and goes on with text."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -10,21 +10,29 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from transfusion_mot.codecs.base import LatentCodec
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pil, to_pixels
+from transfusion_mot.data.layout import Media
 from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError, refuse_surrogates
+from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.sampling import snapshot
 from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
-from transfusion_mot.sampling.sampler import Document, Predict, Sampler, Task
+from transfusion_mot.sampling.sampler import AUTO, Denoise, Document, Making, Predict, Sampler
 from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.text import Decoding
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[["TransfusionPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What a document is made of, as a caller gives it: texts, pictures, and other media as codes or latents.
+Item = str | Image.Image | Media
+# What is generated: texts, pictures, and of other modalities codes, or latents [C, Y, X].
+Result = str | Image.Image | list[int] | Tensor
 # A decoder's hidden images are a hundred times as large as its output: so many pixels are decoded at once.
 _PIXELS_AT_ONCE = 2**21
 
@@ -68,11 +76,11 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                     f"the prompt '{shown}' has {length} tokens; the model was trained on at most {limit}: shorten it"
                 )
 
-    def _check_document(self, document: Sequence[str | Image.Image]) -> None:
+    def _check_document(self, document: Sequence[Item]) -> None:
         """Refuse a document that is longer than a row of training: the sum of its texts, which are read as one."""
         parts = join_texts(document)
         texts = [part for part in parts if isinstance(part, str)]
-        # Each image stands between BOI and EOI; beside the longest prompt there is room for those of one.
+        # Each of the media stands between two tokens; beside the longest prompt there is room for those of one.
         delimiters = 2 * max(0, len(parts) - len(texts) - 1)
         length = delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
         limit = self.config.max_prompt_tokens
@@ -129,12 +137,17 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         image: Pictures | None = None,
         strength: float = 0.6,
         mask_image: Pictures | None = None,
+        code_temperature: float = 1.0,
+        code_top_p: float = 1.0,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "clean"),
     ) -> Any:
-        """Paint prompts.
+        """Paint prompts, by diffusion or by writing codes, as the model was trained.
+
+        What is about reverse steps (`num_inference_steps`) does nothing where pictures are codes; `guidance_interval`,
+        `latents`, `image`, `mask_image` and callbacks are refused.
 
         Args:
             prompt: One prompt or several; an empty one paints without prompt.
@@ -158,8 +171,10 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 training.
             strength: The noise it begins with, above 0 (the image itself) up to 1 (nothing of it).
             mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
+            code_temperature: Of codes: divides the logits; 0 takes the most probable code.
+            code_top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
-                (normalised latents [B, C, Y, X]).
+                (normalised latents [B, C, Y, X], or codes [B, Y, X]).
             return_dict: False returns a tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after every reverse step; a function, or
                 a `PipelineCallback` or `MultiPipelineCallbacks` of diffusers. Of the tensors [B, C, Y, X], `latents`
@@ -201,25 +216,48 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
                 f"{' and '.join(self._callback_tensor_inputs)}"
             )
+        is_codes = self.codec.kind == "codes"
+        if is_codes:
+            by_diffusion = {
+                "guidance_interval": guidance.interval != (0.0, 1.0),
+                "latents": latents is not None,
+                "image": image is not None,
+                "callback_on_step_end": callback_on_step_end is not None,
+            }
+            if refused := [name for name, given in by_diffusion.items() if given]:
+                raise UserError(f"{refused[0]} is given, and this model writes its pictures as codes; leave it out")
         generators = _one_each(generator, len(numbers))
         device = self._execution_device
         original, edit = None, None
         if image is None:
             size = self.sizes.painted(height, width)
         else:
-            original = load_original(image, mask_image, self.sizes, height, width, numbers, device)
+            original = load_original(
+                image, mask_image, sizes=self.sizes, height=height, width=width, repeats=numbers, device=device
+            )
             size = original.size
-        noise = self._initial_noise(latents, generators, size).to(device)
-        if original is not None:
-            edit = make_edit(original, strength, self.autoencoder, noise.dtype)
+        denoise = None
+        if not is_codes:
+            noise = self._initial_noise(latents, generators, self.latent_shape(size)).to(device)
+            if original is not None:
+                edit = make_edit(original, strength, cast(LatentCodec, self.codec), noise.dtype)
 
-        def denoise(predict: Predict, _: list[int]) -> Tensor:
-            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            return self._denoise(predict, noise, steps, generators, edit, *callback)
+            def denoise(predict: Predict, _: list[int]) -> Tensor:
+                return self._denoise(
+                    predict,
+                    noise,
+                    steps,
+                    generators=generators,
+                    edit=edit,
+                    callback=callback_on_step_end,
+                    callback_tensors=callback_on_step_end_tensor_inputs,
+                )
 
         documents = [Document([prompts[number]], negatives[number]) for number in numbers]
-        self._sampler(documents, "image", size, denoise=denoise, guidance=guidance, max_images=1).run()
-        images = self._finish(_images(documents), output_type, original)
+        making = self._picture_making(size, 1, denoise, Decoding(1, code_temperature, code_top_p))
+        self._sampler(documents, self.image_modality, generators=generators, making=making, guidance=guidance).run()
+        contents = [item.content for document in documents for item in document.added if isinstance(item, Media)]
+        images = self._finish(self._stacked(contents, size), output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -253,8 +291,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         if len(beginnings) != len(pictures):
             raise UserError(f"there are {len(beginnings)} prompts for {len(pictures)} images; give one, or one each")
         self.check_prompts(beginnings)
-        latents = self._encode(pictures)
-        documents = [Document([*pair]) for pair in zip(latents, beginnings, strict=True)]
+        documents = [Document([*pair]) for pair in zip(self._encode(pictures), beginnings, strict=True)]
         return self._write(documents, Decoding(max_new_tokens, temperature, top_p), generator)
 
     @torch.no_grad()
@@ -293,6 +330,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         width: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        code_temperature: float = 1.0,
+        code_top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> list[str | Image.Image]:
         """Go on with a document of texts and images; the model decides what follows, and when it is over.
@@ -305,7 +344,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             guidance_scale: How much a painting follows what is before it, 1 is plainly; None is the pipeline's own. It
                 is led away from an image without any context, which training shows as images without their prompts.
             height, width: Of all images of the document, as for painting; None is that of the first picture.
-            temperature, top_p: As for `caption`.
+            temperature, top_p: Of texts, as for `caption`.
+            code_temperature, code_top_p: Of images, as for painting.
             generator: Of all that is drawn.
 
         Returns:
@@ -330,60 +370,152 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
-        given = [item if isinstance(item, str) else self._encode([item], size)[0] for item in document]
-        device = self._execution_device
-
-        def denoise(predict: Predict, _: list[int]) -> Tensor:
-            noise = self._initial_noise(None, [generator], size).to(device)
-            return self._denoise(predict, noise, steps, [generator], None, None, ())
-
-        whole = Document(given)
+        whole = Document([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
+        denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
+        making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p))
         self._sampler(
-            [whole],
-            "auto",
-            size,
-            generators=[generator],
-            decoding=decoding,
-            denoise=denoise,
-            guidance=guidance,
-            max_images=max_images,
+            [whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance
         ).run()
-        added = [item if isinstance(item, str) else self.decode_latents(item[None])[0] for item in whole.added]
+        added = [
+            item if isinstance(item, str) else to_pil(self._decode(self._stacked([item.content], size)))[0]
+            for item in whole.added
+        ]
         self.maybe_free_model_hooks()
         return added
 
     @torch.no_grad()
+    def generate(
+        self,
+        documents: list[list[Item]],
+        target: str,
+        *,
+        max_new_tokens: int = 64,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        generator: Generators = None,
+    ) -> list[Result]:
+        """Go on with documents in any modality of the model.
+
+        Args:
+            documents: Each in reading order: texts, pictures, and `Media` of other modalities, whose content is the
+                latents [C, Y, X], or `start`, the codes and `end`.
+            target: The modality of what follows.
+            max_new_tokens: Most tokens of a text, or of codes that are no picture: the model decides where they end.
+            num_inference_steps: Reverse steps of what is made by diffusion; None is the pipeline's own number.
+            guidance_scale: How much media follow what is before them, 1 is plainly; None is the pipeline's own.
+            height: Of pictures, as for painting; of other latents their own height Y.
+            width: As `height`.
+            temperature: Divides the logits; 0 takes the most probable token. None is 0 of text, and 1 of codes.
+            top_p: As for `caption`.
+            generator: One for each document, or one for all.
+
+        Returns:
+            Of each document a text, a picture, the codes, or the latents [C, Y, X].
+
+        Raises:
+            UserError: An argument is out of its range or missing, or a document cannot be used.
+        """
+        names = self.transformer.architecture.stream_order
+        if target not in names:
+            raise UserError(f"target is '{target}'; the model has {', '.join(names)}")
+        if not documents:
+            raise UserError("there is no document; give at least one")
+        for document in documents:
+            if texts := [item for item in document if isinstance(item, str)]:
+                self.check_prompts(texts)
+            self._check_document(document)
+        given = [
+            Document([self._encode([item])[0] if isinstance(item, Image.Image) else item for item in document])
+            for document in documents
+        ]
+        if target == TEXT:
+            return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p), generator)]
+        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        generators = _one_each(generator, len(given))
+        modality = self.transformer.modality(target)
+        decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p)
+        size = self.sizes.painted(height, width) if target == self.image_modality else None
+        if size is not None:
+            denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, generators)
+            making = self._picture_making(size, 1, denoise, decoding)
+        elif isinstance(modality, TokenModality):
+            making = {target: Making(1, 1 + max_new_tokens, decoding=decoding, is_ragged=True)}
+        else:
+            patch = modality.patch_size
+            if height is None or width is None or height % patch or width % patch:
+                raise UserError(
+                    f"height and width are {height} and {width}; of '{target}' they count latents and must be multiples "
+                    f"of {patch}, a patch's side"
+                )
+            denoise = self._denoiser((modality.latent_channels, height, width), steps, generators)
+            making = {target: Making(1, height * width // patch**2, denoise)}
+        self._sampler(given, target, generators=generators, making=making, guidance=Guidance(scale)).run()
+        contents = [item.content for document in given for item in document.added if isinstance(item, Media)]
+        self.maybe_free_model_hooks()
+        if size is not None:
+            return [*to_pil(self._decode(self._stacked(contents, size)))]
+        return [content[1:-1] if isinstance(content, list) else content for content in contents]
+
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Normalised latents [B, C, Y, X] => pictures, as of a callback's `clean`."""
+        """Normalised latents [B, C, Y, X] or codes [B, Y, X] => pictures, as of a callback's `clean`."""
         return to_pil(self._decode(latents))
 
-    def _sampler(self, documents: list[Document], task: Task, size: Size | None = None, **arguments: Any) -> Sampler:
+    def _sampler(self, documents: list[Document], target: str, **arguments: Any) -> Sampler:
         return Sampler(
             self.transformer,
             self.text_tokenizer,
             self.workspace,
             documents,
-            task,
-            self.latent_shape(size or self.sizes.default),
-            self._execution_device,
+            target=target,
+            device=self._execution_device,
             **arguments,
         )
 
+    def _picture_making(
+        self, size: Size, most: int, denoise: Denoise | None, decoding: Decoding
+    ) -> dict[str, Making]:
+        """How at most so many pictures of a document are made: by `denoise`, or where it is None by writing codes."""
+        if not most:
+            return {}
+        rows, columns = self.grid(size)
+        if denoise is None:
+            return {self.image_modality: Making(most, 1 + rows * columns, decoding=decoding)}
+        patch = self.transformer.architecture.modalities[self.image_modality].patch_size
+        return {self.image_modality: Making(most, rows * columns // patch**2, denoise)}
+
     def _write(self, documents: list[Document], decoding: Decoding, generator: Generators) -> list[str]:
         generators = _one_each(generator, len(documents))
-        self._sampler(documents, "text", generators=generators, decoding=decoding).run()
+        self._sampler(documents, TEXT, generators=generators, decoding=decoding).run()
         self.maybe_free_model_hooks()
         return ["".join(item for item in document.added if isinstance(item, str)) for document in documents]
+
+    def _denoiser(
+        self, shape: tuple[int, int, int], num_inference_steps: int, generators: list[torch.Generator | None]
+    ) -> Denoise:
+        """What makes latents of a shape [C, Y, X] in documents that have these generators."""
+
+        def denoise(predict: Predict, rows: list[int]) -> Tensor:
+            own = [generators[row] for row in rows]
+            noise = self._initial_noise(None, own, shape).to(self._execution_device)
+            return self._denoise(predict, noise, num_inference_steps, generators=own)
+
+        return denoise
 
     def _denoise(
         self,
         predict: Predict,
         noise: Tensor,
         num_inference_steps: int,
+        *,
         generators: list[torch.Generator | None],
-        edit: Edit | None,
-        callback: Callable[..., dict[str, Any] | None] | None,
-        callback_tensors: Sequence[str],
+        edit: Edit | None = None,
+        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback_tensors: Sequence[str] = (),
     ) -> Tensor:
         """The reverse process with its progress bar and callback: noise => clean latents [B, C, Y, X]."""
         # What diffusers' callbacks ask and set.
@@ -408,37 +540,50 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             drawing = [own for own in generators if own is not None]
             return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, edit)
 
-    def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Tensor]:
-        """Pictures => clean latents [C, Y, X] of each, at the size of training or another one."""
+    def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Media]:
+        """Pictures => clean latents or codes of each, at the size of training or another one."""
         images_uint8 = [self.sizes.read(picture, size) for picture in pictures]
+        codec = self.codec
 
-        def encode(places: list[int], _: Size) -> Sequence[Tensor]:
+        def encode(places: list[int], _: Size) -> Sequence[Any]:
             pixels = to_pixels(np.stack([images_uint8[place] for place in places])).to(self._execution_device)
-            return self.autoencoder.encode(pixels)[0].unbind()
+            if codec.kind == "latents":
+                return codec.encode(pixels)[0].unbind()
+            tokens = cast(TokenModality, self.transformer.modality(self.image_modality))
+            return [[tokens.start_id, *codes, tokens.end_id] for codes in codec.encode(pixels).flatten(1).tolist()]
 
-        return by_size([image.shape[:2] for image in images_uint8], encode)
+        contents = by_size([image.shape[:2] for image in images_uint8], encode)
+        return [Media(self.image_modality, content) for content in contents]
+
+    def _stacked(self, contents: list[Any], size: Size) -> Tensor:
+        """Contents of pictures => latents [B, C, Y, X] or codes [B, Y, X]."""
+        if self.codec.kind == "latents":
+            return torch.stack(contents)
+        codes = torch.tensor([content[1:-1] for content in contents], device=self._execution_device)
+        return codes.view(len(contents), *self.grid(size))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents => pixels [B, 3, H, W] in [-1, 1], some images at a time.
+        """Latents, or codes, => pixels [B, 3, H, W] in [-1, 1], some images at a time.
 
         Raises:
             UserError: They are not finite: black pictures would hide it.
         """
+        codec = self.codec
         if not latents.isfinite().all():
             raise UserError(
                 "the painted latents are not finite; try more num_inference_steps, another scheduler, or a transformer "
                 "in float32"
             )
-        at_once = max(1, _PIXELS_AT_ONCE // (latents[0, 0].numel() * self.autoencoder.downsampling**2))
-        return torch.cat([self.autoencoder.decode(part) for part in latents.split(at_once)])
+        at_once = max(1, _PIXELS_AT_ONCE // (latents.shape[-2] * latents.shape[-1] * codec.downsampling**2))
+        return torch.cat([codec.decode(part) for part in latents.split(at_once)])
 
     def _initial_noise(
-        self, latents: Tensor | None, generators: Sequence[torch.Generator | None], size: Size
+        self, latents: Tensor | None, generators: Sequence[torch.Generator | None], latent_shape: tuple[int, int, int]
     ) -> Tensor:
         """Initial noise in float32, or float64 for a model in float64; a solver's steps are too small for less."""
-        shape = (len(generators), *self.latent_shape(size))
+        shape = (len(generators), *latent_shape)
         if latents is None:
-            latents = random_rows(torch.randn, shape[1:], generators)
+            latents = random_rows(torch.randn, latent_shape, generators)
         elif latents.shape != shape:
             raise UserError(f"latents have the shape {list(latents.shape)}; needed is {list(shape)}")
         return latents.to(torch.promote_types(self.transformer.dtype, torch.float32))
@@ -453,11 +598,6 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             return to_pil(pixels)
         pixels = pixels / 2 + 0.5
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _images(documents: list[Document]) -> Tensor:
-    """The images that were painted [B, C, Y, X]."""
-    return torch.stack([item for document in documents for item in document.added if isinstance(item, Tensor)])
 
 
 def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import LatentCodec
 from transfusion_mot.data.images import load_image, to_pixels
 from transfusion_mot.diffusion import Edit
 from transfusion_mot.errors import UserError
@@ -44,6 +44,7 @@ class Original(NamedTuple):
 def load_original(
     image: Pictures,
     mask_image: Pictures | None,
+    *,
     sizes: ImageSizes,
     height: int | None,
     width: int | None,
@@ -86,12 +87,12 @@ def load_original(
     return Original(pixels, torch.from_numpy(white)[list(repeats), None].to(device))
 
 
-def make_edit(original: Original, strength: float, autoencoder: Autoencoder, dtype: torch.dtype) -> Edit:
+def make_edit(original: Original, strength: float, codec: LatentCodec, dtype: torch.dtype) -> Edit:
     """The same in latents [B, C, Y, X]; a latent is repainted if any of its pixels is."""
-    clean = autoencoder.encode(original.pixels)[0].to(dtype)
+    clean = codec.encode(original.pixels)[0].to(dtype)
     if original.repaint is None:
         return Edit(clean, strength)
-    return Edit(clean, strength, F.max_pool2d(original.repaint.float(), autoencoder.downsampling) > 0)
+    return Edit(clean, strength, F.max_pool2d(original.repaint.float(), codec.downsampling) > 0)
 
 
 def _one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:

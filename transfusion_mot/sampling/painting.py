@@ -118,7 +118,7 @@ class Painter:
         self._write(prompts, folder, make, "real images", {"images": prompts_hash(prompts)})
 
     def reconstruct(self, prompts: Sequence[Prompt], image_size: int | None, folder: Path) -> None:
-        """Write the real images of prompts after they went through the autoencoder.
+        """Write the real images of prompts after they went through the codec.
 
         Args:
             prompts: Each has an image.
@@ -128,14 +128,14 @@ class Painter:
         Raises:
             UserError: An image cannot be read, or the folder holds others.
         """
-        autoencoder, device = self.pipeline.autoencoder, self.pipeline.device
+        codec, device = self.pipeline.codec, self.pipeline.device
 
         def make(batch: Sequence[Prompt]) -> list[Image.Image]:
             images = [self._real(prompt, image_size) for prompt in batch]
 
             def reconstruct(places: list[int], _: Size) -> list[Image.Image]:
                 pixels = to_pixels(np.stack([images[place] for place in places])).to(device)
-                return to_pil(autoencoder.decode(autoencoder.encode(pixels)[0]))
+                return to_pil(codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels)))
 
             return by_size([image.shape[:2] for image in images], reconstruct)
 

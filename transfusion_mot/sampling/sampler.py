@@ -5,7 +5,7 @@ Shapes: B documents, C latent channels, Y and X latent height and width, V vocab
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
@@ -46,7 +47,7 @@ class Making(NamedTuple):
 
     Attributes:
         most: Most of them in a document.
-        num_slots: Slots that one takes, at most where its length is the model's choice.
+        num_slots: Slots that one takes: patches, or `start` and codes; at most where the model decides.
         denoise: Of latents: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy latents
             [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
         decoding: Of codes.
@@ -82,7 +83,7 @@ class Sampler:
         documents: Of any lengths.
         target: See above.
         device: Where the model is.
-        generators: One a document, for what is drawn in writing.
+        generators: One for each document, for what is drawn in writing text and codes.
         decoding: Of text; its number of tokens is for all texts of a document together.
         making: How media of each modality are made; a modality that is missing is not made.
         guidance: Of media.
@@ -94,9 +95,9 @@ class Sampler:
         tokenizer: TextTokenizer,
         workspace: Workspace,
         documents: Sequence[Document],
+        *,
         target: str,
         device: torch.device,
-        *,
         generators: Sequence[torch.Generator | None] = (),
         decoding: Decoding | None = None,
         making: dict[str, Making] | None = None,
@@ -198,7 +199,7 @@ class Sampler:
             self.documents[row].added.append(media)
             self._media_left[name][row] -= 1
             if goes_on:
-                # Codes are in the cache already.
+                # Codes have been fed as they were written.
                 if making.denoise is not None:
                     session.feed(row, LatentSpan(media, is_copy=False))
                 session.feed(row, TokenRun(TEXT, [self.tokenizer.end_ids[name]], []))
@@ -206,7 +207,7 @@ class Sampler:
 
     def _write_codes(self, name: str, branches: list[list[int]]) -> list[list[int]]:
         """Codes of one of the media for each document of the first branch, `start` and `end` included."""
-        making, modality = self.making[name], self.model.modality(name)
+        making, modality = self.making[name], cast(TokenModality, self.model.modality(name))
         assert making.decoding is not None
         start, end = modality.start_id, modality.end_id
         rows = branches[0]
@@ -215,9 +216,10 @@ class Sampler:
         forbidden = torch.zeros(len(rows), modality.vocab_size, dtype=torch.bool)
         forbidden[:, start] = True
         forbidden[:, end] = not making.is_ragged
-        uniform = torch.zeros(len(rows), making.num_slots)
+        most_codes = making.num_slots - 1
+        uniform = torch.zeros(len(rows), most_codes)
         if making.decoding.temperature > 0:
-            uniform = random_rows(torch.rand, (making.num_slots,), [self.generators[row] for row in rows])
+            uniform = random_rows(torch.rand, (most_codes,), [self.generators[row] for row in rows])
         written = self.session.write(
             name,
             branches,
@@ -227,6 +229,10 @@ class Sampler:
             uniform=uniform,
             guidance=self.guidance if len(branches) > 1 else None,
         )
+        for row, ids in zip(rows, written, strict=True):
+            if ids[-1] != end:
+                # Written, and not read yet.
+                self.session.feed(row, TokenRun(name, ids[-1:], []))
         return [[start, *(ids if ids[-1] != end else ids[:-1]), end] for ids in written]
 
     def _predict(self, name: str, branches: list[list[int]]) -> Predict:

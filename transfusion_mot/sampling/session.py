@@ -73,20 +73,19 @@ class Session:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> None:
-        """Read all that was fed to these rows; segments of one modality together."""
+        """Read all that was fed to these rows; tokens of one modality together, and latents of one modality and size."""
         while waiting := [row for row in rows if self._fed[row]]:
-            # In the order of the streams, so that it does not depend on which row is asked first.
-            for modality in self.model.architecture.stream_order:
-                now = [row for row in waiting if self._fed[row] and self._fed[row][0][0] == modality]
-                if not now:
-                    continue
-                contents = [self._fed[row].pop(0)[1] for row in now]
-                if isinstance(contents[0], Tensor):
-                    latents = torch.stack([cast(Tensor, part).to(self.device) for part in contents])
-                    self.read_latents(modality, now, latents, 0.0)
+            groups: dict[tuple[str, torch.Size | None], dict[int, list[int] | Tensor]] = {}
+            for row in waiting:
+                modality, content = self._fed[row].pop(0)
+                shape = content.shape if isinstance(content, Tensor) else None
+                groups.setdefault((modality, shape), {})[row] = content
+            for (modality, shape), contents in groups.items():
+                if shape is None:
+                    self._read_tokens(modality, list(contents), [np.array(ids) for ids in contents.values()])
                 else:
-                    self._read_tokens(modality, now, [np.array(part) for part in contents])
-                waiting = [row for row in waiting if row not in now]
+                    latents = torch.stack([cast(Tensor, part).to(self.device) for part in contents.values()])
+                    self.read_latents(modality, list(contents), latents, 0.0)
 
     def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
         lengths = self._lengths(rows)

@@ -2,18 +2,23 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
-from transformers import PreTrainedTokenizerFast
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transfusion_mot import schedulers
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import refuse_dangling_links
+from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
@@ -38,7 +43,7 @@ class SnapshotPipeline(DiffusionPipeline):
 
     Args:
         transformer: The model.
-        vae: Autoencoder of the latents it was trained on.
+        vae: The codec of its pictures: `AutoencoderKL`, or where they are codes one of `codecs.image_codes.CLASSES`.
         scheduler: diffusers scheduler that samples. Another one may be assigned later, as of
             `X.from_config(pipeline.scheduler.config)`: it is adapted to what the model was trained for, or refused.
         tokenizer: Its tokenizer, `TextTokenizer.hf`.
@@ -50,8 +55,10 @@ class SnapshotPipeline(DiffusionPipeline):
             see `ImageSizes`. (A list would be taken for a component by diffusers.)
         trained_for: Prediction type and noise schedule of training, from `transfusion_mot.schedulers.trained_for`; None
             takes those of `scheduler`.
+        image_modality: The modality of the pictures; None is the one beside text, if there is only one.
 
     Attributes:
+        image_modality: The modality of the pictures.
         sizes: Of images.
         workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
 
@@ -65,7 +72,7 @@ class SnapshotPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: TransfusionMoT,
-        vae: AutoencoderKL,
+        vae: ModelMixin | PreTrainedModel,
         scheduler: SchedulerMixin,
         tokenizer: PreTrainedTokenizerFast,
         image_size: int | None = None,
@@ -74,6 +81,7 @@ class SnapshotPipeline(DiffusionPipeline):
         guidance_scale: float = 3.0,
         image_sizes: dict[str, Any] | None = None,
         trained_for: dict[str, Any] | None = None,
+        image_modality: str | None = None,
     ) -> None:
         super().__init__()
         # Before the scheduler, which must fit it.
@@ -85,14 +93,18 @@ class SnapshotPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             image_sizes=image_sizes,
+            image_modality=image_modality,
         )
-        self.text_tokenizer = TextTokenizer(tokenizer)
+        architecture = transformer.architecture
+        self.text_tokenizer = TextTokenizer(tokenizer, architecture.stream_order)
         self.workspace = Workspace()
         # Text of the README.md that goes with it.
         self.model_card: str | None = None
+        self.image_modality = _picture_modality(architecture.stream_order, image_modality)
         self._check_components()
-        patch_pixels = self.autoencoder.downsampling * self.transformer.architecture.patch_size
-        self.sizes = ImageSizes(patch_pixels, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"}))
+        own = transformer.modality(self.image_modality)
+        multiple = self.codec.downsampling * (own.patch_size if isinstance(own, DiffusionModality) else 1)
+        self.sizes = ImageSizes(multiple, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"}))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":
@@ -100,7 +112,7 @@ class SnapshotPipeline(DiffusionPipeline):
         super().__setattr__(name, value)
 
     def _check_components(self) -> None:
-        model = self.transformer.config
+        sizes, vae_class = self.transformer.config.sizes, type(self.vae).__name__
         # Here, as diffusers' generic loader passes nothing else of ours. The transformer looks for its own weights.
         if missing := [name for name, parameter in self.vae.named_parameters() if parameter.is_meta]:
             raise UserError(f"the vae has no weights for {', '.join(missing[:5])}; use a whole snapshot")
@@ -109,15 +121,29 @@ class SnapshotPipeline(DiffusionPipeline):
                 f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
                 "snapshot, or give image_size=PIXELS"
             )
-        if self.autoencoder.latent_channels != model.latent_channels:
-            raise UserError(
-                f"the vae has {self.autoencoder.latent_channels} latent channels and the transformer was trained on "
-                f"{model.latent_channels}; use the vae that the transformer was trained with"
-            )
-        if self.text_tokenizer.vocab_size != model.vocab_size:
+        if self.text_tokenizer.vocab_size != sizes[TEXT]:
             raise UserError(
                 f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
-                f"{model.vocab_size}; use the tokenizer that the transformer was trained with"
+                f"{sizes[TEXT]}; use the tokenizer that the transformer was trained with"
+            )
+        objective = self.transformer.architecture.modalities[self.image_modality].objective
+        known = [AutoencoderKL.__name__] if objective == "diffusion" else list(CLASSES)
+        if vae_class not in known:
+            raise UserError(
+                f"the vae is a {vae_class}, and pictures with the objective {objective} need {' or '.join(known)}; use "
+                "the vae that the transformer was trained with"
+            )
+        codec, size = self.codec, sizes[self.image_modality]
+        if codec.kind == "latents" and codec.latent_channels != size:
+            raise UserError(
+                f"the vae has {codec.latent_channels} latent channels and the transformer was trained on {size}; use "
+                "the vae that the transformer was trained with"
+            )
+        # Two ids more are the start and end of a span.
+        if codec.kind == "codes" and codec.codebook_size != size - 2:
+            raise UserError(
+                f"the vae has {codec.codebook_size} codes and the transformer was trained on {size - 2}; use the vae "
+                "that the transformer was trained with"
             )
 
     @classmethod
@@ -135,6 +161,11 @@ class SnapshotPipeline(DiffusionPipeline):
         if os.path.isdir(path) and not index.is_file():
             raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
         refuse_dangling_links(Path(path))
+        if is_of_version_0_1(Path(path)):
+            raise UserError(
+                f"{path} is a snapshot of version 0.1; convert it: python -m transfusion_mot.sampling.convert {path} "
+                "NEW_FOLDER"
+            )
         try:
             contents = json.loads(index.read_text()) if index.is_file() else {}
             if not isinstance(contents, dict):
@@ -195,14 +226,43 @@ class SnapshotPipeline(DiffusionPipeline):
         return super()._execution_device if device.type in ("cpu", "meta") else device
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """[C, Y, X] of an image of so many pixels."""
-        height, width = (side // self.autoencoder.downsampling for side in size)
-        return self.autoencoder.latent_channels, height, width
+        """[C, Y, X] of an image of so many pixels, of a model with latents."""
+        assert self.codec.kind == "latents"
+        return self.codec.latent_channels, *self.grid(size)
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of latents or codes of an image of so many pixels."""
+        height, width = size
+        return height // self.codec.downsampling, width // self.codec.downsampling
 
     @property
-    def autoencoder(self) -> Autoencoder:
-        """The VAE with its normalisation of latents."""
-        return Autoencoder(self.vae)
+    def codec(self) -> Codec:
+        """The VAE with its normalisation of latents, or the tokenizer of images."""
+        return Autoencoder(self.vae) if isinstance(self.vae, AutoencoderKL) else ImageCodes(self.vae)
+
+
+def _picture_modality(modalities: Sequence[str], given: str | None) -> str:
+    """The modality of the pictures of a model.
+
+    Raises:
+        UserError: There is none of that name, or none is named and there are several.
+    """
+    media = [name for name in modalities if name != TEXT]
+    if given is None and len(media) == 1:
+        return media[0]
+    if given not in media:
+        raise UserError(
+            f"image_modality is {given}; it must say which modality of the transformer its pictures are: "
+            f"{', '.join(media) or 'but it has text alone'}"
+        )
+    return given
+
+
+def is_of_version_0_1(snapshot: Path) -> bool:
+    """Whether a folder holds a snapshot that `transfusion_mot.sampling.convert` converts."""
+    path = snapshot / "transformer" / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return isinstance(config, dict) and "latent_channels" in config
 
 
 def _with_plain_class(contents: dict[str, Any]) -> dict[str, Any]:
