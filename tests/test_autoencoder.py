@@ -142,12 +142,12 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 def test_folders_that_hold_no_autoencoder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"no autoencoder at 'nobody/missing'"):
+    with pytest.raises(UserError, match=r"no codec at 'nobody/missing'"):
         Autoencoder.load("nobody/missing", "cpu")
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "missing", "./missing", "~/missing", "runs/missing", "a/b/missing"):
-        with pytest.raises(UserError, match=r"autoencoder path '.*missing' does not exist; there is"):
+        with pytest.raises(UserError, match=r"codec path '.*missing' does not exist; there is"):
             Autoencoder.load(str(path), "cpu")
     with pytest.raises(UserError, match=r"no config\.json"):
         Autoencoder.load(str(tmp_path), "cpu")
@@ -155,7 +155,7 @@ def test_folders_that_hold_no_autoencoder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a UNet2DModel"):
         Autoencoder.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no autoencoder at"):
+    with pytest.raises(UserError, match="no codec at"):
         Autoencoder.load(str(tmp_path), "cpu")
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match="subfolder 'vae'"):
@@ -173,7 +173,7 @@ def test_missing_weights_are_not_left_at_random(tmp_path):
     with pytest.raises(UserError, match=r"no weights for decoder\.conv_out\.weight"):
         Autoencoder.load(str(tmp_path), "cpu")
     file.unlink()
-    with pytest.raises(UserError, match="no autoencoder at"):
+    with pytest.raises(UserError, match="no codec at"):
         Autoencoder.load(str(tmp_path), "cpu")
 
 

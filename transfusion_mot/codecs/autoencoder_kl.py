@@ -4,19 +4,16 @@ Latent scale and shift are applied here and nowhere else: all other code sees la
 variance. `python -m transfusion_mot.autoencoder --config FILE` trains one.
 """
 
-import json
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, Self
 
 import torch
 from diffusers import AutoencoderKL
 
 from transfusion_mot.codecs.base import fingerprint_of
+from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import refuse_dangling_links
-from transfusion_mot.hub_names import refuse_missing_path
 
 
 class Autoencoder:
@@ -53,39 +50,18 @@ class Autoencoder:
         """Load a folder written by `save_pretrained`, or an autoencoder of that name from the Hugging Face hub.
 
         Raises:
-            UserError: It is not there, is something else than an `AutoencoderKL`, or its weights are incomplete.
+            UserError: It is not there, is another class than `AutoencoderKL`, or its weights are incomplete.
         """
-        refuse_missing_path(path, "autoencoder path", "; `python -m transfusion_mot.autoencoder` trains one")
-        config = Path(path) / "config.json"
-        if (Path(path) / "model_index.json").is_file():
-            raise UserError(f"autoencoder path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
-        refuse_dangling_links(Path(path))
-        if Path(path).exists() and not config.is_file():
-            raise UserError(
-                f"autoencoder path '{path}' has no config.json; give a folder that holds a diffusers AutoencoderKL, "
-                "such as the output_dir of `python -m transfusion_mot.autoencoder`"
-            )
-        try:
-            class_name = json.loads(config.read_text())["_class_name"] if config.is_file() else "AutoencoderKL"
-            if class_name != "AutoencoderKL":
-                raise UserError(f"autoencoder path '{path}' holds a {class_name}; an AutoencoderKL is needed")
-            # Low memory usage would leave missing weights without storage, before they can be told. No pickle: it can
-            # run code.
-            vae, loading = AutoencoderKL.from_pretrained(
-                path, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"no autoencoder at '{path}' ({' '.join(str(error).split())[:300]}); give a folder that holds a "
-                "diffusers AutoencoderKL, the name of one on the Hugging Face hub, or train one: "
-                "python -m transfusion_mot.autoencoder --config configs/vae/emoji.yaml"
-            ) from None
-        if loading["missing_keys"]:
-            raise UserError(f"the autoencoder at '{path}' has no weights for {', '.join(loading['missing_keys'][:5])}")
+        if (class_name := class_name_of(path)) != AutoencoderKL.__name__:
+            raise UserError(f"codec path '{path}' holds a {class_name}; an AutoencoderKL is needed")
+        vae: AutoencoderKL = load_model(AutoencoderKL, path, dtype)
         memory_format = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
         return cls(vae.to(device=device, memory_format=memory_format))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.vae.device
 
     @cached_property
     def fingerprint(self) -> str:

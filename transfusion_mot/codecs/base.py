@@ -1,7 +1,7 @@
 """What turns raw media into what the model sees, and back.
 
-A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective `diffusion`;
-one of the kind `codes` gives integers, for `next_token`. All compute in float32: half precision flips codes.
+A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective
+`diffusion`; one of the kind `codes` gives integers, for `next_token`.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ class LatentCodec(Protocol):
         kind: `latents`.
         latent_channels: Channels C of the latents.
         downsampling: Factor f from latent to image height and width.
+        device: Where it computes.
         fingerprint: Hash of weights and configuration.
     """
 
@@ -30,10 +31,21 @@ class LatentCodec(Protocol):
     downsampling: int
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
     def fingerprint(self) -> str: ...
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] => mean and standard deviation [B, C, H/f, W/f] of the normalised latents."""
+        ...
+
+    def encode_fast(self, pixels: Tensor, batch_size: int, compiled: bool) -> tuple[Tensor, Tensor]:
+        """Like `encode`, for many images: `batch_size` at a time, in less than float32 where that is faster.
+
+        Args:
+            compiled: Compile the encoder on its first use (CUDA only); every batch then has the same shape.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -49,12 +61,16 @@ class CodeCodec(Protocol):
         kind: `codes`.
         codebook_size: Number of codes.
         downsampling: Factor f from codes to image height and width.
+        device: Where it computes.
         fingerprint: Hash of weights and configuration.
     """
 
     kind: Literal["codes"]
     codebook_size: int
     downsampling: int
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -85,21 +101,17 @@ def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def frozen(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """The model in float32, in evaluation mode and without gradients, on a device."""
-    return model.float().eval().requires_grad_(False).to(device)
-
-
-def check_image_size(side: int, multiple: int, name: str = "image_size") -> None:
-    """Refuse a height or width of images that do not divide into patches.
+def check_image_size(side: int, multiple: int, name: str = "image_size", part: str = "a patch") -> None:
+    """Refuse a height or width of images that do not divide into patches or codes.
 
     Args:
         side: In pixels.
-        multiple: Pixels of a patch's side: the codec's downsampling times the patch size of the modality.
+        multiple: Pixels of a part's side: the codec's downsampling, times the patch size of a modality of latents.
         name: The side's name in the message.
+        part: What the images divide into, likewise.
 
     Raises:
         UserError: It is no multiple.
     """
     if not isinstance(side, int) or side < 1 or side % multiple:
-        raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, a patch's side")
+        raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, {part}'s side")

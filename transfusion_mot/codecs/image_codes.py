@@ -1,8 +1,12 @@
-"""Images as integer codes: VQ tokenizers of diffusers and transformers behind one interface."""
+"""Images as integer codes: VQ tokenizers of diffusers and transformers behind one interface.
 
-from collections.abc import Callable
+All of them were trained on pixels in [-1, 1]. They are computed in full float32: less precision flips codes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import VQModel
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from transformers import ChameleonVQVAE, Emu3VQVAE, JanusVQVAE
 
 from transfusion_mot.codecs.base import fingerprint_of
+from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.errors import UserError
 
 
@@ -18,25 +23,48 @@ class ImageCodes:
 
     Args:
         model: One of `CLASSES`.
+
+    Attributes:
+        model: The same, in float32, in evaluation mode and without gradients.
+        codebook_size: Number of codes.
+        downsampling: Factor f from codes to image height and width.
     """
 
     kind: Literal["codes"] = "codes"
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.codebook_size, self.downsampling, self._encode, self._decode = CLASSES[type(model).__name__](model)
+        self.model = model.float().eval().requires_grad_(False)
+        self.codebook_size, self.downsampling, self._encode, self._decode = _ADAPTERS[type(model)](model)
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str) -> Self:
+        """Load a folder written by `save_pretrained`, or a tokenizer of that name from the Hugging Face hub.
+
+        Raises:
+            UserError: It is not there, is none of `CLASSES`, or its weights are incomplete.
+        """
+        class_name = class_name_of(path)
+        if class_name not in CLASSES:
+            raise UserError(f"codec path '{path}' holds a {class_name}; one of {', '.join(CLASSES)} is needed")
+        return cls(load_model(CLASSES[class_name], path).to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights and configuration."""
+        """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""
         config: Any = self.model.config
-        return fingerprint_of(self.model, config.to_dict() if hasattr(config, "to_dict") else dict(config))
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        return fingerprint_of(self.model, {key: settings[key] for key in settings.keys() - _OF_THE_FILES})
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] => codes [B, H/f, W/f], in float32 whatever autocast says."""
+        """Pixels [B, 3, H, W] in [-1, 1] => codes [B, H/f, W/f]."""
         rows, columns = pixels.shape[-2] // self.downsampling, pixels.shape[-1] // self.downsampling
-        with torch.autocast(pixels.device.type, enabled=False):
+        with _full_precision(pixels.device):
             return self._encode(pixels.float()).view(len(pixels), rows, columns)
 
     @torch.no_grad()
@@ -51,9 +79,19 @@ class ImageCodes:
                 f"{type(self.model).__name__} has no decoder, so its codes cannot become pictures; use it to read "
                 "images, or another tokenizer to paint them"
             )
-        with torch.autocast(codes.device.type, enabled=False):
+        with _full_precision(codes.device):
             return self._decode(codes).float().clamp(-1.0, 1.0)
 
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    # TF32, the default of convolutions on CUDA, has as few bits as half precision.
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+# What transformers writes into a configuration that says how its files were saved.
+_OF_THE_FILES = {"architectures", "dtype", "transformers_version"}
 
 # Codes of the codebook, downsampling, pixels => codes in any shape, codes [B, h, w] => pixels.
 _Parts = tuple[int, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]
@@ -68,7 +106,7 @@ def _vq_model(model: Any) -> _Parts:
 
     def decode(codes: Tensor) -> Tensor:
         entries = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, width))
-        # Entries are given, so nothing is quantised again (and `lookup_from_codebook` would look them up a second time).
+        # Not `model.decode`: with `lookup_from_codebook` it would look the entries up a second time.
         hidden = model.post_quant_conv(entries)
         return model.decoder(hidden, entries if config.norm_type == "spatial" else None)
 
@@ -101,9 +139,10 @@ def _emu3(model: Any) -> _Parts:
     return model.config.codebook_size, model.spatial_scale_factor, encode, model.decode
 
 
-CLASSES: dict[str, Callable[[Any], _Parts]] = {
-    VQModel.__name__: _vq_model,
-    ChameleonVQVAE.__name__: _chameleon,
-    JanusVQVAE.__name__: _janus,
-    Emu3VQVAE.__name__: _emu3,
+_ADAPTERS: dict[type[nn.Module], Callable[[Any], _Parts]] = {
+    VQModel: _vq_model,
+    ChameleonVQVAE: _chameleon,
+    JanusVQVAE: _janus,
+    Emu3VQVAE: _emu3,
 }
+CLASSES = {model_class.__name__: model_class for model_class in _ADAPTERS}

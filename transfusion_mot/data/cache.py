@@ -1,4 +1,4 @@
-"""Encode the images of a configuration's sources to latents, once, on any number of devices.
+"""Encode the media of a configuration's sources to latents or codes, once, on any number of devices.
 
     accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml
 
@@ -17,12 +17,12 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.encoded_media import encoded_media
 from transfusion_mot.data.encoding import check_image_sizes
-from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.data.mixture import open_documents
-from transfusion_mot.data.sources.base import Split, TextDocuments, counted
+from transfusion_mot.data.sources.base import Split, counted
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.models.compilation import allow_shapes
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     _, rest = parser.parse_known_args(arguments)
     config = parse_config(RunConfig, rest, __doc__ or "")
-    # A run that wants its latents prepared is what this prepares.
+    # This prepares a run with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.
     accelerator = Accelerator(
@@ -48,23 +48,28 @@ def main(arguments: Sequence[str]) -> None:
     )
     # The encoder is compiled for the images of each bucket.
     allow_shapes(len(data.image_sizes))
-    autoencoder = Autoencoder.load(config.autoencoder.path, accelerator.device)
-    check_image_sizes(data, autoencoder, config.model.patch_size)
+    codecs = {
+        name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
+        for name, codec in config.codecs.items()
+    }
+    check_image_sizes(data, codecs, config.model)
     lines = []
     num_images, seconds = 0, 0.0
     for split in SPLITS:
         # The first process indexes the sources, the others find the index.
         with accelerator.main_process_first():
             sources = open_documents(data, split)
-        for images in (source.images for source in sources if not isinstance(source.documents, TextDocuments)):
+        for name, images in (named for source in sources for named in source.documents.media.items()):
             begun = time.perf_counter()
-            cache = cached_latents(images, autoencoder, data, config.autoencoder.batch_size, accelerator)
-            num_images += cache.num_encoded
+            encoded = encoded_media(
+                images, codecs[name], data, batch_size=config.codecs[name].batch_size, accelerator=accelerator
+            )
+            num_images += encoded.num_encoded
             seconds += time.perf_counter() - begun
-            usable = counted({"image": int(cache.readable.sum())})
+            usable = counted({"image": int(encoded.readable.sum())})
             lines.append(
-                f"{images.name} ({split}): {usable}, {cache.num_encoded:,} of them new; "
-                f"skipped: {counted(cache.skipped) or 'none'}; {cache.num_bytes / 1e6:,.1f} MB in {cache.folder}"
+                f"{images.name} ({split}): {usable}, {encoded.num_encoded:,} of them new; "
+                f"skipped: {counted(encoded.skipped) or 'none'}; {encoded.num_bytes / 1e6:,.1f} MB in {encoded.folder}"
             )
     accelerator.print("\n".join(lines))
     if num_images:

@@ -1,9 +1,9 @@
-"""Images => latents, shard by shard: what is new is encoded, the rest only recognised by its content."""
+"""Images => latents or codes, shard by shard: new images are encoded, the others only recognised by their content."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.codecs.base import check_image_size
-from transfusion_mot.config import DataConfig
+from transfusion_mot.codecs.base import Codec, check_image_size
+from transfusion_mot.config import DataConfig, ModelConfig
+from transfusion_mot.data.encoded_shards import ShardWriter, content_key
 from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
-from transfusion_mot.data.latent_shards import ShardWriter, content_key
 from transfusion_mot.data.sources.base import ImageSet
 from transfusion_mot.data.sources.keys import KeySet
 from transfusion_mot.errors import UserError
@@ -24,15 +23,23 @@ from transfusion_mot.errors import UserError
 _WORTH_COMPILING = 20_000
 
 
-def check_image_sizes(data: DataConfig, autoencoder: Autoencoder, patch_size: int) -> None:
-    """Refuse images that do not divide into patches.
+def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: ModelConfig) -> None:
+    """Refuse images that do not divide into the patches or codes of each modality.
+
+    Args:
+        data: The sizes of images.
+        codecs: Of each modality but text.
+        model: The patch size of each modality.
 
     Raises:
         UserError: Names the size and what it must be a multiple of.
     """
     name = "a side in data.buckets" if data.buckets else "data.image_size"
-    for side in sorted({side for size in data.image_sizes for side in size}):
-        check_image_size(side, autoencoder.downsampling * patch_size, name)
+    for modality, codec in codecs.items():
+        is_latents = codec.kind == "latents"
+        patch_size, part = (model.modalities[modality].patch_size, "a patch") if is_latents else (1, "a code")
+        for side in sorted({side for size in data.image_sizes for side in size}):
+            check_image_size(side, codec.downsampling * patch_size, name, part)
 
 
 class Shard(NamedTuple):
@@ -44,11 +51,11 @@ class Shard(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """An image on its way to the autoencoder.
+    """An image on its way to the codec.
 
     Attributes:
         content: Hash of its content.
-        image: It, unless there are latents of its content or it cannot be decoded.
+        image: It, unless its content is encoded already or it cannot be decoded.
         reason: Why it cannot be decoded.
         failure: A sentence for the user, which the data loader would bury under a traceback: why it was not read.
     """
@@ -60,17 +67,17 @@ class _Item(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What `_Item` says of some images, which of them are to be encoded, and the pixels of these."""
+    """What `_Item` says of some images, which of them are new, and the pixels of these."""
 
     contents: list[bytes]
     reasons: list[str]
     failures: list[str]
-    encoded: list[bool]
+    is_new: list[bool]
     images_uint8: torch.Tensor
 
 
 class _Decoding(Dataset[_Item]):
-    """Reads, recognises and decodes images; `known` are the contents of each bucket that have latents."""
+    """Reads, recognises and decodes images; `known` are the contents of each bucket that are encoded."""
 
     def __init__(self, images: ImageSet, known: Sequence[KeySet]) -> None:
         self.images = images
@@ -115,34 +122,35 @@ class _Batches(Sampler[list[int]]):
 
 def encode_shards(
     images: ImageSet,
-    autoencoder: Autoencoder,
+    codec: Codec,
     data: DataConfig,
     shards: Sequence[Shard],
+    *,
     known: Sequence[KeySet],
     batch_size: int,
     description: str | None,
     refusal: str | None,
 ) -> float:
-    """Write shards of `images`; worker processes read and decode what the autoencoder takes next.
+    """Write shards of `images`; worker processes read and decode what the codec takes next.
 
-    A shard is gathered in memory before it is written: the posteriors of its images, and the mirrored ones.
+    A shard is gathered in memory before it is written: its images as latents or codes, and the mirrored ones.
 
     Args:
         data: Whether mirrored images are encoded as well, number of worker processes.
-        known: For every bucket the contents that have latents already.
+        known: For every bucket the contents that are encoded already.
         batch_size: Images encoded at a time.
         description: What the progress bar is called; None shows none.
         refusal: If no image may be encoded: what to say if one would have to be.
 
     Returns:
-        Share of the time in which the autoencoder waited for images.
+        Share of the time in which the codec waited for images.
 
     Raises:
         UserError: A file cannot be read, the folder cannot be written, or `refusal`.
     """
     batches = _Batches(shards, batch_size)
     num_images = sum(len(shard.indices) for shard in shards)
-    device = autoencoder.vae.device
+    device = codec.device
     compiled = device.type == "cuda" and num_images >= _WORTH_COMPILING
     loader = DataLoader(
         _Decoding(images, known),
@@ -157,31 +165,36 @@ def encode_shards(
     stream = iter(decoded_images)
     with tqdm(total=num_images, desc=description, unit="image", disable=description is None) as progress:
         for shard in shards:
-            writer = ShardWriter()
+            writer = ShardWriter(codec.kind)
             for start in range(0, len(shard.indices), batch_size):
                 indices = shard.indices[start : start + batch_size]
                 decoded = next(stream)
                 for failure in filter(None, decoded.failures):
                     raise UserError(failure)
-                latents = None
-                if any(decoded.encoded):
+                encoded = None
+                if any(decoded.is_new):
                     if refusal is not None:
                         raise UserError(refusal)
                     pixels = to_pixels(decoded.images_uint8.to(device, non_blocking=True))
                     versions = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
-                    posteriors = [autoencoder.encode_fast(version, batch_size, compiled) for version in versions]
-                    # [images, versions, mean and std, C, Y, X]
-                    posterior = torch.stack([torch.stack(pair, dim=1) for pair in posteriors], dim=1)
-                    latents = posterior.to("cpu", torch.float16).numpy()
-                writer.add(images.stamps[indices], decoded.contents, decoded.encoded, decoded.reasons, latents)
+                    encoded = np.stack([_encode(codec, version, batch_size, compiled) for version in versions], axis=1)
+                writer.add(images.stamps[indices], decoded.contents, decoded.is_new, decoded.reasons, encoded)
                 progress.update(len(indices))
             try:
                 writer.write(shard.file)
             except OSError as error:
                 raise UserError(
-                    f"cannot write latents to '{shard.file.parent}': {error.strerror}; free or choose a place"
+                    f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free or choose a place"
                 ) from None
     return decoded_images.waited / (time.perf_counter() - begun)
+
+
+def _encode(codec: Codec, pixels: torch.Tensor, batch_size: int, compiled: bool) -> npt.NDArray[Any]:
+    """Pixels [n, 3, H, W] => latents [n, mean and std, C, Y, X], or codes [n, P]."""
+    if codec.kind == "codes":
+        smallest = np.min_scalar_type(codec.codebook_size - 1)
+        return codec.encode(pixels).flatten(1).cpu().numpy().astype(smallest)
+    return torch.stack(codec.encode_fast(pixels, batch_size, compiled), dim=1).to("cpu", torch.float16).numpy()
 
 
 def _collate(items: list[_Item]) -> _Decoded:

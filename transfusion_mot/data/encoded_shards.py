@@ -1,9 +1,11 @@
-"""Files of latents: written once, whole or not at all, and found by what is in an image, not by where it lies.
+"""Files of encoded media: written once, whole or not at all, and found by the content of an image, not by its place.
 
 A shard is a safetensors file of images of one size. It lists the images that a process has worked on: `stamps` [N, 2],
-where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows` [N], its row in
-`latents` [n, versions, mean and std, C, Y, X]. An image whose content another shard has is listed without a row, so
-that it need not be read again; so is one that cannot be decoded, with the reason. Processes share nothing but a folder.
+where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows` [N], its row of
+what is encoded. That is `latents` [n, versions, mean and std, C, Y, X], or `codes` [sum of lengths], one image and
+version behind the other, and `ends` [n, versions], where those of each end. An image whose content another shard has is
+listed without a row, so that it need not be read again; so is one that cannot be decoded, with the reason. Processes
+share nothing but a folder.
 """
 
 import json
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,8 @@ from transfusion_mot.files import flush_to_disk
 ELSEWHERE, UNREADABLE = -1, -2
 
 SUFFIX = ".safetensors"
+# As safetensors calls them.
+_DTYPES = {"F16": np.float16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 # Writing a shard takes seconds: what has not been touched for this long belongs to a run that is dead.
 _STALE_SECONDS = 3600
 # Half of what Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
@@ -48,33 +52,42 @@ def content_key(content: bytes | Image.Image) -> bytes:
 
 @dataclass
 class ShardWriter:
-    """Gathers a shard in memory."""
+    """Gathers a shard of one kind in memory."""
 
+    kind: Literal["latents", "codes"]
     stamps: list[Keys] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
-    latents: list[npt.NDArray[np.float16]] = field(default_factory=list)
-    num_latents: int = 0
+    encoded: list[npt.NDArray[Any]] = field(default_factory=list)
+    num_encoded: int = 0
 
     def add(
         self,
         stamps: Keys,
         contents: Sequence[bytes],
-        encoded: Sequence[bool],
+        is_encoded: Sequence[bool],
         reasons: Sequence[str],
-        latents: npt.NDArray[np.float16] | None,
+        encoded: npt.NDArray[Any] | None,
     ) -> None:
-        """Some images [N]: hashes of their contents, whether there are latents of it, and why it cannot be decoded."""
+        """Add some images [N].
+
+        Args:
+            stamps: [N, 2] where each lies and when its file was changed.
+            contents: Hashes of their contents.
+            is_encoded: Which of them are in `encoded`.
+            reasons: Why an image cannot be decoded; empty if it can.
+            encoded: Latents [n, versions, mean and std, C, Y, X], or codes [n, versions, P].
+        """
         self.stamps.append(stamps)
         self.contents += contents
-        for has_latents, reason in zip(encoded, reasons, strict=True):
+        for is_here, reason in zip(is_encoded, reasons, strict=True):
             if reason:
                 self.reasons[len(self.rows)] = reason
-            self.rows.append(self.num_latents if has_latents else UNREADABLE if reason else ELSEWHERE)
-            self.num_latents += has_latents
-        if latents is not None:
-            self.latents.append(latents)
+            self.rows.append(self.num_encoded if is_here else UNREADABLE if reason else ELSEWHERE)
+            self.num_encoded += is_here
+        if encoded is not None:
+            self.encoded.append(encoded)
 
     def write(self, file: Path) -> None:
         """Write it aside, flush it to the disk and rename it.
@@ -87,8 +100,12 @@ class ShardWriter:
             "contents": keys_from(b"".join(self.contents)),
             "rows": np.array(self.rows, dtype=np.int32),
         }
-        if self.latents:
-            tensors["latents"] = np.concatenate(self.latents)
+        if self.encoded and self.kind == "latents":
+            tensors["latents"] = np.concatenate(self.encoded)
+        elif self.encoded:
+            lengths = np.concatenate([np.full(codes.shape[:2], codes.shape[2]) for codes in self.encoded])
+            tensors["codes"] = np.concatenate([codes.reshape(-1) for codes in self.encoded])
+            tensors["ends"] = lengths.cumsum().reshape(lengths.shape)
         partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
         try:
             save_file(tensors, partial, {"unreadable": json.dumps(self.reasons)})
@@ -153,7 +170,7 @@ class ShardEntries:
         self._stamps = np.concatenate(stamps)
 
     def places_of(self, stamps: Keys) -> npt.NDArray[np.int64]:
-        """[N] which entry has the latents of each image, or says that it cannot be decoded; -1 if none is known to."""
+        """[N] which entry has each image encoded, or says that it cannot be decoded; -1 if none is known to."""
         homes = np.flatnonzero(self.rows != ELSEWHERE)
         home_of = places_of(self.contents, self.contents[homes])
         home_of = np.where(home_of >= 0, homes[home_of] if len(homes) else -1, -1)
@@ -166,13 +183,13 @@ class ShardEntries:
 
 
 @lru_cache(maxsize=_MOST_MAPPED)
-def mapped_latents(file: str) -> npt.NDArray[np.float16]:
-    """The latents of a shard, [n, versions, mean and std, C, Y, X], mapped."""
+def mapped_array(file: str, name: str) -> npt.NDArray[Any]:
+    """What a shard holds under a name, mapped."""
     # Neither numpy nor safetensors maps a file without keeping a descriptor for it: a process may have 1,024.
     with tried_again(partial(pa.memory_map, file)) as mapped:
         header_size = int.from_bytes(mapped.read(8), "little")
-        entry = json.loads(mapped.read(header_size))["latents"]
+        entry = json.loads(mapped.read(header_size))[name]
         first, end = entry["data_offsets"]
         mapped.seek(8 + header_size + first)
         content = mapped.read_buffer(end - first)
-    return np.frombuffer(content, dtype=np.float16).reshape(entry["shape"])
+    return np.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])

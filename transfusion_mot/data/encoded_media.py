@@ -1,23 +1,24 @@
-"""Latents of a source's images, encoded once and mapped from disk afterwards."""
+"""The images of a source as latents or codes, encoded once and mapped from disk afterwards."""
 
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
 from transfusion_mot.config import DataConfig
+from transfusion_mot.data.encoded_shards import ELSEWHERE, SUFFIX, ShardEntries, mapped_array, remove_partial
 from transfusion_mot.data.encoding import Shard, encode_shards
-from transfusion_mot.data.latent_shards import ELSEWHERE, SUFFIX, ShardEntries, mapped_latents, remove_partial
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, arrays_folder, stored_arrays
 from transfusion_mot.data.sources.base import ImageSet, fingerprint_of
 from transfusion_mot.data.sources.keys import KeySet
@@ -30,22 +31,54 @@ _SHARD_IMAGES = 4096
 _VISIBLE_SECONDS = 60
 _INDEX, _ABOUT = "index", "about"
 _UNREADABLE = "unreadable image"
+_PREFIXES = {"latents": "latent-cache", "codes": "code-cache"}
 
 _logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
-class LatentCache:
-    """Posteriors of the normalised latents of images; a sample is `mean + std * noise`.
+class EncodedLatents(Protocol):
+    """Media of a source as latents.
+
+    Attributes:
+        readable: [N] False where they could not be decoded, and have no latents.
+        skipped: What was left out: reason to count.
+    """
+
+    kind: Literal["latents"]
+    readable: npt.NDArray[np.bool_]
+    skipped: dict[str, int]
+
+    def posterior(self, index: int, flipped: bool = False) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Mean and standard deviation [C, Y, X] of readable media, or of their mirror image."""
+        ...
+
+
+class EncodedCodes(Protocol):
+    """Media of a source as codes; attributes as of `EncodedLatents`."""
+
+    kind: Literal["codes"]
+    readable: npt.NDArray[np.bool_]
+    skipped: dict[str, int]
+
+    def span(self, index: int, flipped: bool = False) -> list[int]:
+        """`start`, the codes and `end` of readable media, or of their mirror image."""
+        ...
+
+
+EncodedMedia = EncodedLatents | EncodedCodes
+
+
+class _Cached:
+    """Images of a source as they were encoded.
 
     Attributes:
         images: The images.
-        folder: Where the latents are.
-        readable: [N] False where an image could not be decoded, and has no latents.
+        folder: Where they are encoded.
+        readable: [N] False where an image could not be decoded, and is not there.
         skipped: What was left out, here and when the source was opened: reason to count.
-        latent_shapes: (C, Y, X) of every bucket.
         num_encoded: How many of the readable images were encoded to open it.
-        num_bytes: Size of their latents.
+        num_bytes: Size of them all.
     """
 
     num_encoded = 0
@@ -54,55 +87,112 @@ class LatentCache:
         self.images = images
         self.folder = folder
         self.skipped: dict[str, int] = images.skipped | index.skipped().counts
-        about = json.loads(index.strings(_ABOUT)[0])
-        self.latent_shapes: list[tuple[int, int, int]] = [tuple(shape) for shape in about["latent_shapes"]]
+        self._about: dict[str, Any] = json.loads(index.strings(_ABOUT)[0])
         self._index = index
         # As plain arrays: indexing numpy's own class for mapped files costs more than reading a small latent.
         self._shards, self._rows = (index[name].view(np.ndarray) for name in ("shards", "rows"))
         self._files = [str(folder / name) for name in index.strings("files")]
         self.readable: npt.NDArray[np.bool_] = self._rows >= 0
-        counts = np.bincount(images.buckets[self.readable], minlength=len(self.latent_shapes)).tolist()
-        elements = [4 * channels * height * width for channels, height, width in self.latent_shapes]
-        versions = 1 + about["made_of"]["random_flip"]
-        self.num_bytes: int = sum(count * size for count, size in zip(counts, elements, strict=True)) * versions
 
-    def posterior(self, index: int, flipped: bool = False) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-        """Mean and standard deviation [C, Y, X] of a readable image, or of its mirror image; views of a mapped file.
-
-        Mirrored images are there with `data.random_flip`.
-        """
+    def _place(self, index: int) -> tuple[str, int]:
+        """File and row of a readable image."""
         row = self._rows[index]
         assert row >= 0
-        mean, std = mapped_latents(self._files[self._shards[index]])[row, int(flipped)]
-        return mean, std
+        return self._files[self._shards[index]], row
+
+    def _size(self, bytes_of_bucket: Sequence[int]) -> int:
+        """Bytes of all readable images, from those of one image and version of each bucket."""
+        counts = np.bincount(self.images.buckets[self.readable], minlength=len(bytes_of_bucket)).tolist()
+        versions = 1 + self._about["made_of"]["random_flip"]
+        return sum(count * size for count, size in zip(counts, bytes_of_bucket, strict=True)) * versions
 
     def count_encoded(self, known_files: set[str]) -> None:
         """Count what is in other shards than those that were there before."""
         is_new = np.array([file not in known_files for file in self._files], dtype=np.bool_)
         self.num_encoded = int(is_new[self._shards[self.readable]].sum())
 
-    def __reduce__(self) -> tuple[Callable[..., "LatentCache"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., "_Cached"], tuple[Any, ...]]:
         # A worker process maps the files again; pickle would send it their bytes.
-        return LatentCache, (self.images, self.folder, self._index)
+        return type(self), (self.images, self.folder, self._index)
 
 
-def cached_latents(
+class CachedLatents(_Cached):
+    """Posteriors of the normalised latents of images; a sample is `mean + std * noise`.
+
+    Attributes:
+        latent_shapes: (C, Y, X) of every bucket.
+    """
+
+    kind: Literal["latents"] = "latents"
+
+    def __init__(self, images: ImageSet, folder: Path, index: StoredArrays) -> None:
+        super().__init__(images, folder, index)
+        self.latent_shapes: list[tuple[int, int, int]] = [tuple(shape) for shape in self._about["latent_shapes"]]
+        # Mean and standard deviation in half precision.
+        self.num_bytes = self._size([4 * math.prod(shape) for shape in self.latent_shapes])
+
+    def posterior(self, index: int, flipped: bool = False) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """Mean and standard deviation [C, Y, X] of a readable image, or of its mirror image; views of a mapped file.
+
+        Mirrored images are there with `data.random_flip`.
+        """
+        file, row = self._place(index)
+        mean, std = mapped_array(file, "latents")[row, int(flipped)]
+        return mean, std
+
+
+class CachedCodes(_Cached):
+    """Codes of images, in raster order.
+
+    Attributes:
+        codebook_size: Number of codes; `start` and `end` of a span are the two integers behind them.
+        grid_shapes: (rows, columns) of codes of every bucket.
+    """
+
+    kind: Literal["codes"] = "codes"
+
+    def __init__(self, images: ImageSet, folder: Path, index: StoredArrays) -> None:
+        super().__init__(images, folder, index)
+        self.codebook_size: int = self._about["codebook_size"]
+        self.grid_shapes: list[tuple[int, int]] = [tuple(shape) for shape in self._about["grid_shapes"]]
+        itemsize = np.min_scalar_type(self.codebook_size - 1).itemsize
+        self.num_bytes = self._size([itemsize * math.prod(shape) for shape in self.grid_shapes])
+
+    def span(self, index: int, flipped: bool = False) -> list[int]:
+        """`start`, the codes and `end` of a readable image, or of its mirror image.
+
+        Mirrored images are there with `data.random_flip`.
+        """
+        file, row = self._place(index)
+        ends = mapped_array(file, "ends")
+        version = row * ends.shape[1] + int(flipped)
+        ends = ends.reshape(-1)
+        first = int(ends[version - 1]) if version else 0
+        codes: list[int] = mapped_array(file, "codes")[first : int(ends[version])].tolist()
+        return [self.codebook_size, *codes, self.codebook_size + 1]
+
+
+CachedMedia = CachedLatents | CachedCodes
+
+
+def encoded_media(
     images: ImageSet,
-    autoencoder: Autoencoder,
+    codec: Codec,
     data: DataConfig,
+    *,
     batch_size: int,
     accelerator: Accelerator | None = None,
     shard_images: int = _SHARD_IMAGES,
-) -> LatentCache:
-    """The latents of `images`; what `data.cache_dir` lacks of them is encoded on the autoencoder's device.
+) -> CachedMedia:
+    """The latents or codes of `images`; those that `data.cache_dir` lacks are encoded on the codec's device.
 
-    Latents are known by the content of an image's file. Files that were moved or touched are read again, and not
-    encoded again; which files they lie in, what stands beside them and on which side of the held-out split they are
-    makes no difference. A file of the same path, size and time of change is not read again.
+    They are known by the content of an image's file. Files that were moved or touched are read again, and not encoded
+    again; which files they lie in, what stands beside them and on which side of the held-out split they are makes no
+    difference. A file of the same path, size and time of change is not read again.
 
-    The folder's name is a hash of what the latents are made with, so that those of another autoencoder are never taken
-    for these. All processes of `accelerator` must call this together: they share the work, and an interrupted run goes
-    on with the shards that are whole. Of two runs that encode at once both end up with the same latents.
+    The folder's name is a hash of the codec and the transform of images, so that what another codec has made is never
+    taken for what this one makes. All processes of `accelerator` must call this together: they share the work, and an
+    interrupted run goes on with the shards that are whole. Of two runs that encode at once both end up with the same.
 
     Args:
         data: The images' transform, the place of the cache, the worker processes that decode, and whether to encode.
@@ -111,16 +201,17 @@ def cached_latents(
 
     Raises:
         UserError: None of the images can be decoded; a file cannot be read; the place cannot be written or is not seen
-            by all processes; or `data.latents` is `prepared` and latents are missing: the message says what there is.
+            by all processes; or `data.latents` is `prepared` and some are missing: the message says what there is.
     """
     made_with = {
         "format": _FORMAT,
-        "autoencoder": autoencoder.fingerprint,
+        "autoencoder" if codec.kind == "latents" else "codec": codec.fingerprint,
         "image_fit": data.image_fit,
         "random_flip": data.random_flip,
     }
     made_of = made_with | {"image sizes": [list(size) for size in data.image_sizes]}
-    folder = Path(data.cache_dir) / f"latent-cache-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}"
+    made_hash = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir) / f"{_PREFIXES[codec.kind]}-{made_hash}"
     sizes = [folder / f"{height}x{width}" for height, width in data.image_sizes]
     key = [made_of, images.fingerprint]
     is_main = accelerator is None or accelerator.is_main_process
@@ -135,27 +226,45 @@ def cached_latents(
         missing = np.flatnonzero(_places(images, entries) < 0)
         plan = _plan(images, missing, sizes, shard_images)
         if plan:
-            reason = _why_not(Path(data.cache_dir), folder, images, made_of, len(missing))
-            _encode(images, autoencoder, data, plan, entries, reason, batch_size, accelerator)
+            reason = _why_not(folder, images, codec.kind, made_of, len(missing))
+            _encode(
+                images,
+                codec,
+                data,
+                plan,
+                entries=entries,
+                reason=reason,
+                batch_size=batch_size,
+                accelerator=accelerator,
+            )
         problem = None
         if is_main:
             files = [
                 sorted({*known, *(shard.file for shard in plan if shard.bucket == bucket)})
                 for bucket, known in enumerate(known_files)
             ]
-            problem = _write_index(folder, key, images, autoencoder, made_of, files)
+            problem = _write_index(folder, key, images, about=_about(images, codec, made_of), files=files)
         if (problem := _agreed(problem, accelerator)) is not None:
             raise UserError(problem)
     place = arrays_folder(str(folder), _INDEX, key)
     _wait_for(place)
     index = StoredArrays(place)
-    cache = LatentCache(images, folder, index)
+    encoded = (CachedLatents if codec.kind == "latents" else CachedCodes)(images, folder, index)
     if known_files is not None:
-        cache.count_encoded({str(file) for files in known_files for file in files})
-    if len(images) and not cache.readable.any():
+        encoded.count_encoded({str(file) for files in known_files for file in files})
+    if len(images) and not encoded.readable.any():
         (example, *_) = index.skipped().examples[_UNREADABLE]
         raise UserError(f"none of the {len(images)} images of '{images.name}' can be read; the first: {example}")
-    return cache
+    return encoded
+
+
+def _about(images: ImageSet, codec: Codec, made_of: dict[str, Any]) -> dict[str, Any]:
+    """What an index says of itself."""
+    sizes = [(height // codec.downsampling, width // codec.downsampling) for height, width in made_of["image sizes"]]
+    about = {"name": images.name, "made_of": made_of}
+    if codec.kind == "latents":
+        return about | {"latent_shapes": [(codec.latent_channels, *size) for size in sizes]}
+    return about | {"codebook_size": codec.codebook_size, "grid_shapes": sizes}
 
 
 def _agreed(value: _Value, accelerator: Accelerator | None) -> _Value:
@@ -167,7 +276,7 @@ def _agreed(value: _Value, accelerator: Accelerator | None) -> _Value:
 
 
 def _is_indexed(folder: Path, key: object) -> bool:
-    """Whether it is written which latents are those of the images, and all of them are there."""
+    """Whether it is written where each image is encoded, and all of that is there."""
     place = arrays_folder(str(folder), _INDEX, key)
     if not place.is_dir():
         return False
@@ -204,9 +313,10 @@ def _plan(images: ImageSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path
 
 def _encode(
     images: ImageSet,
-    autoencoder: Autoencoder,
+    codec: Codec,
     data: DataConfig,
     plan: Sequence[Shard],
+    *,
     entries: Sequence[ShardEntries],
     reason: str,
     batch_size: int,
@@ -219,9 +329,9 @@ def _encode(
     if data.latents == "prepared":
         refusal = (
             f"{reason}; encode them with `python -m transfusion_mot.data.cache` and the same configuration, or set "
-            "data.latents to cache or online"
+            f"data.latents to cache{' or online' if codec.kind == 'latents' else ''}"
         )
-        # Without any latents of such a size, the images need not be read to know that theirs are missing.
+        # Without anything encoded of such a size, the images need not be read to know that theirs are missing.
         if any(not len(entries[shard.bucket].files) for shard in plan):
             raise UserError(refusal)
     for folder in {shard.file.parent for shard in plan}:
@@ -243,10 +353,19 @@ def _encode(
         description = f"encoding {images.name}{share}" if is_main else None
         known = [KeySet(of_size.contents[of_size.rows != ELSEWHERE]) for of_size in entries]
         begun = time.perf_counter()
-        waited = encode_shards(images, autoencoder, data, mine, known, batch_size, description, refusal)
+        waited = encode_shards(
+            images,
+            codec,
+            data,
+            mine,
+            known=known,
+            batch_size=batch_size,
+            description=description,
+            refusal=refusal,
+        )
         if is_main and waited > 0.5 and time.perf_counter() - begun > 30:
             _logger.info(
-                "the autoencoder waited for images in %.0f %% of the time; more than %d data.num_workers may help",
+                "the codec waited for images in %.0f %% of the time; more than %d data.num_workers may help",
                 100 * waited,
                 data.num_workers,
             )
@@ -254,16 +373,19 @@ def _encode(
         accelerator.wait_for_everyone()
 
 
-def _why_not(cache_dir: Path, folder: Path, images: ImageSet, made_of: dict[str, Any], num_missing: int) -> str:
-    """Why the latents that are wanted are not there, in a sentence."""
+def _why_not(
+    folder: Path, images: ImageSet, kind: Literal["latents", "codes"], made_of: dict[str, Any], num_missing: int
+) -> str:
+    """Why the latents or codes that are wanted are not there, in a sentence."""
+    cache_dir = folder.parent
     old = ""
-    if any(cache_dir.glob("latents-*/index.json")):
+    if kind == "latents" and any(cache_dir.glob("latents-*/index.json")):
         old = f" (those of an earlier version are not used any more; remove them: rm -r '{cache_dir}'/latents-*)"
     if num_missing < len(images):
         known = len(images) - num_missing
-        return f"'{folder}' has latents of {known:,} of the {len(images):,} images of '{images.name}'{old}"
+        return f"'{folder}' has {kind} of {known:,} of the {len(images):,} images of '{images.name}'{old}"
     others = []
-    for place in cache_dir.glob(f"latent-cache-*/{_INDEX}-*"):
+    for place in cache_dir.glob(f"{_PREFIXES[kind]}-*/{_INDEX}-*"):
         if "." not in place.name:
             about = json.loads(StoredArrays(place).strings(_ABOUT)[0])
             if about["name"] == images.name:
@@ -271,27 +393,22 @@ def _why_not(cache_dir: Path, folder: Path, images: ImageSet, made_of: dict[str,
                 differing = [part for part in made_of if before.get(part) != made_of[part]]
                 others.append((len(differing), str(place.parent), differing, before))
     if not others:
-        return f"'{cache_dir}' has no latents of '{images.name}'{old}"
+        return f"'{cache_dir}' has no {kind} of '{images.name}'{old}"
     _, path, differing, before = min(others, key=lambda other: other[:2])
     # Other images of the source are no reason: the other side of the split, say.
     if not differing:
-        return f"'{cache_dir}' has no latents of these {len(images):,} images of '{images.name}' yet{old}"
+        return f"'{cache_dir}' has no {kind} of these {len(images):,} images of '{images.name}' yet{old}"
     parts = [
         f"{'other' if part.endswith('s') else 'another'} {part} ({before.get(part)}, and now it is {made_of[part]})"
         for part in differing
     ]
-    return f"the latents of '{images.name}' in '{path}' were made with {' and '.join(parts)}{old}"
+    return f"the {kind} of '{images.name}' in '{path}' were made with {' and '.join(parts)}{old}"
 
 
 def _write_index(
-    folder: Path,
-    key: object,
-    images: ImageSet,
-    autoencoder: Autoencoder,
-    made_of: dict[str, Any],
-    files: Sequence[Sequence[Path]],
+    folder: Path, key: object, images: ImageSet, *, about: dict[str, Any], files: Sequence[Sequence[Path]]
 ) -> str | None:
-    """Write which latents are those of the images => None, or what is wrong."""
+    """Write where each image is encoded => None, or what is wrong."""
     entries = []
     try:
         for of_size in files:
@@ -302,13 +419,7 @@ def _write_index(
         return str(error)
     places = _places(images, entries)
     if (places < 0).any():
-        return f"latents have vanished from '{folder}' while others were encoded; start again"
-    scale = autoencoder.downsampling
-    about = {
-        "name": images.name,
-        "made_of": made_of,
-        "latent_shapes": [(autoencoder.latent_channels, y // scale, x // scale) for y, x in made_of["image sizes"]],
-    }
+        return f"files have vanished from '{folder}' while others were encoded; start again"
 
     def build(writer: ArrayWriter) -> None:
         shards = np.zeros(len(images), dtype=np.int64)

@@ -1,0 +1,33 @@
+"""The codec of a modality, from its section of the configuration."""
+
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.checkpoint import class_name_of
+from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
+from transfusion_mot.config import CodecConfig
+from transfusion_mot.errors import UserError
+
+
+def load_codec(config: CodecConfig, objective: Literal["next_token", "diffusion"], device: torch.device | str) -> Codec:
+    """Load a codec in float32: an `AutoencoderKL` for `diffusion`, one that gives codes for `next_token`.
+
+    Raises:
+        UserError: There is none at `config.path`, or it does not fit the objective.
+    """
+    class_name = class_name_of(config.path)
+    if class_name == AutoencoderKL.__name__ and objective == "diffusion":
+        return Autoencoder.load(config.path, device)
+    if class_name in CLASSES and objective == "next_token":
+        return ImageCodes.load(config.path, device)
+    if objective == "diffusion":
+        needed = f"an {AutoencoderKL.__name__}; or set its objective to next_token, where codes are meant"
+    else:
+        needed = f"a {' or '.join(CLASSES)}; or set its objective to diffusion, where latents are meant"
+    raise UserError(
+        f"codec path '{config.path}' holds a {class_name}, and a modality with objective {objective} needs {needed}"
+    )
