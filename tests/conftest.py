@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,10 +25,12 @@ from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.config import TEXT, ModelConfig, TowerConfig
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
 from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Source, Sources
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.compilation import allow_shapes
@@ -295,6 +297,39 @@ def documents_of(documents: list[list[str | int]], weight: float = 1.0, side: in
 def sources_of(*sources: Source, side: int = 4) -> Sources:
     """Sources of square latents."""
     return Sources(list(sources), {"image": [(CHANNELS, side, side)]})
+
+
+def data_config(text_slots: int = 64, images_per_row: int = 4, **data: Any) -> DataConfig:
+    """Rows of text and images."""
+    return DataConfig(slots={TEXT: text_slots, "image": images_per_row}, **data)
+
+
+def packer_of(
+    sources: Sources,
+    tokenizer: TextTokenizer,
+    data: DataConfig,
+    *,
+    rope: Literal["1d", "3d"] = "1d",
+    lanes: int = 1,
+    seed: int = 0,
+    timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor] = lambda uniform: uniform,
+) -> Packer:
+    """Builds rows of text and images in patches of two by two latent pixels."""
+    return Packer(
+        sources,
+        tokenizer,
+        data,
+        ModelConfig(rope=rope),
+        num_lanes=lanes,
+        seed=seed,
+        timesteps_from_uniform=timesteps_from_uniform,
+    )
+
+
+def loader_of(packer: Packer, num_steps: int, **changes: Any) -> LaneLoader:
+    """All rows of the steps from the first one on, prepared in this process on the CPU, but for the changes."""
+    given = {"rank": 0, "world_size": 1, "num_workers": 0, "states": None, "first_step": 0}
+    return LaneLoader(packer, num_steps=num_steps, **{"device": torch.device("cpu"), **given, **changes})
 
 
 @pytest.fixture(scope="session")

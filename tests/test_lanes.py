@@ -7,12 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CHANNELS, documents_of, numbered_images, texts_of
+from conftest import CHANNELS, data_config, documents_of, loader_of, numbered_images, packer_of, texts_of
 
-from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.lanes import LaneState, Waiting
-from transfusion_mot.data.loader import LaneLoader
+from transfusion_mot.data.lanes import LaneSizes, LaneState, Waiting
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
@@ -66,16 +64,18 @@ ENTRIES = st.builds(Waiting, NUMBERS, NUMBERS, NUMBERS)
 
 @given(
     taken=st.lists(NUMBERS, min_size=1, max_size=5),
-    begun=st.none() | ENTRIES,
+    begun=st.lists(st.none() | ENTRIES, min_size=1, max_size=3),
     waiting=st.lists(st.lists(ENTRIES, max_size=4), min_size=1, max_size=3),
     room=st.integers(0, 2),
 )
 def test_state_comes_back_from_its_vector(taken, begun, waiting, room: int) -> None:
     state = LaneState(taken, begun, waiting)
     lookahead = max(1, room + max(map(len, waiting)))
-    array = state.to_array(lookahead)
-    assert array.shape == (len(taken) + 3 * (1 + len(waiting) * lookahead),)
-    assert LaneState.from_array(array, len(taken), len(waiting)) == state
+    sizes = LaneSizes(len(taken), len(begun), len(waiting), lookahead)
+    array = state.to_array(sizes)
+    assert array.shape == (len(taken) + 3 * (len(begun) + len(waiting) * lookahead),)
+    assert LaneState.from_array(array, sizes) == state
+    assert LaneState.initial(sizes).to_array(sizes).shape == array.shape
 
 
 # --- Documents that wait. ---
@@ -86,8 +86,9 @@ def placed_and_waiting(packer: Packer, lane: int, steps: int) -> tuple[list[list
     state, rows, states = packer.initial_state()[None], [], []
     for step in range(steps):
         row, state, _ = packer.rows([lane], step, state)
-        rows.append([int(latents[0, 0, 0]) for latents in row.batch.latents[0][row.batch.image_mask[0]]])
-        states.append(LaneState.from_array(state[0], len(packer.sources.pools), 1))
+        given = row.batch.latents("image")
+        rows.append([int(latents[0, 0, 0]) for latents in given.latents[given.mask]])
+        states.append(LaneState.from_array(state[0], packer.lane_sizes))
     return rows, states
 
 
@@ -104,9 +105,9 @@ def test_what_waits_is_neither_lost_nor_repeated_nor_left_waiting(
     byte_tokenizer, lengths, text_slots, images_per_row, lookahead, lanes, seed
 ) -> None:
     def packer(lookahead: int) -> Packer:
-        sources = Sources([numbered_images(["x" * length for length in lengths])], [(CHANNELS, 4, 4)])
-        config = DataConfig(text_slots=text_slots, images_per_row=images_per_row, lookahead=lookahead)
-        return Packer(sources, byte_tokenizer, config, "1d", 2, lanes, seed, lambda uniform: uniform)
+        sources = Sources([numbered_images(["x" * length for length in lengths])], {"image": [(CHANNELS, 4, 4)]})
+        config = data_config(text_slots=text_slots, images_per_row=images_per_row, lookahead=lookahead)
+        return packer_of(sources, byte_tokenizer, config, lanes=lanes, seed=seed)
 
     steps = 12
     for lane in range(lanes):
@@ -127,9 +128,9 @@ def test_short_documents_go_past_a_long_one_that_waits(byte_tokenizer) -> None:
     """Rows of two long captions are impossible; with a buffer, a long one shares a row with short ones."""
 
     def pad_slots(lookahead: int) -> int:
-        sources = Sources([numbered_images(["x" * 20] * 8 + ["y" * 2] * 24)], [(CHANNELS, 4, 4)])
-        config = DataConfig(text_slots=40, images_per_row=4, lookahead=lookahead, prompt_dropout_prob=0.0)
-        packer = Packer(sources, byte_tokenizer, config, "1d", 2, 1, 0, lambda uniform: uniform)
+        sources = Sources([numbered_images(["x" * 20] * 8 + ["y" * 2] * 24)], {"image": [(CHANNELS, 4, 4)]})
+        config = data_config(text_slots=40, images_per_row=4, lookahead=lookahead, prompt_dropout_prob=0.0)
+        packer = packer_of(sources, byte_tokenizer, config)
         state, total = packer.initial_state()[None], 0
         for step in range(100):
             _, state, counts = packer.rows([0], step, state)
@@ -153,17 +154,25 @@ def mixed_packer(tokenizer, image_context: str = "noised") -> Packer:
             documents_of([[word, 0, word, 1, 2, word, 3] for word in WORDS] + [[4, 5, 6, 7, 0]]),
             texts_of(WORDS),
         ],
-        [(CHANNELS, 4, 4), (CHANNELS, 4, 4)],
+        {"image": [(CHANNELS, 4, 4), (CHANNELS, 4, 4)]},
     )
-    config = DataConfig(text_slots=26, images_per_row=3, lookahead=3, random_flip=True, image_context=image_context)
-    return Packer(sources, tokenizer, config, "3d", 2, NUM_LANES, 5, lambda uniform: uniform)
+    config = data_config(text_slots=26, images_per_row=3, lookahead=3, random_flip=True, image_context=image_context)
+    return packer_of(sources, tokenizer, config, rope="3d", lanes=NUM_LANES, seed=5)
 
 
-def steps_of(packer_of, world_size: int, workers: int, states=None, first_step: int = 0):
+def steps_of(make_packer, world_size: int, workers: int, states=None, first_step: int = 0):
     """(batch, states) of all ranks together, step after step; a packer of its own for every rank."""
     ranks = []
     for rank in range(world_size):
-        loader = LaneLoader(packer_of(), rank, world_size, workers, states, first_step, NUM_STEPS, torch.device("cpu"))
+        loader = loader_of(
+            make_packer(),
+            NUM_STEPS,
+            rank=rank,
+            world_size=world_size,
+            num_workers=workers,
+            states=states,
+            first_step=first_step,
+        )
         ranks.append([(batch, loader.states) for batch, _ in loader])
     return [
         (Batch.cat([batch for batch, _ in parts]), torch.cat([states for _, states in parts]))
@@ -192,7 +201,7 @@ def test_stream_is_the_same_however_it_is_interrupted_and_shared(uninterrupted, 
         for (batch, after), (expected, expected_after) in zip(steps, whole[first:stop], strict=True):
             assert torch.equal(after, expected_after)
             for name, value in batch.tensors().items():
-                assert torch.equal(value, getattr(expected, name)), name
+                assert torch.equal(value, expected.tensors()[name]), name
         # Through a file, as a checkpoint does it.
         file = io.BytesIO()
         torch.save(steps[-1][1], file)
@@ -208,4 +217,4 @@ def test_workers_give_the_same_stream(uninterrupted, world_size: int, workers: i
         steps = steps_of(packer, world_size, workers, states, first)
         for (batch, after), (expected, expected_after) in zip(steps, whole[first:], strict=True):
             assert torch.equal(after, expected_after)
-            assert all(torch.equal(value, getattr(expected, name)) for name, value in batch.tensors().items())
+            assert all(torch.equal(value, expected.tensors()[name]) for name, value in batch.tensors().items())

@@ -1,35 +1,47 @@
 """The one format of documents, spelt out; packing and sampling are compared with each other in test_interleaved."""
 
-from typing import NamedTuple
-
-from transfusion_mot.data.layout import ImageSlot, TextRun, lay_out
+from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
+from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.losses import IGNORE_INDEX as NONE
 
 
-class Named(NamedTuple):
-    name: str
-    copied: bool = False
-
-
 def test_delimiters_labels_and_copies(byte_tokenizer) -> None:
-    boi, eoi = byte_tokenizer.boi_id, byte_tokenizer.eoi_id
-    one, two = Named("one", copied=True), Named("two")
+    begin, end = byte_tokenizer.begin_ids["image"], byte_tokenizer.end_ids["image"]
+    one, two = Media("image", "one", copied=True), Media("image", "two")
     assert list(lay_out([[1, 2], [3], one, two, [4]], byte_tokenizer, next_token=5)) == [
-        TextRun([1, 2, 3, boi], [2, 3, boi, NONE]),
-        ImageSlot(one, is_copy=False),
-        ImageSlot(one, is_copy=True),
-        TextRun([eoi, boi], [boi, NONE]),
-        ImageSlot(two, is_copy=False),
-        TextRun([eoi, 4], [4, 5]),
+        TokenRun("text", [1, 2, 3, begin], [2, 3, begin, NONE]),
+        LatentSpan(one, is_copy=False),
+        LatentSpan(one, is_copy=True),
+        TokenRun("text", [end, begin], [begin, NONE]),
+        LatentSpan(two, is_copy=False),
+        TokenRun("text", [end, 4], [4, 5]),
     ]
 
 
 def test_a_document_may_begin_or_end_with_an_image_and_have_none(byte_tokenizer) -> None:
-    image = Named("image")
+    image = Media("image", "image")
     assert list(lay_out([image], byte_tokenizer)) == [
-        TextRun([byte_tokenizer.boi_id], [NONE]),
-        ImageSlot(image, is_copy=False),
-        TextRun([byte_tokenizer.eoi_id], [NONE]),
+        TokenRun("text", [byte_tokenizer.begin_ids["image"]], [NONE]),
+        LatentSpan(image, is_copy=False),
+        TokenRun("text", [byte_tokenizer.end_ids["image"]], [NONE]),
     ]
-    assert list(lay_out([[7, 8]], byte_tokenizer)) == [TextRun([7, 8], [8, NONE])]
+    assert list(lay_out([[7, 8]], byte_tokenizer)) == [TokenRun("text", [7, 8], [8, NONE])]
     assert list(lay_out([], byte_tokenizer)) == []
+
+
+def test_labels_of_codes_are_codes_and_their_end() -> None:
+    tokenizer = train_tokenizer(["a"], 263, ("text", "image", "speech"))
+    begin, end = tokenizer.begin_ids["speech"], tokenizer.end_ids["speech"]
+    assert len({begin, end, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]}) == 4
+    start, stop = 32, 33
+    speech = Media("speech", [start, 7, 9, 7, stop])
+    assert (speech.num_slots, Media("image", None, copied=True).num_slots) == (4, 2)
+    assert list(lay_out([[1], speech, [2]], tokenizer)) == [
+        TokenRun("text", [1, begin], [begin, NONE]),
+        TokenRun("speech", [start, 7, 9, 7], [7, 9, 7, stop]),
+        TokenRun("text", [end, 2], [2, NONE]),
+    ]
+    # Codes that no text belongs to, and what a row takes of them.
+    assert list(lay_out([[start, 7, 9]], tokenizer, next_token=7, stream="speech")) == [
+        TokenRun("speech", [start, 7, 9], [7, 9, 7])
+    ]

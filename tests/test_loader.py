@@ -1,23 +1,20 @@
 """The same rows for any number of ranks and workers, and from any step on."""
 
-import dataclasses
 import multiprocessing
 from collections import Counter
 
 import pytest
 import torch
-from conftest import numbered_images, sources_of, texts_of
+from conftest import data_config, loader_of, numbered_images, packer_of, sources_of, texts_of
 
-from transfusion_mot.config import DataConfig
 from transfusion_mot.data import loader
 from transfusion_mot.data.batch import Batch, PackedRows, Rows
-from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
 
 # More steps than travel together, so that some do not come with the first.
 NUM_LANES, NUM_STEPS = 4, 20
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -25,8 +22,8 @@ def packer(byte_tokenizer) -> Packer:
     captions = ["apple", "a", "an octopus", "sun"]
     texts = ["the quick brown fox jumps over it", "a", "lazy dogs"]
     sources = sources_of(numbered_images(captions), texts_of(texts))
-    config = DataConfig(text_slots=18, images_per_row=2)
-    return Packer(sources, byte_tokenizer, config, "3d", 2, NUM_LANES, 3, lambda uniform: uniform)
+    config = data_config(text_slots=18, images_per_row=2)
+    return packer_of(sources, byte_tokenizer, config, rope="3d", lanes=NUM_LANES, seed=3)
 
 
 def steps_of(
@@ -35,7 +32,15 @@ def steps_of(
     """Batches, states and counts of all ranks together, step after step."""
     ranks = []
     for rank in range(world_size):
-        loader = LaneLoader(packer, rank, world_size, workers, states, first_step, NUM_STEPS, CPU)
+        loader = loader_of(
+            packer,
+            NUM_STEPS,
+            rank=rank,
+            world_size=world_size,
+            num_workers=workers,
+            states=states,
+            first_step=first_step,
+        )
         ranks.append([(batch, loader.states, counts) for batch, counts in loader])
     batches, all_states, all_counts = [], [], []
     for parts in zip(*ranks, strict=True):
@@ -46,8 +51,9 @@ def steps_of(
 
 
 def assert_equal(one: Batch, two: Batch) -> None:
+    assert one.tensors().keys() == two.tensors().keys()
     for name, value in one.tensors().items():
-        assert torch.equal(value, getattr(two, name)), name
+        assert torch.equal(value, two.tensors()[name]), name
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 2), (1, 3), (2, 0), (2, 2), (4, 0)])
@@ -59,7 +65,7 @@ def test_rows_are_the_same_on_any_number_of_ranks_and_workers(packer, world_size
         assert_equal(batches[step], alone[step])
         assert torch.equal(states[step], alone_states[step])
         assert counts[step] == alone_counts[step]
-    assert alone[0].text_ids.shape == (NUM_LANES, 18)
+    assert alone[0].tokens("text").ids.shape == (NUM_LANES, 18)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0)])
@@ -76,14 +82,14 @@ def test_rows_go_on_from_saved_states_at_any_step(packer, world_size: int, worke
 def test_states_are_those_of_the_step_just_taken_not_of_what_was_prepared(packer) -> None:
     """Workers run ahead; a state saved after step n must not skip what they prepared."""
     _, saved, _ = steps_of(packer, 1, 0)
-    loader = LaneLoader(packer, 0, 1, 2, None, 0, NUM_STEPS, CPU)
+    loader = loader_of(packer, NUM_STEPS, num_workers=2)
     for step, _ in enumerate(loader):
         assert torch.equal(loader.states, saved[step])
 
 
 @pytest.mark.parametrize(("world_size", "asked", "used"), [(1, 3, 3), (1, 8, 4), (2, 3, 2), (4, 2, 1), (1, 0, 0)])
 def test_every_worker_has_a_row(packer, world_size: int, asked: int, used: int) -> None:
-    assert LaneLoader(packer, 0, world_size, asked, None, 0, 1, CPU).num_workers == used
+    assert loader_of(packer, 1, world_size=world_size, num_workers=asked).num_workers == used
 
 
 def test_workers_with_more_rows_than_others_stay_in_step(packer, monkeypatch) -> None:
@@ -101,29 +107,31 @@ def test_workers_with_more_rows_than_others_stay_in_step(packer, monkeypatch) ->
 
 def test_what_the_loader_gives_is_what_was_packed(packer) -> None:
     states = packer.initial_state()[None].repeat(NUM_LANES, axis=0)
-    for step, (batch, counts) in enumerate(LaneLoader(packer, 0, 1, 2, None, 0, NUM_STEPS, CPU)):
+    for step, (batch, counts) in enumerate(loader_of(packer, NUM_STEPS, num_workers=2)):
         rows, states, counted = packer.rows(range(NUM_LANES), step, states)
         assert_equal(rows.batch, batch)
         assert counts == counted
 
 
 def test_rows_of_several_steps_are_one_tensor() -> None:
-    """Of any types and shapes, with and without images and copies."""
+    """Of any types and shapes, with and without media and copies."""
     steps = []
     for rows in (1, 3):
-        fields = {field.name: torch.randint(99, (rows, 5)) for field in dataclasses.fields(Batch)}
-        fields["source_ids"] = fields["source_ids"].to(torch.int16)
-        fields["copies"] = fields["copies"] > 50 if rows == 3 else None
-        fields["noise"] = torch.randn(rows, 2, 3)
-        images = torch.randint(256, (rows, 7), dtype=torch.uint8) if rows == 3 else None
-        steps.append(Rows(Batch(**fields), images))
+        slots = {name: torch.randint(99, (rows, 5)) for name in Slots._fields}
+        slots["source_ids"] = slots["source_ids"].to(torch.int16)
+        inputs = {name: TokenInput(*torch.randint(99, (2, rows, 3))) for name in ("text", "speech")}
+        copies = torch.rand(rows, 2) > 0.5 if rows == 3 else None
+        latents, noise = torch.randn(2, rows, 2, 3, 1, 1)
+        inputs["image"] = LatentInput(latents, torch.rand(rows, 2), noise, torch.rand(rows, 2) > 0.5, copies)
+        media = {"image": torch.randint(256, (rows, 7), dtype=torch.uint8)} if rows == 3 else {}
+        steps.append(Rows(Batch(inputs, Slots(**slots)), media))
     packed = PackedRows.pack(steps)
     for one, two in zip(packed.rows(), steps, strict=True):
         assert_equal(one.batch, two.batch)
-        assert_equal(two.batch, one.batch)
-        assert (one.images_uint8 is None) == (two.images_uint8 is None)
-        if two.images_uint8 is not None:
-            assert torch.equal(one.images_uint8, two.images_uint8)
+        assert list(one.tensors()) == list(two.tensors())
+        assert one.media.keys() == two.media.keys()
+        assert all(torch.equal(one.media[name], two.media[name]) for name in one.media)
+        assert list(one.batch.inputs) == list(two.batch.inputs)
         for tensor in one.batch.tensors().values():
             assert tensor.untyped_storage().data_ptr() == packed.content.data_ptr()
             assert (tensor.data_ptr() - packed.content.data_ptr()) % 16 == 0
@@ -134,9 +142,9 @@ def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
     """The files of a source vanish while it is read: what was made before is trained on, then a sentence says why."""
     images = numbered_images(["apple", "sun"])
     sources = sources_of(images)
-    config = DataConfig(text_slots=18, images_per_row=2)
-    packer = Packer(sources, byte_tokenizer, config, "3d", 2, NUM_LANES, 3, lambda uniform: uniform)
-    whole = [batch for batch, _ in LaneLoader(packer, 0, 1, 0, None, 0, 3, CPU)]
+    config = data_config(text_slots=18, images_per_row=2)
+    packer = packer_of(sources, byte_tokenizer, config, rope="3d", lanes=NUM_LANES, seed=3)
+    whole = [batch for batch, _ in loader_of(packer, 3, num_workers=0)]
     plain = packer.rows
 
     def rows(lanes, step, states):  # type: ignore[no-untyped-def]
@@ -148,7 +156,7 @@ def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
     for workers in (0, 2):
         given: list[Batch] = []
         with pytest.raises(UserError, match="its folder is gone"):
-            given.extend(batch for batch, _ in LaneLoader(packer, 0, 1, workers, None, 0, NUM_STEPS, CPU))
+            given.extend(batch for batch, _ in loader_of(packer, NUM_STEPS, num_workers=workers))
         assert len(given) == 3
         assert multiprocessing.active_children() == []
         for one, two in zip(given, whole, strict=True):
@@ -156,4 +164,4 @@ def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
 
 
 def test_nothing_is_left_to_do_after_the_last_step(packer) -> None:
-    assert list(LaneLoader(packer, 0, 1, 0, None, NUM_STEPS, NUM_STEPS, CPU)) == []
+    assert list(loader_of(packer, NUM_STEPS, first_step=NUM_STEPS)) == []

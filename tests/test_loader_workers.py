@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import numbered_images, sources_of, texts_of
+from conftest import data_config, loader_of, numbered_images, packer_of, sources_of, texts_of
 from process_group import clean_process
 
-from transfusion_mot.config import DataConfig
 from transfusion_mot.data import loader
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
@@ -26,15 +25,14 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 pytestmark = pytest.mark.slow
 
 NUM_LANES, NUM_WORKERS = 4, 2
-CPU = torch.device("cpu")
 # What a process may take to end on a busy machine: to take PyTorch apart, seconds on an idle one.
 SECONDS = 60
 
 
 def make_packer(tokenizer: TextTokenizer) -> Packer:
     sources = sources_of(numbered_images(["apple", "a", "an octopus", "sun"]), texts_of(["some words", "a"]))
-    config = DataConfig(text_slots=18, images_per_row=2)
-    return Packer(sources, tokenizer, config, "3d", 2, NUM_LANES, 3, lambda uniform: uniform)
+    config = data_config(text_slots=18, images_per_row=2)
+    return packer_of(sources, tokenizer, config, rope="3d", lanes=NUM_LANES, seed=3)
 
 
 def print_workers(file: int) -> None:
@@ -54,7 +52,7 @@ def take_two_steps(tokenizer: TextTokenizer, file: int) -> None:
 
     packer.rows = rows  # type: ignore[method-assign]
     # Of the module, as a frame in a traceback would keep it.
-    steps = iter(loader.LaneLoader(packer, 0, 1, NUM_WORKERS, None, 0, 1000, CPU))
+    steps = iter(loader_of(packer, 1000, num_workers=NUM_WORKERS))
     next(steps)
     next(steps)
     print_workers(file)
@@ -141,7 +139,7 @@ def test_workers_end_with_the_interpreter() -> None:
     program = (
         "from test_loader_workers import take_two_steps\n"
         "from transfusion_mot.data.tokenizer import train_tokenizer\n"
-        "take_two_steps(train_tokenizer(['a'], 261), 1)"
+        "take_two_steps(train_tokenizer(['a'], 261, ['text', 'image']), 1)"
     )
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
@@ -159,10 +157,10 @@ def test_workers_end_with_the_interpreter() -> None:
 def test_signals_of_others_do_not_end_workers(byte_tokenizer) -> None:
     """As a launcher sends them to every process of a run: the one that reads decides when it has finished."""
     packer = make_packer(byte_tokenizer)
-    alone = [batch for batch, _ in loader.LaneLoader(packer, 0, 1, 0, None, 0, 100, CPU)]
+    alone = [batch for batch, _ in loader_of(packer, 100)]
     before = set(multiprocessing.active_children())
     given = []
-    for batch, _ in loader.LaneLoader(packer, 0, 1, NUM_WORKERS, None, 0, 100, CPU):
+    for batch, _ in loader_of(packer, 100, num_workers=NUM_WORKERS):
         given.append(batch)
         if len(given) == 2:
             workers = set(multiprocessing.active_children()) - before
@@ -171,5 +169,5 @@ def test_signals_of_others_do_not_end_workers(byte_tokenizer) -> None:
                 subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     assert len(given) == 100
     for one, two in zip(given, alone, strict=True):
-        assert all(torch.equal(value, getattr(two, name)) for name, value in one.tensors().items())
+        assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
     assert [worker.exitcode for worker in workers] == [0] * NUM_WORKERS

@@ -5,9 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CHANNELS, ArrayImages, numbered_images, sources_of, texts_of
+from conftest import CHANNELS, ArrayImages, data_config, numbered_images, packer_of, sources_of, texts_of
 
-from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.mixture import Source, counter
 from transfusion_mot.data.packing import Packer
@@ -33,8 +32,8 @@ def make_packer(
     **data,
 ) -> Packer:
     sources = sources_of(numbered_images(captions), *([texts_of(list(texts))] if texts else []))
-    config = DataConfig(text_slots=text_slots, images_per_row=images_per_row, **data)
-    return Packer(sources, tokenizer, config, rope, 2, lanes, seed, lambda uniform: uniform)
+    config = data_config(text_slots=text_slots, images_per_row=images_per_row, **data)
+    return packer_of(sources, tokenizer, config, rope=rope, lanes=lanes, seed=seed)
 
 
 def rows_of_lane(packer: Packer, lane: int, steps: int) -> list[tuple[Batch, Counter]]:
@@ -48,7 +47,7 @@ def rows_of_lane(packer: Packer, lane: int, steps: int) -> list[tuple[Batch, Cou
 def read_row(batch: Batch, text_slots: int) -> list[list[tuple[int, int | None, tuple[int, ...]]]]:
     """Documents of a row as lists in reading order: (slot, span or None for text, rotary position)."""
     ids, order, spans, rope = (
-        getattr(batch, name)[0].tolist() for name in ("document_ids", "order", "span_ids", "rope_positions")
+        getattr(batch.slots, name)[0].tolist() for name in ("document_ids", "order", "span_ids", "rope_positions")
     )
     documents: dict[int, list] = {}
     for slot, document in enumerate(ids):
@@ -83,16 +82,16 @@ def check_lane(
     packer: Packer, tokenizer: TextTokenizer, lane: int, steps: int, captions: list[str], texts: list[str]
 ) -> tuple[list[int], list[str], Counter]:
     """Every rule of a row => (images and texts of a lane in the order it read them, what was counted)."""
-    T, K = packer.config.text_slots, packer.config.images_per_row
-    bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.boi_id, tokenizer.eoi_id
+    T, K = packer.config.slots["text"], packer.config.slots["image"]
+    bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     images, text_stream, totals = [], [], Counter()
     expected_next: int | None = None
     for batch, counts in rows_of_lane(packer, lane, steps):
-        ids, labels = batch.text_ids[0].tolist(), batch.text_labels[0].tolist()
+        ids, labels = batch.tokens("text").ids[0].tolist(), batch.tokens("text").labels[0].tolist()
         used = 0
         found_images = 0
         for document in read_row(batch, T):
-            check_positions(document, packer.rope)
+            check_positions(document, packer.model.rope)
             text = [slot for slot, span, _ in document if span is None]
             used += len(text)
             for place, (slot, span, _) in enumerate(document):
@@ -111,7 +110,7 @@ def check_lane(
             if spans:
                 assert len(spans) == 1
                 assert labels[text[-1]] == IGNORE_INDEX
-                latents = batch.latents[0, spans[0]]
+                latents = batch.latents("image").latents[0, spans[0]]
                 index = int(latents[0, 0, 0])
                 assert (latents == index).all()
                 caption = tokenizer.encode(captions[index])[: T - 4]
@@ -134,10 +133,10 @@ def check_lane(
                 assert (tokens[-1] == eos) == (expected_next is None)
         assert ids.count(tokenizer.pad_id) == T - used
         assert all(label == IGNORE_INDEX for label, token in zip(labels, ids, strict=True) if token == tokenizer.pad_id)
-        assert batch.image_mask[0].tolist() == [True] * found_images + [False] * (K - found_images)
-        assert counts["images"] == found_images
-        assert counts["text_tokens"] == used
-        assert counts["pad_slots"] == (batch.document_ids == -1).sum().item()
+        assert batch.latents("image").mask[0].tolist() == [True] * found_images + [False] * (K - found_images)
+        assert counts["image_items"] == found_images
+        assert counts["text_slots"] == used
+        assert counts["pad_slots"] == (batch.slots.document_ids == -1).sum().item()
         if texts:
             assert T - used <= 1, "text fills the row"
         totals.update(counts)
@@ -148,7 +147,7 @@ def check_lane(
             assert current[0] == bos
             read_texts.append(tokenizer.decode(current))
             current = []
-    assert totals["texts"] == len(read_texts)
+    assert totals["text_documents"] == len(read_texts)
     return images, read_texts, totals
 
 
@@ -217,12 +216,12 @@ def test_sources_are_mixed_by_weight_and_each_is_read_in_whole_epochs(byte_token
         numbered_images(["bb"] * 5, first=100),
         texts_of(["x" * 9, "y" * 9], weight=2.0),
     )
-    packer = Packer(sources, byte_tokenizer, DataConfig(text_slots=40, images_per_row=2), "3d", 2, 1, 0, lambda u: u)
+    packer = packer_of(sources, byte_tokenizer, data_config(text_slots=40, images_per_row=2), rope="3d")
     indices, chars = [], Counter()
     for batch, _ in rows_of_lane(packer, 0, 400):
-        indices += [int(latents[0, 0, 0]) for latents in batch.latents[0][batch.image_mask[0]]]
+        indices += [int(latents[0, 0, 0]) for latents in batch.latents("image").latents[batch.latents("image").mask]]
         text_only = [d for d in read_row(batch, 40) if all(span is None for _, span, _ in d)]
-        chars.update(byte_tokenizer.decode([batch.text_ids[0, slot] for d in text_only for slot, _, _ in d]))
+        chars.update(byte_tokenizer.decode([batch.tokens("text").ids[0, slot] for d in text_only for slot, _, _ in d]))
     small = [index for index in indices if index >= 100]
     large = [index for index in indices if index < 100]
     assert len(large) / len(indices) == pytest.approx(0.75, abs=4.5 * (0.75 * 0.25 / len(indices)) ** 0.5)
@@ -238,9 +237,9 @@ def test_sources_are_mixed_by_weight_and_each_is_read_in_whole_epochs(byte_token
 def test_weights_hold_for_documents_of_any_length(byte_tokenizer) -> None:
     """A long caption that waits for room is not passed over for a short one of another source."""
     short, long = ["x" * 4] * 50, ["y" * 70] * 50
-    config = DataConfig(text_slots=88, images_per_row=8)
+    config = data_config(text_slots=88, images_per_row=8)
     sources = sources_of(numbered_images(short), numbered_images(long, first=50))
-    packer = Packer(sources, byte_tokenizer, config, "1d", 2, 1, 0, lambda u: u)
+    packer = packer_of(sources, byte_tokenizer, config)
     counts = sum((counts for _, counts in rows_of_lane(packer, 0, 1000)), Counter())
     placed = [counts[counter(name, "documents")] for name in sources.names]
     assert placed[0] / sum(placed) == pytest.approx(0.5, abs=4.5 * (0.25 / sum(placed)) ** 0.5)
@@ -256,10 +255,13 @@ def test_rows_depend_on_seed_lane_step_and_state_alone(byte_tokenizer) -> None:
     for lane in (3, 0, 1):
         rows_of_lane(other, lane, 7)
     for (one, _), (two, _) in zip(first, rows_of_lane(other, 2, 5), strict=True):
-        assert all(torch.equal(value, getattr(two, name)) for name, value in one.tensors().items())
+        assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
     state = packer().initial_state()[None]
     noises = [
-        packer(seed).rows([lane], step, state)[0].batch.noise for seed in (0, 1) for lane in (0, 1) for step in (0, 1)
+        packer(seed).rows([lane], step, state)[0].batch.latents("image").noise
+        for seed in (0, 1)
+        for lane in (0, 1)
+        for step in (0, 1)
     ]
     for i, one in enumerate(noises):
         assert all(not torch.equal(one, two) for two in noises[:i])
@@ -279,7 +281,7 @@ def shares(packer: Packer, tokenizer: TextTokenizer, rows: int) -> tuple[int, fl
     first = dropped = total = 0
     timesteps: tuple[list[float], list[float]] = ([], [])
     for batch, _ in rows_of_lane(packer, 0, rows):
-        for document in read_row(batch, packer.config.text_slots):
+        for document in read_row(batch, packer.config.slots["text"]):
             spans = [span for _, span, _ in document]
             where = next(i for i, span in enumerate(spans) if span is not None)
             behind = len(document) - where - PATCHES
@@ -288,7 +290,7 @@ def shares(packer: Packer, tokenizer: TextTokenizer, rows: int) -> tuple[int, fl
             total += 1
             first += caption_first
             dropped += caption_first and where == 2
-            timesteps[not caption_first].append(float(batch.timesteps[0, spans[where]]))
+            timesteps[not caption_first].append(float(batch.latents("image").timesteps[0, spans[where]]))
     return total, first / total, dropped / max(first, 1), *timesteps
 
 
@@ -329,12 +331,12 @@ def test_truncation_is_counted_once_for_each_caption_cut(byte_tokenizer) -> None
 def test_noise_and_posterior_are_standard_normal_and_independent(byte_tokenizer) -> None:
     mean, std = (np.full((8, CHANNELS, 4, 4), value, dtype=np.float16) for value in (3.0, 0.5))
     images = ArrayImages(["a"] * 8, mean, std)
-    packer = Packer(
-        sources_of(Source(images, 1.0, images)), byte_tokenizer, DataConfig(text_slots=40), "3d", 2, 1, 0, lambda u: u
+    packer = packer_of(
+        sources_of(Source(images, 1.0, {"image": images})), byte_tokenizer, data_config(text_slots=40), rope="3d"
     )
     rows = [batch for batch, _ in rows_of_lane(packer, 0, 200)]
-    noise = torch.cat([batch.noise for batch in rows]).flatten()
-    spread = (torch.cat([batch.latents for batch in rows]).flatten() - 3) / 0.5
+    noise = torch.cat([batch.latents("image").noise for batch in rows]).flatten()
+    spread = (torch.cat([batch.latents("image").latents for batch in rows]).flatten() - 3) / 0.5
     for values in (noise, spread):
         assert values.mean().abs() < 4.5 / len(values) ** 0.5
         assert values.std().item() == pytest.approx(1, abs=4.5 / (2 * len(values)) ** 0.5)
@@ -343,6 +345,6 @@ def test_noise_and_posterior_are_standard_normal_and_independent(byte_tokenizer)
 
 
 def test_special_strings_in_a_caption_are_plain_text(byte_tokenizer) -> None:
-    captions = ["<boi><eos>"]
+    captions = ["<begin_of_image><eos>"]
     packer = make_packer(byte_tokenizer, captions, [], 40, lanes=1)
     check_lane(packer, byte_tokenizer, 0, 5, captions, [])

@@ -14,20 +14,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts
+from transfusion_mot.data.encoded_media import EncodedMedia
 from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.data.images import ImageArray
-from transfusion_mot.data.mixture import EncodedMedia, Source, Sources, counter, open_documents, training_texts
+from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.row_picture import draw_row
@@ -107,10 +107,8 @@ class Inspection:
         self.config = config
         self.data = dataclasses.replace(config.data, latents="cache")
         modalities = config.model.modalities
-        codecs: dict[str, Codec] = {}
-        for name, codec in config.codecs.items():
-            codecs[name] = load_codec(codec, modalities[name].objective, "cpu")
-            check_image_sizes(self.data, codecs[name], modalities[name].patch_size)
+        codecs = {name: load_codec(codec, modalities[name].objective, "cpu") for name, codec in config.codecs.items()}
+        check_image_sizes(self.data, codecs, config.model)
         sizes = {
             name: [
                 (height // codec.downsampling, width // codec.downsampling) for height, width in self.data.image_sizes
@@ -121,7 +119,9 @@ class Inspection:
         num_codes = {name: [height * width for height, width in sizes[name]] for name in codecs}
 
         def unencoded(index: int, name: str, media: ImageSet) -> EncodedMedia:
-            return _UnencodedLatents(media, index) if name in shapes else _UnencodedCodes(media, num_codes[name])
+            is_latents = name in shapes
+            made = _UnencodedLatents(media, index) if is_latents else _UnencodedCodes(media, num_codes[name])
+            return cast(EncodedMedia, made)
 
         def opened(split: Split) -> list[Source]:
             return [

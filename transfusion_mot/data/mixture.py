@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 from accelerate import Accelerator
@@ -14,46 +14,13 @@ from numpy.typing import NDArray
 
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
-from transfusion_mot.data import latents
+from transfusion_mot.data.encoded_media import EncodedMedia, encoded_media
 from transfusion_mot.data.sources.base import CaptionedImages, Documents, MediaItem, Split, Text, counted
 from transfusion_mot.data.sources.open import has_media, open_source
 from transfusion_mot.errors import UserError
 
 # A vocabulary of some ten thousand merges is settled long before.
 _NUM_TOKENIZER_DOCUMENTS = 1_000_000
-
-
-class EncodedLatents(Protocol):
-    """Media of a source as latents.
-
-    Attributes:
-        kind: `latents`.
-        readable: [N] False where they could not be decoded, and have no latents.
-        skipped: What was left out: reason to count.
-    """
-
-    kind: Literal["latents"]
-    readable: NDArray[np.bool_]
-    skipped: dict[str, int]
-
-    def posterior(self, index: int, flipped: bool = False) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Mean and standard deviation [C, Y, X] of readable media, or of their mirror image."""
-        ...
-
-
-class EncodedCodes(Protocol):
-    """Media of a source as codes; attributes as of `EncodedLatents`."""
-
-    kind: Literal["codes"]
-    readable: NDArray[np.bool_]
-    skipped: dict[str, int]
-
-    def span(self, index: int, flipped: bool = False) -> list[int]:
-        """`start`, the codes and `end` of readable media, or of their mirror image."""
-        ...
-
-
-EncodedMedia = EncodedLatents | EncodedCodes
 
 
 @dataclass(frozen=True)
@@ -354,8 +321,10 @@ def with_encoded(
     """
     opened = []
     for source in sources:
-        encoded = {
-            name: latents.encoded_media(media, codecs[name], data, codec_configs[name].batch_size, accelerator)
+        encoded: dict[str, EncodedMedia] = {
+            name: encoded_media(
+                media, codecs[name], data, batch_size=codec_configs[name].batch_size, accelerator=accelerator
+            )
             for name, media in source.documents.media.items()
             if codecs[name].kind == "codes" or data.latents != "online"
         }
