@@ -92,5 +92,5 @@ def test_line_of_an_interleaved_document_is_one(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text(line + "\n")
     (tmp_path / "lighthouse.jpg").write_bytes(picture(5, "jpg"))
     config = parse_config(RunConfig, [f"data.cache_dir={tmp_path / 'cache'}", "data.held_out_fraction=0.0"], "")
-    documents = open_source(SourceConfig("interleaved", str(tmp_path)), config.data, "train")
+    documents = open_source(SourceConfig("interleaved", path=str(tmp_path)), config.data, "train")
     assert documents.segments(0) == ["A lighthouse.", 0, "It was built in 1859."]
