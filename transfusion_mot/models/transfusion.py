@@ -30,7 +30,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     CacheWindow,
@@ -154,7 +154,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             UserError: See `attention_kernel`.
         """
         is_autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.text_head.weight.dtype
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.modality(TEXT).embedding.weight.dtype
         head_dim, on_hopper = self.architecture.head_dim, runs_on_hopper(device)
         return attention_kernel(self.attention, device.type, num_slots, head_dim, dtype, on_hopper)
 
