@@ -39,7 +39,7 @@ from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.files import check_writable_folder, lines_of
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.loading import load_pipeline
-from transfusion_mot.sampling.options import parse_arguments
+from transfusion_mot.sampling.options import PAINT, TASKS, parse_arguments
 from transfusion_mot.sampling.outputs import Denoising, ResultFolder, save_png
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
@@ -111,13 +111,15 @@ Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
 def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
     """What paints prompts, and the settings that it paints with."""
     settings = painting_settings(pipeline, arguments)
-    guidance = {
+    how = {
         "guidance_interval": tuple(arguments.guidance_interval),
         "guidance_rescale": arguments.guidance_rescale,
         "guidance_renorm": arguments.guidance_renorm,
         "negative_prompt": arguments.negative_prompt,
     }
-    settings |= {key: value for key, value in guidance.items() if value not in (None, False, 0.0, (0.0, 1.0))}
+    settings |= {key: value for key, value in how.items() if value not in (None, False, 0.0, (0.0, 1.0))}
+    how |= code_settings(pipeline, arguments)
+    settings |= code_settings(pipeline, arguments)
     editing: dict[str, Any] = {}
     pictures = [open_picture(arguments.image)] if arguments.image else []
     settings |= image_size(pipeline, arguments, pictures)
@@ -139,7 +141,7 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
             callback_on_step_end=denoising,
             height=arguments.height,
             width=arguments.width,
-            **guidance,
+            **how,
             **editing,
         ).images
         folder.make()
@@ -174,6 +176,13 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "checkpoint": str(pipeline.name_or_path),
     }
+
+
+def code_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> dict[str, float]:
+    """How codes are drawn, of a model whose pictures are codes."""
+    if pipeline.codec.kind == "latents":
+        return {}
+    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p")}
 
 
 def image_size(
@@ -224,6 +233,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
         "num_inference_steps": painting["num_inference_steps"],
         "guidance_scale": painting["guidance_scale"],
         "max_images": arguments.max_images,
+        **code_settings(pipeline, arguments),
     }
     before = [open_picture(arguments.image)] if arguments.image else []
     settings |= image_size(pipeline, arguments, before)
@@ -261,9 +271,9 @@ def open_picture(path: str) -> Image.Image:
     return Image.fromarray(load_image(path, displayed_size(path)))
 
 
-MAKERS = {"image": painter, "caption": captioner, "text": writer, "auto": teller}
-RESULTS = {"image": "metadata.jsonl", "caption": "captions.jsonl", "text": "texts.jsonl", "auto": "documents.jsonl"}
-VERBS = {"image": "painting", "caption": "captioning", "text": "writing", "auto": "telling"}
+MAKERS = dict(zip(TASKS, (painter, captioner, writer, teller), strict=True))
+RESULTS = dict(zip(TASKS, ("metadata.jsonl", "captions.jsonl", "texts.jsonl", "documents.jsonl"), strict=True))
+VERBS = dict(zip(TASKS, ("painting", "captioning", "writing", "telling"), strict=True))
 
 
 def sample(
@@ -314,7 +324,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
     shown: list[dict[str, Any]] = []
     for line in lines:
         count += 1
-        if task == "image":
+        if task == PAINT:
             shown += [line] if len(shown) < GRID_IMAGES else []
         elif task == "caption":
             print(f"{line['file_name']}: {line['text']}")
@@ -327,7 +337,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
     if folder is None:
         return
     said = f"{count} results in {folder.results}"
-    if task == "image":
+    if task == PAINT:
         images = [Image.open(folder.path / line["file_name"]) for line in shown]
         sheet = grid(images, [line["text"] for line in shown], columns=min(GRID_COLUMNS, len(shown)))
         sheet.save(folder.path / "grid.png")

@@ -102,7 +102,7 @@ def test_bfloat16_paints_nearly_the_same(pipeline, snapshot):
 
 def first_logits_of_a_caption(pipeline: TransfusionPipeline, picture: Image.Image) -> torch.Tensor:
     seen = []
-    handle = pipeline.transformer.text_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    handle = pipeline.transformer.modalities["text"].head.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     pipeline.caption(picture, max_new_tokens=1)
     handle.remove()
     return seen[0].flatten()
@@ -281,7 +281,7 @@ def test_parts_that_do_not_belong_together_are_refused():
     with pytest.raises(UserError, match="vae has 2 latent channels and the transformer was trained on 3"):
         tiny_pipeline(vae=tiny_vae(latent_channels=2))
     with pytest.raises(UserError, match=r"tokenizer has \d+ ids and the transformer was trained on"):
-        tiny_pipeline(tokenizer=train_tokenizer(["ab"], 262).hf)
+        tiny_pipeline(tokenizer=train_tokenizer(["ab"], 262, ("text", "image")).hf)
     with pytest.raises(UserError, match="image_size is 10; it must be a multiple of 4"):
         tiny_pipeline(image_size=10)
 

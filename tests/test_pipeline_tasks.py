@@ -34,7 +34,9 @@ def test_guidance_leads_away_from_the_negative_prompt(pipeline) -> None:
 
 def test_outside_of_its_interval_there_is_no_guidance(pipeline) -> None:
     rows = []
-    handle = pipeline.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[6])))
+    handle = pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["rope_positions"])), with_kwargs=True
+    )
     nowhere = latents(pipeline, "sun", guidance_scale=5.0, guidance_interval=(0.0, 0.0))
     handle.remove()
     assert rows == [2, 1, 1, 1, 1]
@@ -100,9 +102,9 @@ def painter() -> TransfusionPipeline:
     """It would rather begin an image than write an x, and an x than end."""
     pipeline = tiny_pipeline()
     logits = torch.zeros(pipeline.text_tokenizer.vocab_size)
-    logits[pipeline.text_tokenizer.boi_id] = 10.0
+    logits[pipeline.text_tokenizer.begin_ids["image"]] = 10.0
     logits[pipeline.text_tokenizer.encode("x")[0]] = 5.0
-    pipeline.transformer.text_head = FixedLogits(logits)
+    pipeline.transformer.modalities["text"].head = FixedLogits(logits)
     return pipeline
 
 

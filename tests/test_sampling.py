@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from transfusion_mot.config import ModelConfig, TowerConfig, to_dict
+from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
+from transfusion_mot.data.layout import Media
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.rows import random_rows
-from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.sampler import Document, Making, Sampler
 from transfusion_mot.sampling.text import Decoding, choose_tokens
 from transfusion_mot.sampling.workspace import Workspace
 
@@ -21,42 +23,41 @@ CPU = torch.device("cpu")
 LATENT_SIZE = 4
 LATENT_CHANNELS = 3
 LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+PATCHES = 4
 PROMPTS = ["an octopus that holds a red apple", "sun", ""]
 
+
+
+def text_and_image(text: str, picture: str, **fields: object) -> dict[str, object]:
+    """The modalities of a model by their towers, and more about its images."""
+    return {"modalities": {"text": ModalityConfig(text), "image": ModalityConfig(picture, "diffusion", 5.0, **fields)}}
+
+
+UNET = {"adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1}
+ONE_TOWER = {"towers": {"all": TowerConfig(32, 48)}}
+CAUSAL_IMAGES = text_and_image("text", "image", attention="causal")
 ARCHITECTURES = {
     "mot 3d": {},
     "mot 1d gqa": {"rope": "1d", "num_kv_heads": 2},
-    "dense 3d": {"towers": {"all": TowerConfig(32, 48)}, "modalities": {"text": "all", "image": "all"}},
-    "mot unet": {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1},
-    "dense 1d unet gqa": {
-        "towers": {"all": TowerConfig(32, 48)},
-        "modalities": {"text": "all", "image": "all"},
-        "rope": "1d",
-        "num_kv_heads": 1,
-        "image_adapter": "unet",
-        "unet_channels": [32, 32],
-        "unet_num_layers": 1,
-    },
-    "mot causal": {"image_attention": "causal"},
+    "dense 3d": {**ONE_TOWER, **text_and_image("all", "all")},
+    "mot unet": text_and_image("text", "image", **UNET),
+    "dense 1d unet gqa": {**ONE_TOWER, **text_and_image("all", "all", **UNET), "rope": "1d", "num_kv_heads": 1},
+    "mot causal": CAUSAL_IMAGES,
 }
 
 
 def tiny_tokenizer() -> TextTokenizer:
-    return train_tokenizer(["a red apple", "an octopus", "sun"], vocab_size=280)
+    return train_tokenizer(["a red apple", "an octopus", "sun"], 280, ("text", "image"))
 
 
-def tiny_model(vocab_size: int, latent_channels: int = LATENT_CHANNELS, **architecture: object) -> TransfusionMoT:
+def tiny_model(vocab_size: int, sizes: dict[str, int] | None = None, **architecture: object) -> TransfusionMoT:
     """A model of random weights in float64; nothing in it is zero, as the last layer of a new model is."""
-    sizes = {
-        "towers": {"text": TowerConfig(32, 48), "image": TowerConfig(32, 48)},
-        "num_layers": 2,
-        "num_heads": 4,
-        "head_dim": 12,
-    }
-    config = ModelConfig(**{**sizes, **architecture})
+    towers = {"text": TowerConfig(32, 48), "image": TowerConfig(32, 48)}
+    config = ModelConfig(**{"towers": towers, "num_layers": 2, "num_heads": 4, "head_dim": 12, **architecture})
+    sizes = {"text": vocab_size, **(sizes or {"image": LATENT_CHANNELS})}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = TransfusionMoT(vocab_size, latent_channels, to_dict(config)).double().eval()
+        model = TransfusionMoT.from_sections(sizes, config, DiffusionConfig()).double().eval()
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.15)
     return model
@@ -77,60 +78,85 @@ def model(request, tokenizer) -> TransfusionMoT:
     return tiny_model(tokenizer.vocab_size, **ARCHITECTURES[request.param])
 
 
-def forward_document(model, segments, timestep=0.0):
-    """One uncached forward of one whole document; a segment is a list of ids, or latents [C, Y, X].
+def image(latents: torch.Tensor) -> Media:
+    return Media("image", latents)
 
-    The last image is at `timestep`, those before it are clean. Order and positions are counted here slot by slot, in
-    reading order; then text is put before patches.
+
+def forward_document(model, segments, timestep=0.0):
+    """One uncached forward of one whole document; a segment is a list of text ids, or media.
+
+    The last latents are at `timestep`, those before them are clean. Order and positions are counted here slot by slot,
+    in reading order; then slots are put where their modality has them.
     """
-    text, patches, ids, images, order, position = [], [], [], [], 0, 0
-    flat = model.architecture.rope == "1d"
+    config = model.architecture
+    flat = config.rope == "1d"
+    # (order, span, rotary position) of each slot, and what the slots hold.
+    places: dict[str, list[tuple[int, int, list[int]]]] = {}
+    contents: dict[str, list] = {}
+    order, position, spans = 0, 0, 0
     for segment in segments:
-        if isinstance(segment, list):
-            for token in segment:
-                ids.append(token)
-                text.append((order, -1, [position] if flat else [position] * 3))
+        name, content = (segment.modality, segment.content) if isinstance(segment, Media) else ("text", segment)
+        slots, held = places.setdefault(name, []), contents.setdefault(name, [])
+        if isinstance(content, list):
+            # Behind the last code stands what is its label.
+            content = content[:-1] if isinstance(segment, Media) else content
+            for token in content:
+                held.append(token)
+                slots.append((order, -1, [position] if flat else [position] * 3))
                 order, position = order + 1, position + 1
+            continue
+        rows, columns = (side // config.modalities[name].patch_size for side in content.shape[-2:])
+        for y in range(rows):
+            for x in range(columns):
+                place = [position + y * columns + x] if flat else [position, position + y, position + x]
+                slots.append((order, spans, place))
+                order += 1
+        held.append(content)
+        spans += 1
+        position += rows * columns if flat else max(rows, columns)
+        last = name
+    inputs = {}
+    for name, held in contents.items():
+        if isinstance(held[0], int):
+            inputs[name] = TokenInput(torch.tensor([held]))
         else:
-            rows, columns = (side // model.architecture.patch_size for side in segment.shape[-2:])
-            for y in range(rows):
-                for x in range(columns):
-                    place = [position + y * columns + x] if flat else [position, position + y, position + x]
-                    patches.append((order, len(images), place))
-                    order += 1
-            images.append(segment)
-            position += rows * columns if flat else max(rows, columns)
-    slots = text + patches
-    places = torch.tensor([[place for _, _, place in slots]])
+            timesteps = [0.0] * (len(held) - 1) + [timestep if name == last else 0.0]
+            inputs[name] = LatentInput(torch.stack(held)[None], torch.tensor([timesteps]))
+    slots = [slot for name in config.stream_order for slot in places.get(name, [])]
+    rope_positions = torch.tensor([[place for _, _, place in slots]])
+    nothing = torch.full((1, len(slots)), -1)
     return model(
-        torch.tensor([ids]),
-        torch.stack(images)[None] if images else None,
-        torch.tensor([[0.0] * (len(images) - 1) + [timestep]]) if images else None,
-        document_ids=torch.zeros(1, len(slots), dtype=torch.long),
-        order=torch.tensor([[order for order, _, _ in slots]]),
-        span_ids=torch.tensor([[span for _, span, _ in slots]]),
-        rope_positions=places[..., 0] if flat else places,
-    )
+        inputs,
+        Slots(
+            document_ids=torch.zeros(1, len(slots), dtype=torch.long),
+            order=torch.tensor([[order for order, _, _ in slots]]),
+            span_ids=torch.tensor([[span for _, span, _ in slots]]),
+            rope_positions=rope_positions[..., 0] if flat else rope_positions,
+            source_ids=nothing,
+        ),
+    ).predictions
 
 
 def predict_uncached(model, tokenizer, context, latents, timestep):
     """Prediction for an image behind `context`; what follows the image must not matter."""
-    segments = [*context, [tokenizer.boi_id], latents, [tokenizer.eoi_id, tokenizer.eos_id]]
-    return forward_document(model, segments, timestep).prediction[0, -1]
+    begin, end = tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
+    segments = [*context, [begin], image(latents), [end, tokenizer.eos_id]]
+    return forward_document(model, segments, timestep)["image"][0, -1]
 
 
-def paint(model, tokenizer, documents, denoise, guidance, **settings):
-    """Run the image task; `denoise` is as a sampler takes it."""
-    arguments = {"denoise": denoise, "guidance": guidance, "max_images": 1, **settings}
-    Sampler(model, tokenizer, Workspace(), documents, "image", LATENT_SHAPE, CPU, **arguments).run()
-    return [document.added[0] for document in documents]
+def paint(model, tokenizer, documents, denoise, guidance):
+    """Make an image in each document; `denoise` is as a sampler takes it."""
+    making = {"image": Making(1, PATCHES, denoise)}
+    settings = {"target": "image", "device": CPU, "making": making, "guidance": guidance}
+    Sampler(model, tokenizer, Workspace(), documents, **settings).run()
+    return [document.added[0].content for document in documents]
 
 
 def write(model, tokenizer, documents, decoding, generators=()):
     """Run the text task => what was written."""
     documents = [Document(items) for items in documents]
-    settings = {"decoding": decoding, "generators": generators}
-    Sampler(model, tokenizer, Workspace(), documents, "text", LATENT_SHAPE, CPU, **settings).run()
+    settings = {"target": "text", "device": CPU, "decoding": decoding, "generators": generators}
+    Sampler(model, tokenizer, Workspace(), documents, **settings).run()
     return ["".join(document.added) for document in documents]
 
 
@@ -164,8 +190,9 @@ def test_denoising_with_the_cache_equals_the_whole_document(model, tokenizer, gu
 def test_whatever_is_before_an_image_guides_it_against_an_image_alone(model, tokenizer):
     """In training an image stands behind all of its document, or, with its prompt dropped, alone."""
     one, two, three = random_latents(3)
+    one, two, three = image(one), image(two), image(three)
     contents = [["a red apple", one, "sun"], [two, three], ["sun"]]
-    bos, boi, eoi = tokenizer.bos_id, tokenizer.boi_id, tokenizer.eoi_id
+    bos, boi, eoi = tokenizer.bos_id, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     whole = [
         [[bos, *tokenizer.encode("a red apple"), boi], one, [eoi, *tokenizer.encode("sun")]],
         [[bos, boi], two, [eoi, boi], three, [eoi]],
@@ -188,7 +215,9 @@ def test_whatever_is_before_an_image_guides_it_against_an_image_alone(model, tok
 def forwards(model):
     """A list that gets (rows, slots) of every forward of the model."""
     seen = []
-    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[6].shape[:2])))
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["rope_positions"].shape[:2])), with_kwargs=True
+    )
     return seen
 
 
@@ -246,14 +275,15 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
     assert not torch.equal(both[0], both[1])
 
 
-def greedy_uncached(model, tokenizer, segments, max_new_tokens, ends=("eos_id",)):
+def greedy_uncached(model, tokenizer, segments, max_new_tokens, may_begin=()):
     """Greedy decoding by a forward over the whole document for every token => ids, with the end if one came."""
-    special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id, tokenizer.eos_id}
-    stops = {getattr(tokenizer, end) for end in ends}
+    delimiters = (*tokenizer.begin_ids.values(), *tokenizer.end_ids.values())
+    special = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, *delimiters}
+    stops = {tokenizer.eos_id, *(tokenizer.begin_ids[name] for name in may_begin)}
     *before, last = segments
     written = []
     while len(written) < max_new_tokens:
-        logits = forward_document(model, [*before, last + written]).logits[0, -1]
+        logits = forward_document(model, [*before, last + written])["text"][0, -1]
         logits[sorted(special - stops)] = -math.inf
         written.append(int(logits.argmax()))
         if written[-1] in stops:
@@ -265,21 +295,22 @@ def swap_rows_of_the_head(model, first, second):
     """The same model, which writes the one token where it wrote the other."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.text_head.weight[[first, second]] = model.text_head.weight[[second, first]]
+        head = model.modalities["text"].head.weight
+        head[[first, second]] = head[[second, first]]
     return model
 
 
 @pytest.mark.parametrize("beginning", ["", "a red"])
 @torch.no_grad()
 def test_captioning_equals_greedy_decoding_by_whole_documents(model, tokenizer, beginning):
-    latents = random_latents(3)
-    after = [tokenizer.eoi_id, *tokenizer.encode(beginning)]
-    documents = [[[tokenizer.bos_id, tokenizer.boi_id], image, after] for image in latents]
+    images = [image(latents) for latents in random_latents(3)]
+    after = [tokenizer.end_ids["image"], *tokenizer.encode(beginning)]
+    documents = [[[tokenizer.bos_id, tokenizer.begin_ids["image"]], given, after] for given in images]
     # Where the first row would write its third token it writes the end of text, so that rows end at different times.
     model = swap_rows_of_the_head(model, tokenizer.eos_id, greedy_uncached(model, tokenizer, documents[0], 3)[-1])
     expected = [greedy_uncached(model, tokenizer, document, 20) for document in documents]
     assert len({len(ids) for ids in expected}) > 1
-    captions = write(model, tokenizer, [[image, beginning] for image in latents], Decoding(max_new_tokens=20))
+    captions = write(model, tokenizer, [[given, beginning] for given in images], Decoding(max_new_tokens=20))
     assert captions == [tokenizer.decode(ids) for ids in expected]
 
 
@@ -294,11 +325,10 @@ def go_on_uncached(model, tokenizer, segments, noises, guidance, max_new_tokens)
     """The automatic task by forwards over whole documents; an image is what is predicted of the next noise."""
     items, noises, left = [], list(noises), max_new_tokens
     while left:
-        ends = ("eos_id", "boi_id") if noises else ("eos_id",)
-        ids = greedy_uncached(model, tokenizer, segments, left, ends)
+        ids = greedy_uncached(model, tokenizer, segments, left, ("image",) if noises else ())
         left -= len(ids)
         items += [text] if (text := tokenizer.decode(ids)) else []
-        if ids[-1] != tokenizer.boi_id:
+        if ids[-1] != tokenizer.begin_ids["image"]:
             break
         *before, last = segments
         context = [*before, last + ids[:-1]]
@@ -306,8 +336,8 @@ def go_on_uncached(model, tokenizer, segments, noises, guidance, max_new_tokens)
         whole, alone = (
             predict_uncached(model, tokenizer, part, noise, 0.5) for part in (context, [[tokenizer.bos_id]])
         )
-        items.append(alone + guidance.scale * (whole - alone))
-        segments = [*before, last + ids, items[-1], [tokenizer.eoi_id]]
+        items.append(image(alone + guidance.scale * (whole - alone)))
+        segments = [*before, last + ids, items[-1], [tokenizer.end_ids["image"]]]
     return items
 
 
@@ -315,22 +345,24 @@ def go_on_uncached(model, tokenizer, segments, noises, guidance, max_new_tokens)
 @torch.no_grad()
 def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokenizer, guidance):
     """Rows that write and paint at different times, and not equally often."""
-    given = [["a red apple"], ["sun", random_latents()], [random_latents(), "an octopus that"], [""]]
+    one, two = image(random_latents()), image(random_latents())
+    given = [["a red apple"], ["sun", one], [two, "an octopus that"], [""]]
+    bos, boi, eoi = tokenizer.bos_id, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     starts = [
-        [[tokenizer.bos_id, *tokenizer.encode("a red apple")]],
-        [[tokenizer.bos_id, *tokenizer.encode("sun"), tokenizer.boi_id], given[1][1], [tokenizer.eoi_id]],
-        [[tokenizer.bos_id, tokenizer.boi_id], given[2][0], [tokenizer.eoi_id, *tokenizer.encode("an octopus that")]],
-        [[tokenizer.bos_id]],
+        [[bos, *tokenizer.encode("a red apple")]],
+        [[bos, *tokenizer.encode("sun"), boi], one, [eoi]],
+        [[bos, boi], two, [eoi, *tokenizer.encode("an octopus that")]],
+        [[bos]],
     ]
     noises = random_latents(4, 2)
     # What two of them would write soon is now the beginning of an image.
-    model = swap_rows_of_the_head(model, tokenizer.boi_id, greedy_uncached(model, tokenizer, starts[0], 2)[-1])
+    model = swap_rows_of_the_head(model, boi, greedy_uncached(model, tokenizer, starts[0], 2)[-1])
     model = swap_rows_of_the_head(model, tokenizer.eos_id, greedy_uncached(model, tokenizer, starts[2], 4)[-1])
     expected = [
         go_on_uncached(model, tokenizer, start, noise, guidance, 9) for start, noise in zip(starts, noises, strict=True)
     ]
     shapes = [[type(item).__name__ for item in items] for items in expected]
-    assert any("Tensor" in shape for shape in shapes)
+    assert any("Media" in shape for shape in shapes)
     assert len({tuple(shape) for shape in shapes}) > 1
 
     documents = [Document(items) for items in given]
@@ -346,13 +378,11 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
         tokenizer,
         Workspace(),
         documents,
-        "auto",
-        LATENT_SHAPE,
-        CPU,
+        target="auto",
+        device=CPU,
         decoding=Decoding(max_new_tokens=9),
-        denoise=denoise,
+        making={"image": Making(2, PATCHES, denoise)},
         guidance=guidance,
-        max_images=2,
     ).run()
     assert [[type(item).__name__ for item in document.added] for document in documents] == shapes
     for document, items in zip(documents, expected, strict=True):
@@ -360,7 +390,7 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
             if isinstance(item, str):
                 assert item == other
             else:
-                torch.testing.assert_close(item, other, rtol=0, atol=1e-11)
+                torch.testing.assert_close(item.content, other.content, rtol=0, atol=1e-11)
 
 
 class FixedLogits(nn.Module):
@@ -378,12 +408,13 @@ class FixedLogits(nn.Module):
 def test_special_tokens_other_than_the_end_are_never_written(tokenizer, temperature):
     model = tiny_model(tokenizer.vocab_size)
     logits = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
-    for favourite in (tokenizer.bos_id, tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id):
+    delimiters = (tokenizer.begin_ids["image"], tokenizer.end_ids["image"])
+    for favourite in (tokenizer.bos_id, tokenizer.pad_id, *delimiters):
         logits[favourite] = 100.0
     letter = tokenizer.encode("x")[0]
     logits[letter] = 50.0
-    model.text_head = FixedLogits(logits)
-    documents = [[random_latents()], ["sun"]]
+    model.modalities["text"].head = FixedLogits(logits)
+    documents = [[image(random_latents())], ["sun"]]
     decoding = Decoding(max_new_tokens=5, temperature=temperature)
     assert write(model, tokenizer, documents, decoding, [None] * 2) == ["xxxxx"] * 2
     logits[tokenizer.eos_id] = 80.0
@@ -407,11 +438,12 @@ def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(toke
     model = tiny_model(tokenizer.vocab_size)
     logits = torch.full((tokenizer.vocab_size,), -math.inf, dtype=torch.float64)
     logits[tokenizer.encode("abcdefgh")] = 0.0
-    logits[tokenizer.boi_id] = 1.0
-    model.text_head = FixedLogits(logits)
+    boi = tokenizer.begin_ids["image"]
+    logits[boi] = 1.0
+    model.modalities["text"].head = FixedLogits(logits)
     uniform = torch.rand(40, generator=torch.Generator().manual_seed(7))
     ids = choose_tokens(logits.expand(40, -1), Decoding(1, 1.0), uniform).tolist()
-    expected = tokenizer.decode([token if token != tokenizer.boi_id else tokenizer.encode("|")[0] for token in ids])
+    expected = tokenizer.decode([token if token != boi else tokenizer.encode("|")[0] for token in ids])
     assert expected.count("|") > 3
 
     document = Document(["sun"])
@@ -420,13 +452,11 @@ def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(toke
         tokenizer,
         Workspace(),
         [document],
-        "auto",
-        LATENT_SHAPE,
-        CPU,
+        target="auto",
+        device=CPU,
         generators=[torch.Generator().manual_seed(7)],
         decoding=Decoding(max_new_tokens=40, temperature=1.0),
-        denoise=lambda predict, rows: random_latents(1),
-        max_images=40,
+        making={"image": Making(40, PATCHES, lambda predict, rows: random_latents(1))},
     ).run()
     assert "".join(item if isinstance(item, str) else "|" for item in document.added) == expected
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from test_sampling import CPU, LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
+from test_sampling import CPU, LATENT_SHAPE, PATCHES, PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.sampler import Document, Making, Sampler
 from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Step, Workspace, can_record
 
@@ -77,12 +77,12 @@ def run(workspace: Workspace, model, tokenizer, prompts: list[str], steps: int =
             latents = latents - predict(latents, torch.tensor(1 - step / steps)) / steps
         return latents
 
-    settings = {"denoise": denoise, "guidance": Guidance(2.0), "max_images": 1}
-    Sampler(model, tokenizer, workspace, documents, "image", LATENT_SHAPE, CPU, **settings).run()
+    settings = {"making": {"image": Making(1, PATCHES, denoise)}, "guidance": Guidance(2.0)}
+    Sampler(model, tokenizer, workspace, documents, target="image", device=CPU, **settings).run()
     written = [Document([prompt]) for prompt in prompts]
     decoding = Decoding(max_new_tokens=3)
-    Sampler(model, tokenizer, workspace, written, "text", LATENT_SHAPE, CPU, decoding=decoding).run()
-    return torch.stack([document.added[0] for document in documents])
+    Sampler(model, tokenizer, workspace, written, target="text", device=CPU, decoding=decoding).run()
+    return torch.stack([document.added[0].content for document in documents])
 
 
 def test_calls_of_one_shape_share_their_memory_and_nothing_else() -> None:

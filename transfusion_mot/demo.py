@@ -159,7 +159,8 @@ class Studio:
                 negative_prompt=negative_prompt.strip() or None,
                 guidance_rescale=rescale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                callback_on_step_end=on_step_end,
+                # Codes are not seen until they are all written.
+                callback_on_step_end=on_step_end if self.pipeline.codec.kind == "latents" else None,
             ).images
             return images
 

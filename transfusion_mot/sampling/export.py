@@ -2,8 +2,8 @@
 
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
 
-Weights of the transformer are rounded to bfloat16 and those of the autoencoder to float16; both are float32 again when
-they are loaded. The model card comes along, with the licences of the data and the numbers of an evaluation if they are
+Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
+they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along, with the licences of the data and the numbers of an evaluation if they are
 given.
 """
 
@@ -40,7 +40,8 @@ def export(
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
     # (`to` of diffusers would warn of what it could do.)
     pipeline.transformer.bfloat16()
-    pipeline.vae.half()
+    if pipeline.codec.kind == "latents":
+        pipeline.vae.half()
     if pipeline.model_card is not None:
         if licences is not None:
             pipeline.model_card = with_section(pipeline.model_card, "Licence", licences)

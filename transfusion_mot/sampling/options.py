@@ -6,6 +6,10 @@ from typing import NoReturn
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.loading import DTYPES
 
+# The task that paints prompts.
+PAINT = "image"
+TASKS = (PAINT, "caption", "text", "auto")
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser that says in one sentence what is wrong."""
@@ -34,7 +38,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
     add(
         "--task",
-        choices=["image", "caption", "text", "auto"],
+        choices=TASKS,
         help="paint prompts, caption images, go on with texts, or let the model decide when it writes and when it "
         "paints (default: caption if --caption is given, else image)",
     )
@@ -79,6 +83,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
     add("--guidance-renorm", action="store_true", help="keep the norm of the prediction that guidance changes")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from (default: from no prompt)")
+    add(
+        "--code-temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of a model whose pictures are codes; 0 takes the most probable codes (default: 1)",
+    )
+    add("--code-top-p", type=float, default=1.0, metavar="X", help="likewise, share of the probability (default: 1)")
     add("--strip", action="store_true", help="also write each picture's denoising as a strip of pictures")
     add("--gif", action="store_true", help="also write it as an animation")
 
@@ -100,8 +112,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
     add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
     arguments = parser.parse_intermixed_args()
-    arguments.task = arguments.task or ("caption" if arguments.caption else "image")
-    if arguments.output is None and arguments.task in ("image", "auto"):
+    arguments.task = arguments.task or ("caption" if arguments.caption else PAINT)
+    if arguments.output is None and arguments.task in (PAINT, "auto"):
         arguments.output = "samples"
     _check(arguments)
     return arguments
@@ -118,11 +130,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"both {other} and --caption are given; paint and caption in two commands")
     if task == "caption" and not arguments.caption:
         raise UserError("--task caption has nothing to do; give --caption IMAGE")
-    if arguments.mask and not (arguments.image and task == "image"):
+    if arguments.mask and not (arguments.image and task == PAINT):
         raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
-    if arguments.image and task not in ("image", "auto"):
+    if arguments.image and task not in (PAINT, "auto"):
         raise UserError(f"--image goes with --task image or auto, not with {task}; to caption it give --caption")
-    if (arguments.height is not None or arguments.width is not None) and task not in ("image", "auto"):
+    if (arguments.height is not None or arguments.width is not None) and task not in (PAINT, "auto"):
         raise UserError(f"--height and --width go with --task image or auto, not with {task}")
-    if (arguments.strip or arguments.gif) and task != "image":
+    if (arguments.strip or arguments.gif) and task != PAINT:
         raise UserError(f"--strip and --gif go with --task image, not with {task}")
