@@ -1,24 +1,25 @@
 """Interleaved documents: every token and every image once and in order, whatever the row, and cut where they may be."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents_of, sources_of, texts_of
+from conftest import data_config, documents_of, packer_of, sources_of, texts_of
 from test_packing import check_positions, read_row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.documents import DocumentReader, ImageSegment, join_texts
+from transfusion_mot.data.documents import DocumentReader, join_texts
 from transfusion_mot.data.lanes import LaneState
+from transfusion_mot.data.layout import LatentSpan, Media
 from transfusion_mot.data.mixture import counter
-from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
-from transfusion_mot.sampling.sampler import laid_out
+from transfusion_mot.sampling.sampler import Sampler
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -36,14 +37,15 @@ def stream_of(document: list[str | int], tokenizer: TextTokenizer) -> Stream:
             follows_a_text = isinstance(before, str) and before
             stream += tokenizer.encode(f" {item}" if follows_a_text else item)
         else:
-            stream += [tokenizer.boi_id, f"image {item}", tokenizer.eoi_id]
+            stream += [tokenizer.begin_ids["image"], f"image {item}", tokenizer.end_ids["image"]]
     return [*stream, tokenizer.eos_id]
 
 
 def pieces_of(batch: Batch, text_slots: int, rope: str) -> list[tuple[Stream, int]]:
     """What a row holds of documents, in its order: (sequence, label of its last token), after checking labels."""
     pieces = []
-    ids, labels = batch.text_ids[0].tolist(), batch.text_labels[0].tolist()
+    ids, labels = (tensor[0].tolist() for tensor in batch.tokens("text"))
+    latents = batch.latents("image").latents
     for slots in read_row(batch, text_slots):
         check_positions(slots, rope)
         stream: Stream = []
@@ -52,7 +54,7 @@ def pieces_of(batch: Batch, text_slots: int, rope: str) -> list[tuple[Stream, in
             if span is None:
                 stream.append(ids[slot])
                 of.append(slot)
-            elif stream[-1] != (image := f"image {int(batch.latents[0, span, 0, 0, 0])}"):
+            elif stream[-1] != (image := f"image {int(latents[0, span, 0, 0, 0])}"):
                 stream.append(image)
                 of.append(None)
         for place, slot in enumerate(of[:-1]):
@@ -98,8 +100,8 @@ def test_every_token_and_image_comes_once_and_in_order(
                 document.append(letters(number, segment))
         documents.append(document)
     sources = [documents_of(documents)] + ([texts_of(["0" * 5000])] if with_text else [])
-    config = DataConfig(text_slots=text_slots, images_per_row=images_per_row, lookahead=lookahead)
-    packer = Packer(sources_of(*sources), byte_tokenizer, config, rope, 2, lanes, seed, lambda uniform: uniform)
+    config = data_config(text_slots=text_slots, images_per_row=images_per_row, lookahead=lookahead)
+    packer = packer_of(sources_of(*sources), byte_tokenizer, config, rope=rope, lanes=lanes, seed=seed)
     name = packer.sources.names[0]
     streams = [stream_of(document, byte_tokenizer) for document in documents]
     read: dict[int, Stream] = {}
@@ -110,7 +112,7 @@ def test_every_token_and_image_comes_once_and_in_order(
         for step in range(60):
             rows, new_state, counts = packer.rows([lane], step, state)
             # The last document taken stood behind the first epoch: leave it, and the whole row.
-            last = LaneState.from_array(new_state[0], len(packer.sources.pools), 1).taken[0] - 1
+            last = LaneState.from_array(new_state[0], packer.lane_sizes).taken[0] - 1
             if lane + last * lanes >= len(streams):
                 break
             state = new_state
@@ -135,18 +137,18 @@ def test_every_token_and_image_comes_once_and_in_order(
                     complete.add(number)
                 else:
                     assert label == whole[done], "the label of the last token is the first token of the rest"
-        waiting += len(LaneState.from_array(state[0], len(packer.sources.pools), 1).waiting[0])
+        waiting += len(LaneState.from_array(state[0], packer.lane_sizes).waiting[0])
     assert totals[counter(name, "documents")] == len(complete)
     assert totals[counter(name, "taken")] == len(complete) + waiting
     assert set(read) >= complete
     used = sum(len([item for item in stream if isinstance(item, int)]) for stream in read.values())
     assert totals[counter(name, "tokens")] == used
-    assert totals[counter(name, "images")] == sum(isinstance(item, str) for stream in read.values() for item in stream)
+    assert totals[counter(name, "items")] == sum(isinstance(item, str) for stream in read.values() for item in stream)
 
 
 def rows_of(tokenizer: TextTokenizer, document: list[str | int], steps: int, **data) -> list[list[tuple[Stream, int]]]:
     """Rows of a source of one document."""
-    packer = Packer(sources_of(documents_of([document])), tokenizer, DataConfig(**data), "1d", 2, 1, 0, lambda u: u)
+    packer = packer_of(sources_of(documents_of([document])), tokenizer, data_config(**data))
     state, result = packer.initial_state()[None], []
     for step in range(steps):
         rows, state, _ = packer.rows([0], step, state)
@@ -155,7 +157,8 @@ def rows_of(tokenizer: TextTokenizer, document: list[str | int], steps: int, **d
 
 
 def test_document_that_is_too_long_is_cut_between_segments(byte_tokenizer) -> None:
-    bos, eos, boi, eoi = (getattr(byte_tokenizer, f"{name}_id") for name in ("bos", "eos", "boi", "eoi"))
+    bos, eos = byte_tokenizer.bos_id, byte_tokenizer.eos_id
+    boi, eoi = byte_tokenizer.begin_ids["image"], byte_tokenizer.end_ids["image"]
     encode = byte_tokenizer.encode
     document = ["four", 0, "more", 1, 2, "ten letter", "x" * 21, 3]
     rows = rows_of(byte_tokenizer, document, 5, text_slots=16, images_per_row=2, lookahead=1)
@@ -182,9 +185,9 @@ def test_document_that_fits_a_row_is_not_cut(byte_tokenizer) -> None:
 
 def test_images_that_cannot_be_read_are_left_out_and_counted(byte_tokenizer) -> None:
     source = documents_of([["one", 0, "two", 1], [2], ["three", 3]])
-    source.latents.readable[[0, 2]] = False
-    config = DataConfig(text_slots=40, images_per_row=2)
-    packer = Packer(sources_of(source), byte_tokenizer, config, "1d", 2, 1, 0, lambda uniform: uniform)
+    source.encoded["image"].readable[[0, 2]] = False
+    config = data_config(text_slots=40, images_per_row=2)
+    packer = packer_of(sources_of(source), byte_tokenizer, config)
     state, totals, read = packer.initial_state()[None], Counter(), []
     for step in range(30):
         rows, state, counts = packer.rows([0], step, state)
@@ -193,7 +196,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(byte_tokenizer) -> 
     expected = {tuple(stream_of(document, byte_tokenizer)) for document in (["one two", 1], ["three", 3])}
     assert set(read) == expected
     assert totals[counter("documents", "documents")] == len(read)
-    dropped, unreadable = (totals[counter("documents", what)] for what in ("dropped_documents", "unreadable_images"))
+    dropped, unreadable = (totals[counter("documents", what)] for what in ("dropped_documents", "unreadable_items"))
     epochs = packer.sources.epochs(totals)["documents"]
     assert dropped == pytest.approx(epochs, abs=1)
     assert unreadable == pytest.approx(2 * epochs, abs=2)
@@ -209,13 +212,19 @@ def test_neighbouring_texts_are_joined_as_one_text(byte_tokenizer) -> None:
     document = ["It sleeps.", "Then it wakes.", 0, "And\n", "eats.", " Then", "", "sleeps."]
     texts = ["It sleeps. Then it wakes.", "And\neats. Then sleeps."]
     assert join_texts(document) == [texts[0], 0, texts[1]]
-    bos, eos, boi, eoi = (getattr(byte_tokenizer, f"{name}_id") for name in ("bos", "eos", "boi", "eoi"))
+    bos, eos = byte_tokenizer.bos_id, byte_tokenizer.eos_id
+    boi, eoi = byte_tokenizer.begin_ids["image"], byte_tokenizer.end_ids["image"]
     before, behind = (byte_tokenizer.encode(text) for text in texts)
     ((piece,),) = rows_of(byte_tokenizer, document, 1, text_slots=64, images_per_row=1, lookahead=1)
     assert piece[0] == [bos, *before, boi, "image 0", eoi, *behind, eos]
-    image = torch.zeros(4, 2, 2)
-    given = laid_out(byte_tokenizer, [image if isinstance(item, int) else item for item in document])
-    assert given == [[bos, *before, boi], image, [eoi, *behind]]
+    image = Media("image", torch.zeros(4, 2, 2))
+    sampler = SimpleNamespace(tokenizer=byte_tokenizer)
+    given = Sampler._laid_out(sampler, [image if isinstance(item, int) else item for item in document])
+    assert [part if isinstance(part, LatentSpan) else part.ids for part in given] == [
+        [bos, *before, boi],
+        LatentSpan(image, is_copy=False),
+        [eoi, *behind],
+    ]
 
 
 def test_texts_are_joined_before_they_are_encoded() -> None:
@@ -223,7 +232,7 @@ def test_texts_are_joined_before_they_are_encoded() -> None:
     model = models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("\u2581a", -1.0), ("b", -1.0)], unk_id=0)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    wrapped = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    wrapped = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ("text", "image"))
     document = DocumentReader(wrapped, DataConfig()).read(documents_of([["a", "a", "b"]]), 0, np.random.default_rng(0))
     assert document.segments == [[wrapped.bos_id, 2, 2, 1, 3, wrapped.eos_id]]
 
@@ -234,6 +243,6 @@ def test_all_images_of_a_document_are_mirrored_or_none(byte_tokenizer) -> None:
     for random_flip in (True, False):
         reader = DocumentReader(byte_tokenizer, DataConfig(random_flip=random_flip))
         read = [reader.read(source, 0, np.random.default_rng(seed)) for seed in range(60)]
-        flips = [{part.flipped for part in document.segments if isinstance(part, ImageSegment)} for document in read]
+        flips = [{part.content.flipped for part in document.segments if isinstance(part, Media)} for document in read]
         assert all(len(flipped) == 1 for flipped in flips)
         assert (15 < sum(flipped == {True} for flipped in flips) < 45) is random_flip

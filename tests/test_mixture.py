@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHANNELS, documents_of, numbered_images, sources_of, texts_of
+from conftest import CHANNELS, data_config, documents_of, numbered_images, packer_of, sources_of, texts_of
 from source_files import SIZE, picture, shard, write_tar
 from test_packing import read_row
 
@@ -21,7 +21,7 @@ from transfusion_mot.errors import UserError
 
 
 def make_packer(sources: Sources, tokenizer: TextTokenizer, lanes: int = 1, **data) -> Packer:
-    return Packer(sources, tokenizer, DataConfig(**data), "1d", 2, lanes, 0, lambda uniform: uniform)
+    return packer_of(sources, tokenizer, data_config(**data), lanes=lanes)
 
 
 def read(packer: Packer, steps: int) -> tuple[list[Batch], Counter]:
@@ -37,7 +37,8 @@ def read(packer: Packer, steps: int) -> tuple[list[Batch], Counter]:
 
 def images_of(batch: Batch) -> list[int]:
     """Numbers of the images of a step."""
-    return [int(latents[0, 0, 0]) for latents in batch.latents[batch.image_mask]]
+    given = batch.latents("image")
+    return [int(latents[0, 0, 0]) for latents in given.latents[given.mask]]
 
 
 def within(count: int, total: int, share: float) -> bool:
@@ -59,8 +60,8 @@ def test_weights_hold_among_all_kinds_of_documents_with_images(byte_tokenizer) -
     _, counts = read(packer, 500)
     taken = [counts[counter(name, "taken")] for name in sources.names[:3]]
     assert all(within(count, sum(taken), weight / 6) for count, weight in zip(taken, (3, 1, 2), strict=True))
-    assert counts["images"] == sum(counts[counter(name, "images")] for name in sources.names)
-    assert counts["text_tokens"] == sum(counts[counter(name, "tokens")] for name in sources.names)
+    assert counts["image_items"] == sum(counts[counter(name, "items")] for name in sources.names)
+    assert counts["text_slots"] == sum(counts[counter(name, "tokens")] for name in sources.names)
     epochs = sources.epochs(counts)
     assert [epochs[name] for name in sources.names[:3]] == [taken[0] / 7, taken[1] / 2, taken[2] / 50]
 
@@ -82,7 +83,7 @@ def test_captions_of_an_image_take_turns_at_random(byte_tokenizer) -> None:
     found: Counter[str] = Counter()
     for batch in read(packer, 400)[0]:
         for document in read_row(batch, 40):
-            tokens = [int(batch.text_ids[0, slot]) for slot, span, _ in document if span is None]
+            tokens = [int(batch.tokens("text").ids[0, slot]) for slot, span, _ in document if span is None]
             found[byte_tokenizer.decode(tokens)] += 1
     assert found.keys() == set(captions)
     assert all(within(count, found.total(), 1 / 5) for count in found.values())
@@ -90,13 +91,13 @@ def test_captions_of_an_image_take_turns_at_random(byte_tokenizer) -> None:
 
 def test_images_are_mirrored_half_the_time_if_asked_for(byte_tokenizer) -> None:
     source = numbered_images(["a"] * 4)
-    source.latents.mean = np.broadcast_to(np.arange(4, dtype=np.float16), (4, CHANNELS, 4, 4))
+    source.encoded["image"].mean = np.broadcast_to(np.arange(4, dtype=np.float16), (4, CHANNELS, 4, 4))
     interleaved = documents_of([["a", 0, 1]])
-    interleaved.latents.mean = source.latents.mean
+    interleaved.encoded["image"].mean = source.encoded["image"].mean
     for one in (source, interleaved):
         for flips in (False, True):
             packer = make_packer(sources_of(one), byte_tokenizer, random_flip=flips)
-            latents = torch.cat([batch.latents[batch.image_mask] for batch in read(packer, 200)[0]])
+            latents = torch.cat([b.latents("image").latents[b.latents("image").mask] for b in read(packer, 200)[0]])
             mirrored = int((latents[:, 0, 0, 0] == 3).sum())
             assert within(mirrored, len(latents), 0.5) if flips else mirrored == 0
             assert ((latents[:, 0, 0, 0] == 3) | (latents[:, 0, 0, 3] == 3)).all()
@@ -112,7 +113,7 @@ def test_a_step_has_one_bucket_and_all_images_come_equally_often(byte_tokenizer)
             numbered_images(["a"] * 40, buckets=buckets, weight=2.0),
             numbered_images(["b"] * 20, first=100, buckets=[0, 1] * 10),
         ],
-        [(CHANNELS, 4, 4)] * 3,
+        {"image": [(CHANNELS, 4, 4)] * 3},
     )
     assert sources.bucket_shares == pytest.approx([(2 * 10 / 40 + 0.5) / 3, (2 * 25 / 40 + 0.5) / 3, 2 * 5 / 40 / 3])
     packer = make_packer(sources, byte_tokenizer, lanes=2, images_per_row=2)
@@ -138,19 +139,19 @@ def test_a_step_has_one_bucket_and_all_images_come_equally_often(byte_tokenizer)
 def test_batches_have_the_shape_of_their_bucket(byte_tokenizer) -> None:
     sources = Sources(
         [numbered_images(["a"] * 4, buckets=[0] * 4), numbered_images(["b"] * 4, first=9, side=8, buckets=[1] * 4)],
-        [(CHANNELS, 4, 4), (CHANNELS, 8, 8)],
+        {"image": [(CHANNELS, 4, 4), (CHANNELS, 8, 8)]},
     )
     packer = make_packer(sources, byte_tokenizer, images_per_row=2, text_slots=20)
-    shapes = {(batch.latents.shape[1:], batch.order.shape[1]) for batch in read(packer, 20)[0]}
+    shapes = {(batch.latents("image").latents.shape[1:], batch.slots.order.shape[1]) for batch in read(packer, 20)[0]}
     assert shapes == {((2, CHANNELS, 4, 4), 20 + 2 * 4), ((2, CHANNELS, 8, 8), 20 + 2 * 16)}
 
 
 def test_document_takes_the_bucket_of_its_first_image() -> None:
     """And one without images that of most images."""
     source = documents_of([["a", 0, 1], ["b", 2], ["no image"]])
-    source.latents.buckets[:] = [1, 1, 0]
-    sources = Sources([source], [(CHANNELS, 4, 4)] * 2)
-    assert [[sources.pools[pool].items.tolist() for pool in pools] for pools in sources.image_pools] == [
+    source.encoded["image"].buckets[:] = [1, 1, 0]
+    sources = Sources([source], {"image": [(CHANNELS, 4, 4)] * 2})
+    assert [[sources.pools[pool].items.tolist() for pool in pools] for pools in sources.media_pools] == [
         [[1]],
         [[0, 2]],
     ]
@@ -164,7 +165,7 @@ def test_data_smaller_than_a_row_is_read_again(byte_tokenizer, images: int) -> N
     sources = sources_of(numbered_images(["a"] * images), texts_of(["b"]))
     packer = make_packer(sources, byte_tokenizer, lanes=3, text_slots=40, images_per_row=4)
     batches, counts = read(packer, 10)
-    assert counts["images"] == 3 * 4 * 10
+    assert counts["image_items"] == 3 * 4 * 10
     seen = Counter(image for batch in batches for image in images_of(batch))
     assert all(abs(count - 120 / images) <= 6 for count in seen.values())
     assert counts["pad_slots"] <= 3 * 10
@@ -175,22 +176,21 @@ def test_fewer_shards_than_lanes(byte_tokenizer, tmp_path: Path) -> None:
     for name, numbers in (("a", range(5)), ("b", range(0)), ("c", range(5, 12))):
         write_tar(tmp_path / f"{name}.tar", shard(numbers))
     data = DataConfig(
-        sources=[SourceConfig("webdataset", str(tmp_path))],
+        sources=[SourceConfig("webdataset", path=str(tmp_path))],
         image_size=SIZE,
         held_out_fraction=0.0,
         cache_dir=str(tmp_path / "cache"),
         latents="online",
-        text_slots=40,
-        images_per_row=2,
+        slots={"text": 40, "image": 2},
         lookahead=1,
     )
-    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
-    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 4, 0, lambda uniform: uniform)
+    sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
+    packer = packer_of(sources, byte_tokenizer, data, lanes=4)
     states = np.tile(packer.initial_state(), (4, 1))
     seen: Counter[int] = Counter()
     for step in range(3):
         rows, states, _ = packer.rows(range(4), step, states)
-        seen.update(rows.images_uint8[rows.batch.image_mask][:, 0, 0, 0].tolist())
+        seen.update(rows.media["image"][rows.batch.latents("image").mask][:, 0, 0, 0].tolist())
     assert seen == dict.fromkeys(range(12), 2)
 
 
@@ -205,7 +205,7 @@ def coco_like_captions(count: int) -> list[str]:
 
 def pad_fraction(sources: Sources, tokenizer: TextTokenizer, **data) -> float:
     batches, counts = read(make_packer(sources, tokenizer, lanes=2, **data), 60)
-    return counts["pad_slots"] / sum(batch.order.numel() for batch in batches)
+    return counts["pad_slots"] / sum(batch.slots.order.numel() for batch in batches)
 
 
 @pytest.mark.parametrize(("side", "images_per_row"), [(8, 8), (16, 4), (32, 4)])
@@ -229,22 +229,24 @@ def test_held_out_items_never_appear(byte_tokenizer, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"[text {n}]"}) + "\n" for n in range(60)))
     data = DataConfig(
         sources=[
-            SourceConfig("webdataset", str(tmp_path / "images.tar")),
-            SourceConfig("text", str(tmp_path / "texts.jsonl")),
+            SourceConfig("webdataset", path=str(tmp_path / "images.tar")),
+            SourceConfig("text", path=str(tmp_path / "texts.jsonl")),
         ],
         image_size=SIZE,
         held_out_fraction=0.3,
         cache_dir=str(tmp_path / "cache"),
         latents="online",
-        text_slots=100,
+        slots={"text": 100, "image": 4},
     )
     read_on_side = {}
     for side in ("train", "held_out"):
-        sources = Sources(open_documents(data, side), [(CHANNELS, 4, 4)])
-        packer = Packer(sources, byte_tokenizer, data, "1d", 2, 2, 0, lambda uniform: uniform)
+        sources = Sources(open_documents(data, side), {"image": [(CHANNELS, 4, 4)]})
+        packer = packer_of(sources, byte_tokenizer, data, lanes=2)
         batches, _ = read(packer, 60)
         # A text that was cut comes in two rows.
-        words = byte_tokenizer.decode([int(i) for lane in range(2) for batch in batches for i in batch.text_ids[lane]])
+        words = byte_tokenizer.decode(
+            [int(i) for lane in range(2) for batch in batches for i in batch.tokens("text").ids[lane]]
+        )
         read_on_side[side] = {f"{part.split(']')[0]}]" for part in words.split("[") if "]" in part}
     everything = {f"{kind} {n}]" for kind in ("caption", "text") for n in range(60)}
     assert read_on_side["train"] | read_on_side["held_out"] == everything
@@ -257,11 +259,11 @@ def test_report_says_what_each_source_gave(byte_tokenizer) -> None:
         numbered_images(["a", "x" * 99]), numbered_images(["b"]), texts_of(["t" * 10]), texts_of(["u"], 2.0)
     )
     assert sources.names == ["images from 0", "images from 0 #2", "texts", "texts #2"]
-    sources.sources[0].latents.skipped = {"unreadable image": 3}
+    sources.sources[0].encoded["image"].skipped = {"unreadable image": 3}
     _, counts = read(make_packer(sources, byte_tokenizer, text_slots=40), 50)
     header, first, second, third, fourth = sources.report(counts).splitlines()
-    assert header.split()[:6] == ["source", "weight", "documents", "tokens", "images", "epochs"]
-    documents, tokens, images = (counts[counter("images from 0", what)] for what in ("documents", "tokens", "images"))
+    assert header.split()[:6] == ["source", "weight", "documents", "tokens", "media", "epochs"]
+    documents, tokens, images = (counts[counter("images from 0", what)] for what in ("documents", "tokens", "items"))
     assert first.split()[3:8] == [
         "1",
         *map(str, (documents, tokens, images)),
@@ -278,7 +280,7 @@ def test_report_says_what_each_source_gave(byte_tokenizer) -> None:
 
 def test_sources_of_other_content_are_told_apart(byte_tokenizer) -> None:
     def contents(captions: list[str], buckets: list[int]) -> list[str]:
-        return Sources([numbered_images(captions, buckets=buckets)], [(CHANNELS, 4, 4)] * 2).contents()
+        return Sources([numbered_images(captions, buckets=buckets)], {"image": [(CHANNELS, 4, 4)] * 2}).contents()
 
     first = contents(["a", "b", "c"], [0, 0, 1])
     assert first == contents(["a", "b", "c"], [0, 1, 0]), "as many documents in each pool"
@@ -292,23 +294,23 @@ def test_sources_are_named_by_the_last_part_of_their_path(monkeypatch, tmp_path)
     sources = [numbered_images([caption]) for caption in "abcd"]
     for source, name in zip(sources, ("/data/coco/train", "./train/", "owner/name", "."), strict=True):
         source.documents.name = name
-    assert Sources(sources, [(CHANNELS, 4, 4)]).names == ["train", "train #2", "name", tmp_path.name]
+    assert Sources(sources, {"image": [(CHANNELS, 4, 4)]}).names == ["train", "train #2", "name", tmp_path.name]
 
 
 def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("nothing but words")
     data = DataConfig(
-        sources=[SourceConfig("text", str(tmp_path / "texts.txt"))],
+        sources=[SourceConfig("text", path=str(tmp_path / "texts.txt"))],
         held_out_fraction=0.0,
         cache_dir=str(tmp_path / "c"),
     )
-    with pytest.raises(UserError, match=r"no source with images .* are openmoji, imagefolder, webdataset, coco,"):
+    with pytest.raises(UserError, match=r"no source with image media .* are openmoji, imagefolder, webdataset, coco,"):
         open_documents(data, "train")
-    data.sources.append(SourceConfig("imagefolder", str(tmp_path / "images"), use="held_out"))
+    data.sources.append(SourceConfig("imagefolder", path=str(tmp_path / "images"), use="held_out"))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes(picture(0))
     (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
-    with pytest.raises(UserError, match=r"all sources of data\.sources that have images are held out"):
+    with pytest.raises(UserError, match=r"all sources of data\.sources that have image media are held out"):
         open_documents(data, "train")
 
 
@@ -316,38 +318,38 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
 def test_data_that_one_entry_trains_on_and_another_holds_out_is_refused(tmp_path: Path, uses) -> None:
     (tmp_path / "texts.txt").write_text("words")
     paths = (tmp_path / "texts.txt", tmp_path / ".." / tmp_path.name / "texts.txt")
-    sources = [SourceConfig("text", str(path), use=use) for path, use in zip(paths, uses, strict=True)]
+    sources = [SourceConfig("text", path=str(path), use=use) for path, use in zip(paths, uses, strict=True)]
     with pytest.raises(UserError, match=rf"read the same data.*with 'use' {uses[0]} and {uses[1]}"):
         open_documents(DataConfig(sources=sources, cache_dir=str(tmp_path / "c")), "train")
 
 
 def test_every_slot_names_the_source_it_was_filled_from(byte_tokenizer) -> None:
     sources = sources_of(numbered_images(["a"] * 5), texts_of(["zzzz"] * 9), numbered_images(["b"] * 5, first=100))
-    config = DataConfig(text_slots=24, images_per_row=3)
-    packer = Packer(sources, byte_tokenizer, config, "1d", 2, 4, 0, lambda uniform: uniform)
+    config = data_config(text_slots=24, images_per_row=3)
+    packer = packer_of(sources, byte_tokenizer, config, lanes=4)
     states = np.tile(packer.initial_state(), (4, 1))
     found = Counter()
     for step in range(4):
         rows, states, _ = packer.rows(range(4), step, states)
         batch = rows.batch
         for row in range(4):
-            for document in range(int(batch.document_ids[row].max()) + 1):
-                slots = batch.document_ids[row] == document
-                (source,) = batch.source_ids[row][slots].unique().tolist()
+            for document in range(int(batch.slots.document_ids[row].max()) + 1):
+                slots = batch.slots.document_ids[row] == document
+                (source,) = batch.slots.source_ids[row][slots].unique().tolist()
                 images = (slots[24:].view(3, 4)[:, 0]).nonzero().flatten().tolist()
-                values = {int(batch.latents[row, image].max()) for image in images}
+                values = {int(batch.latents("image").latents[row, image].max()) for image in images}
                 assert source == (1 if not values else 2 if min(values) >= 100 else 0)
                 found[source] += 1
-        assert ((batch.source_ids == -1) == (batch.document_ids == -1)).all()
+        assert ((batch.slots.source_ids == -1) == (batch.slots.document_ids == -1)).all()
     assert min(found[source] for source in range(3)) > 3
 
 
 def test_unreadable_images_stay_in_the_pools_of_training(byte_tokenizer) -> None:
     """So that lanes remember the same with a cache and without, where nobody knows what is unreadable."""
     source = numbered_images(["a", "b", "c", "d"], buckets=[0, 0, 1, 0])
-    shapes = [(CHANNELS, 4, 4)] * 2
+    shapes = {"image": [(CHANNELS, 4, 4)] * 2}
     online = Sources([Source(source.documents)], shapes)
-    source.latents.readable[[1, 2]] = False
+    source.encoded["image"].readable[[1, 2]] = False
     cached = Sources([source], shapes, all_documents=True)
     assert cached.contents() == online.contents()
     assert [pool.length for pool in cached.pools] == [3, 1]
@@ -355,10 +357,9 @@ def test_unreadable_images_stay_in_the_pools_of_training(byte_tokenizer) -> None
     assert cached.bucket_shares == [1.0, 0.0]
     packer = make_packer(cached, byte_tokenizer)
     batches, counts = read(packer, 20)
-    seen = {int(value) for batch in batches for value in batch.latents[batch.image_mask][:, 0, 0, 0]}
-    assert seen == {0, 3}
+    assert {image for batch in batches for image in images_of(batch)} == {0, 3}
     assert counts[counter("images from 0", "dropped_documents")] > 0
     # What is held out is never gone on with.
     held_out = Sources([source], shapes)
     assert [(pool.items.tolist(), pool.length) for pool in held_out.pools] == [([0, 3], 2)]
-    assert held_out.num_image_documents() == 2
+    assert held_out.num_media_documents() == 2

@@ -87,7 +87,7 @@ def check_lane(
     images, text_stream, totals = [], [], Counter()
     expected_next: int | None = None
     for batch, counts in rows_of_lane(packer, lane, steps):
-        ids, labels = batch.tokens("text").ids[0].tolist(), batch.tokens("text").labels[0].tolist()
+        ids, labels = (tensor[0].tolist() for tensor in batch.tokens("text"))
         used = 0
         found_images = 0
         for document in read_row(batch, T):
