@@ -5,6 +5,7 @@ import torch
 from test_sampling import tiny_model
 
 from transfusion_mot.models.attention import KVCache
+from transfusion_mot.models.inputs import TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.few_rows import FewRows
 
@@ -29,9 +30,9 @@ def cached_logits(
     cache = KVCache(config.num_layers, 4, kv_heads, config.head_dim, CAPACITY, device, dtype)
     for held in (cache.keys, cache.values):
         held.copy_(torch.randn(held.shape, generator=generator))
-    tokens = torch.randint(model.config["vocab_size"], (steps, len(LENGTHS)), generator=generator).to(device)
+    tokens = torch.randint(model.config["sizes"]["text"], (steps, len(LENGTHS)), generator=generator).to(device)
     lengths, positions = torch.tensor(LENGTHS, device=device), torch.tensor(POSITIONS, device=device)
-    few_rows = FewRows(model, cache)
+    few_rows = FewRows(model, cache, "text")
     state = {"lengths": lengths, "step": torch.zeros(1, dtype=torch.long, device=device)}
     state |= few_rows.state(positions, steps)
     index = None if rows is None else torch.tensor(rows, device=device)
@@ -47,8 +48,8 @@ def cached_logits(
             rope_positions = (positions + step)[:, None]
             if config.rope == "3d":
                 rope_positions = rope_positions[..., None].expand(-1, -1, 3)
-            output = model(ids[:, None], None, None, None, None, None, rope_positions, cache=window)
-            found.append(output.logits[:, 0])
+            output = model({"text": TokenInput(ids[:, None])}, cache=window, rope_positions=rope_positions)
+            found.append(output.predictions["text"][:, 0])
         state["step"] += 1
     return torch.stack(found), cache.keys, cache.values
 

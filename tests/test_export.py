@@ -111,10 +111,10 @@ def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> 
     shipped = ROOT / "checkpoints" / "emoji"
     transformer = json.loads((shipped / "transformer" / "config.json").read_text())
     assert transformer["architecture"] == asdict(config.model)
-    assert transformer["vocab_size"] == config.tokenizer.vocab_size
+    assert transformer["sizes"] == {"text": config.tokenizer.vocab_size, "image": 4}
     assert json.loads((shipped / "model_index.json").read_text())["image_size"] == config.data.image_size
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+        model = TransfusionMoT.from_sections(transformer["sizes"], config.model, config.diffusion)
     assert sum(parameter.numel() for parameter in model.parameters()) < 28e6
     assert sum(path.stat().st_size for path in shipped.rglob("*.safetensors")) < 63.5e6
 
@@ -123,5 +123,5 @@ def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> 
 def test_rows_of_the_emoji_corpus_are_whole_blocks_of_attention(name: str) -> None:
     config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")], "")
     # An autoencoder of 4 x 4 pixels and patches of 2 x 2 latents.
-    slots = config.data.text_slots + config.data.images_per_row * (config.data.image_size // 8) ** 2
+    slots = config.data.slots["text"] + config.data.slots["image"] * (config.data.image_size // 8) ** 2
     assert slots % 128 == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decode_kernel_checks import ARCHITECTURES, cached_logits
-from test_sampling import LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
+from test_sampling import PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.config import TowerConfig
 from transfusion_mot.models.attention import KVCache
@@ -63,7 +63,7 @@ def write(workspace: Workspace, model: TransfusionMoT, prompts: list[str], decod
     documents = [Document([prompt]) for prompt in prompts]
     generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
     settings = {"decoding": decoding, "generators": generators}
-    Sampler(model, TOKENIZER, workspace, documents, "text", LATENT_SHAPE, CUDA, **settings).run()
+    Sampler(model, TOKENIZER, workspace, documents, target="text", device=CUDA, **settings).run()
     return [document.added for document in documents]
 
 
@@ -90,7 +90,7 @@ def test_recorded_kernels_write_what_the_model_writes(prompts, decoding, monkeyp
 def test_decoding_never_waits_for_the_device() -> None:
     model = model_of(torch.bfloat16)
     cache = KVCache(2, 1, 4, 12, 64, CUDA, torch.bfloat16)
-    decoder = FewRows(model, cache)
+    decoder = FewRows(model, cache, "text")
     position = torch.tensor([3], device=CUDA)
     state = {"lengths": position, "step": torch.zeros(1, dtype=torch.long, device=CUDA)}
     state |= decoder.state(position, 2)
@@ -105,7 +105,7 @@ def test_decoding_never_waits_for_the_device() -> None:
 @torch.no_grad()
 def test_where_the_kernels_are_used() -> None:
     def serves(model: TransfusionMoT, rows: int = 1, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return FewRows(model, KVCache(2, 1, 4, 12, 64, CUDA, dtype)).serves(rows)
+        return FewRows(model, KVCache(2, 1, 4, 12, 64, CUDA, dtype), "text").serves(rows)
 
     model = model_of(torch.bfloat16)
     assert serves(model)
@@ -118,6 +118,6 @@ def test_where_the_kernels_are_used() -> None:
     handle = model.blocks[0].register_forward_pre_hook(lambda *_: None)
     assert not serves(model)
     handle.remove()
-    tower = model.architecture.modalities["text"]
+    tower = model.architecture.modalities["text"].tower
     model.blocks[1].output.owned[tower] = torch.nn.Linear(48, 32, device=CUDA, dtype=torch.bfloat16)
     assert not serves(model)  # It has a bias.

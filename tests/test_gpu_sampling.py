@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from test_pipeline import seeds, tiny_pipeline
-from test_sampling import LATENT_SHAPE, PROMPTS, tiny_model, tiny_tokenizer
+from test_sampling import CAUSAL_IMAGES, LATENT_SHAPE, PATCHES, PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import KVCache, cached_attention
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.sampler import Document, Making, Sampler
 from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 from transfusion_mot.schedulers import make_scheduler
@@ -63,20 +63,21 @@ def run(
     def denoise(predict, rows):
         return diffusion.sample(predict, noise[: len(rows)], 4)
 
-    settings = {"denoise": denoise, "guidance": Guidance(2.0, **guidance)}
+    settings = {"device": CUDA, "guidance": Guidance(2.0, **guidance)}
     painted = [Document([prompt]) for prompt in prompts]
-    Sampler(model, TOKENIZER, workspace, painted, "image", LATENT_SHAPE, CUDA, max_images=1, **settings).run()
+    making = {"image": Making(1, PATCHES, denoise)}
+    Sampler(model, TOKENIZER, workspace, painted, target="image", making=making, **settings).run()
     documents = [Document([prompt]) for prompt in prompts]
-    settings |= {"decoding": Decoding(max_new_tokens=40), "max_images": 2}
-    Sampler(model, TOKENIZER, workspace, documents, "auto", LATENT_SHAPE, CUDA, **settings).run()
+    settings |= {"decoding": Decoding(max_new_tokens=40), "making": {"image": Making(2, PATCHES, denoise)}}
+    Sampler(model, TOKENIZER, workspace, documents, target="auto", **settings).run()
     texts = [[item for item in document.added if isinstance(item, str)] for document in documents]
-    return torch.stack([document.added[0] for document in painted]), texts
+    return torch.stack([document.added[0].content for document in painted]), texts
 
 
 MODELS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "1d, grouped heads": {"dtype": torch.bfloat16, "rope": "1d", "num_kv_heads": 2},
-    "causal images": {"dtype": torch.bfloat16, "image_attention": "causal"},
+    "causal images": {"dtype": torch.bfloat16, **CAUSAL_IMAGES},
     "float32, by masks": {"dtype": torch.float32},
 }
 ORDERS = [PROMPTS, PROMPTS[::-1], ["a red apple"] * 3, PROMPTS[:1], PROMPTS]
@@ -166,8 +167,8 @@ def test_denoising_never_waits_for_the_device(records) -> None:
         return latents
 
     documents = [Document([prompt]) for prompt in PROMPTS]
-    settings = {"denoise": denoise, "guidance": Guidance(2.0, rescale=0.5, renorm=True), "max_images": 1}
-    Sampler(model, TOKENIZER, workspace, documents, "image", LATENT_SHAPE, CUDA, **settings).run()
+    settings = {"guidance": Guidance(2.0, rescale=0.5, renorm=True), "making": {"image": Making(1, PATCHES, denoise)}}
+    Sampler(model, TOKENIZER, workspace, documents, target="image", device=CUDA, **settings).run()
     assert waited == [8]
 
 

@@ -260,7 +260,7 @@ def test_variations_are_the_nearer_the_weaker_and_a_mask_keeps_what_is_black(sam
     painted = {name: pixels(tmp_path / name, lines(tmp_path / name)[0]) for name in ("weak", "strong", "masked")}
     source = np.array(Image.open(photo))
     # What the untrained autoencoder makes of it.
-    (seen,) = pipeline.decode_latents(pipeline.autoencoder.encode(to_pixels(source[None]))[0])
+    (seen,) = pipeline.decode_latents(pipeline.codec.encode(to_pixels(source[None]))[0])
     distance = {name: np.abs(image - np.asarray(seen).astype(int)).mean() for name, image in painted.items()}
     assert distance["weak"] < distance["strong"] / 2
     assert np.abs(painted["masked"] - source.astype(int))[:, : IMAGE_SIZE // 2].max() <= 1

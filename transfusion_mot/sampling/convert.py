@@ -87,13 +87,14 @@ def new_architecture(old: dict[str, Any]) -> ModelConfig:
     towers = {name: TowerConfig(**fields) for name, fields in old.pop("towers").items()}
     tower_of = old.pop("modalities")
     names = {
-        "image_attention": "attention",
         "patch_size": "patch_size",
         "image_adapter": "adapter",
         "unet_channels": "unet_channels",
         "unet_num_layers": "unet_num_layers",
     }
     fields = {new: old.pop(name) for name, new in names.items() if name in old}
+    # The default is bidirectional now as then, and has no name.
+    fields["attention"] = "causal" if old.pop("image_attention", None) == "causal" else None
     loss_weight = ModelConfig().modalities[_IMAGE].loss_weight
     modalities = {
         TEXT: ModalityConfig(tower_of[TEXT]),
