@@ -27,7 +27,7 @@ def class_name_of(path: str) -> str:
     refuse_missing_path(path, "codec path", "; `python -m transfusion_mot.autoencoder` trains one")
     folder = Path(path)
     if (folder / "model_index.json").is_file():
-        raise UserError(f"codec path '{path}' is a whole diffusers pipeline; give a subfolder of it, such as 'vae'")
+        raise UserError(f"codec path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
     refuse_dangling_links(folder)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"codec path '{path}' has no config.json; {_HINT}")

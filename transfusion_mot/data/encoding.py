@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +148,7 @@ def encode_shards(
     Raises:
         UserError: A file cannot be read, the folder cannot be written, or `refusal`.
     """
+    dtype = np.float16 if codec.kind == "latents" else np.min_scalar_type(codec.codebook_size - 1)
     batches = _Batches(shards, batch_size)
     num_images = sum(len(shard.indices) for shard in shards)
     device = codec.device
@@ -177,7 +178,9 @@ def encode_shards(
                         raise UserError(refusal)
                     pixels = to_pixels(decoded.images_uint8.to(device, non_blocking=True))
                     versions = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
-                    encoded = np.stack([_encode(codec, version, batch_size, compiled) for version in versions], axis=1)
+                    parts = [_encode(codec, version, batch_size, compiled) for version in versions]
+                    # Contiguous, which safetensors needs and does not check.
+                    encoded = torch.stack(parts, dim=1).contiguous().cpu().numpy().astype(dtype, copy=False)
                 writer.add(images.stamps[indices], decoded.contents, decoded.is_new, decoded.reasons, encoded)
                 progress.update(len(indices))
             try:
@@ -189,12 +192,11 @@ def encode_shards(
     return decoded_images.waited / (time.perf_counter() - begun)
 
 
-def _encode(codec: Codec, pixels: torch.Tensor, batch_size: int, compiled: bool) -> npt.NDArray[Any]:
+def _encode(codec: Codec, pixels: torch.Tensor, batch_size: int, compiled: bool) -> torch.Tensor:
     """Pixels [n, 3, H, W] => latents [n, mean and std, C, Y, X], or codes [n, P]."""
     if codec.kind == "codes":
-        smallest = np.min_scalar_type(codec.codebook_size - 1)
-        return codec.encode(pixels).flatten(1).cpu().numpy().astype(smallest)
-    return torch.stack(codec.encode_fast(pixels, batch_size, compiled), dim=1).to("cpu", torch.float16).numpy()
+        return codec.encode(pixels).flatten(1)
+    return torch.stack(codec.encode_fast(pixels, batch_size, compiled), dim=1).half()
 
 
 def _collate(items: list[_Item]) -> _Decoded:
