@@ -28,16 +28,16 @@ from PIL import Image
 
 from benchmarks.train_step import without_output
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
+from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import Sources, open_documents, training_texts, with_latents
+from transfusion_mot.data.mixture import Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import Metric, save_metrics
 
 _JPEG_SIZE = (480, 640)
-_PATCH = 2
+_MODALITY = SourceConfig().modality
 _WARM_UP_STEPS = 3
 
 
@@ -56,16 +56,15 @@ def main() -> None:
             ],
             image_size=given.image_size,
             held_out_fraction=0.0,
-            text_slots=given.text_slots,
-            images_per_row=given.images_per_row,
+            slots={TEXT: given.text_slots, _MODALITY: given.images_per_row},
             num_workers=max(given.workers),
             cache_dir=f"{folder}/cache",
         )
         documents = open_documents(data, "train")
-        tokenizer = train_tokenizer(training_texts(documents), 8192)
+        tokenizer = train_tokenizer(training_texts(documents), 8192, list(data.slots))
         for latents in ("cache", "online"):
             data.latents = latents
-            sources = with_latents(documents, data, autoencoder, AutoencoderConfig(batch_size=32))
+            sources = with_encoded(documents, data, {_MODALITY: autoencoder}, {_MODALITY: CodecConfig(batch_size=32)})
             for workers in given.workers:
                 data.num_workers = workers
                 rows, loaded = speed(sources, tokenizer, data, given.rows, given.seconds, device)
@@ -82,7 +81,7 @@ def main() -> None:
     settings = {
         "rows a step": given.rows,
         "row": shape,
-        "latents": list(sources.latent_shapes[0]),
+        "latents": list(sources.latent_shapes[_MODALITY][0]),
         "consumption (rows a second)": given.consumption,
         "seconds": given.seconds,
         "device": name,
@@ -173,9 +172,20 @@ def speed(
     sources: Sources, tokenizer: TextTokenizer, data: DataConfig, rows: int, seconds: float, device: torch.device
 ) -> tuple[float, int]:
     """Rows a second that a rank's loader gives to somebody who takes them as fast as they come => (rows, workers)."""
-    packer = Packer(sources, tokenizer, data, "3d", _PATCH, rows, 0, lambda uniform: uniform)
+    packer = Packer(
+        sources, tokenizer, data, ModelConfig(), num_lanes=rows, seed=0, timesteps_from_uniform=lambda uniform: uniform
+    )
     # Without an encoder: the batch is on the device with its pixels, and the rest is the autoencoder's speed.
-    loader = LaneLoader(packer, 0, 1, data.num_workers, None, 0, sys.maxsize, device)
+    loader = LaneLoader(
+        packer,
+        rank=0,
+        world_size=1,
+        num_workers=data.num_workers,
+        states=None,
+        first_step=0,
+        num_steps=sys.maxsize,
+        device=device,
+    )
     with contextlib.closing(iter(loader)) as steps:
         for _ in itertools.islice(steps, _WARM_UP_STEPS * max(1, loader.num_workers)):
             pass

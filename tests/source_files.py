@@ -10,6 +10,7 @@ import datasets
 from PIL import Image
 
 from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.sources.open import open_source
 
 SIZE = 16
@@ -88,3 +89,8 @@ def numbers_of(images: Any) -> list[int]:
 def all_captions(images: Any) -> list[list[str]]:
     """The captions of every image."""
     return [images.captions(index) for index in range(len(images))]
+
+
+def plain(document: list[Text | MediaItem]) -> list[str | int]:
+    """A document as its texts and the indices of its media."""
+    return [item.index if isinstance(item, MediaItem) else item.choices[0] for item in document]

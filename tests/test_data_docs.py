@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import picture, picture_dataset, shard, write_coco, write_tar
+from source_files import picture, picture_dataset, plain, shard, write_coco, write_tar
 
 from transfusion_mot.config import RunConfig, SourceConfig, parse_config
 from transfusion_mot.data.sources.open import open_source
@@ -77,8 +77,7 @@ def test_every_example_is_a_configuration_and_its_sources_open(
         opened = open_source(source, config.data, split)
         assert len(opened) > 0
         assert opened.skipped == {}
-        images = getattr(opened, "images", opened)
-        if hasattr(images, "image"):
+        for images in opened.media.values():
             assert images.image(0).shape == (config.data.image_size, config.data.image_size, 3)
 
 
@@ -93,4 +92,4 @@ def test_line_of_an_interleaved_document_is_one(tmp_path) -> None:
     (tmp_path / "lighthouse.jpg").write_bytes(picture(5, "jpg"))
     config = parse_config(RunConfig, [f"data.cache_dir={tmp_path / 'cache'}", "data.held_out_fraction=0.0"], "")
     documents = open_source(SourceConfig("interleaved", path=str(tmp_path)), config.data, "train")
-    assert documents.segments(0) == ["A lighthouse.", 0, "It was built in 1859."]
+    assert plain(documents.document(0)) == ["A lighthouse.", 0, "It was built in 1859."]

@@ -18,6 +18,7 @@ from source_files import (
     numbers_of,
     open_with,
     picture_dataset,
+    plain,
     shard,
     write_coco,
     write_tar,
@@ -215,7 +216,7 @@ def test_documents_without_images_are_held_out_by_their_text(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "interleaved", "path": tmp_path / "a.jsonl"}
     opened = [open_with(source, tmp_path / "cache", split, held_out_fraction=0.4) for split in ("train", "held_out")]
-    texts = [{str(side.segments(index)) for index in range(len(side))} for side in opened]
+    texts = [{str(side.document(index)) for index in range(len(side))} for side in opened]
     assert not texts[0] & texts[1]
     assert len(texts[0] | texts[1]) == 10
 
@@ -362,7 +363,7 @@ def open_text(path, split="train", **data):
 
 
 def all_texts(documents):
-    return [documents.text(index) for index in range(len(documents))]
+    return [text for index in range(len(documents)) for text in plain(documents.document(index))]
 
 
 TEXT = "First paragraph,\ntwo lines.\n\n  Second, indented.\n   \n\n\nDritter Absatz: äöü 🦑\n"
@@ -403,8 +404,8 @@ def test_a_folder_of_texts_and_its_split(tmp_path):
     held_out = open_text(tmp_path, "held_out", held_out_fraction=0.3)
     assert sorted(all_texts(train) + all_texts(held_out)) == sorted(all_texts(documents))
     assert len(held_out) > 10
-    assert len({documents.fingerprint, train.fingerprint, held_out.fingerprint}) == 3
-    assert open_text(tmp_path).fingerprint == documents.fingerprint
+    assert len({side.documents_fingerprint for side in (documents, train, held_out)}) == 3
+    assert open_text(tmp_path).documents_fingerprint == documents.documents_fingerprint
 
 
 def test_lines_that_cannot_be_used_are_counted_and_the_others_read(tmp_path, caplog):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from source_files import open_with, picture, write_tar
+from source_files import open_with, picture, plain, write_tar
 
 from transfusion_mot.errors import UserError
 
@@ -63,8 +63,8 @@ def write_pictures(folder: Path, numbers: range = range(5)) -> None:
 def read(documents) -> list[list[str | int]]:
     """Documents with the images by the number that is in their pixels."""
     return [
-        [part if isinstance(part, str) else int(documents.images.image(part)[0, 0, 0]) for part in segments]
-        for segments in (documents.segments(index) for index in range(len(documents)))
+        [part if isinstance(part, str) else int(documents.media["image"].image(part)[0, 0, 0]) for part in document]
+        for document in (plain(documents.document(index)) for index in range(len(documents)))
     ]
 
 
@@ -107,10 +107,10 @@ def test_documents_keep_their_reading_order(tmp_path, cache, form: str) -> None:
     documents = open_with(source, cache)
     assert read(documents) == DOCUMENTS
     assert documents.skipped == {}
-    assert len(documents.images) == 5
+    assert len(documents.media["image"]) == 5
     again = open_with(source, cache)
-    assert again.fingerprint == documents.fingerprint
-    assert again.images.fingerprint == documents.images.fingerprint
+    assert again.documents_fingerprint == documents.documents_fingerprint
+    assert again.media["image"].fingerprint == documents.media["image"].fingerprint
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -121,10 +121,10 @@ def test_each_side_of_the_split_has_its_own_images(tmp_path, cache, form: str) -
     assert sorted(map(str, found[0] + found[1])) == sorted(map(str, DOCUMENTS))
     assert all(found)
     for side, documents in zip(sides, found, strict=True):
-        assert len(side.images) == sum(isinstance(part, int) for document in documents for part in document)
-        used = [part for index in range(len(side)) for part in side.segments(index) if isinstance(part, int)]
-        assert used == list(range(len(side.images)))
-    assert sides[0].images.fingerprint != sides[1].images.fingerprint
+        assert len(side.media["image"]) == sum(isinstance(part, int) for document in documents for part in document)
+        used = [part for index in range(len(side)) for part in plain(side.document(index)) if isinstance(part, int)]
+        assert used == list(range(len(side.media["image"])))
+    assert sides[0].media["image"].fingerprint != sides[1].media["image"].fingerprint
 
 
 def test_mmc4(tmp_path, cache) -> None:
@@ -189,10 +189,10 @@ def test_damaged_images_are_told_when_read(tmp_path, cache) -> None:
     rows[0]["images"][2] = None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bytes" / "a.parquet")
     documents = open_with(source, cache)
-    assert documents.segments(0) == ["text", 0, 1]
+    assert plain(documents.document(0)) == ["text", 0, 1]
     for index, message in ((0, r"a\.parquet:1"), (1, "is missing")):
         with pytest.raises(UserError, match=message):
-            documents.images.image(index)
+            documents.media["image"].image(index)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_images_of_a_document_share_the_bucket_of_the_first(tmp_path, cache) -> 
     ]
     write_jsonl(folder / "a.jsonl", rows)
     documents = open_with({"kind": "interleaved", "path": folder}, cache, buckets=[[16, 8], [8, 16]])
-    np.testing.assert_array_equal(documents.images.buckets, [1, 1, 1, 0, 0, 1, 1])
-    assert documents.images.image(1).shape == (8, 16, 3)
-    assert documents.images.image(4).shape == (16, 8, 3)
-    assert [len(documents.segments(index)) for index in range(3)] == [4, 3, 3]
+    np.testing.assert_array_equal(documents.media["image"].buckets, [1, 1, 1, 0, 0, 1, 1])
+    assert documents.media["image"].image(1).shape == (8, 16, 3)
+    assert documents.media["image"].image(4).shape == (16, 8, 3)
+    assert [len(documents.document(index)) for index in range(3)] == [4, 3, 3]

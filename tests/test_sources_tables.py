@@ -48,7 +48,7 @@ def test_coco_gives_every_caption_with_its_image(tmp_path, cache) -> None:
     assert all_captions(images) == [[f"Picture {n}, described {turn}." for turn in range(5)] for n in range(12)]
     assert images.skipped == {}
     again = coco(tmp_path / "coco", cache)
-    assert (again.fingerprint, again.captions_fingerprint) == (images.fingerprint, images.captions_fingerprint)
+    assert (again.fingerprint, again.documents_fingerprint) == (images.fingerprint, images.documents_fingerprint)
 
 
 def test_coco_holds_out_by_file_name_and_whole_sets_by_use(tmp_path, cache) -> None:
@@ -287,13 +287,13 @@ def test_tables_are_the_same_in_another_process(tmp_path, cache, kind: str) -> N
     source = {key: str(value) for key, value in saved(tmp_path, kind).items()}
     program = (
         "from source_files import open_with; from pathlib import Path;"
-        f"images = open_with({source!r}, Path({str(cache)!r})); print(images.fingerprint, images.captions_fingerprint)"
+        f"images = open_with({source!r}, Path({str(cache)!r})); print(images.fingerprint, images.documents_fingerprint)"
     )
     log = tmp_path / "log"
     assert run_script(["-c", program], tmp_path, {}, log) == 0, log.read_text()
     before = sorted(cache.iterdir())
     images = open_with(source, cache)
-    assert log.read_text().splitlines()[-1].split() == [images.fingerprint, images.captions_fingerprint]
+    assert log.read_text().splitlines()[-1].split() == [images.fingerprint, images.documents_fingerprint]
     assert sorted(cache.iterdir()) == before, "nothing is read twice"
 
 
@@ -454,4 +454,4 @@ def test_other_captions_of_the_same_images_need_no_other_latents(tmp_path, cache
     assert all_captions(one) == [[caption] for caption in columns["one"]]
     assert all_captions(two) == [[caption] for caption in columns["two"]]
     assert one.fingerprint == two.fingerprint
-    assert one.captions_fingerprint != two.captions_fingerprint
+    assert one.documents_fingerprint != two.documents_fingerprint

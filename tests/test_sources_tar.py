@@ -293,7 +293,7 @@ def test_the_index_is_made_once_and_again_after_a_change(folder, cache, monkeypa
         second = opened(folder, cache)
         held_out = opened(folder, cache, "held_out", data={"held_out_fraction": 0.5})
     assert second.fingerprint == first.fingerprint
-    assert second.captions_fingerprint == first.captions_fingerprint
+    assert second.documents_fingerprint == first.documents_fingerprint
     assert 0 < len(held_out) < 6
     write_tar(folder / "b.tar", shard(range(7, 9)))
     changed = opened(folder, cache)
@@ -306,7 +306,7 @@ def test_the_fingerprint_is_of_the_images_and_their_size(folder, cache) -> None:
     first = opened(folder, cache)
     assert opened(folder, cache, data={"image_size": 8}).fingerprint != first.fingerprint
     assert opened(folder, cache, data={"image_fit": "pad"}).fingerprint != first.fingerprint
-    assert opened(folder, cache, data={"image_size": 8}).captions_fingerprint == first.captions_fingerprint
+    assert opened(folder, cache, data={"image_size": 8}).documents_fingerprint == first.documents_fingerprint
     assert opened(folder, cache, data={"held_out_fraction": 0.5}).fingerprint != first.fingerprint
 
 
