@@ -11,18 +11,21 @@ import pytest
 from accelerate import Accelerator
 from process_group import run_processes, start_processes
 from test_latents import (
-    assert_posterior,
+    assert_encoded,
     build_autoencoder,
+    build_codec,
     cache_folders,
     config,
     open_images,
+    read,
     write_images,
 )
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import CodecConfig
 from transfusion_mot.data.cache import main
+from transfusion_mot.data.encoded_media import encoded_media
 from transfusion_mot.data.images import to_pixels
-from transfusion_mot.data.latents import cached_latents
 from transfusion_mot.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -35,15 +38,18 @@ def command_in_a_group(arguments: list[str]) -> tuple[str, str]:
     return output.getvalue(), errors.getvalue()
 
 
-def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["latents", "codes"])
+def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, capsys, kind):
     folder = tmp_path / "images"
     write_images(folder, [(16, 16)] * 7)
-    build_autoencoder().vae.save_pretrained(folder.parent / "vae")
+    codec = build_codec(kind)
+    (codec.vae if kind == "latents" else codec.model).save_pretrained(folder.parent / "vae")
+    objective = "diffusion" if kind == "latents" else "next_token"
     (folder / "4.png").write_bytes(b"no picture")
     arguments = [
         *(f"data.sources=[{{kind: imagefolder, path: {folder}}}]", f"data.cache_dir={folder.parent / 'cache'}"),
-        *(f"autoencoder.path={folder.parent / 'vae'}", "data.image_size=16", "data.held_out_fraction=0.3"),
-        *("data.num_workers=1", "data.latents=prepared"),
+        *(f"codecs.image.path={folder.parent / 'vae'}", "data.image_size=16", "data.held_out_fraction=0.3"),
+        *("data.num_workers=1", "data.latents=prepared", f"model.modalities.image.objective={objective}"),
     ]
     (output, errors), _ = run_processes(command_in_a_group, 2, {}, tmp_path / "group", arguments)
     assert "process 1 of 2" in errors
@@ -54,10 +60,10 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
     assert len(cache_folders(folder)) == 1
 
     data = config(folder, held_out_fraction=0.3, latents="prepared")
-    autoencoder = Autoencoder.load(str(folder.parent / "vae"), "cpu")
-    cache = cached_latents(open_images(folder, data), autoencoder, data, 4)
+    codec = load_codec(CodecConfig(str(folder.parent / "vae")), objective, "cpu")
+    cache = encoded_media(open_images(folder, data), codec, data, batch_size=4)
     for index in np.flatnonzero(cache.readable):
-        assert_posterior(cache, index, to_pixels(cache.images.image(index)), autoencoder)
+        assert_encoded(cache, index, to_pixels(cache.images.image(index)), codec)
     main(arguments)
     output = capsys.readouterr().out
     assert "0 of them new" in output
@@ -79,7 +85,7 @@ def test_the_command_refuses_before_the_work(tmp_path, setting, message):
     build_autoencoder().vae.save_pretrained(tmp_path / "vae")
     arguments = [
         *(f"data.sources=[{{kind: imagefolder, path: {folder}}}]", f"data.cache_dir={tmp_path / 'cache'}"),
-        *(f"autoencoder.path={tmp_path / 'vae'}", "data.image_size=16", "data.num_workers=0"),
+        *(f"codecs.image.path={tmp_path / 'vae'}", "data.image_size=16", "data.num_workers=0"),
     ]
     with pytest.raises(UserError, match=message):
         main([*arguments, setting.format(file=folder / "metadata.jsonl")])
@@ -98,7 +104,14 @@ def test_help_keeps_its_lines(capsys):
 def encode_in_a_group(folder: Path) -> int:
     """How many images this rank has encoded."""
     data, accelerator = config(folder), Accelerator(cpu=True)
-    return cached_latents(open_images(folder, data), build_autoencoder(), data, 2, accelerator, 3).num_encoded
+    return encoded_media(
+        open_images(folder, data),
+        build_autoencoder(),
+        data,
+        batch_size=2,
+        accelerator=accelerator,
+        shard_images=3,
+    ).num_encoded
 
 
 def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
@@ -116,17 +129,16 @@ def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
     assert not list(unfinished.glob("index-*"))
     finished = len([*unfinished.glob("*x*/*.safetensors")])
     encoded = run_processes(encode_in_a_group, 2, {}, tmp_path / "group", folder)
-    whole = cached_latents(
+    whole = encoded_media(
         open_images(folder, config(folder)),
         build_autoencoder(),
         config(folder, cache_dir=str(tmp_path / "other")),
-        2,
-        None,
-        3,
+        batch_size=2,
+        shard_images=3,
     )
     assert encoded[0] == encoded[1], "of both together"
     assert 0 < encoded[0] <= 40 - 3 * finished + 2
-    cache = cached_latents(open_images(folder, config(folder)), build_autoencoder(), config(folder), 2)
+    cache = encoded_media(open_images(folder, config(folder)), build_autoencoder(), config(folder), batch_size=2)
     assert cache.num_encoded == 0
     for index in range(40):
-        np.testing.assert_allclose(cache.posterior(index), whole.posterior(index), atol=1e-3)
+        np.testing.assert_allclose(read(cache, index), read(whole, index), atol=1e-3)

@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +17,23 @@ import pytest
 from PIL import Image
 from source_files import picture, picture_dataset, shard, write_tar
 from test_latents import (
-    CountingAutoencoder,
     EventfulImages,
     ImagesOfBuckets,
-    build_autoencoder,
+    assert_encoded,
+    build_codec,
     cache_folders,
     config,
+    counting,
     encode,
     open_images,
+    read,
     write_images,
 )
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import DataConfig, SourceConfig
-from transfusion_mot.data import latents
+from transfusion_mot.data import encoded_shards
+from transfusion_mot.data.encoded_media import EncodedMedia, encoded_media
 from transfusion_mot.data.images import to_pixels
-from transfusion_mot.data.latents import LatentCache, cached_latents
 from transfusion_mot.data.sources import reading, stores
 from transfusion_mot.data.sources.keys import KeySet, places_of
 from transfusion_mot.data.sources.open import open_source
@@ -45,42 +45,44 @@ pytestmark = pytest.mark.slow
 class Encoding:
     """Encodes a source of `kind` below a folder, and counts."""
 
-    def __init__(self, folder: Path, kind: str = "webdataset", **source: str) -> None:
-        self.autoencoder = CountingAutoencoder(build_autoencoder().vae)
+    def __init__(self, folder: Path, codec: str = "latents", kind: str = "webdataset", **source: str) -> None:
+        self.codec = counting(build_codec(codec))
         self.cache = str(folder / "cache")
         self.source = {"kind": kind, "path": str(folder / "data"), **source}
 
-    def __call__(self, split: str = "train", path: str | None = None, **data) -> LatentCache:
+    def __call__(self, split: str = "train", path: str | None = None, **data) -> EncodedMedia:
         """The cache of one side."""
         settings = {"image_size": 16, "held_out_fraction": 0.0, "num_workers": 0, "cache_dir": self.cache}
         config = DataConfig(**(settings | data))
         source = SourceConfig(**(self.source | ({} if path is None else {"path": path})))
-        cache = cached_latents(open_source(source, config, split), self.autoencoder, config, 4, None, 5)
-        by_size = defaultdict(list)
+        images = open_source(source, config, split)
+        cache = encoded_media(images, self.codec, config, batch_size=4, shard_images=5)
+        num_encoded = self.codec.num_encoded
         for index in np.flatnonzero(cache.readable):
-            by_size[cache.images.buckets[index]].append(index)
-        for indices in by_size.values():
-            pixels = to_pixels(np.stack([cache.images.image(index) for index in indices]))
-            # As the base class: nothing is counted.
-            means, stds = Autoencoder(self.autoencoder.vae).encode(pixels)
-            for index, *expected in zip(indices, means, stds, strict=True):
-                np.testing.assert_allclose(np.stack(cache.posterior(index)), np.stack(expected), atol=2e-3, rtol=2e-3)
+            assert_encoded(cache, index, to_pixels(images.image(index)), self.codec)
+        self.codec.num_encoded = num_encoded
         return cache
 
     def new(self, *arguments, **keywords) -> int:
         """How many images are encoded for it."""
-        before = self.autoencoder.num_encoded
+        before = self.codec.num_encoded
         cache = self(*arguments, **keywords)
-        assert cache.num_encoded == self.autoencoder.num_encoded - before
+        assert cache.num_encoded == self.codec.num_encoded - before
         return cache.num_encoded
 
 
+@pytest.fixture(params=["latents", "codes"])
+def kind(request):
+    """What codecs give."""
+    return request.param
+
+
 @pytest.fixture
-def tars(tmp_path):
+def tars(tmp_path, kind):
     (tmp_path / "data").mkdir()
     write_tar(tmp_path / "data" / "a.tar", shard(range(10)))
     write_tar(tmp_path / "data" / "b.tar", shard(range(10, 20)))
-    return Encoding(tmp_path)
+    return Encoding(tmp_path, kind)
 
 
 def test_tars_that_are_moved_touched_added_or_packed_anew(tars, tmp_path):
@@ -110,7 +112,7 @@ def test_what_is_held_out_may_change(tars):
 
 def test_files_of_a_folder_that_are_added_or_renamed(tmp_path):
     write_images(tmp_path / "data", [(16, 16)] * 7)
-    encoding = Encoding(tmp_path, "imagefolder")
+    encoding = Encoding(tmp_path, kind="imagefolder")
     assert encoding.new() == 7
     lines = (tmp_path / "data" / "metadata.jsonl").read_text()
     (tmp_path / "data" / "0.png").rename(tmp_path / "data" / "zero.png")
@@ -126,7 +128,7 @@ def test_files_of_a_folder_that_are_added_or_renamed(tmp_path):
 def test_tables_that_are_written_anew(tmp_path):
     (tmp_path / "data").mkdir()
     picture_dataset(range(8)).to_parquet(tmp_path / "data" / "a.parquet")
-    encoding = Encoding(tmp_path, "parquet")
+    encoding = Encoding(tmp_path, kind="parquet")
     assert encoding.new() == 8
     picture_dataset(range(9)).select(range(8, -1, -1)).to_parquet(tmp_path / "data" / "a.parquet", batch_size=2)
     assert encoding.new() == 1
@@ -134,12 +136,12 @@ def test_tables_that_are_written_anew(tmp_path):
     write_tar(tmp_path / "b.tar", shard(range(9), "png"))
     assert Encoding(tmp_path).new(path=str(tmp_path / "b.tar")) == 0
     picture_dataset(range(9)).save_to_disk(tmp_path / "arrow")
-    assert Encoding(tmp_path, "datasets", image_column="image").new(path=str(tmp_path / "arrow")) == 0
+    assert Encoding(tmp_path, kind="datasets", image_column="image").new(path=str(tmp_path / "arrow")) == 0
 
 
 def test_another_bucket_encodes_what_takes_it(tmp_path):
     write_images(tmp_path / "data", [(16, 16), (8, 16), (16, 16), (8, 18), (16, 8)])
-    encoding = Encoding(tmp_path, "imagefolder")
+    encoding = Encoding(tmp_path, kind="imagefolder")
     assert encoding.new(buckets=[[16, 16], [16, 8]]) == 5
     assert encoding.new(buckets=[[16, 16], [8, 16], [16, 8]]) == 2
 
@@ -152,7 +154,7 @@ def test_an_edited_file_is_encoded_again_and_its_stamp_decides(tmp_path):
         Image.new("RGB", (16, 16), (number,) * 3).save(folder / f"{number}.bmp")
     metadata = (folder / "metadata.jsonl").read_text().replace(".png", ".bmp")
     (folder / "metadata.jsonl").write_text(metadata)
-    encoding = Encoding(tmp_path, "imagefolder")
+    encoding = Encoding(tmp_path, kind="imagefolder")
     assert encoding.new() == 3
     status = os.stat(folder / "1.bmp")
     Image.new("RGB", (16, 16), (77,) * 3).save(folder / "1.bmp")
@@ -160,10 +162,10 @@ def test_an_edited_file_is_encoded_again_and_its_stamp_decides(tmp_path):
     assert encoding.new() == 1
 
 
-def test_unreadable_images_that_move_are_told_by_their_new_place(tmp_path, caplog):
+def test_unreadable_images_that_move_are_told_by_their_new_place(tmp_path, caplog, kind):
     members = shard(range(6)) | {"000002.jpg": b"no picture"}
     write_tar(tmp_path / "a.tar", members)
-    encoding = Encoding(tmp_path)
+    encoding = Encoding(tmp_path, kind)
     assert encoding.new(path=str(tmp_path / "a.tar")) == 5
     (tmp_path / "a.tar").rename(tmp_path / "b.tar")
     caplog.clear()
@@ -174,19 +176,19 @@ def test_unreadable_images_that_move_are_told_by_their_new_place(tmp_path, caplo
     assert "a.tar" not in caplog.text
 
 
-def test_prepared_reads_what_has_moved_and_encodes_nothing(tars, tmp_path):
+def test_prepared_reads_what_has_moved_and_encodes_nothing(tars, tmp_path, kind):
     tars()
     write_tar(tmp_path / "data" / "b.tar", shard(range(10, 21)))
-    before = tars.autoencoder.num_encoded
-    with pytest.raises(UserError, match=r"has latents of 10 of the 21 images.*python -m transfusion_mot\.data\.cache"):
+    before = tars.codec.num_encoded
+    with pytest.raises(UserError, match=rf"has {kind} of 10 of the 21 images.*python -m transfusion_mot\.data\.cache"):
         tars(latents="prepared")
-    assert tars.autoencoder.num_encoded == before
+    assert tars.codec.num_encoded == before
     assert tars.new() == 1
 
 
 def test_removed_shards_are_noticed(tars, tmp_path):
     tars()
-    files = sorted(tmp_path.glob("cache/latent-cache-*/16x16/*"))
+    files = sorted(tmp_path.glob("cache/*-cache-*/16x16/*"))
     files[1].unlink()
     assert tars.new() == 5
     shutil.rmtree(files[0].parent)
@@ -195,16 +197,17 @@ def test_removed_shards_are_noticed(tars, tmp_path):
 
 def test_a_damaged_shard_is_named(tars, tmp_path):
     tars()
-    file = min(tmp_path.glob("cache/latent-cache-*/16x16/*"))
+    file = min(tmp_path.glob("cache/*-cache-*/16x16/*"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"{file.name}' is damaged .*; remove it"):
         tars("held_out", held_out_fraction=0.5)
     file.unlink()
     # As in another process: this one has mapped what was there.
-    latents.mapped_latents.cache_clear()
+    encoded_shards.mapped_array.cache_clear()
     assert tars.new() == 5
 
 
+@pytest.mark.parametrize("kind", ["latents"])
 def test_latents_of_an_earlier_version_are_told(tars, tmp_path, caplog):
     old = tmp_path / "cache" / "latents-0123456789abcdef"
     old.mkdir(parents=True)
@@ -222,18 +225,18 @@ def test_latents_of_an_earlier_version_are_told(tars, tmp_path, caplog):
 # --- descriptors and failures of the system -----------------------------------------------------------------------
 
 
-def test_a_process_with_few_descriptors_reads_any_number_of_shards(tmp_path):
+def test_a_process_with_few_descriptors_reads_any_number_of_shards(tmp_path, kind):
     """One for each shard and bucket would be more than there are."""
     sizes = [[16, 16], [8, 16], [16, 8]]
     images = ImagesOfBuckets(sizes, [0, 1, 2] * 40)
     data = config(tmp_path / "images", buckets=sizes)
-    cache = cached_latents(images, build_autoencoder(), data, 8, None, 2)
+    cache = encoded_media(images, build_codec(kind), data, batch_size=8, shard_images=2)
     assert len([*cache.folder.glob("*x*/*")]) > 50
-    expected = {index: cache.posterior(index)[0].copy() for index in np.flatnonzero(cache.readable)}
-    latents.mapped_latents.cache_clear()
+    expected = {index: read(cache, index) for index in np.flatnonzero(cache.readable)}
+    encoded_shards.mapped_array.cache_clear()
     with few_descriptors(20):
-        for index, mean in expected.items():
-            np.testing.assert_array_equal(cache.posterior(index)[0], mean)
+        for index, content in expected.items():
+            np.testing.assert_array_equal(read(cache, index), content)
 
 
 @contextmanager
@@ -272,15 +275,15 @@ class OutOfDescriptors(EventfulImages):
             return self.images.content(index)
 
 
-def test_an_image_that_cannot_be_opened_is_not_an_unreadable_image(tmp_path, pauses):
+def test_an_image_that_cannot_be_opened_is_not_an_unreadable_image(tmp_path, pauses, kind):
     folder = tmp_path / "images"
     write_images(folder, [(16, 16)] * 7)
     data = config(folder)
     images = OutOfDescriptors(open_images(folder, data))
     with pytest.raises(UserError, match=r"image '.*5\.png' cannot be read: Too many open files"):
-        cached_latents(images, build_autoencoder(), data, 1, None, 3)
+        encoded_media(images, build_codec(kind), data, batch_size=1, shard_images=3)
     assert pauses == list(reading.PAUSES), "several attempts"
-    cache = encode(folder)
+    cache = encode(folder, build_codec(kind))
     assert cache.readable.all()
     assert cache.num_encoded == 4
 
@@ -306,7 +309,7 @@ def test_a_failure_that_passes_leaves_no_trace(tars, monkeypatch, pauses, number
     assert len(pauses) > 0
     assert cache.readable.all()
     for index in range(20):
-        np.testing.assert_array_equal(cache.posterior(index), expected.posterior(index))
+        np.testing.assert_array_equal(read(cache, index), read(expected, index))
 
 
 def test_a_file_that_cannot_be_looked_at_is_not_a_missing_file(tmp_path, monkeypatch, pauses):
@@ -325,22 +328,22 @@ def test_a_file_that_cannot_be_looked_at_is_not_a_missing_file(tmp_path, monkeyp
     assert pauses == list(reading.PAUSES)
 
 
-def test_a_file_that_vanishes_while_images_are_encoded_is_told(tmp_path):
+def test_a_file_that_vanishes_while_images_are_encoded_is_told(tmp_path, kind):
     folder = tmp_path / "images"
     write_images(folder, [(16, 16)] * 7)
     data = config(folder)
     images = EventfulImages(open_images(folder, data), (folder / "5.png").unlink)
     with pytest.raises(UserError, match=r"5\.png' was there when its source was opened"):
-        cached_latents(images, build_autoencoder(), data, 1, None, 3)
-    assert encode(folder).skipped == {"missing file": 1}
+        encoded_media(images, build_codec(kind), data, batch_size=1, shard_images=3)
+    assert encode(folder, build_codec(kind)).skipped == {"missing file": 1}
 
 
-def test_a_folder_in_place_of_an_image_is_a_missing_file(tmp_path):
+def test_a_folder_in_place_of_an_image_is_a_missing_file(tmp_path, kind):
     folder = tmp_path / "images"
     write_images(folder, [(16, 16)] * 3)
     (folder / "1.png").unlink()
     (folder / "1.png").mkdir()
-    assert encode(folder).skipped == {"missing file": 1}
+    assert encode(folder, build_codec(kind)).skipped == {"missing file": 1}
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", None])
@@ -351,7 +354,7 @@ def test_damaged_tables_are_unreadable_images(tmp_path, content):
     (tmp_path / "data").mkdir()
     features = picture_dataset(range(1)).features
     datasets.Dataset.from_list(dataset, features=features).to_parquet(tmp_path / "data" / "a.parquet")
-    encoding = Encoding(tmp_path, "parquet")
+    encoding = Encoding(tmp_path, kind="parquet")
     first = encoding()
     assert first.readable.tolist() == [True, True, False, True, True]
     assert encoding(latents="prepared").skipped == {"unreadable image": 1}
