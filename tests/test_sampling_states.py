@@ -2,15 +2,21 @@
 
 import pytest
 import torch
-from conftest import documents_of, numbered_images, sources_of
+from conftest import data_config, documents_of, numbered_images, sources_of
 from test_packing import read_row
-from test_sampling import LATENT_CHANNELS, tiny_model
+from test_sampling import CAUSAL_IMAGES, LATENT_CHANNELS, tiny_model
 
 from transfusion_mot.config import DataConfig
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.layout import LatentSpan, Media, TokenRun
+from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models import mot
+from transfusion_mot.models.inputs import LatentInput
+from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
 from transfusion_mot.schedulers import make_scheduler
@@ -20,21 +26,41 @@ TEXT_SLOTS = 64
 DOCUMENTS = [["a red apple", 0, "sun"], [1, "an octopus"], [2, 3, "x"], ["ab"]]
 
 
+def one_row(
+    model: TransfusionMoT, sources: Sources, tokenizer: TextTokenizer, data: DataConfig, diffusion: Diffusion
+) -> Batch:
+    packer = Packer(
+        sources,
+        tokenizer,
+        data,
+        model.architecture,
+        num_lanes=1,
+        seed=0,
+        timesteps_from_uniform=diffusion.timesteps_from_uniform,
+    )
+    return packer.rows([0], 0, packer.initial_state()[None])[0].batch
+
+
+def text_of(token: int) -> TokenRun:
+    return TokenRun("text", [token], [IGNORE_INDEX])
+
+
+def clean(latents: torch.Tensor) -> LatentSpan:
+    return LatentSpan(Media("image", latents), is_copy=False)
+
+
 @pytest.mark.parametrize("context", ["clean", "noised as in training"])
-@pytest.mark.parametrize("architecture", [{}, {"rope": "1d", "num_kv_heads": 2}, {"image_attention": "causal"}])
+@pytest.mark.parametrize("architecture", [{}, {"rope": "1d", "num_kv_heads": 2}, CAUSAL_IMAGES])
 @torch.no_grad()
 def test_cached_states_are_those_of_training(byte_tokenizer, monkeypatch, architecture, context):
     model = tiny_model(byte_tokenizer.vocab_size, **architecture)
-    rope = model.architecture.rope
-    config = DataConfig(text_slots=TEXT_SLOTS, images_per_row=4)
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
-    sources = sources_of(documents_of(DOCUMENTS))
-    packer = Packer(sources, byte_tokenizer, config, rope, 2, 1, 0, diffusion.timesteps_from_uniform)
-    batch = packer.rows([0], 0, packer.initial_state()[None])[0].batch
+    batch = one_row(model, sources_of(documents_of(DOCUMENTS)), byte_tokenizer, data_config(TEXT_SLOTS, 4), diffusion)
+    text, images = batch.inputs["text"], batch.inputs["image"]
     latents = torch.randn(1, 4, LATENT_CHANNELS, 4, 4, dtype=torch.float64)
-    timesteps = torch.zeros(1, 4) if context == "clean" else batch.timesteps
+    timesteps = torch.zeros(1, 4) if context == "clean" else images.timesteps
     timesteps = timesteps.double()
-    noisy_latents = diffusion.add_noise(latents, batch.noise.double(), timesteps)
+    noisy_latents = diffusion.add_noise(latents, images.noise.double(), timesteps)
 
     # Keys and values [B, M, S, H] of each layer, as they enter attention in training.
     trained = []
@@ -42,25 +68,24 @@ def test_cached_states_are_those_of_training(byte_tokenizer, monkeypatch, archit
     monkeypatch.setattr(
         mot, "joint_attention", lambda q, k, v, mask: trained.append((k[0], v[0])) or attend(q, k, v, mask)
     )
-    ids = {name: getattr(batch, name) for name in ("document_ids", "order", "span_ids", "rope_positions")}
-    model(batch.text_ids, noisy_latents, timesteps, **ids)
+    model({"text": text, "image": LatentInput(noisy_latents, timesteps)}, batch.slots)
 
     documents = read_row(batch, TEXT_SLOTS)
     assert sum(span is not None for slots in documents for _, span, _ in slots) == 4 * 4
     assert len(documents) > 2
     session = Session(model, Workspace(), len(documents), TEXT_SLOTS + 16, torch.device("cpu"))
     for row, slots in enumerate(documents):
-        images = []
+        seen = []
         for slot, span, _ in slots:
             if span is None:
-                session.feed(row, [int(batch.text_ids[0, slot])])
-            elif span not in images:
-                images.append(span)
+                session.feed(row, text_of(int(text.ids[0, slot])))
+            elif span not in seen:
+                seen.append(span)
                 if context == "clean":
-                    session.feed(row, latents[0, span])
+                    session.feed(row, clean(latents[0, span]))
                 else:
                     session.read([row])
-                    session.read_images([row], noisy_latents[:, span], float(timesteps[0, span]))
+                    session.read_latents("image", [row], noisy_latents[:, span], float(timesteps[0, span]))
     session.read(list(range(len(documents))))
     compare(session, trained, [[slot for slot, _, _ in slots] for slots in documents])
 
@@ -79,24 +104,23 @@ def compare(session: Session, trained: list[tuple[torch.Tensor, torch.Tensor]], 
 def test_with_clean_context_states_and_predictions_are_those_of_training(byte_tokenizer, monkeypatch, architecture):
     """Nothing is set for it: rows as they are trained on, with every image at its own timestep."""
     model = tiny_model(byte_tokenizer.vocab_size, **architecture)
-    config = DataConfig(text_slots=160, images_per_row=18, image_context="clean", caption_first_prob=0.5)
+    data = data_config(160, 18, image_context="clean", caption_first_prob=0.5)
     diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     sources = sources_of(documents_of(DOCUMENTS), numbered_images(["fox", "moon", "a car"]))
-    rope, draw = model.architecture.rope, diffusion.timesteps_from_uniform
-    packer = Packer(sources, byte_tokenizer, config, rope, 2, 1, 0, draw)
-    batch = packer.rows([0], 0, packer.initial_state()[None])[0].batch
+    batch = one_row(model, sources, byte_tokenizer, data, diffusion)
+    text, images = batch.inputs["text"], batch.inputs["image"]
     latents = torch.randn(1, 18, LATENT_CHANNELS, 4, 4, dtype=torch.float64)
-    latents = torch.where(batch.copies[:, :, None, None, None], latents.roll(1, 1), latents)
-    timesteps = batch.timesteps.double()
-    noisy_latents = diffusion.add_noise(latents, batch.noise.double(), timesteps)
+    latents = torch.where(images.copies[:, :, None, None, None], latents.roll(1, 1), latents)
+    timesteps = images.timesteps.double()
+    noisy_latents = diffusion.add_noise(latents, images.noise.double(), timesteps)
 
     trained = []
     attend = mot.joint_attention
     monkeypatch.setattr(
         mot, "joint_attention", lambda q, k, v, mask: trained.append((k[0], v[0])) or attend(q, k, v, mask)
     )
-    names = ("document_ids", "order", "span_ids", "rope_positions", "copies")
-    output = model(batch.text_ids, noisy_latents, timesteps, **{name: getattr(batch, name) for name in names})
+    given = LatentInput(noisy_latents, timesteps, copies=images.copies)
+    predictions = model({"text": text, "image": given}, batch.slots).predictions["image"]
 
     documents = read_row(batch, 160)
     session = Session(model, Workspace(), len(documents), 160, torch.device("cpu"))
@@ -106,26 +130,27 @@ def test_with_clean_context_states_and_predictions_are_those_of_training(byte_to
         places.append([])
         shown = None
         for slot, span, _ in slots:
-            if span is not None and not batch.copies[0, span]:
+            if span is not None and not images.copies[0, span]:
                 if span != shown:
                     session.read([row])
-                    predict = session.denoiser([row], noisy_latents[:, span])
+                    predict = session.denoiser("image", [row], noisy_latents[:, span])
                     prediction = predict(noisy_latents[:, span], float(timesteps[0, span]))
-                    torch.testing.assert_close(prediction, output.prediction[:, span], rtol=0, atol=1e-6)
+                    torch.testing.assert_close(prediction, predictions[:, span], rtol=0, atol=1e-6)
                     assert 0 < timesteps[0, span] <= 1
                     painted += 1
             elif span is None:
-                session.feed(row, [int(batch.text_ids[0, slot])])
+                session.feed(row, text_of(int(text.ids[0, slot])))
             elif span != shown:
-                session.feed(row, latents[0, span])
+                session.feed(row, clean(latents[0, span]))
                 read += 1
-            if span is None or batch.copies[0, span]:
+            if span is None or images.copies[0, span]:
                 places[-1].append(slot)
             shown = span
-        if batch.text_labels[0, slot] == IGNORE_INDEX and int(batch.text_ids[0, slot]) == byte_tokenizer.eoi_id:
+        if text.labels[0, slot] == IGNORE_INDEX and int(text.ids[0, slot]) == byte_tokenizer.end_ids["image"]:
             # Behind an image without a copy stands an EOI without a label: nothing goes on from it.
             places[-1].pop()
     assert painted > read > 6
-    assert any(len(set(batch.span_ids[0, batch.document_ids[0] == row].tolist())) == 5 for row in range(len(documents)))
+    spans, owners = batch.slots.span_ids[0], batch.slots.document_ids[0]
+    assert any(len(set(spans[owners == row].tolist())) == 5 for row in range(len(documents)))
     session.read(list(range(len(documents))))
     compare(session, trained, places)
