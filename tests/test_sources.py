@@ -176,8 +176,9 @@ def test_of_every_class_a_share_is_held_out_where_captions_repeat(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet", "datasets", "coco", "interleaved"])
-def test_where_all_captions_are_the_same_a_share_is_held_out(tmp_path, kind):
+def test_where_all_captions_are_the_same_a_share_is_held_out(tmp_path, monkeypatch, kind):
     """Whatever kind the source is of, and whatever the fraction is."""
+    monkeypatch.chdir(tmp_path)
     source: dict = {"kind": kind, "path": tmp_path / "data"}
     if kind == "webdataset":
         write_tar(tmp_path / "data", shard(range(60), "png", "a picture of my dog"))
@@ -200,7 +201,8 @@ def test_where_all_captions_are_the_same_a_share_is_held_out(tmp_path, kind):
             table.to_parquet(tmp_path / "data" / "a.parquet")
         else:
             table.save_to_disk(tmp_path / "data")
-            source["image_column"] = "image"
+            # The share follows from the path as it is given, too: another one in every run would be another draw.
+            source |= {"path": "data", "image_column": "image"}
     for fraction in (0.2, 0.5, 0.8):
         sizes = [
             len(open_with(source, tmp_path / "cache", split, held_out_fraction=fraction))
