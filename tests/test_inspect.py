@@ -36,8 +36,8 @@ def arguments(folder, random_vae, *more, texts=False):
     sources += [f"{{kind: text, path: {folder / 'text.jsonl'}}}"] * texts
     return [
         *(f"data.sources=[{', '.join(sources)}]", f"data.cache_dir={folder / 'cache'}", "data.held_out_fraction=0"),
-        *(f"data.image_size={IMAGE_SIZE}", "data.text_slots=48", "data.images_per_row=3", "tokenizer.vocab_size=261"),
-        *(f"autoencoder.path={random_vae}", f"output_dir={folder / 'run'}", "data.random_flip=true", *more),
+        *(f"data.image_size={IMAGE_SIZE}", "data.slots={text: 48, image: 3}", "tokenizer.vocab_size=261"),
+        *(f"codecs.image.path={random_vae}", f"output_dir={folder / 'run'}", "data.random_flip=true", *more),
     ]
 
 
@@ -71,31 +71,31 @@ def test_padding_is_what_the_rows_leave_empty(folder, random_vae):
     inspection = inspection_of(folder, random_vae)
     counts, batch, num_slots = inspection.pack(inspection.data, 40)
     assert num_slots == 40 * (48 + 3 * 4)
-    assert batch.order.shape == (8, 48 + 3 * 4)
-    assert counts["text_tokens"] + 4 * counts["images"] + counts["pad_slots"] == num_slots
-    layout = inspection.layout(48, 3, 40)
+    assert batch.slots.order.shape == (8, 48 + 3 * 4)
+    assert counts["text_slots"] + 4 * counts["image_items"] + counts["pad_slots"] == num_slots
+    layout = inspection.layout({"text": 48, "image": 3}, 40)
     assert layout.pad_fraction == counts["pad_slots"] / num_slots
     # Two captions in ten are longer than eight tokens, and one prompt in ten is dropped.
-    assert inspection.layout(12, 3, 400).cut_fraction == pytest.approx(0.2 * 0.92, abs=0.04)
+    assert inspection.layout({"text": 12, "image": 3}, 400).cut_fraction == pytest.approx(0.2 * 0.92, abs=0.04)
     with_texts = inspection_of(folder, random_vae, texts=True)
-    assert with_texts.layout(48, 3).pad_fraction < 0.02
+    assert with_texts.layout({"text": 48, "image": 3}).pad_fraction < 0.02
 
 
 def test_suggested_layouts_keep_the_budget_and_begin_with_the_best(folder, random_vae):
     inspection = inspection_of(folder, random_vae)
     layouts = inspection.suggested(160, 24, 16.0)
     assert len(layouts) > 3
-    assert all(120 <= layout.text_slots + 4 * layout.images_per_row <= 160 for layout in layouts)
-    assert all(layout.text_slots >= 24 for layout in layouts)
+    assert all(120 <= layout.slots["text"] + 4 * layout.slots["image"] <= 160 for layout in layouts)
+    assert all(layout.slots["text"] >= 24 for layout in layouts)
     pads = [layout.pad_fraction for layout in layouts]
     assert pads == sorted(pads)
-    assert pads[0] < inspection.layout(96, 2).pad_fraction
+    assert pads[0] < inspection.layout({"text": 96, "image": 2}).pad_fraction
     assert inspection.suggested(20, 24, 12.0) == []
     clean = inspection_of(folder, random_vae, "data.image_context=clean").suggested(160, 24, 16.0)
-    assert min(layout.images_per_row for layout in clean) >= 2
-    assert all(layout.mean_images < layout.images_per_row for layout in clean), "copies are no images"
+    assert min(layout.slots["image"] for layout in clean) >= 2
+    assert all(layout.mean_media < layout.slots["image"] for layout in clean), "copies are no images"
     half = inspection_of(folder, random_vae, texts=True).suggested(96, 24, 12.0)[0]
-    assert (half.text_slots + 4 * half.images_per_row, half.images_per_row) == (96, 12)
+    assert (half.slots["text"] + 4 * half.slots["image"], half.slots["image"]) == (96, 12)
 
 
 @pytest.mark.parametrize("image_context", ["noised", "clean"])
@@ -103,17 +103,18 @@ def test_thumbnails_are_the_images_of_the_row(folder, random_vae, image_context)
     inspection = inspection_of(folder, random_vae, f"data.image_context={image_context}")
     _, batch, _ = inspection.pack(inspection.data, 8)
     for row in batch.split(1):
-        thumbnails = thumbnails_of(row, inspection.sources)
+        thumbnails = thumbnails_of(row, inspection.sources)["image"]
+        ids, documents = row.tokens("text").ids[0], row.slots.document_ids[0]
         captions = {
-            bytes(inspection.tokenizer.decode(row.text_ids[0][row.document_ids[0, :48] == document].tolist()), "utf-8")
-            for document in range(int(row.document_ids.max()) + 1)
+            inspection.tokenizer.decode(ids[documents[:48] == document].tolist())
+            for document in range(int(documents.max()) + 1)
         }
         for slot, thumbnail in enumerate(thumbnails):
-            assert (thumbnail is not None) == bool(row.document_ids[0, 48 + 4 * slot] >= 0)
+            assert (thumbnail is not None) == bool(row.slots.document_ids[0, 48 + 4 * slot] >= 0)
             if thumbnail is not None:
                 number = int(thumbnail[0, 0, 0]) // 20
                 # Without a caption where the prompt was dropped.
-                assert {b"abcdefghijklmnopqrstuvwxyz"[: LENGTHS[number]], b""} & captions
+                assert {"abcdefghijklmnopqrstuvwxyz"[: LENGTHS[number]], ""} & captions
 
 
 @pytest.mark.parametrize("image_context", ["noised", "clean"])
@@ -123,9 +124,16 @@ def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae, image
     inspection = inspection_of(folder, random_vae, *more, texts=True)
     _, batch, _ = inspection.pack(inspection.data, 8)
     rows = batch.split(1)
-    row = next(row for row in rows if row.copies.any()) if clean else rows[0]
+    row = next(row for row in rows if row.latents("image").copies.any()) if clean else rows[0]
     green = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (1, 250, 3), dtype=np.uint8)
-    draw_row(row, inspection.tokenizer, [green] * 3, "a row", folder / "row.png")
+    draw_row(
+        row,
+        inspection.config.model,
+        inspection.tokenizer,
+        thumbnails={"image": [green] * 3},
+        title="a row",
+        path=folder / "row.png",
+    )
     pixels = np.asarray(Image.open(folder / "row.png"))
     assert pixels.shape[1] == 2000
     assert (pixels == (1, 250, 3)).all(axis=-1).sum() > 3 * 100 * 100
@@ -133,13 +141,13 @@ def test_the_picture_has_the_mask_and_the_images_in_it(folder, random_vae, image
     faint = (pixels == 250).all(axis=-1)
     lines, columns = np.flatnonzero(faint.sum(1) > 100), np.flatnonzero(faint.sum(0) > 100)
     square = pixels[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
-    ids, order, spans = (getattr(row, name)[0].tolist() for name in ("document_ids", "order", "span_ids"))
+    ids, order, spans = (getattr(row.slots, name)[0].tolist() for name in ("document_ids", "order", "span_ids"))
     slots = sorted((slot for slot, document in enumerate(ids) if document >= 0), key=lambda s: (ids[s], order[s]))
     text, text_to_image, image_to_text, image = (52, 101, 164), (158, 190, 228), (249, 200, 158), (232, 126, 46)
     right = hidden_cells = 0
     for y, q in enumerate(slots):
         for x, k in enumerate(slots):
-            is_hidden = clean and spans[k] >= 0 and not row.copies[0, spans[k]]
+            is_hidden = clean and spans[k] >= 0 and not row.latents("image").copies[0, spans[k]]
             before = ids[q] == ids[k] and (order[k] <= order[q] or spans[q] == spans[k] >= 0)
             attends = before and (spans[q] == spans[k] or not is_hidden)
             colours = ((text, text_to_image), (image_to_text, image))[spans[q] >= 0]
@@ -157,7 +165,7 @@ def test_the_command_prints_and_draws(folder, random_vae, capsys):
     main(["--rows", "16", "--slots", "100", "--picture", str(picture), *arguments(folder, random_vae, texts=True)])
     output = capsys.readouterr().out
     assert "tokens a caption: mean 7.8" in output
-    assert "packed 16 rows of 48 text slots + 3 images of 4 patches" in output
+    assert "packed 16 rows of 48 text tokens + 3 image slots of 4 patches" in output
     assert re.search(r"\d\.\d\d % of the slots are padding", output)
     assert "layouts of at most 100 slots a row" in output
     assert Image.open(picture).format == "PNG"
@@ -186,7 +194,7 @@ def test_a_picture_below_a_file_is_refused(folder, random_vae):
 def test_the_command_says_what_is_held_out_cut_and_why_layouts_have_their_order(folder, random_vae, capsys, texts):
     documents = [{"texts": ["a text", *[None] * 5], "images": [None, *(f"{n}.png" for n in range(5))]}] * 4
     (folder / "images" / "docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    given = arguments(folder, random_vae, "data.held_out_fraction=0.5", "data.text_slots=20", texts=texts)
+    given = arguments(folder, random_vae, "data.held_out_fraction=0.5", "data.slots.text=20", texts=texts)
     given += [f"--data.sources+={{kind: interleaved, path: {folder / 'images' / 'docs.jsonl'}, use: train}}"]
     main(["--rows", "80", "--slots", "200", "--picture", str(folder / "row.png"), *given])
     output = capsys.readouterr().out
@@ -198,7 +206,7 @@ def test_the_command_says_what_is_held_out_cut_and_why_layouts_have_their_order(
     assert 1 < held_out < len(LENGTHS)
     assert f"held out: images: {held_out} documents" in output
     assert f"images: {len(LENGTHS) - held_out} documents to train on" in output
-    assert "100.0 % have more images than the 3 of a row: they are cut" in output
+    assert "100.0 % have more media than the 3 of a row: they are cut" in output
     captions, cut = (
         int(number) for number in re.search(r"  \d+ of (\d+) captions are cut\n  (\d+) documents of", output).groups()
     )

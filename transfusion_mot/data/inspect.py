@@ -309,7 +309,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
-    print(f"  {counted({'document': cut})} without captions are cut and go on in a later row")
+    print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and go on in a later row")
     print("  " + sources.report(counts).replace("\n", "\n  "))
 
     budget = given.slots or batch.slots.order.shape[1]
