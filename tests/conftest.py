@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from optional_packages import missing_package
 from training_runs import Arguments, arguments_below, write_pictures
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.config import TEXT, DataConfig, ModelConfig, TowerConfig
+from transfusion_mot.config import TEXT, DataConfig, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.data.emoji import emoji_captions, render_emoji, rendered_emoji
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.loader import LaneLoader
@@ -34,6 +34,7 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models.compilation import allow_shapes
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 # The tests of a process compile as many models as many runs do.
@@ -71,103 +72,156 @@ def _skipped_without_packages() -> Generator[None, Any, Any]:
 
 VOCAB_SIZE = 29
 CHANNELS = 3
+SIZES = {TEXT: VOCAB_SIZE, "image": CHANNELS}
+
+# A number is that many tokens of text, a name an item of a modality of latents, a name and a number a run of codes.
+Segment = int | str | tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Token:
-    """A slot that holds something, as reading order sees it; `image` and `patch` are None for text."""
+    """A slot that holds something, as reading order sees it.
+
+    Attributes:
+        slot: Among all slots of its row.
+        place: Among those of its modality in the row.
+        item, patch: The item (an image) of its modality in the row, and its patch; None for tokens.
+        position: Rotary.
+    """
 
     row: int
+    modality: str
     slot: int
-    image: int | None
+    place: int
+    item: int | None
     patch: int | None
     position: tuple[int, ...]
 
 
 @dataclass
 class Rows:
-    """Arguments of the model, and the same documents as plain lists in reading order."""
+    """What the model reads, and the same documents as plain lists in reading order."""
 
-    inputs: dict[str, Any]
+    inputs: dict[str, ModalityInput]
+    slots: Slots
     documents: list[list[Token]]
-    text_slots: int
-    patches: int
 
 
 def make_rows(
-    spec: Sequence[Sequence[Sequence[int | str]]],
-    text_slots: int,
-    image_slots: int,
+    spec: Sequence[Sequence[Sequence[Segment]]],
+    counts: dict[str, int],
+    config: ModelConfig | None = None,
+    *,
+    sizes: dict[str, int] = SIZES,
     grid: tuple[int, int] = (2, 2),
-    patch_size: int = 2,
-    rope: str = "1d",
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Rows:
-    """Rows of documents of segments: a number is that many tokens of text, "image" is an image."""
+    """Rows of documents of segments, for a model that predicts: no labels, and latents that are noisy already.
+
+    Args:
+        spec: Of each row its documents, of each document its segments.
+        counts: Of each modality its slots in a row, as in `DataConfig.slots`.
+        config: `tiny_config()` by default.
+        sizes: Of each modality its vocabulary or channels.
+        grid: Rows and columns of patches of every item of latents.
+    """
+    config = config or tiny_config()
     generator = torch.Generator().manual_seed(seed)
-    rows, patches = len(spec), grid[0] * grid[1]
-    slots = text_slots + image_slots * patches
-    document_ids = torch.full((rows, slots), -1)
-    order = torch.zeros(rows, slots, dtype=torch.long)
-    span_ids = torch.full((rows, slots), -1)
-    rope_positions = torch.zeros((rows, slots) if rope == "1d" else (rows, slots, 3), dtype=torch.long)
+    patches = grid[0] * grid[1]
+    latents = config.of_objective("diffusion")
+    lengths = {name: counts[name] * (patches if name in latents else 1) for name in config.stream_order}
+    starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
+    # Items of latents are counted over all modalities of a row.
+    first_spans = dict(zip(latents, np.cumsum([0, *(counts[name] for name in latents)]).tolist(), strict=False))
+    shape = (len(spec), sum(lengths.values()))
+    document_ids, span_ids = torch.full(shape, -1), torch.full(shape, -1)
+    order = torch.zeros(shape, dtype=torch.long)
+    axes = 1 if config.rope == "1d" else 3
+    rope_positions = torch.zeros((*shape, axes), dtype=torch.long)
     documents = []
     for row, row_spec in enumerate(spec):
-        next_text, next_image = 0, 0
+        used = dict.fromkeys(lengths, 0)
         for document, segments in enumerate(row_spec):
             tokens: list[Token] = []
             here = 0
             for segment in segments:
-                if segment == "image":
+                if isinstance(segment, str):
+                    name = segment
+                    item = used[name] // patches
                     for patch in range(patches):
-                        y, x = patch // grid[1], patch % grid[1]
-                        position = (here + patch,) if rope == "1d" else (here, here + y, here + x)
-                        slot = text_slots + next_image * patches + patch
-                        tokens.append(Token(row, slot, next_image, patch, position))
-                        span_ids[row, slot] = next_image
-                    here += patches if rope == "1d" else max(grid)
-                    next_image += 1
+                        y, x = divmod(patch, grid[1])
+                        position = (here + patch,) if axes == 1 else (here, here + y, here + x)
+                        place = used[name] + patch
+                        tokens.append(Token(row, name, starts[name] + place, place, item, patch, position))
+                        span_ids[row, starts[name] + place] = first_spans[name] + item
+                    here += patches if axes == 1 else max(grid)
+                    used[name] += patches
                 else:
-                    for _ in range(int(segment)):
-                        tokens.append(Token(row, next_text, None, None, (here,) if rope == "1d" else (here,) * 3))
-                        next_text, here = next_text + 1, here + 1
-            for place, token in enumerate(tokens):
+                    name, length = (TEXT, segment) if isinstance(segment, int) else segment
+                    for place in range(used[name], used[name] + length):
+                        tokens.append(Token(row, name, starts[name] + place, place, None, None, (here,) * axes))
+                        here += 1
+                    used[name] += length
+            for number, token in enumerate(tokens):
                 document_ids[row, token.slot] = document
-                order[row, token.slot] = place
-                rope_positions[row, token.slot] = torch.tensor(token.position[0] if rope == "1d" else token.position)
+                order[row, token.slot] = number
+                rope_positions[row, token.slot] = torch.tensor(token.position)
             documents.append(tokens)
-        assert next_text <= text_slots
-        assert next_image <= image_slots
-    shape = (rows, image_slots, CHANNELS, grid[0] * patch_size, grid[1] * patch_size)
-    inputs = {
-        "text_ids": torch.randint(VOCAB_SIZE, (rows, text_slots), generator=generator),
-        "noisy_latents": torch.randn(shape, generator=generator, dtype=dtype),
-        # Small, because the sinusoids of 1000 t are computed in float32.
-        "timesteps": torch.rand(rows, image_slots, generator=generator, dtype=dtype) / 64,
-        "document_ids": document_ids,
-        "order": order,
-        "span_ids": span_ids,
-        "rope_positions": rope_positions,
+        assert all(used[name] <= length for name, length in lengths.items()), (used, lengths)
+    inputs: dict[str, ModalityInput] = {}
+    for name in config.stream_order:
+        if name in latents:
+            side = config.modalities[name].patch_size
+            of_item = sizes[name], grid[0] * side, grid[1] * side
+            noisy = torch.randn((len(spec), counts[name], *of_item), generator=generator, dtype=dtype)
+            # Small, because the sinusoids of 1000 t are computed in float32.
+            timesteps = torch.rand(len(spec), counts[name], generator=generator, dtype=dtype) / 64
+            inputs[name] = LatentInput(noisy, timesteps)
+        else:
+            inputs[name] = TokenInput(torch.randint(sizes[name], (len(spec), counts[name]), generator=generator))
+    rope_positions = rope_positions.squeeze(2) if axes == 1 else rope_positions
+    sources = torch.full(shape, -1, dtype=torch.int16)
+    return Rows(inputs, Slots(document_ids, order, span_ids, rope_positions, sources), documents)
+
+
+def tiny_config(image: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """Two layers, towers of text and images, two heads of width 8.
+
+    Args:
+        image: Changes of `modalities.image`.
+        changes: Of everything else.
+    """
+    towers = {name: TowerConfig(16, 24) for name in (TEXT, "image")}
+    modalities = {TEXT: ModalityConfig(TEXT), "image": ModalityConfig("image", "diffusion", loss_weight=5.0)}
+    fields: dict[str, Any] = {
+        "towers": towers,
+        "modalities": modalities,
+        "num_layers": 2,
+        "num_heads": 2,
+        "head_dim": 8,
+        "rope": "1d",
     }
-    return Rows(inputs, documents, text_slots, patches)
+    config = ModelConfig(**(fields | changes))
+    if image:
+        config.modalities = config.modalities | {"image": replace(config.modalities["image"], **image)}
+    return config
 
 
-def tiny_config(**changes: Any) -> ModelConfig:
-    """Two layers, two towers of different feed-forward width, two heads of width 8."""
-    towers = {"text": TowerConfig(16, 24), "image": TowerConfig(16, 24)}
-    fields: dict[str, Any] = {"towers": towers, "num_layers": 2, "num_heads": 2, "head_dim": 8, "rope": "1d"}
-    return ModelConfig(**(fields | changes))
-
-
-DENSE: dict[str, Any] = {"towers": {"shared": TowerConfig(16, 24)}, "modalities": {"text": "shared", "image": "shared"}}
+DENSE: dict[str, Any] = {
+    "towers": {"shared": TowerConfig(16, 24)},
+    "modalities": {TEXT: ModalityConfig("shared"), "image": ModalityConfig("shared", "diffusion", loss_weight=5.0)},
+}
 
 
 def tiny_model(
-    config: ModelConfig, vocab_size: int = VOCAB_SIZE, channels: int = CHANNELS, dtype: torch.dtype = torch.float64
+    config: ModelConfig,
+    sizes: dict[str, int] = SIZES,
+    diffusion: DiffusionConfig | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> TransfusionMoT:
     """A model in float64 whose parameters are all random: the zeros of a fresh one would hide mistakes."""
-    model = TransfusionMoT.from_config_section(vocab_size, channels, config)
+    model = TransfusionMoT.from_sections(sizes, config, diffusion or DiffusionConfig())
     randomise(model)
     return model.to(dtype)
 
@@ -277,9 +331,7 @@ class ListDocuments:
 
     def document(self, index: int) -> list[Text | MediaItem]:
         (modality,) = self.media
-        return [
-            Text([item]) if isinstance(item, str) else MediaItem(modality, item) for item in self.documents[index]
-        ]
+        return [Text([item]) if isinstance(item, str) else MediaItem(modality, item) for item in self.documents[index]]
 
 
 def texts_of(texts: list[str], weight: float = 1.0) -> Source:
