@@ -152,7 +152,7 @@ def test_folders_that_hold_no_autoencoder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no config\.json"):
         Autoencoder.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(UserError, match="holds a UNet2DModel"):
+    with pytest.raises(UserError, match="is of class UNet2DModel"):
         Autoencoder.load(str(tmp_path), "cpu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no codec at"):

@@ -1,8 +1,11 @@
 """Image tokenizers behind one interface, against their own reconstructions."""
 
+import json
+
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     ChameleonVQVAE,
     ChameleonVQVAEConfig,
@@ -12,16 +15,23 @@ from transformers import (
     JanusVQVAEConfig,
 )
 
-from transfusion_mot.codecs.image_codes import ImageCodes
+from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import CodeCodec, LatentCodec
+from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import CodecConfig, DataConfig, ModelConfig
+from transfusion_mot.data.encoding import check_image_sizes
 from transfusion_mot.errors import UserError
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+
 def vq_model(**changes):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "num_vq_embeddings": 24, "norm_num_groups": 4}
-    return VQModel(**(blocks | sizes | changes))
+    return VQModel(**(BLOCKS | sizes | changes))
 
 
 def of_transformers(model_class, config_class, **changes):
@@ -38,8 +48,9 @@ def chameleon():
     return of_transformers(ChameleonVQVAE, ChameleonVQVAEConfig, num_embeddings=24)
 
 
-def emu3():
-    return of_transformers(Emu3VQVAE, Emu3VQVAEConfig, codebook_size=24, temporal_downsample_factor=1, hidden_size=32)
+def emu3(temporal=1):
+    changes = {"codebook_size": 24, "temporal_downsample_factor": temporal, "hidden_size": 32}
+    return of_transformers(Emu3VQVAE, Emu3VQVAEConfig, **changes)
 
 
 def spread(model):
@@ -86,9 +97,11 @@ def test_janus_equals_its_own_reconstruction_and_takes_other_sizes() -> None:
     assert codec.decode(codec.encode(wide)).shape == wide.shape
 
 
+@pytest.mark.parametrize("temporal", [1, 4])
 @torch.no_grad()
-def test_emu3_equals_its_own_reconstruction() -> None:
-    model = spread(emu3())
+def test_emu3_equals_its_own_reconstruction(temporal) -> None:
+    """Its own default, 4, repeats an image as frames of a video."""
+    model = spread(emu3(temporal))
     codec = ImageCodes(model)
     codes = codec.encode(PIXELS)
     own = model.encode(PIXELS, torch.tensor([[16, 16]] * 3)).image_tokens
@@ -107,6 +120,22 @@ def test_chameleon_reads_images_and_says_that_it_cannot_paint() -> None:
 
 
 @pytest.mark.parametrize("build", [vq_model, janus, chameleon, emu3])
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16)])
+@torch.no_grad()
+def test_every_code_is_the_entry_next_to_the_latent_at_its_place(build, height, width) -> None:
+    codec = ImageCodes(spread(build()))
+    given = []
+    hook = codec.model.quantize.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    codes = codec.encode(PIXELS.repeat(1, 1, height // 16, width // 16))
+    hook.remove()
+    latents = given[0].flatten(0, 1) if given[0].ndim == 5 else given[0]
+    assert codes.shape == (3, height // 2, width // 2)
+    for image, y, x in ((0, 0, 0), (1, 2, 3), (2, 5, 7), (0, height // 2 - 1, 1), (1, 0, width // 2 - 1)):
+        distances = (codec.model.quantize.embedding.weight - latents[image, :, y, x]).square().sum(dim=1)
+        assert codes[image, y, x] == distances.argmin()
+
+
+@pytest.mark.parametrize("build", [vq_model, janus, chameleon, emu3])
 def test_codes_do_not_depend_on_autocast_and_weights_decide_the_fingerprint(build) -> None:
     codec = ImageCodes(spread(build()))
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,3 +146,85 @@ def test_codes_do_not_depend_on_autocast_and_weights_decide_the_fingerprint(buil
     with torch.no_grad():
         other.model.quantize.embedding.weight[0] += 1
     assert other.fingerprint != codec.fingerprint
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def kl():
+    sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4}
+    return AutoencoderKL(**BLOCKS, **sizes)
+
+
+@pytest.mark.parametrize("build", [vq_model, janus, chameleon, emu3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_codec_is_loaded_by_its_class_in_float32(tmp_path, build, dtype) -> None:
+    original = spread(build()).to(dtype)
+    original.save_pretrained(tmp_path)
+    codec = load_codec(CodecConfig(str(tmp_path)), "next_token", "cpu")
+    assert isinstance(codec, CodeCodec)
+    assert type(codec.model).__name__ in CLASSES
+    assert type(codec.model) is type(original)
+    assert {parameter.dtype for parameter in codec.model.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in codec.model.parameters())
+    expected = ImageCodes(original)
+    assert codec.fingerprint == expected.fingerprint, "of another number format, too"
+    assert torch.equal(codec.encode(PIXELS), expected.encode(PIXELS))
+
+
+def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
+    kl().save_pretrained(tmp_path / "kl")
+    vq_model().save_pretrained(tmp_path / "vq")
+    latents, codes = (CodecConfig(str(tmp_path / name)) for name in ("kl", "vq"))
+    assert isinstance(load_codec(latents, "diffusion", "cpu"), LatentCodec)
+    assert isinstance(load_codec(latents, "diffusion", "cpu"), Autoencoder)
+    with pytest.raises(
+        UserError, match=r"is of class AutoencoderKL, .*next_token needs VQModel or .*objective to diffusion"
+    ):
+        load_codec(latents, "next_token", "cpu")
+    with pytest.raises(
+        UserError, match=r"is of class VQModel, .*diffusion needs AutoencoderKL; .*objective to next_token"
+    ):
+        load_codec(codes, "diffusion", "cpu")
+    with pytest.raises(UserError, match=r"is of class AutoencoderKL; one of VQModel, .* is needed"):
+        ImageCodes.load(latents.path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["ChameleonForConditionalGeneration"]}, "save the tokenizer of images, its `vqmodel`"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel or"),
+        ({"model_type": "bert"}, "no codec at"),
+        ({"architectures": []}, "no codec at"),
+        ([], "no codec at"),
+    ],
+)
+def test_folders_of_something_else_are_refused(tmp_path, config, words) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        load_codec(CodecConfig(str(tmp_path)), "next_token", "cpu")
+
+
+@pytest.mark.parametrize("build", [vq_model, emu3])
+def test_missing_weights_are_not_left_at_random(tmp_path, build) -> None:
+    build().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["quantize.embedding.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights for quantize\.embedding\.weight"):
+        load_codec(CodecConfig(str(tmp_path)), "next_token", "cpu")
+
+
+def test_images_must_divide_into_patches_and_codes() -> None:
+    codecs = {"image": Autoencoder(kl()), "sketch": ImageCodes(vq_model())}
+    modalities = ModelConfig().modalities
+    model = ModelConfig(modalities=modalities | {"sketch": type(modalities["text"])("text")})
+    check_image_sizes(DataConfig(image_size=16), codecs, model)
+    # Patches of two by two latent pixels, each of two by two pixels.
+    with pytest.raises(UserError, match=r"data\.image_size is 18; it must be a multiple of 4 pixels, a patch's side"):
+        check_image_sizes(DataConfig(image_size=18), codecs, model)
+    check_image_sizes(DataConfig(image_size=18), {"sketch": codecs["sketch"]}, model)
+    with pytest.raises(UserError, match=r"data\.buckets is 15; it must be a multiple of 2 pixels, a code's side"):
+        check_image_sizes(DataConfig(buckets=[[16, 15]]), {"sketch": codecs["sketch"]}, model)

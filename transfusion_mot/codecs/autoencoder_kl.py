@@ -53,7 +53,7 @@ class Autoencoder:
             UserError: It is not there, is another class than `AutoencoderKL`, or its weights are incomplete.
         """
         if (class_name := class_name_of(path)) != AutoencoderKL.__name__:
-            raise UserError(f"codec path '{path}' holds a {class_name}; an AutoencoderKL is needed")
+            raise UserError(f"codec path '{path}' is of class {class_name}; an AutoencoderKL is needed")
         vae: AutoencoderKL = load_model(AutoencoderKL, path, dtype)
         memory_format = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
         return cls(vae.to(device=device, memory_format=memory_format))

@@ -45,7 +45,7 @@ class ImageCodes:
         """
         class_name = class_name_of(path)
         if class_name not in CLASSES:
-            raise UserError(f"codec path '{path}' holds a {class_name}; one of {', '.join(CLASSES)} is needed")
+            raise UserError(f"codec path '{path}' is of class {class_name}; one of {', '.join(CLASSES)} is needed")
         return cls(load_model(CLASSES[class_name], path).to(device))
 
     @property

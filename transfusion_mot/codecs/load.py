@@ -24,10 +24,14 @@ def load_codec(config: CodecConfig, objective: Literal["next_token", "diffusion"
         return Autoencoder.load(config.path, device)
     if class_name in CLASSES and objective == "next_token":
         return ImageCodes.load(config.path, device)
-    if objective == "diffusion":
-        needed = f"an {AutoencoderKL.__name__}; or set its objective to next_token, where codes are meant"
-    else:
-        needed = f"a {' or '.join(CLASSES)}; or set its objective to diffusion, where latents are meant"
+    needed, other = AutoencoderKL.__name__, "next_token"
+    if objective == "next_token":
+        needed, other = " or ".join(CLASSES), "diffusion"
+    hint = ""
+    if class_name in (AutoencoderKL.__name__, *CLASSES):
+        hint = f"; give another path, or set the objective to {other}"
+    elif class_name.endswith("ForConditionalGeneration"):
+        hint = "; of a whole model save the tokenizer of images, its `vqmodel`, in a folder of its own"
     raise UserError(
-        f"codec path '{config.path}' holds a {class_name}, and a modality with objective {objective} needs {needed}"
+        f"codec path '{config.path}' is of class {class_name}, and the objective {objective} needs {needed}{hint}"
     )
