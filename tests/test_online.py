@@ -10,40 +10,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHANNELS
+from conftest import CHANNELS, data_config, loader_of, packer_of
 from PIL import Image
 from source_files import SIZE, picture, shard, write_tar
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import AutoencoderConfig, DataConfig, SourceConfig
-from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import Sources, counter, open_documents, with_latents
+from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
+from transfusion_mot.data.batch import Batch, Rows
+from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.mixture import Sources, counter, open_documents, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources import reading
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
 
 CPU = torch.device("cpu")
 
 
 def data_of(folder: Path, cache: Path, **changes) -> DataConfig:
     settings = {
-        "sources": [SourceConfig("webdataset", str(folder))],
+        "sources": [SourceConfig("webdataset", path=str(folder))],
         "image_size": SIZE,
         "held_out_fraction": 0.0,
         "cache_dir": str(cache),
-        "text_slots": 40,
-        "images_per_row": 3,
         "num_workers": 0,
     }
-    return DataConfig(**(settings | changes))
+    return data_config(40, 3, **(settings | changes))
 
 
 def batches(data: DataConfig, autoencoder: Autoencoder, tokenizer, batch_size: int = 64):
-    sources = with_latents(open_documents(data, "train"), data, autoencoder, AutoencoderConfig(), all_documents=True)
-    packer = Packer(sources, tokenizer, data, "3d", 2, 4, 0, lambda uniform: uniform)
-    encoder = OnlineEncoder(autoencoder, batch_size)
-    return [batch for batch, _ in LaneLoader(packer, 0, 1, data.num_workers, None, 0, 4, CPU, encoder)]
+    documents = open_documents(data, "train")
+    sources = with_encoded(documents, data, {"image": autoencoder}, {"image": CodecConfig()}, all_documents=True)
+    packer = packer_of(sources, tokenizer, data, rope="3d", lanes=2)
+    encoder = OnlineEncoder({"image": autoencoder}, {"image": batch_size})
+    return [batch for batch, _ in loader_of(packer, 4, num_workers=data.num_workers, encoder=encoder)]
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,53 @@ def test_batches_from_pixels_are_those_from_a_cache(
     online = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online", **changes)
     from_pixels = batches(online, autoencoder, byte_tokenizer, batch_size=5)
     for one, two in zip(cached, from_pixels, strict=True):
+        others = two.tensors()
         for name, value in one.tensors().items():
-            if name == "latents":
-                torch.testing.assert_close(value, two.latents, rtol=2e-3, atol=2e-3)
+            if name == "image.latents":
+                torch.testing.assert_close(value, others[name], rtol=2e-3, atol=2e-3)
             else:
-                assert torch.equal(value, getattr(two, name)), name
-    assert len({tuple(value.flatten().tolist()) for value in cached[0].latents[cached[0].image_mask]}) > 3
+                assert torch.equal(value, others[name]), name
+    images = cached[0].latents("image")
+    assert len({tuple(value.flatten().tolist()) for value in images.latents[images.mask]}) > 3
+
+
+def random_rows(names: list[str], copies: bool) -> Rows:
+    """Two rows of three slots of each modality, of images of 16 by 16 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, media = {}, {}
+    for name in names:
+        mask = torch.tensor([[True, False, False], [True, True, False]])
+        copied = torch.tensor([[False, True, False], [False, False, False]]) if copies else None
+        noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
+        inputs[name] = LatentInput(noise, torch.rand(2, 3), torch.randn(2, 3, 4, 4, 4), mask, copied)
+        media[name] = torch.randint(256, (2, 3, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    inputs = {TEXT: TokenInput(ids, ids)} | inputs
+    return Rows(Batch(inputs, Slots(*[torch.zeros(2, 5 + 3 * 4 * len(names), dtype=torch.long)] * 5)), media)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("names", [["image"], ["image", "sketch"], []])
+def test_latents_are_those_of_each_codec_to_the_bit(random_vae: Path, names: list[str], copies: bool) -> None:
+    """Of the codec of their modality, in the precision of a cache, and nothing in empty slots."""
+    codecs = {name: Autoencoder.load(str(random_vae), CPU) for name in names}
+    if "sketch" in codecs:
+        with torch.no_grad():
+            codecs["sketch"].vae.encoder.conv_in.weight.mul_(2)
+    rows = random_rows(names, copies)
+    batch = OnlineEncoder(codecs, dict.fromkeys(names, 6))(rows)
+    before = rows.batch.tensors()
+    for name, value in batch.tensors().items():
+        assert value is before[name] or name.endswith(".latents"), name
+    for name, codec in codecs.items():
+        given = rows.batch.latents(name)
+        filled = given.mask | given.copies if copies else given.mask
+        mean, std = codec.encode(to_pixels(rows.media[name].flatten(0, 1)))
+        for slot, (row, place) in enumerate(np.ndindex(2, 3)):
+            latents = mean[slot].half().float() + std[slot].half().float() * given.latents[row, place]
+            assert torch.equal(batch.latents(name).latents[row, place], latents * filled[row, place])
+    if len(names) == 2:
+        assert not torch.equal(batch.latents("image").latents, batch.latents("sketch").latents)
 
 
 def encoded(image: np.ndarray) -> bytes:
@@ -84,14 +126,14 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(byte_tokenizer
     members["000007.jpg"] = b"no image at all"
     write_tar(tmp_path / "images.tar", members)
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online", lookahead=1)
-    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
+    sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
 
     def stream() -> tuple[list[int], Counter]:
-        packer = Packer(sources, byte_tokenizer, data, "1d", 2, 1, 0, lambda uniform: uniform)
+        packer = packer_of(sources, byte_tokenizer, data)
         state, seen, totals = packer.initial_state()[None], [], Counter()
         for step in range(8):
             rows, state, counts = packer.rows([0], step, state)
-            seen += rows.images_uint8[rows.batch.image_mask][:, 0, 0, 0].tolist()
+            seen += rows.media["image"][rows.batch.latents("image").mask][:, 0, 0, 0].tolist()
             totals.update(counts)
         return seen, totals
 
@@ -104,10 +146,10 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(byte_tokenizer
     assert stream() == (seen, counts), "the same rows again"
     name = sources.names[0]
     taken, unreadable, dropped = (
-        counts[counter(name, what)] for what in ("taken", "unreadable_images", "dropped_documents")
+        counts[counter(name, what)] for what in ("taken", "unreadable_items", "dropped_documents")
     )
     assert unreadable == dropped == pytest.approx(taken / 6, abs=2)
-    assert counts[counter(name, "images")] == len(seen)
+    assert counts[counter(name, "items")] == len(seen)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -116,10 +158,10 @@ def test_source_of_which_nothing_can_be_read_ends_with_one_sentence(
 ) -> None:
     write_tar(tmp_path / "images.tar", shard(range(6)) | {f"{n:06d}.jpg": b"damaged" for n in range(6)})
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
-    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
-    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 2, 0, lambda uniform: uniform)
+    sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
+    packer = packer_of(sources, byte_tokenizer, data, lanes=2)
     with pytest.raises(UserError, match=r"nothing of 1000 documents.*images\.tar") as error:
-        next(iter(LaneLoader(packer, 0, 1, workers, None, 0, 4, CPU)))
+        next(iter(loader_of(packer, 4, num_workers=workers)))
     assert "Traceback" not in str(error.value)
 
 
@@ -127,8 +169,8 @@ def test_of_many_images_that_cannot_be_read_the_first_are_named(byte_tokenizer, 
     members = shard(range(40)) | {f"{n:06d}.jpg": b"damaged" for n in range(39)}
     write_tar(tmp_path / "images.tar", members)
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
-    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
-    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 1, 0, lambda uniform: uniform)
+    sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
+    packer = packer_of(sources, byte_tokenizer, data)
     with caplog.at_level(logging.WARNING):
         packer.rows([0], 0, packer.initial_state()[None])
     assert len(caplog.messages) == 10
@@ -139,8 +181,8 @@ def test_a_failure_of_the_system_is_no_unreadable_image(byte_tokenizer, tmp_path
     """Another run would read it, and come by other documents."""
     write_tar(tmp_path / "images.tar", shard(range(6)))
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
-    sources = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
-    packer = Packer(sources, byte_tokenizer, data, "1d", 2, 2, 0, lambda uniform: uniform)
+    sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
+    packer = packer_of(sources, byte_tokenizer, data, lanes=2)
 
     def fails(*arguments: object) -> int:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -148,7 +190,7 @@ def test_a_failure_of_the_system_is_no_unreadable_image(byte_tokenizer, tmp_path
     monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(reading.os, "preadv", fails)
     with pytest.raises(UserError, match=r"images\.tar:00000\d\.jpg' cannot be read: Stale file handle"):
-        next(iter(LaneLoader(packer, 0, 1, 0, None, 0, 4, CPU)))
+        next(iter(loader_of(packer, 4)))
 
 
 def test_files_that_vanish_while_training_do_not_stop_it(byte_tokenizer, tmp_path: Path) -> None:
@@ -158,15 +200,15 @@ def test_files_that_vanish_while_training_do_not_stop_it(byte_tokenizer, tmp_pat
         (folder / f"{number}.png").write_bytes(picture(number))
     lines = [f'{{"file_name": "{number}.png", "text": "picture {number}"}}\n' for number in range(8)]
     (folder / "metadata.jsonl").write_text("".join(lines))
-    sources = [SourceConfig("imagefolder", str(folder))]
+    sources = [SourceConfig("imagefolder", path=str(folder))]
     data = data_of(folder, tmp_path / "cache", latents="online", sources=sources)
-    opened = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
+    opened = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
     for number in range(4):
         (folder / f"{number}.png").unlink()
-    packer = Packer(opened, byte_tokenizer, data, "1d", 2, 1, 0, lambda uniform: uniform)
+    packer = packer_of(opened, byte_tokenizer, data)
     rows, _, counts = packer.rows([0], 0, packer.initial_state()[None])
-    assert set(rows.images_uint8[rows.batch.image_mask][:, 0, 0, 0].tolist()) <= set(range(4, 8))
-    assert counts[counter(opened.names[0], "unreadable_images")] > 0
+    assert set(rows.media["image"][rows.batch.latents("image").mask][:, 0, 0, 0].tolist()) <= set(range(4, 8))
+    assert counts[counter(opened.names[0], "unreadable_items")] > 0
 
 
 def test_document_that_waits_when_its_file_vanishes_is_dropped(byte_tokenizer, tmp_path: Path) -> None:
@@ -177,17 +219,17 @@ def test_document_that_waits_when_its_file_vanishes_is_dropped(byte_tokenizer, t
         (folder / f"{number}.png").write_bytes(picture(number))
     lines = [f'{{"file_name": "{number}.png", "text": "{"x" * 20}"}}\n' for number in range(8)]
     (folder / "metadata.jsonl").write_text("".join(lines))
-    sources = [SourceConfig("imagefolder", str(folder))]
+    sources = [SourceConfig("imagefolder", path=str(folder))]
     data = data_of(folder, tmp_path / "cache", latents="online", sources=sources, prompt_dropout_prob=0.0)
-    opened = Sources(open_documents(data, "train"), [(CHANNELS, 4, 4)])
+    opened = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
 
     def packer() -> Packer:
-        return Packer(opened, byte_tokenizer, data, "1d", 2, 1, 0, lambda uniform: uniform)
+        return packer_of(opened, byte_tokenizer, data)
 
     first, state, _ = packer().rows([0], 0, packer().initial_state()[None])
-    shown = first.images_uint8[first.batch.image_mask][:, 0, 0, 0].tolist()
+    shown = first.media["image"][first.batch.latents("image").mask][:, 0, 0, 0].tolist()
     for number in set(range(8)) - set(shown):
         (folder / f"{number}.png").unlink()
     rows, _, counts = packer().rows([0], 1, state)
-    assert set(rows.images_uint8[rows.batch.image_mask][:, 0, 0, 0].tolist()) == set(shown)
+    assert set(rows.media["image"][rows.batch.latents("image").mask][:, 0, 0, 0].tolist()) == set(shown)
     assert counts[counter(opened.names[0], "dropped_documents")] > 0
