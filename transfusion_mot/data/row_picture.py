@@ -244,9 +244,9 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=_FAINT)
     top += side + 20
     for place, (name, block) in enumerate(row.blocks.items()):
-        own = f"{name} reads {name}" + (" before it" if block.latent_shape is None else ": its span, and before")
+        own = f"{name} reads {name} before it" + ("" if block.latent_shape is None else " and its span")
         for column, label in enumerate((own, f"{name} reads other modalities before it")):
-            x, y = left + column * 380, top + place * 36
+            x, y = left + column * 420, top + place * 36
             draw.rectangle((x, y, x + 24, y + 24), fill=_MODALITIES[place % len(_MODALITIES)][column])
             draw.text((x + 34, y + 12), label, fill=_INK, font=_font(19), anchor="lm")
     return top + 36 * len(row.blocks) + 8
@@ -335,7 +335,7 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
             words = tokenizer.decode([int(row.ids[TEXT][slot - row.blocks[TEXT].start]) for slot in run]).split()
             yield from (_Word(word) for word in words)
         elif name in row.ids:
-            yield _Word(f"{len(run)} codes of {name}", is_special=True)
+            yield _Word(f"{len(run)} {name} tokens", is_special=True)
         else:
             if int(row.spans[run[0]]) in row.copied_spans:
                 yield _Word("clean copy", is_special=True)
