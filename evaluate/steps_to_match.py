@@ -2,8 +2,8 @@
 
     python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
 
-Both are run folders of train.py. The answer is given for the text and the image loss, in training (means over
-a twentieth of A's steps) and held out (as far as both runs have validated). The output folder receives
+Both are run folders of train.py. The answer is given for the loss of each modality that both have, in training
+(means over a twentieth of A's steps) and held out (as far as both runs have validated). The output folder receives
 steps_to_match.json, the table steps_to_match.md and the plot steps_to_match.png; see docs/evaluation.md.
 """
 
@@ -16,15 +16,9 @@ from transfusion_mot.evaluation.command import command_parser, run_command
 from transfusion_mot.evaluation.curves import plot_matches
 from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.files import check_writable_folder
-from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
-from transfusion_mot.training.plot import Lines, curve, labels_of
+from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
+from transfusion_mot.training.plot import curve, labels_of
 
-LOSSES = {
-    "text loss": "text_loss",
-    "text loss, held out": "validation/text_loss",
-    "image loss": "diffusion_loss",
-    "image loss, held out": "validation/diffusion_loss",
-}
 AXES = ("step", "flops", "seconds")
 
 
@@ -62,7 +56,7 @@ def read_run(run: Path) -> Lines:
         UserError: It has none, or has not trained.
     """
     lines = read_metrics(run / METRICS_FILE)
-    if not any("text_loss" in line for line in lines):
+    if not loss_units(lines):
         raise UserError(f"{run} holds no {METRICS_FILE} with losses; give run folders of train.py that have trained")
     return lines
 
@@ -70,12 +64,16 @@ def read_run(run: Path) -> Lines:
 def compare_runs(a: Lines, b: Lines) -> tuple[list[Match], dict[tuple[str, str], tuple[Curve, Curve]]]:
     """Every loss and axis that both runs have, with the two curves (A, B) that were compared."""
     matches, curves = [], {}
-    for name, key in LOSSES.items():
+    names = {}
+    for loss in loss_units(a):
+        names[loss.replace("_", " ")] = loss
+        names[f"{loss.replace('_', ' ')}, held out"] = f"{VALIDATION}{loss}"
+    for name, key in names.items():
         for axis in AXES:
             pair = [Curve(*curve(lines, key, axis)) for lines in (a, b)]
             if not all(found.xs for found in pair):
                 continue
-            if not key.startswith("validation/"):
+            if not key.startswith(VALIDATION):
                 steps = [curve(lines, key, "step")[0] for lines in (a, b)]
                 pair = [window_means(of, found, WINDOW * steps[0][-1]) for of, found in zip(steps, pair, strict=True)]
             curves[name, axis] = (pair[0], pair[1])

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,14 @@ from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
-from transfusion_mot.training.metrics import METRICS_FILE, read_metrics, write_metrics
+from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, loss_name, read_metrics, write_metrics
 from transfusion_mot.training.step import StepResult
 
 # Equal parts of the timesteps (0, 1] whose diffusion losses are shown apart.
 TIMESTEP_BINS = 10
 # What goes on counting when a run is resumed, and is no part of what is trained.
 _RUNNING = ("seconds", "flops", "skipped_steps", "spikes")
+_HELD_OUT = f"{VALIDATION}loss"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,6 @@ def _sums_by(group: Tensor, num_groups: int, values: Tensor, mask: Tensor) -> Te
     return torch.stack([sums.double(), member.sum(dim=0).double()], dim=1)
 
 
-def loss_name(modality: str) -> str:
-    """Name of a modality's loss in the metrics."""
-    return f"{modality}_loss"
-
-
 class RunLog:
     """Collects what steps leave and writes it to `metrics.jsonl` and the tracker.
 
@@ -118,9 +114,9 @@ class RunLog:
         run: Run folder.
         config: Of the run.
         model: The bare model, for its FLOPs.
+        sources: Of the run.
         first_step: Steps done before; later lines of an earlier attempt are dropped.
         seen: Documents, tokens and slots of those steps, over all ranks.
-        sources: Of the run.
         history: Metrics file of the run that those steps were done in, if that is another one.
     """
 
@@ -129,10 +125,11 @@ class RunLog:
         accelerator: Accelerator,
         run: Path,
         config: RunConfig,
+        *,
         model: TransfusionMoT,
-        first_step: int,
-        seen: dict[str, int],
         sources: Sources,
+        first_step: int,
+        seen: Mapping[str, int],
         history: Path | None = None,
     ) -> None:
         self.accelerator = accelerator
@@ -142,7 +139,10 @@ class RunLog:
         self.seen = Counter(seen)
         self.sources = sources
         self.modalities = config.model.stream_order
-        self.counted = [*counted_by(self.modalities), *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED)]
+        self.counted = [
+            *counted_by(self.modalities),
+            *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED),
+        ]
         self.left_out = {
             counter(name, f"left_out/{reason}"): count
             for index, name in enumerate(sources.names)
@@ -152,7 +152,7 @@ class RunLog:
         self._flops_per_row: dict[tuple[tuple[str, Block], ...], int] = {}
         earlier = read_metrics(history or self.path) if first_step else []
         kept = [line for line in earlier if line["step"] <= first_step]
-        held_out = [(line["validation/loss"], line["step"]) for line in kept if "validation/loss" in line]
+        held_out = [(line[_HELD_OUT], line["step"]) for line in kept if _HELD_OUT in line]
         # The lowest held-out loss so far, and the step it was reached at.
         self.best: tuple[float, int] | None = min(held_out, default=None)
         self.running = {name: next((line[name] for line in reversed(kept) if name in line), 0) for name in _RUNNING}
@@ -303,11 +303,12 @@ class RunLog:
         }
         shown = [
             f"step {step:>{len(str(self.config.training.num_steps))}}",
-            *(f"{name} {losses[name]:6.3f}" for name in self.modalities),
+            # A loss of latents is about one.
+            *(f"{name} {losses[name]:6.{4 if name in self.by_timestep else 3}f}" for name in self.modalities),
             f"norm {values['grad_norm']:5.2f}",
             f"lr {lr:.1e}",
             f"{1000 * values['seconds_per_step']:5.0f} ms",
-            *(f"{rate:6.0f} {name}s/s" for name, rate in rates.items()),
+            *(f"{rate:6.0f} {name}/s" for name, rate in rates.items()),
             f"data wait {100 * values['data_wait_fraction']:2.0f} %",
         ]
         if self.peak_flops is not None:
@@ -325,7 +326,7 @@ class RunLog:
     def write_validation(self, step: int, losses: dict[str, float]) -> str:
         """Write held-out losses, and their sum as in training => a line for the console."""
         total = self.total({name: losses[loss_name(name)] for name in self.modalities if loss_name(name) in losses})
-        self._write(step, {f"validation/{name}": loss for name, loss in (losses | {"loss": total}).items()})
+        self._write(step, {f"{VALIDATION}{name}": loss for name, loss in (losses | {"loss": total}).items()})
         summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
         if self.best is None or total < self.best[0]:
             self.best = total, step

@@ -1,24 +1,55 @@
 """The file `metrics.jsonl` of a run: one line of JSON for every entry of the log."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION = "validation/"
+# Held out alone: captions behind their media.
+CAPTION_LOSS = "caption_loss"
+TOKEN_UNIT, LATENT_UNIT = "nats per token", "squared error per element"
+
+Lines = list[dict[str, Any]]
+
+# Version 0.1 knew one modality of latents, and called its loss by the objective.
+_LOSS_OF_VERSION_0_1 = re.compile(r"^(validation/)?diffusion_loss(?=$|/)")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that a crash cut off."""
+def loss_name(modality: str) -> str:
+    """Name of a modality's mean loss."""
+    return f"{modality}_loss"
+
+
+def loss_units(lines: Lines) -> dict[str, str]:
+    """The losses of all modalities that a run has, in the order of its log, and in what they are measured."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    # Of latents alone there are losses by timestep.
+    by_timestep = {key.removeprefix(VALIDATION).split("/t=")[0] for key in keys if "/t=" in key}
+    return {
+        key: LATENT_UNIT if key in by_timestep else TOKEN_UNIT
+        for key in keys
+        if key.endswith("_loss") and "/" not in key
+    }
+
+
+def read_metrics(path: Path) -> Lines:
+    """The lines of a metrics file, without one that a crash cut off.
+
+    What version 0.1 wrote as `diffusion_loss` is read as the `image_loss` that it is called now.
+    """
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            values: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue
+        lines.append({_LOSS_OF_VERSION_0_1.sub(r"\1image_loss", name): value for name, value in values.items()})
     return lines
 
 
-def write_metrics(path: Path, lines: list[dict[str, Any]], mode: str) -> None:
+def write_metrics(path: Path, lines: Lines, mode: str) -> None:
     """Write lines; `mode` is that of `open`: `w` for a new file, `a` to go on with it."""
     with path.open(mode) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,24 +1,17 @@
 """The README of a snapshot: what the model is, what it was trained on, how good it is, and how to use it."""
 
 import json
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from transfusion_mot.config import RunConfig, to_dict
+from transfusion_mot.config import TEXT, RunConfig, to_dict
 from transfusion_mot.data.mixture import Sources, counter
+from transfusion_mot.training.metrics import CAPTION_LOSS, TOKEN_UNIT, VALIDATION, Lines, loss_units
 
 _REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-to-image", "image-to-text", "text-generation"]
-_RATIOS = {
-    "text_loss": "nats per token",
-    "caption_loss": "nats per token",
-    "diffusion_loss": "squared error per element",
-}
-
-
 def model_card(
-    config: RunConfig, parameters: int, sources: Sources, seen: dict[str, int], lines: list[dict[str, Any]], step: int
+    config: RunConfig, *, parameters: int, sources: Sources, seen: dict[str, int], lines: Lines, step: int
 ) -> str:
     """A model card in the form of the Hugging Face hub.
 
@@ -36,29 +29,30 @@ def model_card(
         f"`{name}`: width {tower.hidden_size}, feed-forward {tower.intermediate_size}"
         for name, tower in model.towers.items()
     )
-    kind = "Mixture-of-Transformers" if len(set(model.modalities.values())) > 1 else "dense transformer"
-    is_flow = config.diffusion.scheduler.startswith("FlowMatch")
-    objective = "flow" if is_flow else config.diffusion.scheduler_args.get("prediction_type", "epsilon")
-    patch = f"{model.patch_size} x {model.patch_size}"
+    is_mixture = len({modality.tower for modality in model.modalities.values()}) > 1
+    kind = "Mixture-of-Transformers" if is_mixture else "dense transformer"
+    modalities = "\n".join(f"| modality `{name}` | {_described(name, config)} |" for name in model.stream_order)
     sizes = ", ".join(f"{width} x {height}" for height, width in config.data.image_sizes)
     prompt = next(iter(training.sample_prompts), "a red apple")
+    items = "".join(f" and {seen.get(f'{name}_items', 0):,} {name} items" for name in config.codecs)
+    codecs = ", ".join(f"`{codec.path}`" for codec in config.codecs.values())
     return f"""---
 {header.strip()}
 ---
 
 # {config.output_dir.rstrip("/").split("/")[-1]}
 
-One transformer that writes text and paints images: next-token prediction on text, diffusion on the latents of images
-([Transfusion](https://arxiv.org/abs/2408.11039)), trained with `transfusion_mot`. Averaged weights (decay
+One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://arxiv.org/abs/2408.11039),
+[Mixture-of-Transformers](https://arxiv.org/abs/2411.04996)), trained with `transfusion_mot`. Averaged weights (decay
 {training.ema_decay}) after {step:,} of {training.num_steps:,} steps.
 
 | | |
 | --- | --- |
 | model | {kind} of {parameters / 1e6:,.1f} M parameters in {model.num_layers} layers of {model.num_heads} heads |
 | towers | {towers} |
-| images | {sizes} px, patches of {patch} latents, adapter `{model.image_adapter}` |
-| objective of images | {objective} prediction, `{config.diffusion.scheduler}` |
-| batch | {training.num_rows} rows of {config.data.text_slots} text slots and {config.data.images_per_row} images |
+{modalities}
+| image sizes | {sizes} px |
+| batch | {training.num_rows} rows |
 
 ## Use
 
@@ -73,11 +67,11 @@ text = pipeline.complete("Once upon a time")[0]
 
 ## Data
 
-| source | weight | documents | text tokens | images | epochs |
+| source | weight | documents | tokens | media | epochs |
 | --- | ---: | ---: | ---: | ---: | ---: |
 {_source_rows(sources, seen)}
 
-All rows together: {seen.get("text_tokens", 0):,} text tokens and {seen.get("images", 0):,} images.
+All rows together: {seen.get(f"{TEXT}_slots", 0):,} {TEXT} tokens{items}.
 
 ## Measured
 
@@ -85,8 +79,7 @@ All rows together: {seen.get("text_tokens", 0):,} text tokens and {seen.get("ima
 
 ## Licence
 
-Not stated yet. It follows from the data above and from the autoencoder (`{config.autoencoder.path}`): add `license` to
-the head of this file.
+Not stated yet. It follows from the data above and from the codecs ({codecs}): add `license` to the head of this file.
 
 ## Configuration
 
@@ -101,26 +94,41 @@ the head of this file.
 """
 
 
+def _described(name: str, config: RunConfig) -> str:
+    """Objective, tower and slots of a modality."""
+    modality, slots = config.model.modalities[name], config.data.slots[name]
+    common = f"tower `{modality.tower}`, loss weight {modality.loss_weight:g}"
+    if modality.objective == "next_token":
+        return f"next-token prediction; {common}; {slots:,} tokens a row"
+    is_flow = config.diffusion.scheduler.startswith("FlowMatch")
+    prediction = "flow" if is_flow else config.diffusion.scheduler_args.get("prediction_type", "epsilon")
+    patch = f"{modality.patch_size} x {modality.patch_size}"
+    return (
+        f"diffusion, {prediction} prediction, `{config.diffusion.scheduler}`; {common}; patches of {patch} latents, "
+        f"adapter `{modality.adapter}`; {slots:,} items a row"
+    )
+
+
 def _source_rows(sources: Sources, seen: dict[str, int]) -> str:
     epochs = sources.epochs(seen)
     rows = []
     for name, source in zip(sources.names, sources.sources, strict=True):
-        numbers = (f"{seen.get(counter(name, what), 0):,}" for what in ("documents", "tokens", "images"))
+        numbers = (f"{seen.get(counter(name, what), 0):,}" for what in ("documents", "tokens", "items"))
         rows.append(f"| {name.replace('|', ' ')} | {source.weight:g} | {' | '.join(numbers)} | {epochs[name]:.2f} |")
     return "\n".join(rows)
 
 
-def _measured(lines: list[dict[str, Any]], step: int) -> str:
+def _measured(lines: Lines, step: int) -> str:
     """The last losses up to a step, in training and held out."""
     rows = []
-    for name, ratio in _RATIOS.items():
+    for name, unit in {**loss_units(lines), CAPTION_LOSS: TOKEN_UNIT}.items():
         training, held_out = (
             next(((line[key], line["step"]) for line in reversed(lines) if key in line and line["step"] <= step), None)
-            for key in (name, f"validation/{name}")
+            for key in (name, f"{VALIDATION}{name}")
         )
         if training or held_out:
             cells = (f"{found[0]:.4f} (step {found[1]:,})" if found else "-" for found in (training, held_out))
-            rows.append(f"| {name.replace('_', ' ')} in {ratio} | {' | '.join(cells)} |")
+            rows.append(f"| {name.replace('_', ' ')} in {unit} | {' | '.join(cells)} |")
     if not rows:
         return "Nothing yet."
     return "\n".join(["| | training | held out |", "| --- | ---: | ---: |", *rows])

@@ -1,6 +1,6 @@
 """Loss curves of runs side by side: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
-Text and diffusion loss against steps, FLOPs and seconds of training; what is held out is dotted with its points.
+The loss of each modality against steps, FLOPs and seconds of training; held-out losses are dotted with their points.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,15 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
 
-Lines = list[dict[str, Any]]
-
-# Each loss in training and held out.
-_LOSSES = (
-    ("text loss", "nats per token", "text_loss", "validation/text_loss"),
-    ("diffusion loss", "squared error per element", "diffusion_loss", "validation/diffusion_loss"),
-)
 _AXES = ("step", "flops", "seconds")
 # Okabe and Ito's palette: told apart by every eye, and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -70,19 +62,20 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
     """
     all_lines = {label: read_metrics(path) for label, path in runs.items()}
     for label, lines in all_lines.items():
-        if not any("text_loss" in line for line in lines):
+        if not loss_units(lines):
             raise UserError(f"{runs[label]} holds no losses; give run folders of train.py that have trained")
-    figure = Figure(figsize=(15, 8.2), layout="constrained")
-    grid = figure.subplots(len(_LOSSES), len(_AXES), sharey="row", squeeze=False)
-    for row, (title, measure, loss, held_out) in enumerate(_LOSSES):
+    units = loss_units([line for lines in all_lines.values() for line in lines])
+    figure = Figure(figsize=(15, 0.6 + 3.8 * len(units)), layout="constrained")
+    grid = figure.subplots(len(units), len(_AXES), sharey="row", squeeze=False)
+    for row, (loss, unit) in enumerate(units.items()):
         for column, axis in enumerate(_AXES):
             axes = grid[row, column]
             scale, name = _unit(axis, [line for lines in all_lines.values() for line in lines])
             for colour, lines in zip(_colours(len(runs)), all_lines.values(), strict=True):
-                _draw(axes, lines, loss, held_out, axis, scale, colour)
+                _draw(axes, lines, loss, axis=axis, scale=scale, colour=colour)
             axes.set_xlabel(name, color=_INK)
             if column == 0:
-                axes.set_ylabel(f"{title}\n{measure}", color=_INK)
+                axes.set_ylabel(f"{loss.replace('_', ' ')}\n{unit}", color=_INK)
             _tidy(axes)
     handles = [
         Line2D([], [], color=colour, linewidth=2.2, label=label)
@@ -115,14 +108,14 @@ def _colours(count: int) -> list[str]:
     return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 
-def _draw(axes: Axes, lines: Lines, loss: str, held_out: str, axis: str, scale: float, colour: str) -> None:
+def _draw(axes: Axes, lines: Lines, loss: str, *, axis: str, scale: float, colour: str) -> None:
     xs, ys = curve(lines, loss, axis)
     xs = [x / scale for x in xs]
     width = max(1, len(ys) // _SMOOTHED_POINTS * 2 + 1)
     if width > 1:
         axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(xs, smoothed(ys, width), color=colour, linewidth=1.8, marker="." if len(ys) < 3 else None)
-    xs, ys = curve(lines, held_out, axis)
+    xs, ys = curve(lines, f"{VALIDATION}{loss}", axis)
     xs = [x / scale for x in xs]
     axes.plot(xs, ys, color=colour, linewidth=1.2, linestyle=":", marker="o", markersize=4, markeredgecolor="white")
 

@@ -37,6 +37,8 @@ from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.parallel import host_group
 
 LANES = "lanes"
+# Raise it when names of parameters or what a lane remembers change. States of version 0.1 have no number.
+_FORMAT = 2
 
 # One process is not worth a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -101,7 +103,7 @@ class StateWriter:
         if self.rank == 0:
             aside = aside_of(folder)
             aside.mkdir(parents=True, exist_ok=True)
-            (aside / PROGRESS_FILE).write_text(json.dumps(progress))
+            (aside / PROGRESS_FILE).write_text(json.dumps({"format": _FORMAT, **progress}))
         if self.group is not None:
             dist.barrier(self.group)
         # What every rank has is shared out, so that none copies and writes all of it.
@@ -155,17 +157,28 @@ def load_progress(folder: Path) -> dict[str, Any]:
     """What a training state holds besides tensors.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or another version wrote it.
     """
     try:
         progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text())
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from None
+    if "format" not in progress:
+        raise UserError(
+            f"{folder} is a training state of version 0.1, which cannot be resumed: finish the run with the version "
+            "that began it, convert its snapshot to sample from it (python -m transfusion_mot.sampling.convert SNAPSHOT "
+            "NEW_FOLDER), or use another output_dir"
+        )
+    if progress["format"] != _FORMAT:
+        raise UserError(
+            f"{folder} has the format {progress['format']}, and this version reads {_FORMAT}: go on with the version "
+            "that wrote it, or use another output_dir"
+        )
     return progress
 
 
 def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: Path) -> None:
-    """Refuse to resume with another autoencoder, tokenizer, model or number of rows.
+    """Refuse to resume with another model, codec, tokenizer or number of rows.
 
     Raises:
         UserError: Names what differs.
@@ -189,7 +202,7 @@ def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: 
 
 
 def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder: Path) -> None:
-    """Refuse to resume with settings that say another tokenizer than the one the run keeps to.
+    """Refuse to resume with settings that name another tokenizer than the run's own.
 
     Args:
         config: Settings now.

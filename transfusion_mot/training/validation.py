@@ -9,16 +9,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from transfusion_mot.config import RunConfig
+from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.config import TEXT
+from transfusion_mot.data.documents import DocumentReader
+from transfusion_mot.data.layout import Media
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.data.sources.base import TextDocuments
+from transfusion_mot.data.sources.base import MediaItem
 from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.log import loss_name
+from transfusion_mot.training.metrics import CAPTION_LOSS, loss_name
 from transfusion_mot.training.step import loss_terms
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
@@ -29,18 +31,17 @@ SEED = 0
 class Validation:
     """Held-out rows, and the losses of a model on them.
 
-    Captions stand before their images for `text_loss` (of all text) and `diffusion_loss` (of images, given what stands
-    before them), and behind clean images for `caption_loss`, which is missing if no source has captions. Without images
-    there is only `text_loss`, of rows of text.
+    Captions stand before their media for the loss of each modality (`text_loss`: of all text; of media: given what
+    stands before them), and behind clean media for `caption_loss`. A loss is missing where nothing that is held out has
+    it. Without media there are rows of texts, or of codes, alone.
 
     Args:
         sources: Held-out sources, at least one.
         tokenizer: Of the run.
         config: Of the run.
-        diffusion: Of the run.
-        encoder: Encodes images that have no cached latents.
+        encoder: Encodes media that have no cached latents.
         rows_at_once: Rows of one forward.
-        prompt_dropout_prob: Share of the images in front of which nothing stands.
+        prompt_dropout_prob: Share of the media in front of which nothing stands.
     """
 
     def __init__(
@@ -48,78 +49,93 @@ class Validation:
         sources: Sources,
         tokenizer: TextTokenizer,
         config: RunConfig,
-        diffusion: Diffusion,
+        *,
         encoder: OnlineEncoder,
         rows_at_once: int,
         prompt_dropout_prob: float = 0.0,
     ) -> None:
-        self.diffusion = diffusion
         self.encoder = encoder
         self.rows_at_once = rows_at_once
-        captions = sources.only_captions()
-        total = sources.num_image_documents()
+        data = dataclasses.replace(
+            config.data, prompt_dropout_prob=prompt_dropout_prob, random_flip=False, lookahead=1
+        )
+        total = sources.num_media_documents()
         wanted = min(total, config.training.num_validation_documents)
-        self.has_images = total > 0
+        held_out = {name for source in sources.sources for name in source.documents.modalities}
+        self.latents = [name for name in config.model.of_objective("diffusion") if name in held_out]
+        timesteps_from_uniform = Diffusion.from_config(config.diffusion).timesteps_from_uniform
 
         def packer(sources: Sources, caption_first_prob: float, num_rows: int) -> Packer:
-            data = dataclasses.replace(
-                config.data,
-                caption_first_prob=caption_first_prob,
-                prompt_dropout_prob=prompt_dropout_prob,
-                random_flip=False,
-                lookahead=1,
+            return Packer(
+                sources,
+                tokenizer,
+                dataclasses.replace(data, caption_first_prob=caption_first_prob),
+                config.model,
+                num_lanes=num_rows,
+                seed=SEED,
+                timesteps_from_uniform=timesteps_from_uniform,
             )
-            rope, patch_size, draw = config.model.rope, config.model.patch_size, diffusion.timesteps_from_uniform
-            return Packer(sources, tokenizer, data, rope, patch_size, num_rows, SEED, draw)
 
         def packers(sources: Sources, caption_first_prob: float) -> list[tuple[int, Packer]]:
-            """(bucket, packer) of every bucket that has images; a lane each row, so that no image comes twice."""
+            """(bucket, packer) of every bucket that has media; a lane each row, so that no media come twice."""
             result = []
-            for bucket, pools in enumerate(sources.image_pools):
+            for bucket, pools in enumerate(sources.media_pools):
                 if not pools:
                     continue
                 available = sum(sources.pools[pool].length for pool in pools)
-                # Of an image in front of its caption there may be a copy.
-                slots_per_image = 2 if config.data.has_copies and caption_first_prob == 0 else 1
-                num_rows = max(1, wanted * available // total // (config.data.images_per_row // slots_per_image))
+                most = most_in_a_row(sources, bucket, config, is_copied=config.data.has_copies and not caption_first_prob)
+                num_rows = max(1, wanted * available // total // most)
                 result.append((bucket, packer(sources, caption_first_prob, num_rows)))
             return result
 
-        # Texts alone lie in rows of the first bucket, whose image slots stay empty.
-        self.caption_first = packers(sources, 1.0) or [(0, packer(sources, 1.0, text_rows(sources, tokenizer, config)))]
-        self.image_first = packers(captions, 0.0)
+        # Documents of tokens alone lie in rows of the first bucket, whose media slots stay empty.
+        self.caption_first = packers(sources, 1.0) or [(0, packer(sources, 1.0, token_rows(sources, tokenizer, config)))]
+        self.media_first = packers(sources.only_paired(), 0.0)
         self.num_rows = sum(packer.num_lanes for _, packer in self.caption_first)
 
     @torch.no_grad()
     def losses(self, model: TransfusionMoT, accelerator: Accelerator) -> dict[str, float]:
-        """Mean losses over all held-out rows; called by all ranks, which share the rows."""
-        timesteps = TIMESTEPS if self.has_images else ()
-        device = next(model.parameters()).device
-        sums = torch.zeros(2 + len(timesteps), 2, dtype=torch.float64, device=device)
+        """Mean losses over all held-out rows, by name; called by all ranks, which share the rows."""
+        timesteps = TIMESTEPS if self.latents else ()
+        names = model.architecture.stream_order
+        # Captions behind their media, captions in front of them, and these at each timestep.
+        sums = torch.zeros(2 + len(timesteps), len(names), 2, dtype=torch.float64, device=_device(model))
         with accelerator.autocast():
-            for batch in self._batches(self.image_first, model, accelerator):
-                sums[0] += self._sum_and_count(model, batch, 0.0)[0]
+            for batch in self._batches(self.media_first, model, accelerator):
+                sums[0] += _sums_and_counts(model, batch.at(0.0))
             for batch in self._batches(self.caption_first, model, accelerator):
-                sums[1] += self._sum_and_count(model, batch, 0.0)[0]
-                for index, timestep in enumerate(timesteps):
-                    sums[2 + index] += self._sum_and_count(model, batch, timestep)[1]
+                for index, timestep in enumerate((0.0, *timesteps)):
+                    sums[1 + index] += _sums_and_counts(model, batch.at(timestep))
         sums = accelerator.reduce(sums, reduction="sum")
-        caption, text, *per_timestep = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        losses = {"text_loss": text} | ({"caption_loss": caption} if self.image_first else {})
-        if self.has_images:
-            losses["diffusion_loss"] = sum(per_timestep) / len(per_timestep)
-            losses |= {f"diffusion_loss/t={t}": loss for t, loss in zip(timesteps, per_timestep, strict=True)}
+        means, counts = (sums[..., 0] / sums[..., 1].clamp(min=1)).tolist(), sums[..., 1].tolist()
+        losses = {}
+        for place, name in enumerate(names):
+            if not counts[1][place]:
+                continue
+            if name not in self.latents:
+                losses[loss_name(name)] = means[1][place]
+                if name == TEXT and self.media_first:
+                    losses[CAPTION_LOSS] = means[0][place]
+                continue
+            per_timestep = [row[place] for row in means[2:]]
+            losses[loss_name(name)] = sum(per_timestep) / len(per_timestep)
+            losses |= {f"{loss_name(name)}/t={t}": loss for t, loss in zip(timesteps, per_timestep, strict=True)}
         return losses
 
     @torch.no_grad()
-    def image_losses(self, model: TransfusionMoT, accelerator: Accelerator, timesteps: Sequence[float]) -> Tensor:
-        """[N, len(timesteps)], diffusion loss of each held-out image at each timestep; called by all ranks."""
+    def item_losses(
+        self, model: TransfusionMoT, accelerator: Accelerator, modality: str, timesteps: Sequence[float]
+    ) -> Tensor:
+        """[N, len(timesteps)], loss per element of each held-out item of a modality of latents at each timestep; called
+        by all ranks."""
         found = []
         with accelerator.autocast():
             for batch in self._batches(self.caption_first, model, accelerator):
-                elements = batch.latents[0, 0].numel()
-                losses = [compute_losses(model, _at(batch, t), self.diffusion).images / elements for t in timesteps]
-                found.append(torch.stack(losses, dim=-1)[batch.image_mask].double())
+                given = batch.latents(modality)
+                assert given.mask is not None
+                elements = given.latents[0, 0].numel()
+                losses = [loss_terms(model, batch.at(t))[modality].losses / elements for t in timesteps]
+                found.append(torch.stack(losses, dim=-1)[given.mask].double())
         gathered: list[Tensor] = gather_object([torch.cat(found).cpu()])
         return torch.cat(gathered)
 
@@ -127,7 +143,7 @@ class Validation:
         self, packers: list[tuple[int, Packer]], model: TransfusionMoT, accelerator: Accelerator
     ) -> Iterator[Batch]:
         """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
-        device = next(model.parameters()).device
+        device = _device(model)
         for bucket, packer in packers:
             is_compiled = is_compiled_for_shape(model, device, packer.num_slots(bucket))
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
@@ -142,11 +158,16 @@ class Validation:
                 batch = self.encoder(packer.rows(used, 0, states, bucket)[0].to(device))
                 yield batch if len(chunk) == rows else batch.emptied(len(chunk))
 
-    def _sum_and_count(self, model: TransfusionMoT, batch: Batch, timestep: float) -> torch.Tensor:
-        """[2, 2]: (sum, count) of text and of diffusion loss with every image at `timestep`."""
-        losses = compute_losses(model, _at(batch, timestep), self.diffusion)
-        sums = torch.stack([losses.text.sum(), losses.images.sum()])
-        return torch.stack([sums.double(), loss_counts(batch)], dim=1)
+
+def _device(model: TransfusionMoT) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _sums_and_counts(model: TransfusionMoT, batch: Batch) -> Tensor:
+    """[modalities, 2]: summed loss of each modality, and its labelled tokens or elements."""
+    terms = loss_terms(model, batch)
+    sums = torch.stack([terms[name].losses.sum() for name in batch.inputs])
+    return torch.stack([sums.double(), batch.counts()], dim=1)
 
 
 def is_compiled_for_shape(model: TransfusionMoT, device: torch.device, num_slots: int) -> bool:
@@ -154,22 +175,41 @@ def is_compiled_for_shape(model: TransfusionMoT, device: torch.device, num_slots
     return model.kernel(device, num_slots)[0] == "flex"
 
 
-def text_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
-    """Rows that about as many texts fill as a validation uses, or all held-out ones if they are fewer."""
-    most, lengths = config.training.num_validation_documents, []
-    pools = [sources.pools[index] for index in sources.text_pools]
-    for pool in pools:
-        documents = sources.sources[pool.source].documents
-        assert isinstance(documents, TextDocuments)
-        # Begin and end of a document stand around a text.
-        lengths += [len(tokenizer.encode(documents.text(index))) + 2 for index in range(min(pool.length, most))]
-    wanted = min(most, sum(pool.length for pool in pools))
-    return max(1, int(wanted * np.mean(lengths)) // config.data.text_slots)
+def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied: bool) -> int:
+    """Most documents with media of a bucket that a row has room for; their texts are taken to be short.
+
+    Args:
+        is_copied: Whether latents have a clean copy, which takes a slot too.
+    """
+    shortest: dict[str, int] = {}
+    for pool in (sources.pools[index] for index in sources.media_pools[bucket]):
+        source = sources.sources[pool.source]
+        for position in range(min(pool.length, config.training.num_validation_documents)):
+            for item in source.documents.document(pool.item(position)):
+                if not isinstance(item, MediaItem):
+                    continue
+                encoded, length = source.encoded.get(item.modality), 1 + is_copied
+                if encoded is not None and encoded.kind == "codes":
+                    if not encoded.readable[item.index]:
+                        continue
+                    length = Media(item.modality, encoded.span(item.index)).num_slots
+                shortest[item.modality] = min(length, shortest.get(item.modality, length))
+    return max(1, sum(config.data.slots[name] // length for name, length in shortest.items()))
 
 
-def _at(batch: Batch, timestep: float) -> Batch:
-    """With every image at one timestep; copies stay clean."""
-    timesteps = torch.full_like(batch.timesteps, timestep)
-    if batch.copies is not None:
-        timesteps = timesteps.masked_fill(batch.copies, 0.0)
-    return dataclasses.replace(batch, timesteps=timesteps)
+def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
+    """Rows that about as many documents of tokens alone fill as a validation uses, or all held-out ones if they are
+    fewer."""
+    most, reader = config.training.num_validation_documents, DocumentReader(tokenizer, config.data)
+    num_rows = 1
+    for name, indices in sources.stream_pools.items():
+        pools = [sources.pools[index] for index in indices]
+        documents = [
+            reader.read(sources.sources[pool.source], pool.item(position), np.random.default_rng(SEED))
+            for pool in pools
+            for position in range(min(pool.length, most))
+        ]
+        lengths = [sum(map(len, document.segments)) for document in documents]
+        wanted = min(most, sum(pool.length for pool in pools))
+        num_rows = max(num_rows, int(wanted * np.mean(lengths or [0])) // config.data.slots[name])
+    return num_rows
