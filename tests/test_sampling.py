@@ -291,11 +291,11 @@ def greedy_uncached(model, tokenizer, segments, max_new_tokens, may_begin=()):
     return written
 
 
-def swap_rows_of_the_head(model, first, second):
+def swap_rows_of_the_head(model, first, second, modality="text"):
     """The same model, which writes the one token where it wrote the other."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        head = model.modalities["text"].head.weight
+        head = model.modalities[modality].head.weight
         head[[first, second]] = head[[second, first]]
     return model
 

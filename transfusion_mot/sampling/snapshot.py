@@ -238,7 +238,10 @@ class SnapshotPipeline(DiffusionPipeline):
     @property
     def codec(self) -> Codec:
         """The VAE with its normalisation of latents, or the tokenizer of images."""
-        return Autoencoder(self.vae) if isinstance(self.vae, AutoencoderKL) else ImageCodes(self.vae)
+        if isinstance(self.vae, AutoencoderKL):
+            return Autoencoder(self.vae)
+        # Whatever the number format of the pipeline: half precision flips codes.
+        return ImageCodes(self.vae if self.vae.dtype == torch.float32 else self.vae.float())
 
 
 def _picture_modality(modalities: Sequence[str], given: str | None) -> str:
