@@ -12,7 +12,9 @@ IGNORE_INDEX = -100
 LOGITS_AT_ONCE = 2**28
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
 
     The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss

@@ -4,7 +4,8 @@ Shapes: B rows, T token slots, K media slots, P patches of one, D width, V vocab
 height and width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,11 @@ from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import diffusion_losses, next_token_loss
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
 from transfusion_mot.models.inputs import LatentInput, TokenInput
+
+
+# Of a module: drawn like the matrices of the blocks, or zero; the others as torch and diffusers have it. See
+# `TransfusionMoT.initialise`.
+InitialValues = Literal["normal", "zero"]
 
 
 class Terms(NamedTuple):
@@ -37,9 +43,7 @@ class TokenModality(nn.Module):
         hidden_size: Width D of its tower.
     """
 
-    # Modules drawn like the matrices of the blocks, and those that begin at zero; see `TransfusionMoT.initialise`.
-    normal = ("embedding", "head")
-    zero = ()
+    initial_values: Mapping[str, InitialValues] = {"embedding": "normal", "head": "normal"}  # noqa: RUF012
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class TokenModality(nn.Module):
         return self.embedding(given.ids), None
 
     def loss(self, hidden: Tensor, given: TokenInput, kept: None, z_loss_weight: float) -> Terms:
-        """Hidden states [B, T, D] behind the last norm => cross-entropy; the logits of all slots never exist at once."""
+        """Hidden states [B, T, D] behind the last norm => cross-entropies; all logits never exist at once."""
         assert given.labels is not None
         return Terms(*next_token_loss(hidden, self.head.weight, given.labels, z_loss_weight))
 
@@ -81,8 +85,6 @@ class DiffusionModality(nn.Module):
         diffusion: The objective.
     """
 
-    normal = ()
-
     def __init__(
         self, latent_channels: int, hidden_size: int, config: ModalityConfig, diffusion: DiffusionConfig
     ) -> None:
@@ -96,8 +98,8 @@ class DiffusionModality(nn.Module):
                 latent_channels, hidden_size, config.patch_size, config.unet_channels, config.unet_num_layers
             )
         )
-        # Its last layer begins at zero: training starts from the mean prediction.
-        self.zero = (f"adapter.{self.adapter.last_layer}",)
+        # Training starts from the mean prediction.
+        self.initial_values: Mapping[str, InitialValues] = {f"adapter.{self.adapter.last_layer}": "zero"}
         # The model may be built on `meta`; the noise schedule is needed in numbers.
         with torch.device("cpu"):
             self.diffusion = Diffusion.from_config(diffusion)

@@ -197,11 +197,10 @@ def check_architecture(config: ModelConfig) -> None:
         )
     if idle := set(config.towers) - {modality.tower for modality in config.modalities.values()}:
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
-    for name in config.towers:
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise UserError(
-                f"model.towers has a tower named '{name}', which torch gives to no weights; give another name"
-            )
+    for key, names in (("towers", config.towers), ("modalities", config.modalities)):
+        for name in names:
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
     widths = {tower.hidden_size for tower in config.towers.values()}
     if len(widths) > 1 and len(set(config.untied)) < 4:
         raise UserError(
@@ -223,11 +222,10 @@ def check_architecture(config: ModelConfig) -> None:
 def _check_patches(name: str, modality: ModalityConfig) -> None:
     if modality.patch_size not in (1, 2, 4, 8):
         raise UserError(f"model.modalities.{name}.patch_size is {modality.patch_size}; known: 1, 2, 4, 8")
-    widths_needed = modality.patch_size.bit_length()
-    if modality.adapter == "unet" and (
-        len(modality.unet_channels) < widths_needed or any(width < 1 or width % UNET_GROUPS for width in modality.unet_channels)
-    ):
+    widths, widths_needed = modality.unet_channels, modality.patch_size.bit_length()
+    has_bad_width = any(width < 1 or width % UNET_GROUPS for width in widths)
+    if modality.adapter == "unet" and (len(widths) < widths_needed or has_bad_width):
         raise UserError(
-            f"model.modalities.{name}.unet_channels is {modality.unet_channels}; patch_size {modality.patch_size} needs "
+            f"model.modalities.{name}.unet_channels is {widths}; patch_size {modality.patch_size} needs "
             f"at least {widths_needed} widths, each a multiple of {UNET_GROUPS}"
         )

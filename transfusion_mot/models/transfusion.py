@@ -43,7 +43,7 @@ from transfusion_mot.models.attention import (
 )
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm, rotary_angles
-from transfusion_mot.models.modalities import DiffusionModality, Terms, TokenModality
+from transfusion_mot.models.modalities import DiffusionModality, InitialValues, Terms, TokenModality
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
 # Standard deviation of embedding, head and block matrices.
@@ -189,13 +189,12 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             for key, parameter in module.named_parameters(recurse=False)
         }
         is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear)
-        _, of_modality, inner = (*name.split(".", 2), "", "")[:3] if name.startswith("modalities.") else ("", "", "")
-        modality = self.modality(of_modality) if of_modality else None
-        if is_matrix or (modality is not None and inner in modality.normal):
+        values = self._initial_values().get(name)
+        if is_matrix or values == "normal":
             to_residual = is_matrix and (".output." in name or name.endswith(".down"))
             std = INIT_STD / math.sqrt(2 * len(self.blocks)) if to_residual else INIT_STD
             nn.init.normal_(drawn.weight, std=std, generator=torch.Generator().manual_seed(number))
-        elif modality is not None and inner in modality.zero:
+        elif values == "zero":
             for parameter in drawn.parameters():
                 nn.init.zeros_(parameter)
         else:
@@ -203,6 +202,14 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
                 torch.default_generator.manual_seed(number)
                 drawn.reset_parameters()
         return cast(nn.Module, drawn)
+
+    def _initial_values(self) -> dict[str, InitialValues]:
+        """Names of the modules inside modalities that choose their initial values."""
+        return {
+            f"modalities.{name}.{inner}": values
+            for name in self.modalities
+            for inner, values in self.modality(name).initial_values.items()
+        }
 
     def forward(
         self,
@@ -256,11 +263,12 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
 
     def slot_ids(self, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
         """What the attention mask knows of each slot; spans whose attention is causal are none."""
-        latents = [cast(LatentInput, inputs[name]) for name in self.architecture.of_objective("diffusion") if name in inputs]
-        some = [given.copies for given in latents if given.copies is not None]
-        return SlotIds.from_spans(
-            slots.document_ids, slots.order, self._bidirectional(inputs, slots), torch.cat(some, 1) if some else None
-        )
+        latents = [given for given in inputs.values() if isinstance(given, LatentInput)]
+        copies = [given.copies for given in latents if given.copies is not None]
+        # Spans are counted over all latents of a row.
+        assert len(copies) in (0, len(latents)), "either all latents have clean copies, or none"
+        spans = self._bidirectional(inputs, slots)
+        return SlotIds.from_spans(slots.document_ids, slots.order, spans, torch.cat(copies, 1) if copies else None)
 
     def _bidirectional(self, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
         """Span ids [B, S], -1 also where the attention inside a span is causal."""
@@ -269,11 +277,11 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             return slots.span_ids
         names = [name for name in config.stream_order if name in inputs]
         lengths = [self.num_slots(name, inputs[name]) for name in names]
-        parts = zip(names, slots.span_ids.split(lengths, dim=1), strict=True)
-        return torch.cat(
-            [part if config.modalities[name].is_bidirectional else torch.full_like(part, -1) for name, part in parts],
-            dim=1,
-        )
+        parts = [
+            part if config.modalities[name].is_bidirectional else torch.full_like(part, -1)
+            for name, part in zip(names, slots.span_ids.split(lengths, dim=1), strict=True)
+        ]
+        return torch.cat(parts, dim=1)
 
     def num_slots(self, name: str, given: ModalityInput) -> int:
         """Slots of a row that an input of a modality takes."""

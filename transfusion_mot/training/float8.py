@@ -1,11 +1,12 @@
 """Matrix products of 8-bit numbers in the blocks, by torchao: `training.float8`."""
 
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -16,13 +17,13 @@ _MULTIPLE = 16
 _CAPABILITY = (8, 9)
 
 
-def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> None:
+def check_float8(config: RunConfig, accelerator: Accelerator, codecs: Mapping[str, Codec]) -> None:
     """Refuse `training.float8` where it does not run or takes longer than bfloat16.
 
     Args:
         config: Of the run.
         accelerator: Of the run.
-        autoencoder: Says how many patches an image has.
+        codecs: Of each modality; those of latents say how many patches an image has.
 
     Raises:
         UserError: Names what is in the way.
@@ -38,7 +39,7 @@ def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoe
             "training.float8 without training.compile takes longer than bfloat16; set training.compile to true, or "
             "training.float8 to false"
         )
-    if wrong := {key: width for key, width in _widths(config, autoencoder).items() if width % _MULTIPLE}:
+    if wrong := {key: width for key, width in _widths(config, codecs).items() if width % _MULTIPLE}:
         named = " and ".join(f"{key} is {width}" for key, width in wrong.items())
         raise UserError(
             f"training.float8 needs multiples of {_MULTIPLE}, and {named}; change that, or set training.float8 to false"
@@ -57,7 +58,7 @@ def check_float8(config: RunConfig, accelerator: Accelerator, autoencoder: Autoe
         )
 
 
-def _widths(config: RunConfig, autoencoder: Autoencoder) -> dict[str, int]:
+def _widths(config: RunConfig, codecs: Mapping[str, Codec]) -> dict[str, int]:
     """What is multiplied in the blocks is as wide as this; keys of the configuration to widths."""
     model, data = config.model, config.data
     widths = {}
@@ -69,11 +70,14 @@ def _widths(config: RunConfig, autoencoder: Autoencoder) -> dict[str, int]:
         # Keys and values stand side by side.
         widths["2 * model.num_kv_heads * model.head_dim"] = 2 * model.num_kv_heads * model.head_dim
     # A row alone must do: the rows of a step that is not finite are looked at one by one.
-    widths["data.text_slots"] = data.text_slots
-    side = autoencoder.downsampling * model.patch_size
-    for height, width in data.image_sizes:
-        patches = (height // side) * (width // side)
-        widths[f"data.images_per_row * {patches} patches"] = data.images_per_row * patches
+    for name, slots in data.slots.items():
+        if model.modalities[name].objective == "next_token":
+            widths[f"data.slots.{name}"] = slots
+            continue
+        side = codecs[name].downsampling * model.modalities[name].patch_size
+        for height, width in data.image_sizes:
+            patches = (height // side) * (width // side)
+            widths[f"data.slots.{name} * {patches} patches"] = slots * patches
     return widths
 
 
@@ -81,7 +85,7 @@ def convert_to_float8(model: TransfusionMoT) -> None:
     """Let the linear layers of the blocks multiply 8-bit numbers, forward and backward; before `compile_blocks`.
 
     What is multiplied is rounded when it is, with one scale for a whole tensor; the parameters stay the objects that
-    they are, under their names. Embedding, head, image adapter and attention compute as before.
+    they are, under their names. What is outside of the blocks and attention compute as before.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

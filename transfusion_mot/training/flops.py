@@ -56,11 +56,11 @@ def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     seen = slots.horizon + 1
     if slots.last_horizon is not None:
         # But for a slot that is hidden from what is read behind its image.
-        documents = batch.document_ids + 1
+        documents = batch.slots.document_ids + 1
         last = slots.order.new_zeros(documents.shape[0], documents.shape[1] + 1)
         last = last.scatter_reduce(1, documents, slots.order, "amax").gather(1, documents)
         seen = seen - (last - slots.last_horizon).clamp(min=0)
-    return torch.where(batch.document_ids >= 0, seen, 0).sum()
+    return torch.where(batch.slots.document_ids >= 0, seen, 0).sum()
 
 
 def flops_per_pair(config: ModelConfig) -> int:

@@ -11,9 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transfusion_mot.config import RunConfig
+from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.config import TEXT
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_arrays import RowShape

@@ -162,8 +162,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width),
         adapter=rows * sum(kept_by_adapter(model, name, block, width) for name, block in shape.blocks.items())
         + last_norms,
-        # One modality after the other.
-        logits=max(logits_memory(model, name, rows * block.num_slots, width) for name, block in shape.blocks.items()),
+        logits=logits_memory(model, shape, rows, width),
         working=working,
         gradients_stay=setting.microbatches > 1 or setting.gpus > 1,
     )
@@ -197,14 +196,20 @@ def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) 
     return block.capacity * numbers * (10 / 3 if width == 2 else 4)
 
 
-def logits_memory(model: TransfusionMoT, name: str, slots: int, width: int) -> float:
-    """Bytes that the next-token loss of so many slots takes while the activations are there; 0 for latents."""
-    modality = model.modality(name)
-    if not isinstance(modality, TokenModality):
-        return 0.0
-    vocab_size, hidden = modality.head.weight.shape
-    chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
-    # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
-    chunks = 3 if slots * vocab_size > chunk else 2
-    head = vocab_size * hidden
-    return width * chunks * chunk + width * slots * hidden + (4 + 2 * width) * head
+def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int) -> float:
+    """Bytes that the next-token losses of so many rows take while the activations are there.
+
+    Those of one modality after the other are computed; gradients of the hidden states and of the head stay.
+    """
+    stay = most = 0.0
+    for name, block in shape.blocks.items():
+        modality = model.modality(name)
+        if not isinstance(modality, TokenModality):
+            continue
+        slots, (vocab_size, hidden) = rows * block.num_slots, modality.head.weight.shape
+        chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
+        # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
+        chunks = 3 if slots * vocab_size > chunk else 2
+        stay += width * slots * hidden + 4 * vocab_size * hidden
+        most = max(most, width * (chunks * chunk + 2 * vocab_size * hidden))
+    return stay + most

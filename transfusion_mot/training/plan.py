@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 
-from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
+from transfusion_mot.config import TEXT, RunConfig, parse_config
+from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import Checkpointing, check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
 from transfusion_mot.training.graph import why_not_recorded
-from transfusion_mot.training.memory import Layout, Memory, Parallelism, Setting, step_memory
+from transfusion_mot.training.memory import Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
 
 GIB = 2**30
@@ -32,8 +34,10 @@ GPU_MEMORY = {
 }
 # The rest holds the CUDA context, buffers of the collectives, and what the allocator cannot use.
 USABLE = 0.92
-# Where the autoencoder cannot be read: that of the papers, eight channels and an eighth of the pixels.
+# Where a codec cannot be read, those of the papers: latents of eight channels and an eighth of the pixels, or Chameleon's
+# codes.
 _CHANNELS, _DOWNSAMPLING = 8, 8
+_CODEBOOK = 8192
 _ROWS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -42,7 +46,7 @@ _ROWS = {
     "copies": "bfloat16 copies, gathered weights",
     "blocks": "activations of blocks",
     "adapter": "activations of adapter and norms",
-    "text_loss": "logits and their gradients",
+    "logits": "logits and their gradients",
     "working": "gradients of a block's activations",
 }
 
@@ -74,49 +78,75 @@ def plan(arguments: Sequence[str]) -> str:
         raise UserError(
             f"--mfu is {options.mfu}; it is the share of the GPU's peak that is used, above 0 and at most 1"
         )
-    model, layout, assumed = open_model(config)
+    model, shape, assumed = open_model(config)
     plainly = why_not_recorded("cuda", options.gpus) if config.training.cuda_graph else None
     parts = [
         *(f"assumed: {line}" for line in assumed),
         *([plainly] if plainly is not None else []),
         parameter_table(model, config),
-        memory_table(model, layout, config, options.gpus, options.gpu),
-        microbatch_table(model, layout, config, options.gpus, options.gpu),
-        time_line(model, layout, config, options.gpus, options.gpu, options.mfu),
+        memory_table(model, shape, config, options.gpus, options.gpu),
+        microbatch_table(model, shape, config, options.gpus, options.gpu),
+        time_line(model, shape, config, options.gpus, options.gpu, options.mfu),
     ]
     return "\n\n".join(parts)
 
 
-def open_model(config: RunConfig) -> tuple[TransfusionMoT, Layout, list[str]]:
+def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     """The model on `meta`, its rows, and what had to be assumed."""
     assumed = []
     vocab_size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
         try:
-            vocab_size = load_tokenizer(config.tokenizer.path).vocab_size
+            vocab_size = load_tokenizer(config.tokenizer.path, config.model.stream_order).vocab_size
         except UserError:
             assumed.append(f"{vocab_size} tokens (tokenizer.vocab_size): {config.tokenizer.path} cannot be read")
-    channels, downsampling = _CHANNELS, _DOWNSAMPLING
-    try:
-        autoencoder = AutoencoderKL.load_config(config.autoencoder.path, local_files_only=True)
-        channels = autoencoder["latent_channels"]
-        downsampling = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError):
-        path = config.autoencoder.path
-        assumed.append(f"latents of {channels} channels and 1/{downsampling} of the pixels: {path} cannot be read")
+    sizes, latent_shapes = {TEXT: vocab_size}, {}
     height, width = max(config.data.image_sizes, key=math.prod)
+    for name, codec in config.codecs.items():
+        if config.model.modalities[name].objective == "next_token":
+            codebook = _codebook_size(codec.path)
+            if codebook is None:
+                assumed.append(f"{_CODEBOOK} codes: {codec.path} cannot be read")
+            # Its start and its end.
+            sizes[name] = (codebook or _CODEBOOK) + 2
+            continue
+        found = _latents(codec.path)
+        channels, downsampling = found or (_CHANNELS, _DOWNSAMPLING)
+        if found is None:
+            what = f"latents of {channels} channels and 1/{downsampling} of the pixels"
+            assumed.append(f"{what}: {codec.path} cannot be read")
+        sizes[name] = channels
+        latent_shapes[name] = [(channels, height // downsampling, width // downsampling)]
     if config.data.buckets:
         assumed.append(f"all images of {height} x {width} pixels, the largest of data.buckets")
-    layout = Layout(
-        config.data.text_slots,
-        config.data.images_per_row,
-        torch.Size((channels, height // downsampling, width // downsampling)),
-        config.model.patch_size,
-    )
+    shape = RowShape.of(config.model, config.data.slots, latent_shapes, 0)
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(vocab_size, channels, config.model)
+        model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)
     freeze_towers(model, config.training.frozen_towers)
-    return model, layout, assumed
+    return model, shape, assumed
+
+
+def _latents(path: str) -> tuple[int, int] | None:
+    """Channels and downsampling of an autoencoder; None if it cannot be read."""
+    try:
+        config = AutoencoderKL.load_config(path, local_files_only=True)
+        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _codebook_size(path: str) -> int | None:
+    """Codes of a tokenizer of images; None if it cannot be read."""
+    try:
+        # Of diffusers, but any config.json will do.
+        config = ModelMixin.load_config(path, local_files_only=True)
+        model_class = CLASSES[config["_class_name"] if "_class_name" in config else config["architectures"][0]]
+        with torch.device("meta"):
+            if issubclass(model_class, ModelMixin):
+                return ImageCodes(model_class.from_config(config)).codebook_size
+            return ImageCodes(model_class(model_class.config_class.from_dict(config))).codebook_size
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _line(title: str, *values: float | str) -> str:
@@ -137,9 +167,10 @@ def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
         lines.append(_line(f"tower {tower}", *numbers, sum(numbers), *frozen))
     numbers = in_blocks.total() / 1e6, outside.total() / 1e6
     lines.append(_line("all", *numbers, sum(numbers)))
-    for modality, slot in (("text", "token"), ("image", "patch")):
-        active = active_parameters(model, config.model, modality) / 1e6
-        lines.append(_line(f"active: matrices a {slot} meets", "", "", active))
+    for name, modality in config.model.modalities.items():
+        active = active_parameters(model, config.model, name) / 1e6
+        slot = "token" if modality.objective == "next_token" else "patch"
+        lines.append(_line(f"active matrices: {name} {slot}", "", "", active))
     return "\n".join(lines)
 
 
@@ -169,12 +200,12 @@ def setting_of(
     )
 
 
-def memory_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str) -> str:
+def memory_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str) -> str:
     """Memory of the configured microbatch by part, for each kind of parallelism."""
     training = config.training
     rows = min(training.microbatch_rows or rows_per_gpu(config, gpus), rows_per_gpu(config, gpus))
     memories: list[Memory] = [
-        step_memory(model, layout, setting_of(config, gpus, rows, parallelism, training.activation_checkpointing))
+        step_memory(model, shape, setting_of(config, gpus, rows, parallelism, training.activation_checkpointing))
         for parallelism in parallelisms(config)
     ]
     lines = [_line(f"GiB on each of {gpus} {gpu}", *parallelisms(config))]
@@ -185,7 +216,7 @@ def memory_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus:
     fits = ["fits" if memory.peak <= limit * GIB else "too much" for memory in memories]
     lines.append(_line(f"of {limit:.1f} that can be used", *fits))
     lines.append(
-        f"for microbatches of {rows} of {rows_per_gpu(config, gpus)} rows of {layout.slots} slots, "
+        f"for microbatches of {rows} of {rows_per_gpu(config, gpus)} rows of {shape.num_slots} slots, "
         f"training.activation_checkpointing={training.activation_checkpointing}"
     )
     return "\n".join(lines)
@@ -193,7 +224,7 @@ def memory_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus:
 
 def largest_microbatch(
     model: TransfusionMoT,
-    layout: Layout,
+    shape: RowShape,
     config: RunConfig,
     gpus: int,
     gpu: str,
@@ -204,35 +235,33 @@ def largest_microbatch(
     limit = USABLE * GPU_MEMORY[gpu] * GIB
     own = rows_per_gpu(config, gpus)
     for rows in (count for count in range(own, 0, -1) if own % count == 0):
-        if step_memory(model, layout, setting_of(config, gpus, rows, parallelism, checkpointing)).peak <= limit:
+        if step_memory(model, shape, setting_of(config, gpus, rows, parallelism, checkpointing)).peak <= limit:
             return rows
     return 0
 
 
-def microbatch_table(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str) -> str:
+def microbatch_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str) -> str:
     """The largest `training.microbatch_rows` that fits, for each kind of parallelism and checkpointing."""
     lines = [_line(f"largest microbatch_rows on {gpu}", *parallelisms(config))]
     for checkpointing in get_args(Checkpointing):
         found = [
-            largest_microbatch(model, layout, config, gpus, gpu, parallelism, checkpointing) or "none"
+            largest_microbatch(model, shape, config, gpus, gpu, parallelism, checkpointing) or "none"
             for parallelism in parallelisms(config)
         ]
         lines.append(_line(f"checkpointing {checkpointing}", *found))
     return "\n".join(lines)
 
 
-def time_line(model: TransfusionMoT, layout: Layout, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
+def time_line(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     """FLOPs of a token and the length of the run."""
-    latents = torch.Size([layout.images, *layout.latent_shape])
-    of_weights = weight_flops_per_row(model, config.model, layout.text_slots, latents)
-    of_row = of_weights + layout.causal_pairs * flops_per_pair(config.model)
+    of_row = weight_flops_per_row(model, shape) + shape.causal_pairs * flops_per_pair(config.model)
     of_step = of_row * config.training.num_rows
     peak = PEAK_FLOPS[next(name for name in PEAK_FLOPS if gpu.startswith(name))]
     seconds = of_step / (gpus * peak * mfu)
-    tokens = config.training.num_rows * layout.slots
+    tokens = config.training.num_rows * shape.num_slots
     steps, days = config.training.num_steps, config.training.num_steps * seconds / 86400
     return (
-        f"{of_row / layout.slots / 1e9:.3g} GFLOP a token (mean over text and patches, forward and backward), "
+        f"{of_row / shape.num_slots / 1e9:.3g} GFLOP a token (mean over tokens and patches, forward and backward), "
         f"{of_step / 1e15:.3g} PFLOP a step of {tokens / 1e6:.3g}M tokens\n"
         f"{seconds:.3g} s a step and {days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens) on {gpus} "
         f"{gpu} at an MFU of {mfu:g}"

@@ -107,6 +107,4 @@ def train_step(
     grad_norm, tower_grad_norms = grad_norms(optimizer)
     clipped_step(optimizer, grad_norm, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        {name: torch.cat(parts) for name, parts in losses.items()}, counts, grad_norm, tower_grad_norms
-    )
+    return StepResult({name: torch.cat(parts) for name, parts in losses.items()}, counts, grad_norm, tower_grad_norms)

@@ -10,16 +10,17 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.positions import PositionCounter
-from transfusion_mot.training.step import compute_losses
+from transfusion_mot.training.step import loss_terms
 
 # Documents that are packed together.
 _GROUP = 256
@@ -31,18 +32,14 @@ class TextReader:
 
     Attributes:
         tokenizer: Of the model.
-        diffusion: Of the model.
         rope: Kind of rotary positions.
         text_slots: Of a row; a longer text is cut, and its rest read on without what is before the cut.
-        image_shape: [C, Y, X] latents of one patch, of which a row has an empty one.
         rows_at_once: Rows of one forward.
     """
 
     tokenizer: TextTokenizer
-    diffusion: Diffusion
     rope: Literal["1d", "3d"]
     text_slots: int
-    image_shape: tuple[int, int, int]
     rows_at_once: int
 
 
@@ -58,20 +55,27 @@ class _Window:
 def text_losses(
     model: nn.Module,
     texts: Sequence[str],
-    ends_in: Literal["text", "image"],
+    ends_in: str,
     reader: TextReader,
     processes: PartialState | None = None,
 ) -> list[Metric]:
     """Mean loss and perplexity of the tokens of texts, and bits per byte of UTF-8; called by all processes.
 
-    Loss and perplexity include the token behind a text, as in training: end of text, or begin of image behind a
-    caption. Bits per byte leave it out.
+    Loss and perplexity include the token behind a text, as in training: end of text, or the begin token of the media
+    that a caption stands before. Bits per byte leave it out.
+
+    Args:
+        model: With all its weights on the device.
+        texts: To read.
+        ends_in: Modality of what stands behind each: `text` is nothing.
+        reader: Of the model.
+        processes: Which share the texts.
 
     Raises:
         UserError: The texts have no byte.
     """
     tokenizer = reader.tokenizer
-    end = tokenizer.eos_id if ends_in == "text" else tokenizer.boi_id
+    end = tokenizer.eos_id if ends_in == TEXT else tokenizer.begin_ids[ends_in]
     sizes = np.array([len(text.encode()) for text in texts])
     if not sizes.sum():
         raise UserError(f"{len(texts)} held-out texts have nothing in them; bits per byte need some text")
@@ -109,7 +113,7 @@ def _document_losses(model: nn.Module, documents: list[list[int]], reader: TextR
     rows = _packed(documents, reader.text_slots)
     for start in range(0, len(rows), reader.rows_at_once):
         part = rows[start : start + reader.rows_at_once]
-        losses = compute_losses(model, _batch(part, reader).to(device), reader.diffusion).text.double()
+        losses = loss_terms(model, _batch(part, reader).to(device))[TEXT].losses.double()
         for row, windows in enumerate(part):
             place = 0
             for window in windows:
@@ -138,27 +142,23 @@ def _packed(documents: list[list[int]], slots: int) -> list[list[_Window]]:
 
 
 def _batch(rows: list[list[_Window]], reader: TextReader) -> Batch:
-    count, slots = len(rows), reader.text_slots
-    text_ids = torch.full((count, slots), reader.tokenizer.pad_id)
-    text_labels = torch.full((count, slots), IGNORE_INDEX)
-    # Behind the text slots stands the patch of the empty image.
-    document_ids = torch.full((count, slots + 1), -1)
-    order = torch.zeros(count, slots + 1, dtype=torch.long)
-    rope_positions = torch.zeros((count, slots + 1) if reader.rope == "1d" else (count, slots + 1, 3), dtype=torch.long)
+    """Rows of text alone: other modalities have no slots."""
+    shape = len(rows), reader.text_slots
+    ids = torch.full(shape, reader.tokenizer.pad_id)
+    labels = torch.full(shape, IGNORE_INDEX)
+    nothing = torch.full(shape, -1)
+    document_ids = nothing.clone()
+    order = torch.zeros(shape, dtype=torch.long)
+    rope_positions = torch.zeros(shape if reader.rope == "1d" else (*shape, 3), dtype=torch.long)
     for row, windows in enumerate(rows):
         place = 0
         for number, window in enumerate(windows):
             where = row, slice(place, place + len(window.inputs))
-            text_ids[where] = torch.tensor(window.inputs)
-            text_labels[where] = torch.tensor(window.labels)
+            ids[where] = torch.tensor(window.inputs)
+            labels[where] = torch.tensor(window.labels)
             document_ids[where] = number
             order[where], rope_positions[where] = map(
                 torch.from_numpy, PositionCounter(reader.rope).text(len(window.inputs))
             )
             place += len(window.inputs)
-    latents = torch.zeros(count, 1, *reader.image_shape)
-    nothing = torch.full_like(document_ids, -1)
-    timesteps = torch.zeros(count, 1)
-    return Batch(
-        text_ids, text_labels, latents, latents, timesteps, document_ids, order, nothing, rope_positions, nothing
-    )
+    return Batch({TEXT: TokenInput(ids, labels)}, Slots(document_ids, order, nothing, rope_positions, nothing))

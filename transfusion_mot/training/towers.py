@@ -16,9 +16,9 @@ def tower_of(name: str, config: ModelConfig) -> str:
 
     What towers share belongs to `shared`.
     """
-    if ".owned." in name:
-        return name.split(".owned.")[1].split(".")[0]
-    return config.modalities[name.removeprefix("modalities.").split(".")[0]].tower
+    if name.startswith("modalities."):
+        return config.modalities[name.split(".")[1]].tower
+    return name.split(".owned.")[1].split(".")[0]
 
 
 def check_towers(config: RunConfig) -> None:
