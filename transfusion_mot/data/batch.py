@@ -95,7 +95,7 @@ class Batch:
 
     def counts(self) -> Tensor:
         """[modalities] float64: labelled tokens, or elements with a diffusion loss, of each modality."""
-        return torch.stack([given.count() for given in self.inputs.values()])
+        return torch.stack([given.loss_count() for given in self.inputs.values()])
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:

@@ -25,7 +25,7 @@ class TokenInput(NamedTuple):
     ids: Tensor
     labels: Tensor | None = None
 
-    def count(self) -> Tensor:
+    def loss_count(self) -> Tensor:
         """[] float64, slots with a loss."""
         assert self.labels is not None
         return (self.labels != IGNORE_INDEX).sum().double()
@@ -54,7 +54,7 @@ class LatentInput(NamedTuple):
     mask: Tensor | None = None
     copies: Tensor | None = None
 
-    def count(self) -> Tensor:
+    def loss_count(self) -> Tensor:
         """[] float64, elements with a loss."""
         assert self.mask is not None
         return (self.mask.sum() * self.latents[0, 0].numel()).double()

@@ -16,7 +16,6 @@ from transfusion_mot.losses import diffusion_losses, next_token_loss
 from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 
-
 # Of a module: drawn like the matrices of the blocks, or zero; the others as torch and diffusers have it. See
 # `TransfusionMoT.initialise`.
 InitialValues = Literal["normal", "zero"]
@@ -43,7 +42,7 @@ class TokenModality(nn.Module):
         hidden_size: Width D of its tower.
     """
 
-    initial_values: Mapping[str, InitialValues] = {"embedding": "normal", "head": "normal"}  # noqa: RUF012
+    initial_values: Mapping[str, InitialValues] = {"embedding": "normal", "head": "normal"}
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()

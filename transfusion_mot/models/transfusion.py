@@ -154,7 +154,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             UserError: See `attention_kernel`.
         """
         is_autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.modality(TEXT).embedding.weight.dtype
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else next(self.modality(TEXT).parameters()).dtype
         head_dim, on_hopper = self.architecture.head_dim, runs_on_hopper(device)
         return attention_kernel(self.attention, device.type, num_slots, head_dim, dtype, on_hopper)
 

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -34,8 +34,8 @@ GPU_MEMORY = {
 }
 # The rest holds the CUDA context, buffers of the collectives, and what the allocator cannot use.
 USABLE = 0.92
-# Where a codec cannot be read, those of the papers: latents of eight channels and an eighth of the pixels, or Chameleon's
-# codes.
+# Where a codec cannot be read, those of the papers: latents of eight channels and an eighth of the pixels, or the
+# codes of Chameleon.
 _CHANNELS, _DOWNSAMPLING = 8, 8
 _CODEBOOK = 8192
 _ROWS = {
@@ -140,7 +140,7 @@ def _codebook_size(path: str) -> int | None:
     try:
         # Of diffusers, but any config.json will do.
         config = ModelMixin.load_config(path, local_files_only=True)
-        model_class = CLASSES[config["_class_name"] if "_class_name" in config else config["architectures"][0]]
+        model_class: Any = CLASSES[config["_class_name"] if "_class_name" in config else config["architectures"][0]]
         with torch.device("meta"):
             if issubclass(model_class, ModelMixin):
                 return ImageCodes(model_class.from_config(config)).codebook_size
