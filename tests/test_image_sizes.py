@@ -121,7 +121,7 @@ def test_pictures_are_read_as_training_reads_them(fit, tmp_path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     buckets = [list(size) for size in SIZES]
     data = DataConfig(buckets=buckets, image_fit=fit, held_out_fraction=0.0, cache_dir=str(tmp_path / "cache"))
-    trained = open_source(SourceConfig("imagefolder", path=path=str(folder)), data, "train")
+    trained = open_source(SourceConfig("imagefolder", path=str(folder)), data, "train")
     sizes = ImageSizes(4, data.image_sizes, fit)
     assert len(set(trained.buckets.tolist())) == 3
     for index in range(len(trained)):
