@@ -190,7 +190,9 @@ def inline_svg(figure: Figure) -> str:
     # As wide as its place on the page.
     opening, rest = svg.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", f"{opening}>{rest}")
+    # Matplotlib before 3.10 writes size and family as one property.
+    svg = re.sub(r"font: (\d+px) [^;\"]*", r"font-size: \1; font-family: inherit", f"{opening}>{rest}")
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     return svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)").replace(_EDGE, "var(--line)")
 
 
