@@ -3,18 +3,20 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import DENSE, VOCAB_SIZE, make_rows, tiny_config, tiny_model
+from conftest import DENSE, SIZES, VOCAB_SIZE, Segment, make_rows, tiny_config, tiny_model
 from torch import Tensor
 
 from transfusion_mot import losses
+from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses, text_loss_sum
-from transfusion_mot.schedulers import make_scheduler
-from transfusion_mot.training.step import compute_losses, loss_counts, train_step
+from transfusion_mot.losses import IGNORE_INDEX, diffusion_losses, next_token_loss
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, TokenInput
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.step import loss_terms, train_step
 
 # Rows that differ in everything: labels, images, padding.
 SPEC = [
@@ -29,20 +31,39 @@ SPEC = [
 ]
 
 
-def make_batch(dtype: torch.dtype = torch.float64) -> Batch:
-    rows = make_rows(SPEC, 12, 2, (2, 2), dtype=dtype)
-    inputs = rows.inputs
-    labels = torch.full_like(inputs["text_ids"], IGNORE_INDEX)
-    for tokens in rows.documents:
-        for token, following in itertools.pairwise(tokens):
-            if token.image is None and following.image is None:
-                labels[token.row, token.slot] = inputs["text_ids"][token.row, following.slot]
-    latents = inputs.pop("noisy_latents")
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
-    inputs["timesteps"] = torch.rand(8, 2, generator=torch.Generator().manual_seed(6), dtype=dtype)
+def make_batch(
+    spec: Sequence[Sequence[Sequence[Segment]]] = SPEC,
+    counts: dict[str, int] | None = None,
+    config: ModelConfig | None = None,
+    *,
+    sizes: dict[str, int] = SIZES,
+    dtype: torch.dtype = torch.float64,
+) -> Batch:
+    """Rows to train on, see `make_rows`. A token's label is the token behind it; behind the last code stands `end`."""
+    config = config or tiny_config()
+    rows = make_rows(spec, counts or {"text": 12, "image": 2}, config, sizes=sizes, dtype=dtype)
+    inputs: dict[str, ModalityInput] = {}
+    for name, given in rows.inputs.items():
+        if isinstance(given, TokenInput):
+            labels = torch.full_like(given.ids, IGNORE_INDEX)
+            for token, following in (pair for tokens in rows.documents for pair in itertools.pairwise([*tokens, None])):
+                if token.modality != name:
+                    continue
+                if following is not None and following.modality == name:
+                    labels[token.row, token.place] = given.ids[token.row, following.place]
+                elif name != "text":
+                    labels[token.row, token.place] = sizes[name] - 1
+            inputs[name] = TokenInput(given.ids, labels)
+        else:
+            generator = torch.Generator().manual_seed(5 + len(inputs))
+            mask = torch.zeros(given.timesteps.shape, dtype=torch.bool)
+            for token in (token for tokens in rows.documents for token in tokens if token.modality == name):
+                mask[token.row, token.item] = True
+            noise = torch.randn(given.latents.shape, generator=generator, dtype=dtype)
+            timesteps = torch.rand(given.timesteps.shape, generator=generator, dtype=dtype)
+            inputs[name] = LatentInput(given.latents, timesteps, noise, mask)
     # Every document is of the source of its number in the row.
-    source_ids = inputs["document_ids"].to(torch.int16)
-    return Batch(text_labels=labels, latents=latents, noise=noise, source_ids=source_ids, **inputs)
+    return Batch(inputs, rows.slots._replace(source_ids=rows.slots.document_ids.to(torch.int16)))
 
 
 LABELS = torch.tensor([[1, 2, IGNORE_INDEX, 6, 0], [IGNORE_INDEX] * 5, [3, 3, 3, IGNORE_INDEX, 5]])
@@ -53,7 +74,7 @@ def drawn_hidden_and_weight(dtype: torch.dtype = torch.float64) -> list[torch.Te
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((3, 5, 4), (7, 4))]
 
 
-def test_text_loss_is_the_sum_over_labelled_tokens() -> None:
+def test_next_token_loss_is_the_sum_over_labelled_tokens() -> None:
     hidden, weight = drawn_hidden_and_weight()
     expected = 0.0
     for row in range(3):
@@ -61,13 +82,13 @@ def test_text_loss_is_the_sum_over_labelled_tokens() -> None:
             if LABELS[row, slot] != IGNORE_INDEX:
                 values = [math.exp(float(hidden[row, slot] @ vector)) for vector in weight]
                 expected -= math.log(values[int(LABELS[row, slot])] / sum(values))
-    assert text_loss_sum(hidden, weight, LABELS)[0].item() == pytest.approx(expected, rel=1e-9)
-    assert text_loss_sum(hidden.bfloat16(), weight, LABELS)[0].dtype == torch.float32
-    assert text_loss_sum(hidden, weight, torch.full_like(LABELS, IGNORE_INDEX))[0] == 0
+    assert next_token_loss(hidden, weight, LABELS)[0].item() == pytest.approx(expected, rel=1e-9)
+    assert next_token_loss(hidden.bfloat16(), weight, LABELS)[0].dtype == torch.float32
+    assert next_token_loss(hidden, weight, torch.full_like(LABELS, IGNORE_INDEX))[0] == 0
 
 
 @pytest.mark.parametrize("logits_at_once", [2**28, 30, 7, 1])
-def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
+def test_next_token_loss_in_chunks_has_the_gradients_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, logits_at_once: int
 ) -> None:
     """Also where the labels of a whole chunk are missing, and with a factor before the loss."""
@@ -76,7 +97,7 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
     expected = torch.nn.functional.cross_entropy(
         (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    loss, terms = text_loss_sum(hidden, weight, LABELS)
+    loss, terms = next_token_loss(hidden, weight, LABELS)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     expected_terms = torch.nn.functional.cross_entropy(
         (hidden @ weight.T).flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -84,7 +105,7 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
     torch.testing.assert_close(terms, expected_terms.detach(), rtol=1e-12, atol=0)
     assert not terms.requires_grad
     with torch.no_grad():
-        for one, two in zip(text_loss_sum(hidden, weight, LABELS), (expected, expected_terms), strict=True):
+        for one, two in zip(next_token_loss(hidden, weight, LABELS), (expected, expected_terms), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
     for one, two in zip(
         torch.autograd.grad(0.3 * loss, (hidden, weight)),
@@ -94,11 +115,11 @@ def test_text_loss_in_chunks_has_the_gradients_of_cross_entropy(
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
-def test_text_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32() -> None:
+def test_next_token_loss_of_narrow_hidden_states_sums_the_weight_gradient_in_float32() -> None:
     hidden, weight = drawn_hidden_and_weight(torch.float32)
     weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(text_loss_sum(hidden.bfloat16(), weight, LABELS)[0], weight)
-    (exact,) = torch.autograd.grad(text_loss_sum(hidden, weight, LABELS)[0], weight)
+    (gradient,) = torch.autograd.grad(next_token_loss(hidden.bfloat16(), weight, LABELS)[0], weight)
+    (exact,) = torch.autograd.grad(next_token_loss(hidden, weight, LABELS)[0], weight)
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.05)
 
@@ -113,7 +134,7 @@ def test_gradient_of_a_bfloat16_head_is_summed_in_float32_over_chunks(monkeypatc
     def gradient(chunks: int, dtype: torch.dtype) -> torch.Tensor:
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", slots // chunks * vocab_size)
         leaf = weight.to(dtype).requires_grad_()
-        loss, _ = text_loss_sum(hidden[None].to(dtype), leaf, labels)
+        loss, _ = next_token_loss(hidden[None].to(dtype), leaf, labels)
         (found,) = torch.autograd.grad(0.3 * loss, leaf)
         assert found.dtype == dtype
         return found.double()
@@ -131,7 +152,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.Monk
     logits = (hidden @ weight.T).flatten(0, 1)[LABELS.flatten() != IGNORE_INDEX]
     plain = torch.nn.functional.cross_entropy(logits, LABELS[LABELS != IGNORE_INDEX], reduction="sum")
     expected = plain + 0.07 * (logits.exp().sum(dim=-1).log() ** 2).sum()
-    loss, _ = text_loss_sum(hidden, weight, LABELS, z_loss_weight=0.07)
+    loss, _ = next_token_loss(hidden, weight, LABELS, z_loss_weight=0.07)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for one, two in zip(
         torch.autograd.grad(0.3 * loss, (hidden, weight)),
@@ -143,9 +164,9 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.Monk
 
 def test_frozen_head_gets_no_gradient_and_passes_one_on() -> None:
     hidden, weight = drawn_hidden_and_weight()
-    with_both, _ = text_loss_sum(hidden.requires_grad_(), weight.requires_grad_(), LABELS)
+    with_both, _ = next_token_loss(hidden.requires_grad_(), weight.requires_grad_(), LABELS)
     (expected,) = torch.autograd.grad(with_both, hidden)
-    loss, _ = text_loss_sum(hidden, weight.detach(), LABELS)
+    loss, _ = next_token_loss(hidden, weight.detach(), LABELS)
     assert [s.shape for s in loss.grad_fn.saved_tensors if s is not None] == [(15, 4)], "no [V, D] is kept"
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected, rtol=0, atol=0)
 
@@ -182,21 +203,30 @@ def test_counts_are_labelled_tokens_and_elements_of_real_images() -> None:
     batch = make_batch()
     # By hand from SPEC: a run of n tokens has n - 1 labels; 8 images of 3 x 4 x 4.
     labels = (2 + 1) + (1 + 3) + (1 + 1) + 11 + 0 + 0 + 8 + 0 + (4 + 0) + 2
-    assert loss_counts(batch).tolist() == [labels, 8 * 48]
+    assert batch.counts().tolist() == [labels, 8 * 48]
 
 
 def stepped(
-    model: torch.nn.Module, batch: Batch, accelerator, microbatch_rows: int, max_grad_norm: float = 1e9
+    model: TransfusionMoT, batch: Batch, accelerator, microbatch_rows: int, max_grad_norm: float = 1e9
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """One step of plain gradient descent with rate one => (losses, gradients, gradient norm)."""
     model = copy.deepcopy(model)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "tower": "all"}], lr=1.0, fused=True)
-    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
-    result = train_step(model, batch, diffusion, optimizer, accelerator, microbatch_rows, 5.0, max_grad_norm)
+    weights = {name: modality.loss_weight for name, modality in model.architecture.modalities.items()}
+    result = train_step(
+        model,
+        batch,
+        optimizer,
+        accelerator,
+        loss_weights=weights,
+        microbatch_rows=microbatch_rows,
+        max_grad_norm=max_grad_norm,
+    )
     gradients = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
     assert all(p.grad is None for p in model.parameters())
-    return result.loss_sums / result.counts, gradients, result.grad_norm
+    sums = torch.stack([losses.sum() for losses in result.losses.values()])
+    return sums / result.counts, gradients, result.grad_norm
 
 
 @pytest.mark.parametrize("changes", [{}, DENSE], ids=["mot", "dense"])
@@ -215,19 +245,13 @@ def test_gradient_is_that_of_the_two_means(accelerator) -> None:
     """total = mean of cross-entropy over labelled tokens + 5 * mean of squared error over elements of images."""
     model, batch = tiny_model(tiny_config()), make_batch()
     losses, gradients, norm = stepped(model, batch, accelerator, 3)
-    t = batch.timesteps[..., None, None, None]
-    output = model(
-        batch.text_ids,
-        (1 - t) * batch.latents + t * batch.noise,
-        batch.timesteps,
-        batch.document_ids,
-        batch.order,
-        batch.span_ids,
-        batch.rope_positions,
-    )
-    text = torch.nn.functional.cross_entropy(output.logits.reshape(-1, VOCAB_SIZE), batch.text_labels.flatten())
+    given, labels = batch.latents("image"), batch.tokens("text").labels
+    t = given.timesteps[..., None, None, None]
+    noisy = LatentInput((1 - t) * given.latents + t * given.noise, given.timesteps)
+    predictions = model({"text": TokenInput(batch.tokens("text").ids), "image": noisy}, batch.slots).predictions
+    text = torch.nn.functional.cross_entropy(predictions["text"].reshape(-1, VOCAB_SIZE), labels.flatten())
     errors = [
-        (output.prediction[row, image] - (batch.noise - batch.latents)[row, image]) ** 2
+        (predictions["image"][row, image] - (given.noise - given.latents)[row, image]) ** 2
         for row in range(8)
         for image in range(sum(segment == "image" for document in SPEC[row] for segment in document))
     ]
@@ -265,7 +289,6 @@ def test_batch_without_a_modality_or_anything_steps(accelerator, spec_row: int) 
 def test_loss_sums_reach_the_model_by_forward_alone() -> None:
     """A wrapper such as DistributedDataParallel has nothing else."""
     model, batch = tiny_model(tiny_config()), make_batch()
-    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
     seen = []
 
     class Wrapper(torch.nn.Module):
@@ -273,17 +296,18 @@ def test_loss_sums_reach_the_model_by_forward_alone() -> None:
             seen.append(sorted(inputs))
             return model(**inputs)
 
-    for one, two in zip(
-        compute_losses(Wrapper(), batch, diffusion), compute_losses(model, batch, diffusion), strict=True
-    ):
-        assert torch.equal(one, two)
+    expected = loss_terms(model, batch)
+    for name, terms in loss_terms(Wrapper(), batch).items():
+        assert torch.equal(terms.loss, expected[name].loss)
+        assert torch.equal(terms.losses, expected[name].losses)
     assert len(seen) == 1
 
 
 def test_splitting_and_joining_a_batch_loses_nothing() -> None:
     batch = make_batch()
     parts = batch.split(3)
-    assert [len(part.text_ids) for part in parts] == [3, 3, 2]
-    again = Batch.cat(parts)
-    assert all(torch.equal(getattr(again, name), value) for name, value in batch.tensors().items())
-    assert batch.image_mask.sum() == 8
+    assert [part.num_rows for part in parts] == [3, 3, 2]
+    again = Batch.cat(parts).tensors()
+    assert again.keys() == batch.tensors().keys()
+    assert all(torch.equal(again[name], value) for name, value in batch.tensors().items())
+    assert batch.latents("image").mask.sum() == 8
