@@ -20,7 +20,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from transfusion_mot.config import RunConfig
-from transfusion_mot.data.mixture import open_documents, with_latents
+from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.page import write_report
@@ -30,11 +30,11 @@ from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
 from transfusion_mot.evaluation.published import own_row
 from transfusion_mot.evaluation.report import Report, now, used_versions
 from transfusion_mot.evaluation.scoring import load_networks
-from transfusion_mot.evaluation.work import open_work
+from transfusion_mot.evaluation.work import open_work, picture_data
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
-from transfusion_mot.sampling.held_out_losses import diffusion_metrics, text_metrics
+from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics, text_metrics
 from transfusion_mot.sampling.painting import Painter, SamplerSettings, files_hash
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 from transfusion_mot.training.checkpoint import find_snapshot, read_run_config, run_config_file
@@ -51,11 +51,11 @@ def main() -> None:
     pipeline = load_pipeline(snapshot, protocol).to(device)
     networks = load_networks(protocol, device)
     config = run_config(protocol, snapshot)
-    data = config.data if config is not None else None
+    data = picture_data(config.data, pipeline.image_modality) if config is not None else None
     sources = None
-    if config is not None and (protocol.prompts.kind == "held_out" or protocol.loss_documents):
-        documents = open_documents(config.data, "held_out")
-        sources = with_latents(documents, config.data, pipeline.autoencoder, config.autoencoder, accelerator)
+    if config is not None and data is not None and (protocol.prompts.kind == "held_out" or protocol.loss_documents):
+        codecs = codecs_of(pipeline, config, device)
+        sources = with_encoded(open_documents(data, "held_out"), data, codecs, config.codecs, accelerator)
     work = open_work(protocol, sources, data, output)
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
@@ -69,8 +69,11 @@ def main() -> None:
     metrics = benchmark.measure(sampling, captions)
     notes: list[str] = []
     if sources is not None and config is not None and protocol.loss_documents:
-        losses = text_metrics(pipeline, config, sources, processes, protocol.loss_documents)
-        losses += diffusion_metrics(pipeline, config, sources, accelerator, protocol.loss_documents)
+        count = protocol.loss_documents
+        losses = text_metrics(pipeline, config, sources, processes=processes, num_texts=count)
+        losses += diffusion_metrics(
+            pipeline, config, sources, codecs=codecs, accelerator=accelerator, num_images=count
+        )
         notes += [] if losses else ["There are no losses: of the run's data no text and no image is held out."]
         metrics += losses
     sweep = benchmark.sweep(tried)

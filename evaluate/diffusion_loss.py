@@ -12,7 +12,7 @@ import argparse
 
 from accelerate import Accelerator
 
-from transfusion_mot.data.mixture import open_documents, with_latents
+from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.command import (
     add_checkpoint,
@@ -25,7 +25,7 @@ from transfusion_mot.evaluation.command import (
 )
 from transfusion_mot.evaluation.processes import open_processes
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_losses import TIMESTEP_BINS, diffusion_metrics
+from transfusion_mot.sampling.held_out_losses import TIMESTEP_BINS, codecs_of, diffusion_metrics
 from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
 
 
@@ -33,14 +33,24 @@ def main() -> None:
     arguments = parse_arguments()
     snapshot = find_snapshot(arguments.checkpoint)
     config = read_run_config(snapshot, arguments.config, "--config")
+    if not config.model.of_objective("diffusion"):
+        raise UserError("the model has no modality with the objective diffusion, so it has no diffusion loss")
     processes, device = open_processes(arguments.device)
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
     held_out = open_documents(config.data, "held_out")
-    sources = with_latents(held_out, config.data, pipeline.autoencoder, config.autoencoder, accelerator)
+    codecs = codecs_of(pipeline, config, device)
+    sources = with_encoded(held_out, config.data, codecs, config.codecs, accelerator)
     metrics = diffusion_metrics(
-        pipeline, config, sources, accelerator, arguments.num_images, arguments.bins, arguments.batch_size
+        pipeline,
+        config,
+        sources,
+        codecs=codecs,
+        accelerator=accelerator,
+        num_images=arguments.num_images,
+        bins=arguments.bins,
+        batch_size=arguments.batch_size,
     )
     if not metrics:
         raise UserError("no image is held out; raise data.held_out_fraction, or set 'use' of a source, in --config")

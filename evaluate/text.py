@@ -36,10 +36,17 @@ def main() -> None:
     data = config.data
     if arguments.texts is not None:
         data = replace(data, sources=[SourceConfig("text", path=file, use="held_out") for file in arguments.texts])
-    sources = Sources(open_documents(data, "held_out"), [])
+    sources = Sources(open_documents(data, "held_out"), {})
     processes, device = open_processes(arguments.device)
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
-    metrics = text_metrics(pipeline, config, sources, processes, arguments.num_texts, arguments.batch_size)
+    metrics = text_metrics(
+        pipeline,
+        config,
+        sources,
+        processes=processes,
+        num_texts=arguments.num_texts,
+        batch_size=arguments.batch_size,
+    )
     if not metrics:
         raise UserError(
             "no text is held out; set data.held_out_fraction, or 'use' of a source to held_out, in --config, or give "

@@ -37,21 +37,21 @@ def held_out(tmp_path: Path) -> Sources:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     data = DataConfig(image_size=12, held_out_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     source = Source(open_source(SourceConfig("imagefolder", path=str(folder)), data, "train"))
-    return Sources([source, texts_of(["a text"])], [(3, 4, 4)])
+    return Sources([source, texts_of(["a text"])], {"image": [(3, 4, 4)]})
 
 
 def test_pictures_to_caption_are_evenly_spaced_and_have_their_captions(held_out: Sources) -> None:
-    pictures, captions = pictures_of(held_out, 5)
+    pictures, captions = pictures_of(held_out, "image", 5)
     numbers = [int(caption.removeprefix("number ")) for caption in captions]
     assert len(set(numbers)) == 5
     # As training reads them.
     assert all(picture.size == (12, 12) for picture in pictures)
     assert [picture.getpixel((3, 3))[0] for picture in pictures] == [10 * number for number in numbers]
-    assert len(pictures_of(held_out, 50)[0]) == 20
-    assert pictures_of(sources_of(texts_of(["a text"])), 5) == ([], [])
+    assert len(pictures_of(held_out, "image", 50)[0]) == 20
+    assert pictures_of(sources_of(texts_of(["a text"])), "image", 5) == ([], [])
     # Latents without their pictures: there is nothing to show.
     with pytest.raises(NotImplementedError):
-        pictures_of(sources_of(numbered_images(["a"])), 5)
+        pictures_of(sources_of(numbered_images(["a"])), "image", 5)
 
 
 def test_grids_are_the_same_for_the_same_weights_and_stand_in_tensorboard(tmp_path: Path, held_out: Sources) -> None:
@@ -92,14 +92,14 @@ def test_prompts_are_painted_at_all_sizes_in_turn(tmp_path: Path, monkeypatch) -
 
 def card(folder: Path) -> str:
     sources = sources_of(numbered_images(["a"] * 4), texts_of(["b"] * 10, weight=2.0))
-    seen = {"images": 6, "text_tokens": 1234, "sources/images from 0/images": 6, "sources/images from 0/taken": 6}
+    seen = {"image_items": 6, "text_slots": 1234, "sources/images from 0/items": 6, "sources/images from 0/taken": 6}
     lines = [
-        {"step": 3, "text_loss": 2.5, "diffusion_loss": 1.25},
-        {"step": 3, "validation/text_loss": 2.75, "validation/diffusion_loss": 1.5},
+        {"step": 3, "text_loss": 2.5, "image_loss": 1.25},
+        {"step": 3, "validation/text_loss": 2.75, "validation/image_loss": 1.5},
         {"step": 9, "text_loss": 0.1},
     ]
     config = RunConfig(output_dir=str(folder / "my-run"), training=TrainingConfig(sample_prompts=["red"], num_steps=9))
-    return model_card(config, 12_345_678, sources, seen, lines, 3)
+    return model_card(config, parameters=12_345_678, sources=sources, seen=seen, lines=lines, step=3)
 
 
 def test_card_is_one_of_the_hub_and_says_what_was_counted_and_measured(tmp_path: Path) -> None:

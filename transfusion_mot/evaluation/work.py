@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from transfusion_mot.config import DataConfig
+from transfusion_mot.config import TEXT, DataConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
+from transfusion_mot.data.sources.open import has_media
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.features import SavedStatistics, open_reference
 from transfusion_mot.evaluation.images import ImageSource
@@ -65,6 +66,13 @@ class Work:
     own: list[Prompt]
     geneval: list[dict[str, Any]]
     held_out: HeldOut | None
+
+
+def picture_data(data: DataConfig, modality: str) -> DataConfig:
+    """The data of a run without the sources of other modalities than text and pictures."""
+    sources = [source for source in data.sources if not has_media(source) or source.modality == modality]
+    slots = {name: count for name, count in data.slots.items() if name in (TEXT, modality)}
+    return replace(data, sources=sources, slots=slots)
 
 
 def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path) -> Work:

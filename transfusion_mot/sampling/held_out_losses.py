@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
+import torch
 from accelerate import Accelerator, PartialState
 
-from transfusion_mot.config import RunConfig
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
-from transfusion_mot.data.sources.base import CaptionedImages, TextDocuments
+from transfusion_mot.data.sources.base import Documents, Text
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
@@ -24,10 +26,22 @@ TIMESTEP_BINS = 10
 _logger = logging.getLogger(__name__)
 
 
+def codecs_of(pipeline: TransfusionPipeline, config: RunConfig, device: torch.device) -> dict[str, Codec]:
+    """The codec of each modality but text: of pictures that of the pipeline, of others those of its run."""
+    return {
+        name: pipeline.codec
+        if name == pipeline.image_modality
+        else load_codec(config.codecs[name], modality.objective, device)
+        for name, modality in config.model.modalities.items()
+        if name != TEXT
+    }
+
+
 def text_metrics(
     pipeline: TransfusionPipeline,
     config: RunConfig,
     sources: Sources,
+    *,
     processes: PartialState | None = None,
     num_texts: int | None = None,
     batch_size: int = 8,
@@ -45,15 +59,7 @@ def text_metrics(
     Returns:
         No numbers where no text is held out.
     """
-    patch = config.model.patch_size
-    reader = TextReader(
-        pipeline.text_tokenizer,
-        Diffusion.from_config(config.diffusion),
-        config.model.rope,
-        config.data.text_slots,
-        (pipeline.autoencoder.latent_channels, patch, patch),
-        batch_size,
-    )
+    reader = TextReader(pipeline.text_tokenizer, config.model.rope, config.data.slots[TEXT], batch_size)
     metrics: list[Metric] = []
     for name, ends_in, texts in _held_out_texts(sources):
         of_source = text_losses(pipeline.transformer, texts[:num_texts], ends_in, reader, processes)
@@ -61,25 +67,34 @@ def text_metrics(
     return metrics
 
 
-def _held_out_texts(sources: Sources) -> list[tuple[str, Literal["text", "image"], list[str]]]:
-    """(name, what follows a text, texts) of each source: texts, and all captions of images."""
-    found: list[tuple[str, Literal["text", "image"], list[str]]] = []
+def _held_out_texts(sources: Sources) -> list[tuple[str, str, list[str]]]:
+    """(name, modality of what follows a text, texts) of each source: texts, and all captions of media."""
+    found: list[tuple[str, str, list[str]]] = []
     for name, source in zip(sources.names, sources.sources, strict=True):
         documents = source.documents
-        if isinstance(documents, TextDocuments):
-            found.append((name, "text", [documents.text(index) for index in range(len(documents))]))
-        elif isinstance(documents, CaptionedImages):
-            captions = [caption for index in range(len(documents)) for caption in documents.captions(index)]
-            found.append((f"captions of {name}", "image", captions))
+        if TEXT not in documents.modalities:
+            continue
+        media = list(documents.media)
+        if not media:
+            found.append((name, TEXT, _texts(documents)))
+        elif documents.is_paired and len(media) == 1:
+            found.append((f"captions of {name}", media[0], _texts(documents)))
         else:
-            _logger.warning("%s is left out: the texts of interleaved documents depend on their images", name)
+            _logger.warning("%s is left out: its texts depend on the media between them", name)
     return found
+
+
+def _texts(documents: Documents) -> list[str]:
+    items = (item for index in range(len(documents)) for item in documents.document(index))
+    return [text for item in items if isinstance(item, Text) for text in item.choices]
 
 
 def diffusion_metrics(
     pipeline: TransfusionPipeline,
     config: RunConfig,
     sources: Sources,
+    *,
+    codecs: dict[str, Codec],
     accelerator: Accelerator,
     num_images: int | None = None,
     bins: int = TIMESTEP_BINS,
@@ -90,47 +105,63 @@ def diffusion_metrics(
     Args:
         pipeline: The model.
         config: Of its run.
-        sources: Held-out documents, with latents.
+        sources: Held-out documents.
+        codecs: From `codecs_of`.
         accelerator: Its processes share the images.
-        num_images: Held-out images; None is all.
+        num_images: Held-out images of each modality of latents; None is all.
         bins: Number of timesteps.
         batch_size: Rows of a forward.
 
     Returns:
-        For `conditional` and `unconditional` the mean over the timesteps, then each. No numbers where no image is held
-        out.
+        For each modality of latents, and for `conditional` and `unconditional`, the mean over the timesteps, then each.
+        No numbers where no image is held out.
     """
-    available = sources.num_image_documents()
-    if not available:
-        return []
-    training = replace(config.training, num_validation_documents=num_images or available)
+    latents = config.model.of_objective("diffusion")
+    # Attention is compiled for the rows of each bucket.
+    allow_shapes(len(config.data.image_sizes))
+    encoder = OnlineEncoder(
+        {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
+        {name: config.codecs[name].batch_size for name in latents},
+    )
+    prediction = Diffusion.from_config(config.diffusion).prediction_type
+    timesteps = [(index + 0.5) / bins for index in range(bins)]
     # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
     # image before it, so it needs no clean copy of one, for which the row would have no slot either.
-    data = replace(config.data, images_per_row=1, image_context="noised")
-    config = replace(config, training=training, data=data)
-    # Attention is compiled for the rows of each bucket.
-    allow_shapes(len(data.image_sizes))
-    diffusion = Diffusion.from_config(config.diffusion)
-    encoder = OnlineEncoder(pipeline.autoencoder, config.autoencoder.batch_size)
-    tokenizer = pipeline.text_tokenizer
-    timesteps = [(index + 0.5) / bins for index in range(bins)]
+    slots = config.data.slots | dict.fromkeys(latents, 1)
+    data = replace(config.data, slots=slots, image_context="noised")
     metrics: list[Metric] = []
-    for name, dropout in (("conditional", 0.0), ("unconditional", 1.0)):
-        validation = Validation(sources, tokenizer, config, diffusion, encoder, batch_size, dropout)
-        losses = validation.image_losses(pipeline.transformer, accelerator, timesteps).numpy()
-        protocol = {
-            "images": len(losses),
-            "prediction": diffusion.prediction_type,
-            "unit": "squared error per element",
-            "noise": "fixed",
-        }
-        means = losses.mean(axis=1)
-        over_all = {**protocol, "mean of t": _listed(timesteps)}
-        metrics.append(Metric(f"diffusion loss ({name})", float(means.mean()), over_all, mean_interval(means)))
-        metrics += [
-            Metric(f"diffusion loss ({name}, t = {t:.3g})", float(column.mean()), protocol, mean_interval(column))
-            for t, column in zip(timesteps, losses.T, strict=True)
-        ]
+    for modality in latents:
+        with_it = [source for source in sources.sources if modality in source.documents.modalities]
+        held_out = Sources(with_it, sources.latent_shapes)
+        available = held_out.num_media_documents()
+        if not available:
+            continue
+        training = replace(config.training, num_validation_documents=num_images or available)
+        of_modality = replace(config, training=training, data=data)
+        kind = "diffusion loss" if len(latents) == 1 else f"diffusion loss of {modality}"
+        for name, dropout in (("conditional", 0.0), ("unconditional", 1.0)):
+            validation = Validation(
+                held_out,
+                pipeline.text_tokenizer,
+                of_modality,
+                encoder=encoder,
+                rows_at_once=batch_size,
+                prompt_dropout_prob=dropout,
+            )
+            losses = validation.item_losses(pipeline.transformer, accelerator, modality, timesteps).numpy()
+            protocol = {
+                "images": len(losses),
+                "prediction": prediction,
+                "unit": "squared error per element",
+                "noise": "fixed",
+            }
+            means = losses.mean(axis=1)
+            over_all = {**protocol, "mean of t": _listed(timesteps)}
+            metrics.append(Metric(f"{kind} ({name})", float(means.mean()), over_all, mean_interval(means)))
+            metrics += [
+                Metric(f"{kind} ({name}, t = {t:.3g})", float(column.mean()), protocol, mean_interval(column))
+                for t, column in zip(timesteps, losses.T, strict=True)
+            ]
     return metrics
 
 

@@ -43,7 +43,7 @@ class Previews:
         pipeline.sampling_settings(None, None)
         if prompts:
             pipeline.check_prompts(prompts)
-        self.pictures, self.captions = pictures_of(held_out, _NUM_CAPTIONED)
+        self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
 
     def make(self, step: int, accelerator: Accelerator) -> None:
         """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
@@ -82,9 +82,14 @@ def _shown(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text) or "(nothing)"
 
 
-def pictures_of(sources: Sources, count: int) -> tuple[list[Image.Image], list[str]]:
-    """Evenly spaced captioned images, as the model sees them, and the first caption of each; fewer if some are gone."""
-    documents = [source.documents for source in sources.sources if isinstance(source.documents, CaptionedImages)]
+def pictures_of(sources: Sources, modality: str, count: int) -> tuple[list[Image.Image], list[str]]:
+    """Evenly spaced captioned images of a modality, as the model sees them, and the first caption of each; fewer if
+    some are gone."""
+    documents = [
+        source.documents
+        for source in sources.sources
+        if isinstance(source.documents, CaptionedImages) and modality in source.documents.media
+    ]
     places = [(source, index) for source in documents for index in range(len(source))]
     pictures, captions = [], []
     for place in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int)) if places else []:
