@@ -129,7 +129,7 @@ def test_saved_configuration_comes_back(tmp_path: Path) -> None:
         ("--model.num_layer=3", ("model.num_layer", "model.num_layers")),
         ("model.towers={text: {hidden: 3}}", ("hidden", "model.towers.hidden_size")),
         ("data.sources=[{kind: openmoji, pat: x}]", ("pat", "data.sources.path")),
-        ("model.modalities.image.patch_sise=1", ("model.modalities.image.patch_sise", "patch_size")),
+        ("model.modalities.image.patch_sise=1", ("patch_sise", "model.modalities.patch_size")),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest(argument: str, named: tuple[str, str]) -> None:
