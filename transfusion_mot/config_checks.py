@@ -101,7 +101,8 @@ def check_ranges(config: Any) -> None:
             "data.prompt_dropout_prob is 0, so that the model never sees what guidance leads away from, images without "
             "their prompts; set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0"
         )
-    if (modalities := value("model.modalities")) is not None:
+    # Without text, `check_architecture` says what is missing.
+    if "text" in (modalities := value("model.modalities") or {}):
         _check_modalities(config, modalities)
     if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
@@ -156,6 +157,7 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
     sentence = " ".join(message.replace("Parser key ", "").split())
     sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
+    sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
     if "unrecognized arguments" in sentence:
         unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
