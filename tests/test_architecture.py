@@ -18,6 +18,7 @@ FILES = sorted(
 # From the top to the ground; each may import what stands below it, and its own layer.
 LAYERS = [
     ["train", "sample", "evaluate", "demo"],
+    ["run"],
     ["pipeline", "sampling"],
     ["training"],
     ["evaluation"],

@@ -10,6 +10,8 @@ from transfusion_mot.data.mixture import Sources, counter
 from transfusion_mot.training.metrics import CAPTION_LOSS, TOKEN_UNIT, VALIDATION, Lines, loss_units
 
 _REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-to-image", "image-to-text", "text-generation"]
+
+
 def model_card(
     config: RunConfig, *, parameters: int, sources: Sources, seen: dict[str, int], lines: Lines, step: int
 ) -> str:

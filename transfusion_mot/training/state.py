@@ -165,9 +165,9 @@ def load_progress(folder: Path) -> dict[str, Any]:
         raise _unreadable(folder, error) from None
     if "format" not in progress:
         raise UserError(
-            f"{folder} is a training state of version 0.1, which cannot be resumed: finish the run with the version "
-            "that began it, convert its snapshot to sample from it (python -m transfusion_mot.sampling.convert SNAPSHOT "
-            "NEW_FOLDER), or use another output_dir"
+            f"{folder} is a training state of version 0.1, which cannot be resumed: finish the run with that version, "
+            "and convert its snapshot (python -m transfusion_mot.sampling.convert SNAPSHOT NEW_FOLDER); or use another "
+            "output_dir"
         )
     if progress["format"] != _FORMAT:
         raise UserError(
@@ -177,20 +177,24 @@ def load_progress(folder: Path) -> dict[str, Any]:
     return progress
 
 
-def refuse_other_run(progress: dict[str, Any], made_of: dict[str, Any], folder: Path) -> None:
+def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
     """Refuse to resume with another model, codec, tokenizer or number of rows.
+
+    Args:
+        trained_with: What the state says, by name.
+        given: What there is now.
+        folder: The training state.
 
     Raises:
         UserError: Names what differs.
     """
-    made_of = json.loads(json.dumps(made_of))
-    for part, now in made_of.items():
-        if part not in progress["made_of"]:
+    for part, now in json.loads(json.dumps(given)).items():
+        if part not in trained_with:
             raise UserError(
                 f"{folder} does not say with which {part} it was trained, so an older version wrote it; "
                 "go on with that version, or use another output_dir"
             )
-        before = progress["made_of"][part]
+        before = trained_with[part]
         if before != now:
             if isinstance(before, dict) and isinstance(now, dict):
                 differing = [key for key in now | before if before.get(key) != now.get(key)]

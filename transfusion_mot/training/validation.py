@@ -56,9 +56,7 @@ class Validation:
     ) -> None:
         self.encoder = encoder
         self.rows_at_once = rows_at_once
-        data = dataclasses.replace(
-            config.data, prompt_dropout_prob=prompt_dropout_prob, random_flip=False, lookahead=1
-        )
+        data = dataclasses.replace(config.data, prompt_dropout_prob=prompt_dropout_prob, random_flip=False, lookahead=1)
         total = sources.num_media_documents()
         wanted = min(total, config.training.num_validation_documents)
         held_out = {name for source in sources.sources for name in source.documents.modalities}
@@ -83,13 +81,17 @@ class Validation:
                 if not pools:
                     continue
                 available = sum(sources.pools[pool].length for pool in pools)
-                most = most_in_a_row(sources, bucket, config, is_copied=config.data.has_copies and not caption_first_prob)
+                most = most_in_a_row(
+                    sources, bucket, config, is_copied=config.data.has_copies and not caption_first_prob
+                )
                 num_rows = max(1, wanted * available // total // most)
                 result.append((bucket, packer(sources, caption_first_prob, num_rows)))
             return result
 
         # Documents of tokens alone lie in rows of the first bucket, whose media slots stay empty.
-        self.caption_first = packers(sources, 1.0) or [(0, packer(sources, 1.0, token_rows(sources, tokenizer, config)))]
+        self.caption_first = packers(sources, 1.0) or [
+            (0, packer(sources, 1.0, token_rows(sources, tokenizer, config)))
+        ]
         self.media_first = packers(sources.only_paired(), 0.0)
         self.num_rows = sum(packer.num_lanes for _, packer in self.caption_first)
 

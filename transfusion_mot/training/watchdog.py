@@ -26,7 +26,7 @@ class Watchdog:
         minutes: Without progress, after which the late process is named, again and again; 0 watches nothing.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, minutes: float) -> None:
+    def __init__(self, folder: Path, *, rank: int, world_size: int, minutes: float) -> None:
         self.folder = folder
         self.rank = rank
         self.world_size = world_size

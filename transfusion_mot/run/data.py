@@ -1,0 +1,107 @@
+"""What a run reads: codecs, tokenizer, and the sources to train on and to hold out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from accelerate import Accelerator
+
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import TEXT, RunConfig
+from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
+from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from transfusion_mot.training.float8 import check_float8
+from transfusion_mot.training.state import refuse_other_tokenizer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        codecs: Of each modality but text.
+        tokenizer: Of texts.
+        sources: To train on, with their media encoded.
+        held_out: Of the same sources, what is never trained on.
+        encoder: Encodes latents that no cache has.
+    """
+
+    codecs: dict[str, Codec]
+    tokenizer: TextTokenizer
+    sources: Sources
+    held_out: Sources
+    encoder: OnlineEncoder
+
+    @classmethod
+    def open(cls, config: RunConfig, accelerator: Accelerator, state: Path | None) -> Self:
+        """Open everything; called by all processes.
+
+        The main process indexes sources and trains the tokenizer, and the others then find them; all encode media
+        together.
+
+        Args:
+            config: Of the run.
+            accelerator: Of the run.
+            state: Training state that is gone on from.
+
+        Raises:
+            UserError: Something cannot be read, or does not fit the rest.
+        """
+        codecs = {
+            name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
+            for name, codec in config.codecs.items()
+        }
+        check_image_sizes(config.data, codecs, config.model)
+        if config.training.float8:
+            check_float8(config, accelerator, codecs)
+        with accelerator.main_process_first():
+            documents = open_documents(config.data, "train")
+            held_out = open_documents(config.data, "held_out")
+            tokenizer = open_tokenizer(config, documents, state=state, is_main_process=accelerator.is_main_process)
+        return cls(
+            codecs,
+            tokenizer,
+            with_encoded(documents, config.data, codecs, config.codecs, accelerator, all_documents=True),
+            with_encoded(held_out, config.data, codecs, config.codecs, accelerator),
+            OnlineEncoder(
+                {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
+                {name: codec.batch_size for name, codec in config.codecs.items()},
+            ),
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of each modality: size of the vocabulary, or channels of the latents."""
+        # Behind the codes stand the start and end of a span.
+        media = {
+            name: codec.latent_channels if codec.kind == "latents" else codec.codebook_size + 2
+            for name, codec in self.codecs.items()
+        }
+        return {TEXT: self.tokenizer.vocab_size, **media}
+
+
+def open_tokenizer(
+    config: RunConfig, documents: list[Source], *, state: Path | None, is_main_process: bool
+) -> TextTokenizer:
+    """The tokenizer of the run that is gone on with, else the configured one, else a newly trained one.
+
+    The main process saves it into the run folder; the others, which come later, find it there.
+    """
+    folder, modalities = Path(config.output_dir) / "tokenizer", config.model.stream_order
+    if not is_main_process:
+        return load_tokenizer(str(folder), modalities)
+    if state is not None:
+        kept = state.parent.parent / "tokenizer"
+        tokenizer = load_tokenizer(str(kept), modalities)
+        refuse_other_tokenizer(config.tokenizer, tokenizer, state)
+        if kept.resolve() == folder.resolve():
+            return tokenizer
+    elif config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path, modalities)
+    else:
+        tokenizer = train_tokenizer(training_texts(documents), config.tokenizer.vocab_size, modalities)
+    tokenizer.save(folder)
+    return tokenizer

@@ -1,0 +1,62 @@
+"""What a run saves: a snapshot to use, and a training state to go on from."""
+
+from pathlib import Path
+from typing import Self
+
+from accelerate import Accelerator
+
+from transfusion_mot.config import RunConfig
+from transfusion_mot.run.data import RunData
+from transfusion_mot.run.snapshots import averaged_model, save_snapshot
+from transfusion_mot.run.start import made_of
+from transfusion_mot.run.training import Training
+from transfusion_mot.training.state import StateWriter, state_tensors
+
+
+class RunSaver:
+    """Saves a run; a context, which ends when the last state is on the disk. All processes call each of its methods.
+
+    Args:
+        accelerator: Of the run.
+        config: Of the run.
+        data: Of the run.
+        training: What is saved.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, data: RunData, training: Training) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.data = data
+        self.training = training
+        self.made_of = made_of(config, data)
+        self.writer = StateWriter(Path(config.output_dir), config.training.keep_last, config.training.keep_every)
+
+    def __enter__(self) -> Self:
+        self.writer.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.writer.__exit__(*error)
+
+    def save(self, step: int, *, with_snapshot: bool) -> None:
+        """Save the run after `step` steps; the state is written while training goes on.
+
+        Raises:
+            UserError: The state before could not be written.
+        """
+        model, ema, optimizer, log = (
+            self.training.model,
+            self.training.ema,
+            self.training.optimizer,
+            self.training.log,
+        )
+        self.writer.begin(step)
+        if with_snapshot:
+            # The snapshot first: a state whose snapshot is missing would never get one.
+            averaged = averaged_model(model, ema, is_main_process=self.accelerator.is_main_process)
+            if averaged is not None:
+                save_snapshot(averaged, self.config, self.data, log=log, step=step)
+        lanes = self.accelerator.gather(self.training.loader.states.to(self.accelerator.device)).cpu()
+        tensors = state_tensors(model, ema, optimizer, lanes)
+        progress = {"step": step, "seen": dict(log.seen), "made_of": self.made_of}
+        self.writer.save(step, tensors, progress, log.best[1] if log.best is not None else None)

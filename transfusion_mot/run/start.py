@@ -1,0 +1,122 @@
+"""Where a run begins: with its first step, or behind a training state, which must be of the same run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+
+from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, to_dict
+from transfusion_mot.errors import UserError
+from transfusion_mot.files import check_writable_folder
+from transfusion_mot.models.compilation import allow_shapes
+from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.run.data import RunData
+from transfusion_mot.training.checkpoint import find_state
+from transfusion_mot.training.graph import why_not_recorded
+from transfusion_mot.training.metrics import METRICS_FILE
+from transfusion_mot.training.state import load_progress, refuse_other_run
+from transfusion_mot.training.step import num_shapes
+from transfusion_mot.training.towers import check_towers
+
+
+@dataclass(frozen=True)
+class Start:
+    """Steps that are done when a run begins or goes on.
+
+    Attributes:
+        state: Training state to go on from; None begins a run.
+        step: Steps done.
+        seen: Counters of those steps, over all processes.
+        made_of: What they were trained with, see the function `made_of`.
+    """
+
+    state: Path | None = None
+    step: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+    made_of: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, config: RunConfig) -> Self:
+        """The start that `resume` asks for.
+
+        Raises:
+            UserError: There is no such state, or it cannot be resumed.
+        """
+        state = find_state(Path(config.output_dir), config.resume)
+        if state is None:
+            return cls()
+        progress = load_progress(state)
+        return cls(state, progress["step"], progress["seen"], progress["made_of"])
+
+    @property
+    def run(self) -> Path | None:
+        """Folder of the run that is gone on with."""
+        return None if self.state is None else self.state.parent.parent
+
+    @property
+    def history(self) -> Path | None:
+        """Metrics of the steps done."""
+        return None if self.run is None else self.run / METRICS_FILE
+
+    def check(self, config: RunConfig, data: RunData) -> None:
+        """Refuse to go on with another configuration or data than those of the steps done.
+
+        Raises:
+            UserError: Names what differs.
+        """
+        if self.state is not None:
+            refuse_other_run(self.made_of, made_of(config, data), self.state)
+
+
+def check_run(config: RunConfig, accelerator: Accelerator) -> None:
+    """Make the folders of a run, and refuse settings that need no data to be seen through; called by all processes.
+
+    Raises:
+        UserError: Names what is in the way.
+    """
+    try:
+        for folder in (config.output_dir, config.data.cache_dir):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        check_writable_folder(config.output_dir, "output_dir")
+    except OSError as error:
+        raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
+    check_architecture(config.model)
+    check_towers(config)
+    allow_shapes(num_shapes(config, accelerator.num_processes))
+    reason = why_not_recorded(accelerator.device.type, accelerator.num_processes)
+    if config.training.cuda_graph and reason is not None:
+        accelerator.print(reason)
+
+
+def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """What a run must find again to go on, by name."""
+    return {
+        "model": _settled_model(config.model),
+        **{f"codec of {name}": codec.fingerprint for name, codec in data.codecs.items()},
+        "tokenizer": data.tokenizer.fingerprint,
+        "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
+        "training.num_rows": config.training.num_rows,
+        "training.seed": config.training.seed,
+        "optimizer.name": config.optimizer.name,
+        # By what is in them, not where they lie: a run may move to another machine.
+        "list of data.sources": data.sources.contents(),
+        "data": _settled_data(config.data),
+    }
+
+
+def _settled_data(data: DataConfig) -> dict[str, Any]:
+    """Settings of the data that must not change when a run is resumed. Sources are compared by content."""
+    free = ("sources", "num_workers", "cache_dir", "latents")
+    kept = {key: value for key, value in to_dict(data).items() if key not in free}
+    return kept | {"weights of sources": [source.weight for source in data.sources]}
+
+
+def _settled_model(model: ModelConfig) -> dict[str, Any]:
+    """Settings of the model that must not change when a run is resumed: those that its weights are trained for."""
+    kept = to_dict(model)
+    for tower in kept["towers"].values():
+        del tower["dropout"]
+    for modality in kept["modalities"].values():
+        del modality["loss_weight"]
+    return kept
