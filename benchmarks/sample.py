@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import CHANNELS, surroundings, without_output
 from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import to_dict
+from transfusion_mot.config import TEXT, DiffusionConfig
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
+from transfusion_mot.models.modalities import DiffusionModality, TokenModality
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -41,22 +43,35 @@ IMAGES_FOR_MEMORY = 1000
 
 def make_pipeline(size: Size, image_size: int, device: torch.device) -> TransfusionPipeline:
     """A pipeline of that size with random weights, which never ends a text; in bfloat16 on a GPU."""
-    tokenizer = train_tokenizer(topics.values(), 512)
+    config = size.model(dense=False)
+    tokenizer = train_tokenizer(topics.values(), 512, config.stream_order)
     tokenizer.hf.add_tokens([f"<{number}>" for number in range(tokenizer.vocab_size, size.vocab_size)])
+    (pictures,) = config.of_objective("diffusion")
     with torch.device("meta"):
-        model = TransfusionMoT(size.vocab_size, CHANNELS, to_dict(size.model(dense=False)))
+        model = TransfusionMoT.from_sections({TEXT: size.vocab_size, pictures: CHANNELS}, config, DiffusionConfig())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # On the device: drawing them on the host takes longer than all that is measured.
     model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
-        model.text_head.weight[tokenizer.eos_id] = 0
+        text_of(model).head.weight[tokenizer.eos_id] = 0
     vae = Autoencoder.load(str(AUTOENCODER), device, dtype).vae
     scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", {})
-    pipeline = TransfusionPipeline(model, vae, scheduler, TextTokenizer(tokenizer.hf).hf, image_size)
+    hf = TextTokenizer(tokenizer.hf, config.stream_order).hf
+    pipeline = TransfusionPipeline(model, vae, scheduler, hf, image_size)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def text_of(model: TransfusionMoT) -> TokenModality:
+    """The modality text of a model."""
+    return cast(TokenModality, model.modality(TEXT))
+
+
+def latents_of(pipeline: TransfusionPipeline, model: TransfusionMoT | None = None) -> DiffusionModality:
+    """The modality of the pictures, of the pipeline's model or another one."""
+    return cast(DiffusionModality, (model or pipeline.transformer).modality(pipeline.image_modality))
 
 
 def prompts(pipeline: TransfusionPipeline, count: int) -> list[str]:
@@ -92,28 +107,29 @@ def paint_uncached(pipeline: TransfusionPipeline, texts: list[str], noise: Tenso
     """The same images the plain way: every step forwards whole documents, with their prompts and then without."""
     device = noise.device
     model, tokenizer = pipeline.transformer, pipeline.text_tokenizer
-    side = pipeline.config.image_size // pipeline.autoencoder.downsampling
-    grid = side // model.architecture.patch_size
+    side, _ = pipeline.grid(pipeline.sizes.default)
+    grid = side // latents_of(pipeline).patch_size
 
-    def document(ids: list[int]) -> dict[str, Tensor]:
+    def document(ids: list[int]) -> Slots:
         counter = PositionCounter(model.architecture.rope)
         parts = [counter.text(len(ids)), counter.image(grid, grid)]
         order, rope_positions = (torch.cat([torch.from_numpy(part[i]) for part in parts])[None] for i in (0, 1))
         span_ids = (order >= len(ids)).long() - 1
         named = {"order": order, "span_ids": span_ids, "rope_positions": rope_positions}
         named = {name: ids.expand(len(texts), *ids.shape[1:]).to(device) for name, ids in named.items()}
-        return {**named, "document_ids": torch.zeros_like(named["order"])}
+        nothing = torch.full_like(named["order"], -1)
+        return Slots(document_ids=torch.zeros_like(nothing), source_ids=nothing, **named)
 
-    bos, boi = tokenizer.bos_id, tokenizer.boi_id
+    bos, boi = tokenizer.bos_id, tokenizer.begin_ids[pipeline.image_modality]
     whole = torch.tensor([[bos, *tokenizer.encode(text), boi] for text in texts], device=device)
     nothing = torch.tensor([[bos, boi]] * len(texts), device=device)
     layouts = [document(ids[0].tolist()) for ids in (whole, nothing)]
 
     def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
         times = timestep.to(device).expand(len(noisy), 1)
-        images = noisy[:, None].to(model.dtype)
+        name, images = pipeline.image_modality, LatentInput(noisy[:, None].to(model.dtype), times)
         conditional, unconditional = (
-            model(ids, images, times, **layout).prediction[:, 0].to(noisy.dtype)
+            model({TEXT: TokenInput(ids), name: images}, layout).predictions[name][:, 0].to(noisy.dtype)
             for ids, layout in zip((whole, nothing), layouts, strict=True)
         )
         return unconditional + SCALE * (conditional - unconditional)
@@ -179,18 +195,19 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def painting_flops(pipeline: TransfusionPipeline, rows: int, steps: int) -> float:
     """FLOPs of painting `rows` images with guidance, each with a prompt of 64 tokens."""
-    model, config = pipeline.transformer, pipeline.transformer.architecture
-    side = pipeline.config.image_size // pipeline.autoencoder.downsampling
-    patches = (side // config.patch_size) ** 2
+    config = pipeline.transformer.architecture
+    side, _ = pipeline.grid(pipeline.sizes.default)
+    patches = (side // latents_of(pipeline).patch_size) ** 2
     with torch.device("meta"):
-        bare = TransfusionMoT(model.config["vocab_size"], CHANNELS, to_dict(config))
-    text, image = (active_parameters(bare, config, modality) for modality in ("text", "image"))
+        bare = TransfusionMoT.from_config(dict(pipeline.transformer.config))
+    text, image = (active_parameters(bare, config, modality) for modality in (TEXT, pipeline.image_modality))
     # The head gives the logits of one slot.
-    text -= bare.text_head.weight.numel()
+    text -= text_of(bare).head.weight.numel()
     prefixes = (PROMPT_TOKENS + 2, 2)
     pairs = sum(patches * (prefix + patches) for prefix in prefixes)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    step = 2 * 2 * image * patches + attention + adapter_flops(bare, torch.Size((2, CHANNELS, side, side)))
+    adapter = adapter_flops(latents_of(pipeline, bare), torch.Size((2, CHANNELS, side, side)))
+    step = 2 * 2 * image * patches + attention + adapter
     return rows * (steps * step + 2 * text * sum(prefixes))
 
 
@@ -208,7 +225,7 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     steps, tokens, repeats = (2, 4, 1) if quick else (STEPS, 256, 3)
     ceiling, bandwidth = product_ceiling(device, size.hidden_size), copy_bandwidth(device)
     yield {"line": "ceilings", "product_tflops": ceiling / 1e12, "copy_gb_per_s": bandwidth / 1e9}
-    weights = active_parameters(model, model.architecture, "text") * model.text_head.weight.element_size()
+    weights = active_parameters(model, model.architecture, TEXT) * text_of(model).head.weight.element_size()
 
     def paint(rows: int, how: str) -> dict[str, Any]:
         texts = prompts(pipeline, rows)
@@ -240,8 +257,7 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     workspace.records = True
     model.attention = "sdpa"
     texts = prompts(pipeline, few)
-    side = image_size // pipeline.autoencoder.downsampling
-    noise = torch.randn(few, CHANNELS, side, side, device=device)
+    noise = torch.randn(few, *pipeline.latent_shape(pipeline.sizes.default), device=device)
     taken = seconds(lambda: paint_uncached(pipeline, texts, noise, steps), device, repeats)
     uncached = {"rows": few, "seconds": taken, "ms_per_image": 1000 * taken / few}
     yield {"line": "painting", "how": "whole documents, two passes", **uncached}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transfusion_pytorch import Transfusion
 
-from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import LatentCodec
+from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.data.images import to_pil, to_pixels
-from transfusion_mot.data.mixture import open_documents, with_latents
+from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -59,16 +61,18 @@ class Captioned:
     captions: list[list[Tensor]]
 
 
-def read_run(config: RunConfig, autoencoder: Autoencoder, tokenizer: TextTokenizer, device: torch.device) -> Captioned:
+def read_run(config: RunConfig, codec: LatentCodec, tokenizer: TextTokenizer, device: torch.device) -> Captioned:
     """All captioned training images of a run."""
-    sources = with_latents(open_documents(config.data, "train"), config.data, autoencoder, config.autoencoder)
+    (modality,) = config.codecs
+    sources = with_encoded(open_documents(config.data, "train"), config.data, {modality: codec}, config.codecs)
     means, stds, captions = [], [], []
     for source in sources.sources:
         if not isinstance(source.documents, CaptionedImages):
             continue
-        assert source.latents is not None
-        for index in np.flatnonzero(source.latents.readable):
-            mean, std = source.latents.posterior(int(index))
+        encoded = source.encoded[modality]
+        assert encoded.kind == "latents"
+        for index in np.flatnonzero(encoded.readable):
+            mean, std = encoded.posterior(int(index))
             means.append(mean)
             stds.append(std)
             texts = source.documents.captions(int(index))
@@ -101,7 +105,8 @@ class Peer:
     ) -> None:
         channels, height, width = latent_shape
         self.config = config
-        self.patch = config.model.patch_size
+        (modality,) = config.model.of_objective("diffusion")
+        self.patch = config.model.modalities[modality].patch_size
         self.grid = (height // self.patch, width // self.patch)
         self.elements = self.patch**2 * channels
         self.num_text_tokens = num_text_tokens
@@ -227,9 +232,10 @@ def main(arguments: Sequence[str]) -> None:
     evaluation = find_evaluation(run) if given.evaluation is None else Path(given.evaluation)
     report = read_report(evaluation)
     config = parse_config(RunConfig, ["--config", str(run / "config.yaml")], "")
-    tokenizer = load_tokenizer(str(run / "tokenizer"))
-    autoencoder = Autoencoder.load(config.autoencoder.path, device)
-    data = read_run(config, autoencoder, tokenizer, device)
+    tokenizer = load_tokenizer(str(run / "tokenizer"), config.model.stream_order)
+    (section,) = config.codecs.values()
+    codec = cast(LatentCodec, load_codec(section, "diffusion", device))
+    data = read_run(config, codec, tokenizer, device)
 
     torch.manual_seed(config.training.seed)
     peer = Peer(
@@ -250,7 +256,7 @@ def main(arguments: Sequence[str]) -> None:
         batch = lines[start : start + given.batch_size]
         prompts = [torch.tensor(tokenizer.encode(line["text"]), device=device) for line in batch]
         latents = peer.paint(prompts, given.num_inference_steps, given.guidance_scale)
-        for line, image in zip(batch, to_pil(autoencoder.decode(latents.float())), strict=True):
+        for line, image in zip(batch, to_pil(codec.decode(latents.float())), strict=True):
             image.save(output / "generated" / line["file_name"])
     (output / "generated" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     real = [evaluation / "real" / line["file_name"] for line in lines]
@@ -261,7 +267,7 @@ def main(arguments: Sequence[str]) -> None:
     save_metrics(metrics, str(output / "metrics.json"), named_settings)
     pictures = report.captions[:: given.every]
     captions = write_captions(
-        peer, [evaluation / picture.file for picture in pictures], autoencoder, tokenizer, given.batch_size
+        peer, [evaluation / picture.file for picture in pictures], codec, tokenizer, given.batch_size
     )
     (output / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
     metrics += caption_metrics(captions, [picture.captions for picture in pictures])
@@ -284,7 +290,7 @@ def find_evaluation(run: Path) -> Path:
 def write_captions(
     peer: Peer,
     files: Sequence[Path],
-    autoencoder: Autoencoder,
+    codec: LatentCodec,
     tokenizer: TextTokenizer,
     batch_size: int,
     max_new_tokens: int = 64,
@@ -294,7 +300,7 @@ def write_captions(
     for start in range(0, len(files), batch_size):
         opened = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
         pixels = to_pixels(np.stack([np.asarray(image) for image in opened]))
-        latents, _ = autoencoder.encode(pixels.to(peer.device))
+        latents, _ = codec.encode(pixels.to(peer.device))
         captions += [tokenizer.decode(ids) for ids in peer.caption(latents, max_new_tokens)]
     return captions
 

@@ -71,9 +71,7 @@ def main() -> None:
     if sources is not None and config is not None and protocol.loss_documents:
         count = protocol.loss_documents
         losses = text_metrics(pipeline, config, sources, processes=processes, num_texts=count)
-        losses += diffusion_metrics(
-            pipeline, config, sources, codecs=codecs, accelerator=accelerator, num_images=count
-        )
+        losses += diffusion_metrics(pipeline, config, sources, codecs=codecs, accelerator=accelerator, num_images=count)
         notes += [] if losses else ["There are no losses: of the run's data no text and no image is held out."]
         metrics += losses
     sweep = benchmark.sweep(tried)

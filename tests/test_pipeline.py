@@ -102,7 +102,9 @@ def test_bfloat16_paints_nearly_the_same(pipeline, snapshot):
 
 def first_logits_of_a_caption(pipeline: TransfusionPipeline, picture: Image.Image) -> torch.Tensor:
     seen = []
-    handle = pipeline.transformer.modalities["text"].head.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    handle = pipeline.transformer.modalities["text"].head.register_forward_hook(
+        lambda _module, _inputs, out: seen.append(out)
+    )
     pipeline.caption(picture, max_new_tokens=1)
     handle.remove()
     return seen[0].flatten()

@@ -29,7 +29,9 @@ SIDE = IMAGE_SIZE // 2
 def tiny_vq(codebook: int = CODEBOOK) -> VQModel:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return VQModel(**blocks, block_out_channels=(8, 8), latent_channels=3, num_vq_embeddings=codebook, norm_num_groups=4)
+    return VQModel(
+        **blocks, block_out_channels=(8, 8), latent_channels=3, num_vq_embeddings=codebook, norm_num_groups=4
+    )
 
 
 def codes_pipeline(**replaced: object) -> TransfusionPipeline:
@@ -223,7 +225,7 @@ def test_what_cannot_be_generated_is_named(rich) -> None:
 
 
 def test_which_modality_the_pictures_are_must_be_known(rich) -> None:
-    with pytest.raises(UserError, match="image_modality is None; it must say which modality .*: image, motion, speech"):
+    with pytest.raises(UserError, match=r"image_modality is None; it must say .*: image, motion, speech"):
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE)
     with pytest.raises(UserError, match="image_modality is text"):
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE, image_modality="text")

@@ -27,7 +27,6 @@ PATCHES = 4
 PROMPTS = ["an octopus that holds a red apple", "sun", ""]
 
 
-
 def text_and_image(text: str, picture: str, **fields: object) -> dict[str, object]:
     """The modalities of a model by their towers, and more about its images."""
     return {"modalities": {"text": ModalityConfig(text), "image": ModalityConfig(picture, "diffusion", 5.0, **fields)}}

@@ -151,7 +151,7 @@ def test_mistakes_are_named(old, tmp_path, monkeypatch, arguments, message) -> N
 
 def test_what_cannot_be_converted_is_told(old, tmp_path) -> None:
     main([str(old), str(tmp_path / "new")])
-    with pytest.raises(UserError, match="is not of version 0.1; it can be used as it is"):
+    with pytest.raises(UserError, match=r"is not of version 0\.1; it can be used as it is"):
         main([str(tmp_path / "new"), "--in-place"])
     (old / "transformer" / WEIGHTS).unlink()
     with pytest.raises(UserError, match="has no safetensors file"):

@@ -1,4 +1,4 @@
-"""Sampling where a model has more than text and images: codes with a tower of their own, and a second kind of latents."""
+"""Sampling with more than text and images: codes with a tower of their own, and a second kind of latents."""
 
 import dataclasses
 import itertools
@@ -178,9 +178,7 @@ def test_denoising_behind_any_modality_equals_whole_documents(model, tokenizer, 
 @torch.no_grad()
 def test_writing_codes_behind_any_modality_equals_whole_documents(model, tokenizer, scale, is_ragged) -> None:
     given = documents()
-    contexts = [
-        [begun(tokenizer, segments_of(tokenizer, part), "speech") for part in (items, [])] for items in given
-    ]
+    contexts = [[begun(tokenizer, segments_of(tokenizer, part), "speech") for part in (items, [])] for items in given]
     # What the first would write third is now the end, so that spans end at different times.
     third = greedy_codes(model, contexts[0], scale, 3, is_ragged=False)[-1]
     model = swap_rows_of_the_head(model, third, END, "speech")
@@ -279,7 +277,9 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
         making={"image": Making(2, NUM_SLOTS["image"], denoise), **writes_codes(3, is_ragged=True, count=2)},
         guidance=Guidance(scale),
     ).run()
-    assert [[item.modality if isinstance(item, Media) else TEXT for item in document.added] for document in whole] == kinds
+    assert [
+        [item.modality if isinstance(item, Media) else TEXT for item in document.added] for document in whole
+    ] == kinds
     for document, items in zip(whole, expected, strict=True):
         for item, other in zip(document.added, items, strict=True):
             if isinstance(item, Media) and isinstance(item.content, torch.Tensor):

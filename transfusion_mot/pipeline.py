@@ -373,9 +373,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         whole = Document([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
         denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
         making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p))
-        self._sampler(
-            [whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance
-        ).run()
+        self._sampler([whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance).run()
         added = [
             item if isinstance(item, str) else to_pil(self._decode(self._stacked([item.content], size)))[0]
             for item in whole.added
@@ -448,8 +446,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             patch = modality.patch_size
             if height is None or width is None or height % patch or width % patch:
                 raise UserError(
-                    f"height and width are {height} and {width}; of '{target}' they count latents and must be multiples "
-                    f"of {patch}, a patch's side"
+                    f"height and width are {height} and {width}; of '{target}' they count latents and must be "
+                    f"multiples of {patch}, a patch's side"
                 )
             denoise = self._denoiser((modality.latent_channels, height, width), steps, generators)
             making = {target: Making(1, height * width // patch**2, denoise)}
@@ -476,9 +474,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             **arguments,
         )
 
-    def _picture_making(
-        self, size: Size, most: int, denoise: Denoise | None, decoding: Decoding
-    ) -> dict[str, Making]:
+    def _picture_making(self, size: Size, most: int, denoise: Denoise | None, decoding: Decoding) -> dict[str, Making]:
         """How at most so many pictures of a document are made: by `denoise`, or where it is None by writing codes."""
         if not most:
             return {}

@@ -3,8 +3,8 @@
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
 
 Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
-they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along, with the licences of the data and the numbers of an evaluation if they are
-given.
+they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along,
+with the licences of the data and the numbers of an evaluation if they are given.
 """
 
 import argparse

@@ -135,7 +135,9 @@ class Painter:
 
             def reconstruct(places: list[int], _: Size) -> list[Image.Image]:
                 pixels = to_pixels(np.stack([images[place] for place in places])).to(device)
-                return to_pil(codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels)))
+                return to_pil(
+                    codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
+                )
 
             return by_size([image.shape[:2] for image in images], reconstruct)
 

@@ -48,8 +48,8 @@ class Making(NamedTuple):
     Attributes:
         most: Most of them in a document.
         num_slots: Slots that one takes: patches, or `start` and codes; at most where the model decides.
-        denoise: Of latents: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy latents
-            [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
+        denoise: Of latents: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy
+            latents [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
         decoding: Of codes.
         is_ragged: Of codes: whether the model decides how many there are.
     """
@@ -134,7 +134,7 @@ class Sampler:
     def run(self) -> None:
         """Write and make media; what is added stands in the documents."""
         # The modality that each document goes on with.
-        phases = {row: TEXT if self.target == AUTO else self.target for row in range(len(self.documents))}
+        phases = dict.fromkeys(range(len(self.documents)), TEXT if self.target == AUTO else self.target)
         while phases:
             for name in [TEXT, *self.making]:
                 rows = [row for row, phase in phases.items() if phase == name]

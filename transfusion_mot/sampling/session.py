@@ -73,7 +73,7 @@ class Session:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> None:
-        """Read all that was fed to these rows; tokens of one modality together, and latents of one modality and size."""
+        """Read all that was fed to these rows: tokens of one modality together, latents of one modality and size."""
         while waiting := [row for row in rows if self._fed[row]]:
             groups: dict[tuple[str, torch.Size | None], dict[int, list[int] | Tensor]] = {}
             for row in waiting:
@@ -111,7 +111,7 @@ class Session:
     def denoiser(self, modality: str, rows: list[int], noisy_latents: Tensor) -> Callable[[Tensor, float], Tensor]:
         """The next latents of these rows, as a function: noisy latents [B, C, Y, X], timestep => prediction.
 
-        The prediction is [len(rows), C, Y, X]: for all B latents with the first B rows, then with the next B, and so on.
+        The prediction is [len(rows), C, Y, X]: for all B latents with the first B rows, then with the next B and so on.
 
         Each call forwards the patches alone, and writes them over those of the last call: nothing is read by it.
 
