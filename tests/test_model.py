@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CHANNELS, DENSE, VOCAB_SIZE, Rows, Token, make_rows, randomise, tiny_config, tiny_model
+from conftest import CHANNELS, DENSE, SIZES, VOCAB_SIZE, Rows, Token, make_rows, randomise, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.adapters import LinearAdapter, TimestepEmbedder, UNetAdapter, patchify, unpatchify
+from transfusion_mot.models.adapters import TimestepEmbedder, UNetAdapter, patchify, unpatchify
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm
+from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
 
@@ -23,23 +25,26 @@ SPEC = [
     [[2, "image", 1, "image", 2], [3]],
     [[1, "image"]],
 ]
+COUNTS = {"text": 12, "image": 3}
 
 
 def rows_of(config: ModelConfig, spec=SPEC, seed: int = 0) -> Rows:
-    return make_rows(spec, 12, 3, (2, 3), config.patch_size, config.rope, seed)
+    return make_rows(spec, COUNTS, config, grid=(2, 3), seed=seed)
 
 
 # --- The naive model: one token at a time, in reading order, weights by name. ---
 
 
 class Naive:
+    """Any modalities: tokens, and latents by their adapters."""
+
     def __init__(self, model: TransfusionMoT) -> None:
         self.model = model
         self.config: ModelConfig = model.architecture
         self.weights = dict(model.named_parameters())
 
     def weight(self, layer: int, module: str, component: str, token: Token, name: str) -> Tensor:
-        tower = self.config.modalities["text" if token.image is None else "image"]
+        tower = self.config.modalities[token.modality].tower
         owner = tower if component in self.config.untied else "shared"
         prefix = "final_norm" if module == "final_norm" else f"blocks.{layer}.{module}"
         return self.weights[f"{prefix}.owned.{owner}.{name}"]
@@ -58,35 +63,38 @@ class Naive:
             result[j + half] = a * math.sin(angle) + b * math.cos(angle)
         return result
 
-    def timestep(self, t: float) -> Tensor:
+    def timestep(self, modality: str, t: float) -> Tensor:
         frequencies = [math.exp(-math.log(10000) * i / 128) for i in range(128)]
         sinusoids = [math.cos(1000 * t * f) for f in frequencies] + [math.sin(1000 * t * f) for f in frequencies]
-        one, two = (f"image_adapter.timestep.mlp.linear_{n}" for n in (1, 2))
+        one, two = (f"modalities.{modality}.adapter.timestep.mlp.linear_{n}" for n in (1, 2))
         hidden = self.weights[f"{one}.weight"] @ torch.tensor(sinusoids, dtype=torch.float64)
         hidden = hidden + self.weights[f"{one}.bias"]
         return self.weights[f"{two}.weight"] @ (hidden * hidden.sigmoid()) + self.weights[f"{two}.bias"]
 
-    def document(self, tokens: list[Token], inputs: dict[str, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """=> (logits by text slot, prediction by image)."""
-        hidden, kept = [], {}
-        p = self.config.patch_size
+    def embed(self, token: Token, given: LatentInput) -> Tensor:
+        """Noisy latents => the hidden state of a patch."""
+        latents, t = given.latents[token.row, token.item], given.timesteps[token.row, token.item]
+        modality = self.model.modality(token.modality)
+        if isinstance(modality.adapter, UNetAdapter):
+            return modality.adapter.embed(latents[None], t[None])[0][0, token.patch]
+        p = self.config.modalities[token.modality].patch_size
+        columns = latents.shape[2] // p
+        top, left = token.patch // columns * p, token.patch % columns * p
+        values = [latents[c, top + dy, left + dx] for dy in range(p) for dx in range(p) for c in range(len(latents))]
+        embedded = self.weights[f"modalities.{token.modality}.adapter.input.weight"] @ torch.stack(values)
+        bias = self.weights[f"modalities.{token.modality}.adapter.input.bias"]
+        return embedded + bias + self.timestep(token.modality, float(t))
+
+    def document(self, tokens: list[Token], inputs: dict[str, ModalityInput]) -> dict[tuple[str, int], Tensor]:
+        """=> by modality: logits of each place of tokens, prediction of each item of latents."""
+        hidden = []
         for token in tokens:
-            if token.image is None:
-                hidden.append(self.weights["token_embedding.weight"][inputs["text_ids"][token.row, token.slot]])
-                continue
-            latents = inputs["noisy_latents"][token.row, token.image]
-            t = inputs["timesteps"][token.row, token.image]
-            if isinstance(self.model.image_adapter, LinearAdapter):
-                columns = latents.shape[2] // p
-                top, left = token.patch // columns * p, token.patch % columns * p
-                values = torch.stack(
-                    [latents[c, top + dy, left + dx] for dy in range(p) for dx in range(p) for c in range(CHANNELS)]
-                )
-                embedded = self.weights["image_adapter.input.weight"] @ values
-                hidden.append(embedded + self.weights["image_adapter.input.bias"] + self.timestep(float(t)))
+            given = inputs[token.modality]
+            if isinstance(given, TokenInput):
+                embedding = self.weights[f"modalities.{token.modality}.embedding.weight"]
+                hidden.append(embedding[given.ids[token.row, token.place]])
             else:
-                embedded, kept[token.image] = self.model.image_adapter.embed(latents[None], t[None])
-                hidden.append(embedded[0, token.patch])
+                hidden.append(self.embed(token, given))
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads or self.config.num_heads
         size = self.config.head_dim
         for layer in range(self.config.num_layers):
@@ -109,9 +117,9 @@ class Naive:
                     for j, other in enumerate(tokens)
                     if j <= i
                     or (
-                        self.config.image_attention == "bidirectional"
-                        and token.image is not None
-                        and token.image == other.image
+                        self.config.modalities[token.modality].is_bidirectional
+                        and token.item is not None
+                        and (token.modality, token.item) == (other.modality, other.item)
                     )
                 ]
                 attended = []
@@ -129,29 +137,48 @@ class Naive:
                 down = self.weight(layer, "ffn", "ffn", token, "down.weight")
                 result.append(vector + down @ (gate / (1 + (-gate).exp()) * up))
             hidden = result
-        logits, patches = {}, {}
+        result, patches = {}, {}
         for token, vector in zip(tokens, hidden, strict=True):
             normed = self.norm(vector, self.weight(0, "final_norm", "norm", token, "weight"))
-            if token.image is None:
-                logits[token.slot] = self.weights["text_head.weight"] @ normed
+            if token.item is None:
+                result[token.modality, token.place] = self.weights[f"modalities.{token.modality}.head.weight"] @ normed
             else:
-                patches.setdefault(token.image, []).append(normed)
-        return logits, {image: self.paint(vectors, kept.get(image), inputs) for image, vectors in patches.items()}
+                patches.setdefault((token.modality, token.item), []).append(normed)
+        row = tokens[0].row
+        return result | {key: self.paint(*key, row, vectors, inputs) for key, vectors in patches.items()}
 
-    def paint(self, vectors: list[Tensor], kept, inputs: dict[str, Tensor]) -> Tensor:
-        height, width = inputs["noisy_latents"].shape[-2:]
-        if isinstance(self.model.image_adapter, UNetAdapter):
-            return self.model.image_adapter.predict(torch.stack(vectors)[None], kept, height, width)[0]
-        p = self.config.patch_size
-        painted = torch.zeros(CHANNELS, height, width, dtype=torch.float64)
+    def paint(self, modality: str, item: int, row: int, vectors: list[Tensor], inputs) -> Tensor:
+        """Hidden states of all patches of an item => its prediction."""
+        given, adapter = inputs[modality], self.model.modality(modality).adapter
+        channels, height, width = given.latents.shape[-3:]
+        if isinstance(adapter, UNetAdapter):
+            _, kept = adapter.embed(given.latents[row, item][None], given.timesteps[row, item][None])
+            return adapter.predict(torch.stack(vectors)[None], kept, height, width)[0]
+        p = self.config.modalities[modality].patch_size
+        painted = torch.zeros(channels, height, width, dtype=torch.float64)
         for patch, vector in enumerate(vectors):
-            values = self.weights["image_adapter.output.weight"] @ vector + self.weights["image_adapter.output.bias"]
+            values = self.weights[f"modalities.{modality}.adapter.output.weight"] @ vector
+            values = values + self.weights[f"modalities.{modality}.adapter.output.bias"]
             top, left = patch // (width // p) * p, patch % (width // p) * p
             for dy in range(p):
                 for dx in range(p):
-                    for c in range(CHANNELS):
-                        painted[c, top + dy, left + dx] = values[(dy * p + dx) * CHANNELS + c]
+                    for c in range(channels):
+                        painted[c, top + dy, left + dx] = values[(dy * p + dx) * channels + c]
         return painted
+
+
+@torch.no_grad()
+def compare_with_naive(model: TransfusionMoT, rows: Rows) -> int:
+    """Every prediction of a model with the naive one's => their number."""
+    predictions = model(rows.inputs, rows.slots).predictions
+    compared = 0
+    for tokens in rows.documents:
+        for (modality, place), expected in Naive(model).document(tokens, rows.inputs).items():
+            found = predictions[modality][tokens[0].row, place]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert expected.abs().max() > 0.1, "a prediction of zeros would prove nothing"
+            compared += 1
+    return compared
 
 
 VARIANTS = {
@@ -165,33 +192,18 @@ VARIANTS = {
     "grouped": {"num_heads": 4, "num_kv_heads": 2},
     "no qk norm": {"qk_norm": False},
     "3d": {"rope": "3d"},
-    "causal image": {"image_attention": "causal"},
-    "patch 1": {"patch_size": 1},
+    "causal image": {"image": {"attention": "causal"}},
+    "patch 1": {"image": {"patch_size": 1}},
     "towers of two widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(24, 40)}},
-    "unet": {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1},
-    "unet dense 3d": {**DENSE, "image_adapter": "unet", "unet_channels": [32, 64], "rope": "3d"},
+    "unet": {"image": {"adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1}},
+    "unet dense 3d": {**DENSE, "image": {"adapter": "unet", "unet_channels": [32, 64]}, "rope": "3d"},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
 def test_streams_equal_a_naive_model(variant: str) -> None:
     config = tiny_config(**VARIANTS[variant])
-    model = tiny_model(config)
-    rows = rows_of(config)
-    output = model(**rows.inputs)
-    naive = Naive(model)
-    compared = 0
-    for tokens in rows.documents:
-        logits, predictions = naive.document(tokens, rows.inputs)
-        row = tokens[0].row
-        for slot, expected in logits.items():
-            torch.testing.assert_close(output.logits[row, slot], expected, rtol=1e-5, atol=1e-5)
-        for image, expected in predictions.items():
-            torch.testing.assert_close(output.prediction[row, image], expected, rtol=1e-5, atol=1e-5)
-            assert expected.abs().max() > 0.1, "a prediction of zeros would prove nothing"
-        compared += len(logits) + len(predictions)
-    assert compared == 25
+    assert compare_with_naive(tiny_model(config), rows_of(config)) == 25
 
 
 def tied_copy(mot: TransfusionMoT, dense: TransfusionMoT) -> None:
@@ -207,15 +219,15 @@ def tied_copy(mot: TransfusionMoT, dense: TransfusionMoT) -> None:
 
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_tied_towers_equal_the_dense_model(adapter: str) -> None:
-    changes = {"image_adapter": adapter, "unet_channels": [32, 32], "unet_num_layers": 1}
-    dense, mot = tiny_model(tiny_config(**DENSE, **changes)), tiny_model(tiny_config(**changes))
+    image = {"adapter": adapter, "unet_channels": [32, 32], "unet_num_layers": 1}
+    dense, mot = tiny_model(tiny_config(**DENSE, image=image)), tiny_model(tiny_config(image=image))
     tied_copy(mot, dense)
-    inputs = rows_of(dense.architecture).inputs
-    one, two = dense(**inputs), mot(**inputs)
-    torch.testing.assert_close(one.logits, two.logits, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(one.prediction, two.prediction, rtol=1e-10, atol=1e-10)
+    rows = rows_of(dense.architecture)
+    one, two = (model(rows.inputs, rows.slots).predictions for model in (dense, mot))
+    for name, prediction in one.items():
+        torch.testing.assert_close(prediction, two[name], rtol=1e-10, atol=1e-10)
     randomise(mot, seed=2)
-    assert not torch.allclose(one.logits, mot(**inputs).logits)
+    assert not torch.allclose(one["text"], mot(rows.inputs, rows.slots).predictions["text"])
 
 
 @pytest.mark.parametrize("rope", ["1d", "3d"])
@@ -224,56 +236,77 @@ def test_packed_documents_equal_each_alone(rope: str) -> None:
     config = tiny_config(rope=rope)
     model = tiny_model(config)
     packed = rows_of(config, [[[3, "image", 2], [2, "image", 4]]])
-    together = model(**packed.inputs)
+    together = model(packed.inputs, packed.slots).predictions
     first_text, first_image = 0, 0
     for tokens in packed.documents:
-        texts, images = sum(t.image is None for t in tokens), 1
+        texts, images = sum(t.item is None for t in tokens), 1
         alone = rows_of(config, [[[3, "image", 2]] if first_text == 0 else [[2, "image", 4]]])
-        alone.inputs["text_ids"][0, :texts] = packed.inputs["text_ids"][0, first_text : first_text + texts]
-        for name in ("noisy_latents", "timesteps"):
-            alone.inputs[name][0, :images] = packed.inputs[name][0, first_image : first_image + images]
-        output = model(**alone.inputs)
-        torch.testing.assert_close(
-            together.logits[0, first_text : first_text + texts], output.logits[0, :texts], rtol=1e-9, atol=1e-9
-        )
-        torch.testing.assert_close(together.prediction[0, first_image], output.prediction[0, 0], rtol=1e-9, atol=1e-9)
+        pairs = [(alone.inputs["text"].ids, packed.inputs["text"].ids, texts, first_text)]
+        pairs += [
+            (one, other, images, first_image)
+            for one, other in zip(alone.inputs["image"][:2], packed.inputs["image"][:2], strict=True)
+        ]
+        for one, other, count, first in pairs:
+            one[0, :count] = other[0, first : first + count]
+        predictions = model(alone.inputs, alone.slots).predictions
+        for name, count, first in (("text", texts, first_text), ("image", images, first_image)):
+            torch.testing.assert_close(
+                together[name][0, first : first + count], predictions[name][0, :count], rtol=1e-9, atol=1e-9
+            )
         first_text, first_image = first_text + texts, first_image + images
 
 
-def changed(one: TransfusionOutput, two: TransfusionOutput, rows: Rows, patch_size: int) -> dict[Token, bool]:
+def changed(one: TransfusionOutput, two: TransfusionOutput, rows: Rows, config: ModelConfig) -> dict[Token, bool]:
     """Which tokens' outputs differ at all."""
-    prediction = [torch.stack([patchify(image, patch_size) for image in output.prediction]) for output in (one, two)]
-    result = {}
-    for token in (token for tokens in rows.documents for token in tokens):
-        if token.image is None:
-            pair = [output.logits[token.row, token.slot] for output in (one, two)]
-        else:
-            pair = [patches[token.row, token.image, token.patch] for patches in prediction]
-        result[token] = not torch.equal(*pair)
-    return result
+    pairs = {}
+    for name, modality in config.modalities.items():
+        pairs[name] = one.predictions[name], two.predictions[name]
+        if modality.objective == "diffusion":
+            pairs[name] = tuple(
+                torch.stack([patchify(images, modality.patch_size) for images in predictions]).flatten(1, 2)
+                for predictions in pairs[name]
+            )
+    return {
+        token: not torch.equal(*(predictions[token.row, token.place] for predictions in pairs[token.modality]))
+        for token in (token for tokens in rows.documents for token in tokens)
+    }
 
 
-@pytest.mark.parametrize("image_attention", ["bidirectional", "causal"])
 @torch.no_grad()
-def test_a_change_reaches_exactly_what_may_see_it(image_attention: str) -> None:
-    config = tiny_config(image_attention=image_attention)
-    model = tiny_model(config)
-    rows = rows_of(config, [[[3, "image", 2, "image", 1], [2, "image", 2]]])
-    before = model(**rows.inputs)
+def check_reach(model: TransfusionMoT, rows: Rows) -> None:
+    """A change of each token and patch reaches what may see it, and nothing else."""
+    config = model.architecture
+    before = model(rows.inputs, rows.slots)
     for tokens in rows.documents:
         for place, token in enumerate(tokens):
-            inputs = {name: value.clone() for name, value in rows.inputs.items()}
-            if token.image is None:
-                inputs["text_ids"][0, token.slot] = (inputs["text_ids"][0, token.slot] + 1) % VOCAB_SIZE
+            given, modality = rows.inputs[token.modality], config.modalities[token.modality]
+            here = token.row, token.place
+            if isinstance(given, TokenInput):
+                ids = given.ids.clone()
+                ids[here] = (ids[here] + 1) % model.modality(token.modality).vocab_size
+                other_input: ModalityInput = TokenInput(ids)
             else:
-                patches = patchify(inputs["noisy_latents"][0], 2)
-                patches[token.image, token.patch] += 1
-                inputs["noisy_latents"][0] = unpatchify(patches, 2, 4, 6)
-            reached = changed(before, model(**inputs), rows, 2)
-            for other, differs in reached.items():
+                latents = given.latents.clone()
+                height, width = latents.shape[-2:]
+                patches = patchify(latents[token.row], modality.patch_size)
+                patches[token.item, token.patch] += 1
+                latents[token.row] = unpatchify(patches, modality.patch_size, height, width)
+                other_input = given._replace(latents=latents)
+            after = model({**rows.inputs, token.modality: other_input}, rows.slots)
+            for other, differs in changed(before, after, rows, config).items():
                 later = other in tokens and tokens.index(other) >= place
-                together = image_attention == "bidirectional" and token.image is not None and other.image == token.image
+                together = (
+                    modality.is_bidirectional
+                    and token.item is not None
+                    and (other.row, other.modality, other.item) == (token.row, token.modality, token.item)
+                )
                 assert differs == (later or together), (token, other)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_a_change_reaches_exactly_what_may_see_it(attention: str) -> None:
+    config = tiny_config(image={"attention": attention})
+    check_reach(tiny_model(config), rows_of(config, [[[3, "image", 2, "image", 1], [2, "image", 2]]]))
 
 
 def grads(model: TransfusionMoT, part: str) -> list[Tensor]:
@@ -284,28 +317,27 @@ def grads(model: TransfusionMoT, part: str) -> list[Tensor]:
 def test_a_modality_that_is_absent_gets_exactly_zero_gradient(with_slots: bool) -> None:
     config = tiny_config()
     model = tiny_model(config)
-    inputs = rows_of(config, [[[5], [4]], [[7]]]).inputs
+    rows = rows_of(config, [[[5], [4]], [[7]]])
+    inputs, slots = rows.inputs, rows.slots
     if not with_slots:
-        inputs |= {"noisy_latents": None, "timesteps": None}
-        inputs |= {name: inputs[name][:, :12] for name in ("document_ids", "order", "span_ids", "rope_positions")}
-    output = model(**inputs)
-    text = inputs["document_ids"][:, :12] >= 0
-    output.logits[text].square().sum().backward()
+        inputs = {"text": inputs["text"]}
+        slots = Slots(*(ids[:, :12] for ids in slots))
+    predictions = model(inputs, slots).predictions
+    predictions["text"][slots.document_ids[:, :12] >= 0].square().sum().backward()
     if with_slots:
         # As in training: the image loss is taken of real images alone.
-        assert output.prediction.isfinite().all()
+        assert predictions["image"].isfinite().all()
     else:
-        assert output.prediction is None
-    for gradient in grads(model, ".owned.image.") + grads(model, "image_adapter"):
+        assert "image" not in predictions
+    for gradient in grads(model, ".owned.image.") + grads(model, "modalities.image."):
         assert (gradient == 0).all()
     assert len(grads(model, ".owned.text.")) > 10
     assert all((gradient != 0).any() for gradient in grads(model, ".owned.text."))
 
     model.zero_grad()
-    inputs = rows_of(config, [[["image"], ["image"]], [["image"]]]).inputs
-    output = model(**inputs)
-    output.prediction[0, :2].square().sum().backward()
-    for gradient in grads(model, ".owned.text.") + grads(model, "text_head") + grads(model, "token_embedding"):
+    rows = rows_of(config, [[["image"], ["image"]], [["image"]]])
+    model(rows.inputs, rows.slots).predictions["image"][0, :2].square().sum().backward()
+    for gradient in grads(model, ".owned.text.") + grads(model, "modalities.text."):
         assert (gradient == 0).all()
     assert all((gradient != 0).any() for gradient in grads(model, ".owned.image."))
 
@@ -315,22 +347,21 @@ def test_padding_never_gives_nan(dtype: torch.dtype) -> None:
     config = tiny_config()
     model = tiny_model(config, dtype=dtype)
     # A row of nothing but padding, a row without text, a row without image.
-    rows = make_rows([[], [["image"]], [[4]]], 6, 2, (2, 2), dtype=dtype)
-    output = model(**rows.inputs)
-    (output.logits.float().sum() + output.prediction.float().sum()).backward()
-    assert output.logits.isfinite().all()
-    assert output.prediction.isfinite().all()
+    rows = make_rows([[], [["image"]], [[4]]], {"text": 6, "image": 2}, dtype=dtype)
+    predictions = model(rows.inputs, rows.slots).predictions
+    sum(prediction.float().sum() for prediction in predictions.values()).backward()
+    assert all(prediction.isfinite().all() for prediction in predictions.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_autocast_keeps_the_output_close() -> None:
     config = tiny_config()
     model = tiny_model(config, dtype=torch.float32)
-    inputs = make_rows(SPEC, 12, 3, (2, 3), dtype=torch.float32).inputs
-    wide = model(**inputs)
+    rows = make_rows(SPEC, COUNTS, grid=(2, 3), dtype=torch.float32)
+    wide = model(rows.inputs, rows.slots).predictions
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = model(**inputs)
-    for one, two in zip(wide[:2], narrow[:2], strict=True):
+        narrow = model(rows.inputs, rows.slots).predictions
+    for one, two in zip(wide.values(), narrow.values(), strict=True):
         assert (one - two.float()).square().mean() < 1e-3 * one.square().mean()
         assert not torch.equal(one, two.float())
 
@@ -350,10 +381,10 @@ def test_patches_are_squares_of_the_latents(patch_size: int) -> None:
 
 def test_timestep_embedding_over_the_whole_range() -> None:
     model = tiny_model(tiny_config())
-    embedder: TimestepEmbedder = model.image_adapter.timestep
+    embedder: TimestepEmbedder = model.modality("image").adapter.timestep
     for t in (0.0, 0.125, 0.5, 0.999, 1.0):
         with torch.no_grad():
-            expected = Naive(model).timestep(t)
+            expected = Naive(model).timestep("image", t)
             torch.testing.assert_close(
                 embedder(torch.tensor([t], dtype=torch.float64))[0], expected, rtol=1e-3, atol=1e-3
             )
@@ -371,11 +402,11 @@ def test_norm_is_computed_in_float32_and_keeps_the_format() -> None:
 
 def test_fresh_model_predicts_the_mean_image_and_nearly_uniform_text() -> None:
     torch.manual_seed(0)
-    model = TransfusionMoT.from_config_section(VOCAB_SIZE, CHANNELS, tiny_config(num_layers=8))
-    inputs = make_rows(SPEC, 12, 3, (2, 3), dtype=torch.float32).inputs
-    output = model(**inputs)
-    assert (output.prediction == 0).all()
-    assert (output.logits.softmax(-1) * VOCAB_SIZE - 1).abs().max() < 0.5
+    model = TransfusionMoT.from_sections(SIZES, tiny_config(num_layers=8), DiffusionConfig())
+    rows = make_rows(SPEC, COUNTS, grid=(2, 3), dtype=torch.float32)
+    predictions = model(rows.inputs, rows.slots).predictions
+    assert (predictions["image"] == 0).all()
+    assert (predictions["text"].softmax(-1) * VOCAB_SIZE - 1).abs().max() < 0.5
     for part, expected in (("qkv", 0.02), ("gate", 0.02), ("output.owned", 0.005), ("down", 0.005)):
         weights = [p.flatten() for n, p in model.blocks.named_parameters() if part in n and p.ndim == 2]
         assert torch.cat(weights).std().item() == pytest.approx(expected, rel=0.05), part
@@ -387,16 +418,20 @@ def test_fresh_model_predicts_the_mean_image_and_nearly_uniform_text() -> None:
 @pytest.mark.parametrize("variant", ["mot", "unet", "untied ffn"])
 def test_saved_model_comes_back(tmp_path, variant: str) -> None:
     config = tiny_config(**VARIANTS[variant], num_kv_heads=1)
-    model = tiny_model(config, dtype=torch.float32)
+    diffusion = DiffusionConfig(timestep_distribution="logit_normal", min_snr_gamma=5.0)
+    model = tiny_model(config, diffusion=diffusion, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     again = TransfusionMoT.from_pretrained(tmp_path)
     assert again.architecture == config
+    modality = again.modality("image")
+    assert isinstance(modality, DiffusionModality)
+    assert (modality.diffusion.timestep_distribution, modality.diffusion.min_snr_gamma) == ("logit_normal", 5.0)
     assert {n: tuple(p.shape) for n, p in again.named_parameters()} == {
         n: tuple(p.shape) for n, p in model.named_parameters()
     }
-    inputs = make_rows(SPEC, 12, 3, (2, 3), dtype=torch.float32).inputs
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    assert torch.equal(again(**inputs).prediction, model(**inputs).prediction)
+    rows = make_rows(SPEC, COUNTS, grid=(2, 3), dtype=torch.float32)
+    for name, prediction in model(rows.inputs, rows.slots).predictions.items():
+        assert torch.equal(again(rows.inputs, rows.slots).predictions[name], prediction)
 
 
 def rewritten(folder, change) -> None:
@@ -409,8 +444,8 @@ def rewritten(folder, change) -> None:
 def test_missing_and_unexpected_weights_are_refused_by_name(tmp_path) -> None:
     model = tiny_model(tiny_config(), dtype=torch.float32)
     model.save_pretrained(tmp_path)
-    rewritten(tmp_path, lambda weights: weights.pop("text_head.weight"))
-    with pytest.raises(UserError, match=r"text_head\.weight"):
+    rewritten(tmp_path, lambda weights: weights.pop("modalities.text.head.weight"))
+    with pytest.raises(UserError, match=r"modalities\.text\.head\.weight"):
         TransfusionMoT.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     rewritten(tmp_path, lambda weights: weights.update(other_head=torch.zeros(3)))
@@ -422,21 +457,28 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
     model = tiny_model(tiny_config(), dtype=torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB_SIZE + 1}))
-    with pytest.raises(UserError, match=r"(token_embedding|text_head)\.weight"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sizes": SIZES | {"text": VOCAB_SIZE + 1}}))
+    with pytest.raises(UserError, match=r"modalities\.text\.(embedding|head)\.weight"):
         TransfusionMoT.from_pretrained(tmp_path)
 
 
 # --- Sizes that do not go together. ---
 
+TEXT, IMAGE = ModalityConfig("text"), ModalityConfig("image", "diffusion")
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modalities": {"text": "text", "image": "picture"}}, r"'image'.*'picture'.*text, image"),
-        ({"modalities": {"text": "text"}}, "'image'"),
-        ({"modalities": {"text": "text", "image": "image", "speech": "text"}}, "speech"),
-        ({"modalities": {"text": "text", "image": "text"}}, "image.*no modality uses"),
+        ({"modalities": {"text": TEXT, "image": ModalityConfig("picture")}}, r"image.*'picture'.*text, image"),
+        ({"modalities": {"image": ModalityConfig("image"), "speech": TEXT}}, "image, speech.*'text'"),
+        ({"modalities": {"text": ModalityConfig("text", "diffusion"), "image": IMAGE}}, "'text' with.*next_token"),
+        ({"modalities": {"text": TEXT, "image": TEXT}}, "image.*no modality uses"),
+        ({"modalities": {"text": TEXT, "image": ModalityConfig("image", attention="bidirectional")}}, "set attention"),
+        *(
+            ({"modalities": {"text": TEXT, "image": IMAGE, name: TEXT}}, f"name '{name}'")
+            for name in ("", "a.b", "keys")
+        ),
         ({"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 24)}, "untied": ["ffn"]}, "hidden_size"),
         (
             {
@@ -451,12 +493,12 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
         ),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"num_heads": 3, "num_kv_heads": 2}, "num_heads 3"),
-        ({"patch_size": 3}, "patch_size is 3"),
-        ({"image_adapter": "unet", "unet_channels": [32]}, "at least 2"),
-        ({"image_adapter": "unet", "unet_channels": [32, 40]}, "multiple of 32"),
-        ({"image_adapter": "unet", "unet_channels": [0, 32]}, "multiple of 32"),
+        ({"image": {"patch_size": 3}}, "image.patch_size is 3"),
+        ({"image": {"adapter": "unet", "unet_channels": [32]}}, "at least 2"),
+        ({"image": {"adapter": "unet", "unet_channels": [32, 40]}}, "multiple of 32"),
+        ({"image": {"adapter": "unet", "unet_channels": [0, 32]}}, "multiple of 32"),
         *(
-            ({"towers": {name: TowerConfig(16, 24)}, "modalities": {"text": name, "image": name}}, f"named '{name}'")
+            ({"towers": {name: TowerConfig(16, 24)}, "modalities": {"text": ModalityConfig(name)}}, f"name '{name}'")
             for name in ("", "a.b", "keys")
         ),
     ],
