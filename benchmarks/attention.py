@@ -17,12 +17,10 @@ from torch import Tensor
 
 from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import surroundings
-from benchmarks.workload import LAYOUTS, SIZES, make_loader
+from benchmarks.workload import IMAGE, LAYOUTS, SIZES, make_loader
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models import interval_attention
 from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
-from transfusion_mot.schedulers import make_scheduler
 
 # Interval attention has kernels for Hopper, and others in Triton, which elsewhere are the only ones.
 KERNELS = ("flex", "interval", "interval in Triton")
@@ -37,16 +35,14 @@ def main(arguments: list[str]) -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device; the kernels are for one")
     accelerator = Accelerator(mixed_precision="bf16")
-    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
     print(surroundings(accelerator.device))
     print("| rows | kernel | forward ms | backward ms | together | flex takes |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.layouts:
-            layout = LAYOUTS[name]
-            loader = make_loader(layout, diffusion, accelerator, Path(folder), 1, 0)
-            batch, _ = next(iter(loader))
             # As many heads as the model of that layout has, or the smaller one.
             size = SIZES.get(name, SIZES["163m"])
+            loader = make_loader(LAYOUTS[name], size, accelerator, folder=Path(folder), num_steps=1, num_workers=0)
+            batch, _ = next(iter(loader))
             heads = size.num_heads * size.head_dim // options.head_dim
             times = {kernel: time_of(kernel, batch, heads, options.head_dim, options.copies) for kernel in KERNELS}
             for kernel, (forward, backward) in times.items():
@@ -57,13 +53,15 @@ def main(arguments: list[str]) -> None:
 
 def time_of(kernel: str, batch: Batch, num_heads: int, head_dim: int, with_copies: bool) -> tuple[float, float]:
     """Milliseconds of the kernels of forward and backward."""
+    ids = batch.slots
+    device = ids.order.device
     copies = None
     if with_copies:
-        is_copy = torch.arange(batch.latents.shape[1], device=batch.order.device) % 2 == 1
-        copies = is_copy.expand(batch.latents.shape[:2])
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids, copies)
-    shape = (4, *batch.order.shape, num_heads, head_dim)
-    q, k, v, upstream = torch.randn(shape, device=batch.order.device, dtype=torch.bfloat16).transpose(2, 3)
+        rows, images = batch.latents(IMAGE).timesteps.shape
+        copies = (torch.arange(images, device=device) % 2 == 1).expand(rows, images)
+    slots = SlotIds.from_spans(ids.document_ids, ids.order, ids.span_ids, copies)
+    shape = (4, *ids.order.shape, num_heads, head_dim)
+    q, k, v, upstream = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(2, 3)
     for heads in (q, k, v):
         heads.requires_grad_()
     without_hopper = mock.patch.object(interval_attention, "has_hopper_kernels", return_value=False)

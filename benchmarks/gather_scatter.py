@@ -32,14 +32,14 @@ Shapes: B rows, S slots a row, L = B*S, T text slots, K images, P patches, N que
 width, D width.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.losses import text_loss_sum
 from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
+from transfusion_mot.models.inputs import ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import QKVProjection, rotary_angles, rotate
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
@@ -127,7 +127,7 @@ class GatherScatterMoT(nn.Module):
         if len(set(widths.values())) > 1:
             raise UserError(f"model.towers have hidden_size {widths}; gather and scatter need the same for all")
         self.model = model
-        towers = model.architecture.modalities
+        towers = {name: modality.tower for name, modality in model.architecture.modalities.items()}
         self.blocks = nn.ModuleList(GatherScatterBlock(cast(MoTBlock, block), towers) for block in model.blocks)
 
     def compile_blocks(self) -> None:
@@ -136,50 +136,47 @@ class GatherScatterMoT(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
 
     def forward(
-        self,
-        text_ids: Tensor,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        document_ids: Tensor,
-        order: Tensor,
-        span_ids: Tensor,
-        rope_positions: Tensor,
-        text_labels: Tensor | None = None,
-        z_loss_weight: float = 0.0,
-        copies: Tensor | None = None,
+        self, inputs: dict[str, ModalityInput], slots: Slots, *, z_loss_weight: float = 0.0
     ) -> TransfusionOutput:
-        """As `TransfusionMoT.forward` in training: arguments of both modalities, and no cache."""
+        """As `TransfusionMoT.forward` in training: inputs of all modalities, and no cache."""
         model = self.model
         config = model.architecture
-        (rows, text_slots), images = text_ids.shape, noisy_latents.shape[1]
-        slots, places = reading_order(document_ids, order)
-        indexes = {"text": places[:, :text_slots].flatten(), "image": places[:, text_slots:].flatten()}
-        if config.image_attention == "causal":
-            span_ids = torch.full_like(span_ids, -1)
-        document_ids, order, span_ids = (ids.gather(1, slots) for ids in (document_ids, order, span_ids))
-        kernel, _ = self.model.kernel(order.device, order.shape[1])
-        mask = training_mask(SlotIds.from_spans(document_ids, order, span_ids, copies), kernel)
-        positions = rope_positions[torch.arange(rows, device=slots.device)[:, None], slots]
+        rows = slots.order.shape[0]
+        read, places = reading_order(slots.document_ids, slots.order)
+        names = [name for name in config.stream_order if name in inputs]
+        lengths = [model.num_slots(name, inputs[name]) for name in names]
+        indexes = {name: part.flatten() for name, part in zip(names, places.split(lengths, dim=1), strict=True)}
+        ids = model.slot_ids(inputs, slots)
+        ids = SlotIds(
+            ids.document_ids.gather(1, read),
+            ids.order.gather(1, read),
+            ids.horizon.gather(1, read),
+            None if ids.last_horizon is None else ids.last_horizon.gather(1, read),
+        )
+        kernel, _ = model.kernel(read.device, read.shape[1])
+        mask = training_mask(ids, kernel)
+        positions = slots.rope_positions[torch.arange(rows, device=read.device)[:, None], read]
         rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 
-        patches, kept = model.image_adapter.embed(noisy_latents.flatten(0, 1), timesteps.flatten())
-        embedded = [model.token_embedding(text_ids).flatten(0, 1), patches.flatten(0, 1)]
+        embedded: dict[str, Tensor] = {}
+        kept: dict[str, Any] = {}
+        for name in names:
+            embedded[name], kept[name] = model.modality(name).embed(cast(Any, inputs[name]))
         # Under autocast the residual stream has its number format, as in the model.
-        device_type = document_ids.device.type
+        device_type = read.device.type
         if torch.is_autocast_enabled(device_type):
-            embedded = [tokens.to(torch.get_autocast_dtype(device_type)) for tokens in embedded]
-        packed_LD = scatter(embedded, indexes)
+            dtype = torch.get_autocast_dtype(device_type)
+            embedded = {name: hidden.to(dtype) for name, hidden in embedded.items()}
+        packed_LD = scatter([hidden.flatten(0, 1) for hidden in embedded.values()], indexes)
         for block in self.blocks:
             packed_LD = block(packed_LD, indexes, rotary, mask)
 
-        hidden = {m: model.final_norm[config.modalities[m]](packed_LD[i]) for m, i in indexes.items()}
-        text_hidden = hidden["text"].unflatten(0, (rows, text_slots))
-        logits, text_loss, text_losses = None, None, None
-        if text_labels is None:
-            logits = model.text_head(text_hidden)
-        else:
-            text_loss, text_losses = text_loss_sum(text_hidden, model.text_head.weight, text_labels, z_loss_weight)
-        height, width = noisy_latents.shape[-2:]
-        by_image = hidden["image"].unflatten(0, (rows * images, -1))
-        prediction = model.image_adapter.predict(by_image, kept, height, width).view(noisy_latents.shape)
-        return TransfusionOutput(logits, prediction, text_loss, text_losses)
+        terms, predictions = {}, {}
+        for name, index in indexes.items():
+            hidden = model.final_norm[config.modalities[name].tower](packed_LD[index]).unflatten(0, (rows, -1))
+            modality, given = model.modality(name), cast(Any, inputs[name])
+            if (given.labels if isinstance(given, TokenInput) else given.noise) is not None:
+                terms[name] = modality.loss(hidden, given, kept[name], z_loss_weight)
+            else:
+                predictions[name] = modality.predict(hidden, given, kept[name])
+        return TransfusionOutput(terms, predictions)

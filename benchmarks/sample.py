@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_profile import profile_step
-from benchmarks.train_step import CHANNELS, surroundings, without_output
-from benchmarks.workload import AUTOENCODER, LAYOUTS, SIZES, Size
+from benchmarks.train_step import surroundings, without_output
+from benchmarks.workload import AUTOENCODER, CHANNELS, LAYOUTS, SIZES, Size
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.config import TEXT, DiffusionConfig
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer

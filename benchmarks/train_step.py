@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -32,13 +32,14 @@ from torch.optim import Optimizer
 
 from benchmarks.gather_scatter import GatherScatterMoT
 from benchmarks.kernel_profile import profile_step
-from benchmarks.workload import LAYOUTS, SIZES, Layout, Size, make_loader
-from transfusion_mot.config import OptimizerConfig, TrainingConfig
+from benchmarks.workload import CHANNELS, DIFFUSION, IMAGE, LAYOUTS, SIZES, Layout, Size, make_loader
+from transfusion_mot.config import TEXT, OptimizerConfig, TrainingConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.models.attention import KernelChoice, SlotIds, dense_mask
+from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.models.attention import KernelChoice, dense_mask
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, TokenInput
+from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
@@ -49,8 +50,6 @@ from transfusion_mot.training.step import StepResult, train_step
 
 _logger = logging.getLogger(__name__)
 CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
-# Latent channels of the repository's autoencoder.
-CHANNELS = 4
 
 
 class Contender:
@@ -60,7 +59,6 @@ class Contender:
         name: `mot`, `dense` or `gather_scatter`.
         size: Of the model.
         batches: Endless batches.
-        diffusion: The objective.
         accelerator: Of the run.
         cuda_graph: Record the step as a CUDA graph.
         float8: Multiply 8-bit numbers in the blocks.
@@ -74,8 +72,8 @@ class Contender:
         name: str,
         size: Size,
         batches: Iterator[Batch],
-        diffusion: Diffusion,
         accelerator: Accelerator,
+        *,
         cuda_graph: bool,
         float8: bool,
         attention: KernelChoice,
@@ -83,11 +81,10 @@ class Contender:
         torch.manual_seed(0)
         self.name = name
         self.batches = batches
-        self.diffusion = diffusion
         self.accelerator = accelerator
         self.config = size.model(dense=name == "dense")
         with torch.device("meta"):
-            self.model = TransfusionMoT.from_config_section(size.vocab_size, CHANNELS, self.config)
+            self.model = TransfusionMoT.from_sections({TEXT: size.vocab_size, IMAGE: CHANNELS}, self.config, DIFFUSION)
         place(self.model, accelerator, seed=0)
         self.model.attention = attention
         if float8:
@@ -111,13 +108,20 @@ class Contender:
 
     def plain_step(self, batch: Batch) -> StepResult:
         """The step function of `train.py`."""
-        rows = batch.text_ids.shape[0]
-        weight, max_norm = 5.0, 1.0
-        return train_step(self.trained, batch, self.diffusion, self.optimizer, self.accelerator, rows, weight, max_norm)
+        return train_step(
+            self.trained,
+            batch,
+            self.optimizer,
+            self.accelerator,
+            loss_weights={name: modality.loss_weight for name, modality in self.config.modalities.items()},
+            microbatch_rows=batch.num_rows,
+            max_grad_norm=1.0,
+        )
 
     def step(self) -> Tensor:
-        """One optimizer step => summed losses [2]."""
-        sums = self.take_step(next(self.batches)).loss_sums
+        """One optimizer step => summed losses [modalities]."""
+        result = self.take_step(next(self.batches))
+        sums = torch.stack([losses.sum() for losses in result.losses.values()])
         # As in the middle of a run: early in it the averages are updated after every step.
         self.ema.update(self.model, self._MIDDLE + self.steps_done)
         self.steps_done += 1
@@ -189,24 +193,32 @@ def assert_equal(ours: Contender, rival: Contender, batch: Batch) -> float:
     """
     rival.model.load_state_dict(ours.model.state_dict())
     row = batch.split(1)[0]
-    inputs = {
-        "text_ids": row.text_ids,
-        "noisy_latents": ours.diffusion.add_noise(row.latents, row.noise, row.timesteps),
-        "timesteps": row.timesteps,
-        "document_ids": row.document_ids,
-        "order": row.order,
-        "span_ids": row.span_ids,
-        "rope_positions": row.rope_positions,
-    }
+    inputs = without_losses(row.inputs, ours.model)
     with torch.no_grad(), ours.accelerator.autocast():
-        one, two = ours.model(**inputs), rival.trained(**inputs)
-    differences = [
-        ((a.float() - b.float()).norm() / a.float().norm()).item()
-        for a, b in ((one.logits, two.logits), (one.prediction, two.prediction))
-    ]
+        one, two = (model(inputs, row.slots).predictions for model in (ours.model, rival.trained))
+    differences = {
+        name: ((two[name].float() - predicted.float()).norm() / predicted.float().norm()).item()
+        for name, predicted in one.items()
+    }
     # Relative errors of bfloat16 are 2^-9; they add up over the layers.
-    assert max(differences) < 0.05, f"{ours.name} and {rival.name} differ by {differences} in logits and prediction"
-    return max(differences)
+    assert max(differences.values()) < 0.05, (
+        f"{ours.name} and {rival.name} differ by {differences} in what they predict"
+    )
+    return max(differences.values())
+
+
+def without_losses(inputs: dict[str, ModalityInput], model: TransfusionMoT) -> dict[str, ModalityInput]:
+    """The same inputs for predictions: tokens without labels, and latents that are noisy already."""
+    result: dict[str, ModalityInput] = {}
+    for name, given in inputs.items():
+        if isinstance(given, TokenInput):
+            result[name] = TokenInput(given.ids)
+        else:
+            assert given.noise is not None
+            diffusion = cast(DiffusionModality, model.modality(name)).diffusion
+            noisy = diffusion.add_noise(given.latents, given.noise, given.timesteps)
+            result[name] = LatentInput(noisy, given.timesteps, copies=given.copies)
+    return result
 
 
 def waits_for_device(contender: Contender | Rival) -> bool:
@@ -222,16 +234,16 @@ def waits_for_device(contender: Contender | Rival) -> bool:
     return False
 
 
-def block_pairs(batch: Batch, block: int) -> float:
+def block_pairs(batch: Batch, model: TransfusionMoT, block: int) -> float:
     """Pairs of slots in the blocks of a row that a kernel cannot skip, mean over rows."""
     total = 0
     for row in batch.split(1):
-        slots = SlotIds.from_spans(row.document_ids, row.order, row.span_ids)
+        slots = model.slot_ids(row.inputs, row.slots)
         mask = dense_mask(slots, slots)[0]
         pad = -len(mask) % block
         tiles = nn.functional.pad(mask, (0, pad, 0, pad)).unflatten(1, (-1, block)).unflatten(0, (-1, block))
         total += int(tiles.any(dim=3).any(dim=1).sum()) * block * block
-    return total / len(batch.text_ids)
+    return total / batch.num_rows
 
 
 def main(arguments: list[str]) -> None:
@@ -263,11 +275,12 @@ def main(arguments: list[str]) -> None:
         parser.error("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
     if options.float8 and (accelerator.is_fsdp2 or not set(options.contenders) <= {"mot", "dense"}):
         parser.error("--float8 is for --contenders mot dense, without FSDP2: the others compute in bfloat16")
-    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}), "logit_normal")
     with tempfile.TemporaryDirectory() as own:
         # One for all processes: that of the first.
         (folder,) = broadcast_object_list([own])
-        loader = make_loader(layout, diffusion, accelerator, Path(folder), 10**6, options.workers)
+        loader = make_loader(
+            layout, size, accelerator, folder=Path(folder), num_steps=10**6, num_workers=options.workers
+        )
         batches = (batch for batch, _ in loader)
         parallelism = "-fsdp2" if accelerator.is_fsdp2 else "-ddp" if accelerator.num_processes > 1 else ""
         report = {
@@ -284,19 +297,14 @@ def main(arguments: list[str]) -> None:
         variant += "" if options.attention == "auto" else f"-{options.attention}"
         name = f"train_step-{options.size}-{options.layout or options.size}-{variant}.json"
         with contextlib.closing(batches):
-            for report["contenders"] in compare(options, size, layout, batches, diffusion, accelerator):
+            for report["contenders"] in compare(options, size, layout, batches, accelerator):
                 if accelerator.is_main_process:
                     (options.output / name).write_text(json.dumps(report, indent=1))
     accelerator.print(table(report))
 
 
 def compare(
-    options: argparse.Namespace,
-    size: Size,
-    layout: Layout,
-    batches: Iterator[Batch],
-    diffusion: Diffusion,
-    accelerator: Accelerator,
+    options: argparse.Namespace, size: Size, layout: Layout, batches: Iterator[Batch], accelerator: Accelerator
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Build every contender, let them take turns => what is known of each, after every turn."""
     device, host = accelerator.device, torch.device("cpu")
@@ -318,11 +326,10 @@ def compare(
                         name,
                         size,
                         batches,
-                        diffusion,
                         accelerator,
-                        options.cuda_graph,
-                        options.float8,
-                        options.attention,
+                        cuda_graph=options.cuda_graph,
+                        float8=options.float8,
+                        attention=options.attention,
                     )
             contender = contenders[name]
             contender.move(device)
@@ -353,10 +360,9 @@ def compare(
                 config = contender.config
                 with accelerator.autocast():
                     kernel, _ = contender.model.kernel(device, layout.slots)
-                attention = flops_per_pair(config) * block_pairs(sample, 64 if kernel == "interval" else 128)
-                row_flops = weight_flops_per_row(
-                    contender.model, config, sample.text_ids.shape[1], sample.latents.shape[1:]
-                )
+                pairs = block_pairs(sample, contender.model, 64 if kernel == "interval" else 128)
+                attention = flops_per_pair(config) * pairs
+                row_flops = weight_flops_per_row(contender.model, RowShape.of_batch(config, sample))
                 result |= {"flops_per_step": (row_flops + attention) * layout.rows, "peak_flops": peak}
                 result["attention"] = kernel
             if turn == 0 and name == "mot" and options.profile:

@@ -9,15 +9,29 @@ from accelerate import Accelerator
 from PIL import Image
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import AutoencoderConfig, DataConfig, ModelConfig, SourceConfig, TowerConfig
+from transfusion_mot.config import (
+    TEXT,
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    ModalityConfig,
+    ModelConfig,
+    SourceConfig,
+    TowerConfig,
+)
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.loader import LaneLoader
-from transfusion_mot.data.mixture import open_documents, with_latents
+from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.diffusion import Diffusion
 
 AUTOENCODER = Path(__file__).parent.parent / "checkpoints" / "vae-emoji"
+# Latent channels of the repository's autoencoder.
+CHANNELS = 4
+# The modality of the emoji, and its objective.
+IMAGE = SourceConfig().modality
+DIFFUSION = DiffusionConfig(timestep_distribution="logit_normal")
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,13 @@ class Size:
     def model(self, dense: bool) -> ModelConfig:
         """Two towers of this size, or one that both modalities share."""
         tower = TowerConfig(self.hidden_size, self.intermediate_size)
-        towers = {"shared": tower} if dense else {"text": tower, "image": tower}
-        modalities = {"text": "shared", "image": "shared"} if dense else {"text": "text", "image": "image"}
+        text, image = ("shared", "shared") if dense else (TEXT, IMAGE)
         return ModelConfig(
-            towers=towers,
-            modalities=modalities,
+            towers={text: tower, image: tower},
+            modalities={
+                TEXT: ModalityConfig(text),
+                IMAGE: ModalityConfig(image, "diffusion", loss_weight=5.0),
+            },
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
@@ -80,15 +96,23 @@ LAYOUTS = {
 
 
 def make_loader(
-    layout: Layout, diffusion: Diffusion, accelerator: Accelerator, folder: Path, num_steps: int, num_workers: int
+    layout: Layout, size: Size, accelerator: Accelerator, *, folder: Path, num_steps: int, num_workers: int
 ) -> LaneLoader:
-    """Batches of `layout` on each device, through the tokenizer, latent cache, packer and workers of training."""
+    """Batches of `layout` on each device, through the tokenizer, latent cache, packer and workers of training.
+
+    Args:
+        layout: Of the rows of each device.
+        size: A model that reads them.
+        accelerator: Of the run.
+        folder: Where sources and latents are written.
+        num_steps: How many batches.
+        num_workers: Processes that prepare rows.
+    """
     data = DataConfig(
         sources=[SourceConfig("imagefolder", str(folder / "images")), SourceConfig("text", str(folder / "text.jsonl"))],
         image_size=layout.image_size,
         held_out_fraction=0.0,
-        text_slots=layout.text_slots,
-        images_per_row=layout.images,
+        slots={TEXT: layout.text_slots, IMAGE: layout.images},
         cache_dir=str(folder / "cache"),
     )
     with accelerator.main_process_first():
@@ -96,12 +120,27 @@ def make_loader(
             write_sources(folder, layout.image_size)
         documents = open_documents(data, "train")
     autoencoder = Autoencoder.load(str(AUTOENCODER), accelerator.device)
-    sources = with_latents(documents, data, autoencoder, AutoencoderConfig(), accelerator)
-    tokenizer = train_tokenizer(topics.values(), 512)
-    rows = layout.rows * accelerator.num_processes
-    packer = Packer(sources, tokenizer, data, "3d", 2, rows, 0, diffusion.timesteps_from_uniform)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    return LaneLoader(packer, rank, ranks, num_workers, None, 0, num_steps, accelerator.device)
+    sources = with_encoded(documents, data, {IMAGE: autoencoder}, {IMAGE: CodecConfig()}, accelerator)
+    model = size.model(dense=False)
+    packer = Packer(
+        sources,
+        train_tokenizer(topics.values(), 512, model.stream_order),
+        data,
+        model,
+        num_lanes=layout.rows * accelerator.num_processes,
+        seed=0,
+        timesteps_from_uniform=Diffusion.from_config(DIFFUSION).timesteps_from_uniform,
+    )
+    return LaneLoader(
+        packer,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=num_workers,
+        states=None,
+        first_step=0,
+        num_steps=num_steps,
+        device=accelerator.device,
+    )
 
 
 def write_sources(folder: Path, image_size: int, num_images: int = 64) -> None:

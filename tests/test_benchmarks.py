@@ -72,8 +72,9 @@ def test_no_result_names_a_folder_of_the_machine_it_was_made_on() -> None:
 def test_a_contender_that_computes_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = train_step.GatherScatterMoT.forward
 
-    def wrong(self, text_ids, *args, **kwargs):
-        return forward(self, text_ids.flip(1), *args, **kwargs)
+    def wrong(self, inputs, *args, **kwargs):
+        text = inputs["text"]
+        return forward(self, inputs | {"text": text._replace(ids=text.ids.flip(1))}, *args, **kwargs)
 
     monkeypatch.setattr(train_step.GatherScatterMoT, "forward", wrong)
     with pytest.raises(AssertionError, match="differ by"):
