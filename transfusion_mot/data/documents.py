@@ -164,11 +164,12 @@ class DocumentReader:
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
         document, media = Document(), list[Media]()
-        for place, item in enumerate(wanted):
-            is_read = not caption_first or place < len(wanted) - 1
+        # The last one first, to know whether something stands behind the others.
+        for item in reversed(wanted):
+            is_read = bool(media) or not caption_first
             # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
             limit = config.image_first_max_timestep if is_read and not config.has_copies else 1.0
-            media += self._media(source, item, flipped, limit, config.has_copies and is_read, document)
+            media = self._media(source, item, flipped, limit, config.has_copies and is_read, document) + media
         if not media:
             return document
         if caption_first and prompt_dropped:
@@ -186,8 +187,7 @@ class DocumentReader:
             return document
         # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
         # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
-        last = media[-1]
-        is_hidden = config.has_copies and not last.is_codes and not last.copied
+        is_hidden = config.has_copies and not media[-1].is_codes
         document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
         return document
 
