@@ -33,7 +33,7 @@ from benchmarks.train_step import without_output
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import read_report
-from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "experiments"
@@ -45,7 +45,7 @@ _LAST_PART = 0.05
 _COLUMNS = {
     "text loss": "validation/text_loss",
     "caption loss": "validation/caption_loss",
-    "diffusion loss": "validation/diffusion_loss",
+    "image loss": "validation/image_loss",
     "FD": "FD-EfficientNet (generated)",
     "CIDEr": "CIDEr",
 }
@@ -184,7 +184,7 @@ def measured(folder: Path, report: Path) -> dict[str, float]:
     lines = read_metrics(folder / METRICS_FILE)
     last = max(line["step"] for line in lines)
     values: dict[str, float] = {"steps": last}
-    for name in ("text_loss", "diffusion_loss"):
+    for name in loss_units(lines):
         found = [line[name] for line in lines if name in line and line["step"] > (1 - _LAST_PART) * last]
         values[name] = statistics.fmean(found)
     for line in lines:

@@ -21,6 +21,7 @@ from training_runs import flat
 from benchmarks.experiments import CONFIGS, Experiments, Result, arm_names, config_arguments, main, table
 from benchmarks.wordnet import entry_text
 from transfusion_mot.config import RunConfig, parse_config, to_dict
+from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.evaluation.protocol import read_protocol
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -30,14 +31,15 @@ from transfusion_mot.training.flops import weight_flops_per_row
 pytestmark = pytest.mark.slow
 
 TOWERS = {"model.towers", "model.num_heads"}
-UNET = {"model.image_adapter", "model.unet_channels", "model.unet_num_layers"}
+UNET = {f"model.modalities.image.{key}" for key in ("adapter", "unet_channels", "unet_num_layers")}
+ATTENTION = {"model.modalities.image.attention"}
 DISCRETE = {"diffusion.scheduler", "diffusion.scheduler_args", "diffusion.timestep_distribution"}
 # What an arm changes: everything else is as in the base.
 CHANGES = {
     "base": set(),
-    "causal": {"model.image_attention"},
+    "causal": ATTENTION,
     "caption_any_noise": {"data.image_first_max_timestep"},
-    "clean_context": {"data.image_context", "data.images_per_row"},
+    "clean_context": {"data.image_context", "data.slots.image"},
     "dense": {"model.untied"},
     "ema_off": {"training.ema_decay"},
     "ema_short": {"training.ema_decay"},
@@ -49,11 +51,11 @@ CHANGES = {
     "half": TOWERS,
     "muon": {"optimizer.name"},
     "no_qk_norm": {"model.qk_norm"},
-    "patch_1": {"model.patch_size"},
-    "patch_4": {"model.patch_size"},
+    "patch_1": {"model.modalities.image.patch_size"},
+    "patch_4": {"model.modalities.image.patch_size"},
     "rope_1d": {"model.rope"},
     "unet": UNET,
-    "unet_causal": UNET | {"model.image_attention"},
+    "unet_causal": UNET | ATTENTION,
     "unet_equal": UNET | {"model.num_layers"},
     "untie_attention": {"model.untied"},
     "untie_ffn": {"model.untied"},
@@ -83,7 +85,8 @@ def config_of(arm: str) -> RunConfig:
 def model_of(arm: str) -> TransfusionMoT:
     config = config_of(arm)
     with torch.device("meta"):
-        return TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 4, config.model)
+        sizes = {"text": config.tokenizer.vocab_size, "image": 4}
+        return TransfusionMoT.from_sections(sizes, config.model, config.diffusion)
 
 
 def parameters(arm: str) -> int:
@@ -92,8 +95,13 @@ def parameters(arm: str) -> int:
 
 def flops(arm: str) -> int:
     config = config_of(arm)
-    latents = torch.Size((config.data.images_per_row, 4, config.data.image_size // 4, config.data.image_size // 4))
-    return config.training.num_rows * weight_flops_per_row(model_of(arm), config.model, config.data.text_slots, latents)
+    return config.training.num_rows * weight_flops_per_row(model_of(arm), row_shape(config))
+
+
+def row_shape(config: RunConfig) -> RowShape:
+    """With the repository's autoencoder."""
+    side = config.data.image_size // 4
+    return RowShape.of(config.model, config.data.slots, {"image": [(4, side, side)]}, 0)
 
 
 def test_every_arm_is_here() -> None:
@@ -108,8 +116,7 @@ def test_an_arm_can_be_built_and_says_what_it_is_for(arm: str) -> None:
     assert parameters(arm) > 1e6
     make_scheduler(config.diffusion.scheduler, config.diffusion.scheduler_args)
     assert config.output_dir == f"runs/experiments/{arm}"
-    patches = (config.data.image_size // 4 // config.model.patch_size) ** 2
-    assert (config.data.text_slots + config.data.images_per_row * patches) % 128 == 0
+    assert row_shape(config).num_slots % 128 == 0
     header = (CONFIGS / f"{arm}.yaml").read_text()
     assert "# question:  " in header
     if arm != "base":
@@ -125,7 +132,10 @@ def test_an_arm_changes_what_it_says_and_nothing_else(arm: str) -> None:
     """In particular not its sources, rows, seeds and steps."""
     ours, base = (flat(to_dict(config_of(name))) for name in (arm, "base"))
     differing = {path for path in ours.keys() | base.keys() if ours.get(path) != base.get(path)} - {"/output_dir"}
-    assert {".".join(path.split("/")[1:3]) for path in differing} == CHANGES[arm]
+    keys = {f"{path.removeprefix('/').replace('/', '.')}." for path in differing}
+    said = {change: {key for key in keys if key.startswith(f"{change}.")} for change in CHANGES[arm]}
+    assert all(said.values()), said
+    assert keys == set().union(*said.values())
 
 
 @pytest.mark.parametrize(("one", "other"), SAME_FLOPS)
@@ -232,10 +242,9 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
         f"--data.cache_dir={emoji_cache}",
         "--data.image_size=32",
         "--data.held_out_fraction=0.2",
-        "--data.text_slots=48",
-        "--data.images_per_row=2",
+        "--data.slots={text: 48, image: 2}",
         "--data.num_workers=0",
-        f"--autoencoder.path={random_vae}",
+        f"--codecs={{image: {{path: {random_vae}}}}}",
         "--tokenizer.vocab_size=300",
         f"--model.towers={{text: {tower}, image: {tower}}}",
         "--model.num_layers=1",
@@ -264,7 +273,7 @@ def test_an_arm_is_trained_measured_and_not_trained_again(
     lines = (tmp_path / "out" / "dense-seed-0" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line) for line in lines]
     values = first["results"][0]["values"]
-    assert values["validation/diffusion_loss"] == losses[-1]["validation/diffusion_loss"]
+    assert values["validation/image_loss"] == losses[-1]["validation/image_loss"]
     assert values["text_loss"] == next(line["text_loss"] for line in reversed(losses) if "text_loss" in line)
     report = json.loads((tmp_path / "out" / "dense-seed-0/evaluation/step-0000003/report.json").read_text())
     named = {metric["name"]: metric["value"] for metric in report["metrics"]}

@@ -26,14 +26,19 @@ def paper_config(*names: str) -> RunConfig:
     return parse_config(RunConfig, [f"--config={PAPER / name}.yaml" for name in ("recipe", *names)], "")
 
 
+def sizes_of(config: RunConfig) -> dict[str, int]:
+    """The papers' autoencoder has 8 latent channels."""
+    return {"text": config.tokenizer.vocab_size, "image": 8}
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "mot"])
 def test_parameters_are_those_of_the_paper(size: str, dense: bool) -> None:
     config = paper_config(size, *(["dense"] if dense else []))
     check_architecture(config.model)
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 8, config.model)
-    adapter = sum(parameter.numel() for parameter in model.image_adapter.parameters())
+        model = TransfusionMoT.from_sections(sizes_of(config), config.model, config.diffusion)
+    adapter = sum(parameter.numel() for parameter in model.modality("image").adapter.parameters())
     assert adapter / 1e9 == pytest.approx(0.27, abs=0.005)
     total = sum(parameter.numel() for parameter in model.parameters()) - adapter
     assert total / 1e6 == pytest.approx(SIZES[size][0 if dense else 1], rel=0.003)
@@ -41,7 +46,7 @@ def test_parameters_are_those_of_the_paper(size: str, dense: bool) -> None:
 
 def test_recipe_is_that_of_the_papers() -> None:
     config = paper_config("760m")
-    slots = config.data.text_slots + config.data.images_per_row * 256
+    slots = config.data.slots["text"] + config.data.slots["image"] * 256
     assert slots == 4096
     assert config.training.num_rows * slots == pytest.approx(2.1e6, rel=0.01)
     assert config.training.num_rows * slots * config.training.num_steps == pytest.approx(0.524e12, rel=0.01)
@@ -56,6 +61,6 @@ def test_recipe_is_that_of_the_papers() -> None:
 def test_dense_model_has_the_weights_of_one_tower() -> None:
     config = paper_config("163m", "dense")
     with torch.device("meta"):
-        model = TransfusionMoT.from_config_section(config.tokenizer.vocab_size, 8, config.model)
+        model = TransfusionMoT.from_sections(sizes_of(config), config.model, config.diffusion)
     owners = {name.split(".owned.")[1].split(".")[0] for name, _ in model.named_parameters() if ".owned." in name}
     assert owners == {"shared"}
