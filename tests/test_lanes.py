@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, data_config, documents_of, loader_of, numbered_images, packer_of, texts_of
+from toy_media import MIXED_SLOTS, four_modality_tokenizer, mixed_sources, toy_packer
 
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.lanes import LaneSizes, LaneState, Waiting
@@ -180,11 +181,14 @@ def steps_of(make_packer, world_size: int, workers: int, states=None, first_step
     ]
 
 
-@pytest.fixture(scope="module", params=["noised", "clean"])
+@pytest.fixture(scope="module", params=["noised", "clean", "four modalities"])
 def uninterrupted(request, byte_tokenizer):
     """What makes packers, and what comes of them."""
 
     def packer() -> Packer:
+        if request.param == "four modalities":
+            settings = {"lanes": NUM_LANES, "seed": 5, "rope": "3d", "lookahead": 3}
+            return toy_packer(mixed_sources(), four_modality_tokenizer(), MIXED_SLOTS, **settings)
         return mixed_packer(byte_tokenizer, request.param)
 
     return packer, steps_of(packer, 1, 0)
