@@ -1,15 +1,17 @@
 """What the trainer is compared with computes what it should: else its speed says nothing."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from conftest import DENSE, make_rows, tiny_config, tiny_model
+from conftest import DENSE, SIZES, Rows, make_rows, tiny_config, tiny_model
 
 from benchmarks.gather_scatter import GatherScatterMoT, reading_order
-from transfusion_mot.config import DataConfig, RunConfig, TowerConfig
+from transfusion_mot.config import DataConfig, ModalityConfig, ModelConfig, RunConfig, TowerConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
+from transfusion_mot.models.inputs import ModalityInput, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 pytestmark = pytest.mark.slow
@@ -20,60 +22,92 @@ SPEC = [
     [["image", 1, "image", "image", 2], [3]],
     [[1, "image"]],
 ]
+COUNTS = {"text": 12, "image": 4}
 
 VARIANTS = {
     "plain": {},
     "three axes": {"rope": "3d"},
     "grouped heads": {"num_kv_heads": 1, "qk_norm": False},
-    "causal images": {"image_attention": "causal"},
+    "causal images": {"image": {"attention": "causal"}},
     "untied feed-forward": {"untied": ["ffn"]},
     "other feed-forward widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(16, 40)}},
     "dense": DENSE,
 }
 
 
-def outputs_and_gradients(caller: torch.nn.Module, model: TransfusionMoT, inputs: dict) -> list[torch.Tensor]:
+def outputs_and_gradients(caller: torch.nn.Module, model: TransfusionMoT, rows: Rows) -> list[torch.Tensor]:
     """Outputs, and the gradients of a sum in which every element has another weight."""
     model.zero_grad()
-    outputs = [part for part in caller(**inputs) if part is not None]
+    terms, predictions = caller(rows.inputs, rows.slots)
+    outputs = [*itertools.chain(*terms.values()), *predictions.values()]
     loss = sum((part * (1 + torch.arange(part.numel())).view(part.shape).sin()).sum() for part in outputs)
     loss.backward()
     return [*outputs, *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("labelled", [False, True], ids=["logits", "text loss"])
+def with_losses(rows: Rows) -> Rows:
+    """Tokens with a label each, where a document is; latents with noise, of which every other one has a loss."""
+    inputs: dict[str, ModalityInput] = {}
+    start = 0
+    for name, given in rows.inputs.items():
+        if isinstance(given, TokenInput):
+            is_padding = rows.slots.document_ids[:, start : start + given.ids.shape[1]] < 0
+            inputs[name] = TokenInput(given.ids, torch.where(is_padding, IGNORE_INDEX, given.ids))
+            start += given.ids.shape[1]
+        else:
+            mask = torch.arange(given.timesteps.numel()).view(given.timesteps.shape) % 2 == 0
+            inputs[name] = given._replace(noise=given.latents.cos(), mask=mask)
+    return dataclasses.replace(rows, inputs=inputs)
+
+
+@pytest.mark.parametrize("with_loss", [False, True], ids=["predictions", "losses"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gather_and_scatter_compute_what_streams_do(variant: str, labelled: bool) -> None:
+def test_gather_and_scatter_compute_what_streams_do(variant: str, with_loss: bool) -> None:
     config = tiny_config(**VARIANTS[variant])
-    model = tiny_model(config)
-    inputs = make_rows(SPEC, 12, 4, (2, 3), config.patch_size, config.rope).inputs
-    if labelled:
-        inputs["text_labels"] = torch.where(inputs["document_ids"][:, :12] < 0, IGNORE_INDEX, inputs["text_ids"])
+    check_equal(config, make_rows(SPEC, COUNTS, config, grid=(2, 3)), with_loss, SIZES)
 
-    streams = outputs_and_gradients(model, model, inputs)
-    packed = outputs_and_gradients(GatherScatterMoT(model), model, inputs)
 
-    # With labels there are the losses of all slots, too.
-    assert len(packed) == 2 + ("text_labels" in inputs) + len(list(model.parameters()))
+@pytest.mark.parametrize("with_loss", [False, True], ids=["predictions", "losses"])
+def test_gather_and_scatter_know_any_modalities(with_loss: bool) -> None:
+    """Codes that share a tower with text, and latents."""
+    modalities = {
+        "text": ModalityConfig("text"),
+        "image": ModalityConfig("image", "diffusion"),
+        "speech": ModalityConfig("text"),
+    }
+    config, sizes = tiny_config(modalities=modalities), SIZES | {"speech": 11}
+    spec = [[[3, ("speech", 4), 1], [2, "image", ("speech", 3)]], [[2, ("speech", 5), 2]]]
+    rows = make_rows(spec, {"text": 8, "image": 2, "speech": 8}, config, sizes=sizes)
+    check_equal(config, rows, with_loss, sizes)
+
+
+def check_equal(config: ModelConfig, rows: Rows, with_loss: bool, sizes: dict[str, int]) -> None:
+    model = tiny_model(config, sizes)
+    rows = with_losses(rows) if with_loss else rows
+    streams = outputs_and_gradients(model, model, rows)
+    packed = outputs_and_gradients(GatherScatterMoT(model), model, rows)
+
+    # With a loss there are its terms, too.
+    assert len(packed) == (1 + with_loss) * len(sizes) + len(list(model.parameters()))
     for ours, theirs in zip(streams, packed, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-12)
 
 
 def test_gather_and_scatter_under_autocast() -> None:
     model = tiny_model(tiny_config(), dtype=torch.float32)
-    inputs = make_rows(SPEC, 12, 4, dtype=torch.float32).inputs
+    rows = make_rows(SPEC, COUNTS, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        streams, packed = model(**inputs), GatherScatterMoT(model)(**inputs)
+        streams, packed = (caller(rows.inputs, rows.slots).predictions for caller in (model, GatherScatterMoT(model)))
 
-    for ours, theirs in zip(streams[:2], packed[:2], strict=True):
-        assert theirs.dtype == ours.dtype
-        torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
+    assert packed.keys() == streams.keys() == SIZES.keys()
+    for name, ours in streams.items():
+        assert packed[name].dtype == ours.dtype
+        torch.testing.assert_close(packed[name], ours, rtol=0.05, atol=0.05)
 
 
 def test_packed_tokens_stand_in_reading_order() -> None:
-    rows = make_rows(SPEC, 12, 4)
-    document_ids, order = rows.inputs["document_ids"], rows.inputs["order"]
-    slots, places = reading_order(document_ids, order)
+    rows = make_rows(SPEC, COUNTS)
+    slots, places = reading_order(rows.slots.document_ids, rows.slots.order)
 
     documents = iter(rows.documents)
     for row, row_spec in enumerate(SPEC):
