@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DENSE, make_rows, tiny_config, tiny_model
+from conftest import DENSE, Rows, make_rows, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from transfusion_mot.config import TowerConfig
+from transfusion_mot.config import ModelConfig, TowerConfig
 from transfusion_mot.models.attention import (
     SlotIds,
     block_mask,
@@ -17,6 +17,8 @@ from transfusion_mot.models.attention import (
     joint_attention,
     training_mask,
 )
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
+from transfusion_mot.models.transfusion import TransfusionMoT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -46,26 +48,32 @@ def spec_for(length: int, seed: int = 0):
     return [first, second, [[text_slots]], []]
 
 
-def rows_for(length: int, seed: int = 0, dtype: torch.dtype = torch.float32, rope: str = "1d"):
+def rows_for(length: int, seed: int = 0, config: ModelConfig | None = None) -> Rows:
     text_slots, images = LAYOUTS[length]
-    return make_rows(spec_for(length, seed), text_slots, images, GRID, 2, rope, seed, dtype)
+    counts = {"text": text_slots, "image": images}
+    return make_rows(spec_for(length, seed), counts, config, grid=GRID, seed=seed, dtype=torch.float32)
 
 
-def on_gpu(inputs):
-    return {name: value.cuda() for name, value in inputs.items()}
+def on_gpu(rows: Rows) -> Rows:
+    inputs: dict[str, ModalityInput] = {}
+    for name, given in rows.inputs.items():
+        kind = TokenInput if isinstance(given, TokenInput) else LatentInput
+        inputs[name] = kind(*(None if tensor is None else tensor.cuda() for tensor in given))
+    return Rows(inputs, Slots(*(ids.cuda() for ids in rows.slots)), rows.documents)
 
 
-def slots_of(inputs, clean: bool = False) -> SlotIds:
+def slots_of(rows: Rows, clean: bool = False) -> SlotIds:
     """With clean context every other image is a copy."""
-    is_copy = torch.arange(inputs["timesteps"].shape[1], device=inputs["order"].device) % 2 == 1
-    copies = is_copy.expand(inputs["timesteps"].shape) if clean else None
-    return SlotIds.from_spans(inputs["document_ids"], inputs["order"], inputs["span_ids"], copies)
+    ids, shape = rows.slots, rows.inputs["image"].timesteps.shape
+    is_copy = torch.arange(shape[1], device=ids.order.device) % 2 == 1
+    copies = is_copy.expand(shape) if clean else None
+    return SlotIds.from_spans(ids.document_ids, ids.order, ids.span_ids, copies)
 
 
 @pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("length", [256, 200])
 def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int, clean: bool) -> None:
-    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
+    slots = slots_of(on_gpu(rows_for(length)), clean)
     mask = training_mask(slots, "flex")
     assert isinstance(mask, BlockMask)
     dense = dense_mask(slots, slots)
@@ -85,7 +93,7 @@ def test_block_mask_hides_no_block_that_the_dense_mask_needs(length: int, clean:
 @pytest.mark.parametrize("length", [256, 200, 4096])
 def test_block_mask_is_that_of_pytorch(length: int, clean: bool) -> None:
     """Compiled; eager it is compared for more rows without a GPU."""
-    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
+    slots = slots_of(on_gpu(rows_for(length)), clean)
     mask = block_mask(slots)
     rows = slots.order.shape[0]
     expected = create_block_mask(mask.mask_mod, rows, None, length, length, "cuda")
@@ -105,7 +113,7 @@ def test_block_mask_is_that_of_pytorch(length: int, clean: bool) -> None:
 def test_flex_attention_equals_dense_attention_with_gradients(
     length: int, heads: int, kv_heads: int, head_dim: int, clean: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    slots = slots_of(on_gpu(rows_for(length).inputs), clean)
+    slots = slots_of(on_gpu(rows_for(length)), clean)
     rows = slots.order.shape[0]
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -138,21 +146,21 @@ MODELS = {
     "dense": DENSE,
     "grouped 3d": {"num_heads": 4, "num_kv_heads": 2, "rope": "3d"},
     "no qk norm": {"qk_norm": False},
-    "causal image": {"image_attention": "causal"},
+    "causal image": {"image": {"attention": "causal"}},
     "untied ffn": {"untied": ["ffn"]},
-    "unet": {"image_adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1},
+    "unet": {"image": {"adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1}},
     "towers of two widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 40)}},
 }
 
 
-def outputs_and_gradients(model, inputs) -> list[torch.Tensor]:
-    used = inputs["document_ids"] >= 0
-    text_slots = inputs["text_ids"].shape[1]
+def outputs_and_gradients(model: TransfusionMoT, rows: Rows) -> list[torch.Tensor]:
+    used = rows.slots.document_ids >= 0
+    text_slots, num_images = rows.inputs["text"].ids.shape[1], rows.inputs["image"].timesteps.shape[1]
     text = used[:, :text_slots]
-    images = used[:, text_slots:].unflatten(1, (inputs["noisy_latents"].shape[1], -1))[..., 0]
+    images = used[:, text_slots:].unflatten(1, (num_images, -1))[..., 0]
     model.zero_grad()
-    output = model(**inputs)
-    logits, prediction = output.logits[text].float(), output.prediction[images].float()
+    predictions = model(rows.inputs, rows.slots).predictions
+    logits, prediction = predictions["text"][text].float(), predictions["image"][images].float()
     (logits.square().mean() + prediction.square().mean()).backward()
     gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
     return [logits.detach().cpu(), prediction.detach().cpu(), *gradients]
@@ -163,9 +171,9 @@ def outputs_and_gradients(model, inputs) -> list[torch.Tensor]:
 def test_model_on_cuda_equals_model_on_cpu(variant: str, length: int) -> None:
     config = tiny_config(**{"head_dim": 32, **MODELS[variant]})
     model = tiny_model(config, dtype=torch.float32)
-    inputs = rows_for(length, rope=config.rope).inputs
-    on_cpu = outputs_and_gradients(model, inputs)
-    on_cuda = outputs_and_gradients(copy.deepcopy(model).cuda(), on_gpu(inputs))
+    rows = rows_for(length, config=config)
+    on_cpu = outputs_and_gradients(model, rows)
+    on_cuda = outputs_and_gradients(copy.deepcopy(model).cuda(), on_gpu(rows))
     assert len(on_cpu) == len(on_cuda)
     for one, two in zip(on_cuda, on_cpu, strict=True):
         assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
@@ -177,8 +185,8 @@ def test_compiled_blocks_equal_eager_ones(variant: str) -> None:
     eager = tiny_model(config, dtype=torch.float32).cuda()
     compiled = copy.deepcopy(eager)
     compiled.compile_blocks()
-    inputs = on_gpu(rows_for(200).inputs)
-    for one, two in zip(outputs_and_gradients(compiled, inputs), outputs_and_gradients(eager, inputs), strict=True):
+    rows = on_gpu(rows_for(200))
+    for one, two in zip(outputs_and_gradients(compiled, rows), outputs_and_gradients(eager, rows), strict=True):
         assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
 
 
@@ -189,10 +197,10 @@ def test_batches_of_one_shape_compile_once(autocast: bool) -> None:
     model.compile_blocks()
 
     def step(seed: int) -> None:
-        inputs = on_gpu(rows_for(200, seed).inputs)
+        rows = on_gpu(rows_for(200, seed))
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            output = model(**inputs)
-        (output.logits.float().square().mean() + output.prediction.float().square().mean()).backward()
+            predictions = model(rows.inputs, rows.slots).predictions
+        sum(prediction.float().square().mean() for prediction in predictions.values()).backward()
 
     step(0)
     step(1)
@@ -208,13 +216,13 @@ def test_validation_between_steps_computes_the_same_and_leaves_the_compiled_code
     """Without gradients the same model runs eagerly."""
     model = tiny_model(tiny_config(head_dim=32), dtype=torch.float32).cuda()
     model.compile_blocks()
-    inputs = on_gpu(rows_for(200).inputs)
+    rows = on_gpu(rows_for(200))
 
     def train_and_validate() -> tuple[torch.Tensor, torch.Tensor]:
-        trained = model(**inputs).logits
+        trained = model(rows.inputs, rows.slots).predictions["text"]
         trained.sum().backward()
         with torch.no_grad():
-            return trained, model(**inputs).logits
+            return trained, model(rows.inputs, rows.slots).predictions["text"]
 
     torch.testing.assert_close(*train_and_validate(), rtol=1e-3, atol=1e-3)
     counters.clear()
@@ -227,7 +235,7 @@ def test_flex_attention_never_materialises_the_scores() -> None:
     """Memory grows with the length, not with its square."""
     text_slots, images = 4096, 256
     spec = [[[15, "image"] for _ in range(images)]]
-    slots = slots_of(on_gpu(make_rows(spec, text_slots, images, GRID, 2, dtype=torch.float32).inputs))
+    slots = slots_of(on_gpu(make_rows(spec, {"text": text_slots, "image": images}, grid=GRID, dtype=torch.float32)))
     length = text_slots + images * 16
     q, k, v = torch.randn(3, 1, 8, length, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     mask = block_mask(slots)

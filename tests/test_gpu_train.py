@@ -52,7 +52,7 @@ def test_recorded_run_resumes_and_is_the_plain_one(arguments, tmp_path: Path, mo
     for run in ("whole", "parts", "plain"):
         words = arguments(
             run,
-            data={"text_slots": 128},
+            data={"slots": {"text": 128, "image": 2}},
             model=MODEL,
             optimizer={"lr": 1e-3, "warmup_steps": 2},
             training=training | {"cuda_graph": run != "plain"},
@@ -65,7 +65,7 @@ def test_recorded_run_resumes_and_is_the_plain_one(arguments, tmp_path: Path, mo
     for other in (parts, plain):
         assert_same(whole, other, tolerance=1e-3)
     losses = [
-        [[line[name] for name in ("step", "text_loss", "diffusion_loss", "grad_norm", "lr")] for line in lines]
+        [[line[name] for name in ("step", "text_loss", "image_loss", "grad_norm", "lr")] for line in lines]
         for lines in (
             [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
             for run in ("whole", "parts", "plain")
@@ -85,7 +85,7 @@ def train_where_one_shape_is_compiled(arguments: list[str]) -> None:
 def test_blocks_masks_and_attention_are_compiled_for_all_buckets(arguments, tmp_path: Path, monkeypatch) -> None:
     """Of training, in microbatches of two rows and of one, and of validation."""
     words = arguments(
-        data={"buckets": BUCKETS[:2], "text_slots": 128},
+        data={"buckets": BUCKETS[:2], "slots": {"text": 128, "image": 2}},
         training={"num_steps": 8, "num_rows": 3, "validate_every": 4, "mixed_precision": "bf16"},
         model=MODEL,
     )
