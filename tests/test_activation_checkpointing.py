@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from conftest import DENSE, make_rows, tiny_config, tiny_model
+from conftest import DENSE, Rows, make_rows, tiny_config, tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -14,9 +14,10 @@ from transfusion_mot.models.mot import Checkpointing
 pytestmark = pytest.mark.slow
 
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]
+COUNTS = {"text": 12, "image": 2}
 
 
-def gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], int]:
+def gradients(model: torch.nn.Module, rows: Rows) -> tuple[list[Tensor], int]:
     """Gradients of a random functional of both outputs, and elements that the blocks kept for them."""
     kept: dict[int, int] = {}
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
@@ -28,8 +29,8 @@ def gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[list[T
 
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**inputs)
-    (output.logits.sin().sum() + output.prediction.sin().sum()).backward()
+        predictions = model(rows.inputs, rows.slots).predictions
+    sum(prediction.sin().sum() for prediction in predictions.values()).backward()
     return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
 
 
@@ -37,20 +38,20 @@ def gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[list[T
 @pytest.mark.parametrize("changes", [{}, DENSE, {"untied": ["ffn"], "num_kv_heads": 1}], ids=["mot", "dense", "partly"])
 def test_gradients_are_bitwise_those_without(changes: dict, checkpointing: Checkpointing) -> None:
     model = tiny_model(tiny_config(num_layers=3, **changes))
-    inputs = make_rows(SPEC, 12, 2, (2, 2)).inputs
-    expected, _ = gradients(model, inputs)
+    rows = make_rows(SPEC, COUNTS)
+    expected, _ = gradients(model, rows)
     model.checkpoint_activations(checkpointing)
-    found, _ = gradients(model, inputs)
+    found, _ = gradients(model, rows)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_less_is_kept_the_more_is_computed_again() -> None:
     """Not counting what selective checkpointing keeps aside, which the hooks do not see: that has its own test."""
     model = tiny_model(tiny_config(num_layers=3))
-    inputs = make_rows(SPEC, 12, 2, (2, 2)).inputs
-    everything = gradients(model, inputs)[1]
+    rows = make_rows(SPEC, COUNTS)
+    everything = gradients(model, rows)[1]
     model.checkpoint_activations("full")
-    assert gradients(model, inputs)[1] < everything / 3
+    assert gradients(model, rows)[1] < everything / 3
 
 
 class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
@@ -72,7 +73,7 @@ def test_selective_computes_no_product_and_no_attention_twice() -> None:
         model = tiny_model(tiny_config(num_layers=3), dtype=torch.float32)
         model.checkpoint_activations(checkpointing)
         with MatrixProducts() as counted:
-            gradients(model, make_rows(SPEC, 12, 2, (2, 2), dtype=torch.float32).inputs)
+            gradients(model, make_rows(SPEC, COUNTS, dtype=torch.float32))
         counts[checkpointing] = counted.products, counted.attentions
     assert counts["selective"] == counts["none"]
     # Three blocks, two towers, five products; nothing needs what the last one returns, so that it is left out.
@@ -85,21 +86,21 @@ def test_compiled_blocks_have_the_same_gradients(checkpointing: Checkpointing, m
     # What is kept is decided before any code is made, which takes a minute: this backend makes none.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     model = tiny_model(tiny_config(num_layers=3))
-    inputs = make_rows(SPEC, 12, 2, (2, 2)).inputs
-    expected, _ = gradients(model, inputs)
+    rows = make_rows(SPEC, COUNTS)
+    expected, _ = gradients(model, rows)
     compiled = copy.deepcopy(model)
     compiled.checkpoint_activations(checkpointing)
     counters.clear()
     compiled.compile_blocks()
-    for one, two in zip(gradients(compiled, inputs)[0], expected, strict=True):
+    for one, two in zip(gradients(compiled, rows)[0], expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
     assert counters["stats"]["unique_graphs"] <= 1, "one compilation serves all blocks"
 
 
 def test_nothing_is_checkpointed_without_gradients() -> None:
     model = tiny_model(tiny_config())
-    inputs = make_rows(SPEC, 12, 2, (2, 2)).inputs
+    rows = make_rows(SPEC, COUNTS)
     with torch.no_grad():
-        expected = model(**inputs).logits
+        expected = model(rows.inputs, rows.slots).predictions["text"]
         model.checkpoint_activations("full")
-        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(rows.inputs, rows.slots).predictions["text"], expected)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_rows, tiny_config, tiny_model
+from conftest import DENSE, make_rows, tiny_config, tiny_model
 from test_pipeline import tiny_pipeline
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 # The second row is of text alone.
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]
-INPUTS = make_rows(SPEC, 12, 2, (2, 2)).inputs
+ROWS = make_rows(SPEC, {"text": 12, "image": 2})
 
 
 def model_with(text: float = 0.0, image: float = 0.0, **changes: Any) -> TransfusionMoT:
@@ -32,8 +32,8 @@ def model_with(text: float = 0.0, image: float = 0.0, **changes: Any) -> Transfu
 
 def outputs(model: TransfusionMoT, seed: int = 0) -> tuple[Tensor, Tensor]:
     seed_step(seed, 0, 0)
-    output = model(**INPUTS)
-    return output.logits, output.prediction
+    output = model(ROWS.inputs, ROWS.slots)
+    return output.predictions["text"], output.predictions["image"]
 
 
 def same(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[bool, bool]:
@@ -98,7 +98,7 @@ def test_pipeline_of_a_model_in_training_mode_paints_without_it() -> None:
     expected = pipeline("a sun", generator=torch.Generator().manual_seed(0), output_type="np").images
     config = pipeline.transformer.config
     towers = {name: sizes | {"dropout": 0.5} for name, sizes in config.architecture["towers"].items()}
-    model = TransfusionMoT(config.vocab_size, config.latent_channels, config.architecture | {"towers": towers})
+    model = TransfusionMoT(config.sizes, config.architecture | {"towers": towers}, config.diffusion)
     model.load_state_dict(pipeline.transformer.state_dict())
     found = tiny_pipeline(transformer=model.train())
     images = found("a sun", generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -142,7 +142,7 @@ def test_compiled_blocks_drop_by_the_seed_and_have_the_gradient_of_what_they_ret
     With all of it computed again: without, a gradient is of fewer draws.
     """
     # One tower and no norm of heads: half of the kernels, each of which takes a second of the C++ compiler.
-    tower = {"towers": {"shared": TowerConfig(16, 24, 0.5)}, "modalities": {"text": "shared", "image": "shared"}}
+    tower = {"towers": {"shared": TowerConfig(16, 24, 0.5)}, "modalities": DENSE["modalities"]}
     model = tiny_model(tiny_config(**tower, qk_norm=False))
     direction = [torch.randn_like(parameter) for parameter in model.parameters()]
     model.checkpoint_activations("full")

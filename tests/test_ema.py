@@ -66,15 +66,19 @@ def test_model_computes_with_the_averages_and_gets_its_weights_back() -> None:
             parameter *= 0.5
         for name, weight in ema.weights.items():
             weight.copy_(averaged.get_parameter(name))
-    inputs = make_rows([[[3, "image", 2]]], 8, 1).inputs
+    rows = make_rows([[[3, "image", 2]]], {"text": 8, "image": 1})
+
+    def logits(of: torch.nn.Module) -> torch.Tensor:
+        return of(rows.inputs, rows.slots).predictions["text"]
+
     with torch.no_grad():
-        own = model(**inputs).logits
+        own = logits(model)
         with ema.in_place_of(model):
             assert not model.training
-            assert torch.equal(model(**inputs).logits, averaged(**inputs).logits)
+            assert torch.equal(logits(model), logits(averaged))
         assert model.training
-        assert torch.equal(model(**inputs).logits, own)
-    assert not torch.equal(own, averaged(**inputs).logits)
+        assert torch.equal(logits(model), own)
+    assert not torch.equal(own, logits(averaged))
     whole = ema.gathered(keep=True)
     assert all(torch.equal(whole[name], parameter) for name, parameter in averaged.named_parameters())
     assert ema.gathered(keep=False) == {}

@@ -55,11 +55,12 @@ def make_batch(
                     labels[token.row, token.place] = sizes[name] - 1
             inputs[name] = TokenInput(given.ids, labels)
         else:
-            generator = torch.Generator().manual_seed(5 + len(inputs))
+            seed = 3 + 2 * len(inputs)
             mask = torch.zeros(given.timesteps.shape, dtype=torch.bool)
             for token in (token for tokens in rows.documents for token in tokens if token.modality == name):
                 mask[token.row, token.item] = True
-            noise = torch.randn(given.latents.shape, generator=generator, dtype=dtype)
+            noise = torch.randn(given.latents.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+            generator = torch.Generator().manual_seed(seed + 1)
             timesteps = torch.rand(given.timesteps.shape, generator=generator, dtype=dtype)
             inputs[name] = LatentInput(given.latents, timesteps, noise, mask)
     # Every document is of the source of its number in the row.

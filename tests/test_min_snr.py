@@ -7,11 +7,14 @@ from diffusers.training_utils import compute_snr
 from test_losses import make_batch
 from test_validation import held_out, make_validation
 
+from transfusion_mot.config import DiffusionConfig
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.models.inputs import LatentInput, TokenInput
+from transfusion_mot.models.modalities import Terms
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
-from transfusion_mot.training.step import compute_losses
+from transfusion_mot.training.step import loss_terms
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -63,43 +66,41 @@ def test_off_is_off() -> None:
     assert Diffusion(make_scheduler(FLOW, {})).loss_weight(torch.rand(2, 3)) is None
 
 
-def gradients_and_losses(model: TransfusionMoT, gamma: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch = make_batch()
-    model.zero_grad()
-    losses = compute_losses(model, batch, Diffusion(make_scheduler(FLOW, {}), min_snr_gamma=gamma))
-    losses.sums[1].backward()
-    return model.image_adapter.output.bias.grad.clone(), losses.sums.detach(), losses.images
+def bias_of(model: TransfusionMoT) -> torch.Tensor:
+    return model.modality("image").adapter.output.bias
+
+
+def gradient_and_terms(gamma: float | None) -> tuple[torch.Tensor, dict[str, Terms]]:
+    model = tiny_model(tiny_config(), diffusion=DiffusionConfig(min_snr_gamma=gamma))
+    terms = loss_terms(model, make_batch())
+    terms["image"].loss.backward()
+    return bias_of(model).grad, terms
 
 
 def test_training_is_weighted_and_the_log_is_not() -> None:
     batch = make_batch()
     model = tiny_model(tiny_config())
-    _, plain_sums, plain_images = gradients_and_losses(model, None)
-    gradient, sums, images = gradients_and_losses(model, GAMMA)
-    torch.testing.assert_close(images, plain_images)
-    torch.testing.assert_close(sums[0], plain_sums[0])
-    t = batch.timesteps
+    _, plain = gradient_and_terms(None)
+    gradient, terms = gradient_and_terms(GAMMA)
+    torch.testing.assert_close(terms["image"].losses, plain["image"].losses)
+    torch.testing.assert_close(terms["text"].loss, plain["text"].loss)
+    given = batch.latents("image")
+    t = given.timesteps
     weights = torch.minimum((1 - t) ** 2, GAMMA * t**2)
-    torch.testing.assert_close(sums[1], (weights * images).sum())
+    torch.testing.assert_close(terms["image"].loss, (weights * terms["image"].losses).sum())
 
     # The gradient is the sum of those of each image alone, times its weight.
     expected = torch.zeros_like(gradient)
-    for row, image in batch.image_mask.nonzero().tolist():
+    noisy = (1 - t[..., None, None, None]) * given.latents + t[..., None, None, None] * given.noise
+    inputs = {"text": TokenInput(batch.tokens("text").ids), "image": LatentInput(noisy, t)}
+    for row, image in given.mask.nonzero().tolist():
         model.zero_grad()
-        alone = torch.zeros_like(batch.timesteps)
+        alone = torch.zeros_like(t)
         alone[row, image] = weights[row, image]
-        output = model(
-            text_ids=batch.text_ids,
-            noisy_latents=(1 - t[..., None, None, None]) * batch.latents + t[..., None, None, None] * batch.noise,
-            timesteps=t,
-            document_ids=batch.document_ids,
-            order=batch.order,
-            span_ids=batch.span_ids,
-            rope_positions=batch.rope_positions,
-        )
-        errors = (output.prediction - (batch.noise - batch.latents)).square().sum(dim=(2, 3, 4))
+        prediction = model(inputs, batch.slots).predictions["image"]
+        errors = (prediction - (given.noise - given.latents)).square().sum(dim=(2, 3, 4))
         (alone * errors).sum().backward()
-        expected += model.image_adapter.output.bias.grad
+        expected += bias_of(model).grad
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -107,5 +108,5 @@ def test_held_out_losses_are_not_weighted(accelerator) -> None:
     tokenizer = train_tokenizer(["a red apple"], 300)
     validation, model = make_validation(tokenizer, held_out())
     plain = validation.losses(model, accelerator)
-    validation.diffusion = Diffusion(validation.diffusion.scheduler, min_snr_gamma=GAMMA)
+    model.modality("image").diffusion.min_snr_gamma = GAMMA
     assert validation.losses(model, accelerator) == plain
