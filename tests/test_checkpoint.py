@@ -1,5 +1,6 @@
 """Training states and snapshots on disk, and what is left when a write is cut off."""
 
+import json
 import pickle
 import re
 from contextlib import nullcontext
@@ -62,7 +63,8 @@ def test_state_comes_back(tmp_path: Path) -> None:
         for tensor in tensors.values():
             tensor += 1
     folder = find_state(tmp_path, "auto")
-    assert load_progress(folder) == {"step": 3, "seen": {"images": 5}, "made_of": {"model": {"x": [1, 2]}}}
+    progress = {"step": 3, "seen": {"images": 5}, "made_of": {"model": {"x": [1, 2]}}}
+    assert load_progress(folder) == {"format": 2, **progress}
     other = trained(1, weight_decay=0.3, betas=(0.8, 0.9))
     assert torch.equal(load_tensors(folder, *other), kept["lanes"])
     again = state_tensors(*other, kept["lanes"])
@@ -76,15 +78,15 @@ def test_state_comes_back(tmp_path: Path) -> None:
 
 def test_parameter_that_was_not_trained_before_starts_without_moments(tmp_path: Path) -> None:
     model, ema, optimizer = trained(0)
-    model.text_head.weight.requires_grad_(False)
+    model.modality("text").head.weight.requires_grad_(False)
     optimizer = make_optimizer(model, OptimizerConfig())
     sum(parameter.sin().sum() for parameter in model.parameters()).backward()
     optimizer.step()
     save(tmp_path, 1, **state_tensors(model, ema, optimizer, torch.zeros(1)))
     other, ema, optimizer = trained(0)
     load_tensors(find_state(tmp_path, "auto"), other, ema, optimizer)
-    assert other.text_head.weight not in optimizer.state
-    assert optimizer.state[other.token_embedding.weight]["step"] == 1
+    assert other.modality("text").head.weight not in optimizer.state
+    assert optimizer.state[other.modality("text").embedding.weight]["step"] == 1
 
 
 def test_newest_states_are_kept_and_found(tmp_path: Path) -> None:
@@ -194,9 +196,9 @@ MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffu
     ],
 )
 def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: str) -> None:
-    refuse_other_run({"made_of": MADE_OF}, MADE_OF | {"diffusion.scheduler": ("DDPMScheduler", {})}, Path("step-5"))
+    refuse_other_run(MADE_OF, MADE_OF | {"diffusion.scheduler": ("DDPMScheduler", {})}, Path("step-5"))
     with pytest.raises(UserError, match=message):
-        refuse_other_run({"made_of": before}, MADE_OF, Path("step-5"))
+        refuse_other_run(before, MADE_OF, Path("step-5"))
 
 
 @pytest.mark.parametrize(
@@ -218,12 +220,12 @@ def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: 
 def test_another_tokenizer_is_refused(tmp_path: Path, byte_tokenizer, before, now: dict, message: str | None) -> None:
     places = {"kept": tmp_path / "tokenizer", "other": tmp_path / "other"}
     byte_tokenizer.save(places["kept"])
-    train_tokenizer(["a word"], 263).save(places["other"])
+    train_tokenizer(["a word"], 263, ("text", "image")).save(places["other"])
     if before is not None:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"tokenizer": before}))
     config = TokenizerConfig(**now)
     config.path = None if config.path is None else config.path.format(**places)
-    kept = load_tokenizer(str(places["kept"]))
+    kept = load_tokenizer(str(places["kept"]), ("text", "image"))
     with nullcontext() if message is None else pytest.raises(UserError, match=re.escape(message.format(**places))):
         refuse_other_tokenizer(config, kept, tmp_path / "state" / "step-5")
 
@@ -246,6 +248,26 @@ def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "progress.json").write_text("{")
     with pytest.raises(UserError, match=r"step-0000005 cannot be read"):
         load_progress(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (None, ["a training state of version 0.1", "python -m transfusion_mot.sampling.convert"]),
+        (99, ["has the format 99, and this version reads 2"]),
+    ],
+)
+def test_state_of_another_version_is_refused_in_one_sentence(
+    tmp_path: Path, number: int | None, words: list[str]
+) -> None:
+    save(tmp_path, 5)
+    folder = find_state(tmp_path, "auto")
+    progress = json.loads((folder / "progress.json").read_text())
+    del progress["format"]
+    (folder / "progress.json").write_text(json.dumps(progress | ({} if number is None else {"format": number})))
+    with pytest.raises(UserError) as refused:
+        load_progress(folder)
+    assert all(word in str(refused.value) for word in [str(folder), "another output_dir", *words])
 
 
 def test_state_cut_in_half_is_refused(tmp_path: Path) -> None:

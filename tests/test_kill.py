@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import loader_of
 from process_group import clean_process
 from test_lanes import NUM_LANES, mixed_packer
 from training_runs import load_all
 
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.state import StateWriter, load_progress
 
@@ -27,7 +27,7 @@ NUM_STEPS, NUM_KILLS = 400, 20
 def row_hashes(batch: Batch) -> list[str]:
     return [
         hashlib.sha256(b"".join(value[row].numpy().tobytes() for value in batch.tensors().values())).hexdigest()[:16]
-        for row in range(len(batch.text_ids))
+        for row in range(batch.num_rows)
     ]
 
 
@@ -36,9 +36,16 @@ def read_rows(run: Path, tokenizer, world_size: int, workers: int, num_steps: in
     folder = find_state(run, "auto")
     first = load_progress(folder)["step"] if folder is not None else 0
     states = load_all(folder)["lanes"] if folder is not None else None
-    cpu = torch.device("cpu")
     loaders = [
-        LaneLoader(mixed_packer(tokenizer), rank, world_size, workers, states, first, num_steps, cpu)
+        loader_of(
+            mixed_packer(tokenizer),
+            num_steps,
+            rank=rank,
+            world_size=world_size,
+            num_workers=workers,
+            states=states,
+            first_step=first,
+        )
         for rank in range(world_size)
     ]
     with (run / "rows.txt").open("a") as file, StateWriter(run, 2, 0) as writer:

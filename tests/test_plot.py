@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
+from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
 from transfusion_mot.training.plot import curve, labels_of, main, smoothed
 
 LINES = [
-    {"step": 1, "seconds": 2.0, "flops": 1e12, "text_loss": 5.0, "diffusion_loss": 2.0},
-    {"step": 2, "validation/text_loss": 4.5, "validation/diffusion_loss": 1.5},
-    {"step": 3, "seconds": 6.0, "flops": 3e12, "text_loss": 4.0, "diffusion_loss": 1.0},
-    {"step": 3, "validation/text_loss": 3.5, "validation/diffusion_loss": 0.5},
+    {"step": 1, "seconds": 2.0, "flops": 1e12, "text_loss": 5.0, "image_loss": 2.0},
+    {"step": 2, "validation/text_loss": 4.5, "validation/image_loss": 1.5},
+    {"step": 3, "seconds": 6.0, "flops": 3e12, "text_loss": 4.0, "image_loss": 1.0},
+    {"step": 3, "validation/text_loss": 3.5, "validation/image_loss": 0.5},
 ]
 
 
@@ -30,11 +30,38 @@ def make_run(folder: Path, factor: float = 1.0) -> Path:
 def test_curves_lie_where_their_steps_flops_and_seconds_are(tmp_path: Path) -> None:
     lines = read_metrics(make_run(tmp_path / "run") / METRICS_FILE)
     assert curve(lines, "text_loss", "step") == ([1, 3], [5, 4])
-    assert curve(lines, "diffusion_loss", "seconds") == ([2, 6], [2, 1])
+    assert curve(lines, "image_loss", "seconds") == ([2, 6], [2, 1])
     # A validation has no seconds of its own: those of the last line before it.
     assert curve(lines, "validation/text_loss", "flops") == ([1e12, 3e12], [4.5, 3.5])
     assert curve(lines, "validation/text_loss", "step") == ([2, 3], [4.5, 3.5])
     assert curve(lines, "none", "step") == ([], [])
+
+
+def test_losses_of_version_0_1_are_read_as_those_of_the_image(tmp_path: Path) -> None:
+    old = {"step": 1, "text_loss": 5.0, "diffusion_loss": 2.0, "diffusion_loss/t=0.0-0.1": 3.0, "my_diffusion_loss": 1}
+    held_out = {"step": 1, "validation/diffusion_loss": 4.0, "validation/diffusion_loss/t=0.5": 6.0}
+    file = tmp_path / METRICS_FILE
+    file.write_text(f"{json.dumps(old)}\n{json.dumps(held_out)}\n")
+    lines = read_metrics(file)
+    assert lines == [
+        {"step": 1, "text_loss": 5.0, "image_loss": 2.0, "image_loss/t=0.0-0.1": 3.0, "my_diffusion_loss": 1},
+        {"step": 1, "validation/image_loss": 4.0, "validation/image_loss/t=0.5": 6.0},
+    ]
+    assert loss_units(lines)["text_loss"] == "nats per token"
+    assert loss_units(lines)["image_loss"] == "squared error per element"
+
+
+def test_every_modality_has_its_row(tmp_path: Path) -> None:
+    """Also one that another run has not."""
+    heights = []
+    for modalities in (["text"], ["text", "speech"], ["text", "speech", "image"]):
+        run = tmp_path / "-".join(modalities)
+        run.mkdir()
+        line = {"step": 1, "seconds": 1.0, "flops": 1.0, **{f"{name}_loss": 2.0 for name in modalities}}
+        (run / METRICS_FILE).write_text(json.dumps(line))
+        main([str(run), str(make_run(tmp_path / f"{run.name} other")), "--output", str(tmp_path / "losses.png")])
+        heights.append(Image.open(tmp_path / "losses.png").height)
+    assert heights[0] < heights[1] == heights[2]
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9])

@@ -17,7 +17,14 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "steps_to_match.py"
 
 
-def write_run(folder: Path, rate: float, steps: int = 1000, seconds_per_step: float = 0.5, noise: float = 0.0) -> Path:
+def write_run(
+    folder: Path,
+    rate: float,
+    steps: int = 1000,
+    seconds_per_step: float = 0.5,
+    noise: float = 0.0,
+    image: str = "image_loss",
+) -> Path:
     """Losses that fall along a straight line from 5 and 2, `rate` times as fast as 0.004 and 0.0016 a step."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -31,11 +38,11 @@ def write_run(folder: Path, rate: float, steps: int = 1000, seconds_per_step: fl
                 "seconds": seconds_per_step * step,
                 "flops": 1e12 * step,
                 "text_loss": text * jitter,
-                "diffusion_loss": diffusion * jitter,
+                image: diffusion * jitter,
             }
         )
         if step % 100 == 0:
-            lines.append({"step": step, "validation/text_loss": text, "validation/diffusion_loss": diffusion})
+            lines.append({"step": step, "validation/text_loss": text, f"validation/{image}": diffusion})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -77,7 +84,9 @@ def test_first_point_at_the_target() -> None:
 
 def test_a_run_that_learns_twice_as_fast(run, tmp_path: Path) -> None:
     """It needs half the steps; at a third of the time a step, a sixth of the time."""
-    a, b = write_run(tmp_path / "slow", 0.5), write_run(tmp_path / "fast", 1.0, seconds_per_step=0.5 / 3)
+    # As version 0.1 called it.
+    a = write_run(tmp_path / "slow", 0.5, image="diffusion_loss")
+    b = write_run(tmp_path / "fast", 1.0, seconds_per_step=0.5 / 3)
     status, output, errors = run(a, b)
     assert status == 0, errors
     found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["matches"]

@@ -19,6 +19,7 @@ from training_runs import assert_same, final_state, load_all
 
 import train
 from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -29,6 +30,7 @@ from transfusion_mot.training.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+IMAGE = {"tower": "image", "objective": "diffusion", "loss_weight": 5.0}
 DOCS = (ROOT / "docs" / "monitoring.md").read_text()
 
 
@@ -39,7 +41,7 @@ def on_the_cpu(monkeypatch) -> None:
 
 def interrupt_after(monkeypatch, step: int) -> None:
     """Make the next run end, as by an error, after that step and its save."""
-    original = train.LaneLoader.__iter__
+    original = LaneLoader.__iter__
 
     def iterate(loader):
         for number, item in enumerate(original(loader), loader.first_step):
@@ -47,7 +49,7 @@ def interrupt_after(monkeypatch, step: int) -> None:
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(train.LaneLoader, "__iter__", iterate)
+    monkeypatch.setattr(LaneLoader, "__iter__", iterate)
 
 
 @pytest.mark.parametrize(("workers", "image_context"), [(0, "noised"), (2, "clean")])
@@ -68,14 +70,14 @@ def test_three_and_three_steps_equal_six_bit_for_bit(
     train.main(arguments("parts", data=data))
     whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     assert_same(whole, parts)
-    assert not torch.equal(before["model/text_head.weight"], parts["model/text_head.weight"])
-    assert parts["optimizer/text_head.weight/step"] == 6
-    assert not torch.equal(parts["model/text_head.weight"], parts["ema/text_head.weight"])
+    assert not torch.equal(before["model/modalities.text.head.weight"], parts["model/modalities.text.head.weight"])
+    assert parts["optimizer/modalities.text.head.weight/step"] == 6
+    assert not torch.equal(parts["model/modalities.text.head.weight"], parts["ema/modalities.text.head.weight"])
     lines = [
         [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in line]
         for run in ("whole", "parts")
     ]
-    timed = ("seconds_per_step", "tokens_per_second", "images_per_second", "data_wait_fraction", "seconds")
+    timed = ("seconds_per_step", "tokens_per_second", "image_items_per_second", "data_wait_fraction", "seconds")
     for one, two in zip(*lines, strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
@@ -95,7 +97,7 @@ def test_run_folder_holds_what_is_promised(arguments, tmp_path) -> None:
     on_gpus = {"mfu", "peak_memory_gib"}
     assert {"text_loss", "data_wait_fraction", "sources/NAME/text_loss", "flops", "seconds", "spikes"} <= found
     assert {name for name in documented if name not in found and "t=" not in name} == {"validation/...", *on_gpus}
-    assert sum(key.startswith("diffusion_loss/t=") for key in line) >= 2
+    assert sum(key.startswith("image_loss/t=") for key in line) >= 2
     assert Image.open(run / "samples" / "step-0000006-captions.png").size > (0, 0)
     card = (run / "snapshots" / "step-0000006" / "README.md").read_text()
     assert f"{line['text_loss']:.4f} (step 6)" in card
@@ -155,7 +157,7 @@ def test_two_processes_equal_one_and_resume_each_other(arguments, tmp_path) -> N
     assert_same(one, two, tolerance=2e-5)
     losses = [
         [
-            (line["step"], line["text_loss"], line["diffusion_loss"], line["images_seen"])
+            (line["step"], line["text_loss"], line["image_loss"], line["image_items_seen"])
             for line in lines
             if "loss" in line
         ]
@@ -185,7 +187,7 @@ def test_run_killed_between_its_last_state_and_snapshot_still_gets_the_snapshot(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.TransfusionPipeline, "save_pretrained", killed)
+        patch.setattr(TransfusionPipeline, "save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments())
     train.main(arguments())
@@ -219,14 +221,14 @@ def test_both_losses_fall_on_real_emoji(arguments, tmp_path, emoji_cache, draw_e
     draw_emoji(32, emoji_cache)
     train.main(
         arguments(
-            data={"sources": [{"kind": "openmoji"}], "held_out_fraction": 0.05, "text_slots": 48, "images_per_row": 4},
+            data={"sources": [{"kind": "openmoji"}], "held_out_fraction": 0.05, "slots": {"text": 48, "image": 4}},
             tokenizer={"vocab_size": 512},
             model={"towers": {name: {"hidden_size": 48, "intermediate_size": 96} for name in ("text", "image")}},
             optimizer={"lr": 0.01, "warmup_steps": 10},
             training={"num_steps": 150, "num_rows": 8, "microbatch_rows": None, "log_every": 15},
         )
     )
-    tokenizer = load_tokenizer(str(tmp_path / "run" / "tokenizer"))
+    tokenizer = load_tokenizer(str(tmp_path / "run" / "tokenizer"), ["text", "image"])
     data = DataConfig(image_size=32, held_out_fraction=0.05, cache_dir=str(emoji_cache))
     images = open_source(SourceConfig("openmoji"), data, "train")
     captions = [images.captions(index)[0] for index in range(len(images))]
@@ -241,14 +243,14 @@ def test_both_losses_fall_on_real_emoji(arguments, tmp_path, emoji_cache, draw_e
     first, last = ([line for line in lines if "loss" in line][i] for i in (0, -1))
     (validation,) = (line for line in lines if "validation/text_loss" in line)
     assert first["text_loss"] == pytest.approx(math.log(512), abs=0.2)
-    assert first["diffusion_loss"] == pytest.approx(2.0, abs=0.2)
-    for text_loss, diffusion_loss in (
-        (last["text_loss"], last["diffusion_loss"]),
-        (validation["validation/text_loss"], validation["validation/diffusion_loss"]),
-        (validation["validation/caption_loss"], validation["validation/diffusion_loss"]),
+    assert first["image_loss"] == pytest.approx(2.0, abs=0.2)
+    for text_loss, image_loss in (
+        (last["text_loss"], last["image_loss"]),
+        (validation["validation/text_loss"], validation["validation/image_loss"]),
+        (validation["validation/caption_loss"], validation["validation/image_loss"]),
     ):
         assert text_loss < frequencies_alone - 1
-        assert diffusion_loss < elements_alone - 0.1
+        assert image_loss < elements_alone - 0.1
 
 
 # --- Refusals. ---
@@ -269,7 +271,7 @@ def refused(arguments: list[str], capfd) -> str:
 
 def test_error_of_the_user_is_one_sentence_and_status_two(arguments, tmp_path) -> None:
     """As a user meets it; the other refusals are tested in this process."""
-    words, log = [str(ROOT / "train.py"), *arguments(autoencoder={"path": "no/such/vae"})], tmp_path / "log"
+    words, log = [str(ROOT / "train.py"), *arguments(codecs={"image": {"path": "no/such/vae"}})], tmp_path / "log"
     assert run_script(words, tmp_path, {}, log) == 2
     assert "Traceback" not in log.read_text()
     assert log.read_text().splitlines()[-1].startswith("error: ")
@@ -279,8 +281,8 @@ def test_error_of_the_user_is_one_sentence_and_status_two(arguments, tmp_path) -
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"autoencoder": {"path": "no/such/vae"}}, ["no/such/vae", "transfusion_mot.autoencoder"]),
-        ({"data": {"sources": []}}, ["no source with images", "openmoji"]),
+        ({"codecs": {"image": {"path": "no/such/vae"}}}, ["no/such/vae"]),
+        ({"data": {"sources": []}}, ["no source with image media", "openmoji"]),
         ({"data": {"sources": [{"kind": "imagefolder", "path": "no/such/folder"}]}}, ["no/such/folder"]),
         ({"tokenizer": {"path": "no/such/tokenizer"}}, ["no/such/tokenizer"]),
         ({"tokenizer": {"vocab_size": 100}}, ["tokenizer.vocab_size is 100", "261"]),
@@ -291,11 +293,14 @@ def test_error_of_the_user_is_one_sentence_and_status_two(arguments, tmp_path) -
         ({"training": {"num_rows": 0}}, ["num_rows"]),
         ({"training": {"microbatch_rows": -1}}, ["microbatch_rows"]),
         ({"training": {"num_steps": 0}}, ["num_steps"]),
-        ({"data": {"text_slots": 3}}, ["text_slots"]),
-        ({"data": {"images_per_row": 0}}, ["images_per_row"]),
+        ({"data": {"slots": {"text": 3, "image": 2}}}, ["data.slots.text"]),
+        ({"data": {"slots": {"text": 32, "image": 0}}}, ["data.slots.image"]),
         ({"data": {"image_size": 30}}, ["image_size"]),
         (
-            {"model": {"patch_size": 8, "image_adapter": "linear"}, "data": {"image_size": 16}},
+            {
+                "model": {"modalities": {"text": {"tower": "text"}, "image": IMAGE | {"patch_size": 8}}},
+                "data": {"image_size": 16},
+            },
             ["image_size is 16", "32"],
         ),
         ({"data": {"sources": [{"kind": "openmoji", "weight": 0.0}]}}, ["weight"]),
@@ -341,12 +346,12 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
         "never": ({"resume": "never"}, ["resume=auto"]),
         "model": ({"model": {"num_layers": 3}}, ["another model"]),
         "rows": ({"training": {"num_rows": 8}}, ["training.num_rows: 4", "8"]),
-        "autoencoder": ({"autoencoder": {"path": other_vae(tmp_path, random_vae)}}, ["another autoencoder"]),
+        "codec": ({"codecs": {"image": {"path": other_vae(tmp_path, random_vae)}}}, ["another codec of image"]),
         "tokenizer": ({"tokenizer": {"vocab_size": 301}}, ["another tokenizer", "tokenizer.vocab_size is 301", "300"]),
         "sources": ({"data": {"sources": [{"kind": "imagefolder", "path": str(picture_folder)}]}}, ["sources"]),
         "lookahead": ({"data": {"lookahead": 3}}, ["another data", "'lookahead': 16", "'lookahead': 3"]),
         "image size": ({"data": {"image_size": 16}}, ["another data", "image_size"]),
-        "layout": ({"data": {"text_slots": 80}}, ["another data", "text_slots"]),
+        "layout": ({"data": {"slots": {"text": 80, "image": 2}}}, ["another data", "slots"]),
         "optimizer": ({"optimizer": {"name": "muon"}}, ["another optimizer.name", "adamw", "muon"]),
         "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
     }
@@ -381,7 +386,7 @@ def test_run_without_sample_prompts_ends_well(arguments, tmp_path) -> None:
 
 
 def test_folder_in_which_nobody_can_make_a_file_is_refused(arguments, capfd) -> None:
-    sentence = refused([*arguments(autoencoder={"path": "no/such/vae"}), "--output_dir", "/proc"], capfd)
+    sentence = refused([*arguments(codecs={"image": {"path": "no/such/vae"}}), "--output_dir", "/proc"], capfd)
     assert "/proc" in sentence
     assert sentence.endswith("choose another")
 

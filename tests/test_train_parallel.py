@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from training_runs import Arguments, assert_same, final_state
 
 import train
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.run import snapshots
 from transfusion_mot.training import checkpoint, state
 from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.ema import EMA
@@ -40,7 +42,7 @@ def test_sharded_run_equals_one_process_and_each_goes_on_with_the_other(argument
     one, sharded = final_state(tmp_path / "one"), final_state(tmp_path / "sharded")
     assert_same(one, sharded, tolerance=2e-5)
     runs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "sharded")]
-    for name in ("text_loss", "diffusion_loss", "grad_norm", "validation/text_loss", "validation/diffusion_loss"):
+    for name in ("text_loss", "image_loss", "grad_norm", "validation/text_loss", "validation/image_loss"):
         first, second = ([line[name] for line in lines if name in line] for lines in runs)
         assert len(first) >= 3
         assert second == pytest.approx(first, rel=1e-3), name
@@ -126,7 +128,7 @@ def test_run_ends_when_its_time_is_over(arguments: Arguments, tmp_path: Path, ca
 
 # Where a process kills itself, as the kernel would: when it calls this for the n-th time.
 PHASES: dict[str, tuple[Any, str]] = {
-    "data": (train.Packer, "rows"),
+    "data": (Packer, "rows"),
     "forward": (TransfusionMoT, "forward"),
     "optimizer": (torch.optim.AdamW, "step"),
     "averages": (EMA, "update"),
@@ -141,7 +143,7 @@ PHASES: dict[str, tuple[Any, str]] = {
 
 def train_without_figure(arguments: list[str]) -> None:
     """The figure takes most of the time, and nothing depends on it."""
-    train.plot_runs = lambda *_: None
+    snapshots.plot_runs = lambda *_: None
     train.main(arguments)
 
 
@@ -161,7 +163,7 @@ def killed_at(arguments: list[str], phase: str, number: int) -> None:
 
 
 def test_twenty_kills_in_every_phase_change_nothing(arguments: Arguments, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
+    monkeypatch.setattr(snapshots, "plot_runs", lambda *_: None)
     training = {"num_steps": 120, "save_every": 2, "log_every": 10, "sample_prompts": [], "num_validation_documents": 2}
     train.main(arguments("whole", training=training | {"save_every": 0}))
     command = arguments("killed", training=training)

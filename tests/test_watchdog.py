@@ -16,7 +16,7 @@ OTHER = """
 import sys, time
 from pathlib import Path
 from transfusion_mot.training.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 3, 0.02) as watchdog:
+with Watchdog(Path(sys.argv[1]), rank=int(sys.argv[2]), world_size=3, minutes=0.02) as watchdog:
     watchdog.at(int(sys.argv[3]), sys.argv[4])
     print("ready", flush=True)
     time.sleep(60)
@@ -45,7 +45,7 @@ def test_late_process_is_named_and_then_one_that_has_ended(tmp_path: Path, capfd
     others = [other(tmp_path, 1, 12, "training"), other(tmp_path, 2, 11, "waiting for data")]
     try:
         # 1.2 seconds without a step.
-        with Watchdog(tmp_path, 0, 3, 0.02) as watchdog:
+        with Watchdog(tmp_path, rank=0, world_size=3, minutes=0.02) as watchdog:
             for step in range(1, 13):
                 watchdog.at(step, "training")
                 time.sleep(0.15)
@@ -73,13 +73,13 @@ def test_late_process_is_named_and_then_one_that_has_ended(tmp_path: Path, capfd
 
 
 def test_process_without_a_file_is_named(tmp_path: Path) -> None:
-    with Watchdog(tmp_path / "beats", 0, 2, 10) as watchdog:
+    with Watchdog(tmp_path / "beats", rank=0, world_size=2, minutes=10) as watchdog:
         watchdog.at(3, "training")
         assert "Rank 1 has left no sign" in watchdog.report()
     assert not (tmp_path / "beats").exists()
 
 
 def test_watchdog_of_no_minutes_leaves_no_trace(tmp_path: Path) -> None:
-    with Watchdog(tmp_path / "beats", 0, 1, 0.0) as watchdog:
+    with Watchdog(tmp_path / "beats", rank=0, world_size=1, minutes=0.0) as watchdog:
         watchdog.at(1, "training")
     assert list(tmp_path.iterdir()) == []

@@ -225,7 +225,7 @@ def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder:
     if before is not None and before.path == config.path and (config.path or before.vocab_size == config.vocab_size):
         return
     if config.path is not None:
-        if load_tokenizer(config.path).fingerprint == kept.fingerprint:
+        if load_tokenizer(config.path, list(kept.begin_ids)).fingerprint == kept.fingerprint:
             return
         given = f"tokenizer.path={config.path} is another tokenizer"
     elif before is None:

@@ -211,7 +211,9 @@ def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) ->
             for pool in pools
             for position in range(min(pool.length, most))
         ]
-        lengths = [sum(map(len, document.segments)) for document in documents]
+        lengths = [
+            sum(len(segment) for segment in document.segments if isinstance(segment, list)) for document in documents
+        ]
         wanted = min(most, sum(pool.length for pool in pools))
         num_rows = max(num_rows, int(wanted * np.mean(lengths or [0])) // config.data.slots[name])
     return num_rows
