@@ -62,7 +62,7 @@ def main() -> None:
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
     sampling = SamplerSettings(steps, scale, protocol.guidance_interval, sampler_name(pipeline.scheduler))
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
-    benchmark = Benchmark(protocol, processes, painter, networks, work, data, output)
+    benchmark = Benchmark(protocol, processes, painter, networks=networks, work=work, data=data, output=output)
 
     tried = benchmark.settings_to_try(sampling)
     captions = benchmark.paint(sampling)

@@ -31,10 +31,10 @@ def main() -> None:
         images,
         texts,
         load_clip(arguments.clip, device),
-        arguments.batch_size,
-        arguments.num_workers,
-        PREFIX if arguments.prefix else "",
-        processes,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        prefix=PREFIX if arguments.prefix else "",
+        processes=processes,
     )
     if processes.is_main_process:
         publish(metrics, arguments.output)

@@ -46,11 +46,11 @@ def main() -> None:
             real,
             generated,
             network,
-            arguments.batch_size,
-            arguments.num_workers,
-            arguments.image_size,
-            processes,
-            arguments.cache_dir,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            image_size=arguments.image_size,
+            processes=processes,
+            cache_dir=arguments.cache_dir,
         )
     if processes.is_main_process:
         publish(metrics, arguments.output)

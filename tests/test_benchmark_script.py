@@ -216,7 +216,7 @@ def test_the_network_sees_each_training_image_once(
 @pytest.mark.parametrize(
     ("has_documents", "reason"),
     [
-        (False, "all sources of data.sources that have images are held out"),
+        (False, "all sources of data.sources that have image media are held out"),
         (True, "the training data have no image with a caption that can be read"),
     ],
 )

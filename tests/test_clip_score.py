@@ -99,7 +99,7 @@ def test_two_processes_give_the_scores_of_one(tiny_clip, clip, pairs, tmp_path):
 
 
 def _scores(tiny_clip, images, texts):
-    metrics = clip_scores(images, texts, load_clip(tiny_clip, CPU), 4, processes=PartialState(cpu=True))
+    metrics = clip_scores(images, texts, load_clip(tiny_clip, CPU), batch_size=4, processes=PartialState(cpu=True))
     return np.array([metric.scores for metric in metrics])
 
 

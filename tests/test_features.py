@@ -148,7 +148,11 @@ def pixels(folder):
 
 @pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 1), (0, 5), (1, 4), (2, 12), (3, 5), (5, 3), (9, 1)])
 def test_batches_hold_every_image_in_its_place(folder, pixels, num_workers, batch_size):
-    batches = list(device_batches(find_images(folder), torch.tensor, CPU, batch_size, num_workers, "images"))
+    batches = list(
+        device_batches(
+            find_images(folder), torch.tensor, CPU, batch_size=batch_size, num_workers=num_workers, description="images"
+        )
+    )
     assert [sum(map(len, batch)) for batch in batches[:-1]] == [batch_size] * ((len(pixels) - 1) // batch_size)
     found = [image for batch in batches for of_size in batch for image in of_size]
     assert len(found) == len(pixels)
@@ -162,7 +166,7 @@ def test_features_equal_those_of_a_loop(folder, pixels, efficientnet, num_worker
         for start in range(0, len(pixels), batch_size):
             resized = [efficientnet.prepare(image[None]) for image in pixels[start : start + batch_size]]
             expected.append(efficientnet.module(torch.cat(resized)))
-    found = image_features(find_images(folder), efficientnet, batch_size, num_workers)
+    found = image_features(find_images(folder), efficientnet, batch_size=batch_size, num_workers=num_workers)
     np.testing.assert_allclose(found, torch.cat(expected).numpy(), rtol=1e-6, atol=1e-7)
 
 
@@ -181,7 +185,9 @@ def test_as_many_images_are_decoded_at_a_time_as_asked(folder, num_workers, batc
     together = threading.Barrier(threads)
     before = torch.get_num_threads()
     images = find_images(folder)
-    batches = device_batches(images, where, CPU, batch_size, num_workers, "images", quiet=True)
+    batches = device_batches(
+        images, where, CPU, batch_size=batch_size, num_workers=num_workers, description="images", quiet=True
+    )
     found = torch.cat([of_size for batch in batches for of_size in batch])
     assert len(found) == len(images)
     assert len(set(found[:, 0].tolist())) == processes
@@ -205,7 +211,7 @@ def test_distance_equals_torchmetrics(folder, efficientnet):
     assert precision.protocol["nearest neighbours"] == 3
     assert "FID" not in metrics_table(metrics)
     shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
-    for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, 3), strict=True):
+    for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, batch_size=3), strict=True):
         assert ours.value == pytest.approx(other.value, rel=1e-5)
 
 

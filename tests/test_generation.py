@@ -61,12 +61,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(painter: Painter, tmp_path: Path)
     part = tmp_path / "part"
     part.mkdir()
     with pytest.raises(Killed):
-        write_images(PROMPTS, part, making(painter, 1), 3, "painting")
+        write_images(PROMPTS, part, making(painter, 1), batch_size=3, description="painting")
     # One of the second batch was written, and half of the next one.
     (part / PROMPTS[3].file_name).write_bytes(whole[PROMPTS[3].file_name])
     (part / PROMPTS[4].file_name).with_suffix(".partial").write_bytes(b"half of it")
     before = {name: (part / name).stat().st_mtime_ns for name in files(part)}
-    write_images(PROMPTS, part, making(painter, 2), 3, "painting")
+    write_images(PROMPTS, part, making(painter, 2), batch_size=3, description="painting")
     assert files(part) == whole
     assert not list(part.glob("*.partial"))
     unchanged = [name for name, changed in before.items() if (part / name).stat().st_mtime_ns == changed]
@@ -75,9 +75,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(painter: Painter, tmp_path: Path)
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_processes_share_batches(painter: Painter, tmp_path: Path, ranks: int) -> None:
-    write_images(PROMPTS, tmp_path / "one", making(painter, 3), 3, "painting")
+    write_images(PROMPTS, tmp_path / "one", making(painter, 3), batch_size=3, description="painting")
     for rank in reversed(range(ranks)):
-        write_images(PROMPTS, tmp_path / "many", making(painter, 2), 3, "painting", rank, ranks)
+        write_images(
+            PROMPTS,
+            tmp_path / "many",
+            making(painter, 2),
+            batch_size=3,
+            description="painting",
+            rank=rank,
+            num_ranks=ranks,
+        )
         painted = {index for index in range(len(PROMPTS)) if PROMPTS[index].file_name in files(tmp_path / "many")}
         assert painted == {index for index in range(len(PROMPTS)) if index // 3 % ranks >= rank}
     assert files(tmp_path / "many") == files(tmp_path / "one")

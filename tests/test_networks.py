@@ -241,7 +241,7 @@ def test_two_processes_give_the_numbers_of_one(folders, efficientnet, tmp_path):
 def _distances(folders):
     network = load_feature_network("efficientnet", CPU)
     real, generated = map(find_images, folders)
-    return _values(image_distance(real[:7], generated, network, 3, processes=PartialState(cpu=True)))
+    return _values(image_distance(real[:7], generated, network, batch_size=3, processes=PartialState(cpu=True)))
 
 
 def _features(folders):

@@ -130,7 +130,7 @@ def test_a_tokenizer_of_images_computes_in_float32(saved) -> None:
 
 
 def test_an_exported_snapshot_keeps_its_codes(saved, tmp_path) -> None:
-    export(str(saved), tmp_path / "out", None, None, None)
+    export(str(saved), tmp_path / "out", licences=None, evaluation=None, max_megabytes=None)
     dtypes = {
         part: {weight.dtype for weight in load_file(next((tmp_path / "out" / part).glob("*.safetensors"))).values()}
         for part in ("transformer", "vae")

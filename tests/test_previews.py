@@ -83,7 +83,7 @@ def test_prompts_are_painted_at_all_sizes_in_turn(tmp_path: Path, monkeypatch) -
     pipeline = tiny_pipeline(image_sizes={"trained": sizes, "fit": "crop"})
     previews = Previews(pipeline, ["red", "sun", "a", "moon"], sources_of(texts_of(["b"])), tmp_path / "samples")
     shown = []
-    monkeypatch.setattr(previews, "_show", lambda name, file, images, *rest: shown.extend(images))
+    monkeypatch.setattr(previews, "_show", lambda images, *rest, **more: shown.extend(images))
     previews.make(1, Accelerator(cpu=True))
     assert [(image.height, image.width) for image in shown] == [(8, 8), (4, 16), (16, 4), (8, 8)]
     third = pipeline("a", height=16, width=4, generator=torch.Generator().manual_seed(2)).images[0]

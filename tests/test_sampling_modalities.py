@@ -385,7 +385,7 @@ def test_what_is_conditioned_on_is_what_training_sees(model, tokenizer, monkeypa
     held: list[tuple[str, int]] = []
     for name in model.architecture.stream_order:
         held += [(name, index) for index in range(model.num_slots(name, inputs[name]))]
-    session = Session(model, Workspace(), len(places), 60, CPU)
+    session = Session(model, Workspace(), rows=len(places), capacity=60, device=CPU)
     seen = set()
     for row, slots in enumerate(places):
         shown: set[tuple[str, int]] = set()

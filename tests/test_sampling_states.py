@@ -73,7 +73,7 @@ def test_cached_states_are_those_of_training(byte_tokenizer, monkeypatch, archit
     documents = read_row(batch, TEXT_SLOTS)
     assert sum(span is not None for slots in documents for _, span, _ in slots) == 4 * 4
     assert len(documents) > 2
-    session = Session(model, Workspace(), len(documents), TEXT_SLOTS + 16, torch.device("cpu"))
+    session = Session(model, Workspace(), rows=len(documents), capacity=TEXT_SLOTS + 16, device=torch.device("cpu"))
     for row, slots in enumerate(documents):
         seen = []
         for slot, span, _ in slots:
@@ -85,7 +85,7 @@ def test_cached_states_are_those_of_training(byte_tokenizer, monkeypatch, archit
                     session.feed(row, clean(latents[0, span]))
                 else:
                     session.read([row])
-                    session.read_latents("image", [row], noisy_latents[:, span], float(timesteps[0, span]))
+                    session.read_latents("image", [row], noisy_latents[:, span], timestep=float(timesteps[0, span]))
     session.read(list(range(len(documents))))
     compare(session, trained, [[slot for slot, _, _ in slots] for slots in documents])
 
@@ -123,7 +123,7 @@ def test_with_clean_context_states_and_predictions_are_those_of_training(byte_to
     predictions = model({"text": text, "image": given}, batch.slots).predictions["image"]
 
     documents = read_row(batch, 160)
-    session = Session(model, Workspace(), len(documents), 160, torch.device("cpu"))
+    session = Session(model, Workspace(), rows=len(documents), capacity=160, device=torch.device("cpu"))
     places: list[list[int]] = []
     painted, read = 0, 0
     for row, slots in enumerate(documents):

@@ -103,6 +103,7 @@ def clip_embeddings(
     images: Sequence[ImageSource],
     texts: Sequence[str],
     clip: Clip,
+    *,
     batch_size: int | None = None,
     num_workers: int = 0,
     prefix: str = "",
@@ -134,7 +135,13 @@ def clip_embeddings(
     def batches(rank: int, world: int) -> Iterator[torch.Tensor]:
         own_texts = texts[rank::world]
         part = device_batches(
-            images[rank::world], prepare, clip.device, batch_size, num_workers, "CLIP score", quiet=rank > 0
+            images[rank::world],
+            prepare,
+            clip.device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            description="CLIP score",
+            quiet=rank > 0,
         )
         start = 0
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -180,6 +187,7 @@ def clip_scores(
     images: Sequence[ImageSource],
     texts: Sequence[str],
     clip: Clip,
+    *,
     batch_size: int | None = None,
     num_workers: int = 0,
     prefix: str = "",
@@ -191,7 +199,9 @@ def clip_scores(
         The mean cosine, the same times 100, CLIPScore, the mean of 2.5 max(cosine, 0) (arXiv 2104.08718, eq. 1), and
         the share of images to which no other text of the set is closer.
     """
-    embeddings = clip_embeddings(images, texts, clip, batch_size, num_workers, prefix, processes)
+    embeddings = clip_embeddings(
+        images, texts, clip, batch_size=batch_size, num_workers=num_workers, prefix=prefix, processes=processes
+    )
     cosines = embeddings.cosines()
     protocol: dict[str, Any] = {
         "images": len(images),

@@ -29,6 +29,7 @@ def image_distance(
     real: Sequence[ImageSource] | SavedStatistics,
     generated: Sequence[ImageSource],
     network: FeatureNetwork,
+    *,
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: int | None = None,
@@ -42,10 +43,15 @@ def image_distance(
     Raises:
         UserError: A side has fewer than two images, one cannot be read, or statistics are not of this network.
     """
-    shared = (batch_size, num_workers, image_size)
+    shared: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "image_size": image_size,
+        "processes": processes,
+    }
     # References are used again and again, generated images once.
-    real_set = feature_set(real, network, *shared, f"{network.name}: real images", processes, cache_dir)
-    generated_set = feature_set(generated, network, *shared, f"{network.name}: generated images", processes)
+    real_set = feature_set(real, network, **shared, description=f"{network.name}: real images", cache_dir=cache_dir)
+    generated_set = feature_set(generated, network, **shared, description=f"{network.name}: generated images")
     if processes is not None and not processes.is_main_process:
         return []
     return set_distance(real_set, generated_set, network, image_size)

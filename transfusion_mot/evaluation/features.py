@@ -70,6 +70,7 @@ def open_reference(place: str | Path) -> Sequence[ImageSource] | SavedStatistics
 def image_features(
     images: Sequence[ImageSource],
     network: FeatureNetwork,
+    *,
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: int | None = None,
@@ -97,10 +98,10 @@ def image_features(
             # A copy: what Pillow gives cannot be written to, of which torch warns.
             torch.tensor,
             network.device,
-            batch_size,
-            num_workers,
-            description,
-            image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            description=description,
+            image_size=image_size,
             quiet=rank > 0,
         )
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -114,6 +115,7 @@ def image_features(
 def feature_set(
     images: Sequence[ImageSource] | SavedStatistics,
     network: FeatureNetwork,
+    *,
     batch_size: int | None = None,
     num_workers: int = 0,
     image_size: int | None = None,
@@ -146,7 +148,15 @@ def feature_set(
             if path.is_file():
                 _logger.info("%s: from %s", description, path)
                 return replace(_read_statistics(path, network), images=tuple(files))
-    features = image_features(images, network, batch_size, num_workers, image_size, description, processes)
+    features = image_features(
+        images,
+        network,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        image_size=image_size,
+        description=description,
+        processes=processes,
+    )
     result = FeatureSet(gaussian_of(features), features, {}, tuple(images))
     if path is not None and (processes is None or processes.is_main_process):
         _save_statistics(result, network, image_size, path)

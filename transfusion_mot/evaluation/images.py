@@ -240,6 +240,7 @@ def device_batches(
     images: Sequence[ImageSource],
     prepare: Callable[[ImageArray], torch.Tensor],
     device: torch.device,
+    *,
     batch_size: int | None,
     num_workers: int,
     description: str,

@@ -61,6 +61,7 @@ class Benchmark:
         protocol: ProtocolConfig,
         processes: PartialState,
         painter: Painter,
+        *,
         networks: Networks,
         work: Work,
         data: DataConfig | None,

@@ -23,7 +23,7 @@ from transfusion_mot.training.checkpoint import find_snapshot, written_aside
 
 
 def export(
-    checkpoint: str, output: Path, licences: str | None, evaluation: str | None, max_megabytes: float | None
+    checkpoint: str, output: Path, *, licences: str | None, evaluation: str | None, max_megabytes: float | None
 ) -> dict[str, int]:
     """Write a snapshot in half precision => bytes of every weights file.
 
@@ -88,7 +88,13 @@ def main(arguments: Sequence[str]) -> None:
     check_writable_folder(given.output, "output")
     licences = None if given.licences is None else f"```\n{_read(given.licences).strip()}\n```"
     evaluation = None if given.evaluation is None else _measured(given.evaluation)
-    sizes = export(given.checkpoint, Path(given.output), licences, evaluation, given.max_megabytes)
+    sizes = export(
+        given.checkpoint,
+        Path(given.output),
+        licences=licences,
+        evaluation=evaluation,
+        max_megabytes=given.max_megabytes,
+    )
     for name, size in sizes.items():
         print(f"{size / 1e6:7.1f} MB  {name}")
     print(f"{sum(sizes.values()) / 1e6:7.1f} MB  in {given.output}")

@@ -97,7 +97,7 @@ class Painter:
         settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **vars(sampling)}
         if len(sizes.trained) > 1:
             settings["image_size"] = image_size
-        self._write(prompts, folder, make, "painting", settings)
+        self._write(prompts, folder, make, description="painting", settings=settings)
 
     def shortened(self, text: str) -> str:
         """A prompt without the last words that are too many for the model."""
@@ -115,7 +115,8 @@ class Painter:
         Raises:
             UserError: The folder holds other images.
         """
-        self._write(prompts, folder, make, "real images", {"images": prompts_hash(prompts)})
+        settings = {"images": prompts_hash(prompts)}
+        self._write(prompts, folder, make, description="real images", settings=settings)
 
     def reconstruct(self, prompts: Sequence[Prompt], image_size: int | None, folder: Path) -> None:
         """Write the real images of prompts after they went through the codec.
@@ -142,7 +143,7 @@ class Painter:
             return by_size([image.shape[:2] for image in images], reconstruct)
 
         settings = {"checkpoint": self.checkpoint, "images": prompts_hash(prompts), "image_size": image_size}
-        self._write(prompts, folder, make, "reconstructing", settings)
+        self._write(prompts, folder, make, description="reconstructing", settings=settings)
 
     def _real(self, prompt: Prompt, image_size: int | None) -> ImageArray:
         """The image of a prompt, `uint8 [H, W, 3]`."""
@@ -170,9 +171,9 @@ class Painter:
             lambda paths: self.pipeline.caption(
                 [Image.fromarray(self.pipeline.sizes.read(path)) for path in paths], max_new_tokens=max_new_tokens
             ),
-            self.batch_size,
-            processes.process_index,
-            processes.num_processes,
+            batch_size=self.batch_size,
+            rank=processes.process_index,
+            num_ranks=processes.num_processes,
         )
         processes.wait_for_everyone()
         captions = read_written_captions(images, folder, self.batch_size)
@@ -181,12 +182,18 @@ class Painter:
         return captions
 
     def _write(
-        self, prompts: Sequence[Prompt], folder: Path, make: Make, description: str, settings: dict[str, Any]
+        self, prompts: Sequence[Prompt], folder: Path, make: Make, *, description: str, settings: dict[str, Any]
     ) -> None:
         self._claim(folder, settings)
         processes = self.processes
         write_images(
-            prompts, folder, make, self.batch_size, description, processes.process_index, processes.num_processes
+            prompts,
+            folder,
+            make,
+            batch_size=self.batch_size,
+            description=description,
+            rank=processes.process_index,
+            num_ranks=processes.num_processes,
         )
         if processes.is_main_process:
             write_metadata(prompts, folder)

@@ -52,11 +52,11 @@ class Previews:
             sizes = self.pipeline.sizes.trained
             turns = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
             images = by_size(turns, self._paint)
-            self._show("samples", f"step-{step:07d}.png", images, self.prompts, step, accelerator)
+            self._show(images, self.prompts, name="samples", suffix="", step=step, accelerator=accelerator)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
             labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
-            self._show("captions", f"step-{step:07d}-captions.png", self.pictures, labels, step, accelerator)
+            self._show(self.pictures, labels, name="captions", suffix="-captions", step=step, accelerator=accelerator)
 
     def _paint(self, places: list[int], size: Size) -> list[Image.Image]:
         prompts = [self.prompts[place] for place in places]
@@ -65,13 +65,20 @@ class Previews:
         return images
 
     def _show(
-        self, name: str, file: str, images: list[Image.Image], labels: list[str], step: int, accelerator: Accelerator
+        self,
+        images: list[Image.Image],
+        labels: list[str],
+        *,
+        name: str,
+        suffix: str,
+        step: int,
+        accelerator: Accelerator,
     ) -> None:
         if not accelerator.is_main_process:
             return
         self.folder.mkdir(exist_ok=True)
         sheet = grid(images, labels, _COLUMNS)
-        sheet.save(self.folder / file)
+        sheet.save(self.folder / f"step-{step:07d}{suffix}.png")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(sheet)[None]}, step, dataformats="NHWC")

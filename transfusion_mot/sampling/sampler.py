@@ -127,7 +127,8 @@ class Sampler:
         longest = max(sum(map(self._num_slots, row)) for row in (*rows, *alone))
         # Each comes with its begin and end token.
         media = sum(making.most * (making.num_slots + 2) for making in self.making.values())
-        self.session = Session(model, workspace, count * self.branches, longest + max_new_tokens + media, device)
+        capacity = longest + max_new_tokens + media
+        self.session = Session(model, workspace, rows=count * self.branches, capacity=capacity, device=device)
         for row, parts in enumerate(rows):
             self.session.feed(row, *parts)
 

@@ -46,7 +46,7 @@ class Session:
     """
 
     def __init__(
-        self, model: TransfusionMoT, workspace: Workspace, rows: int, capacity: int, device: torch.device
+        self, model: TransfusionMoT, workspace: Workspace, *, rows: int, capacity: int, device: torch.device
     ) -> None:
         self.model = model
         self.workspace = workspace
@@ -85,24 +85,24 @@ class Session:
                     self._read_tokens(modality, list(contents), [np.array(ids) for ids in contents.values()])
                 else:
                     latents = torch.stack([cast(Tensor, part).to(self.device) for part in contents.values()])
-                    self.read_latents(modality, list(contents), latents, 0.0)
+                    self.read_latents(modality, list(contents), latents, timestep=0.0)
 
     def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
         lengths = self._lengths(rows)
         positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
         # A filler is seen by no token of its row, and written over by what comes next.
         ids, rope_positions = padded(tokens, self.device), padded(positions, self.device)
-        window = self.cache.window(lengths, ids.shape[1], True, self._index(rows), self._longest(rows))
+        window = self.cache.window(lengths, ids.shape[1], causal=True, rows=self._index(rows), end=self._longest(rows))
         with self._uncompiled():
             self.model({modality: TokenInput(ids)}, cache=window, rope_positions=rope_positions)
 
-    def read_latents(self, modality: str, rows: list[int], latents: Tensor, timestep: float) -> None:
+    def read_latents(self, modality: str, rows: list[int], latents: Tensor, *, timestep: float) -> None:
         """Read latents into each of the rows: [B, C, Y, X] with the noise of that timestep."""
         lengths = self._lengths(rows)
         rope_positions = self._patch_positions(modality, [self._counters[row] for row in rows], latents.shape)
         patches = rope_positions.shape[1]
         causal = self._is_causal(modality)
-        window = self.cache.window(lengths, patches, causal, self._index(rows), self._longest(rows))
+        window = self.cache.window(lengths, patches, causal=causal, rows=self._index(rows), end=self._longest(rows))
         timesteps = torch.full((len(rows), 1), timestep, dtype=latents.dtype, device=self.device)
         given = LatentInput(latents[:, None].to(self.model.dtype), timesteps)
         with self._uncompiled():
@@ -137,7 +137,7 @@ class Session:
             state["rows"] = index
 
         def body(state: dict[str, Tensor]) -> Tensor:
-            window = cache.window(state["lengths"], patches, causal, state.get("rows"), end)
+            window = cache.window(state["lengths"], patches, causal=causal, rows=state.get("rows"), end=end)
             latents = state["noisy_latents"].to(model.dtype)
             latents = latents.repeat(len(rows) // len(latents), 1, 1, 1)[:, None]
             given = LatentInput(latents, state["timestep"].expand(len(rows), 1))
@@ -204,7 +204,7 @@ class Session:
         end = self.workspace.end(self._longest(rows) + steps)
 
         def read(state: dict[str, Tensor], tokens: Tensor) -> Tensor:
-            window = cache.window(state["lengths"] + state["step"], 1, True, state.get("rows"), end)
+            window = cache.window(state["lengths"] + state["step"], 1, causal=True, rows=state.get("rows"), end=end)
             rope_positions = (state["positions"] + state["step"])[:, None]
             if axes > 1:
                 rope_positions = rope_positions[..., None].expand(-1, -1, axes)
