@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class RowShape:
     """
 
     blocks: dict[str, Block]
-    rope: str
+    rope: Literal["1d", "3d"]
 
     @classmethod
     def of(
@@ -266,6 +266,7 @@ class Row:
             arrays.mask[name][row, slot] = True
             encoded = sources.sources[source].encoded.get(name)
             if encoded is not None:
+                assert encoded.kind == "latents"
                 mean, std = encoded.posterior(content.index, content.flipped)
                 latents[slot] = mean + std * posterior_noise[slot]
             elif pixels is not None and content.pixels is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ _logger = logging.getLogger(__name__)
 _NUM_EXAMPLES = 3
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Text:
     """Text of a document.
 
     Attributes:
@@ -31,7 +32,8 @@ class Text(NamedTuple):
     choices: Sequence[str]
 
 
-class MediaItem(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MediaItem:
     """An item of a document that is no text, as a source gives it.
 
     Attributes:
