@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DENSE, make_rows, tiny_config, tiny_model
+from conftest import DENSE, Rows, make_rows, tiny_config, tiny_model
 from process_group import FSDP2, run_processes
 from safetensors.torch import load_file
 from test_gpu_training import Run, curve
@@ -31,6 +31,7 @@ from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.mot import Checkpointing
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.run import data as run_data
 from transfusion_mot.training import float8
 from transfusion_mot.training.float8 import check_float8, convert_to_float8
 from transfusion_mot.training.metrics import read_metrics
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.slow
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 
 SPEC = [[[3, "image", 2], [2, "image", 4]], [[6]]]
+COUNTS = {"text": 12, "image": 2}
 WIDE = {"towers": {name: TowerConfig(64, 128) for name in ("text", "image")}, "head_dim": 32}
 
 
@@ -54,7 +56,7 @@ def converted_layers(model: nn.Module) -> set[str]:
 
 @needs_torchao
 @pytest.mark.parametrize(
-    "changes", [{}, DENSE, {"untied": ["ffn"]}, {"image_adapter": "unet", "unet_channels": [32, 32]}],
+    "changes", [{}, DENSE, {"untied": ["ffn"]}, {"image": {"adapter": "unet", "unet_channels": [32, 32]}}],
     ids=["mot", "dense", "partly", "unet"],
 )  # fmt: skip
 def test_exactly_the_linear_layers_of_the_blocks_are_converted(changes: dict) -> None:
@@ -63,11 +65,15 @@ def test_exactly_the_linear_layers_of_the_blocks_are_converted(changes: dict) ->
     parameters, names = dict(model.named_parameters()), list(model.state_dict())
     convert_to_float8(model)
     assert converted_layers(model) == {name for name in linears if name.startswith("blocks.")}
-    assert "text_head" in linears - converted_layers(model)
+    assert "modalities.text.head" in linears - converted_layers(model)
     assert list(model.state_dict()) == names
     after = dict(model.named_parameters())
     assert list(after) == list(parameters)
     assert all(after[name] is parameter for name, parameter in parameters.items())
+
+
+def predicted(model: TransfusionMoT, rows: Rows) -> dict[str, torch.Tensor]:
+    return model(rows.inputs, rows.slots).predictions
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
@@ -106,12 +112,12 @@ def test_outputs_and_gradients_are_near_the_plain_ones(changes: dict) -> None:
     plain = tiny_model(tiny_config(**changes), dtype=torch.float32)
     model = copy.deepcopy(plain)
     convert_to_float8(model)
-    inputs = make_rows(SPEC, 12, 2, (2, 2), dtype=torch.float32).inputs
-    outputs = [one(**inputs) for one in (plain, model)]
+    rows = make_rows(SPEC, COUNTS, dtype=torch.float32)
+    outputs = [predicted(one, rows) for one in (plain, model)]
     for output in outputs:
-        (output.logits.sin().sum() + output.prediction.sin().sum()).backward()
-    pairs = [(outputs[0].logits, outputs[1].logits), (outputs[0].prediction, outputs[1].prediction)]
-    assert all(0.005 < relative_error(*pair) < 0.15 for pair in pairs)
+        sum(prediction.sin().sum() for prediction in output.values()).backward()
+    assert outputs[0].keys() == outputs[1].keys() == COUNTS.keys()
+    assert all(0.005 < relative_error(outputs[0][name], outputs[1][name]) < 0.15 for name in COUNTS)
     gradients = [torch.cat([weight.grad.flatten() for weight in one.parameters()]) for one in (plain, model)]
     assert relative_error(*gradients) < 0.2
     # Of one weight alone: large terms cancel in the norms of queries, so that an activation which another processor
@@ -120,7 +126,7 @@ def test_outputs_and_gradients_are_near_the_plain_ones(changes: dict) -> None:
         assert relative_error(one.grad, two.grad) < 0.6, name
     # As validation and samples compute.
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, outputs[1].logits)
+        assert torch.equal(predicted(model, rows)["text"], outputs[1]["text"])
 
 
 @needs_torchao
@@ -138,7 +144,7 @@ def test_it_learns_as_the_plain_model_does(byte_tokenizer) -> None:
 @pytest.mark.parametrize("first", [False, True], ids=["off then on", "on then off"])
 def test_run_is_resumed_with_it_and_without(arguments, tmp_path: Path, monkeypatch, first: bool) -> None:
     """Whole runs, with previews, validation and the snapshot at their end, on the CPU, where they are refused."""
-    monkeypatch.setattr(train, "check_float8", lambda *_: None)
+    monkeypatch.setattr(run_data, "check_float8", lambda *_: None)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -199,7 +205,7 @@ def test_selective_checkpointing_of_compiled_blocks_computes_no_8_bit_product_tw
     backend = aot_autograd(
         fw_compiler=lambda graph, _: graph, bw_compiler=count, partition_fn=min_cut_rematerialization_partition
     )
-    inputs = make_rows(SPEC, 12, 2, (2, 2), dtype=torch.float32).inputs
+    rows = make_rows(SPEC, COUNTS, dtype=torch.float32)
     kinds: list[Checkpointing] = ["none", "selective", "full"]
     for checkpointing in kinds:
         model = tiny_model(tiny_config(num_layers=3), dtype=torch.float32)
@@ -208,8 +214,7 @@ def test_selective_checkpointing_of_compiled_blocks_computes_no_8_bit_product_tw
         counters.clear()
         for block in model.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
-        output = model(**inputs)
-        (output.logits.sin().sum() + output.prediction.sin().sum()).backward()
+        sum(prediction.sin().sum() for prediction in predicted(model, rows).values()).backward()
         assert counters["stats"]["unique_graphs"] == 1
     # Two towers, five products, and for each the gradients of its input and its weight.
     assert counts["none"] == counts["selective"] == 2 * 5 * 2
@@ -234,8 +239,11 @@ def refused(arguments: list[str]) -> str:
         ),
         ({"model": {"num_heads": 3}}, ["model.num_heads * model.head_dim is 24"]),
         ({"model": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 4}}, ["num_kv_heads * model.head_dim is 8"]),
-        ({"data": {"text_slots": 40}}, ["data.text_slots is 40"]),
-        ({"data": {"buckets": [[32, 32], [24, 40]], "images_per_row": 1}}, ["data.images_per_row * 15 patches is 15"]),
+        ({"data": {"slots": {"text": 40, "image": 2}}}, ["data.slots.text is 40"]),
+        (
+            {"data": {"buckets": [[32, 32], [24, 40]], "slots": {"text": 32, "image": 1}}},
+            ["data.slots.image * 15 patches is 15"],
+        ),
     ],
     ids=["device", "compile", "towers", "heads", "kv heads", "text slots", "patches"],
 )  # fmt: skip
@@ -264,12 +272,12 @@ def test_first_gpus_that_multiply_8_bit_numbers(monkeypatch, capability: tuple[i
     monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(float8.torch.cuda, "get_device_name", lambda _: "an A100")
     device = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
-    autoencoder = SimpleNamespace(downsampling=4)
+    codecs = {"image": SimpleNamespace(downsampling=4)}
     if fits:
-        check_float8(RunConfig(), device, autoencoder)
+        check_float8(RunConfig(), device, codecs)
     else:
         with pytest.raises(UserError, match=r"this run is on an A100; set training\.float8 to false"):
-            check_float8(RunConfig(), device, autoencoder)
+            check_float8(RunConfig(), device, codecs)
 
 
 @needs_torchao
@@ -278,4 +286,4 @@ def test_single_precision_is_refused(monkeypatch) -> None:
     device = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
     config = RunConfig(training=TrainingConfig(mixed_precision="no"))
     with pytest.raises(UserError, match=r"training\.mixed_precision is no; set that to bf16"):
-        check_float8(config, device, SimpleNamespace(downsampling=4))
+        check_float8(config, device, {"image": SimpleNamespace(downsampling=4)})

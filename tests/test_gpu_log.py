@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import loader_of
 from test_guards import Run, normal_latents
 
 from transfusion_mot.config import RunConfig, TrainingConfig
-from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
 from transfusion_mot.training.parallel import make_accelerator
@@ -32,13 +32,15 @@ def train(tokenizer, folder: Path, bad: bool) -> None:
     guards = run.new_guards(range(4))
     config = RunConfig(training=TrainingConfig(num_rows=4, tracker=None))
     config.model = run.model.architecture
-    sources = run.packer.sources
-    log = RunLog(accelerator, folder, config, run.model, 0, {}, sources)
+    log = RunLog(accelerator, folder, config, model=run.model, sources=run.packer.sources, first_step=0, seen={})
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3, fused=True)
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
-    loader = LaneLoader(run.packer, 0, 1, 0, None, 0, STEPS, accelerator.device, run.encoder)
+    loader = loader_of(run.packer, STEPS, device=accelerator.device, encoder=run.encoder)
+    loss_weights = {name: modality.loss_weight for name, modality in config.model.modalities.items()}
     for step, (batch, counts) in enumerate(loader, 1):
-        result = train_step(run.model, batch, run.diffusion, optimizer, accelerator, 2, 5.0, 1.0)
+        result = train_step(
+            run.model, batch, optimizer, accelerator, loss_weights=loss_weights, microbatch_rows=2, max_grad_norm=1.0
+        )
         log.add(result, batch, counts, loader.seconds_waited)
         guards.add(step, batch, loader.states_before)
         torch.cuda.set_sync_debug_mode("error")
