@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHANNELS, ArrayImages, sources_of, texts_of, tiny_config
+from conftest import CHANNELS, ArrayImages, data_config, loader_of, sources_of, texts_of, tiny_config
 from process_group import FSDP2, run_processes
 from torch import nn
 
-from transfusion_mot.config import DataConfig, TowerConfig, TrainingConfig
-from transfusion_mot.data.loader import LaneLoader
+from transfusion_mot.config import DiffusionConfig, RunConfig, TowerConfig, TrainingConfig
 from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import NotFiniteError, UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.guards import Guards, SpikeDetector
 from transfusion_mot.training.log import StepRecord
 from transfusion_mot.training.muon import MuonAdamW
@@ -69,49 +66,63 @@ class Run:
     """A tiny run: real rows of captions and texts, the step, and its guards."""
 
     def __init__(
-        self, tokenizer, accelerator, mean: np.ndarray, is_new=False, scheduler=None, images=2, width=16, **training
+        self, tokenizer, accelerator, mean: np.ndarray, is_new=False, diffusion=None, images=2, width=16, **training
     ):
         captions = [CAPTIONS[i % 8] + "!" * (i // 8) for i in range(len(mean))]
         pictures = ArrayImages(captions, mean, np.zeros_like(mean), name="pictures")
-        sources = sources_of(Source(pictures, 1.0, pictures), texts_of(["some longer text about nothing"] * 20))
-        self.diffusion = Diffusion(scheduler or make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
-        data = DataConfig(text_slots=40, images_per_row=images, prompt_dropout_prob=0.0)
-        draw = self.diffusion.timesteps_from_uniform
-        self.packer = Packer(sources, tokenizer, data, "1d", 2, 4, 0, draw)
-        self.encoder, self.accelerator = OnlineEncoder(None, 1), accelerator
-        self.config = TrainingConfig(num_rows=4, **training)
+        sources = sources_of(
+            Source(pictures, 1.0, {"image": pictures}), texts_of(["some longer text about nothing"] * 20)
+        )
+        data = data_config(40, images, prompt_dropout_prob=0.0)
+        model = tiny_config(towers={name: TowerConfig(width, 24) for name in ("text", "image")})
+        self.config = RunConfig(
+            data=data,
+            model=model,
+            diffusion=diffusion or DiffusionConfig(),
+            training=TrainingConfig(num_rows=4, **training),
+        )
         torch.manual_seed(0)
         with torch.device("meta"):
-            config = tiny_config(towers={name: TowerConfig(width, 24) for name in ("text", "image")})
-            bare = TransfusionMoT.from_config_section(tokenizer.vocab_size, CHANNELS, config)
-        place(bare, accelerator, 0)
-        self.model: nn.Module = wrap(bare, accelerator)
-        self.is_new, self.width = is_new, width
+            self.bare = TransfusionMoT.from_sections(
+                {"text": tokenizer.vocab_size, "image": CHANNELS}, model, self.config.diffusion
+            )
+        place(self.bare, accelerator, 0)
+        draw = self.bare.modality("image").diffusion.timesteps_from_uniform
+        self.packer = Packer(sources, tokenizer, data, model, num_lanes=4, seed=0, timesteps_from_uniform=draw)
+        self.encoder, self.accelerator = OnlineEncoder({}, {}), accelerator
+        self.model: nn.Module = wrap(self.bare, accelerator)
+        self.is_new = is_new
 
     def new_guards(self, lanes: range) -> Guards:
         """Guards that have seen nothing."""
         return Guards(
             self.accelerator,
             self.model,
-            self.diffusion,
-            self.packer,
-            self.encoder,
-            lanes,
-            self.config,
-            self.width,
-            self.is_new,
+            {name: self.bare.modality(name) for name in self.bare.modalities},
+            packer=self.packer,
+            encoder=self.encoder,
+            lanes=lanes,
+            config=self.config,
+            is_new=self.is_new,
         )
 
     def steps(self, count: int) -> Counter[str]:
         """Train and check all steps at once, as at the end of an interval."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        loader = LaneLoader(self.packer, rank, world_size, 0, None, 0, count, torch.device("cpu"), self.encoder)
+        loader = loader_of(self.packer, count, rank=rank, world_size=world_size, encoder=self.encoder)
         self.guards = self.new_guards(loader.lanes)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         records = []
         for step, (batch, _) in enumerate(loader, 1):
-            rows = 4 // world_size
-            result = train_step(self.model, batch, self.diffusion, optimizer, self.accelerator, rows, 5.0, 1.0)
+            result = train_step(
+                self.model,
+                batch,
+                optimizer,
+                self.accelerator,
+                loss_weights=self.guards.loss_weights,
+                microbatch_rows=4 // world_size,
+                max_grad_norm=1.0,
+            )
             self.guards.add(step, batch, loader.states_before)
             records.append(record(step, result, self.accelerator))
         return self.guards.check(records)
@@ -119,9 +130,9 @@ class Run:
 
 def record(step: int, result: StepResult, accelerator: Accelerator) -> StepRecord:
     """What the log makes of a step."""
-    by_row = torch.stack([result.text_losses.sum(1), result.image_losses.sum(1)], dim=1)
-    rows = accelerator.gather(by_row).T.tolist()
-    return StepRecord(step, *rows, *result.counts.tolist(), result.grad_norm.item())
+    by_row = {name: accelerator.gather(losses.sum(1)).tolist() for name, losses in result.losses.items()}
+    counts = dict(zip(result.losses, result.counts.tolist(), strict=True))
+    return StepRecord(step, by_row, counts, result.grad_norm.item())
 
 
 def normal_latents(seed: int = 0) -> np.ndarray:
@@ -147,7 +158,7 @@ def test_document_of_a_later_step_is_named(byte_tokenizer, accelerator) -> None:
     states = np.tile(packer.initial_state(), (4, 1))
     for step in range(3):
         rows, states, _ = packer.rows(range(4), step, states)
-    index = int(rows.batch.latents[2, 1].max())
+    index = int(rows.batch.latents("image").latents[2, 1].max())
     mean[index] = np.nan
     with pytest.raises(NotFiniteError) as stop:
         Run(byte_tokenizer, accelerator, mean).steps(4)
@@ -196,10 +207,12 @@ class Trap(nn.Module):
         super().__init__()
         self.model, self.token = model, token
 
-    def forward(self, **inputs):
-        output = self.model(**inputs)
-        if (inputs["text_ids"][inputs["text_labels"] >= 0] == self.token).any():
-            output = output._replace(text_loss=InfiniteGradient.apply(output.text_loss))
+    def forward(self, inputs, **others):
+        output = self.model(inputs=inputs, **others)
+        ids, labels = inputs["text"]
+        if (ids[labels >= 0] == self.token).any():
+            text = output.terms["text"]
+            output.terms["text"] = text._replace(loss=InfiniteGradient.apply(text.loss))
         return output
 
 
@@ -266,8 +279,12 @@ def test_spike_is_above_the_median_by_ten_deviations() -> None:
 def test_spike_names_step_and_rows(byte_tokenizer, accelerator, capfd) -> None:
     run = Run(byte_tokenizer, accelerator, normal_latents())
     run.steps(1)
-    quiet = [StepRecord(step, [1.0, 1.0, 1.0, 1.0], [0.0] * 4, 4.0, 1.0, 0.5 + 0.01 * (step % 5)) for step in range(60)]
-    loud = StepRecord(60, [1.0, 1.0, 30.0, 1.0], [0.0] * 4, 4.0, 1.0, 0.5)
+
+    def of(step: int, text: list[float], grad_norm: float) -> StepRecord:
+        return StepRecord(step, {"text": text, "image": [0.0] * 4}, {"text": 4.0, "image": 1.0}, grad_norm)
+
+    quiet = [of(step, [1.0, 1.0, 1.0, 1.0], 0.5 + 0.01 * (step % 5)) for step in range(60)]
+    loud = of(60, [1.0, 1.0, 30.0, 1.0], 0.5)
     assert run.guards.check([*quiet, loud])["spikes"] == 1
     told = capfd.readouterr().out
     assert "step 60 is a spike: loss is 8.25, the median of the steps before 1" in told
@@ -284,11 +301,11 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_new_model_starts_within_the_band(byte_tokenizer, accelerator, kind: str) -> None:
-    scheduler = make_scheduler(*SCHEDULERS[kind])
+    diffusion = DiffusionConfig(*SCHEDULERS[kind])
     # More slots for images than there is text for: some stay empty.
-    run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True, scheduler=scheduler, images=5)
+    run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True, diffusion=diffusion, images=5)
     assert run.steps(2) == Counter(skipped_steps=0, spikes=0)
-    nn.init.ones_(run.model.image_adapter.output.bias)
+    nn.init.ones_(run.bare.modality("image").adapter.output.bias)
     with pytest.raises(UserError, match="mean square of its target"):
         run.steps(1)
     run.is_new = False
@@ -297,7 +314,7 @@ def test_new_model_starts_within_the_band(byte_tokenizer, accelerator, kind: str
 
 def test_mis_wired_text_is_refused(byte_tokenizer, accelerator) -> None:
     run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True)
-    nn.init.normal_(run.model.text_head.weight, std=1.0)
+    nn.init.normal_(run.bare.modality("text").head.weight, std=1.0)
     with pytest.raises(UserError, match=r"text loss of the first step is .* about 5\.5"):
         run.steps(1)
 
@@ -312,4 +329,4 @@ def test_first_text_loss_of_a_wide_model_is_known(byte_tokenizer, accelerator) -
     """Above ln V, by half the variance of the logits: here more than the guard lets pass."""
     run = Run(byte_tokenizer, accelerator, normal_latents(), is_new=True, width=4096)
     assert run.steps(1) == Counter(skipped_steps=0, spikes=0)
-    assert run.guards.first_text_loss > np.log(byte_tokenizer.vocab_size) + 0.5
+    assert run.guards.first_losses["text"] > np.log(byte_tokenizer.vocab_size) + 0.5

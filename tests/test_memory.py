@@ -6,58 +6,65 @@ import textwrap
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import DENSE, tiny_config
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
+from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.models import mot
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.memory import Layout, Setting, kept_by_adapter, kept_by_block, step_memory
+from transfusion_mot.training.memory import Setting, kept_by_adapter, kept_by_block, logits_memory, step_memory
 
 pytestmark = pytest.mark.slow
 
 
-def meta_model(config: ModelConfig, vocab_size: int = 32000, channels: int = 4) -> TransfusionMoT:
+def meta_model(config: ModelConfig, **sizes: int) -> TransfusionMoT:
     with torch.device("meta"):
-        return TransfusionMoT.from_config_section(vocab_size, channels, config)
+        return TransfusionMoT.from_sections({"text": 29, "image": 3} | sizes, config, DiffusionConfig())
+
+
+def shape_of(
+    config: ModelConfig, text_slots: int, images: int, latents: tuple[int, int, int], **slots: int
+) -> RowShape:
+    return RowShape.of(config, {"text": text_slots, "image": images} | slots, {"image": [latents]}, 0)
 
 
 def test_parts_that_follow_from_counts() -> None:
     config = tiny_config()
-    model = meta_model(config, 29, 3)
-    layout = Layout(12, 2, torch.Size((3, 4, 4)), 2)
+    model = meta_model(config)
+    shape = shape_of(config, 12, 2, (3, 4, 4))
     count = sum(parameter.numel() for parameter in model.parameters())
-    ddp = step_memory(model, layout, Setting(4, gpus=8))
+    ddp = step_memory(model, shape, Setting(4, gpus=8))
     assert (ddp.weights, ddp.gradients, ddp.optimizer, ddp.ema) == (4 * count, 4 * count, 8 * count, 4 * count)
-    fsdp = step_memory(model, layout, Setting(4, gpus=8, parallelism="fsdp2"))
+    fsdp = step_memory(model, shape, Setting(4, gpus=8, parallelism="fsdp2"))
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.ema) == tuple(n * count / 8 for n in (4, 4, 8, 4))
     matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2)
-    assert step_memory(model, layout, Setting(4, muon=True)).optimizer == 8 * count - 4 * matrices
+    assert step_memory(model, shape, Setting(4, muon=True)).optimizer == 8 * count - 4 * matrices
     for parameter in model.blocks.parameters():
         parameter.requires_grad_(False)
     blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
-    frozen = step_memory(model, layout, Setting(4))
+    frozen = step_memory(model, shape, Setting(4))
     assert (frozen.gradients, frozen.optimizer) == (4 * (count - blocks), 8 * (count - blocks))
 
 
 def test_gradients_are_there_with_the_activations_only_if_they_stay() -> None:
-    model, layout = meta_model(tiny_config(), 29), Layout(8, 1, torch.Size((4, 2, 2)), 2)
-    alone = step_memory(model, layout, Setting(64))
-    several = step_memory(model, layout, Setting(64, microbatches=2))
+    model, shape = meta_model(tiny_config(), image=4), shape_of(tiny_config(), 8, 1, (4, 2, 2))
+    alone = step_memory(model, shape, Setting(64))
+    several = step_memory(model, shape, Setting(64, microbatches=2))
     assert several.peak - alone.peak == pytest.approx(alone.gradients)
-    few = step_memory(model, layout, Setting(1))
+    few = step_memory(model, shape, Setting(1))
     assert few.peak == few.weights + few.optimizer + few.ema + few.gradients + few.copies
 
 
 def test_adapter_keeps_what_autograd_saves() -> None:
     """Counted on `meta`, and in a real pass in float32."""
-    config = tiny_config(image_adapter="unet", unet_channels=[32, 64], unet_num_layers=1)
-    model = meta_model(config, 29, 3)
-    adapter = type(model.image_adapter)(3, 16, 2, [32, 64], 1)
+    config = tiny_config(image={"adapter": "unet", "unet_channels": [32, 64], "unet_num_layers": 1})
+    model = meta_model(config)
+    adapter = type(model.modality("image").adapter)(3, 16, 2, [32, 64], 1)
     weights = {parameter.data_ptr() for parameter in adapter.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -70,8 +77,19 @@ def test_adapter_keeps_what_autograd_saves() -> None:
         hidden, skips = adapter.embed(torch.randn(1, 3, 4, 8), torch.rand(1))
         adapter.predict(hidden, skips, 4, 8)
     expected = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    layout = Layout(12, 1, torch.Size((3, 4, 8)), 2)
-    assert kept_by_adapter(model, layout, 4) == expected
+    blocks = shape_of(config, 12, 1, (3, 4, 8)).blocks
+    assert kept_by_adapter(model, "image", blocks["image"], 4) == expected
+    assert kept_by_adapter(model, "text", blocks["text"], 4) == 0
+
+
+def test_what_losses_keep_of_one_modality_waits_for_the_next() -> None:
+    speech = ModalityConfig("text")
+    config = tiny_config(modalities=tiny_config().modalities | {"speech": speech})
+    model = meta_model(config, speech=13)
+    # Gradients of 12 and 20 hidden states and of two heads in float32 stay; logits, twice, and two narrow heads go.
+    stay = 2 * (12 + 20) * 16 + 4 * (29 + 13) * 16
+    go = [2 * (2 * slots * size + 2 * size * 16) for slots, size in ((12, 29), (20, 13))]
+    assert logits_memory(model, shape_of(config, 12, 2, (3, 4, 4), speech=20), 1, 2) == stay + max(go)
 
 
 # --- What the compiler keeps of a block. ---
@@ -151,7 +169,7 @@ def kept_by_compiler(
             {"text": 128, "image": 256},
         ),
         (
-            {"towers": {"shared": TowerConfig(32, 80)}, "modalities": {"text": "shared", "image": "shared"}},
+            {"towers": {"shared": TowerConfig(32, 80)}, "modalities": DENSE["modalities"]},
             {"shared": 384},
         ),
         ({"towers": {"text": TowerConfig(32, 80), "image": TowerConfig(32, 80, 0.5)}}, {"text": 128, "image": 256}),

@@ -9,7 +9,7 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL
 
 import train
-from transfusion_mot.config import RunConfig, parse_config, save_config
+from transfusion_mot.config import CodecConfig, DiffusionConfig, RunConfig, parse_config, save_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.memory import Setting, step_memory
@@ -40,9 +40,9 @@ def tiny_run(tmp_path: Path) -> RunConfig:
         norm_num_groups=4,
     ).save_pretrained(tmp_path / "vae")
     config = RunConfig(model=tiny_config())
-    config.autoencoder.path = str(tmp_path / "vae")
+    config.codecs = {"image": CodecConfig(str(tmp_path / "vae"))}
     config.tokenizer.vocab_size = 300
-    config.data.image_size, config.data.text_slots, config.data.images_per_row = 16, 24, 2
+    config.data.image_size, config.data.slots = 16, {"text": 24, "image": 2}
     config.training.num_rows, config.training.num_steps = 12, 1000
     save_config(config, tmp_path / "config.yaml")
     return config
@@ -51,8 +51,8 @@ def tiny_run(tmp_path: Path) -> RunConfig:
 def test_plan_of_buckets_is_that_of_the_largest(tiny_run: RunConfig) -> None:
     assert open_model(tiny_run)[-1] == []
     tiny_run.data.buckets = [[8, 24], [16, 32], [24, 8]]
-    _, layout, assumed = open_model(tiny_run)
-    assert tuple(layout.latent_shape) == (3, 8, 16)
+    _, shape, assumed = open_model(tiny_run)
+    assert shape.blocks["image"].latent_shape == (3, 8, 16)
     assert assumed == ["all images of 16 x 32 pixels, the largest of data.buckets"]
 
 
@@ -66,7 +66,7 @@ def test_plan_of_a_tiny_run(tiny_run: RunConfig, tmp_path: Path, capsys: pytest.
     train.main(["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=4", "--gpu", "H100", "--mfu=0.5"])
     shown = capsys.readouterr().out
     assert "assumed" not in shown
-    model = TransfusionMoT.from_config_section(300, 3, tiny_run.model)
+    model = TransfusionMoT.from_sections({"text": 300, "image": 3}, tiny_run.model, DiffusionConfig())
     count = sum(parameter.numel() for parameter in model.parameters())
     assert numbers(shown, "all ")[-1] == pytest.approx(count / 1e6, abs=0.006)
     # A row has 24 tokens and 2 images of 8 x 8 latents, which are 16 patches each.
@@ -105,13 +105,13 @@ def test_plan_of_the_paper_is_what_the_paper_says() -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_largest_microbatch_fits_and_the_next_does_not(parallelism, checkpointing) -> None:
     config = parse_config(RunConfig, PAPER, "")
-    model, layout, _ = open_model(config)
-    found = largest_microbatch(model, layout, config, 8, "A100-80GB", parallelism, checkpointing)
+    model, shape, _ = open_model(config)
+    found = largest_microbatch(model, shape, config, 8, "A100-80GB", parallelism, checkpointing)
     assert 64 % found == 0
     limit = USABLE * GPU_MEMORY["A100-80GB"] * GIB
     peaks = [
         step_memory(
-            model, layout, Setting(rows, 64 // rows, gpus=8, parallelism=parallelism, checkpointing=checkpointing)
+            model, shape, Setting(rows, 64 // rows, gpus=8, parallelism=parallelism, checkpointing=checkpointing)
         ).peak
         for rows in (found, 2 * found)
     ]
@@ -119,9 +119,9 @@ def test_largest_microbatch_fits_and_the_next_does_not(parallelism, checkpointin
 
 
 def test_less_checkpointing_never_fits_more(tiny_run: RunConfig) -> None:
-    model, layout, _ = open_model(tiny_run)
+    model, shape, _ = open_model(tiny_run)
     peaks = [
-        step_memory(model, layout, Setting(64, checkpointing=mode)).blocks for mode in ("none", "selective", "full")
+        step_memory(model, shape, Setting(64, checkpointing=mode)).blocks for mode in ("none", "selective", "full")
     ]
     assert peaks[0] > peaks[1] > peaks[2] > 0
 
@@ -177,12 +177,12 @@ def test_commands_of_the_document_are_what_the_plan_says(command: list[str]) -> 
     parallelism = Path(command[3]).stem
     arguments = [str(ROOT / word) if word.endswith(".yaml") else word for word in command[5:]]
     config = parse_config(RunConfig, arguments, "")
-    model, layout, _ = open_model(config)
+    model, shape, _ = open_model(config)
     checkpointing = config.training.activation_checkpointing
-    rows = largest_microbatch(model, layout, config, 8, "A100-80GB", parallelism, checkpointing)
+    rows = largest_microbatch(model, shape, config, 8, "A100-80GB", parallelism, checkpointing)
     assert config.training.microbatch_rows == rows
     # The table above them.
-    days = re.search(r"([\d.]+) days", time_line(model, layout, config, 8, "A100-80GB", 0.4))[1]
+    days = re.search(r"([\d.]+) days", time_line(model, shape, config, 8, "A100-80GB", 0.4))[1]
     count = sum(parameter.numel() for parameter in model.parameters())
     row = f"| {count / 1e9:.2f}B | {parallelism} | {rows} | {checkpointing} | {days} |"
     assert row in (ROOT / "docs" / "scaling.md").read_text()

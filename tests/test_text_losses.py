@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import CHANNELS, tiny_config, tiny_model
+from conftest import SIZES, tiny_config, tiny_model
 from process_group import run_processes
 from test_validation import held_out, make_validation
 from training_runs import arguments_below
 
 from transfusion_mot.data.sources.base import share_of
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.errors import UserError
-from transfusion_mot.schedulers import make_scheduler
+from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.training.text_losses import TextReader, text_losses
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +25,7 @@ TEXTS = ["a red apple", "zwei \u00c4pfel und ein sehr langer Satz, der geschnitt
 
 
 def _reader(tokenizer, rope="1d", slots=24, rows=2):
-    diffusion = Diffusion(make_scheduler("FlowMatchEulerDiscreteScheduler", {}))
-    return TextReader(tokenizer, diffusion, rope, slots, (CHANNELS, 2, 2), rows)
+    return TextReader(tokenizer, rope, slots, rows)
 
 
 @torch.no_grad()
@@ -41,17 +39,11 @@ def _naive(model, tokenizer, texts, end, slots):
         for start in range(0, len(tokens) - 1, slots):
             piece = tokens[start : start + slots + 1]
             count = len(piece) - 1
-            places = torch.arange(count + 1)[None]
-            output = model(
-                text_ids=torch.tensor([piece[:-1]]),
-                noisy_latents=torch.zeros(1, 1, CHANNELS, 2, 2),
-                timesteps=torch.ones(1, 1),
-                document_ids=torch.tensor([[0] * count + [-1]]),
-                order=places,
-                span_ids=torch.full((1, count + 1), -1),
-                rope_positions=places if rope_1d else places[..., None].expand(1, count + 1, 3),
-            )
-            chances = output.logits[0].log_softmax(-1)
+            places = torch.arange(count)[None]
+            rope = places if rope_1d else places[..., None].expand(1, count, 3)
+            slots_of = Slots(0 * places, places, 0 * places - 1, rope, 0 * places)
+            output = model({"text": TokenInput(torch.tensor([piece[:-1]]))}, slots_of)
+            chances = output.predictions["text"][0].log_softmax(-1)
             losses += [-chances[index, token].item() for index, token in enumerate(piece[1:])]
         results.append((sum(losses), losses[-1], len(losses)))
     return np.array(results).T
@@ -60,8 +52,8 @@ def _naive(model, tokenizer, texts, end, slots):
 @pytest.mark.parametrize("rope", ["1d", "3d"])
 @pytest.mark.parametrize("ends_in", ["text", "image"])
 def test_losses_equal_those_of_one_text_at_a_time(byte_tokenizer, rope, ends_in):
-    model = tiny_model(tiny_config(rope=rope), vocab_size=byte_tokenizer.vocab_size, dtype=torch.float32)
-    end = byte_tokenizer.eos_id if ends_in == "text" else byte_tokenizer.boi_id
+    model = tiny_model(tiny_config(rope=rope), SIZES | {"text": byte_tokenizer.vocab_size}, dtype=torch.float32)
+    end = byte_tokenizer.eos_id if ends_in == "text" else byte_tokenizer.begin_ids["image"]
     sums, last, counts = _naive(model, byte_tokenizer, TEXTS, end, 24)
     num_bytes = sum(len(text.encode()) for text in TEXTS)
     loss, perplexity, bits = text_losses(model, TEXTS, ends_in, _reader(byte_tokenizer, rope))
@@ -91,7 +83,7 @@ def test_two_processes_give_the_losses_of_one(byte_tokenizer, tmp_path):
 
 
 def _values(tokenizer):
-    model = tiny_model(tiny_config(), vocab_size=tokenizer.vocab_size, dtype=torch.float32)
+    model = tiny_model(tiny_config(), SIZES | {"text": tokenizer.vocab_size}, dtype=torch.float32)
     metrics = text_losses(model, TEXTS[:3], "text", _reader(tokenizer), PartialState(cpu=True))
     return [metric.value for metric in metrics]
 
