@@ -1,5 +1,6 @@
 """Sources against each other: weights, buckets, captions, epochs, padding, and what never comes."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ from test_packing import read_row
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.mixture import Source, Sources, counter, open_documents
+from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
@@ -312,6 +313,21 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
     (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
     with pytest.raises(UserError, match=r"all sources of data\.sources that have image media are held out"):
         open_documents(data, "train")
+
+
+def test_a_source_of_a_modality_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
+    sources = [SourceConfig("imagefolder", path=str(tmp_path / "nowhere"), modality="sketch")]
+    data = DataConfig(sources=sources, cache_dir=str(tmp_path / "c"))
+    message = r"a source of kind 'imagefolder' has the modality 'sketch', and model\.modalities has text, image; set"
+    with pytest.raises(UserError, match=message):
+        open_documents(data, "train")
+    # Every modality needs something to train on; texts may be all there is to a model of text.
+    (tmp_path / "texts.txt").write_text("words")
+    data.sources = [SourceConfig("text", path=str(tmp_path / "texts.txt"))]
+    with pytest.raises(UserError, match="no source with image media to train on"):
+        open_documents(dataclasses.replace(data, held_out_fraction=0.0), "train")
+    (source,) = open_documents(dataclasses.replace(data, held_out_fraction=0.0, slots={"text": 64}), "train")
+    assert list(training_texts([source])) == ["words"]
 
 
 @pytest.mark.parametrize("uses", [("train", "held_out"), ("split", "train"), ("held_out", "split")])
