@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import numbered_images, sources_of
+from conftest import data_config, numbered_images, packer_of, sources_of
 from torch.nn.attention.flex_attention import create_block_mask
 
-from transfusion_mot.config import DataConfig
-from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     KVCache,
@@ -136,15 +134,12 @@ def test_block_mask_is_that_of_pytorch(rows: int, length: int, clean: bool) -> N
 def test_padding_adds_no_more_blocks_than_it_has_on_the_diagonal(byte_tokenizer) -> None:
     """Rows of captioned images as they are packed, with nothing to fill the text slots left over."""
     captions = [f"a picture of the number {number}" for number in range(20)]
-    sources, data = (
-        sources_of(numbered_images(captions, side=32), side=32),
-        DataConfig(text_slots=640, images_per_row=4),
-    )
-    packer = Packer(sources, byte_tokenizer, data, "3d", 2, 2, 0, lambda uniform: uniform)
-    batch = packer.rows(range(2), 0, packer.initial_state()[None].repeat(2, axis=0))[0].batch
-    padding = batch.document_ids < 0
+    sources = sources_of(numbered_images(captions, side=32), side=32)
+    packer = packer_of(sources, byte_tokenizer, data_config(640, 4), rope="3d", lanes=2)
+    ids = packer.rows(range(2), 0, packer.initial_state()[None].repeat(2, axis=0))[0].batch.slots
+    padding = ids.document_ids < 0
     assert padding.float().mean() > 0.3
-    slots = SlotIds.from_spans(batch.document_ids, batch.order, batch.span_ids)
+    slots = SlotIds.from_spans(ids.document_ids, ids.order, ids.span_ids)
     with torch.compiler.set_stance("force_eager"):
         blocks = block_mask(slots).to_dense()[:, 0]
     pairs = dense_mask(slots, slots)

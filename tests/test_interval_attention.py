@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transfusion_mot.data.batch import Batch
 from transfusion_mot.models.attention import (
     HAS_TRITON,
     IntervalMask,
@@ -115,12 +116,14 @@ def check_model(variant: str, device: str, compiled: bool) -> None:
     """The model with the kernels against the model with a dense mask; recomputed attention is counted."""
     config = tiny_config(head_dim=64 if device == "cuda" else 16, **MODELS[variant])
     plain = tiny_model(config, dtype=torch.float32).to(device)
-    rows = make_rows([[[9, "image", 2]], [["image", 30], [5]]], 48, 1, (4, 4), 2, config.rope, dtype=torch.float32)
-    inputs = {name: value.to(device) for name, value in rows.inputs.items()}
+    spec = [[[9, "image", 2]], [["image", 30], [5]]]
+    rows = make_rows(spec, {"text": 48, "image": 1}, config, grid=(4, 4), dtype=torch.float32)
+    batch = Batch(rows.inputs, rows.slots).to(torch.device(device))
     if variant == "clean":
-        inputs["copies"] = torch.zeros(2, 1, dtype=torch.bool, device=device)
+        copies = torch.zeros(2, 1, dtype=torch.bool, device=device)
+        batch.inputs["image"] = batch.latents("image")._replace(copies=copies)
     plain.attention = "sdpa"
-    wanted = outputs_and_gradients(plain, inputs)
+    wanted = outputs_and_gradients(plain, batch)
     checkpointings: tuple[Checkpointing, ...] = ("none", "selective", "full")
     for checkpointing in checkpointings:
         model = copy.deepcopy(plain)
@@ -130,7 +133,7 @@ def check_model(variant: str, device: str, compiled: bool) -> None:
         if compiled:
             model.compile_blocks()
         with Calls() as calls:
-            found = outputs_and_gradients(model, inputs)
+            found = outputs_and_gradients(model, batch)
         for one, two in zip(found, wanted, strict=True):
             assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
         # What is kept is not computed again.
@@ -145,19 +148,20 @@ def check_sharded() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = tiny_model(tiny_config(head_dim=16), dtype=torch.float32)
     model.attention = "sdpa"
-    inputs = make_rows([[[9, "image", 2]]], 16, 1, dtype=torch.float32).inputs
-    wanted = outputs_and_gradients(model, inputs)
+    rows = make_rows([[[9, "image", 2]]], {"text": 16, "image": 1}, dtype=torch.float32)
+    batch = Batch(rows.inputs, rows.slots)
+    wanted = outputs_and_gradients(model, batch)
     model.kernel = lambda device, num_slots: ("interval", "as the test says")
     for block in model.blocks:
         fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.float32, cast_forward_inputs=True))
     fully_shard(model)
-    for one, two in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
+    for one, two in zip(outputs_and_gradients(model, batch), wanted, strict=True):
         whole = one.full_tensor() if isinstance(one, DTensor) else one
         assert (whole - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
 
 
 MODELS = {"mot": {}, "dense, grouped heads": {**DENSE, "num_heads": 4, "num_kv_heads": 2}, "clean": {"rope": "3d"}}
-MODELS["causal images"] = {"image_attention": "causal"}
+MODELS["causal images"] = {"image": {"attention": "causal"}}
 
 
 class Calls(TorchDispatchMode):
@@ -172,12 +176,12 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def outputs_and_gradients(model, inputs) -> list[torch.Tensor]:
-    used = inputs["document_ids"] >= 0
+def outputs_and_gradients(model, batch: Batch) -> list[torch.Tensor]:
+    used = batch.slots.document_ids >= 0
     model.zero_grad()
-    output = model(**inputs)
-    text = output.logits[used[:, : output.logits.shape[1]]]
-    prediction = output.prediction[used[:, -1]]
+    predictions = model(batch.inputs, batch.slots).predictions
+    text = predictions["text"][used[:, : predictions["text"].shape[1]]]
+    prediction = predictions["image"][used[:, -1]]
     (text.square().mean() + prediction.square().mean()).backward()
     return [text.detach(), prediction.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
