@@ -28,8 +28,7 @@ Kinder than the originals:
 | heads read the final norm's result of their modality | BAGEL: scattered once more, then gathered |
 | our text loss, which never holds all logits | BAGEL: all logits of labelled tokens |
 
-Shapes: B rows, S slots a row, L = B*S, T text slots, K images, P patches, N query heads, M key/value heads, H head
-width, D width.
+Shapes: B rows, S slots a row, L = B*S, N query heads, M key/value heads, H head width, D width.
 """
 
 from typing import Any, NamedTuple, cast
