@@ -105,7 +105,7 @@ def test_training_is_weighted_and_the_log_is_not() -> None:
 
 
 def test_held_out_losses_are_not_weighted(accelerator) -> None:
-    tokenizer = train_tokenizer(["a red apple"], 300)
+    tokenizer = train_tokenizer(["a red apple"], 300, ("text", "image"))
     validation, model = make_validation(tokenizer, held_out())
     plain = validation.losses(model, accelerator)
     model.modality("image").diffusion.min_snr_gamma = GAMMA

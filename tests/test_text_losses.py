@@ -92,10 +92,10 @@ def _values(tokenizer):
 @pytest.mark.parametrize("text_slots", [64, 18])
 def test_image_losses_are_those_of_validation(byte_tokenizer, accelerator, text_slots):
     validation, model = make_validation(byte_tokenizer, held_out(), text_slots=text_slots)
-    losses = validation.image_losses(model, accelerator, [0.1, 0.3, 0.5, 0.7, 0.9])
+    losses = validation.item_losses(model, accelerator, "image", [0.1, 0.3, 0.5, 0.7, 0.9])
     expected = validation.losses(model, accelerator)
-    assert losses.mean().item() == pytest.approx(expected["diffusion_loss"], rel=1e-6)
-    assert losses.mean(dim=0)[3].item() == pytest.approx(expected["diffusion_loss/t=0.7"], rel=1e-6)
+    assert losses.mean().item() == pytest.approx(expected["image_loss"], rel=1e-6)
+    assert losses.mean(dim=0)[3].item() == pytest.approx(expected["image_loss/t=0.7"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def compare() -> None:
         for block in sharded.blocks:
             fully_shard(block)
         fully_shard(sharded)
-        assert isinstance(sharded.text_head.weight, DTensor)
+        assert isinstance(sharded.modality("text").head.weight, DTensor)
         for one, two in zip(stepped(sharded), stepped(expected), strict=True):
             assert not isinstance(one, DTensor)
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
