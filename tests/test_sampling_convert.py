@@ -11,6 +11,7 @@ from test_pipeline import seeds, tiny_pipeline
 from test_sampling import UNET, text_and_image, tiny_model, tiny_tokenizer
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.convert import main, new_architecture
 
@@ -132,6 +133,9 @@ def test_an_old_snapshot_is_answered_with_the_command(old) -> None:
     assert str(caught.value) == (
         f"{old} is a snapshot of version 0.1; convert it: python -m transfusion_mot.sampling.convert {old} NEW_FOLDER"
     )
+    # As other loaders of diffusers come to it.
+    with pytest.raises(UserError, match=r"^the transformer is of version 0\.1; convert its snapshot"):
+        TransfusionMoT.from_pretrained(old / "transformer")
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,8 @@ def check_architecture(config: ModelConfig) -> None:
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
-            if not name or "." in name or hasattr(nn.ModuleDict, name):
+            # The last two begin the names of a batch's tensors that are of no modality.
+            if not name or "." in name or hasattr(nn.ModuleDict, name) or name in ("slots", "media"):
                 raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
     widths = {tower.hidden_size for tower in config.towers.values()}
     if len(widths) > 1 and len(set(config.untied)) < 4:

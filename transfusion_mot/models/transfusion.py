@@ -109,6 +109,20 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         """Build a model from its sections of the run's configuration."""
         return cls(sizes=sizes, architecture=to_dict(model), diffusion=to_dict(diffusion))
 
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Build a model from the dict of its config.json, as diffusers does.
+
+        Raises:
+            UserError: It is of version 0.1.
+        """
+        if "latent_channels" in config:
+            raise UserError(
+                "the transformer is of version 0.1; convert its snapshot: python -m transfusion_mot.sampling.convert "
+                "OLD_FOLDER NEW_FOLDER"
+            )
+        return super().from_config(config, **kwargs)
+
     def modality(self, name: str) -> TokenModality | DiffusionModality:
         """The module of a modality."""
         return cast(TokenModality | DiffusionModality, self.modalities[name])
@@ -123,6 +137,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except UserError:
+            raise
         except (ValueError, RuntimeError) as error:  # what diffusers raises for another shape
             raise UserError(f"{args[0]} does not hold this model's weights: {' '.join(str(error).split())}") from None
         problems = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
