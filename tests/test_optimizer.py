@@ -119,11 +119,16 @@ def test_every_parameter_has_the_tower_that_owns_it(changes: dict, expected: dic
 
 
 def draw_gradients(model: torch.nn.Module) -> None:
-    for index, parameter in enumerate(model.parameters()):
+    """Random ones; matrices have no singular value near zero, which Newton-Schulz would not lift to one."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            # Matrices without singular values near zero, which Newton-Schulz would not lift to one.
-            generator = torch.Generator().manual_seed(500 + index)
-            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if drawn.ndim == 2:
+                # Sixteen rows are queries, or keys and values.
+                drawn = torch.cat([orthogonal(part) for part in drawn.split(16)])
+                drawn *= torch.linspace(0.5, 1.5, drawn.shape[1], dtype=drawn.dtype)
+            parameter.grad = drawn
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -32,6 +32,8 @@ ADAPTERS = ({}, {"image": {"adapter": "unet", "unet_channels": [32, 32], "unet_n
 SEED = 3
 # Of float32 sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+# Of AdamW: with 1e-8 a gradient of about the size of its rounding error would make a step of the whole learning rate.
+EPSILON = 1e-3
 Values = dict[str, Tensor]
 
 
@@ -63,7 +65,7 @@ def steps(
     place(model, accelerator, SEED)
     if resume is None:
         fill(model)
-    ema, optimizer = EMA(model, 0.9), make_optimizer(model, OptimizerConfig(lr=0.01))
+    ema, optimizer = EMA(model, 0.9), make_optimizer(model, OptimizerConfig(lr=0.01, eps=EPSILON))
     if resume is not None:
         assert torch.equal(load_tensors(find_state(resume, "auto"), model, ema, optimizer), torch.arange(8))
     if compiled:
@@ -111,8 +113,7 @@ def steps(
 def fill(model: TransfusionMoT) -> None:
     """Random where a fresh model has the zeros that would hide mistakes."""
     reference = new_model()
-    # A seed for which no gradient is near zero: of such a one, AdamW or a sum in bfloat16 makes its rounding large.
-    randomise(reference, seed=11)
+    randomise(reference)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # As bfloat16 holds it, so that what FSDP gathers in it is the same.
@@ -221,6 +222,12 @@ def test_compiled_blocks_change_nothing(tmp_path: Path, alone, environment: dict
         assert_close(alone, result)
 
 
+def relative_error(found: Values, expected: Values) -> float:
+    """Of all values together."""
+    ours, theirs = (torch.cat([value.flatten() for value in values.values()]) for values in (found, expected))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
 def steps_in_chunks(mixed_precision: str) -> dict[str, Values]:
     """Two steps in which each text slot has its logits alone: 24 chunks for each microbatch of a rank."""
     losses.LOGITS_AT_ONCE = VOCAB_SIZE
@@ -234,15 +241,18 @@ def test_bfloat16_is_for_computing_alone(tmp_path: Path, alone) -> None:
         results.append(result)
         for kind in ("gradient", "model", "ema", "moment"):
             assert all(value.dtype == torch.float32 for value in result[kind].values()), kind
+        assert relative_error(result["gradient"], alone["gradient"]) < 0.05
         for name, value in alone["gradient"].items():
-            error = (result["gradient"][name] - value).norm() / value.norm()
-            assert error < 0.15, f"{name}: {error}"
+            # In one weight alone terms may cancel, and no rounding does. One that is missing has an error of 1.
+            error = relative_error({name: result["gradient"][name]}, {name: value})
+            assert error < 0.6, f"{name}: {error}"
         assert any(not torch.equal(result["gradient"][name], value) for name, value in alone["gradient"].items())
     ddp, fsdp = (result["first gradient"] for result in results)
-    for name, value in ddp.items():
-        # FSDP's gradients are rounded to bfloat16 once for a microbatch, and those of norms on their way, too.
-        bound = 2**-9 if name == "modalities.text.head.weight" else 2**-8
-        assert (fsdp[name] - value).norm() < bound * value.norm(), name
+    # FSDP's gradients are rounded to bfloat16 once for a microbatch, and those of norms on their way, too.
+    assert relative_error(fsdp, ddp) < 2**-10
+    # A sum of 24 chunks, in float32.
+    head = "modalities.text.head.weight"
+    assert relative_error({head: fsdp[head]}, {head: ddp[head]}) < 2**-9
 
 
 @pytest.mark.parametrize(
