@@ -33,14 +33,14 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm import tqdm
 
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.cli.options import PAINT, TASKS, parse_arguments
+from transfusion_mot.cli.outputs import Denoising, ResultFolder, save_png
 from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.files import check_writable_folder, lines_of
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.loading import load_pipeline
-from transfusion_mot.sampling.options import PAINT, TASKS, parse_arguments
-from transfusion_mot.sampling.outputs import Denoising, ResultFolder, save_png
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
 GRID_IMAGES = 64

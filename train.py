@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.reporting.plan import plan
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.saving import RunSaver
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
 from transfusion_mot.training.optimizer import set_lr
 from transfusion_mot.training.parallel import end_preparing, make_accelerator
-from transfusion_mot.training.plan import plan
 from transfusion_mot.training.step import seed_step
 from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.watchdog import Watchdog

@@ -32,8 +32,8 @@ from transfusion_mot.models.modalities import DiffusionModality, TokenModality
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.reporting.flops import active_parameters, adapter_flops
 from transfusion_mot.schedulers import make_scheduler
-from transfusion_mot.training.flops import active_parameters, adapter_flops
 
 PROMPT_TOKENS = 64
 STEPS = 25

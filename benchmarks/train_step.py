@@ -40,9 +40,9 @@ from transfusion_mot.models.attention import KernelChoice, dense_mask
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, TokenInput
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.reporting.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.float8 import convert_to_float8
-from transfusion_mot.training.flops import flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.graph import WARM_UP, GraphedStep, make_capturable
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.parallel import make_accelerator, place, wrap

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.assignment import open_work, picture_data
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.page import write_report
 from transfusion_mot.evaluation.processes import open_processes
@@ -30,7 +31,6 @@ from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
 from transfusion_mot.evaluation.published import own_row
 from transfusion_mot.evaluation.report import Report, now, used_versions
 from transfusion_mot.evaluation.scoring import load_networks
-from transfusion_mot.evaluation.work import open_work, picture_data
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark

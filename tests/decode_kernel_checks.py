@@ -7,7 +7,7 @@ from test_sampling import tiny_model
 from transfusion_mot.models.attention import KVCache
 from transfusion_mot.models.inputs import TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.few_rows import FewRows
+from transfusion_mot.sampling.decode_step import FewRows
 
 pytest.importorskip("triton")
 

@@ -18,9 +18,9 @@ FILES = sorted(
 # From the top to the ground; each may import what stands below it, and its own layer.
 LAYERS = [
     ["train", "sample", "evaluate", "demo"],
-    ["run"],
+    ["run", "cli"],
     ["pipeline", "sampling"],
-    ["training"],
+    ["training", "reporting"],
     ["evaluation"],
     ["autoencoder"],
     ["autoencoder_training"],

@@ -25,8 +25,8 @@ from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.evaluation.protocol import read_protocol
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.reporting.flops import weight_flops_per_row
 from transfusion_mot.schedulers import make_scheduler
-from transfusion_mot.training.flops import weight_flops_per_row
 
 pytestmark = pytest.mark.slow
 

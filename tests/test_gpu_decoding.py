@@ -8,10 +8,10 @@ from test_sampling import PROMPTS, tiny_model, tiny_tokenizer
 from transfusion_mot.config import TowerConfig
 from transfusion_mot.models.attention import KVCache
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling import few_rows
-from transfusion_mot.sampling.few_rows import FewRows
+from transfusion_mot.sampling import decode_step
+from transfusion_mot.sampling.decode_step import FewRows
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.sampler import Document, Sampler
-from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 
 pytestmark = [
@@ -77,7 +77,7 @@ def test_recorded_kernels_write_what_the_model_writes(prompts, decoding, monkeyp
     (step,) = workspace._steps.values()
     assert "arrived" in step.state
     assert step._graph is not None
-    monkeypatch.setattr(few_rows, "_MOST_ROWS", 0)
+    monkeypatch.setattr(decode_step, "_MOST_ROWS", 0)
     plain = Workspace()
     expected = write(plain, model, prompts, decoding)
     (step,) = plain._steps.values()

@@ -11,9 +11,9 @@ from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.attention import KVCache, cached_attention
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import Document, Making, Sampler
-from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 from transfusion_mot.schedulers import make_scheduler
 

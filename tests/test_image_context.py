@@ -33,8 +33,8 @@ from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.attention import SlotIds, block_mask, dense_mask
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.reporting.flops import attending_pairs
 from transfusion_mot.schedulers import make_scheduler
-from transfusion_mot.training.flops import attending_pairs
 from transfusion_mot.training.log import loss_by_timestep
 from transfusion_mot.training.step import loss_terms
 

@@ -17,7 +17,7 @@ from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig,
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.models import mot
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.memory import Setting, kept_by_adapter, kept_by_block, logits_memory, step_memory
+from transfusion_mot.reporting.memory import Setting, kept_by_adapter, kept_by_block, logits_memory, step_memory
 
 pytestmark = pytest.mark.slow
 

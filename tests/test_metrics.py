@@ -13,7 +13,7 @@ from test_losses import make_batch
 from transfusion_mot.config import RunConfig
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.losses import IGNORE_INDEX
-from transfusion_mot.training.flops import (
+from transfusion_mot.reporting.flops import (
     active_parameters,
     attending_pairs,
     flops_per_pair,

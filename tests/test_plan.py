@@ -12,8 +12,8 @@ import train
 from transfusion_mot.config import CodecConfig, DiffusionConfig, RunConfig, parse_config, save_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.memory import Setting, step_memory
-from transfusion_mot.training.plan import (
+from transfusion_mot.reporting.memory import Setting, step_memory
+from transfusion_mot.reporting.plan import (
     GIB,
     GPU_MEMORY,
     USABLE,

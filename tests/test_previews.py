@@ -20,8 +20,8 @@ from transfusion_mot.config import DataConfig, RunConfig, SourceConfig, Training
 from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.sampling.previews import Previews, pictures_of
-from transfusion_mot.training.model_card import model_card
 
 
 @pytest.fixture

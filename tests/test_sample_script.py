@@ -19,11 +19,11 @@ from PIL import Image
 from process_group import clean_process, run_processes, run_script
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
+from transfusion_mot.cli import loading
+from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling import loading
-from transfusion_mot.sampling.outputs import ResultFolder
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"

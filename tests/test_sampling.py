@@ -13,10 +13,10 @@ from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.decoding import Decoding, choose_tokens
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.rows import random_rows
+from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.sampler import Document, Making, Sampler
-from transfusion_mot.sampling.text import Decoding, choose_tokens
 from transfusion_mot.sampling.workspace import Workspace
 
 CPU = torch.device("cpu")

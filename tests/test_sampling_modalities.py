@@ -23,10 +23,10 @@ from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.models import mot
 from transfusion_mot.models.inputs import LatentInput
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import AUTO, Document, Making, Sampler
 from transfusion_mot.sampling.session import Session
-from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 
 CODEBOOK = 19

@@ -8,9 +8,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from test_sampling import CPU, LATENT_SHAPE, PATCHES, PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import Document, Making, Sampler
-from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Step, Workspace, can_record
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from transfusion_mot.cli.loading import DTYPES, load_pipeline
+from transfusion_mot.cli.options import OneLineParser
+from transfusion_mot.cli.outputs import save_png
 from transfusion_mot.data.images import displayed_size, load_image
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.loading import DTYPES, load_pipeline
-from transfusion_mot.sampling.options import OneLineParser
-from transfusion_mot.sampling.outputs import save_png
 from transfusion_mot.sampling.sizes import Size
 from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, sampler_name
 

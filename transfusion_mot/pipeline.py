@@ -19,12 +19,12 @@ from transfusion_mot.diffusion import Diffusion, Edit
 from transfusion_mot.errors import UserError, refuse_surrogates
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.sampling import snapshot
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.rows import random_rows
+from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.sampler import AUTO, Denoise, Document, Making, Predict, Sampler
 from transfusion_mot.sampling.sizes import Size, by_size
-from transfusion_mot.sampling.text import Decoding
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[["TransfusionPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]

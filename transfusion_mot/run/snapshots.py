@@ -11,12 +11,12 @@ from transfusion_mot.config import RunConfig
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
 from transfusion_mot.training.checkpoint import written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
-from transfusion_mot.training.model_card import model_card
 from transfusion_mot.training.plot import plot_runs
 
 

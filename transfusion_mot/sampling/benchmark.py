@@ -18,6 +18,7 @@ from diffusers import SchedulerMixin
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.assignment import Work
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
@@ -33,7 +34,6 @@ from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_h
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint, shown_range
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
-from transfusion_mot.evaluation.work import Work
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name

@@ -1,4 +1,4 @@
-"""The kernels of `few_rows`, for CUDA: products of a few vectors with matrices, and attention of one slot a row.
+"""The kernels of `decode_step`, for CUDA: products of a few vectors with matrices, and attention of one slot a row.
 
 Weights are most of what a decoding step reads, so each kernel is a pass over some of them that does at once what comes
 before and after: a norm, the gate, the sum with the residual stream. With `early` a kernel begins before the last one

@@ -16,10 +16,10 @@ from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.rows import random_rows
+from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.session import Session
-from transfusion_mot.sampling.text import Decoding
 from transfusion_mot.sampling.workspace import Workspace
 
 AUTO = "auto"

@@ -18,10 +18,10 @@ from transfusion_mot.data.layout import LatentSpan, TokenRun
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.few_rows import FewRows
+from transfusion_mot.sampling.decode_step import FewRows
+from transfusion_mot.sampling.decoding import Decoding, choose_tokens
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.rows import padded
-from transfusion_mot.sampling.text import Decoding, choose_tokens
+from transfusion_mot.sampling.per_row import padded
 from transfusion_mot.sampling.workspace import Workspace
 
 # A modality with token ids, or with clean latents [C, Y, X].

@@ -22,7 +22,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
+from transfusion_mot.reporting.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, loss_name, read_metrics, write_metrics
 from transfusion_mot.training.step import StepResult
 

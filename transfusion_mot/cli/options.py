@@ -3,8 +3,8 @@
 import argparse
 from typing import NoReturn
 
+from transfusion_mot.cli.loading import DTYPES
 from transfusion_mot.errors import UserError
-from transfusion_mot.sampling.loading import DTYPES
 
 # The task that paints prompts.
 PAINT = "image"

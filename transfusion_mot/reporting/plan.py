@@ -16,9 +16,9 @@ from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import Checkpointing, check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.training.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
+from transfusion_mot.reporting.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
+from transfusion_mot.reporting.memory import Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.graph import why_not_recorded
-from transfusion_mot.training.memory import Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
 
 GIB = 2**30
