@@ -248,7 +248,8 @@ class ModelConfig:
     def stream_order(self) -> list[str]:
         """Modalities in the order of their slots in a row: text, then the others by name.
 
-        Those of one tower stand side by side. Not the order in which they are given: the JSON of a snapshot has its keys sorted.
+        Those of one tower stand side by side. It is not the order in which they are given: the JSON of a snapshot has
+        its keys sorted.
         """
         names = sorted(self.modalities, key=lambda name: (name != TEXT, name))
         towers = list(dict.fromkeys(self.modalities[name].tower for name in names))

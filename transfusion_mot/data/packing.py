@@ -34,13 +34,13 @@ _SHORTEST_DOCUMENT = 3
 _MOST_DROPPED = 1000
 
 
-def counted_by(modalities: Sequence[str]) -> list[str]:
+def counted_by(model: ModelConfig) -> list[str]:
     """What rows report besides the counters of sources: documents that filled a stream, slots filled of each modality
     (those of copies, too), slots left empty, captions cut, and media of each modality."""
     return [
-        *(f"{name}_documents" for name in modalities),
-        *(f"{name}_slots" for name in modalities),
-        *(f"{name}_items" for name in modalities if name != TEXT),
+        *(f"{name}_documents" for name in model.of_objective("next_token")),
+        *(f"{name}_slots" for name in model.stream_order),
+        *(f"{name}_items" for name in model.stream_order if name != TEXT),
         "pad_slots",
         "truncated_captions",
     ]

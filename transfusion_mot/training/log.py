@@ -140,7 +140,7 @@ class RunLog:
         self.sources = sources
         self.modalities = config.model.stream_order
         self.counted = [
-            *counted_by(self.modalities),
+            *counted_by(config.model),
             *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED),
         ]
         self.left_out = {
