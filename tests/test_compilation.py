@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import train
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.run import training as run_training
 from transfusion_mot.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -43,13 +44,13 @@ def test_a_run_compiles_its_blocks_for_all_buckets_and_microbatches(
     monkeypatch.setattr(MoTBlock, "forward", types.FunctionType(code, MoTBlock.forward.__globals__))
     # What the compiler sees is the same with any backend; this one takes no time.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    wrap = train.wrap
+    wrap = run_training.wrap
 
     def compiled(model: TransfusionMoT, accelerator: object) -> torch.nn.Module:
         model.compile_blocks()  # without a GPU nothing else asks for it
         return wrap(model, accelerator)
 
-    monkeypatch.setattr(train, "wrap", compiled)
+    monkeypatch.setattr(run_training, "wrap", compiled)
     run = arguments(
         data={
             "sources": [{"kind": "imagefolder", "path": str(write_flat_and_upright(tmp_path / "pictures", 10))}],

@@ -20,7 +20,7 @@ from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.sampler import Document, Making, Sampler
 from transfusion_mot.sampling.sizes import ImageSizes, by_size
 from transfusion_mot.sampling.workspace import Workspace
 
@@ -85,8 +85,9 @@ def test_an_oblong_image_is_predicted_as_in_the_whole_document(architecture, siz
         return latents
 
     documents = [Document([prompt]) for prompt in prompts]
-    settings = {"denoise": denoise, "guidance": Guidance(), "max_images": 1}
-    Sampler(model, tokenizer, Workspace(), documents, "image", (LATENT_CHANNELS, *size), CPU, **settings).run()
+    making = {"image": Making(1, size[0] * size[1] // 4, denoise)}
+    settings = {"target": "image", "device": CPU, "making": making, "guidance": Guidance()}
+    Sampler(model, tokenizer, Workspace(), documents, **settings).run()
 
 
 def test_other_sizes_are_painted_with_a_warning_and_patches_stay_whole(caplog) -> None:
@@ -137,10 +138,10 @@ def test_pictures_of_all_sizes_are_captioned_together(pipeline) -> None:
     alone = [pipeline.caption(picture, max_new_tokens=12)[0] for picture in pictures]
     assert len(set(alone)) == len(alone)
     assert pipeline.caption(pictures, max_new_tokens=12) == alone
-    (latents,) = pipeline._encode(pictures[:1])
+    (media,) = pipeline._encode(pictures[:1])
     pixels = to_pixels(pipeline.sizes.read(pictures[0]))
     assert pixels.shape == (3, 4, 16)
-    torch.testing.assert_close(latents, pipeline.autoencoder.encode(pixels[None])[0][0])
+    torch.testing.assert_close(media.content, pipeline.codec.encode(pixels[None])[0][0])
 
 
 def test_variations_have_the_size_that_training_gives_the_picture(pipeline) -> None:
@@ -179,7 +180,7 @@ def test_images_of_a_document_have_the_size_of_the_first(pipeline, monkeypatch) 
     pipeline.interleave([noise_picture(40, 10), "sun", noise_picture(10, 40)], **settings)
     pipeline.interleave(["sun", noise_picture(10, 40)], **settings)
     pipeline.interleave(["sun", noise_picture(10, 40)], height=8, width=8, **settings)
-    assert [tuple(latents[0].shape) for latents in encoded] == [(3, 2, 8), (3, 2, 8), (3, 8, 2), (3, 4, 4)]
+    assert [tuple(media[0].content.shape) for media in encoded] == [(3, 2, 8), (3, 2, 8), (3, 8, 2), (3, 4, 4)]
 
 
 def test_results_by_size_stand_in_the_order_of_the_items() -> None:
