@@ -150,7 +150,7 @@ class GatherScatterMoT(nn.Module):
             ids.document_ids.gather(1, read),
             ids.order.gather(1, read),
             ids.horizon.gather(1, read),
-            None if ids.last_horizon is None else ids.last_horizon.gather(1, read),
+            None if ids.visible_until is None else ids.visible_until.gather(1, read),
         )
         kernel, _ = model.kernel(read.device, read.shape[1])
         mask = training_mask(ids, kernel)

@@ -11,7 +11,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling import decode_step
 from transfusion_mot.sampling.decode_step import FewRows
 from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.sampler import Document, Sampler
+from transfusion_mot.sampling.sampler import OpenDocument, Sampler
 from transfusion_mot.sampling.workspace import Workspace
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_kernels_are_as_exact_as_the_model_in_bfloat16(architecture) -> None:
 
 
 def write(workspace: Workspace, model: TransfusionMoT, prompts: list[str], decoding: Decoding) -> list[list]:
-    documents = [Document([prompt]) for prompt in prompts]
+    documents = [OpenDocument([prompt]) for prompt in prompts]
     generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
     settings = {"decoding": decoding, "generators": generators}
     Sampler(model, TOKENIZER, workspace, documents, target="text", device=CUDA, **settings).run()

@@ -13,7 +13,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Making, Sampler
+from transfusion_mot.sampling.sampler import Making, OpenDocument, Sampler
 from transfusion_mot.sampling.workspace import Workspace
 from transfusion_mot.schedulers import make_scheduler
 
@@ -64,10 +64,10 @@ def run(
         return diffusion.sample(predict, noise[: len(rows)], 4)
 
     settings = {"device": CUDA, "guidance": Guidance(2.0, **guidance)}
-    painted = [Document([prompt]) for prompt in prompts]
+    painted = [OpenDocument([prompt]) for prompt in prompts]
     making = {"image": Making(1, PATCHES, denoise)}
     Sampler(model, TOKENIZER, workspace, painted, target="image", making=making, **settings).run()
-    documents = [Document([prompt]) for prompt in prompts]
+    documents = [OpenDocument([prompt]) for prompt in prompts]
     settings |= {"decoding": Decoding(max_new_tokens=40), "making": {"image": Making(2, PATCHES, denoise)}}
     Sampler(model, TOKENIZER, workspace, documents, target="auto", **settings).run()
     texts = [[item for item in document.added if isinstance(item, str)] for document in documents]
@@ -166,7 +166,7 @@ def test_denoising_never_waits_for_the_device(records) -> None:
         waited.append(calls)
         return latents
 
-    documents = [Document([prompt]) for prompt in PROMPTS]
+    documents = [OpenDocument([prompt]) for prompt in PROMPTS]
     settings = {"guidance": Guidance(2.0, rescale=0.5, renorm=True), "making": {"image": Making(1, PATCHES, denoise)}}
     Sampler(model, TOKENIZER, workspace, documents, target="image", device=CUDA, **settings).run()
     assert waited == [8]

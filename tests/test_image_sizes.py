@@ -20,7 +20,7 @@ from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Making, Sampler
+from transfusion_mot.sampling.sampler import Making, OpenDocument, Sampler
 from transfusion_mot.sampling.sizes import ImageSizes, by_size
 from transfusion_mot.sampling.workspace import Workspace
 
@@ -84,7 +84,7 @@ def test_an_oblong_image_is_predicted_as_in_the_whole_document(architecture, siz
                 torch.testing.assert_close(cached[row], expected, rtol=0, atol=1e-12)
         return latents
 
-    documents = [Document([prompt]) for prompt in prompts]
+    documents = [OpenDocument([prompt]) for prompt in prompts]
     making = {"image": Making(1, size[0] * size[1] // 4, denoise)}
     settings = {"target": "image", "device": CPU, "making": making, "guidance": Guidance()}
     Sampler(model, tokenizer, Workspace(), documents, **settings).run()

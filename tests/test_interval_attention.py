@@ -46,7 +46,7 @@ GPU_CASES = [
 
 
 def on_device(slots: SlotIds, device: str) -> SlotIds:
-    last = slots.last_horizon
+    last = slots.visible_until
     return SlotIds(
         slots.document_ids.to(device),
         slots.order.to(device),

@@ -16,7 +16,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.decoding import Decoding, choose_tokens
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.per_row import random_rows
-from transfusion_mot.sampling.sampler import Document, Making, Sampler
+from transfusion_mot.sampling.sampler import Making, OpenDocument, Sampler
 from transfusion_mot.sampling.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def paint(model, tokenizer, documents, denoise, guidance):
 
 def write(model, tokenizer, documents, decoding, generators=()):
     """Run the text task => what was written."""
-    documents = [Document(items) for items in documents]
+    documents = [OpenDocument(items) for items in documents]
     settings = {"target": "text", "device": CPU, "decoding": decoding, "generators": generators}
     Sampler(model, tokenizer, Workspace(), documents, **settings).run()
     return ["".join(document.added) for document in documents]
@@ -182,7 +182,7 @@ def test_denoising_with_the_cache_equals_the_whole_document(model, tokenizer, gu
                 torch.testing.assert_close(cached[row], expected, rtol=0, atol=1e-12)
         return latents
 
-    paint(model, tokenizer, [Document([prompt], negative) for prompt in PROMPTS], denoise, Guidance(guidance_scale))
+    paint(model, tokenizer, [OpenDocument([prompt], negative) for prompt in PROMPTS], denoise, Guidance(guidance_scale))
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_whatever_is_before_an_image_guides_it_against_an_image_alone(model, tok
             torch.testing.assert_close(cached[row], alone + 4.0 * (full - alone), rtol=0, atol=1e-11)
         return latents
 
-    paint(model, tokenizer, [Document(items) for items in contents], denoise, Guidance(4.0))
+    paint(model, tokenizer, [OpenDocument(items) for items in contents], denoise, Guidance(4.0))
 
 
 def forwards(model):
@@ -239,7 +239,7 @@ def test_forwards_are_as_few_as_guidance_needs(tokenizer, guidance, rows):
             predict(random_latents(3), torch.tensor(timestep, dtype=torch.float64))
         return random_latents(3)
 
-    paint(model, tokenizer, [Document([prompt]) for prompt in PROMPTS], denoise, guidance)
+    paint(model, tokenizer, [OpenDocument([prompt]) for prompt in PROMPTS], denoise, guidance)
     longest = max(len(tokenizer.encode(prompt)) for prompt in PROMPTS) + 2
     assert seen == [(rows[0], longest), *((count, 4) for count in rows[1:])]
 
@@ -251,7 +251,7 @@ def test_guidance_acts_on_all_channels(tokenizer):
         scale: paint(
             model,
             tokenizer,
-            [Document(["sun"])],
+            [OpenDocument(["sun"])],
             lambda predict, _: predict(latents, torch.tensor(0.5)),
             Guidance(scale),
         )[0]
@@ -364,7 +364,7 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
     assert any("Media" in shape for shape in shapes)
     assert len({tuple(shape) for shape in shapes}) > 1
 
-    documents = [Document(items) for items in given]
+    documents = [OpenDocument(items) for items in given]
 
     def denoise(predict, rows):
         latents = torch.stack(
@@ -445,7 +445,7 @@ def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(toke
     expected = tokenizer.decode([token if token != boi else tokenizer.encode("|")[0] for token in ids])
     assert expected.count("|") > 3
 
-    document = Document(["sun"])
+    document = OpenDocument(["sun"])
     Sampler(
         model,
         tokenizer,

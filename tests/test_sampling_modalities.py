@@ -25,7 +25,7 @@ from transfusion_mot.models.inputs import LatentInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import AUTO, Document, Making, Sampler
+from transfusion_mot.sampling.sampler import AUTO, Making, OpenDocument, Sampler
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
 
@@ -133,7 +133,7 @@ def greedy_codes(model, contexts, scale: float, most: int, *, is_ragged: bool) -
 
 def go_on(model, tokenizer, given: list[list[str | Media]], target: str, **settings: Any) -> list[list[str | Media]]:
     """What a sampler adds to each document."""
-    documents = [Document(items) for items in given]
+    documents = [OpenDocument(items) for items in given]
     Sampler(model, tokenizer, Workspace(), documents, target=target, device=CPU, **settings).run()
     return [document.added for document in documents]
 
@@ -166,7 +166,7 @@ def test_denoising_behind_any_modality_equals_whole_documents(model, tokenizer, 
         return noisy
 
     making = {name: Making(1, NUM_SLOTS[name], denoise)}
-    whole = [Document(items, "sun") for items in given]
+    whole = [OpenDocument(items, "sun") for items in given]
     Sampler(
         model, tokenizer, Workspace(), whole, target=name, device=CPU, making=making, guidance=Guidance(scale)
     ).run()
@@ -259,7 +259,7 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
     else:
         pytest.fail("no document has all phases")
     model = changed
-    whole = [Document(items) for items in given]
+    whole = [OpenDocument(items) for items in given]
 
     def denoise(predict, rows):
         painted = [sum(getattr(item, "modality", None) == "image" for item in whole[row].added) for row in rows]

@@ -10,7 +10,7 @@ from test_sampling import CPU, LATENT_SHAPE, PATCHES, PROMPTS, tiny_model, tiny_
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.sampler import Document, Making, Sampler
+from transfusion_mot.sampling.sampler import Making, OpenDocument, Sampler
 from transfusion_mot.sampling.workspace import Step, Workspace, can_record
 
 
@@ -68,7 +68,7 @@ def test_settings_out_of_range_are_refused(arguments, message) -> None:
 
 def run(workspace: Workspace, model, tokenizer, prompts: list[str], steps: int = 2) -> torch.Tensor:
     """Images of prompts by a few predictions, and a few tokens behind them."""
-    documents = [Document([prompt]) for prompt in prompts]
+    documents = [OpenDocument([prompt]) for prompt in prompts]
     noise = torch.arange(len(prompts) * math.prod(LATENT_SHAPE), dtype=torch.float64).sin()
 
     def denoise(predict, rows):
@@ -79,7 +79,7 @@ def run(workspace: Workspace, model, tokenizer, prompts: list[str], steps: int =
 
     settings = {"making": {"image": Making(1, PATCHES, denoise)}, "guidance": Guidance(2.0)}
     Sampler(model, tokenizer, workspace, documents, target="image", device=CPU, **settings).run()
-    written = [Document([prompt]) for prompt in prompts]
+    written = [OpenDocument([prompt]) for prompt in prompts]
     decoding = Decoding(max_new_tokens=3)
     Sampler(model, tokenizer, workspace, written, target="text", device=CPU, decoding=decoding).run()
     return torch.stack([document.added[0].content for document in documents])

@@ -23,7 +23,7 @@ from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.per_row import random_rows
-from transfusion_mot.sampling.sampler import AUTO, Denoise, Document, Making, Predict, Sampler
+from transfusion_mot.sampling.sampler import AUTO, Denoise, Making, OpenDocument, Predict, Sampler
 from transfusion_mot.sampling.sizes import Size, by_size
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -253,7 +253,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                     callback_tensors=callback_on_step_end_tensor_inputs,
                 )
 
-        documents = [Document([prompts[number]], negatives[number]) for number in numbers]
+        documents = [OpenDocument([prompts[number]], negatives[number]) for number in numbers]
         making = self._picture_making(size, 1, denoise, Decoding(1, code_temperature, code_top_p))
         self._sampler(documents, self.image_modality, generators=generators, making=making, guidance=guidance).run()
         contents = [item.content for document in documents for item in document.added if isinstance(item, Media)]
@@ -291,7 +291,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         if len(beginnings) != len(pictures):
             raise UserError(f"there are {len(beginnings)} prompts for {len(pictures)} images; give one, or one each")
         self.check_prompts(beginnings)
-        documents = [Document([*pair]) for pair in zip(self._encode(pictures), beginnings, strict=True)]
+        documents = [OpenDocument([*pair]) for pair in zip(self._encode(pictures), beginnings, strict=True)]
         return self._write(documents, Decoding(max_new_tokens, temperature, top_p), generator)
 
     @torch.no_grad()
@@ -314,7 +314,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         texts = [text] if isinstance(text, str) else list(text)
         self.check_prompts(texts)
         return self._write(
-            [Document([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p), generator
+            [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p), generator
         )
 
     @torch.no_grad()
@@ -370,7 +370,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
-        whole = Document([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
+        whole = OpenDocument([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
         denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
         making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p))
         self._sampler([whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance).run()
@@ -427,7 +427,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 self.check_prompts(texts)
             self._check_document(document)
         given = [
-            Document([self._encode([item])[0] if isinstance(item, Image.Image) else item for item in document])
+            OpenDocument([self._encode([item])[0] if isinstance(item, Image.Image) else item for item in document])
             for document in documents
         ]
         if target == TEXT:
@@ -463,7 +463,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         """Normalised latents [B, C, Y, X] or codes [B, Y, X] => pictures, as of a callback's `clean`."""
         return to_pil(self._decode(latents))
 
-    def _sampler(self, documents: list[Document], target: str, **arguments: Any) -> Sampler:
+    def _sampler(self, documents: list[OpenDocument], target: str, **arguments: Any) -> Sampler:
         return Sampler(
             self.transformer,
             self.text_tokenizer,
@@ -484,7 +484,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         patch = self.transformer.architecture.modalities[self.image_modality].patch_size
         return {self.image_modality: Making(most, rows * columns // patch**2, denoise)}
 
-    def _write(self, documents: list[Document], decoding: Decoding, generator: Generators) -> list[str]:
+    def _write(self, documents: list[OpenDocument], decoding: Decoding, generator: Generators) -> list[str]:
         generators = _one_each(generator, len(documents))
         self._sampler(documents, TEXT, generators=generators, decoding=decoding).run()
         self.maybe_free_model_hooks()

@@ -55,7 +55,7 @@ class SlotIds:
         order: [B, S], reading order inside the document.
         horizon: [B, S], the reading order up to which a slot sees its document: a token to itself, a patch to the last
             patch of its image.
-        last_horizon: [B, S], the last horizon from which a slot is seen: of a noised patch that of its own image, so
+        visible_until: [B, S], the last horizon from which a slot is seen: of a noised patch that of its own image, so
             that nothing else sees it, and of other slots one that none reaches. None where everything that is read
             later sees a slot.
     """
@@ -63,7 +63,7 @@ class SlotIds:
     document_ids: Tensor
     order: Tensor
     horizon: Tensor
-    last_horizon: Tensor | None
+    visible_until: Tensor | None
 
     @classmethod
     def from_spans(cls, document_ids: Tensor, order: Tensor, span_ids: Tensor, copies: Tensor | None = None) -> Self:
@@ -87,7 +87,7 @@ class SlotIds:
 
 
 def _may_attend(
-    document_q: Tensor, horizon_q: Tensor, document_k: Tensor, order_k: Tensor, last_horizon_k: Tensor | None
+    document_q: Tensor, horizon_q: Tensor, document_k: Tensor, order_k: Tensor, visible_until_k: Tensor | None
 ) -> Tensor:
     """Transfusion, section 3: causal within a document, and bidirectional within an image.
 
@@ -95,7 +95,7 @@ def _may_attend(
     what is seen by itself alone.
     """
     allowed = (document_q == document_k) & (order_k <= horizon_q)
-    return allowed if last_horizon_k is None else allowed & (horizon_q <= last_horizon_k)
+    return allowed if visible_until_k is None else allowed & (horizon_q <= visible_until_k)
 
 
 def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
@@ -105,7 +105,7 @@ def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
         queries.horizon[:, :, None],
         keys.document_ids[:, None],
         keys.order[:, None],
-        None if keys.last_horizon is None else keys.last_horizon[:, None],
+        None if keys.visible_until is None else keys.visible_until[:, None],
     )
 
 
@@ -124,12 +124,12 @@ def _listed(blocks: Tensor) -> _Listed:
 
 
 def _attending_blocks(
-    document_ids: Tensor, order: Tensor, horizon: Tensor, last_horizon: Tensor | None
+    document_ids: Tensor, order: Tensor, horizon: Tensor, visible_until: Tensor | None
 ) -> tuple[_Listed, _Listed, _Listed, _Listed]:
     """The lists of a `BlockMask`, as `create_block_mask` makes them, but without its sort; see `_listed`.
 
     Args:
-        document_ids, order, horizon, last_horizon: [B, S], see `SlotIds`.
+        document_ids, order, horizon, visible_until: [B, S], see `SlotIds`.
 
     Returns:
         Numbers [B, 1, n] and places [B, 1, n, n] of the blocks of keys that a block of queries sees in part, of those
@@ -154,7 +154,7 @@ def _attending_blocks(
         of_queries(in_blocks(horizon)),
         of_keys(in_blocks(document_ids, -length - 2)),
         of_keys(in_blocks(order)),
-        None if last_horizon is None else of_keys(in_blocks(last_horizon)),
+        None if visible_until is None else of_keys(in_blocks(visible_until)),
     )
     pairs = allowed.sum((-2, -1), dtype=torch.int32)[:, None]
     full = pairs == _BLOCK * _BLOCK
@@ -173,20 +173,20 @@ def block_mask(slots: SlotIds) -> BlockMask:
     """FlexAttention's sparse form of the mask, the same for all heads; built once per batch, waits for no device."""
     # The kernel reads them for every pair of slots: 32 bits are half of the bytes and of the instructions.
     document_ids, order, horizon = slots.document_ids.int(), slots.order.int(), slots.horizon.int()
-    last_horizon = None if slots.last_horizon is None else slots.last_horizon.int()
+    visible_until = None if slots.visible_until is None else slots.visible_until.int()
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen_until = None if last_horizon is None else last_horizon[b, k]
+        seen_until = None if visible_until is None else visible_until[b, k]
         return _may_attend(document_ids[b, q], horizon[b, q], document_ids[b, k], order[b, k], seen_until)
 
-    keys, full_keys, queries, full_queries = _compiled_attending_blocks(document_ids, order, horizon, last_horizon)
+    keys, full_keys, queries, full_queries = _compiled_attending_blocks(document_ids, order, horizon, visible_until)
     lengths, sizes = (order.shape[1], order.shape[1]), (_BLOCK, _BLOCK)
     return BlockMask(lengths, *keys, *full_keys, *queries, *full_queries, BLOCK_SIZE=sizes, mask_mod=mask_mod)
 
 
 def interval_mask(slots: SlotIds) -> IntervalMask:
     """The mask as intervals and lists of tiles, the same for all heads; built once per batch, waits for no device."""
-    ids = places(slots.document_ids, slots.order, slots.horizon, slots.last_horizon)
+    ids = places(slots.document_ids, slots.order, slots.horizon, slots.visible_until)
     return IntervalMask(ids, *interval_tiles(ids))
 
 

@@ -51,7 +51,7 @@ def suits_hopper_kernels(dtype: torch.dtype, num_slots: int, head_dim: int) -> b
     return dtype in (torch.bfloat16, torch.float16) and num_slots % TILE == 0 and head_dim in (64, 128)
 
 
-def places(document_ids: Tensor, order: Tensor, horizon: Tensor, last_horizon: Tensor | None) -> Tensor:
+def places(document_ids: Tensor, order: Tensor, horizon: Tensor, visible_until: Tensor | None) -> Tensor:
     """Where queries and keys stand on the line of a row, see `SlotIds` for the arguments.
 
     Returns:
@@ -60,7 +60,7 @@ def places(document_ids: Tensor, order: Tensor, horizon: Tensor, last_horizon: T
     """
     length = order.shape[1]
     begin = document_ids * length
-    last = begin + (length - 1 if last_horizon is None else last_horizon.clamp(max=length - 1))
+    last = begin + (length - 1 if visible_until is None else visible_until.clamp(max=length - 1))
     behind = (0, -length % TILE)
     rows = (
         F.pad(begin + horizon, behind, value=_FAR),

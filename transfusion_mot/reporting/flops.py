@@ -54,12 +54,12 @@ def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     slots = model.slot_ids(batch.inputs, batch.slots)
     # A document is whole in its row: a slot sees all places of it from the first to its horizon.
     seen = slots.horizon + 1
-    if slots.last_horizon is not None:
+    if slots.visible_until is not None:
         # But for a slot that is hidden from what is read behind its image.
         documents = batch.slots.document_ids + 1
         last = slots.order.new_zeros(documents.shape[0], documents.shape[1] + 1)
         last = last.scatter_reduce(1, documents, slots.order, "amax").gather(1, documents)
-        seen = seen - (last - slots.last_horizon).clamp(min=0)
+        seen = seen - (last - slots.visible_until).clamp(min=0)
     return torch.where(batch.slots.document_ids >= 0, seen, 0).sum()
 
 

@@ -28,7 +28,7 @@ Denoise = Callable[[Predict, list[int]], Tensor]
 
 
 @dataclass
-class Document:
+class OpenDocument:
     """What is given of a document, and what the model adds to it, in reading order.
 
     Attributes:
@@ -94,7 +94,7 @@ class Sampler:
         model: TransfusionMoT,
         tokenizer: TextTokenizer,
         workspace: Workspace,
-        documents: Sequence[Document],
+        documents: Sequence[OpenDocument],
         *,
         target: str,
         device: torch.device,
