@@ -110,6 +110,8 @@ Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
 
 def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
     """What paints prompts, and the settings that it paints with."""
+    if (arguments.strip or arguments.gif) and pipeline.codec.kind == "codes":
+        raise UserError("--strip and --gif show denoising, and this model writes its pictures as codes; leave them out")
     settings = painting_settings(pipeline, arguments)
     how = {
         "guidance_interval": tuple(arguments.guidance_interval),

@@ -11,13 +11,16 @@ import yaml
 from transfusion_mot.config import (
     AutoencoderTrainingConfig,
     DiffusionConfig,
+    ModalityConfig,
     ModelConfig,
     RunConfig,
+    TowerConfig,
     parse_config,
     save_config,
     to_dict,
 )
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
 
@@ -243,6 +246,30 @@ def test_a_key_of_an_earlier_version_is_answered_with_the_new_one(tmp_path: Path
     file.write_text(f"{section}:\n  {name}: {value}\n")
     assert f"write {new} instead" in refusal(old)
     assert f"write {new.removesuffix('.path')}" in refusal("--config", str(file))
+
+
+def test_a_key_that_other_sections_have_is_no_key_of_an_earlier_version(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for section, name in (("training", "batch_size"), ("data", "path")):
+        file.write_text(f"{section}:\n  {name}: 3\n")
+        assert f"unknown key '{name}'" in refusal("--config", str(file))
+
+
+def test_the_tower_of_a_modality_alone_is_answered_with_the_new_form() -> None:
+    assert "write NAME: {tower: TOWER" in refusal("model.modalities={text: shared, image: shared}")
+
+
+@pytest.mark.parametrize(
+    ("modalities", "words"),
+    [
+        ({"text": ModalityConfig("a")}, "has text alone"),
+        ({"text": ModalityConfig("a"), "caption": ModalityConfig("a")}, "has the name 'caption'"),
+        ({"text": ModalityConfig("a"), "media": ModalityConfig("a")}, "has the name 'media'"),
+    ],
+)
+def test_modalities_that_no_model_can_have(modalities: dict[str, ModalityConfig], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_architecture(ModelConfig(towers={"a": TowerConfig(8, 8)}, modalities=modalities))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

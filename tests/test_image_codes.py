@@ -221,10 +221,15 @@ def test_images_must_divide_into_patches_and_codes() -> None:
     codecs = {"image": Autoencoder(kl()), "sketch": ImageCodes(vq_model())}
     modalities = ModelConfig().modalities
     model = ModelConfig(modalities=modalities | {"sketch": type(modalities["text"])("text")})
-    check_image_sizes(DataConfig(image_size=16), codecs, model)
+    slots = {"text": 64, "image": 4, "sketch": 82}
+    check_image_sizes(DataConfig(image_size=16, slots=slots), codecs, model)
+    with pytest.raises(
+        UserError, match=r"data\.slots\.sketch is 64, and an image of 16 x 16 pixels takes 65 slots as codes"
+    ):
+        check_image_sizes(DataConfig(image_size=16, slots=slots | {"sketch": 64}), codecs, model)
     # Patches of two by two latent pixels, each of two by two pixels.
     with pytest.raises(UserError, match=r"data\.image_size is 18; it must be a multiple of 4 pixels, a patch's side"):
         check_image_sizes(DataConfig(image_size=18), codecs, model)
-    check_image_sizes(DataConfig(image_size=18), {"sketch": codecs["sketch"]}, model)
+    check_image_sizes(DataConfig(image_size=18, slots=slots), {"sketch": codecs["sketch"]}, model)
     with pytest.raises(UserError, match=r"data\.buckets is 15; it must be a multiple of 2 pixels, a code's side"):
         check_image_sizes(DataConfig(buckets=[[16, 15]]), {"sketch": codecs["sketch"]}, model)

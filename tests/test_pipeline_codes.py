@@ -229,3 +229,41 @@ def test_which_modality_the_pictures_are_must_be_known(rich) -> None:
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE)
     with pytest.raises(UserError, match="image_modality is text"):
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE, image_modality="text")
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("sun", r"a document must be a list of texts, pictures and media, got 'sun'"),
+        (["sun", 3], r"made of texts, PIL images and Media of image or motion or speech, got int"),
+        ([Media("smell", [1])], r"got media of 'smell'"),
+        ([Media("text", [1])], r"got media of 'text'"),
+        ([Media("speech", [1, 2])], r"Media of 'speech' need a list \[5, codes below that, 6\]"),
+        ([Media("speech", [5, 7, 6])], r"Media of 'speech' need a list"),
+        ([Media("motion", torch.zeros(3, 2, 2))], r"Media of 'motion' need latents \[2, Y, X\], .* got \[3, 2, 2\]"),
+        ([Media("motion", [5, 1, 6])], r"Media of 'motion' need latents \[2, Y, X\], .* got list"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_refused(rich, document, words) -> None:
+    with pytest.raises(UserError, match=words):
+        rich.generate([document], "text")
+
+
+def test_a_model_whose_codec_has_no_decoder_reads_pictures_and_paints_none(pipeline, monkeypatch) -> None:
+    monkeypatch.setattr(ImageCodes, "has_decoder", False)
+    message = "VQModel has no decoder, so this model reads pictures and cannot paint them"
+    for paint in (
+        lambda: pipeline("sun"),
+        lambda: pipeline.generate([["sun"]], "image"),
+        lambda: pipeline.interleave(["sun"]),
+    ):
+        with pytest.raises(UserError, match=message):
+            paint()
+    assert isinstance(pipeline.caption(Image.new("RGB", (8, 8)), max_new_tokens=2)[0], str)
+    assert pipeline("sun", output_type="latent").images.shape == (1, SIDE, SIDE)
+    assert isinstance(pipeline.interleave(["sun"], max_images=0, max_new_tokens=2), list)
+
+
+def test_what_a_codec_cannot_is_said(pipeline) -> None:
+    with pytest.raises(UserError, match="VQModel has no enable_tiling; leave it out"):
+        pipeline.enable_vae_tiling()

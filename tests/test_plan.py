@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 import train
 from transfusion_mot.config import CodecConfig, DiffusionConfig, RunConfig, parse_config, save_config
@@ -191,3 +191,17 @@ def test_commands_of_the_document_are_what_the_plan_says(command: list[str]) -> 
 def test_the_document_has_a_command_for_every_size() -> None:
     sizes = {path.stem for path in (ROOT / "configs" / "paper").iterdir()} - {"recipe", "dense"}
     assert {Path(command[8]).stem for command in COMMANDS} == sizes
+
+
+def test_plan_of_images_as_codes_reads_their_number_from_the_codec(tmp_path: Path, capsys) -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "num_vq_embeddings": 24, "norm_num_groups": 4}
+    VQModel(**blocks, **sizes).save_pretrained(tmp_path)
+    arguments = ["model.modalities.image.objective=next_token", "data.slots.image=2000"]
+    config = parse_config(RunConfig, [*arguments, f"codecs.image.path={tmp_path}"], "")
+    model, _, assumed = open_model(config)
+    assert model.modality("image").vocab_size == 24 + 2
+    assert not any("codes" in sentence for sentence in assumed)
+    config.codecs["image"].path = str(tmp_path / "nothing")
+    model, _, assumed = open_model(config)
+    assert any("codes" in sentence for sentence in assumed)

@@ -212,7 +212,8 @@ class ModelConfig:
 
     Attributes:
         towers: Tower name to its sizes. Towers share head count and head width (they meet in attention).
-        modalities: Modality to its tower and objective. `text` is always one, with `next_token`.
+        modalities: Modality to its tower and objective. `text` is always one, with `next_token`. What is given takes
+            the place of the default, text and images; a key left out of `image` keeps its default (`diffusion`, 5).
         untied: Components that each tower owns; what is not listed is shared by all towers.
         num_layers: Transformer blocks.
         num_heads: Query heads.

@@ -162,12 +162,17 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
         unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
         unknown = found[1]
+    elif "model.modalities" in sentence and "import path" in sentence:
+        return (
+            "configuration: a modality in model.modalities is more than the name of its tower in this version; write "
+            "NAME: {tower: TOWER, objective: next_token or diffusion}"
+        )
     else:
         files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
         return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
     for key, place in _MOVED.items():
-        # A name from a file comes without its section.
-        if unknown in (key, key.split(".")[-1]):
+        # A name from a file comes without its section; the two of `autoencoder` are those of other sections, too.
+        if unknown == key or (unknown == key.split(".")[-1] and not key.startswith("autoencoder.")):
             return f"configuration: the key '{key}' is of an earlier version; write {place} instead"
     names = _key_names(config_class)
     if "." in unknown:

@@ -76,6 +76,49 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                     f"the prompt '{shown}' has {length} tokens; the model was trained on at most {limit}: shorten it"
                 )
 
+    @property
+    def can_paint(self) -> bool:
+        """Whether its codec makes pictures; `ChameleonVQVAE` only reads them."""
+        return self.codec.kind == "latents" or self.codec.has_decoder
+
+    def _check_can_paint(self) -> None:
+        if not self.can_paint:
+            raise UserError(
+                f"{type(self.vae).__name__} has no decoder, so this model reads pictures and cannot paint them; "
+                "caption or complete with it, or train with another codec"
+            )
+
+    def _check_items(self, document: Sequence[Item]) -> None:
+        """Refuse a document that is no list of texts, pictures and media that the model can read."""
+        if not isinstance(document, list):
+            raise UserError(f"a document must be a list of texts, pictures and media, got {document!r:.60}")
+        media = [name for name in self.transformer.architecture.stream_order if name != TEXT]
+        for item in document:
+            if isinstance(item, str | Image.Image):
+                continue
+            if not isinstance(item, Media) or item.modality not in media:
+                what = f"media of '{item.modality}'" if isinstance(item, Media) else type(item).__name__
+                raise UserError(
+                    f"a document is made of texts, PIL images and Media of {' or '.join(media)}, got {what}"
+                )
+            modality, content = self.transformer.modality(item.modality), item.content
+            if isinstance(modality, TokenModality):
+                is_span = isinstance(content, list) and content[:1] == [modality.start_id]
+                is_span = is_span and len(content) > 2 and content[-1] == modality.end_id
+                if not is_span or not all(0 <= code < modality.start_id for code in content[1:-1]):
+                    raise UserError(
+                        f"Media of '{item.modality}' need a list [{modality.start_id}, codes below that, "
+                        f"{modality.end_id}]"
+                    )
+                continue
+            channels, patch = modality.latent_channels, modality.patch_size
+            shape = list(content.shape) if isinstance(content, Tensor) else []
+            if len(shape) != 3 or shape[0] != channels or shape[1] % patch or shape[2] % patch:
+                raise UserError(
+                    f"Media of '{item.modality}' need latents [{channels}, Y, X], Y and X multiples of {patch}, got "
+                    f"{shape or type(content).__name__}"
+                )
+
     def _check_document(self, document: Sequence[Item]) -> None:
         """Refuse a document that is longer than a row of training: the sum of its texts, which are read as one."""
         parts = join_texts(document)
@@ -103,20 +146,34 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         return steps, Guidance(float(scale)).scale
 
     def enable_vae_slicing(self) -> None:
-        """Decode one image at a time, for little memory."""
-        self.vae.enable_slicing()
+        """Decode one image at a time, for little memory.
+
+        Raises:
+            UserError: The codec cannot.
+        """
+        self._tell_vae("enable_slicing")
 
     def disable_vae_slicing(self) -> None:
         """Decode many images at once again."""
-        self.vae.disable_slicing()
+        self._tell_vae("disable_slicing")
 
     def enable_vae_tiling(self) -> None:
-        """Decode large images in tiles that overlap, for little memory; the result is not quite the same."""
-        self.vae.enable_tiling()
+        """Decode large images in tiles that overlap, for little memory; the result is not quite the same.
+
+        Raises:
+            UserError: The codec cannot.
+        """
+        self._tell_vae("enable_tiling")
 
     def disable_vae_tiling(self) -> None:
         """Decode images as a whole again."""
-        self.vae.disable_tiling()
+        self._tell_vae("disable_tiling")
+
+    def _tell_vae(self, method: str) -> None:
+        try:
+            getattr(self.vae, method)()
+        except (AttributeError, NotImplementedError):
+            raise UserError(f"{type(self.vae).__name__} has no {method}; leave it out") from None
 
     @torch.no_grad()
     def __call__(
@@ -216,6 +273,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
                 f"{' and '.join(self._callback_tensor_inputs)}"
             )
+        if output_type != "latent":
+            self._check_can_paint()
         is_codes = self.codec.kind == "codes"
         if is_codes:
             by_diffusion = {
@@ -365,6 +424,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         if texts := [item for item in document if isinstance(item, str)]:
             self.check_prompts(texts)
         self._check_document(document)
+        if max_images:
+            self._check_can_paint()
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         decoding = Decoding(max_new_tokens, temperature, top_p)
         guidance = Guidance(scale)
@@ -422,7 +483,10 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             raise UserError(f"target is '{target}'; the model has {', '.join(names)}")
         if not documents:
             raise UserError("there is no document; give at least one")
+        if target == self.image_modality:
+            self._check_can_paint()
         for document in documents:
+            self._check_items(document)
             if texts := [item for item in document if isinstance(item, str)]:
                 self.check_prompts(texts)
             self._check_document(document)

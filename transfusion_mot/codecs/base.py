@@ -62,6 +62,7 @@ class CodeCodec(Protocol):
         codebook_size: Number of codes.
         downsampling: Factor f from codes to image height and width.
         device: Where it computes.
+        has_decoder: Whether codes can become pictures.
         fingerprint: Hash of weights and configuration.
     """
 
@@ -71,6 +72,9 @@ class CodeCodec(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def has_decoder(self) -> bool: ...
 
     @property
     def fingerprint(self) -> str: ...

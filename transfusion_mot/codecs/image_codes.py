@@ -53,6 +53,11 @@ class ImageCodes:
         """Where it computes."""
         return next(self.model.parameters()).device
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether codes can become pictures."""
+        return self._decode is not None
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""

@@ -32,7 +32,7 @@ def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
         model: The patch size of each modality.
 
     Raises:
-        UserError: Names the size and what it must be a multiple of.
+        UserError: Names the size and what it must be a multiple of, or the slots that an image takes as codes.
     """
     name = "a side in data.buckets" if data.buckets else "data.image_size"
     for modality, codec in codecs.items():
@@ -40,6 +40,15 @@ def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
         patch_size, part = (model.modalities[modality].patch_size, "a patch") if is_latents else (1, "a code")
         for side in sorted({side for size in data.image_sizes for side in size}):
             check_image_size(side, codec.downsampling * patch_size, name, part)
+        if not is_latents:
+            # Before the codes stands the start of their span.
+            height, width = max(data.image_sizes, key=lambda size: size[0] * size[1])
+            needed = 1 + (height // codec.downsampling) * (width // codec.downsampling)
+            if data.slots[modality] < needed:
+                raise UserError(
+                    f"data.slots.{modality} is {data.slots[modality]}, and an image of {height} x {width} pixels takes "
+                    f"{needed} slots as codes; set data.slots.{modality} to {needed} for each image of a row"
+                )
 
 
 class Shard(NamedTuple):

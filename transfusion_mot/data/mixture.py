@@ -255,10 +255,11 @@ def open_documents(data: DataConfig, split: Split) -> list[Source]:
             `use`, or a modality has nothing to train on.
     """
     for config in data.sources:
-        if has_media(config) and config.modality not in data.slots:
+        media = [name for name in data.slots if name != TEXT]
+        if has_media(config) and config.modality not in media:
             raise UserError(
                 f"a source of kind '{config.kind}' has the modality '{config.modality}', and model.modalities has "
-                f"{', '.join(data.slots)}; set 'modality' of the source to one of them"
+                f"{', '.join(media) or 'none'} beside text; set 'modality' of the source to one of them"
             )
     _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]

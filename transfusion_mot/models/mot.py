@@ -172,6 +172,10 @@ def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:
     return added if mask is None else added * mask / (1 - rate)
 
 
+# `slots.order`, `media.NAME`, `caption_loss` and `pad_slots` are of no modality.
+_TAKEN_NAMES = {"slots", "media", "caption", "pad"}
+
+
 def check_architecture(config: ModelConfig) -> None:
     """Refuse sizes that do not go together.
 
@@ -195,13 +199,19 @@ def check_architecture(config: ModelConfig) -> None:
             f"model.modalities has {', '.join(config.modalities) or 'nothing'}; 'text' with the objective next_token "
             "must be one of them"
         )
+    if len(config.modalities) == 1:
+        raise UserError("model.modalities has text alone; it needs another modality beside it")
     if idle := set(config.towers) - {modality.tower for modality in config.modalities.values()}:
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
-            # The last two begin the names of a batch's tensors that are of no modality.
-            if not name or "." in name or hasattr(nn.ModuleDict, name) or name in ("slots", "media"):
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
                 raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
+    if taken := set(config.modalities) & _TAKEN_NAMES:
+        raise UserError(
+            f"model.modalities has the name '{min(taken)}', which tensors of a batch or numbers of the log have; give "
+            "another one"
+        )
     widths = {tower.hidden_size for tower in config.towers.values()}
     if len(widths) > 1 and len(set(config.untied)) < 4:
         raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
 from transfusion_mot.config import TEXT, RunConfig, parse_config
@@ -139,7 +139,7 @@ def _codebook_size(path: str) -> int | None:
     """Codes of a tokenizer of images; None if it cannot be read."""
     try:
         # Of diffusers, but any config.json will do.
-        config = ModelMixin.load_config(path, local_files_only=True)
+        config = VQModel.load_config(path, local_files_only=True)
         model_class: Any = CLASSES[config["_class_name"] if "_class_name" in config else config["architectures"][0]]
         with torch.device("meta"):
             if issubclass(model_class, ModelMixin):

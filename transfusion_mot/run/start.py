@@ -109,7 +109,10 @@ def _settled_data(data: DataConfig) -> dict[str, Any]:
     """Settings of the data that must not change when a run is resumed. Sources are compared by content."""
     free = ("sources", "num_workers", "cache_dir", "latents")
     kept = {key: value for key, value in to_dict(data).items() if key not in free}
-    return kept | {"weights of sources": [source.weight for source in data.sources]}
+    return kept | {
+        "weights of sources": [source.weight for source in data.sources],
+        "modalities of sources": [source.modality for source in data.sources],
+    }
 
 
 def _settled_model(model: ModelConfig) -> dict[str, Any]:

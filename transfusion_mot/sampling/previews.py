@@ -48,7 +48,7 @@ class Previews:
     def make(self, step: int, accelerator: Accelerator) -> None:
         """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
         self.pipeline.set_progress_bar_config(disable=True)
-        if self.prompts:
+        if self.prompts and self.pipeline.can_paint:
             sizes = self.pipeline.sizes.trained
             turns = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
             images = by_size(turns, self._paint)

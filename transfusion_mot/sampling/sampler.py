@@ -225,7 +225,7 @@ class Sampler:
             name,
             branches,
             forbidden=forbidden,
-            ends=[end],
+            ends=[end] if making.is_ragged else [],
             decoding=making.decoding,
             uniform=uniform,
             guidance=self.guidance if len(branches) > 1 else None,

@@ -173,7 +173,8 @@ class Session:
             branches: Rows to write in, and for guidance other versions of the same documents, in the same order.
                 Something must have been fed to each since it was last read.
             forbidden: Bool [B, V], tokens that a row may not write.
-            ends: Tokens behind which a row goes on in another way, or not at all; they are not read.
+            ends: Tokens behind which a row goes on in another way, or not at all; they are not read. Without any, all
+                rows are as long as `uniform`.
             decoding: How tokens are chosen.
             uniform: [B, steps] numbers in [0, 1), of which a row uses one for each token; so many are written at most.
             guidance: Makes one of the logits of several branches.
@@ -227,7 +228,8 @@ class Session:
         written_ids, end_ids = step.state["written"][:, 1:], torch.tensor(ends, device=self.device)
         for done in range(1, steps + 1):
             step()
-            if done % _TOKENS_BETWEEN_CHECKS == 0 and done < steps and torch.isin(written_ids, end_ids).any(1).all():
+            asks = bool(ends) and done % _TOKENS_BETWEEN_CHECKS == 0 and done < steps
+            if asks and torch.isin(written_ids, end_ids).any(1).all():
                 break
         written = []
         for row, ids in zip(rows, written_ids.tolist(), strict=True):
