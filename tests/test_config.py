@@ -244,8 +244,21 @@ def test_a_key_of_an_earlier_version_is_answered_with_the_new_one(tmp_path: Path
     section, name = key.split(".")
     file = tmp_path / "run.yaml"
     file.write_text(f"{section}:\n  {name}: {value}\n")
-    assert f"write {new} instead" in refusal(old)
-    assert f"write {new.removesuffix('.path')}" in refusal("--config", str(file))
+    told = f"a key of an earlier version: {key} (now {new})"
+    assert told in refusal(old)
+    assert told in refusal("--config", str(file))
+
+
+def test_all_keys_of_an_earlier_version_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: {text_slots: 48, images_per_row: 4}\nautoencoder: {path: x}\nmodel: {patch_size: 2, rope: 1d}\n"
+    )
+    assert refusal("--config", str(file), "training.diffusion_loss_weight=5").endswith(
+        "keys of an earlier version: data.text_slots (now data.slots.text), "
+        "data.images_per_row (now data.slots.image), autoencoder.path (now codecs.image.path), model.patch_size (now model.modalities.image.patch_size), "
+        "training.diffusion_loss_weight (now model.modalities.image.loss_weight)"
+    )
 
 
 def test_a_key_that_other_sections_have_is_no_key_of_an_earlier_version(tmp_path: Path) -> None:

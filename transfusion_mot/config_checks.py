@@ -5,7 +5,10 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+import yaml
 
 from transfusion_mot.errors import UserError
 
@@ -51,7 +54,6 @@ _MOVED = {
     "model.image_adapter": "model.modalities.image.adapter",
     "model.unet_channels": "model.modalities.image.unet_channels",
     "model.unet_num_layers": "model.modalities.image.unet_num_layers",
-    "autoencoder": "codecs.image",
     "autoencoder.path": "codecs.image.path",
     "autoencoder.batch_size": "codecs.image.batch_size",
 }
@@ -155,6 +157,9 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
 
 def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
+    if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
+        parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
+        return f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
     sentence = " ".join(message.replace("Parser key ", "").split())
     sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
     sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
@@ -170,10 +175,6 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     else:
         files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
         return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
-    for key, place in _MOVED.items():
-        # A name from a file comes without its section; the two of `autoencoder` are those of other sections, too.
-        if unknown == key or (unknown == key.split(".")[-1] and not key.startswith("autoencoder.")):
-            return f"configuration: the key '{key}' is of an earlier version; write {place} instead"
     names = _key_names(config_class)
     if "." in unknown:
         near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
@@ -184,6 +185,24 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
         near = sorted((name for name in names if last[name] in closest), key=lambda name: closest.index(last[name]))
     hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
     return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
+
+
+def _keys_given(arguments: Sequence[str]) -> list[str]:
+    """Dotted keys on the command line and in its configuration files, as far as these can be read."""
+    keys = []
+    for word in arguments:
+        name = word.removeprefix("--config=")
+        if not name.endswith((".yaml", ".yml")):
+            keys.append(word.lstrip("-").split("=")[0])
+            continue
+        try:
+            content = yaml.safe_load(Path(name).read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        sections = content if isinstance(content, dict) else {}
+        for section, values in sections.items():
+            keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
+    return keys
 
 
 def _key_names(config_class: Any, prefix: str = "") -> list[str]:
