@@ -256,7 +256,8 @@ def test_all_keys_of_an_earlier_version_are_told_at_once(tmp_path: Path) -> None
     )
     assert refusal("--config", str(file), "training.diffusion_loss_weight=5").endswith(
         "keys of an earlier version: data.text_slots (now data.slots.text), "
-        "data.images_per_row (now data.slots.image), autoencoder.path (now codecs.image.path), model.patch_size (now model.modalities.image.patch_size), "
+        "data.images_per_row (now data.slots.image), autoencoder.path (now codecs.image.path), "
+        "model.patch_size (now model.modalities.image.patch_size), "
         "training.diffusion_loss_weight (now model.modalities.image.loss_weight)"
     )
 
