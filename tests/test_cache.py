@@ -50,6 +50,7 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
         *(f"data.sources=[{{kind: imagefolder, path: {folder}}}]", f"data.cache_dir={folder.parent / 'cache'}"),
         *(f"codecs.image.path={folder.parent / 'vae'}", "data.image_size=16", "data.held_out_fraction=0.3"),
         *("data.num_workers=1", "data.latents=prepared", f"model.modalities.image.objective={objective}"),
+        "data.slots.image=65",
     ]
     (output, errors), _ = run_processes(command_in_a_group, 2, {}, tmp_path / "group", arguments)
     assert "process 1 of 2" in errors

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from transfusion_mot.codecs.base import Codec, check_image_size
+from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import DataConfig, ModelConfig
 from transfusion_mot.data.encoded_shards import ShardWriter, content_key
 from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
@@ -40,7 +41,7 @@ def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
         patch_size, part = (model.modalities[modality].patch_size, "a patch") if is_latents else (1, "a code")
         for side in sorted({side for size in data.image_sizes for side in size}):
             check_image_size(side, codec.downsampling * patch_size, name, part)
-        if not is_latents:
+        if isinstance(codec, ImageCodes):
             # Before the codes stands the start of their span.
             height, width = max(data.image_sizes, key=lambda size: size[0] * size[1])
             needed = 1 + (height // codec.downsampling) * (width // codec.downsampling)

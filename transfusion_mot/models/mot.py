@@ -199,14 +199,14 @@ def check_architecture(config: ModelConfig) -> None:
             f"model.modalities has {', '.join(config.modalities) or 'nothing'}; 'text' with the objective next_token "
             "must be one of them"
         )
-    if len(config.modalities) == 1:
-        raise UserError("model.modalities has text alone; it needs another modality beside it")
     if idle := set(config.towers) - {modality.tower for modality in config.modalities.values()}:
         raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
             if not name or "." in name or hasattr(nn.ModuleDict, name):
                 raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
+    if len(config.modalities) == 1:
+        raise UserError("model.modalities has text alone; it needs another modality beside it")
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
             f"model.modalities has the name '{min(taken)}', which tensors of a batch or numbers of the log have; give "
