@@ -315,7 +315,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         documents = [OpenDocument([prompts[number]], negatives[number]) for number in numbers]
         making = self._picture_making(size, 1, denoise, Decoding(1, code_temperature, code_top_p))
         self._sampler(documents, self.image_modality, generators=generators, making=making, guidance=guidance).run()
-        contents = [item.content for document in documents for item in document.added if isinstance(item, Media)]
+        contents = [content for document in documents for content in document.made]
         images = self._finish(self._stacked(contents, size), output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -516,7 +516,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             denoise = self._denoiser((modality.latent_channels, height, width), steps, generators)
             making = {target: Making(1, height * width // patch**2, denoise)}
         self._sampler(given, target, generators=generators, making=making, guidance=Guidance(scale)).run()
-        contents = [item.content for document in given for item in document.added if isinstance(item, Media)]
+        contents = [content for document in given for content in document.made]
         self.maybe_free_model_hooks()
         if size is not None:
             return [*to_pil(self._decode(self._stacked(contents, size)))]

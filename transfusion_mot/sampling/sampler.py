@@ -5,7 +5,7 @@ Shapes: B documents, C latent channels, Y and X latent height and width, V vocab
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class OpenDocument:
     given: list[str | Media]
     negative: str = ""
     added: list[str | Media] = field(default_factory=list)
+
+    @property
+    def made(self) -> list[Any]:
+        """Contents of the media that were added."""
+        return [item.content for item in self.added if isinstance(item, Media)]
 
 
 class Making(NamedTuple):
