@@ -97,3 +97,14 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="cannot write"):
         main([str(run), "--output", str(tmp_path / "picture.nothing")])
+
+
+def test_one_run_is_drawn_once_and_several_against_three_axes(tmp_path: Path) -> None:
+    """Steps, FLOPs and seconds of one run would be the same curve three times."""
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", factor=0.5)]
+    for count, axes in ((1, 1), (2, 3)):
+        main([*map(str, runs[:count]), "--output", str(tmp_path / "loss.png")])
+        pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("L"))
+        # Frames are grey lines from top to bottom of a row: the left side of each axes.
+        frames = (np.abs(pixels.astype(int) - 0xB9) < 12).mean(axis=0) > 0.5
+        assert np.count_nonzero(np.diff(frames.astype(int)) == 1) == axes

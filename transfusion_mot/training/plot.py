@@ -1,6 +1,7 @@
 """Loss curves of runs side by side: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
-The loss of each modality against steps, FLOPs and seconds of training; held-out losses are dotted with their points.
+The loss of each modality: of one run against its steps, of several against steps, FLOPs and seconds of training. Held-out
+losses are dotted lines with points.
 """
 
 import argparse
@@ -22,7 +23,7 @@ _AXES = ("step", "flops", "seconds")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _INK, _GRID = "#2b2f36", "#e3e6ea"
 # Points of a smoothed curve; the raw one stays visible behind it.
-_SMOOTHED_POINTS = 100
+_SMOOTHED_POINTS = 30
 _UNITS = ((3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training"))
 
 
@@ -65,10 +66,12 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
         if not loss_units(lines):
             raise UserError(f"{runs[label]} holds no losses; give run folders of train.py that have trained")
     units = loss_units([line for lines in all_lines.values() for line in lines])
-    figure = Figure(figsize=(15, 0.6 + 3.8 * len(units)), layout="constrained")
-    grid = figure.subplots(len(units), len(_AXES), sharey="row", squeeze=False)
+    # FLOPs and seconds compare runs; of one run they would show the same curve three times.
+    shown = _AXES if len(runs) > 1 else ("step",)
+    figure = Figure(figsize=(9 if len(shown) == 1 else 15, 0.6 + 3.8 * len(units)), layout="constrained")
+    grid = figure.subplots(len(units), len(shown), sharey="row", squeeze=False)
     for row, (loss, unit) in enumerate(units.items()):
-        for column, axis in enumerate(_AXES):
+        for column, axis in enumerate(shown):
             axes = grid[row, column]
             scale, name = _unit(axis, [line for lines in all_lines.values() for line in lines])
             for colour, lines in zip(_colours(len(runs)), all_lines.values(), strict=True):
@@ -77,13 +80,16 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
             if column == 0:
                 axes.set_ylabel(f"{loss.replace('_', ' ')}\n{unit}", color=_INK)
             _tidy(axes)
+    labels = list(runs) if len(runs) > 1 else []
     handles = [
         Line2D([], [], color=colour, linewidth=2.2, label=label)
-        for colour, label in zip(_colours(len(runs)), runs, strict=True)
+        for colour, label in zip(_colours(len(labels)), labels, strict=True)
     ]
+    ink = _INK if labels else _COLOURS[0]
     handles += [
-        Line2D([], [], color=_INK, linewidth=1.8, label="training"),
-        Line2D([], [], color=_INK, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="held out"),
+        Line2D([], [], color=ink, linewidth=0.8, alpha=0.5, label="training"),
+        Line2D([], [], color=ink, linewidth=1.8, label="training, smoothed"),
+        Line2D([], [], color=ink, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="held out"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
     try:
