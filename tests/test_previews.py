@@ -78,6 +78,23 @@ def test_grids_are_the_same_for_the_same_weights_and_stand_in_tensorboard(tmp_pa
     assert events.Images("samples")[0].width == Image.open(tmp_path / "samples" / "step-0000001.png").width
 
 
+def test_prompts_are_held_out_captions_unless_some_are_given(tmp_path: Path, held_out: Sources) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(max_prompt_tokens=None)
+    previews = Previews(pipeline, None, held_out, tmp_path / "samples")
+    numbers = [int(prompt.removeprefix("number ")) for prompt in previews.prompts]
+    assert len(numbers) == 4
+    assert np.ptp(np.diff(sorted(numbers))) <= 1
+    assert Previews(pipeline, [], held_out, tmp_path / "samples").prompts == []
+    # Captions that are too long for a prompt are cut in training, and are no prompts.
+    pipeline.register_to_config(max_prompt_tokens=len(pipeline.text_tokenizer.encode("number 1")))
+    lengths = [len(pipeline.text_tokenizer.encode(f"number {number}")) for number in sorted(numbers)]
+    kept = Previews(pipeline, None, held_out, tmp_path / "samples").prompts
+    assert len(kept) == lengths.count(lengths[0]) < 4
+    # Without pictures there is nothing to ask for.
+    assert Previews(pipeline, None, sources_of(texts_of(["b"])), tmp_path / "samples").prompts == []
+
+
 def test_prompts_are_painted_at_all_sizes_in_turn(tmp_path: Path, monkeypatch) -> None:
     sizes = [[8, 8], [4, 16], [16, 4]]
     pipeline = tiny_pipeline(image_sizes={"trained": sizes, "fit": "crop"})
@@ -99,7 +116,7 @@ def card(folder: Path) -> str:
         {"step": 9, "text_loss": 0.1},
     ]
     config = RunConfig(output_dir=str(folder / "my-run"), training=TrainingConfig(sample_prompts=["red"], num_steps=9))
-    return model_card(config, parameters=12_345_678, sources=sources, seen=seen, lines=lines, step=3)
+    return model_card(config, parameters=12_345_678, sources=sources, seen=seen, lines=lines, step=3, prompt="red")
 
 
 def test_card_is_one_of_the_hub_and_says_what_was_counted_and_measured(tmp_path: Path) -> None:

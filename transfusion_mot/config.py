@@ -355,7 +355,7 @@ class TrainingConfig:
             lowest held-out loss.
         keep_every: Those of every so many steps are kept, too; 0 is none.
         max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
-        sample_prompts: Prompts of the sample grids.
+        sample_prompts: Prompts of the sample grids; null takes captions of held-out images, [] paints none.
         num_validation_documents: Held-out documents a validation uses.
         tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
         on_non_finite: What happens after a step whose loss or gradient is not finite, which changes no parameter:
@@ -384,7 +384,7 @@ class TrainingConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_minutes: float = 0.0
-    sample_prompts: list[str] = field(default_factory=lambda: ["red apple", "octopus", "flag: Japan", "sun"])
+    sample_prompts: list[str] | None = None
     num_validation_documents: int = 128
     tracker: str | None = "tensorboard"
     on_non_finite: Literal["stop", "skip"] = "stop"

@@ -69,12 +69,17 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
             refuse_surrogates(prompt, "prompt", "write it in UTF-8")
-            length, limit = len(self.text_tokenizer.encode(prompt)), self.config.max_prompt_tokens
-            if limit is not None and length > limit:
+            if not self.is_short_enough(prompt):
                 shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
                 raise UserError(
-                    f"the prompt '{shown}' has {length} tokens; the model was trained on at most {limit}: shorten it"
+                    f"the prompt '{shown}' has {len(self.text_tokenizer.encode(prompt))} tokens; the model was trained "
+                    f"on at most {self.config.max_prompt_tokens}: shorten it"
                 )
+
+    def is_short_enough(self, prompt: str) -> bool:
+        """Whether a prompt is no longer than any in training."""
+        limit = self.config.max_prompt_tokens
+        return limit is None or len(self.text_tokenizer.encode(prompt)) <= limit
 
     @property
     def can_paint(self) -> bool:

@@ -13,7 +13,14 @@ _REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-to-image", "
 
 
 def model_card(
-    config: RunConfig, *, parameters: int, sources: Sources, seen: dict[str, int], lines: Lines, step: int
+    config: RunConfig,
+    *,
+    parameters: int,
+    sources: Sources,
+    seen: dict[str, int],
+    lines: Lines,
+    step: int,
+    prompt: str,
 ) -> str:
     """A model card in the form of the Hugging Face hub.
 
@@ -24,6 +31,7 @@ def model_card(
         seen: The counters of the run.
         lines: Of the run's metrics.
         step: Steps done.
+        prompt: Of the example.
     """
     model, training = config.model, config.training
     header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=_REPOSITORY_TAGS).to_yaml()
@@ -35,7 +43,6 @@ def model_card(
     kind = "Mixture-of-Transformers" if is_mixture else "dense transformer"
     modalities = "\n".join(f"| modality `{name}` | {_described(name, config)} |" for name in model.stream_order)
     sizes = ", ".join(f"{width} x {height}" for height, width in config.data.image_sizes)
-    prompt = next(iter(training.sample_prompts), "a red apple")
     items = "".join(f" and {seen.get(f'{name}_items', 0):,} {name} items" for name in config.codecs)
     codecs = ", ".join(f"`{codec.path}`" for codec in config.codecs.values())
     return f"""---

@@ -13,6 +13,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
+from transfusion_mot.sampling.previews import captions_of
 from transfusion_mot.training.checkpoint import written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
@@ -61,6 +62,7 @@ def save_snapshot(model: TransfusionMoT, config: RunConfig, data: RunData, *, lo
     run = Path(config.output_dir)
     with written_aside(run / "snapshots" / f"step-{step:07d}") as folder:
         snapshot = make_pipeline(model, config, data)
+        modality = snapshot.image_modality
         snapshot.model_card = model_card(
             config,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -68,6 +70,9 @@ def save_snapshot(model: TransfusionMoT, config: RunConfig, data: RunData, *, lo
             seen=log.seen,
             lines=read_metrics(run / METRICS_FILE),
             step=step,
+            prompt=[*(config.training.sample_prompts or []), *captions_of(data.held_out, modality, 1), "a red apple"][
+                0
+            ],
         )
         snapshot.save_pretrained(folder)
     plot_runs({run.name: run / METRICS_FILE}, run / "loss.png")

@@ -35,6 +35,9 @@ from transfusion_mot.training.step import StepResult, train_step
 from transfusion_mot.training.towers import freeze_towers
 from transfusion_mot.training.validation import Validation
 
+# So often that a held-out loss has risen long before.
+_MANY_EPOCHS = 1000
+
 
 @dataclass(frozen=True)
 class Training:
@@ -158,7 +161,7 @@ class Training:
             config=config,
             is_new=start.state is None,
         )
-        accelerator.print(_described(accelerator, model, packer, data.held_out))
+        accelerator.print(_described(accelerator, model, packer, data.held_out, training.num_steps))
         return cls(
             model,
             ema,
@@ -172,7 +175,9 @@ class Training:
         )
 
 
-def _described(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, held_out: Sources) -> str:
+def _described(
+    accelerator: Accelerator, model: TransfusionMoT, packer: Packer, held_out: Sources, num_steps: int
+) -> str:
     """What is about to be trained on what, and what of it was left out."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buckets = range(len(packer.sources.media_pools))
@@ -188,5 +193,18 @@ def _described(accelerator: Accelerator, model: TransfusionMoT, packer: Packer, 
         f"{packer.sources}\n"
         f"held out: {side or 'nothing, so there is no validation'}\n"
         f"batch: {packer.num_lanes} rows of {rows}, on {accelerator.num_processes} x {accelerator.device.type}\n"
+        f"{_expected_epochs(packer, num_steps)}"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )
+
+
+def _expected_epochs(packer: Packer, num_steps: int) -> str:
+    """How often images will be read, with a warning where it is very often; nothing about codes, whose lengths vary."""
+    documents = packer.sources.num_media_documents()
+    slots = sum(packer.config.slots[name] for name in packer.model.of_objective("diffusion"))
+    images = packer.num_lanes * slots // (1 + packer.config.has_copies)
+    epochs = num_steps * images / max(1, documents)
+    if not slots or not documents:
+        return ""
+    warning = "" if epochs < _MANY_EPOCHS else "; that many teach it the images by heart: set fewer training.num_steps"
+    return f"steps: {num_steps} of up to {images} images, {epochs:.3g} epochs of {documents} documents{warning}\n"

@@ -14,7 +14,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.sizes import Size, by_size
 
-_NUM_CAPTIONED = 8
+_NUM_CAPTIONED, _NUM_PAINTED = 8, 4
 _COLUMNS = 4
 
 
@@ -25,7 +25,7 @@ class Previews:
 
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
-        prompts: To paint; may be empty.
+        prompts: To paint; may be empty. None takes captions of held-out images.
         held_out: Pictures to caption are evenly spaced ones of its captioned images.
         folder: Where the grids go.
 
@@ -33,9 +33,10 @@ class Previews:
         UserError: A prompt is longer than any in training.
     """
 
-    def __init__(self, pipeline: TransfusionPipeline, prompts: list[str], held_out: Sources, folder: Path) -> None:
+    def __init__(
+        self, pipeline: TransfusionPipeline, prompts: list[str] | None, held_out: Sources, folder: Path
+    ) -> None:
         self.pipeline = pipeline
-        self.prompts = prompts
         self.folder = folder
         # Training needs the memory in between.
         pipeline.workspace.records = False
@@ -43,6 +44,11 @@ class Previews:
         pipeline.sampling_settings(None, None)
         if prompts:
             pipeline.check_prompts(prompts)
+        elif prompts is None:
+            captions = captions_of(held_out, pipeline.image_modality, _NUM_PAINTED)
+            # Training cuts captions that are too long for a row; a prompt may not be.
+            prompts = [caption for caption in captions if pipeline.is_short_enough(caption)]
+        self.prompts = prompts
         self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
 
     def make(self, step: int, accelerator: Accelerator) -> None:
@@ -92,19 +98,34 @@ def _shown(text: str) -> str:
 def pictures_of(sources: Sources, modality: str, count: int) -> tuple[list[Image.Image], list[str]]:
     """Evenly spaced captioned images of a modality, as the model sees them, and the first caption of each; fewer if
     some are gone."""
+    pictures, captions = [], []
+    for documents, index in _evenly_spaced(sources, modality, count):
+        try:
+            picture = Image.fromarray(documents.image(index))
+        except UserError:
+            continue
+        pictures.append(picture)
+        captions.append(documents.captions(index)[0])
+    return pictures, captions
+
+
+def captions_of(sources: Sources, modality: str, count: int) -> list[str]:
+    """The first captions of evenly spaced images of a modality."""
+    return [documents.captions(index)[0] for documents, index in _evenly_spaced(sources, modality, count)]
+
+
+def _evenly_spaced(sources: Sources, modality: str, count: int) -> list[tuple[CaptionedImages, int]]:
+    """(source, index) of evenly spaced captioned images of a modality."""
     documents = [
         source.documents
         for source in sources.sources
         if isinstance(source.documents, CaptionedImages) and modality in source.documents.media
     ]
-    places = [(source, index) for source in documents for index in range(len(source))]
-    pictures, captions = [], []
-    for place in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int)) if places else []:
-        source, index = places[place]
-        try:
-            picture = Image.fromarray(source.image(index))
-        except UserError:
-            continue
-        pictures.append(picture)
-        captions.append(source.captions(index)[0])
-    return pictures, captions
+    ends = np.cumsum([len(source) for source in documents])
+    total = int(ends[-1]) if documents else 0
+    places = np.unique(np.linspace(0, total - 1, count).round().astype(int)) if total else np.zeros(0, int)
+    found = []
+    for place in places.tolist():
+        which = int(np.searchsorted(ends, place, side="right"))
+        found.append((documents[which], place - int(ends[which]) + len(documents[which])))
+    return found

@@ -310,6 +310,8 @@ class RunLog:
             f"{1000 * values['seconds_per_step']:5.0f} ms",
             *(f"{rate:6.0f} {name}/s" for name, rate in rates.items()),
             f"data wait {100 * values['data_wait_fraction']:2.0f} %",
+            _shown_epochs(list(self.sources.epochs(self.seen).values())),
+            f"{_shown_time((self.config.training.num_steps - step) * values['seconds_per_step'])} left",
         ]
         if self.peak_flops is not None:
             values["mfu"] = interval.flops / seconds / (self.peak_flops * self.accelerator.num_processes)
@@ -349,3 +351,17 @@ class RunLog:
 def _mean(parts: list[tuple[float, float]]) -> float:
     """Sum of sums over sum of counts."""
     return sum(total for total, _ in parts) / max(1.0, sum(count for _, count in parts))
+
+
+def _shown_epochs(epochs: list[float]) -> str:
+    """How often the sources have been read: of several, from the least to the most."""
+    least, most = min(epochs), max(epochs)
+    return f"epoch {most:.2f}" if most - least < 0.005 else f"epoch {least:.2f}-{most:.2f}"
+
+
+def _shown_time(seconds: float) -> str:
+    """A duration in the two units that matter."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"

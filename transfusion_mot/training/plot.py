@@ -1,7 +1,7 @@
 """Loss curves of runs side by side: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
-The loss of each modality: of one run against its steps, of several against steps, FLOPs and seconds of training. Held-out
-losses are dotted lines with points.
+The loss of each modality: of one run against its steps, of several against steps, FLOPs and seconds of training.
+Held-out losses are dotted lines with points.
 """
 
 import argparse
