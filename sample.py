@@ -7,8 +7,9 @@
     accelerate launch sample.py --checkpoint runs/coco --prompts-file coco-30k.txt --output samples/coco-30k
 
 Pictures are written as PNG files, with grid.png, which shows the first of them side by side, and metadata.jsonl, which
-makes the folder an image folder as Hugging Face datasets and evaluate/clip_score.py read it. The same command with the
-same --output goes on where it was interrupted; accelerate shares the work over GPUs.
+makes the folder an image folder as Hugging Face datasets and evaluate/clip_score.py read it. Another command with the
+same --output adds its results behind those that are there, and grid.png shows the last one's. The same command goes on
+where it was interrupted. accelerate shares the work over GPUs.
 
 Every result has a seed of its own, made from --seed, its prompt and its number among the results of that prompt: it
 stays the same whatever other prompts there are, in whatever order, and whatever --batch-size or number of GPUs. It is
@@ -91,15 +92,24 @@ def _lines_of(file: str, state: PartialState) -> list[str]:
         raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
 
 
-def plan(prompts: list[str], num_images: int, seed: int) -> list[Item]:
-    """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting."""
+def plan(prompts: list[str], num_images: int, seed: int, first: int = 0) -> list[Item]:
+    """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting.
+
+    Args:
+        prompts: What to make.
+        num_images: Results of each.
+        seed: Of all of them together.
+        first: Number in the name of the first result.
+    """
     counts: Counter[str] = Counter()
-    digits = max(4, len(str(len(prompts) * num_images - 1)))
+    digits = max(4, len(str(first + len(prompts) * num_images - 1)))
     items: list[Item] = []
     for prompt in prompts:
         slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "image"
         for _ in range(num_images):
-            items.append(Item(prompt, derived_seed(seed, prompt, counts[prompt]), f"{len(items):0{digits}d}-{slug}"))
+            items.append(
+                Item(prompt, derived_seed(seed, prompt, counts[prompt]), f"{first + len(items):0{digits}d}-{slug}")
+            )
             counts[prompt] += 1
     return items
 
@@ -290,7 +300,7 @@ def sample(
     else:
         pipeline.check_prompts(prompts)
     make, settings = MAKERS[task](pipeline, arguments)
-    items = plan(prompts, arguments.num_images, arguments.seed)
+    count = len(prompts) * arguments.num_images
     folder = None
     if arguments.output is not None:
         digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -302,8 +312,9 @@ def sample(
             **{name: getattr(arguments, name) for name in ("num_images", "seed", "strip", "gif")},
             **settings,
         }
-        folder = ResultFolder(arguments.output, command, RESULTS[task], state)
-    missing = range(len(items)) if folder is None else folder.missing(len(items))
+        folder = ResultFolder(arguments.output, command, RESULTS[task], count, state)
+    items = plan(prompts, arguments.num_images, arguments.seed, 0 if folder is None else folder.first)
+    missing = range(count) if folder is None else folder.missing()
     lines: list[dict[str, Any]] = []
     with tqdm(total=len(missing), desc=VERBS[task], disable=not state.is_main_process) as bar:
         for start in range(0, len(missing), arguments.batch_size):

@@ -33,7 +33,7 @@ def test_lines_are_those_of_python_where_it_cuts_at_newlines_alone(text: str) ->
 
 
 def test_results_keep_prompts_with_any_character(tmp_path: Path) -> None:
-    folder = ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", PartialState())
+    folder = ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", len(PROMPTS), PartialState())
     lines = [{"file_name": f"{number}.png", "text": prompt} for number, prompt in enumerate(PROMPTS)]
     folder.add(dict(enumerate(lines)))
     for line in lines:
@@ -75,14 +75,14 @@ def test_what_is_not_utf_8_is_refused(tmp_path, monkeypatch, capsys) -> None:
 
 
 def folder_of(path: Path, **command: object) -> ResultFolder:
-    return ResultFolder(str(path), command, "metadata.jsonl", PartialState())
+    return ResultFolder(str(path), command, "metadata.jsonl", 2, PartialState())
 
 
 def test_of_two_commands_that_begin_together_one_is_refused(tmp_path: Path) -> None:
     one, two = folder_of(tmp_path / "out", seed=0), folder_of(tmp_path / "out", seed=1)
     again = folder_of(tmp_path / "out", seed=0)
     one.add({0: {"text": "a"}})
-    with pytest.raises(UserError, match=r"holds results of another command \(seed was 0 and is 1\)"):
+    with pytest.raises(UserError, match="another command that began at the same time writes into"):
         two.add({0: {"text": "b"}})
     again.add({1: {"text": "c"}})
     one.finish()
@@ -92,7 +92,7 @@ def test_of_two_commands_that_begin_together_one_is_refused(tmp_path: Path) -> N
 def test_the_same_command_goes_on_whatever_form_its_values_have(tmp_path: Path) -> None:
     one = folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7))
     one.add({0: {"text": "a"}})
-    assert folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7)).missing(2) == [1]
+    assert folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7)).missing() == [1]
 
 
 def test_of_many_that_claim_a_file_one_has_it(tmp_path: Path) -> None:
@@ -120,12 +120,12 @@ def test_a_claim_waits_for_the_one_who_is_writing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("open_folder", [folder_of, lambda path: claim_folder(path, {})])
 def test_a_foreign_file_in_the_place_of_ours_is_refused(tmp_path, monkeypatch, open_folder, content) -> None:
     monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)
-    for name in ("command.json", "settings.json"):
+    for name in (".commands/000000.json", "settings.json"):
         path = tmp_path / "out" / name
         if content is None:
             path.mkdir(parents=True)
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     with pytest.raises(UserError, match=r"json' is not a file that this command wrote; give another folder, or remove"):
         open_folder(tmp_path / "out")

@@ -307,7 +307,7 @@ def call(arguments: list[object], kill_after: int | None = None) -> None:
         if next(batches) == kill_after:
             # The last line is written in part only.
             original(folder, {min(made): {"text": "lost"}})
-            (part,) = folder.path.glob("parts/*.jsonl")
+            (part,) = folder.path.glob(".commands/*.parts/*.jsonl")
             os.truncate(part, part.stat().st_size - 5)
             os.kill(os.getpid(), signal.SIGKILL)
         original(folder, made)
@@ -318,14 +318,14 @@ def call(arguments: list[object], kill_after: int | None = None) -> None:
 
 
 def test_a_command_that_runs_twice_at_a_time_names_each_result_once(tmp_path):
-    one, two = (ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", PartialState()) for _ in range(2))
-    for index in one.missing(2):
+    one, two = (ResultFolder(str(tmp_path / "out"), {"seed": 0}, "metadata.jsonl", 2, PartialState()) for _ in range(2))
+    for index in one.missing():
         one.add({index: {"text": str(index)}})
         two.add({index: {"text": str(index)}})
     one.finish()
     two.finish()
     assert list(two.read()) == [{"text": "0"}, {"text": "1"}]
-    assert {path.name for path in one.path.iterdir()} == {"command.json", "metadata.jsonl"}
+    assert {path.name for path in one.path.iterdir()} == {".commands", "metadata.jsonl"}
 
 
 def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(sample, run, tmp_path):
@@ -353,18 +353,40 @@ def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(sample, r
     assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_a_finished_command_does_nothing_again_and_another_is_refused(sample, tmp_path, capsys):
+def test_a_finished_command_does_nothing_again_and_others_add_their_results(sample, tmp_path):
     out = tmp_path / "out"
     sample("sun", "--output", out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
     sample("sun", "--batch-size", 3, "--output", out)
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-    for other in (["moon"], ["sun", "--guidance-scale", 7], ["sun", "--seed", 1], ["sun", "--task", "text"]):
-        with pytest.raises(SystemExit):
-            sample(*other, "--output", out)
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: output '{out}' holds results of another command (")
-        assert "give another --output" in error
+    sample("moon", "car", "--output", out)
+    sample("sun", "--seed", 1, "--output", out)
+    # The words of another task are in a file of their own, and take numbers, too.
+    sample("sun", "--task", "text", "--output", out)
+    sample("sun", "--guidance-scale", 7, "--output", out)
+    names = ["0000-sun", "0001-moon", "0002-car", "0003-sun", "0005-sun"]
+    assert [line["file_name"] for line in lines(out)] == [f"{name}.png" for name in names]
+    assert {path.stem for path in out.glob("0*.png")} == set(names)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len((out / "texts.jsonl").read_text().splitlines()) == 1
+    # The grid is of the last command alone: as high as that of one picture.
+    sample("sun", "--output", tmp_path / "alone")
+    assert Image.open(out / "grid.png").size == Image.open(tmp_path / "alone" / "grid.png").size
+    alone = lines(tmp_path / "alone")[0]
+    assert np.array_equal(pixels(out, lines(out)[0]), pixels(tmp_path / "alone", alone))
+
+
+def test_another_command_leaves_an_interrupted_one_to_be_gone_on_with(sample, run, tmp_path):
+    out = tmp_path / "out"
+    job = ["--checkpoint", run, "--device", "cpu", *WORDS[:5], "--batch-size", 2, "--output", out]
+    killed = clean_process(call, job, 2)
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    sample("sun", "--output", out)
+    assert [line["file_name"] for line in lines(out)] == ["0005-sun.png"]
+    sample(*WORDS[:5], "--output", out)
+    assert [line["text"] for line in lines(out)] == [*WORDS[:5], "sun"]
 
 
 def test_ten_thousand_prompts_are_painted(sample, tmp_path):

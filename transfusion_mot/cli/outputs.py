@@ -1,4 +1,4 @@
-"""What a sampling command leaves behind: a folder that the same command goes on with, and pictures of the denoising."""
+"""What sampling commands leave behind: a folder to which each adds its results, and pictures of the denoising."""
 
 import json
 import os
@@ -18,8 +18,9 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.files import claim, lines_of, read_claim
 from transfusion_mot.pipeline import TransfusionPipeline
 
-COMMAND_FILE = "command.json"
-_PARTS = "parts"
+# Of every command of a folder: N.json says what it is, N.jsonl holds its lines once it is done, and N.parts those of
+# each process before. N is the number of its first result.
+_COMMANDS = ".commands"
 _STRIP_FRAMES = 8
 _GIF_FRAMES = 24
 _GIF_MILLISECONDS = 120
@@ -27,60 +28,67 @@ _GIF_LAST_MILLISECONDS = 1500
 
 
 class ResultFolder:
-    """Numbered results of one command, which any number of processes write together, and which outlive a kill.
+    """Numbered results of commands, each of which any number of processes write together, and which outlive a kill.
 
-    Each process writes a line for every finished result to a file of its own; `finish` joins them in order. The same
-    command in the same folder goes on with what is missing, also with another number of processes.
+    A command adds its results behind those that are there, with numbers of its own. Each of its processes writes a line
+    for every finished result to a file of its own; `finish` joins them in order. The same command in the same folder
+    goes on with what is missing, also with another number of processes.
 
     Args:
-        path: A new or empty folder, or one in which the same command was interrupted.
+        path: A new or empty folder, or one with results of other commands.
         command: What the results depend on, as JSON values.
         file_name: JSON Lines file of the results.
+        count: Results of the command.
         state: The processes that share the work; all of them open the folder.
+
+    Attributes:
+        first: Number of the first result.
 
     Raises:
         UserError: The folder holds something else.
     """
 
-    def __init__(self, path: str, command: dict[str, Any], file_name: str, state: PartialState) -> None:
+    def __init__(self, path: str, command: dict[str, Any], file_name: str, count: int, state: PartialState) -> None:
         self.path = Path(path)
         self.results = self.path / file_name
+        self._commands = self.path / _COMMANDS
         self._state = state
-        self._part = self.path / _PARTS / f"{state.process_index:05d}.jsonl"
+        self._count = count
         # As it is read back: lists for tuples.
-        self._command: dict[str, Any] = json.loads(json.dumps(command))
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if not (self.path / COMMAND_FILE).exists():
-                raise UserError(
-                    f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
-                )
-            self._refuse_other(read_claim(self.path / COMMAND_FILE))
+        self._claim: dict[str, Any] = json.loads(json.dumps({"results": file_name, "count": count, "command": command}))
+        is_used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if is_used and not self._commands.is_dir():
+            raise UserError(
+                f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
+            )
+        claims = {int(file.stem): read_claim(file) for file in sorted(self._commands.glob("*.json"))}
+        same = [first for first, claimed in claims.items() if claimed == self._claim]
+        self.first = (
+            same[-1] if same else max((first + int(c.get("count", 0)) for first, c in claims.items()), default=0)
+        )
         self._is_claimed = False
+        name = f"{self.first:06d}"
+        self._file, self._lines = (self._commands / f"{name}{suffix}" for suffix in (".json", ".jsonl"))
+        self._part = self._commands / f"{name}.parts" / f"{state.process_index:05d}.jsonl"
         self._done = {int(line["index"]) for line in self._lines_of_parts()}
         # Nobody writes before everybody has read.
         state.wait_for_everyone()
-
-    def _refuse_other(self, before: dict[str, Any]) -> None:
-        command = self._command
-        other = [key for key in {**before, **command} if before.get(key) != command.get(key)]
-        if other:
-            raise UserError(
-                f"output '{self.path}' holds results of another command ({other[0]} was {before.get(other[0])!r} "
-                f"and is {command.get(other[0])!r}); give another --output, or remove it"
-            )
 
     def make(self) -> None:
         """Make the folder if it is not there; not before the first results are, so that a mistake leaves nothing.
 
         Raises:
-            UserError: It cannot be made, or another command that began at the same time has made it.
+            UserError: It cannot be made, or another command that began at the same time has taken its numbers.
         """
         try:
             # Every time: the same command, where it runs twice, removes it when it has finished.
             self._part.parent.mkdir(parents=True, exist_ok=True)
-            if not self._is_claimed:
-                self._refuse_other(claim(self.path / COMMAND_FILE, self._command))
-                self._is_claimed = True
+            if not self._is_claimed and claim(self._file, self._claim) != self._claim:
+                raise UserError(
+                    f"another command that began at the same time writes into '{self.path}'; give this one another "
+                    "--output, or start it again when the other has ended"
+                )
+            self._is_claimed = True
         except OSError as error:
             raise UserError(f"output folder '{self.path}' cannot be made: {error}") from None
 
@@ -93,15 +101,15 @@ class ResultFolder:
                     # Empty, or cut off by the end of its process.
                     continue
 
-    def missing(self, count: int) -> list[int]:
-        """Which of results 0 to `count` - 1 are left for this process."""
-        if self.results.exists():
+    def missing(self) -> list[int]:
+        """Which of results 0, 1, ... of the command are left for this process."""
+        if self._lines.exists():
             return []
-        left = [index for index in range(count) if index not in self._done]
+        left = [index for index in range(self._count) if index not in self._done]
         return left[self._state.process_index :: self._state.num_processes]
 
     def add(self, lines: dict[int, dict[str, Any]]) -> None:
-        """Note results by their number; whatever files they name are there."""
+        """Note results of the command by their number in it; whatever files they name are there."""
         self.make()
         with self._part.open("a", encoding="utf-8") as file:
             # Before and not behind a line: the last one may have been cut off.
@@ -113,24 +121,30 @@ class ResultFolder:
         """Join what all processes have written; called by each of them when it is done."""
         self._state.wait_for_everyone()
         if self._state.is_main_process:
-            if not self.results.exists():
+            if not self._lines.exists():
                 # One for each number: the command may run twice at a time, and then makes the same results twice.
                 lines = {int(line.pop("index")): line for line in self._lines_of_parts()}
-                _write_whole(self.results, [json.dumps(lines[i], ensure_ascii=False) for i in sorted(lines)])
+                _write_whole(
+                    self._lines, "".join(f"{json.dumps(lines[i], ensure_ascii=False)}\n" for i in sorted(lines))
+                )
+            claims = [file for file in sorted(self._commands.glob("*.json")) if file.with_suffix(".jsonl").exists()]
+            ended = [file for file in claims if read_claim(file).get("results") == self.results.name]
+            texts = [file.with_suffix(".jsonl").read_text(encoding="utf-8") for file in ended]
+            _write_whole(self.results, "".join(texts))
             shutil.rmtree(self._part.parent, ignore_errors=True)
         self._state.wait_for_everyone()
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines of a finished folder, in order."""
-        with self.results.open(encoding="utf-8") as file:
+        """The lines of the command when it is finished, in order."""
+        with self._lines.open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
 
-def _write_whole(path: Path, lines: list[str]) -> None:
+def _write_whole(path: Path, text: str) -> None:
     """Write a file that is never seen half, whoever else writes it, too."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
