@@ -289,3 +289,8 @@ def test_captions_are_matched_by_image():
         match_captions({"a": ["one"]}, references)
     with pytest.raises(UserError, match="2 candidate captions"):
         match_captions({"a": ["one", "two"]}, references)
+    # Paths as sample.py was given them, and as the metadata of the folder has them.
+    given = {"real/a.png": ["one"], "real/b.png": ["two"]}
+    assert match_captions(given, {"b.png": ["x"], "a.png": ["y"]}) == (["one", "two"], [["y"], ["x"]])
+    with pytest.raises(UserError, match="2 of 2 candidate captions have no reference"):
+        match_captions(given, {"x/b.png": ["x"], "y/b.png": ["z"], "a.png": ["y"]})

@@ -169,12 +169,19 @@ def match_captions(
 ) -> tuple[list[str], list[list[str]]]:
     """Candidates and references of the same images in the same order, for `caption_metrics`.
 
+    Where the paths differ, as after `sample.py --caption folder/*.png`, file names tell which image is which, if no two
+    images have the same one.
+
     Raises:
         UserError: An image has several candidates, or is in one of the two only.
     """
     for image, captions in candidates.items():
         if len(captions) != 1:
             raise UserError(f"image {image} has {len(captions)} candidate captions; exactly one is scored")
+    if candidates.keys() != references.keys():
+        sides = [{Path(image).name: captions for image, captions in side.items()} for side in (candidates, references)]
+        if len(sides[0]) == len(candidates) and len(sides[1]) == len(references):
+            candidates, references = sides
     for images, others, missing in (
         (candidates, references, "candidate captions have no reference"),
         (references, candidates, "reference images have no candidate caption"),
