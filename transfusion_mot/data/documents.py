@@ -68,13 +68,15 @@ class Document:
     Attributes:
         segments: In reading order; none if nothing of it can be read.
         stream: Modality of its tokens outside of media.
-        caption_cut: Whether its caption was longer than a row.
+        has_token_loss: Whether these have a loss.
+        caption_cut: Whether its caption or instruction was longer than a row.
         unreadable: Media of it that cannot be read, and so are left out.
         too_long: Codes of it that are longer than a row, and so are left out.
     """
 
     segments: list[Segment] = field(default_factory=list)
     stream: str = TEXT
+    has_token_loss: bool = True
     caption_cut: bool = False
     unreadable: int = 0
     too_long: int = 0
@@ -126,7 +128,7 @@ def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
 
 
 class DocumentReader:
-    """Reads documents of sources: their items, put in order by one of four templates.
+    """Reads documents of sources: their items, put in order by one of five templates.
 
     | template | segments |
     | --- | --- |
@@ -134,6 +136,7 @@ class DocumentReader:
     | prompt dropped | `BOS` media |
     | media first | `BOS` media `caption EOS` |
     | in reading order | `BOS text` media `text ... EOS` |
+    | edit | `BOS` condition `instruction` media; the condition, the instruction or both may be dropped |
 
     Args:
         tokenizer: Turns text into ids and knows the special ones.
@@ -150,6 +153,8 @@ class DocumentReader:
         items = source.documents.document(index)
         if source.documents.is_paired:
             return self._paired(source, items, rng)
+        if isinstance(items[0], MediaItem) and items[0].is_condition:
+            return self._edit(source, items, rng)
         if source.stream in (None, TEXT):
             return self._in_reading_order(source, items, rng)
         return self._codes_alone(source, items)
@@ -189,6 +194,40 @@ class DocumentReader:
         # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
         is_hidden = config.has_copies and not media[-1].is_codes
         document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
+        return document
+
+    def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
+        """The image that is edited, an instruction, and what comes of it: the only thing that has a loss.
+
+        Where something is left out, what stands there is what guidance leads away from when sampling.
+        """
+        before, text, after = items
+        assert isinstance(before, MediaItem)
+        assert isinstance(text, Text)
+        assert isinstance(after, MediaItem)
+        draws, dropout = rng.random(3), self.config.edit_dropout
+        flipped = bool(draws[0] < 0.5)
+        document = Document(has_token_loss=False)
+        condition = self._media(source, before, flipped, 0.0, False, document)
+        target = self._media(source, after, flipped, 1.0, False, document)
+        if not condition or not target:
+            # One of them is of no use.
+            return document
+        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
+            document.too_long += 1
+            return document
+        instruction = self.tokenizer.encode(text.choices[int(draws[1] * len(text.choices))])
+        # Begin and end token of the condition.
+        most = self.config.max_caption_tokens - 2
+        document.caption_cut = len(instruction) > most
+        # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
+        left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
+        document.segments = [
+            [self.tokenizer.bos_id],
+            *(condition if left_out in (0, 3) else []),
+            instruction[:most] if left_out in (1, 3) else [],
+            *target,
+        ]
         return document
 
     def _in_reading_order(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
@@ -241,13 +280,15 @@ class DocumentReader:
                 document.unreadable += 1
                 return []
             pixels = pixels[:, ::-1] if flipped else pixels
-            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, pixels), copied)]
+            content = LatentMedia(item.index, flipped, max_timestep, pixels)
+            return [Media(item.modality, content, copied, item.is_condition)]
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return []
         if encoded.kind == "latents":
-            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, None), copied)]
-        media = Media(item.modality, encoded.span(item.index, flipped))
+            content = LatentMedia(item.index, flipped, max_timestep, None)
+            return [Media(item.modality, content, copied, item.is_condition)]
+        media = Media(item.modality, encoded.span(item.index, flipped), is_condition=item.is_condition)
         if media.num_slots > self.config.slots[item.modality]:
             document.too_long += 1
             return []

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from transfusion_mot.config import TEXT, RunConfig
+from transfusion_mot.config import TEXT, EditDropoutConfig, RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import DocumentReader
 from transfusion_mot.data.layout import Media
@@ -41,7 +41,7 @@ class Validation:
         config: Of the run.
         encoder: Encodes media that have no cached latents.
         rows_at_once: Rows of one forward.
-        prompt_dropout_prob: Share of the media in front of which nothing stands.
+        prompt_dropout_prob: Share of the media in front of which nothing stands, neither captions nor what is edited.
     """
 
     def __init__(
@@ -56,7 +56,13 @@ class Validation:
     ) -> None:
         self.encoder = encoder
         self.rows_at_once = rows_at_once
-        data = dataclasses.replace(config.data, prompt_dropout_prob=prompt_dropout_prob, random_flip=False, lookahead=1)
+        data = dataclasses.replace(
+            config.data,
+            prompt_dropout_prob=prompt_dropout_prob,
+            edit_dropout=EditDropoutConfig(0.0, 0.0, prompt_dropout_prob),
+            random_flip=False,
+            lookahead=1,
+        )
         total = sources.num_media_documents()
         wanted = min(total, config.training.num_validation_documents)
         held_out = {name for source in sources.sources for name in source.documents.modalities}
