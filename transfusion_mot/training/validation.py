@@ -1,6 +1,7 @@
 """Losses on held-out documents, at fixed timesteps and with fixed noise, so that runs and steps compare."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -193,6 +194,7 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
     for pool in (sources.pools[index] for index in sources.media_pools[bucket]):
         source = sources.sources[pool.source]
         for position in range(min(pool.length, config.training.num_validation_documents)):
+            taken: Counter[str] = Counter()
             for item in source.documents.document(pool.item(position)):
                 if not isinstance(item, MediaItem):
                     continue
@@ -201,7 +203,8 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
                     if not encoded.readable[item.index]:
                         continue
                     length = Media(item.modality, encoded.span(item.index)).num_slots
-                shortest[item.modality] = min(length, shortest.get(item.modality, length))
+                taken[item.modality] += length
+            shortest |= {name: min(length, shortest.get(name, length)) for name, length in taken.items()}
     return max(1, sum(config.data.slots[name] // length for name, length in shortest.items()))
 
 
