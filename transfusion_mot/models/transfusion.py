@@ -191,7 +191,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
                 copies = pool.map(functools.partial(self._draw, seed), *zip(*some, strict=True))
                 for (_, module), drawn in zip(some, copies, strict=True):
                     for key, parameter in module.named_parameters(recurse=False):
-                        _fill(parameter, drawn.get_parameter(key))
+                        fill(parameter, drawn.get_parameter(key))
 
     # Entered by each thread: whether gradients are recorded is a thread's own.
     @torch.no_grad()
@@ -339,7 +339,7 @@ def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Stre
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+def fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy a tensor, or this process's shard of it, into a parameter."""
     if isinstance(parameter, DTensor):
         # Each process has drawn the same: nothing has to be sent.

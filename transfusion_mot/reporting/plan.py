@@ -3,14 +3,14 @@
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import TEXT, RunConfig, parse_config
+from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
@@ -51,11 +51,12 @@ _ROWS = {
 }
 
 
-def plan(arguments: Sequence[str]) -> str:
+def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str], str], RunConfig]) -> str:
     """The plan of a run for people.
 
     Args:
         arguments: Those of `train.py`, with `--plan` and the options of this function's parser.
+        read_config: Reads the configuration from the other arguments, with a description for `--help`.
 
     Raises:
         UserError: The configuration has a mistake, or the GPUs cannot share the batch.
@@ -66,7 +67,7 @@ def plan(arguments: Sequence[str]) -> str:
     parser.add_argument("--gpu", choices=GPU_MEMORY, default="A100-80GB")
     parser.add_argument("--mfu", type=float, default=0.4)
     options, rest = parser.parse_known_args(list(arguments))
-    config = parse_config(RunConfig, rest, plan.__doc__ or "")
+    config = read_config(rest, plan.__doc__ or "")
     check_architecture(config.model)
     check_towers(config)
     if options.gpus < 1 or config.training.num_rows % options.gpus:

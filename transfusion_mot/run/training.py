@@ -18,6 +18,7 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import counted
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.run.begin import fill_initial_weights
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.snapshots import make_pipeline
 from transfusion_mot.run.start import Start
@@ -64,7 +65,7 @@ class Training:
 
     @classmethod
     def build(cls, config: RunConfig, accelerator: Accelerator, data: RunData, start: Start) -> Self:
-        """Draw the weights or read those of a training state, and build the rest; called by all processes.
+        """Draw the weights or read those of a start or a training state, and build the rest; called by all processes.
 
         Raises:
             UserError: A setting does not fit the model, or a file of the state is damaged.
@@ -77,6 +78,8 @@ class Training:
             model = TransfusionMoT.from_sections(data.sizes, config.model, config.diffusion)
         place(model, accelerator, training.seed)
         model.attention = training.attention
+        # Before the averages are made, which begin with the same weights.
+        is_random = start.state is None and not fill_initial_weights(model, config, accelerator)
         freeze_towers(model, training.frozen_towers)
         if training.float8:
             convert_to_float8(model)
@@ -156,7 +159,7 @@ class Training:
             encoder=data.encoder,
             lanes=loader.lanes,
             config=config,
-            is_new=start.state is None,
+            is_new=is_random,
         )
         accelerator.print(_described(accelerator, model, packer, data.held_out))
         return cls(
