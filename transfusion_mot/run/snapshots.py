@@ -34,6 +34,7 @@ def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> Tr
         guidance_scale=config.diffusion.guidance_scale,
         image_sizes={"trained": [list(size) for size in config.data.image_sizes], "fit": config.data.image_fit},
         image_modality=name,
+        trained_on_edits=config.data.has_edits,
     )
 
 

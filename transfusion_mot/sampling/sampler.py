@@ -80,7 +80,8 @@ class Sampler:
     | `auto` | text until `EOS` or a begin token, as the model decides; behind that media, their end token, text again |
 
     For guidance, a document has a second row, in which its next media stand alone, behind no text or the negative one:
-    the only context that training drops to, whatever is before them.
+    the only context that training drops to, whatever is before them. Edits have a third one between these, in which the
+    text is left out, or the negative one, and the source image stays.
 
     Args:
         model, tokenizer: Of the pipeline.
@@ -128,8 +129,8 @@ class Sampler:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
         rows = [self._laid_out(document.given) for document in documents]
-        alone = [self._laid_out([document.negative]) for document in documents] if self.branches > 1 else []
-        longest = max(sum(map(self._num_slots, row)) for row in (*rows, *alone))
+        less = [self._context(row) for row in range(count, count * self.branches)]
+        longest = max(sum(map(self._num_slots, row)) for row in (*rows, *less))
         # Each comes with its begin and end token.
         media = sum(making.most * (making.num_slots + 2) for making in self.making.values())
         capacity = longest + max_new_tokens + media
@@ -190,7 +191,7 @@ class Sampler:
         every_row = [row for branch in branches for row in branch]
         for row in every_row[len(rows) :]:
             session.clear(row)
-            session.feed(row, *self._laid_out([self.documents[row % count].negative]))
+            session.feed(row, *self._context(row))
         for row in every_row:
             session.feed(row, TokenRun(TEXT, [self.tokenizer.begin_ids[name]], []))
         contents: list[Tensor | list[int]]
@@ -255,6 +256,13 @@ class Sampler:
             return self.guidance.combine(prediction.chunk(len(branches))) if guided else prediction
 
         return predict
+
+    def _context(self, row: int) -> list[TokenRun | LatentSpan]:
+        """What stands before the next media in a row that guidance leads away from."""
+        branch, number = divmod(row, len(self.documents))
+        document = self.documents[number]
+        kept = [item for item in document.given if isinstance(item, Media)] if self.guidance.has_source(branch) else []
+        return self._laid_out([*kept, document.negative])
 
     def _laid_out(self, items: Sequence[str | Media]) -> list[TokenRun | LatentSpan]:
         """Texts and media as in training, without the end of the document."""

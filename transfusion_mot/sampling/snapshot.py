@@ -56,6 +56,7 @@ class SnapshotPipeline(DiffusionPipeline):
         trained_for: Prediction type and noise schedule of training, from `transfusion_mot.schedulers.trained_for`; None
             takes those of `scheduler`.
         image_modality: The modality of the pictures; None is the one beside text, if there is only one.
+        trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
 
     Attributes:
         image_modality: The modality of the pictures.
@@ -82,6 +83,7 @@ class SnapshotPipeline(DiffusionPipeline):
         image_sizes: dict[str, Any] | None = None,
         trained_for: dict[str, Any] | None = None,
         image_modality: str | None = None,
+        trained_on_edits: bool = False,
     ) -> None:
         super().__init__()
         # Before the scheduler, which must fit it.
@@ -94,6 +96,7 @@ class SnapshotPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             image_sizes=image_sizes,
             image_modality=image_modality,
+            trained_on_edits=trained_on_edits,
         )
         architecture = transformer.architecture
         self.text_tokenizer = TextTokenizer(tokenizer, architecture.stream_order)
