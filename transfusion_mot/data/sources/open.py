@@ -12,6 +12,7 @@ from transfusion_mot.data.sources.image_tables import index_dataset, index_parqu
 from transfusion_mot.data.sources.imagefolder import index_imagefolder
 from transfusion_mot.data.sources.interleaved import open_interleaved
 from transfusion_mot.data.sources.openmoji import EmojiStore, index_openmoji
+from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.data.sources.stored_images import StoredCaptionedImages
 from transfusion_mot.data.sources.stores import ArrowStore, FileStore, ImageStore, ParquetStore, TarStore
 from transfusion_mot.data.sources.tables import find_files, source_columns, suffix_of
@@ -29,6 +30,7 @@ _KEYS = {
     "annotations": ("coco",),
     "images": ("interleaved",),
     "name": ("datasets",),
+    "num_items": ("scenes",),
 }
 
 
@@ -79,6 +81,8 @@ def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
         return StoredCaptionedImages("openmoji", EmojiStore(data), index_openmoji(data), source, data, split)
     if source.path is None:
         raise UserError(f"a source of kind '{source.kind}' needs 'path'")
+    if source.kind == "scenes":
+        return Scenes(source.path, source, data, split)
     if source.kind == "text":
         return open_texts(source, data, split, source.path)
     if source.kind == "interleaved":
