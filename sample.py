@@ -184,7 +184,7 @@ def code_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) 
     """How codes are drawn, of a model whose pictures are codes."""
     if pipeline.codec.kind == "latents":
         return {}
-    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p")}
+    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
 
 
 def image_size(
@@ -261,7 +261,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
 
 
 def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
 
 def open_picture(path: str) -> Image.Image:

@@ -196,6 +196,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         mask_image: Pictures | None = None,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,
+        code_top_k: int = 0,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -230,6 +231,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
             code_temperature: Of codes: divides the logits; 0 takes the most probable code.
             code_top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
+            code_top_k: Codes are drawn from the so many most probable ones; 0 is all.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X], or codes [B, Y, X]).
             return_dict: False returns a tuple.
@@ -279,7 +281,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             latents=latents,
             original=original,
             strength=strength,
-            decoding=Decoding(1, code_temperature, code_top_p),
+            decoding=Decoding(1, code_temperature, code_top_p, code_top_k),
             output_type=output_type,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
@@ -306,6 +308,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         latents: Tensor | None = None,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,
+        code_top_k: int = 0,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -362,7 +365,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             num_inference_steps=steps,
             generator=generator,
             latents=latents,
-            decoding=Decoding(1, code_temperature, code_top_p),
+            decoding=Decoding(1, code_temperature, code_top_p, code_top_k),
             output_type=output_type,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
@@ -390,6 +393,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: Generators = None,
+        top_k: int = 0,
     ) -> list[str]:
         """Describe pictures of any size and mode; each is brought to one of the model's sizes as in training.
 
@@ -400,6 +404,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             temperature: Divides the logits; 0 takes the most probable token.
             top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
             generator: As for images: one for each picture, or one for all.
+            top_k: Tokens are drawn from the so many most probable ones; 0 is all.
 
         Raises:
             UserError: An argument is out of its range, or a picture cannot be used.
@@ -412,7 +417,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             raise UserError(f"there are {len(beginnings)} prompts for {len(pictures)} images; give one, or one each")
         self.check_prompts(beginnings)
         documents = [OpenDocument([*pair]) for pair in zip(self._encode(pictures), beginnings, strict=True)]
-        return self._write(documents, Decoding(max_new_tokens, temperature, top_p), generator)
+        return self._write(documents, Decoding(max_new_tokens, temperature, top_p, top_k), generator)
 
     @torch.no_grad()
     def complete(
@@ -422,6 +427,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: Generators = None,
+        top_k: int = 0,
     ) -> list[str]:
         """Go on with one text or several until their end; arguments as for `caption`.
 
@@ -434,7 +440,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         texts = [text] if isinstance(text, str) else list(text)
         self.check_prompts(texts)
         return self._write(
-            [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p), generator
+            [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p, top_k), generator
         )
 
     @torch.no_grad()
@@ -450,8 +456,10 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         width: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,
+        code_top_k: int = 0,
         generator: torch.Generator | None = None,
     ) -> list[str | Image.Image]:
         """Go on with a document of texts and images; the model decides what follows, and when it is over.
@@ -464,8 +472,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             guidance_scale: How much a painting follows what is before it, 1 is plainly; None is the pipeline's own. It
                 is led away from an image without any context, which training shows as images without their prompts.
             height, width: Of all images of the document, as for painting; None is that of the first picture.
-            temperature, top_p: Of texts, as for `caption`.
-            code_temperature, code_top_p: Of images, as for painting.
+            temperature, top_p, top_k: Of texts, as for `caption`.
+            code_temperature, code_top_p, code_top_k: Of images, as for painting.
             generator: Of all that is drawn.
 
         Returns:
@@ -488,13 +496,13 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         if max_images:
             self._check_can_paint()
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
-        decoding = Decoding(max_new_tokens, temperature, top_p)
+        decoding = Decoding(max_new_tokens, temperature, top_p, top_k)
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
         whole = OpenDocument([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
         denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
-        making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p))
+        making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p, code_top_k))
         self._sampler([whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance).run()
         added = [
             item if isinstance(item, str) else to_pil(self._decode(self._stacked([item.content], size)))[0]
@@ -516,6 +524,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         width: int | None = None,
         temperature: float | None = None,
         top_p: float = 1.0,
+        top_k: int = 0,
         generator: Generators = None,
     ) -> list[Result]:
         """Go on with documents in any modality of the model.
@@ -530,7 +539,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             height: Of pictures, as for painting; of other latents their own height Y.
             width: As `height`.
             temperature: Divides the logits; 0 takes the most probable token. None is 0 of text, and 1 of codes.
-            top_p: As for `caption`.
+            top_p, top_k: As for `caption`.
             generator: One for each document, or one for all.
 
         Returns:
@@ -556,11 +565,11 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             for document in documents
         ]
         if target == TEXT:
-            return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p), generator)]
+            return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p, top_k), generator)]
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         generators = _one_each(generator, len(given))
         modality = self.transformer.modality(target)
-        decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p)
+        decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p, top_k)
         size = self.sizes.painted(height, width) if target == self.image_modality else None
         if size is not None:
             denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, generators)

@@ -91,6 +91,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         help="of a model whose pictures are codes; 0 takes the most probable codes (default: 1)",
     )
     add("--code-top-p", type=float, default=1.0, metavar="X", help="likewise, share of the probability (default: 1)")
+    add("--code-top-k", type=int, default=0, metavar="N", help="likewise, most probable codes (default: 0, all of them)")
     add("--strip", action="store_true", help="also write each picture's denoising as a strip of pictures")
     add("--gif", action="store_true", help="also write it as an animation")
 
@@ -110,6 +111,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest text (default: 64)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
+    add("--top-k", type=int, default=0, metavar="N", help="most probable words to draw from (default: 0, all of them)")
     add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
     arguments = parser.parse_intermixed_args()
     arguments.task = arguments.task or ("caption" if arguments.caption else PAINT)
