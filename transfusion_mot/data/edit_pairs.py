@@ -245,7 +245,7 @@ def write_pairs(
     """
     drawings = read_drawings(emoji)
     if most is not None:
-        names = sorted({drawing.name for drawing in drawings}, key=lambda name: share_of(name, seed))
+        names = sorted({drawing.name for drawing in drawings}, key=lambda name: share_of(f"most\n{name}", seed))
         counts = Counter(drawing.name for drawing in drawings)
         fitting = np.cumsum([counts[name] for name in names]) <= max(most, counts[names[0]])
         kept = {name for name, fits in zip(names, fitting, strict=True) if fits}
