@@ -240,8 +240,8 @@ class ModalityConfig:
             size and at least one more.
         unet_num_layers: Residual layers in each block of the `unet` adapter.
         tied_embeddings: `next_token` only: embedding and head are one matrix.
-        vocab_size: `next_token` only: Least rows of embedding and head. Those behind the ids of the tokenizer or codec
-            are spare, as in language models whose vocabulary is padded. Null is as many as there are ids.
+        vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
+            language models whose vocabulary is padded. Null is as many as there are ids.
     """
 
     tower: str
@@ -312,6 +312,11 @@ class ModelConfig:
         """Epsilon of the norms of a tower."""
         own = self.towers[tower].norm_eps
         return self.norm_eps if own is None else own
+
+    @property
+    def has_pretrained_text(self) -> bool:
+        """Whether the tower of text begins with pretrained weights, so that the tokenizer is theirs."""
+        return self.towers[self.modalities[TEXT].tower].pretrained is not None
 
     def has_qk_norm(self, tower: str) -> bool:
         """Whether a tower norms its queries and keys."""

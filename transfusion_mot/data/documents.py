@@ -161,7 +161,7 @@ class DocumentReader:
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """Text and media of one thing, in an order that is drawn."""
-        config, bos, eos = self.config, self.tokenizer.bos_id, self.tokenizer.eos_id
+        config, start, eos = self.config, self.tokenizer.document_start, self.tokenizer.eos_id
         draws = rng.random(4)
         caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
         flipped = bool(draws[3] < 0.5)
@@ -179,7 +179,7 @@ class DocumentReader:
             return document
         if caption_first and prompt_dropped:
             # Ends at the end token, without a label there: that media have no caption is not for the model to learn.
-            document.segments = [[bos], *media]
+            document.segments = [start, *media]
             return document
         captions = next(item.choices for item in items if isinstance(item, Text))
         caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
@@ -188,12 +188,12 @@ class DocumentReader:
         document.caption_cut = len(caption) > most
         caption = caption[:most]
         if not caption_first:
-            document.segments = [[bos], *media, [*caption, eos]]
+            document.segments = [start, *media, [*caption, eos]]
             return document
         # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
         # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
         is_hidden = config.has_copies and not media[-1].is_codes
-        document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
+        document.segments = [[*start, *caption], *media, *([] if is_hidden else [[eos]])]
         return document
 
     def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
@@ -223,7 +223,7 @@ class DocumentReader:
         # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
         left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
         document.segments = [
-            [self.tokenizer.bos_id],
+            self.tokenizer.document_start,
             *(condition if left_out in (0, 3) else []),
             instruction[:most] if left_out in (1, 3) else [],
             *target,
@@ -241,7 +241,7 @@ class DocumentReader:
             else:
                 readable += self._media(source, item, flipped, 1.0, self.config.has_copies, document)
         segments: list[Segment] = []
-        text = [self.tokenizer.bos_id]
+        text = list(self.tokenizer.document_start)
         for part in join_texts(readable):
             if isinstance(part, str):
                 text += self.tokenizer.encode(part)

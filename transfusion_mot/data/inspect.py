@@ -147,9 +147,9 @@ class Inspection:
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
             return load_tokenizer(str(kept), self.config.model.stream_order)
+        model, modalities = self.config.model, self.config.model.stream_order
         if self.config.tokenizer.path is not None:
-            return load_tokenizer(self.config.tokenizer.path, self.config.model.stream_order)
-        modalities = self.config.model.stream_order
+            return load_tokenizer(self.config.tokenizer.path, modalities, model.has_pretrained_text)
         return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size, modalities)
 
     def packer(self, data: DataConfig) -> Packer:

@@ -321,7 +321,7 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
     special |= {token: f"begin of {name}" for name, token in tokenizer.begin_ids.items()}
     special |= {token: f"end of {name}" for name, token in tokenizer.end_ids.items()}
     slots = row.reading_order(document)
-    if row.token(slots[0]) not in (tokenizer.bos_id, None):
+    if tokenizer.document_start and row.token(slots[0]) not in (tokenizer.bos_id, None):
         yield _Word("goes on from the row before", is_special=True)
     # One run for each text, special token, media slot or span of codes.
     keys = [

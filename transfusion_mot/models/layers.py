@@ -129,7 +129,9 @@ def _of_transformers(head_dim: int, theta: float, scaling: str) -> tuple[Tensor,
     with torch.device("cpu"):
         if parameters["rope_type"] == "default":
             return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)), 1.0
-        config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_parameters=parameters)
+        config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim)
+        # Assigned, not passed on: transformers would warn of lengths that say nothing here.
+        config.rope_parameters = parameters
         frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     return frequencies, float(factor)
 

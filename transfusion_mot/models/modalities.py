@@ -59,12 +59,12 @@ class TokenModality(nn.Module):
         self.vocab_size = vocab_size
         self.embedding = (TiedEmbedding if tied else nn.Embedding)(vocab_size, hidden_size)
         self.head = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
-        self.initial_values: Mapping[str, InitialValues] = {"embedding": "normal"} | (
-            {} if tied else {"head": "normal"}
+        self.initial_values: Mapping[str, InitialValues] = dict.fromkeys(
+            ["embedding"] if tied else ["embedding", "head"], "normal"
         )
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """The matrix [V, D] of the logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 

@@ -242,11 +242,13 @@ def check_architecture(config: ModelConfig) -> None:
                 f"model.modalities.{name}.tower is {modality.tower!r}; it needs one of model.towers: "
                 f"{', '.join(config.towers)}"
             )
-        if modality.objective == "diffusion" and (modality.tied_embeddings or modality.vocab_size is not None):
+        if modality.objective == "diffusion" and modality.tied_embeddings:
             raise UserError(
-                f"model.modalities.{name} has the objective diffusion, and tied_embeddings and vocab_size are of "
-                "embeddings, which it has none of; remove them"
+                f"model.modalities.{name} has tied_embeddings, and with the objective diffusion it has no embeddings; "
+                "remove that key"
             )
+        if modality.vocab_size is not None and name != "text":
+            raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:
             raise UserError(
                 f"model.modalities.{name} has the objective next_token and attention: bidirectional, by which a token "

@@ -111,7 +111,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_sections(cls, sizes: dict[str, int], model: ModelConfig, diffusion: DiffusionConfig) -> "TransfusionMoT":
-        """Build a model from its sections of the run's configuration."""
+        """Build a model from its sections of the run's configuration; of text with at least the rows that they say."""
+        sizes = {**sizes, TEXT: max(sizes[TEXT], model.modalities[TEXT].vocab_size or 0)}
         architecture = to_dict(model)
         for tower in architecture["towers"].values():
             # Where weights came from is nothing that the model is.
@@ -216,8 +217,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         number = int.from_bytes(digest[:8], "little") >> 1
         drawn: Any = copy.copy(module)
         drawn._parameters = {
-            key: nn.Parameter(torch.empty(parameter.shape, device="cpu"))
-            for key, parameter in module.named_parameters(recurse=False)
+            key: None if parameter is None else nn.Parameter(torch.empty(parameter.shape, device="cpu"))
+            for key, parameter in module._parameters.items()
         }
         is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear) and not is_of_adapter(name)
         values = self._initial_values().get(name)

@@ -18,6 +18,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightReport
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.from_snapshot import SnapshotStart
+from transfusion_mot.run.from_towers import TowerStarts
 from transfusion_mot.training.checkpoint import find_state, run_config_file
 
 # Mappings whose entries the user may give in part: the start has the rest.
@@ -53,7 +54,12 @@ class InitialWeights(Protocol):
 
 def named_starts(sections: dict[str, Any]) -> dict[str, str]:
     """Dotted keys of a configuration that name a start, and what they name."""
-    return {"init_from": str(sections["init_from"])} if sections.get("init_from") is not None else {}
+    named = {"init_from": str(sections["init_from"])} if sections.get("init_from") is not None else {}
+    for name, tower in _at(sections, ("model", "towers")).items():
+        for key in ("pretrained", "copy_of"):
+            if isinstance(tower, dict) and tower.get(key) is not None:
+                named[f"model.towers.{name}.{key}"] = str(tower[key])
+    return named
 
 
 def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
@@ -65,10 +71,15 @@ def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
     Raises:
         UserError: One is not there or cannot be used, or they exclude each other.
     """
-    starts: list[InitialWeights] = []
-    if sections.get("init_from") is not None:
-        starts.append(SnapshotStart(str(sections["init_from"])))
-    return starts
+    names = named_starts(sections)
+    if "init_from" not in names:
+        return [TowerStarts(sections)] if names else []
+    if len(names) > 1:
+        raise UserError(
+            f"init_from takes all weights of a snapshot, and {min(set(names) - {'init_from'})} those of one tower; "
+            "remove one of them"
+        )
+    return [SnapshotStart(names["init_from"])]
 
 
 def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:

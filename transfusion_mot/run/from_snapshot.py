@@ -138,12 +138,20 @@ class SnapshotStart:
         Raises:
             UserError: They are damaged, or do not fit.
         """
-        is_local = Path(self.name).exists()
-        folder = self.folder if is_local else _download(self.name, ["transformer/*.safetensors", "transformer/*.json"])
         source = self.name if str(self.folder) == self.name else f"{self.name} ({self.folder.name})"
-        report = take_all(model, WeightFiles(folder / "transformer", "diffusion_pytorch_model"), source)
+        report = take_all(model, self.weight_files(), source)
         report.notes += self._notes(config)
         return report
+
+    def weight_files(self) -> WeightFiles:
+        """The weights of its transformer; they are downloaded now if they lie on the hub.
+
+        Raises:
+            UserError: A file is missing or damaged.
+        """
+        is_local = Path(self.name).exists()
+        folder = self.folder if is_local else _download(self.name, ["transformer/*.safetensors", "transformer/*.json"])
+        return WeightFiles(folder / "transformer", "diffusion_pytorch_model")
 
     def _notes(self, config: RunConfig) -> list[str]:
         """What of the objective is another than that of the snapshot, in sentences."""

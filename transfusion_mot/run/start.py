@@ -113,8 +113,10 @@ def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
     }
 
 
-# Keys of towers that states of earlier versions do not have, and what they mean there.
+# Keys that states of earlier versions do not have, and what that means.
+_NEW: dict[str, Any] = {"rope_scaling": None, "layers_without_rope": [], "max_position_embeddings": None}
 _NEW_IN_TOWERS = {"norm_eps": None, "qk_norm": None, "qkv_bias": False, "output_bias": False}
+_NEW_IN_MODALITIES = {"tied_embeddings": False, "vocab_size": None}
 
 
 def _settled_data(data: DataConfig) -> dict[str, Any]:
@@ -134,13 +136,13 @@ def _settled_model(model: ModelConfig) -> dict[str, Any]:
         del tower["dropout"], tower["pretrained"], tower["copy_of"]
     for modality in kept["modalities"].values():
         del modality["loss_weight"]
-    # States of earlier versions do not have these keys.
-    for section, defaults in (
-        (kept, {"rope_scaling": None, "layers_without_rope": [], "max_position_embeddings": None}),
-        *((tower, _NEW_IN_TOWERS) for tower in kept["towers"].values()),
-        *((modality, {"tied_embeddings": False, "vocab_size": None}) for modality in kept["modalities"].values()),
-    ):
-        for key, default in defaults.items():
-            if section[key] == default:
-                del section[key]
+    _drop(kept, _NEW)
+    for section, new in ((kept["towers"], _NEW_IN_TOWERS), (kept["modalities"], _NEW_IN_MODALITIES)):
+        for entry in section.values():
+            _drop(entry, new)
     return kept
+
+
+def _drop(section: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for key in [key for key, default in defaults.items() if section[key] == default]:
+        del section[key]

@@ -14,6 +14,7 @@ from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.errors import UserError
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.decoding import Decoding
@@ -121,6 +122,7 @@ class Sampler:
         self.branches = self.guidance.branches if self.making else 1
         count = len(documents)
         max_new_tokens = decoding.max_new_tokens if decoding is not None else 0
+        self._text_vocab_size = cast(TokenModality, model.modality(TEXT)).vocab_size
         self._tokens_left = [max_new_tokens] * count
         self._media_left = {name: [making.most] * count for name, making in self.making.items()}
         # All at once, so that a document's numbers do not depend on when others end.
@@ -129,6 +131,10 @@ class Sampler:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
         rows = [self._laid_out(document.given) for document in documents]
+        if target in (TEXT, AUTO) and not all(rows):
+            raise UserError(
+                "there is nothing to go on with: this model's tokenizer has no begin of text; give a prompt"
+            )
         less = [self._context(row) for row in range(count, count * self.branches)]
         longest = max(sum(map(self._num_slots, row)) for row in (*rows, *less))
         # Each comes with its begin and end token.
@@ -168,7 +174,7 @@ class Sampler:
         written = self.session.write(
             TEXT,
             [rows],
-            forbidden=forbidden_tokens(self.tokenizer, len(rows), may_begin),
+            forbidden=forbidden_tokens(self.tokenizer, self._text_vocab_size, len(rows), may_begin),
             ends=[eos, *begins],
             decoding=self.decoding,
             uniform=uniform,
@@ -267,7 +273,7 @@ class Sampler:
     def _laid_out(self, items: Sequence[str | Media]) -> list[TokenRun | LatentSpan]:
         """Texts and media as in training, without the end of the document."""
         segments = [self.tokenizer.encode(item) if isinstance(item, str) else item for item in join_texts(items)]
-        return list(lay_out([[self.tokenizer.bos_id], *segments], self.tokenizer))
+        return list(lay_out([self.tokenizer.document_start, *segments], self.tokenizer))
 
     def _num_slots(self, part: TokenRun | LatentSpan) -> int:
         if isinstance(part, TokenRun):
@@ -276,18 +282,22 @@ class Sampler:
         return height * width // self.model.architecture.modalities[part.media.modality].patch_size ** 2
 
 
-def forbidden_tokens(tokenizer: TextTokenizer, count: int, may_begin: dict[str, Tensor]) -> Tensor:
+def forbidden_tokens(tokenizer: TextTokenizer, vocab_size: int, count: int, may_begin: dict[str, Tensor]) -> Tensor:
     """Which special tokens rows may not write: all but the end of the text, and begin tokens where they may be.
+
+    Nor may they write what the tokenizer does not know.
 
     Args:
         tokenizer: Of the model.
+        vocab_size: Of the model.
         count: Number of rows B.
         may_begin: Bool [B] of each modality whose media may begin.
 
     Returns:
         Bool [B, V].
     """
-    forbidden = torch.zeros(count, tokenizer.vocab_size, dtype=torch.bool)
+    forbidden = torch.zeros(count, vocab_size, dtype=torch.bool)
+    forbidden[:, tokenizer.vocab_size :] = True
     forbidden[:, tokenizer.special_ids] = True
     forbidden[:, tokenizer.eos_id] = False
     for name, allowed in may_begin.items():

@@ -124,7 +124,10 @@ class SnapshotPipeline(DiffusionPipeline):
                 f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
                 "snapshot, or give image_size=PIXELS"
             )
-        if self.text_tokenizer.vocab_size != sizes[TEXT]:
+        # Behind its ids a language model can have spare rows.
+        has_spare = self.transformer.architecture.modalities[TEXT].vocab_size is not None
+        ids = self.text_tokenizer.vocab_size
+        if ids > sizes[TEXT] or (ids < sizes[TEXT] and not has_spare):
             raise UserError(
                 f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
                 f"{sizes[TEXT]}; use the tokenizer that the transformer was trained with"
