@@ -10,7 +10,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from transfusion_mot.codecs.base import LatentCodec
 from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pil, to_pixels
@@ -659,7 +658,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             noise = self._initial_noise(latents, generators, self.latent_shape(size)).to(self._execution_device)
             edit = None
             if original is not None:
-                edit = make_edit(original, strength, cast(LatentCodec, self.codec), noise.dtype)
+                edit = make_edit(original, strength, self.codec, noise.dtype)
 
             def denoise(predict: Predict, _: list[int]) -> Tensor:
                 return self._denoise(
