@@ -330,7 +330,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             negative_prompt: What the guidance by the instruction leads away from, in place of no instruction.
             guidance_interval, guidance_rescale, guidance_renorm: As for painting.
             generator, latents: As for painting.
-            code_temperature, code_top_p: Of codes, as for painting.
+            code_temperature, code_top_p, code_top_k: Of codes, as for painting.
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: As for painting.
 
         Returns:
