@@ -29,11 +29,11 @@ from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.graph import GraphedStep, make_capturable, why_not_recorded
 from transfusion_mot.training.guards import Guards
 from transfusion_mot.training.log import RunLog
+from transfusion_mot.training.lora import choose_trained
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.parallel import place, wrap
 from transfusion_mot.training.state import load_tensors
 from transfusion_mot.training.step import StepResult, train_step
-from transfusion_mot.training.towers import freeze_towers
 from transfusion_mot.training.validation import Validation
 
 
@@ -76,20 +76,21 @@ class Training:
         set_seed(training.seed)
         with torch.device("meta"):
             model = TransfusionMoT.from_sections(data.sizes, config.model, config.diffusion)
+            choose_trained(model, config)
         place(model, accelerator, training.seed)
-        model.attention = training.attention
         # Before the averages are made, which begin with the same weights.
         is_random = start.state is None and not fill_initial_weights(model, config, accelerator)
-        freeze_towers(model, training.frozen_towers)
+        model.attention = training.attention
         if training.float8:
             convert_to_float8(model)
-        ema = EMA(model, training.ema_decay)
+        ema = EMA(model, training.ema_decay, on_cpu=training.ema_on_cpu)
         optimizer = make_optimizer(model, config.optimizer)
         records = training.cuda_graph and why_not_recorded(accelerator.device.type, world_size) is None
         if records:
             make_capturable(optimizer)
         lanes = None if start.state is None else load_tensors(start.state, model, ema, optimizer)
         model.checkpoint_activations(training.activation_checkpointing)
+        model.insulate(training.insulated_towers)
         if training.compile and accelerator.device.type == "cuda":
             model.compile_blocks()
         # What a step calls; the model itself is what is averaged, saved and sampled.
