@@ -1,7 +1,8 @@
-"""Paint prompts, caption images, go on with texts, or let a trained model decide which.
+"""Paint prompts, edit a picture, caption images, go on with texts, or let a trained model decide which.
 
     python sample.py "a red apple" "an octopus"
     python sample.py --checkpoint runs/emoji --prompts-file prompts.txt --num-images 4 --output samples/all
+    python sample.py --checkpoint runs/edit --edit apple.png "make it green" "add a top hat"
     python sample.py --checkpoint runs/emoji --caption photo.jpg drawing.png
     python sample.py --checkpoint runs/emoji --task auto "A story in pictures."
     accelerate launch sample.py --checkpoint runs/coco --prompts-file coco-30k.txt --output samples/coco-30k
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.cli.loading import load_pipeline
-from transfusion_mot.cli.options import PAINT, TASKS, parse_arguments
+from transfusion_mot.cli.options import EDIT, PAINT, TASKS, parse_arguments
 from transfusion_mot.cli.outputs import Denoising, ResultFolder, save_png
 from transfusion_mot.data.images import displayed_size, grid, load_image
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -119,7 +121,9 @@ Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
 
 
 def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What paints prompts, and the settings that it paints with."""
+    """What paints prompts or edits a picture as they say, and the settings that it does it with."""
+    if arguments.edit:
+        pipeline.check_can_edit()
     if (arguments.strip or arguments.gif) and pipeline.codec.kind == "codes":
         raise UserError("--strip and --gif show denoising, and this model writes its pictures as codes; leave them out")
     settings = painting_settings(pipeline, arguments)
@@ -133,8 +137,13 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
     how |= code_settings(pipeline, arguments)
     settings |= code_settings(pipeline, arguments)
     editing: dict[str, Any] = {}
-    pictures = [open_picture(arguments.image)] if arguments.image else []
+    given = arguments.edit or arguments.image
+    pictures = [open_picture(given)] if given else []
     settings |= image_size(pipeline, arguments, pictures)
+    make: Callable[..., Any] = pipeline
+    if arguments.edit:
+        make = partial(pipeline.edit, pictures[0], image_guidance_scale=arguments.image_guidance_scale)
+        settings |= {"edit": arguments.edit, "image_guidance_scale": arguments.image_guidance_scale}
     if arguments.image:
         editing = {"image": pictures[0], "strength": arguments.strength}
         settings |= {"image": arguments.image, "strength": arguments.strength}
@@ -145,7 +154,7 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
     def paint(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
         assert folder is not None
         denoising = Denoising() if arguments.strip or arguments.gif else None
-        images = pipeline(
+        images = make(
             [item.prompt for item in items],
             num_inference_steps=settings["num_inference_steps"],
             guidance_scale=settings["guidance_scale"],
@@ -194,7 +203,7 @@ def code_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) 
     """How codes are drawn, of a model whose pictures are codes."""
     if pipeline.codec.kind == "latents":
         return {}
-    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p")}
+    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
 
 
 def image_size(
@@ -271,7 +280,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
 
 
 def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
 
 def open_picture(path: str) -> Image.Image:
@@ -283,9 +292,11 @@ def open_picture(path: str) -> Image.Image:
     return Image.fromarray(load_image(path, displayed_size(path)))
 
 
-MAKERS = dict(zip(TASKS, (painter, captioner, writer, teller), strict=True))
-RESULTS = dict(zip(TASKS, ("metadata.jsonl", "captions.jsonl", "texts.jsonl", "documents.jsonl"), strict=True))
-VERBS = dict(zip(TASKS, ("painting", "captioning", "writing", "telling"), strict=True))
+MAKERS = dict(zip(TASKS, (painter, painter, captioner, writer, teller), strict=True))
+RESULTS = dict(
+    zip(TASKS, ("metadata.jsonl", "metadata.jsonl", "captions.jsonl", "texts.jsonl", "documents.jsonl"), strict=True)
+)
+VERBS = dict(zip(TASKS, ("painting", "editing", "captioning", "writing", "telling"), strict=True))
 
 
 def sample(
@@ -337,7 +348,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
     shown: list[dict[str, Any]] = []
     for line in lines:
         count += 1
-        if task == PAINT:
+        if task in (PAINT, EDIT):
             shown += [line] if len(shown) < GRID_IMAGES else []
         elif task == "caption":
             print(f"{line['file_name']}: {line['text']}")
@@ -350,7 +361,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
     if folder is None:
         return
     said = f"{count} results in {folder.results}"
-    if task == PAINT:
+    if task in (PAINT, EDIT):
         images = [Image.open(folder.path / line["file_name"]) for line in shown]
         sheet = grid(images, [line["text"] for line in shown], columns=min(GRID_COLUMNS, len(shown)))
         sheet.save(folder.path / "grid.png")

@@ -11,10 +11,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.reporting.plan import plan
+from transfusion_mot.run.begin import read_run_config
 from transfusion_mot.run.data import RunData
+from transfusion_mot.run.from_snapshot import keep_codec
 from transfusion_mot.run.saving import RunSaver
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
@@ -27,14 +29,16 @@ from transfusion_mot.training.watchdog import Watchdog
 
 def main(arguments: list[str]) -> None:
     if "--plan" in arguments:
-        print(plan(arguments))
+        print(plan(arguments, read_run_config))
         return
     started = time.monotonic()
-    config = parse_config(RunConfig, arguments, __doc__ or "")
+    config = read_run_config(arguments, __doc__ or "")
     run, num_steps = Path(config.output_dir), config.training.num_steps
     accelerator = make_accelerator(config.training, run)
     check_run(config, accelerator)
     start = Start.find(config)
+    if start.state is None:
+        config = keep_codec(config, accelerator)
     data = RunData.open(config, accelerator, start.state)
     end_preparing(accelerator)
     start.check(config, data)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,14 @@ from transfusion_mot.training.step import StepResult, train_step
 
 _logger = logging.getLogger(__name__)
 CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
+
+
+class Trains(Protocol):
+    """Something that takes optimizer steps."""
+
+    def step(self) -> Tensor:
+        """One step => what can be looked at, on the device."""
+        ...
 
 
 class Contender:
@@ -168,7 +176,7 @@ class Rival:
         """It trains alone: nothing has to make room for it."""
 
 
-def timed_steps(contender: Contender | Rival, count: int, device: torch.device) -> list[float]:
+def timed_steps(contender: Trains, count: int, device: torch.device) -> list[float]:
     """Milliseconds of each of `count` steps, begun while the one before still computes."""
     if device.type != "cuda":
         times = [time.perf_counter()]

@@ -23,7 +23,7 @@ LAYERS = [
     ["training", "reporting"],
     ["evaluation"],
     ["autoencoder"],
-    ["autoencoder_training"],
+    ["codec_training"],
     ["data"],
     ["models"],
     ["diffusion", "losses", "codecs"],

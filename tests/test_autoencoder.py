@@ -19,14 +19,10 @@ from PIL import Image, ImageDraw
 from process_group import run_script
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from transfusion_mot.autoencoder_training import (
-    _build,
-    _discriminator,
-    _Objective,
-    _reconstruct,
-    augment,
-    train_autoencoder,
-)
+from transfusion_mot.codec_training.bottlenecks import CodeBottleneck, GaussianBottleneck, codebook_use
+from transfusion_mot.codec_training.images import augment, measured
+from transfusion_mot.codec_training.losses import Objective, discriminator
+from transfusion_mot.codec_training.train import _DecoderWithoutLast, build, train_codec
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, SourceConfig, parse_config
 from transfusion_mot.data.images import load_image, to_pixels
@@ -220,7 +216,7 @@ def toy_config(drawings, output_dir, **changes):
 @pytest.fixture(scope="module")
 def trained(drawings, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("vae")
-    metrics = train_autoencoder(toy_config(drawings, output_dir), torch.device("cpu"))
+    metrics = train_codec(toy_config(drawings, output_dir), torch.device("cpu"))
     return output_dir, metrics
 
 
@@ -260,7 +256,7 @@ def test_psnr_agrees_with_torchmetrics(trained, drawings):
     output_dir, _ = trained
     autoencoder = Autoencoder.load(str(output_dir), "cpu")
     images = drawing_arrays(drawings)[:10]
-    values, reconstructions, _ = _reconstruct(autoencoder, images, batch_size=4)
+    values, reconstructions = measured(autoencoder, images, batch_size=4)
     expected = peak_signal_noise_ratio(
         (reconstructions + 1) / 2, torch.as_tensor(images).movedim(-1, 1) / 255, data_range=1.0, dim=(1, 2, 3),
         reduction="none",
@@ -271,7 +267,7 @@ def test_psnr_agrees_with_torchmetrics(trained, drawings):
 def test_training_is_reproducible(drawings, tmp_path):
     fingerprints = []
     for name in ("a", "b"):
-        train_autoencoder(toy_config(drawings, tmp_path / name, num_steps=5), torch.device("cpu"))
+        train_codec(toy_config(drawings, tmp_path / name, num_steps=5), torch.device("cpu"))
         fingerprints.append(Autoencoder.load(str(tmp_path / name), "cpu").fingerprint)
     assert fingerprints[0] == fingerprints[1]
 
@@ -280,28 +276,29 @@ def test_training_goes_on_from_another_autoencoder(trained, drawings, tmp_path):
     begun, _ = trained
     # So short a step that nothing but the beginning is left.
     config = toy_config(drawings, tmp_path / "on", init_from=str(begun), num_steps=1, lr=1e-12, save_dtype="float32")
-    train_autoencoder(config, torch.device("cpu"))
+    train_codec(config, torch.device("cpu"))
     first, second = (Autoencoder.load(str(folder), "cpu").vae.state_dict() for folder in (begun, tmp_path / "on"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="has other sizes than the configuration"):
-        train_autoencoder(dataclasses.replace(config, latent_channels=3), torch.device("cpu"))
+        train_codec(dataclasses.replace(config, latent_channels=3), torch.device("cpu"))
 
 
 def test_training_with_a_discriminator_runs(drawings, tmp_path):
     config = toy_config(drawings, tmp_path, num_steps=6, gan_weight=0.5, gan_start_step=3)
-    assert math.isfinite(train_autoencoder(config, torch.device("cpu"))["log"][-1]["loss"])
+    assert math.isfinite(train_codec(config, torch.device("cpu"))["log"][-1]["loss"])
 
 
 def test_discriminator_pulls_as_hard_as_it_should(drawings, tmp_path):
     config = toy_config(drawings, tmp_path, gan_weight=0.5, gan_start_step=3, kl_weight=0.0)
     torch.manual_seed(0)
-    objective = _Objective(config, torch.device("cpu"))
+    objective = Objective(config, torch.device("cpu"))
     last_layer = torch.nn.Parameter(torch.randn(3, 3, 1, 1))
     features, pixels = random_pixels(4), random_pixels(4).flip(0)
 
     def pull(step):
-        losses = objective(pixels, F.conv2d(features, last_layer), torch.zeros(4), last_layer, step)
+        reconstruction = F.conv2d(features, last_layer)
+        losses = objective(pixels, reconstruction, torch.zeros(()), last_layer=last_layer, step=step)
         return torch.autograd.grad(losses.total, last_layer)[0]
 
     without, with_it = pull(step=2), pull(step=3)
@@ -309,33 +306,40 @@ def test_discriminator_pulls_as_hard_as_it_should(drawings, tmp_path):
 
 
 def test_discriminator_learns_to_tell(drawings, tmp_path):
-    objective = _Objective(toy_config(drawings, tmp_path, gan_weight=0.5), torch.device("cpu"))
+    objective = Objective(toy_config(drawings, tmp_path, gan_weight=0.5), torch.device("cpu"))
     real, fake = torch.ones(4, 3, 16, 16), random_pixels(4)
     for _ in range(30):
-        objective._train_discriminator(real, fake)
+        objective.train_discriminator(real, fake)
     assert objective.discriminator(real).mean() > 0.5
     assert objective.discriminator(fake).mean() < -0.5
-    assert _discriminator()(torch.zeros(1, 3, 64, 64)).shape[-1] == 15
+    assert discriminator()(torch.zeros(1, 3, 64, 64)).shape[-1] == 15
 
 
 def test_kl_is_weighed_against_summed_l1(drawings, tmp_path):
-    config = toy_config(drawings, tmp_path, kl_weight=0.25)
-    pixels, reconstruction, kl = random_pixels(4), random_pixels(4).flip(0), torch.tensor([1.0, 2.0, 3.0, 10.0])
-    losses = _Objective(config, torch.device("cpu"))(pixels, reconstruction, kl, torch.nn.Parameter(pixels), step=0)
+    vae = build(toy_config(drawings, tmp_path))
+    pixels, reconstruction = random_pixels(4), random_pixels(4).flip(0)
+    hidden = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(1))
+    bottleneck = GaussianBottleneck(vae, pixels=3 * 16 * 16, weight=0.25)
+    _, penalty = bottleneck(hidden, torch.Generator().manual_seed(0))
+    objective = Objective(toy_config(drawings, tmp_path), torch.device("cpu"))
+    losses = objective(pixels, reconstruction, penalty, last_layer=torch.nn.Parameter(pixels), step=0)
+    mean, log_variance = hidden.chunk(2, dim=1)
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
     summed = (pixels - reconstruction).abs().sum(dim=(1, 2, 3)) + 0.25 * kl
     torch.testing.assert_close(losses.total, summed.mean() / (3 * 16 * 16))
+    assert bottleneck.report()["kl"] == pytest.approx(float(kl.mean()) / (3 * 16 * 16))
 
 
 def test_perceptual_distance_comes_from_a_local_file(drawings, tmp_path):
     with pytest.raises(UserError, match=r"needs perceptual_path.*vgg16"):
-        _Objective(toy_config(drawings, tmp_path, perceptual_weight=1.0), torch.device("cpu"))
+        Objective(toy_config(drawings, tmp_path, perceptual_weight=1.0), torch.device("cpu"))
     vgg = torchvision.models.vgg16()
     weights = {name: value for name, value in vgg.state_dict().items() if name.startswith("features")}
     torch.save(weights, tmp_path / "vgg16.pth")
     config = toy_config(
         drawings, tmp_path, perceptual_weight=1.0, perceptual_path=str(tmp_path / "vgg16.pth"), kl_weight=0.0
     )
-    objective = _Objective(config, torch.device("cpu"))
+    objective = Objective(config, torch.device("cpu"))
     pixels = random_pixels(2, 32)
     other = pixels.flip(0).requires_grad_()
 
@@ -352,38 +356,36 @@ def test_perceptual_distance_comes_from_a_local_file(drawings, tmp_path):
             difference = (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square()
             expected = expected + F.conv2d(difference, heads[f"lin{level}.model.1.weight"]).mean(dim=(1, 2, 3))
             level += 1
-    losses = objective(pixels, other, torch.zeros(2), torch.nn.Parameter(pixels), step=0)
+    losses = objective(pixels, other, torch.zeros(()), last_layer=torch.nn.Parameter(pixels), step=0)
     torch.testing.assert_close(losses.total - losses.l1, expected.mean(), rtol=1e-3, atol=1e-6)
     losses.total.backward()
     assert other.grad.abs().sum() > 0
 
     torch.save({"x": torch.zeros(1)}, tmp_path / "vgg16.pth")
     with pytest.raises(UserError, match="not a state dict"):
-        _Objective(config, torch.device("cpu"))
+        Objective(config, torch.device("cpu"))
 
 
 def test_configurations_that_do_not_fit(drawings, tmp_path):
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="multiple of 4"):
-        train_autoencoder(
-            toy_config(drawings, tmp_path, data=DataConfig(image_size=18), block_out_channels=[8, 8, 8]), cpu
-        )
+        train_codec(toy_config(drawings, tmp_path, data=DataConfig(image_size=18), block_out_channels=[8, 8, 8]), cpu)
     with pytest.raises(UserError, match="norm_num_groups 3"):
-        train_autoencoder(toy_config(drawings, tmp_path, norm_num_groups=3), cpu)
+        train_codec(toy_config(drawings, tmp_path, norm_num_groups=3), cpu)
     config = toy_config(drawings, tmp_path)
     config.data.held_out_fraction = 0.0
     with pytest.raises(UserError, match="no image is held out"):
-        train_autoencoder(config, cpu)
+        train_codec(config, cpu)
     config.data.sources = [SourceConfig(kind="text", path="x")]
     with pytest.raises(UserError, match="no readable image"):
-        train_autoencoder(config, cpu)
+        train_codec(config, cpu)
     with pytest.raises(UserError, match="not finite at step 3"):
-        train_autoencoder(toy_config(drawings, tmp_path, lr=1e30, num_steps=3, warmup_steps=0), cpu)
+        train_codec(toy_config(drawings, tmp_path, lr=1e30, num_steps=3, warmup_steps=0), cpu)
 
 
 def test_published_config_fits_its_promise():
     config = parse_config(AutoencoderTrainingConfig, ["--config", str(ROOT / "configs/vae/emoji.yaml")], "")
-    vae = _build(config)
+    vae = build(config)
     assert sum(parameter.numel() for parameter in vae.parameters()) <= 4_000_000
     autoencoder = Autoencoder(vae)
     assert (autoencoder.latent_channels, autoencoder.downsampling) == (4, 4)

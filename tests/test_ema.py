@@ -79,9 +79,9 @@ def test_model_computes_with_the_averages_and_gets_its_weights_back() -> None:
         assert model.training
         assert torch.equal(logits(model), own)
     assert not torch.equal(own, logits(averaged))
-    whole = ema.gathered(keep=True)
+    whole = ema.gathered(model, keep=True)
     assert all(torch.equal(whole[name], parameter) for name, parameter in averaged.named_parameters())
-    assert ema.gathered(keep=False) == {}
+    assert ema.gathered(model, keep=False) == {}
 
 
 def test_weights_come_back_after_an_error() -> None:

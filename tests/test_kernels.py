@@ -14,35 +14,49 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
 
-# Query heads, key/value heads, head width, slots of each tower, whether queries and keys are normed.
-CASES = [
-    (2, 2, 8, (5, 12), True),
-    (4, 2, 24, (3, 8), True),
-    (2, 1, 16, (20,), False),
-    (3, 3, 64, (7, 1, 9), True),
+# Query heads, key/value heads, head width, slots of each tower, and the epsilons of their norms of queries and keys;
+# None is a tower without them.
+Case = tuple[int, int, int, tuple[int, ...], tuple[float | None, ...]]
+CASES: list[Case] = [
+    (2, 2, 8, (5, 12), (1e-5, 1e-5)),
+    (4, 2, 24, (3, 8), (1e-5, 0.5)),
+    (2, 1, 16, (20,), (None,)),
+    (3, 3, 64, (7, 1, 9), (1e-5, 1e-5, 1e-5)),
+    (2, 1, 16, (6, 9), (None, 0.3)),
+    (2, 2, 8, (6, 9, 4), (0.1, None, 0.4)),
 ]
 ROWS = 3
 
 
-def check_join_heads(case: tuple[int, int, int, tuple[int, ...], bool], device: str, dtype: torch.dtype) -> None:
+def check_join_heads(case: Case, device: str, dtype: torch.dtype) -> None:
     """Results and gradients of the kernel against the modules of the model, in the given number format."""
     from transfusion_mot.models.kernels import join_heads
 
-    heads, kv_heads, head_dim, lengths, qk_norm = case
+    heads, kv_heads, head_dim, lengths, epsilons = case
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     projections = [drawn(ROWS, length, (heads + 2 * kv_heads) * head_dim, dtype=dtype) for length in lengths]
-    modules = [QKVProjection(8, heads, kv_heads, head_dim, qk_norm, 1e-5).to(device) for _ in lengths]
-    weights = [getattr(module, name).weight for name in ("q_norm", "k_norm") for module in modules if qk_norm]
+    modules = [
+        QKVProjection(8, heads, kv_heads, head_dim, qk_norm=eps is not None, eps=eps or 0.0).to(device)
+        for eps in epsilons
+    ]
+    normed = [eps is not None for eps in epsilons]
+    weights = [
+        getattr(module, name).weight
+        for name in ("q_norm", "k_norm")
+        for module, has_norm in zip(modules, normed, strict=True)
+        if has_norm
+    ]
     for weight in weights:
         torch.nn.init.normal_(weight, 1.0, 0.3)
     positions = torch.randint(50, (ROWS, sum(lengths)), generator=generator).to(device)
     cos, sin = rotary_angles(positions, head_dim, 10000.0)
     half = len(weights) // 2
-    joined = join_heads(projections, weights[:half], weights[half:], cos, sin, heads, kv_heads, 1e-5)
+    eps = [module.eps for module in modules]
+    joined = join_heads(projections, weights[:half], weights[half:], cos, sin, heads, kv_heads, normed, eps)
 
     parts, start = [], 0
     for projection, module in zip(projections, modules, strict=True):
@@ -84,6 +98,6 @@ def test_kernels_by_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [*CASES, (12, 12, 128, (300, 512), True), (8, 2, 128, (77, 64), True)])
-def test_join_heads_on_a_gpu(case: tuple[int, int, int, tuple[int, ...], bool], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", [*CASES, (12, 12, 128, (300, 512), (1e-5, 1e-5)), (8, 2, 128, (77, 64), (None, 1e-5))])
+def test_join_heads_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     check_join_heads(case, "cuda", dtype)

@@ -43,7 +43,7 @@ def test_parts_that_follow_from_counts() -> None:
     fsdp = step_memory(model, shape, Setting(4, gpus=8, parallelism="fsdp2"))
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer, fsdp.ema) == tuple(n * count / 8 for n in (4, 4, 8, 4))
     matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2)
-    assert step_memory(model, shape, Setting(4, muon=True)).optimizer == 8 * count - 4 * matrices
+    assert step_memory(model, shape, Setting(4, optimizer="muon")).optimizer == 8 * count - 4 * matrices
     for parameter in model.blocks.parameters():
         parameter.requires_grad_(False)
     blocks = sum(parameter.numel() for parameter in model.blocks.parameters())

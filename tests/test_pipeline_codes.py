@@ -88,6 +88,8 @@ def test_guidance_of_codes(pipeline) -> None:
     plain = codes("an octopus", guidance_scale=1.0)
     assert torch.equal(codes("sun", guidance_scale=0.0, negative_prompt="an octopus"), plain)
     assert not torch.equal(codes("sun", guidance_scale=6.0), codes("sun", guidance_scale=1.0))
+    # The most probable code alone is what temperature 0 takes.
+    assert torch.equal(codes("sun", code_top_k=1), codes("sun", code_temperature=0.0))
     assert torch.equal(codes("sun", code_temperature=0.0), codes("sun", code_temperature=0.0, num_inference_steps=9))
 
 

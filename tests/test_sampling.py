@@ -460,8 +460,11 @@ def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(toke
     assert "".join(item if isinstance(item, str) else "|" for item in document.added) == expected
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7), (1.7, 0.5), (1.0, 1e-6)])
-def test_tokens_are_drawn_with_their_probabilities(temperature, top_p):
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.7, 0), (1.7, 0.5, 0), (1.0, 1e-6, 0), (1.0, 1.0, 2), (1.3, 0.9, 3), (1, 1, 1)],
+)
+def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, top_k):
     logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 0.0, -math.inf], [1.0, 1.1, 1.2, 1.3, -5.0, 4.0]])
     draws = 40_000
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
@@ -470,12 +473,12 @@ def test_tokens_are_drawn_with_their_probabilities(temperature, top_p):
         by_weight = sorted(range(len(weights)), key=lambda token: -weights[token])
         nucleus, mass = [], 0.0
         for token in by_weight:
-            if mass >= top_p * sum(weights):
+            if mass >= top_p * sum(weights) or len(nucleus) == (top_k or len(weights)):
                 break
             nucleus.append(token)
             mass += weights[token]
         expected = torch.tensor([weights[token] / mass if token in nucleus else 0.0 for token in range(len(weights))])
-        chosen = choose_tokens(row.expand(draws, -1), Decoding(1, temperature, top_p), uniform)
+        chosen = choose_tokens(row.expand(draws, -1), Decoding(1, temperature, top_p, top_k), uniform)
         frequency = torch.bincount(chosen, minlength=len(weights)) / draws
         assert ((frequency > 0) <= (expected > 0)).all()
         # Four standard deviations of a binomial share.
@@ -498,6 +501,8 @@ def test_draws_at_both_ends_choose_tokens_that_can_be_chosen():
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_p": math.nan},
+        {"top_k": -1},
+        {"top_k": 2.5},
     ],
 )
 def test_decoding_settings_out_of_range_are_refused(settings):

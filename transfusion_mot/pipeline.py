@@ -10,7 +10,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from transfusion_mot.codecs.base import LatentCodec
 from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pil, to_pixels
@@ -20,7 +19,7 @@ from transfusion_mot.errors import UserError, refuse_surrogates
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.sampling import snapshot
 from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit
+from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit, one_a_prompt
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.sampler import AUTO, Denoise, Making, OpenDocument, Predict, Sampler
@@ -201,6 +200,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         mask_image: Pictures | None = None,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,
+        code_top_k: int = 0,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -235,6 +235,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
             code_temperature: Of codes: divides the logits; 0 takes the most probable code.
             code_top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
+            code_top_k: Codes are drawn from the so many most probable ones; 0 is all.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X], or codes [B, Y, X]).
             return_dict: False returns a tuple.
@@ -252,78 +253,140 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             UserError: An argument is out of its range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self.check_prompts(prompts)
-        negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
-        if len(negatives) not in (1, len(prompts)):
-            raise UserError(
-                f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each"
-            )
-        self.check_prompts(negatives)
-        negatives = negatives * (len(prompts) // len(negatives))
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-        numbers = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        numbers = self._numbers(prompts, num_images_per_prompt)
+        negatives = self._negatives(negative_prompt, len(prompts))
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         guidance = Guidance(scale, interval=guidance_interval, rescale=guidance_rescale, renorm=guidance_renorm)
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type is '{output_type}'; known: {', '.join(OUTPUT_TYPES)}")
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
         if mask_image is not None and image is None:
             raise UserError("there is a mask_image and no image; give the image that it belongs to")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
-            raise UserError(
-                f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
-                f"{' and '.join(self._callback_tensor_inputs)}"
-            )
-        if output_type != "latent":
-            self._check_can_paint()
-        is_codes = self.codec.kind == "codes"
-        if is_codes:
-            by_diffusion = {
-                "guidance_interval": guidance.interval != (0.0, 1.0),
-                "latents": latents is not None,
-                "image": image is not None,
-                "callback_on_step_end": callback_on_step_end is not None,
-            }
-            if refused := [name for name, given in by_diffusion.items() if given]:
-                raise UserError(f"{refused[0]} is given, and this model writes its pictures as codes; leave it out")
-        generators = _one_each(generator, len(numbers))
-        device = self._execution_device
-        original, edit = None, None
+        original = None
         if image is None:
             size = self.sizes.painted(height, width)
         else:
+            self._refuse_for_codes("image")
             original = load_original(
-                image, mask_image, sizes=self.sizes, height=height, width=width, repeats=numbers, device=device
+                image,
+                mask_image,
+                sizes=self.sizes,
+                height=height,
+                width=width,
+                repeats=numbers,
+                device=self._execution_device,
             )
             size = original.size
-        denoise = None
-        if not is_codes:
-            noise = self._initial_noise(latents, generators, self.latent_shape(size)).to(device)
-            if original is not None:
-                edit = make_edit(original, strength, cast(LatentCodec, self.codec), noise.dtype)
-
-            def denoise(predict: Predict, _: list[int]) -> Tensor:
-                return self._denoise(
-                    predict,
-                    noise,
-                    steps,
-                    generators=generators,
-                    edit=edit,
-                    callback=callback_on_step_end,
-                    callback_tensors=callback_on_step_end_tensor_inputs,
-                )
-
-        documents = [OpenDocument([prompts[number]], negatives[number]) for number in numbers]
-        making = self._picture_making(size, 1, denoise, Decoding(1, code_temperature, code_top_p))
-        self._sampler(documents, self.image_modality, generators=generators, making=making, guidance=guidance).run()
-        contents = [content for document in documents for content in document.made]
-        images = self._finish(self._stacked(contents, size), output_type, original)
-        self.maybe_free_model_hooks()
+        images = self._paint(
+            [OpenDocument([prompts[number]], negatives[number]) for number in numbers],
+            size,
+            guidance,
+            num_inference_steps=steps,
+            generator=generator,
+            latents=latents,
+            original=original,
+            strength=strength,
+            decoding=Decoding(1, code_temperature, code_top_p, code_top_k),
+            output_type=output_type,
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Pictures,
+        instruction: str | list[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float = 1.5,
+        num_images_per_prompt: int = 1,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guidance_renorm: bool = False,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        code_temperature: float = 1.0,
+        code_top_p: float = 1.0,
+        code_top_k: int = 0,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "clean"),
+    ) -> Any:
+        """Edit pictures as instructions say, with a model that was trained on editing pairs.
+
+        The model sees the whole picture and paints another one. (`image` of a call varies a picture with any model: it
+        begins with the picture's noise.)
+
+        Args:
+            image: The picture to edit, of any size, or one for each instruction; each is read as in training.
+            instruction: One instruction or several.
+            num_inference_steps: As for painting.
+            guidance_scale: How much the result follows the instruction, 1 is plainly; None is the pipeline's own.
+            image_guidance_scale: How much it follows the picture, 1 is plainly (InstructPix2Pix, arXiv 2211.09800,
+                equation 3). With both guidances a step costs three forwards.
+            num_images_per_prompt: Results of each instruction; they stand together.
+            height, width: Of the result, in pixels; None is the size at which training would read the picture.
+            negative_prompt: What the guidance by the instruction leads away from, in place of no instruction.
+            guidance_interval, guidance_rescale, guidance_renorm: As for painting.
+            generator, latents: As for painting.
+            code_temperature, code_top_p, code_top_k: Of codes, as for painting.
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: As for painting.
+
+        Returns:
+            An `ImagePipelineOutput` whose `images` has one for each instruction and each of `num_images_per_prompt`.
+
+        Raises:
+            UserError: The model was not trained on editing pairs, or an argument is out of its range.
+        """
+        self.check_can_edit()
+        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        numbers = self._numbers(instructions, num_images_per_prompt)
+        negatives = self._negatives(negative_prompt, len(instructions))
+        pictures = one_a_prompt(image, "image", len(instructions))
+        for text in (*instructions, *negatives):
+            # As long as in training, where the result stands behind it.
+            self._check_document([pictures[0], text, pictures[0]])
+        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        guidance = Guidance(
+            scale,
+            interval=guidance_interval,
+            rescale=guidance_rescale,
+            renorm=guidance_renorm,
+            image_scale=float(image_guidance_scale),
+        )
+        size = self.sizes.painted(height, width, pictures)
+        encoded = self._encode(pictures, size)
+        images = self._paint(
+            [OpenDocument([encoded[number], instructions[number]], negatives[number]) for number in numbers],
+            size,
+            guidance,
+            num_inference_steps=steps,
+            generator=generator,
+            latents=latents,
+            decoding=Decoding(1, code_temperature, code_top_p, code_top_k),
+            output_type=output_type,
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_can_edit(self) -> None:
+        """Refuse to edit with a model that has never seen an edit.
+
+        Raises:
+            UserError: It was not trained on editing pairs.
+        """
+        if not self.config.trained_on_edits:
+            raise UserError(
+                "this model was not trained on editing pairs, so it would not follow an instruction; train it on some "
+                "(source_image_column of a source), or vary the picture with image and strength"
+            )
 
     @torch.no_grad()
     def caption(
@@ -334,6 +397,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: Generators = None,
+        top_k: int = 0,
     ) -> list[str]:
         """Describe pictures of any size and mode; each is brought to one of the model's sizes as in training.
 
@@ -344,6 +408,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             temperature: Divides the logits; 0 takes the most probable token.
             top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
             generator: As for images: one for each picture, or one for all.
+            top_k: Tokens are drawn from the so many most probable ones; 0 is all.
 
         Raises:
             UserError: An argument is out of its range, or a picture cannot be used.
@@ -356,7 +421,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             raise UserError(f"there are {len(beginnings)} prompts for {len(pictures)} images; give one, or one each")
         self.check_prompts(beginnings)
         documents = [OpenDocument([*pair]) for pair in zip(self._encode(pictures), beginnings, strict=True)]
-        return self._write(documents, Decoding(max_new_tokens, temperature, top_p), generator)
+        return self._write(documents, Decoding(max_new_tokens, temperature, top_p, top_k), generator)
 
     @torch.no_grad()
     def complete(
@@ -366,6 +431,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: Generators = None,
+        top_k: int = 0,
     ) -> list[str]:
         """Go on with one text or several until their end; arguments as for `caption`.
 
@@ -378,7 +444,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         texts = [text] if isinstance(text, str) else list(text)
         self.check_prompts(texts)
         return self._write(
-            [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p), generator
+            [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p, top_k), generator
         )
 
     @torch.no_grad()
@@ -394,8 +460,10 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         width: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,
+        code_top_k: int = 0,
         generator: torch.Generator | None = None,
     ) -> list[str | Image.Image]:
         """Go on with a document of texts and images; the model decides what follows, and when it is over.
@@ -408,8 +476,8 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             guidance_scale: How much a painting follows what is before it, 1 is plainly; None is the pipeline's own. It
                 is led away from an image without any context, which training shows as images without their prompts.
             height, width: Of all images of the document, as for painting; None is that of the first picture.
-            temperature, top_p: Of texts, as for `caption`.
-            code_temperature, code_top_p: Of images, as for painting.
+            temperature, top_p, top_k: Of texts, as for `caption`.
+            code_temperature, code_top_p, code_top_k: Of images, as for painting.
             generator: Of all that is drawn.
 
         Returns:
@@ -432,13 +500,13 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         if max_images:
             self._check_can_paint()
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
-        decoding = Decoding(max_new_tokens, temperature, top_p)
+        decoding = Decoding(max_new_tokens, temperature, top_p, top_k)
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
         whole = OpenDocument([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
         denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
-        making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p))
+        making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p, code_top_k))
         self._sampler([whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance).run()
         added = [
             item if isinstance(item, str) else to_pil(self._decode(self._stacked([item.content], size)))[0]
@@ -460,6 +528,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         width: int | None = None,
         temperature: float | None = None,
         top_p: float = 1.0,
+        top_k: int = 0,
         generator: Generators = None,
     ) -> list[Result]:
         """Go on with documents in any modality of the model.
@@ -474,7 +543,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             height: Of pictures, as for painting; of other latents their own height Y.
             width: As `height`.
             temperature: Divides the logits; 0 takes the most probable token. None is 0 of text, and 1 of codes.
-            top_p: As for `caption`.
+            top_p, top_k: As for `caption`.
             generator: One for each document, or one for all.
 
         Returns:
@@ -500,11 +569,11 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
             for document in documents
         ]
         if target == TEXT:
-            return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p), generator)]
+            return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p, top_k), generator)]
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         generators = _one_each(generator, len(given))
         modality = self.transformer.modality(target)
-        decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p)
+        decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p, top_k)
         size = self.sizes.painted(height, width) if target == self.image_modality else None
         if size is not None:
             denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, generators)
@@ -531,6 +600,88 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Normalised latents [B, C, Y, X] or codes [B, Y, X] => pictures, as of a callback's `clean`."""
         return to_pil(self._decode(latents))
+
+    def _numbers(self, prompts: list[str], num_images_per_prompt: int) -> list[int]:
+        """The number of the prompt of each result, of prompts that the model can read."""
+        self.check_prompts(prompts)
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
+        return [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
+
+    def _negatives(self, negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:
+        """The negative prompt of each prompt, of those that the model can read."""
+        negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+        if len(negatives) not in (1, num_prompts):
+            raise UserError(
+                f"there are {len(negatives)} negative prompts for {num_prompts} prompts; give one, or one for each"
+            )
+        self.check_prompts(negatives)
+        return negatives * (num_prompts // len(negatives))
+
+    def _refuse_for_codes(self, what: str) -> None:
+        if self.codec.kind == "codes":
+            raise UserError(f"{what} is given, and this model writes its pictures as codes; leave it out")
+
+    def _paint(
+        self,
+        documents: list[OpenDocument],
+        size: Size,
+        guidance: Guidance,
+        *,
+        num_inference_steps: int,
+        generator: Generators,
+        latents: Tensor | None,
+        decoding: Decoding,
+        output_type: str,
+        callback: Callback | None,
+        callback_tensors: Sequence[str],
+        original: Original | None = None,
+        strength: float = 1.0,
+    ) -> Any:
+        """Paint what comes next in each document, and give it in the form that is asked for."""
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is '{output_type}'; known: {', '.join(OUTPUT_TYPES)}")
+        if output_type != "latent":
+            self._check_can_paint()
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            callback_tensors = callback.tensor_inputs
+        if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
+            raise UserError(
+                f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
+                f"{' and '.join(self._callback_tensor_inputs)}"
+            )
+        by_diffusion = {
+            "guidance_interval": guidance.interval != (0.0, 1.0),
+            "latents": latents is not None,
+            "callback_on_step_end": callback is not None,
+        }
+        for name in (name for name, given in by_diffusion.items() if given):
+            self._refuse_for_codes(name)
+        generators = _one_each(generator, len(documents))
+        denoise = None
+        if self.codec.kind == "latents":
+            noise = self._initial_noise(latents, generators, self.latent_shape(size)).to(self._execution_device)
+            edit = None
+            if original is not None:
+                edit = make_edit(original, strength, self.codec, noise.dtype)
+
+            def denoise(predict: Predict, _: list[int]) -> Tensor:
+                return self._denoise(
+                    predict,
+                    noise,
+                    num_inference_steps,
+                    generators=generators,
+                    edit=edit,
+                    callback=callback,
+                    callback_tensors=callback_tensors,
+                )
+
+        making = self._picture_making(size, 1, denoise, decoding)
+        self._sampler(documents, self.image_modality, generators=generators, making=making, guidance=guidance).run()
+        contents = [content for document in documents for content in document.made]
+        images = self._finish(self._stacked(contents, size), output_type, original)
+        self.maybe_free_model_hooks()
+        return images
 
     def _sampler(self, documents: list[OpenDocument], target: str, **arguments: Any) -> Sampler:
         return Sampler(

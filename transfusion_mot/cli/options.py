@@ -6,9 +6,9 @@ from typing import NoReturn
 from transfusion_mot.cli.loading import DTYPES
 from transfusion_mot.errors import UserError
 
-# The task that paints prompts.
-PAINT = "image"
-TASKS = (PAINT, "caption", "text", "auto")
+# The tasks that paint prompts, and edit a picture as they say.
+PAINT, EDIT = "image", "edit"
+TASKS = (PAINT, EDIT, "caption", "text", "auto")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,8 +39,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add(
         "--task",
         choices=TASKS,
-        help="paint prompts, caption images, go on with texts, or let the model decide when it writes and when it "
-        "paints (default: caption if --caption is given, else image)",
+        help="paint prompts, edit a picture as they say, caption images, go on with texts, or let the model decide "
+        "when it writes and when it paints (default: caption if --caption is given, edit if --edit is, else image)",
     )
     add("--prompts-file", metavar="FILE", help="a prompt on each line, empty lines are skipped; - is standard input")
     add("--num-images", type=int, default=1, metavar="N", help="results of each prompt (default: 1)")
@@ -91,10 +91,23 @@ def parse_arguments(description: str) -> argparse.Namespace:
         help="of a model whose pictures are codes; 0 takes the most probable codes (default: 1)",
     )
     add("--code-top-p", type=float, default=1.0, metavar="X", help="likewise, share of the probability (default: 1)")
+    add(
+        "--code-top-k", type=int, default=0, metavar="N", help="likewise, most probable codes (default: 0, all of them)"
+    )
     add("--strip", action="store_true", help="also write each picture's denoising as a strip of pictures")
     add("--gif", action="store_true", help="also write it as an animation")
 
-    add = parser.add_argument_group("editing").add_argument
+    add = parser.add_argument_group("editing (of a model that was trained on editing pairs)").add_argument
+    add("--edit", metavar="FILE", help='edit this picture as each prompt says, such as "make it green"')
+    add(
+        "--image-guidance-scale",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="how strongly to keep to the picture; --guidance-scale is for the instruction; 1 is off (default: 1.5)",
+    )
+
+    add = parser.add_argument_group("variations (of any model)").add_argument
     add("--image", metavar="FILE", help="paint variations of this picture; with --task auto, what comes first")
     add(
         "--strength",
@@ -110,10 +123,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest text (default: 64)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
+    add("--top-k", type=int, default=0, metavar="N", help="most probable words to draw from (default: 0, all of them)")
     add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
     arguments = parser.parse_intermixed_args()
-    arguments.task = arguments.task or ("caption" if arguments.caption else PAINT)
-    if arguments.output is None and arguments.task in (PAINT, "auto"):
+    arguments.task = arguments.task or ("caption" if arguments.caption else EDIT if arguments.edit else PAINT)
+    if arguments.output is None and arguments.task in (PAINT, EDIT, "auto"):
         arguments.output = "samples"
     _check(arguments)
     return arguments
@@ -130,11 +144,17 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"both {other} and --caption are given; paint and caption in two commands")
     if task == "caption" and not arguments.caption:
         raise UserError("--task caption has nothing to do; give --caption IMAGE")
+    if task == EDIT and not arguments.edit:
+        raise UserError("--task edit has no picture; give --edit FILE, and instructions as prompts")
+    if arguments.edit and task != EDIT:
+        raise UserError(f"--edit goes with --task edit, not with {task}; leave --task out")
+    if arguments.edit and arguments.image:
+        raise UserError("--edit changes a picture as a prompt says, and --image varies one; give one of them")
     if arguments.mask and not (arguments.image and task == PAINT):
         raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
     if arguments.image and task not in (PAINT, "auto"):
         raise UserError(f"--image goes with --task image or auto, not with {task}; to caption it give --caption")
-    if (arguments.height is not None or arguments.width is not None) and task not in (PAINT, "auto"):
-        raise UserError(f"--height and --width go with --task image or auto, not with {task}")
-    if (arguments.strip or arguments.gif) and task != PAINT:
-        raise UserError(f"--strip and --gif go with --task image, not with {task}")
+    if (arguments.height is not None or arguments.width is not None) and task not in (PAINT, EDIT, "auto"):
+        raise UserError(f"--height and --width go with --task image, edit or auto, not with {task}")
+    if (arguments.strip or arguments.gif) and task not in (PAINT, EDIT):
+        raise UserError(f"--strip and --gif go with --task image or edit, not with {task}")

@@ -95,6 +95,11 @@ class CodeCodec(Protocol):
 Codec = LatentCodec | CodeCodec
 
 
+def reconstruct(codec: Codec, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] => what the codec makes of them and back, without the noise of latents."""
+    return codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
+
+
 def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
     """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -87,7 +87,7 @@ class Batch:
         return dataclasses.replace(self, inputs=inputs, slots=slots)
 
     def at(self, timestep: float) -> Self:
-        """The same with all latents at one timestep; copies stay clean."""
+        """The same with all latents at one timestep; copies and conditions stay clean."""
         inputs = {
             name: given.at(timestep) if isinstance(given, LatentInput) else given for name, given in self.inputs.items()
         }

@@ -68,13 +68,15 @@ class Document:
     Attributes:
         segments: In reading order; none if nothing of it can be read.
         stream: Modality of its tokens outside of media.
-        caption_cut: Whether its caption was longer than a row.
+        has_token_loss: Whether these have a loss.
+        caption_cut: Whether its caption or instruction was longer than a row.
         unreadable: Media of it that cannot be read, and so are left out.
         too_long: Codes of it that are longer than a row, and so are left out.
     """
 
     segments: list[Segment] = field(default_factory=list)
     stream: str = TEXT
+    has_token_loss: bool = True
     caption_cut: bool = False
     unreadable: int = 0
     too_long: int = 0
@@ -126,7 +128,7 @@ def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
 
 
 class DocumentReader:
-    """Reads documents of sources: their items, put in order by one of four templates.
+    """Reads documents of sources: their items, put in order by one of five templates.
 
     | template | segments |
     | --- | --- |
@@ -134,6 +136,7 @@ class DocumentReader:
     | prompt dropped | `BOS` media |
     | media first | `BOS` media `caption EOS` |
     | in reading order | `BOS text` media `text ... EOS` |
+    | edit | `BOS` condition `instruction` media; the condition, the instruction or both may be dropped |
 
     Args:
         tokenizer: Turns text into ids and knows the special ones.
@@ -150,13 +153,15 @@ class DocumentReader:
         items = source.documents.document(index)
         if source.documents.is_paired:
             return self._paired(source, items, rng)
+        if isinstance(items[0], MediaItem) and items[0].is_condition:
+            return self._edit(source, items, rng)
         if source.stream in (None, TEXT):
             return self._in_reading_order(source, items, rng)
         return self._codes_alone(source, items)
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """Text and media of one thing, in an order that is drawn."""
-        config, bos, eos = self.config, self.tokenizer.bos_id, self.tokenizer.eos_id
+        config, start, eos = self.config, self.tokenizer.document_start, self.tokenizer.eos_id
         draws = rng.random(4)
         caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
         flipped = bool(draws[3] < 0.5)
@@ -174,7 +179,7 @@ class DocumentReader:
             return document
         if caption_first and prompt_dropped:
             # Ends at the end token, without a label there: that media have no caption is not for the model to learn.
-            document.segments = [[bos], *media]
+            document.segments = [start, *media]
             return document
         captions = next(item.choices for item in items if isinstance(item, Text))
         caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
@@ -183,12 +188,46 @@ class DocumentReader:
         document.caption_cut = len(caption) > most
         caption = caption[:most]
         if not caption_first:
-            document.segments = [[bos], *media, [*caption, eos]]
+            document.segments = [start, *media, [*caption, eos]]
             return document
         # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
         # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
         is_hidden = config.has_copies and not media[-1].is_codes
-        document.segments = [[bos, *caption], *media, *([] if is_hidden else [[eos]])]
+        document.segments = [[*start, *caption], *media, *([] if is_hidden else [[eos]])]
+        return document
+
+    def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
+        """The image that is edited, an instruction, and what comes of it: the only thing that has a loss.
+
+        Where something is left out, what stands there is what guidance leads away from when sampling.
+        """
+        before, text, after = items
+        assert isinstance(before, MediaItem)
+        assert isinstance(text, Text)
+        assert isinstance(after, MediaItem)
+        draws, dropout = rng.random(3), self.config.edit_dropout
+        flipped = bool(draws[0] < 0.5)
+        document = Document(has_token_loss=False)
+        condition = self._media(source, before, flipped, 0.0, False, document)
+        target = self._media(source, after, flipped, 1.0, False, document)
+        if not condition or not target:
+            # One of them is of no use.
+            return document
+        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
+            document.too_long += 1
+            return document
+        instruction = self.tokenizer.encode(text.choices[int(draws[1] * len(text.choices))])
+        # Begin and end token of the condition.
+        most = self.config.max_caption_tokens - 2
+        document.caption_cut = len(instruction) > most
+        # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
+        left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
+        document.segments = [
+            self.tokenizer.document_start,
+            *(condition if left_out in (0, 3) else []),
+            instruction[:most] if left_out in (1, 3) else [],
+            *target,
+        ]
         return document
 
     def _in_reading_order(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
@@ -202,7 +241,7 @@ class DocumentReader:
             else:
                 readable += self._media(source, item, flipped, 1.0, self.config.has_copies, document)
         segments: list[Segment] = []
-        text = [self.tokenizer.bos_id]
+        text = list(self.tokenizer.document_start)
         for part in join_texts(readable):
             if isinstance(part, str):
                 text += self.tokenizer.encode(part)
@@ -241,13 +280,15 @@ class DocumentReader:
                 document.unreadable += 1
                 return []
             pixels = pixels[:, ::-1] if flipped else pixels
-            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, pixels), copied)]
+            content = LatentMedia(item.index, flipped, max_timestep, pixels)
+            return [Media(item.modality, content, copied, item.is_condition)]
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return []
         if encoded.kind == "latents":
-            return [Media(item.modality, LatentMedia(item.index, flipped, max_timestep, None), copied)]
-        media = Media(item.modality, encoded.span(item.index, flipped))
+            content = LatentMedia(item.index, flipped, max_timestep, None)
+            return [Media(item.modality, content, copied, item.is_condition)]
+        media = Media(item.modality, encoded.span(item.index, flipped), is_condition=item.is_condition)
         if media.num_slots > self.config.slots[item.modality]:
             document.too_long += 1
             return []

@@ -194,11 +194,11 @@ def write_corpus(
     partial = output / "metadata.jsonl.partial"
     partial.write_text("".join(lines), encoding="utf-8")
     os.replace(partial, output / "metadata.jsonl")
-    (output / "LICENSES").write_text(_licences(package, tags), encoding="utf-8")
+    (output / "LICENSES").write_text(licences_of(package, tags), encoding="utf-8")
     return counts
 
 
-def _licences(package: Path, tags: Path | None) -> str:
+def licences_of(package: Path, tags: Path | None) -> str:
     """Style, author and licence of every set: all of them ask for attribution or for the licence to be kept."""
     collections = _read(package / "collections.json")
     lines = [f"Drawings: npm {_ICONS} {_read(package / 'package.json')['version']}, rendered to PNG on white.\n"]
@@ -217,7 +217,7 @@ def _licences(package: Path, tags: Path | None) -> str:
 
 
 @contextmanager
-def _packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple[Path, Path | None]]:
+def emoji_packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple[Path, Path | None]]:
     """Folders of the drawings and the tags: the user's own, or fetched and unpacked for as long as they are needed."""
     with tempfile.TemporaryDirectory() as folder:
         if iconify is None:
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str]) -> None:
 
     check_writable_folder(given.output, "--output")
     begun = time.perf_counter()
-    with _packages(given.iconify, given.emojibase) as (package, tags):
+    with emoji_packages(given.iconify, given.emojibase) as (package, tags):
         counts = write_corpus(
             package, tags, Path(given.output), given.size, given.held_out_fraction, given.seed, given.workers
         )

@@ -261,6 +261,13 @@ def draw_svg(svg: str, size: int) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
+def draw_transparent_svg(svg: str, size: int) -> Image.Image:
+    """An SVG without a ground => RGBA picture `size` pixels high and wide; needs the package resvg-py."""
+    import resvg_py
+
+    return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))).convert("RGBA")
+
+
 def to_pixels(images_uint8: ImageArray | torch.Tensor) -> torch.Tensor:
     """`uint8 [..., H, W, 3]` => `pixels` in [-1, 1], float32 `[..., 3, H, W]`, on the device of the input."""
     return torch.as_tensor(images_uint8).movedim(-1, -3).float().div(127.5).sub(1.0)

@@ -147,9 +147,9 @@ class Inspection:
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
             return load_tokenizer(str(kept), self.config.model.stream_order)
+        model, modalities = self.config.model, self.config.model.stream_order
         if self.config.tokenizer.path is not None:
-            return load_tokenizer(self.config.tokenizer.path, self.config.model.stream_order)
-        modalities = self.config.model.stream_order
+            return load_tokenizer(self.config.tokenizer.path, modalities, model.has_pretrained_text)
         return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size, modalities)
 
     def packer(self, data: DataConfig) -> Packer:
@@ -366,11 +366,9 @@ def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | N
     for name, given in row.inputs.items():
         if isinstance(given, TokenInput):
             continue
-        assert given.mask is not None
-        is_used = given.mask if given.copies is None else given.mask | given.copies
         named: list[Any] = given.latents[0, :, :, 0, 0].long().tolist()
         pictures: list[ImageArray | None] = []
-        for (source, index, flipped), used in zip(named, is_used[0].tolist(), strict=True):
+        for (source, index, flipped), used in zip(named, given.is_filled[0].tolist(), strict=True):
             try:
                 image = sources.sources[source].documents.media[name].image(index) if used else None
             except UserError:

@@ -7,6 +7,7 @@ Training, validation, guards and the sampler all lay documents out here.
 | text | its tokens |
 | media of latents | begin token (text), a media slot, a second one if it has a clean copy, end token (text) |
 | media of codes | begin token (text), `start` and the codes (their own stream), end token (text) |
+| a condition | the same, with one media slot or with codes without labels |
 
 The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token,
 which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
@@ -29,11 +30,13 @@ class Media:
         modality: What it is, a key of `model.modalities`.
         content: Codes, ended by what follows the last one (`next_token`), or whatever stands for latents (`diffusion`).
         copied: Whether what follows sees a clean copy of its latents.
+        is_condition: Whether it is only read: it is clean and has no loss.
     """
 
     modality: str
     content: Any
     copied: bool = False
+    is_condition: bool = False
 
     @property
     def is_codes(self) -> bool:
@@ -77,7 +80,12 @@ class LatentSpan(NamedTuple):
 
 
 def lay_out(
-    segments: Sequence[Segment], tokenizer: TextTokenizer, next_token: int = IGNORE_INDEX, stream: str = TEXT
+    segments: Sequence[Segment],
+    tokenizer: TextTokenizer,
+    next_token: int = IGNORE_INDEX,
+    stream: str = TEXT,
+    *,
+    has_token_loss: bool = True,
 ) -> Iterator[TokenRun | LatentSpan]:
     """Segments in reading order => runs of slots in reading order.
 
@@ -86,20 +94,26 @@ def lay_out(
         tokenizer: Knows the begin and end token of each modality.
         next_token: Label of the last token.
         stream: Modality of the tokens outside of media; another one than text has no media between them.
+        has_token_loss: Whether the tokens outside of media have labels.
     """
+
+    def outside(ids: list[int], following: int) -> TokenRun:
+        return TokenRun(stream, ids, [*ids[1:], following] if has_token_loss else [IGNORE_INDEX] * len(ids))
+
     run: list[int] = []
     for segment in segments:
         if not isinstance(segment, Media):
             run = run + segment if run else segment
             continue
         run = [*run, tokenizer.begin_ids[segment.modality]]
-        yield TokenRun(stream, run, [*run[1:], IGNORE_INDEX])
+        yield outside(run, IGNORE_INDEX)
         if segment.is_codes:
-            yield TokenRun(segment.modality, segment.content[:-1], segment.content[1:])
+            ids, following = segment.content[:-1], segment.content[1:]
+            yield TokenRun(segment.modality, ids, [IGNORE_INDEX] * len(ids) if segment.is_condition else following)
         else:
             yield LatentSpan(segment, is_copy=False)
             if segment.copied:
                 yield LatentSpan(segment, is_copy=True)
         run = [tokenizer.end_ids[segment.modality]]
     if run:
-        yield TokenRun(stream, run, [*run[1:], next_token])
+        yield outside(run, next_token)

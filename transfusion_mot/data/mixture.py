@@ -17,10 +17,13 @@ from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
 from transfusion_mot.data.encoded_media import EncodedMedia, encoded_media
 from transfusion_mot.data.sources.base import CaptionedImages, Documents, MediaItem, Split, Text, counted
 from transfusion_mot.data.sources.open import has_media, open_source
+from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.errors import UserError
 
 # A vocabulary of some ten thousand merges is settled long before.
 _NUM_TOKENIZER_DOCUMENTS = 1_000_000
+# And by far fewer of captions that are made of a few hundred words.
+_NUM_TOKENIZER_SCENES = 50_000
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ class Sources:
         for index, source in enumerate(sources):
             if source.stream is not None:
                 self.stream_pools.setdefault(source.stream, []).append(self._add_pool(index, None, 1.0))
+                continue
+            if len(self.media_pools) == 1 and not source.encoded and len(source.documents):
+                # Nothing that takes longer for more documents: there may be any number.
+                self.media_pools[0].append(self._add_pool(index, None, 1.0))
                 continue
             buckets = self._buckets(source)
             readable = self._readable(source)
@@ -320,6 +327,7 @@ def with_encoded(
         accelerator: Its processes share the work.
         all_documents: See `Sources`.
     """
+    _refuse_cached_scenes(sources, data, codecs)
     opened = []
     for source in sources:
         encoded: dict[str, EncodedMedia] = {
@@ -341,10 +349,23 @@ def with_encoded(
     return Sources(opened, latent_shapes, all_documents)
 
 
+def _refuse_cached_scenes(sources: list[Source], data: DataConfig, codecs: dict[str, Codec]) -> None:
+    for documents in (source.documents for source in sources if isinstance(source.documents, Scenes)):
+        what = f"the source '{documents.name}' of kind 'scenes' has a new picture for every item"
+        if codecs[documents.modality].kind == "codes":
+            raise UserError(
+                f"{what}, and the codes of the modality '{documents.modality}' are made before training; scenes need a "
+                "modality with the objective diffusion"
+            )
+        if data.latents != "online":
+            raise UserError(f"{what}, which no cache can hold; set data.latents to online, not {data.latents}")
+
+
 def training_texts(sources: list[Source]) -> Iterator[str]:
     """The captions and texts, from which a tokenizer is trained; evenly spaced documents of a large source."""
     for documents in (source.documents for source in sources):
-        for index in range(0, len(documents), 1 + len(documents) // _NUM_TOKENIZER_DOCUMENTS):
+        most = _NUM_TOKENIZER_SCENES if isinstance(documents, Scenes) else _NUM_TOKENIZER_DOCUMENTS
+        for index in range(0, len(documents), 1 + len(documents) // most):
             for item in documents.document(index):
                 if isinstance(item, Text):
                     yield from item.choices

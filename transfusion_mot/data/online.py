@@ -30,7 +30,6 @@ class OnlineEncoder:
         inputs = dict(rows.batch.inputs)
         for name, images_uint8 in rows.media.items():
             given = rows.batch.latents(name)
-            assert given.mask is not None
             # Empty slots too: how many there are is known to the host only if it waits.
             pixels = to_pixels(images_uint8.flatten(0, 1))
             encoded = self.codecs[name].encode_fast(pixels, self.batch_sizes[name], compiled=pixels.is_cuda)
@@ -38,6 +37,5 @@ class OnlineEncoder:
             mean, std = (part.half().float().view_as(given.latents) for part in encoded)
             # What is still the noise of the posterior.
             latents = mean + std * given.latents
-            is_filled = given.mask if given.copies is None else given.mask | given.copies
-            inputs[name] = given._replace(latents=latents * is_filled[:, :, None, None, None])
+            inputs[name] = given._replace(latents=latents * given.is_filled[:, :, None, None, None])
         return dataclasses.replace(rows.batch, inputs=inputs)

@@ -185,7 +185,7 @@ class Packer:
     ) -> list[Waiting]:
         source = self.sources.pools[entry.pool].source
         name = self.sources.names[source]
-        row.add(piece, source, document.stream)
+        row.add(piece, document, source)
         for modality, number in piece.media.items():
             counts[f"{modality}_items"] += number
         counts[counter(name, "items")] += piece.media.total()

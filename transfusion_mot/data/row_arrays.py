@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from transfusion_mot.config import TEXT, DataConfig, ModelConfig
 from transfusion_mot.data.batch import Batch, Rows
-from transfusion_mot.data.documents import LatentMedia, Piece
+from transfusion_mot.data.documents import Document, LatentMedia, Piece
 from transfusion_mot.data.layout import LatentSpan, Media, lay_out
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.tokenizer import TextTokenizer
@@ -133,6 +133,7 @@ class RowArrays:
         self.timesteps: dict[str, torch.Tensor] = {}
         self.mask: dict[str, NDArray[np.bool_]] = {}
         self.copies: dict[str, NDArray[np.bool_]] = {}
+        self.conditions: dict[str, NDArray[np.bool_]] = {}
         self.media: dict[str, NDArray[np.uint8]] = {}
         # Number of the first span of each modality of latents.
         self.first_span: dict[str, int] = {}
@@ -151,6 +152,8 @@ class RowArrays:
             self.mask[name] = np.zeros(rows, dtype=np.bool_)
             if config.has_copies:
                 self.copies[name] = np.zeros(rows, dtype=np.bool_)
+            if config.has_edits:
+                self.conditions[name] = np.zeros(rows, dtype=np.bool_)
             if config.latents == "online":
                 height, width = config.image_sizes[bucket]
                 self.media[name] = np.zeros((*rows, height, width, 3), dtype=np.uint8)
@@ -168,6 +171,7 @@ class RowArrays:
                 torch.from_numpy(self.noise[name]),
                 torch.from_numpy(self.mask[name]),
                 torch.from_numpy(self.copies[name]) if name in self.copies else None,
+                torch.from_numpy(self.conditions[name]) if name in self.conditions else None,
             )
         slots = Slots(**{field: torch.from_numpy(getattr(self, field)) for field in Slots._fields})
         return Rows(Batch(inputs, slots), {name: torch.from_numpy(array) for name, array in self.media.items()})
@@ -188,12 +192,19 @@ class Row:
         self._spans: dict[str, list[tuple[int, Media, int]]] = {name: [] for name in arrays.latents}
         self._documents = 0
 
-    def add(self, piece: Piece, source: int, stream: str) -> None:
+    def add(self, piece: Piece, document: Document, source: int) -> None:
         """Place a piece of a document of a source."""
         positions = PositionCounter(self.arrays.shape.rope)
         # Rotary positions of the media slot before, which its copy has too.
         rope_positions: NDArray[np.int64] | None = None
-        for part in lay_out(piece.segments, self.arrays.tokenizer, piece.next_token, stream):
+        laid_out = lay_out(
+            piece.segments,
+            self.arrays.tokenizer,
+            piece.next_token,
+            document.stream,
+            has_token_loss=document.has_token_loss,
+        )
+        for part in laid_out:
             if not isinstance(part, LatentSpan):
                 where = self._take(part.modality, len(part.ids), source, *positions.text(len(part.ids)))
                 self.arrays.ids[part.modality][where] = part.ids
@@ -263,15 +274,17 @@ class Row:
         for source, media, slot in spans:
             content: LatentMedia = media.content
             max_timesteps[slot] = content.max_timestep
-            arrays.mask[name][row, slot] = True
+            # What is only read is read as when sampling: without noise, and without a draw from the posterior.
+            spread = 0.0 if media.is_condition else posterior_noise[slot]
+            (arrays.conditions if media.is_condition else arrays.mask)[name][row, slot] = True
             encoded = sources.sources[source].encoded.get(name)
             if encoded is not None:
                 assert encoded.kind == "latents"
                 mean, std = encoded.posterior(content.index, content.flipped)
-                latents[slot] = mean + std * posterior_noise[slot]
+                latents[slot] = mean + std * spread
             elif pixels is not None and content.pixels is not None:
                 # The latents are made of it and the pixels on the device.
-                latents[slot] = posterior_noise[slot]
+                latents[slot] = spread
                 pixels[slot] = content.pixels
             if media.copied:
                 arrays.copies[name][row, slot + 1] = True

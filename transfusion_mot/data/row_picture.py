@@ -49,7 +49,7 @@ class _Row:
         documents, order, spans: [S] ids.
         modalities: [S] place of each slot's modality in `blocks`.
         ids: Tokens of each modality of tokens.
-        copied_spans: Spans that are clean copies.
+        clean_spans: What to call spans without noise: copies and conditions.
     """
 
     blocks: dict[str, Block]
@@ -58,7 +58,7 @@ class _Row:
     spans: npt.NDArray[np.int64]
     modalities: npt.NDArray[np.int64]
     ids: dict[str, npt.NDArray[np.int64]]
-    copied_spans: set[int]
+    clean_spans: dict[int, str]
 
     def reading_order(self, document: int) -> npt.NDArray[np.int64]:
         """Slots of a document, first to last."""
@@ -105,19 +105,20 @@ def draw_row(
 
 def _row(batch: Batch, model: ModelConfig) -> _Row:
     blocks = RowShape.of_batch(model, batch).blocks
-    ids, copied_spans, spans = {}, set[int](), 0
+    ids, clean_spans, spans = {}, dict[int, str](), 0
     for name, given in batch.inputs.items():
         if isinstance(given, TokenInput):
             ids[name] = given.ids[0].numpy()
             continue
-        if given.copies is not None:
-            copied_spans |= {spans + slot for slot in np.flatnonzero(given.copies[0].numpy()).tolist()}
+        for what, clean in (("clean copy", given.copies), ("condition", given.conditions)):
+            if clean is not None:
+                clean_spans |= {spans + slot: what for slot in np.flatnonzero(clean[0].numpy()).tolist()}
         spans += blocks[name].capacity
     documents, order, span_ids = (
         tensor[0].numpy() for tensor in (batch.slots.document_ids, batch.slots.order, batch.slots.span_ids)
     )
     modalities = np.repeat(np.arange(len(blocks)), [block.num_slots for block in blocks.values()])
-    return _Row(blocks, documents, order, span_ids, modalities, ids, copied_spans)
+    return _Row(blocks, documents, order, span_ids, modalities, ids, clean_spans)
 
 
 def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool_]:
@@ -126,8 +127,9 @@ def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool
     for name, block in row.blocks.items():
         if not model.modalities[name].is_bidirectional:
             span_ids[:, block.start : block.start + block.num_slots] = -1
-    copies = [given.copies for given in batch.inputs.values() if not isinstance(given, TokenInput)]
-    known = torch.cat([part for part in copies if part is not None], 1) if any(c is not None for c in copies) else None
+    latents = [given for given in batch.inputs.values() if not isinstance(given, TokenInput)]
+    seen = [images for images in (given.seen_later for given in latents) if images is not None]
+    known = torch.cat(seen, 1) if seen else None
     slots = SlotIds.from_spans(batch.slots.document_ids, batch.slots.order, span_ids, known)
     return dense_mask(slots, slots)[0].numpy()
 
@@ -319,7 +321,7 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
     special |= {token: f"begin of {name}" for name, token in tokenizer.begin_ids.items()}
     special |= {token: f"end of {name}" for name, token in tokenizer.end_ids.items()}
     slots = row.reading_order(document)
-    if row.token(slots[0]) not in (tokenizer.bos_id, None):
+    if tokenizer.document_start and row.token(slots[0]) not in (tokenizer.bos_id, None):
         yield _Word("goes on from the row before", is_special=True)
     # One run for each text, special token, media slot or span of codes.
     keys = [
@@ -337,8 +339,8 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
         elif name in row.ids:
             yield _Word(f"{len(run)} {name} tokens", is_special=True)
         else:
-            if int(row.spans[run[0]]) in row.copied_spans:
-                yield _Word("clean copy", is_special=True)
+            if (what := row.clean_spans.get(int(row.spans[run[0]]))) is not None:
+                yield _Word(what, is_special=True)
             yield _Word("", media=(name, row.media_slot(run[0])))
     last = row.token(slots[-1])
     if last is not None and last not in special:

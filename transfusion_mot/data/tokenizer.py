@@ -16,6 +16,8 @@ from transfusion_mot.hub_names import refuse_missing_path
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 _NUM_BYTES = 256
+# In the settings of the tokenizer of a language model: whether its documents begin with the begin of text.
+_BEGINS_WITH_BOS = "documents_begin_with_bos"
 
 
 class TextTokenizer:
@@ -24,13 +26,18 @@ class TextTokenizer:
     The begin and end tokens of each modality are added behind its largest id, as are begin of text, end of text and
     padding where it has none; existing ids stay what they are.
 
+    To that of a pretrained language model no begin of text and no padding are added. Documents begin as its texts do:
+    with its begin of text if it puts one before each text, else with their first token.
+
     Args:
         hf: The tokenizer to wrap.
         modalities: Those of the model; text, which needs no delimiters, may be among them.
+        of_language_model: It is that of a pretrained language model. Saved tokenizers know it themselves.
 
     Attributes:
         hf: The wrapped tokenizer.
-        bos_id, eos_id: Begin and end of a document.
+        document_start: Ids that each document begins with: the begin of text, or none.
+        bos_id, eos_id: Begin of text, which may be missing in that of a language model, and end of a document.
         begin_ids, end_ids: Begin and end token of each modality but text.
         pad_id: Filler of unused text slots.
         special_ids: All that stand for no text, in order.
@@ -38,23 +45,28 @@ class TextTokenizer:
         fingerprint: Hash of everything that decides the ids.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast, modalities: Sequence[str]) -> None:
+    def __init__(self, hf: PreTrainedTokenizerFast, modalities: Sequence[str], of_language_model: bool = False) -> None:
         self.hf = hf
+        if of_language_model and _BEGINS_WITH_BOS not in hf.init_kwargs:
+            # Saved with the tokenizer.
+            begins_with_bos = hf.bos_token_id is not None and hf("a").input_ids[:1] == [hf.bos_token_id]
+            hf.init_kwargs[_BEGINS_WITH_BOS] = begins_with_bos
         delimiters = delimiters_of(modalities)
         # The tokenizer of a run or snapshot keeps the ids that its model was trained with.
         if not set(delimiters) <= set(hf.get_vocab()):
             _fill_unused_ids(hf)
-        missing = {
-            role: _special(name)
-            for role, name in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
-            if getattr(hf, role) is None
-        }
+        of_language_model = _BEGINS_WITH_BOS in hf.init_kwargs
+        roles = {"eos_token": EOS} if of_language_model else {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        missing = {role: _special(name) for role, name in roles.items() if getattr(hf, role) is None}
         if missing:
             hf.add_special_tokens(missing)
         hf.add_tokens([_special(name) for name in delimiters], special_tokens=True)
-        self.bos_id: int = hf.bos_token_id
+        self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
-        self.pad_id: int = hf.pad_token_id
+        # Nothing is learnt of what fills unused slots, and nothing sees it.
+        self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
+        begins_with_bos = hf.init_kwargs.get(_BEGINS_WITH_BOS, True)
+        self.document_start = [self.bos_id] if begins_with_bos and self.bos_id is not None else []
         media = [name for name in modalities if name != TEXT]
         self.begin_ids: dict[str, int] = {name: hf.convert_tokens_to_ids(_begin(name)) for name in media}
         self.end_ids: dict[str, int] = {name: hf.convert_tokens_to_ids(_end(name)) for name in media}
@@ -114,8 +126,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, modalities: Sequence[
     )
 
 
-def load_tokenizer(path_or_name: str, modalities: Sequence[str]) -> TextTokenizer:
-    """Load a tokenizer from a folder or, by name, from the Hugging Face hub.
+def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_model: bool = False) -> TextTokenizer:
+    """Load a tokenizer from a folder or, by name, from the Hugging Face hub; see `TextTokenizer`.
 
     Raises:
         UserError: It is not there, cannot be loaded, or has no fast (Rust) implementation.
@@ -130,7 +142,7 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str]) -> TextTokenize
         ) from None
     if not hf.is_fast:
         raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
-    return TextTokenizer(hf, modalities)
+    return TextTokenizer(hf, modalities, of_language_model)
 
 
 def delimiters_of(modalities: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Is a painted image a copy? And how good is a caption that is copied? The nearest training images in features."""
 
+import bisect
 import functools
 import itertools
 import logging
@@ -76,8 +77,14 @@ class TrainingImages:
     def _items(self) -> list[Item]:
         documents = [source.documents for source in open_documents(self.data, "train")]
         captioned = [images for images in documents if isinstance(images, CaptionedImages)]
-        items = [(images, index) for images in captioned for index in range(len(images))]
-        return random.Random(0).sample(items, min(self.most, len(items)))
+        ends = list(itertools.accumulate(map(len, captioned)))
+        # Of places and not of items: there may be many millions.
+        total = ends[-1] if ends else 0
+        places = random.Random(0).sample(range(total), min(self.most, total))
+        return [
+            (images := captioned[(number := bisect.bisect(ends, place))], place - ends[number] + len(images))
+            for place in places
+        ]
 
     @functools.cached_property
     def _features(self) -> list[tuple[npt.NDArray[np.int64], FeatureArray]]:

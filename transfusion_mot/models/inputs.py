@@ -43,9 +43,11 @@ class LatentInput(NamedTuple):
         latents: [B, K, C, Y, X]; with `noise` they are clean and normalised, without it (sampling) noisy already.
         timesteps: [B, K] one t in [0, 1] for each slot: 0 is clean, 1 is noise.
         noise: [B, K, C, Y, X] the noise that will be mixed in.
-        mask: [B, K] bool, True where a slot has a loss: it holds an image and no copy.
+        mask: [B, K] bool, True where a slot has a loss: it holds an image, and neither a copy nor a condition.
         copies: [B, K] bool, True where a slot holds the clean copy of the image in the slot before it
             (`data.image_context: clean`); None where there are no copies.
+        conditions: [B, K] bool, True where a slot holds a clean image without a loss, such as the source image of an
+            editing pair; None where no source of the data has any.
     """
 
     latents: Tensor
@@ -53,6 +55,23 @@ class LatentInput(NamedTuple):
     noise: Tensor | None = None
     mask: Tensor | None = None
     copies: Tensor | None = None
+    conditions: Tensor | None = None
+
+    @property
+    def is_filled(self) -> Tensor:
+        """[B, K] bool, True where a slot holds an image."""
+        assert self.mask is not None
+        filled = self.mask
+        for clean in (self.copies, self.conditions):
+            filled = filled if clean is None else filled | clean
+        return filled
+
+    @property
+    def seen_later(self) -> Tensor | None:
+        """[B, K] bool, images that what follows sees, where those that have copies are hidden; None if none are."""
+        if self.copies is None or self.conditions is None:
+            return self.copies
+        return self.copies | self.conditions
 
     def loss_count(self) -> Tensor:
         """[] float64, elements with a loss."""
@@ -65,9 +84,11 @@ class LatentInput(NamedTuple):
         return self._replace(mask=self.mask & ~rows[:, None])
 
     def at(self, timestep: float) -> "LatentInput":
-        """The same with every image at one timestep; copies stay clean."""
+        """The same with every image at one timestep; copies and conditions stay clean."""
         timesteps = torch.full_like(self.timesteps, timestep)
-        return self._replace(timesteps=timesteps if self.copies is None else timesteps.masked_fill(self.copies, 0.0))
+        for clean in (self.copies, self.conditions):
+            timesteps = timesteps if clean is None else timesteps.masked_fill(clean, 0.0)
+        return self._replace(timesteps=timesteps)
 
 
 ModalityInput = TokenInput | LatentInput

@@ -212,14 +212,18 @@ def join_heads(
     sin: Tensor,
     num_heads: int,
     num_kv_heads: int,
-    eps: float,
+    normed: Sequence[bool],
+    eps: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projections of all towers => normed and rotated queries and keys, and values, of all slots.
 
     Args:
         qkv: Of each tower [B, s, (N + 2M) * H], contiguous; the towers' slots follow each other in the joint order.
-        q_weights, k_weights: Of each tower's norm [H]; empty lists for none.
+        q_weights, k_weights: Of the norms [H] of the towers that have them.
         cos, sin: Angles of all slots, float32 [B, S, 1, H/2], contiguous.
+        num_heads, num_kv_heads: N and M.
+        normed: Whether each tower norms its queries and keys.
+        eps: Of each tower's norms.
 
     Returns:
         Queries [B, S, N, H], keys and values [B, S, M, H].
@@ -231,8 +235,7 @@ def join_heads(
         slots = projection.shape[1]
         _join_heads_forward[(triton.cdiv(rows * slots, _SLOTS),)](
             projection,
-            q_weights[tower] if q_weights else projection,
-            k_weights[tower] if k_weights else projection,
+            *_norms_of(tower, projection, q_weights, k_weights, normed),
             cos,
             sin,
             q,
@@ -242,11 +245,19 @@ def join_heads(
             slots,
             joint_slots,
             first_slot,
-            eps,
-            **_constants(num_heads, num_kv_heads, half, bool(q_weights)),
+            eps[tower],
+            **_constants(num_heads, num_kv_heads, half, normed[tower]),
         )
         first_slot += slots
     return q, k, v
+
+
+def _norms_of(
+    tower: int, projection: Tensor, q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], normed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The weights of a tower's two norms; of one without norms any tensors, which are not read."""
+    place = sum(normed[:tower])
+    return (q_weights[place], k_weights[place]) if normed[tower] else (projection, projection)
 
 
 def _constants(num_heads: int, num_kv_heads: int, half: int, norm: bool) -> dict[str, Any]:
@@ -261,7 +272,7 @@ def _empty(like: Tensor, rows: int, slots: int, num_heads: int, num_kv_heads: in
 
 
 @join_heads.register_fake
-def _(qkv, q_weights, k_weights, cos, sin, num_heads, num_kv_heads, eps):
+def _(qkv, q_weights, k_weights, cos, sin, num_heads, num_kv_heads, normed, eps):
     rows, slots, _, half = cos.shape
     return _empty(qkv[0], rows, slots, num_heads, num_kv_heads, 2 * half)
 
@@ -276,9 +287,10 @@ def _join_heads_backward(
     k_weights: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
-    eps: float,
+    normed: Sequence[bool],
+    eps: Sequence[float],
 ) -> list[Tensor]:
-    """Gradients by each tower's projection, then by each tower's two norm weights [2H], as one list."""
+    """Gradients by each tower's projection, then by the two norm weights [2H] of those that have them, as one list."""
     rows, joint_slots, num_heads, _ = dq.shape
     num_kv_heads, half = dk.shape[2], cos.shape[3]
     gradients, weight_gradients, first_slot = [], [], 0
@@ -289,8 +301,7 @@ def _join_heads_backward(
         partial = cos.new_empty(programs, 4 * half)
         _join_heads_reverse[(programs,)](
             projection,
-            q_weights[tower] if q_weights else projection,
-            k_weights[tower] if k_weights else projection,
+            *_norms_of(tower, projection, q_weights, k_weights, normed),
             cos,
             sin,
             dq,
@@ -302,26 +313,26 @@ def _join_heads_backward(
             slots,
             joint_slots,
             first_slot,
-            eps,
+            eps[tower],
             *dq.stride()[:3],
             *dk.stride()[:3],
             *dv.stride()[:3],
-            **_constants(num_heads, num_kv_heads, half, bool(q_weights)),
+            **_constants(num_heads, num_kv_heads, half, normed[tower]),
         )
         gradients.append(gradient)
-        if q_weights:
+        if normed[tower]:
             weight_gradients.append(partial.sum(0))
         first_slot += slots
     return gradients + weight_gradients
 
 
 @_join_heads_backward.register_fake
-def _(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, eps):
+def _(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, normed, eps):
     return [torch.empty_like(p) for p in qkv] + [cos.new_empty(4 * cos.shape[3]) for _ in q_weights]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, q_weights, k_weights, cos, sin, _, _, ctx.eps = inputs
+    qkv, q_weights, k_weights, cos, sin, _, _, ctx.normed, ctx.eps = inputs
     ctx.towers = len(qkv)
     ctx.save_for_backward(*qkv, *q_weights, *k_weights, cos, sin)
 
@@ -333,11 +344,11 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
     q_weights, k_weights = weights[: len(weights) // 2], weights[len(weights) // 2 :]
     # The kernel takes any strides but of the last axis.
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-    gradients = _join_heads_backward(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, ctx.eps)
+    gradients = _join_heads_backward(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, ctx.normed, ctx.eps)
     by_weight = [gradient.chunk(2) for gradient in gradients[towers:]]
     dq_weights = [pair[0].to(w.dtype) for pair, w in zip(by_weight, q_weights, strict=True)]
     dk_weights = [pair[1].to(w.dtype) for pair, w in zip(by_weight, k_weights, strict=True)]
-    return gradients[:towers], dq_weights, dk_weights, None, None, None, None, None
+    return gradients[:towers], dq_weights, dk_weights, None, None, None, None, None, None
 
 
 join_heads.register_autograd(_gradients, setup_context=_setup_context)

@@ -3,9 +3,15 @@
 Shapes: B rows, S slots, D width, N query heads, M key/value heads, H head width, F feed-forward width.
 """
 
+import functools
+import json
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class RMSNorm(nn.Module):
@@ -31,16 +37,24 @@ class RMSNorm(nn.Module):
 
 
 class QKVProjection(nn.Module):
-    """Queries, keys and values of a tower, in one matrix product; norms of queries and keys as an option."""
+    """Queries, keys and values of a tower, in one matrix product; norms of queries and keys, and a bias, as options."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, eps: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        eps: float,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.heads = [num_heads, num_kv_heads, num_kv_heads]
         self.head_dim = head_dim
         self.eps = eps
-        self.linear = nn.Linear(hidden_size, sum(self.heads) * head_dim, bias=False)
+        self.linear = nn.Linear(hidden_size, sum(self.heads) * head_dim, bias=bias)
         self.q_norm = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
 
@@ -67,18 +81,59 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(hidden_BSD)) * self.up(hidden_BSD))
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Positions [B, S] or [B, S, 3] => (cos, sin) [B, S, 1, H/2] in float32 (RoPE, arXiv 2104.09864).
 
     With three axes (t, y, x), frequency j turns with axis j mod 3, so that every axis has slow and fast frequencies.
+
+    Args:
+        scaling: `ModelConfig.rope_scaling`; cos and sin are then multiplied by the attention factor of its `rope_type`.
     """
     half = head_dim // 2
-    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    if scaling is None:
+        frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    else:
+        described = json.dumps(scaling, sort_keys=True)
+        frequencies = _scaled_frequencies(head_dim, theta, described, positions.device)
     if positions.ndim == 2:
         positions = positions[..., None]
     axis = torch.arange(half, device=positions.device) % positions.shape[-1]
     angles = positions.float()[..., axis] * frequencies
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+    factor = 1.0 if scaling is None else attention_factor(head_dim, theta, scaling)
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def unturned_angles(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The (cos, sin) that turn nothing, for layers without rotary positions."""
+    return torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+
+
+def attention_factor(head_dim: int, theta: float, scaling: dict[str, Any]) -> float:
+    """What cos and sin are multiplied by: other than 1 for `yarn` alone."""
+    return _of_transformers(head_dim, theta, json.dumps(scaling, sort_keys=True))[1]
+
+
+@functools.cache
+def _scaled_frequencies(head_dim: int, theta: float, scaling: str, device: torch.device) -> Tensor:
+    """[H/2] on a device. Kept there: a copy from the host would make it wait, and cannot be recorded."""
+    return _of_transformers(head_dim, theta, scaling)[0].to(device)
+
+
+@functools.cache
+def _of_transformers(head_dim: int, theta: float, scaling: str) -> tuple[Tensor, float]:
+    """Frequencies [H/2] and attention factor as transformers computes them, to the last bit."""
+    parameters = {**json.loads(scaling), "rope_theta": theta}
+    with torch.device("cpu"):
+        if parameters["rope_type"] == "default":
+            return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)), 1.0
+        config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim)
+        # Assigned, not passed on: transformers would warn of lengths that say nothing here.
+        config.rope_parameters = parameters
+        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    return frequencies, float(factor)
 
 
 def rotate(heads_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

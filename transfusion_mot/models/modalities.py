@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion_mot.config import DiffusionConfig, ModalityConfig
@@ -34,21 +35,38 @@ class Terms(NamedTuple):
     losses: Tensor
 
 
+class TiedEmbedding(nn.Embedding):
+    """One matrix [V, D] that is embedding and head: token ids => hidden states, hidden states => logits.
+
+    Both ways are its own forward, so that whatever brings weights from elsewhere (FSDP, offloading) brings them here.
+    """
+
+    def forward(self, given: Tensor) -> Tensor:
+        return F.linear(given, self.weight) if given.is_floating_point() else super().forward(given)
+
+
 class TokenModality(nn.Module):
     """Discrete tokens with a next-token loss. Its vocabulary is its own: no softmax goes over another modality.
 
     Args:
-        vocab_size: Token ids V, special ones included.
+        vocab_size: Token ids V, special and spare ones included.
         hidden_size: Width D of its tower.
+        tied: Embedding and head are one matrix; there is no `head` then.
     """
 
-    initial_values: Mapping[str, InitialValues] = {"embedding": "normal", "head": "normal"}
-
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tied: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size, hidden_size)
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.embedding = (TiedEmbedding if tied else nn.Embedding)(vocab_size, hidden_size)
+        self.head = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
+        self.initial_values: Mapping[str, InitialValues] = dict.fromkeys(
+            ["embedding"] if tied else ["embedding", "head"], "normal"
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] of the logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     @property
     def start_id(self) -> int:
@@ -67,11 +85,11 @@ class TokenModality(nn.Module):
     def loss(self, hidden: Tensor, given: TokenInput, kept: None, z_loss_weight: float) -> Terms:
         """Hidden states [B, T, D] behind the last norm => cross-entropies; all logits never exist at once."""
         assert given.labels is not None
-        return Terms(*next_token_loss(hidden, self.head.weight, given.labels, z_loss_weight))
+        return Terms(*next_token_loss(hidden, self.head_weight, given.labels, z_loss_weight))
 
     def predict(self, hidden: Tensor, given: TokenInput, kept: None) -> Tensor:
         """Hidden states [B, T, D] => logits [B, T, V] of the next token."""
-        return self.head(hidden)
+        return self.embedding(hidden) if self.head is None else self.head(hidden)
 
 
 class DiffusionModality(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transfusion_mot.config import ModalityConfig, ModelConfig, TowerConfig
+from transfusion_mot.config import ModalityConfig, ModelConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.adapters import UNET_GROUPS
 from transfusion_mot.models.attention import (
@@ -25,7 +25,7 @@ from transfusion_mot.models.attention import (
     cached_attention,
     joint_attention,
 )
-from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotate
+from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, attention_factor, rotate
 
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
@@ -55,14 +55,14 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 class TowerModules(nn.Module):
     """One component of a block: a module for each tower if it is untied, else a single one that all towers call."""
 
-    def __init__(self, config: ModelConfig, component: str, build: Callable[[TowerConfig], nn.Module]) -> None:
+    def __init__(self, config: ModelConfig, component: str, build: Callable[[str], nn.Module]) -> None:
         super().__init__()
         untied = component in config.untied
         self.owner = {tower: tower if untied else SHARED for tower in config.towers}
         self.owned = nn.ModuleDict()
         for tower, owner in self.owner.items():
             if owner not in self.owned:
-                self.owned[owner] = build(config.towers[tower])
+                self.owned[owner] = build(tower)
 
     def __getitem__(self, tower: str) -> nn.Module:
         return self.owned[self.owner[tower]]
@@ -75,19 +75,37 @@ class MoTBlock(nn.Module):
         super().__init__()
         num_kv_heads = config.num_kv_heads or config.num_heads
         attention_size = config.num_heads * config.head_dim
-        self.attention_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
-        self.qkv = TowerModules(
-            config,
-            "qkv",
-            lambda t: QKVProjection(
-                t.hidden_size, config.num_heads, num_kv_heads, config.head_dim, config.qk_norm, config.norm_eps
-            ),
-        )
-        self.output = TowerModules(config, "output", lambda t: nn.Linear(attention_size, t.hidden_size, bias=False))
-        self.ffn_norm = TowerModules(config, "norm", lambda t: RMSNorm(t.hidden_size, config.norm_eps))
-        self.ffn = TowerModules(config, "ffn", lambda t: SwiGLU(t.hidden_size, t.intermediate_size))
-        self.dropout = {name: tower.dropout for name, tower in config.towers.items() if tower.dropout}
+        towers = config.towers
+
+        def norm(tower: str) -> RMSNorm:
+            return RMSNorm(towers[tower].hidden_size, config.norm_eps_of(tower))
+
+        def qkv(tower: str) -> QKVProjection:
+            return QKVProjection(
+                towers[tower].hidden_size,
+                config.num_heads,
+                num_kv_heads,
+                config.head_dim,
+                qk_norm=config.has_qk_norm(tower),
+                eps=config.norm_eps_of(tower),
+                bias=towers[tower].qkv_bias,
+            )
+
+        def output(tower: str) -> nn.Linear:
+            return nn.Linear(attention_size, towers[tower].hidden_size, bias=towers[tower].output_bias)
+
+        def ffn(tower: str) -> SwiGLU:
+            return SwiGLU(towers[tower].hidden_size, towers[tower].intermediate_size)
+
+        self.attention_norm = TowerModules(config, "norm", norm)
+        self.qkv = TowerModules(config, "qkv", qkv)
+        self.output = TowerModules(config, "output", output)
+        self.ffn_norm = TowerModules(config, "norm", norm)
+        self.ffn = TowerModules(config, "ffn", ffn)
+        self.dropout = {name: tower.dropout for name, tower in towers.items() if tower.dropout}
         self.checkpointing: Checkpointing = "none"
+        # Towers whose keys and values the others read without a gradient.
+        self.insulated: tuple[str, ...] = ()
 
     def forward(
         self,
@@ -134,17 +152,44 @@ class MoTBlock(nn.Module):
         q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)
         if cache is None:
             assert mask is not None
-            q_BNSH, k_BMSH, v_BMSH = q_BSNH.transpose(1, 2), k_BSMH.transpose(1, 2), v_BSMH.transpose(1, 2)
-            attended_BSA = joint_attention(q_BNSH, k_BMSH, v_BMSH, mask).transpose(1, 2).flatten(2)
+            attended = self._attend(list(streams), lengths, q_BSNH, k_BSMH, v_BSMH, mask)
         else:
-            attended_BSA = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2)
+            parts = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2).split(lengths, dim=1)
+            attended = dict(zip(streams, parts, strict=True))
         result = {}
-        for (tower, hidden), attended in zip(streams.items(), attended_BSA.split(lengths, dim=1), strict=True):
+        for tower, hidden in streams.items():
             of_attention, of_ffn = dropout_masks.get(tower, (None, None))
             rate = self.dropout.get(tower, 0.0)
-            hidden = hidden + _dropped(self.output[tower](attended), of_attention, rate)
+            hidden = hidden + _dropped(self.output[tower](attended[tower]), of_attention, rate)
             result[tower] = hidden + _dropped(self.ffn[tower](self.ffn_norm[tower](hidden)), of_ffn, rate)
         return result
+
+    def _attend(
+        self,
+        towers: list[str],
+        lengths: list[int],
+        q_BSNH: Tensor,
+        k_BSMH: Tensor,
+        v_BSMH: Tensor,
+        mask: AttentionMask,
+    ) -> Streams:
+        """Joint attention => what the slots of each tower have read, [B, slots, N * H].
+
+        With insulated towers it is computed several times, with the same result each time. What differs is the keys and
+        values that get a gradient: a tower takes the result in which those of the insulated towers, but for its own, do
+        not.
+        """
+        insulated = [name for name in towers if name in self.insulated] if torch.is_grad_enabled() else []
+        results: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
+        attended = {}
+        for place, tower in enumerate(towers):
+            closed = tuple(name for name in insulated if name != tower)
+            if closed not in results:
+                k, v = (_without_gradient(heads, towers, lengths, closed) for heads in (k_BSMH, v_BSMH))
+                result = joint_attention(q_BSNH.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+                results[closed] = result.transpose(1, 2).flatten(2).split(lengths, dim=1)
+            attended[tower] = results[closed][place]
+        return attended
 
     def _joint_heads(
         self, towers: list[str], projected: list[Tensor], rotary: tuple[Tensor, Tensor]
@@ -157,7 +202,8 @@ class MoTBlock(nn.Module):
             heads, kv_heads, _ = modules[0].heads
             # Sequential offload brings a weight only where its own module is called; elsewhere it has no values.
             if all(weight.device.type != "meta" for weight in q_weights):
-                return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, modules[0].eps)
+                normed, eps = [isinstance(m.q_norm, RMSNorm) for m in modules], [module.eps for module in modules]
+                return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, normed, eps)
         angles = zip(*(angle.split([part.shape[1] for part in projected], dim=1) for angle in rotary), strict=True)
         parts = []
         for module, projection, (cos, sin) in zip(modules, projected, angles, strict=True):
@@ -170,6 +216,14 @@ class MoTBlock(nn.Module):
 def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:
     """Only what the mask keeps, scaled so that the mean stays; everything without a mask."""
     return added if mask is None else added * mask / (1 - rate)
+
+
+def _without_gradient(heads_BSMH: Tensor, towers: list[str], lengths: list[int], closed: tuple[str, ...]) -> Tensor:
+    """The same heads, of which the slots of some towers get no gradient."""
+    if not closed:
+        return heads_BSMH
+    parts = zip(towers, heads_BSMH.split(lengths, dim=1), strict=True)
+    return torch.cat([part.detach() if tower in closed else part for tower, part in parts], dim=1)
 
 
 # `slots.order`, `media.NAME`, `caption_loss` and `pad_slots` are of no modality.
@@ -188,6 +242,13 @@ def check_architecture(config: ModelConfig) -> None:
                 f"model.modalities.{name}.tower is {modality.tower!r}; it needs one of model.towers: "
                 f"{', '.join(config.towers)}"
             )
+        if modality.objective == "diffusion" and modality.tied_embeddings:
+            raise UserError(
+                f"model.modalities.{name} has tied_embeddings, and with the objective diffusion it has no embeddings; "
+                "remove that key"
+            )
+        if modality.vocab_size is not None and name != "text":
+            raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:
             raise UserError(
                 f"model.modalities.{name} has the objective next_token and attention: bidirectional, by which a token "
@@ -218,8 +279,7 @@ def check_architecture(config: ModelConfig) -> None:
             f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} can share nothing; "
             "use [norm, qkv, output, ffn]"
         )
-    if len({t.intermediate_size for t in config.towers.values()}) > 1 and "ffn" not in config.untied:
-        raise UserError("model.towers differ in intermediate_size; then model.untied needs 'ffn'")
+    _check_shared(config)
     if config.head_dim % 2:
         raise UserError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
     if config.num_heads % (config.num_kv_heads or config.num_heads):
@@ -228,6 +288,41 @@ def check_architecture(config: ModelConfig) -> None:
         )
     for name in config.of_objective("diffusion"):
         _check_patches(name, config.modalities[name])
+    _check_rope(config)
+
+
+def _check_shared(config: ModelConfig) -> None:
+    """Refuse towers that share a component and want different ones."""
+    of_tower = {
+        name: {
+            "intermediate_size": ("ffn", tower.intermediate_size),
+            "norm_eps": ("norm", config.norm_eps_of(name)),
+            # The norms of queries and keys are part of their projection.
+            "norm_eps of queries and keys": ("qkv", config.has_qk_norm(name) and config.norm_eps_of(name)),
+            "qk_norm": ("qkv", config.has_qk_norm(name)),
+            "qkv_bias": ("qkv", tower.qkv_bias),
+            "output_bias": ("output", tower.output_bias),
+        }
+        for name, tower in config.towers.items()
+    }
+    for key, (component, _) in next(iter(of_tower.values())).items():
+        if len({settings[key][1] for settings in of_tower.values()}) > 1 and component not in config.untied:
+            raise UserError(f"model.towers differ in {key}; then model.untied needs '{component}'")
+
+
+def _check_rope(config: ModelConfig) -> None:
+    """Refuse rotary positions that no model has."""
+    scaling = config.rope_scaling
+    if scaling is not None:
+        kinds = ("default", "linear", "dynamic", "llama3", "yarn")
+        if scaling.get("rope_type") not in kinds:
+            raise UserError(f"model.rope_scaling is {scaling}; its rope_type must be one of {', '.join(kinds)}")
+        try:
+            attention_factor(config.head_dim, config.rope_theta, scaling)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"model.rope_scaling is {scaling}, which transformers cannot read ({error!r})") from None
+    if wrong := [layer for layer in config.layers_without_rope if not 0 <= layer < config.num_layers]:
+        raise UserError(f"model.layers_without_rope has {wrong}; the model has the layers 0 to {config.num_layers - 1}")
 
 
 def _check_patches(name: str, modality: ModalityConfig) -> None:

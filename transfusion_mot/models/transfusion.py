@@ -11,7 +11,9 @@ Initialisation (`initialise`; the values of a module come from the seed and its 
 | block matrices whose output is added to the residual stream | normal, 0.02 / sqrt(2 * num_layers) (GPT-2) |
 | last layer of a patch adapter | zero, so that training starts from the mean prediction |
 | norms | one |
+| biases of the blocks | zero |
 | rest of a patch adapter | as torch and diffusers set it |
+| low-rank adapters | the first matrix as torch sets it, the second zero (LoRA, section 4.1) |
 """
 
 import copy
@@ -20,13 +22,14 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,7 +45,7 @@ from transfusion_mot.models.attention import (
     training_mask,
 )
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
-from transfusion_mot.models.layers import RMSNorm, rotary_angles
+from transfusion_mot.models.layers import RMSNorm, rotary_angles, unturned_angles
 from transfusion_mot.models.modalities import DiffusionModality, InitialValues, Terms, TokenModality
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
@@ -66,7 +69,7 @@ class TransfusionOutput(NamedTuple):
     predictions: dict[str, Tensor]
 
 
-class TransfusionMoT(ModelMixin, ConfigMixin):
+class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """One transformer over several modalities, each with a tower of weights, an objective and codes or latents.
 
     Args:
@@ -96,18 +99,25 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             modality = config.modalities[name]
             width = towers[modality.tower].hidden_size
             if modality.objective == "next_token":
-                self.modalities[name] = TokenModality(sizes[name], width)
+                self.modalities[name] = TokenModality(sizes[name], width, modality.tied_embeddings)
             else:
                 self.modalities[name] = DiffusionModality(sizes[name], width, modality, DiffusionConfig(**diffusion))
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.num_layers))
-        self.final_norm = TowerModules(config, "norm", lambda tower: RMSNorm(tower.hidden_size, config.norm_eps))
+        self.final_norm = TowerModules(
+            config, "norm", lambda tower: RMSNorm(towers[tower].hidden_size, config.norm_eps_of(tower))
+        )
         # Drawn on the CPU whatever torch's default device is.
         self.initialise(int(torch.randint(2**62, (), device="cpu")))
 
     @classmethod
     def from_sections(cls, sizes: dict[str, int], model: ModelConfig, diffusion: DiffusionConfig) -> "TransfusionMoT":
-        """Build a model from its sections of the run's configuration."""
-        return cls(sizes=sizes, architecture=to_dict(model), diffusion=to_dict(diffusion))
+        """Build a model from its sections of the run's configuration; of text with at least the rows that they say."""
+        sizes = {**sizes, TEXT: max(sizes[TEXT], model.modalities[TEXT].vocab_size or 0)}
+        architecture = to_dict(model)
+        for tower in architecture["towers"].values():
+            # Where weights came from is nothing that the model is.
+            tower["pretrained"] = tower["copy_of"] = None
+        return cls(sizes=sizes, architecture=architecture, diffusion=to_dict(diffusion))
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -154,6 +164,11 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         for block in self.blocks:
             cast(MoTBlock, block).checkpointing = checkpointing
 
+    def insulate(self, towers: Sequence[str]) -> None:
+        """Let the other towers read the keys and values of these without sending gradients. Before `compile_blocks`."""
+        for block in self.blocks:
+            cast(MoTBlock, block).insulated = tuple(towers)
+
     def compile_blocks(self) -> None:
         """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
@@ -182,7 +197,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         """
         if next(self.parameters()).is_meta:
             return
-        owners = [(name, module) for name, module in self.named_modules() if list(module.parameters(recurse=False))]
+        modules = ((base_name(name), module) for name, module in self.named_modules())
+        owners = [(name, module) for name, module in modules if list(module.parameters(recurse=False))]
         # One thread draws 10^8 numbers a second, of which a model of the papers has up to 10^10.
         threads = min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool:
@@ -191,7 +207,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
                 copies = pool.map(functools.partial(self._draw, seed), *zip(*some, strict=True))
                 for (_, module), drawn in zip(some, copies, strict=True):
                     for key, parameter in module.named_parameters(recurse=False):
-                        _fill(parameter, drawn.get_parameter(key))
+                        fill(parameter, drawn.get_parameter(key))
 
     # Entered by each thread: whether gradients are recorded is a thread's own.
     @torch.no_grad()
@@ -201,15 +217,17 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
         number = int.from_bytes(digest[:8], "little") >> 1
         drawn: Any = copy.copy(module)
         drawn._parameters = {
-            key: nn.Parameter(torch.empty(parameter.shape, device="cpu"))
-            for key, parameter in module.named_parameters(recurse=False)
+            key: None if parameter is None else nn.Parameter(torch.empty(parameter.shape, device="cpu"))
+            for key, parameter in module._parameters.items()
         }
-        is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear)
+        is_matrix = name.startswith("blocks.") and isinstance(drawn, nn.Linear) and not is_of_adapter(name)
         values = self._initial_values().get(name)
         if is_matrix or values == "normal":
             to_residual = is_matrix and (".output." in name or name.endswith(".down"))
             std = INIT_STD / math.sqrt(2 * len(self.blocks)) if to_residual else INIT_STD
             nn.init.normal_(drawn.weight, std=std, generator=torch.Generator().manual_seed(number))
+            if getattr(drawn, "bias", None) is not None:
+                nn.init.zeros_(drawn.bias)
         elif values == "zero":
             for parameter in drawn.parameters():
                 nn.init.zeros_(parameter)
@@ -257,7 +275,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             rope_positions = slots.rope_positions
             mask = training_mask(self.slot_ids(inputs, slots), self.kernel(slots.order.device, slots.order.shape[1])[0])
         assert rope_positions is not None
-        rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta)
+        rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        unturned = unturned_angles(rotary) if config.layers_without_rope else rotary
         # Under autocast the residual stream has its number format, not that of the embedding.
         device_type = rope_positions.device.type
         if torch.is_autocast_enabled(device_type):
@@ -265,7 +284,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
             embedded = {name: hidden.to(dtype) for name, hidden in embedded.items()}
         streams = self._to_streams(embedded)
         for layer, block in enumerate(self.blocks):
-            streams = block(streams, rotary, mask, None if cache is None else cache.layer(layer))
+            angles = unturned if layer in config.layers_without_rope else rotary
+            streams = block(streams, angles, mask, None if cache is None else cache.layer(layer))
         terms: dict[str, Terms] = {}
         predictions: dict[str, Tensor] = {}
         for name, hidden in self._from_streams(streams, embedded).items():
@@ -280,11 +300,11 @@ class TransfusionMoT(ModelMixin, ConfigMixin):
     def slot_ids(self, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
         """What the attention mask knows of each slot; spans whose attention is causal are none."""
         latents = [given for given in inputs.values() if isinstance(given, LatentInput)]
-        copies = [given.copies for given in latents if given.copies is not None]
+        seen = [images for images in (given.seen_later for given in latents) if images is not None]
         # Spans are counted over all latents of a row.
-        assert len(copies) in (0, len(latents)), "either all latents have clean copies, or none"
+        assert len(seen) in (0, len(latents)), "either all latents have clean copies, or none"
         spans = self._bidirectional(inputs, slots)
-        return SlotIds.from_spans(slots.document_ids, slots.order, spans, torch.cat(copies, 1) if copies else None)
+        return SlotIds.from_spans(slots.document_ids, slots.order, spans, torch.cat(seen, 1) if seen else None)
 
     def _bidirectional(self, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
         """Span ids [B, S], -1 also where the attention inside a span is causal."""
@@ -338,8 +358,18 @@ def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Stre
     return choose
 
 
+def base_name(name: str) -> str:
+    """Name of a module or parameter in the model without low-rank adapters; peft puts a layer around each matrix."""
+    return name.replace(".base_layer", "")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a module or parameter is one of a low-rank adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+def fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy a tensor, or this process's shard of it, into a parameter."""
     if isinstance(parameter, DTensor):
         # Each process has drawn the same: nothing has to be sent.

@@ -25,6 +25,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> int:
     """Matrix parameters that every slot of the modality passes through: its tower's blocks, and the head of tokens."""
+    is_tied = config.modalities[modality].tied_embeddings
+    head = f"modalities.{modality}.{'embedding' if is_tied else 'head'}.weight"
     owners = tuple(f".owned.{owner}." for owner in (config.modalities[modality].tower, SHARED))
     return sum(
         parameter.numel()
@@ -32,7 +34,7 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
         if parameter.ndim == 2
         and (
             (name.startswith("blocks.") and any(owner in name for owner in owners))
-            or name == f"modalities.{modality}.head.weight"
+            or name == head
         )
     )
 

@@ -6,18 +6,22 @@ which a test traces; with the other parts the peaks that were measured on one H1
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.losses import LOGITS_AT_ONCE
+from transfusion_mot.models.layers import SwiGLU
 from transfusion_mot.models.modalities import DiffusionModality, TokenModality
-from transfusion_mot.models.mot import Checkpointing
-from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.models.mot import Checkpointing, MoTBlock
+from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
+from transfusion_mot.training.adamw_8bit import BLOCK, has_codes
 
 Parallelism = Literal["ddp", "fsdp2"]
 # Blocks whose gathered weights and gradients exist at a time under FSDP: the one at work and the next.
@@ -29,9 +33,10 @@ class Memory:
     """Bytes on one GPU at the peak of a step, by part.
 
     Attributes:
-        weights, gradients, optimizer, ema: In float32, one number for each (trained) parameter, two moments (one where
-            it is Muon's), and the averaged weights; the GPU's share where they are sharded.
-        copies: Of matrices in bfloat16, and under FSDP what is gathered of them.
+        weights, gradients, optimizer, ema: One number for each (trained) parameter, two moments (one where it is
+            Muon's), and the averaged weights; the GPU's share where they are sharded. In float32, but for the weights
+            that are not trained, and moments of 8 bits.
+        copies: Of trained matrices in bfloat16, and under FSDP what is gathered of all.
         blocks: What the blocks keep for the backward pass.
         adapter: What the patch adapters, the embeddings and the last norms keep.
         logits: Logits of a chunk, their gradient, and the gradients that they become.
@@ -59,7 +64,51 @@ class Memory:
         return self.weights + self.optimizer + self.ema + rest
 
 
-def kept_by_block(config: ModelConfig, slots: dict[str, int], checkpointing: Checkpointing, width: int) -> float:
+@dataclass(frozen=True)
+class Learning:
+    """What of a tower's part of a block is trained: the backward pass needs the inputs of such matrices.
+
+    Attributes:
+        qkv, output, ffn_in, ffn_out: Of the projections and of the feed-forward, weights or adapters are trained.
+        weights: Weights of a matrix are, not adapters alone.
+        ranks: Sum of the ranks of all adapters.
+    """
+
+    qkv: bool = True
+    output: bool = True
+    ffn_in: bool = True
+    ffn_out: bool = True
+    weights: bool = True
+    ranks: int = 0
+
+    @classmethod
+    def of(cls, block: MoTBlock, tower: str) -> Self:
+        """What of a block is trained."""
+        ffn = cast(SwiGLU, block.ffn[tower])
+        parts = (block.qkv[tower], block.output[tower], nn.ModuleList([ffn.gate, ffn.up]), ffn.down)
+        matrices = [
+            [(name, matrix) for name, matrix in part.named_parameters() if matrix.ndim == 2 and matrix.requires_grad]
+            for part in parts
+        ]
+        trained = [pair for part in matrices for pair in part]
+        qkv, output, ffn_in, ffn_out = (bool(part) for part in matrices)
+        return cls(
+            qkv,
+            output,
+            ffn_in,
+            ffn_out,
+            weights=any(not is_of_adapter(f".{name}") for name, _ in trained),
+            ranks=sum(len(matrix) for name, matrix in trained if "lora_A." in name),
+        )
+
+
+def kept_by_block(
+    config: ModelConfig,
+    slots: dict[str, int],
+    checkpointing: Checkpointing,
+    width: int,
+    learning: Mapping[str, Learning] = MappingProxyType({}),
+) -> float:
     """Bytes that a compiled block keeps for its backward pass.
 
     Args:
@@ -67,22 +116,26 @@ def kept_by_block(config: ModelConfig, slots: dict[str, int], checkpointing: Che
         slots: Slots of each tower's stream.
         checkpointing: See `TransfusionMoT.checkpoint_activations`.
         width: Bytes of a number: 2 in bfloat16.
+        learning: Of each tower; one that is left out is trained as a whole.
     """
     attention = config.num_heads * config.head_dim
     projection = attention + 2 * (config.num_kv_heads or config.num_heads) * config.head_dim
     total = 0.0
     for tower, count in slots.items():
         hidden, ffn = config.towers[tower].hidden_size, config.towers[tower].intermediate_size
+        own = learning.get(tower, Learning())
         # The block's input.
         numbers = hidden
         if checkpointing == "selective":
-            # Projection, attention, its output, gate and up.
-            numbers += projection + attention + hidden + 2 * ffn
+            # Projection, attention, its output, gate and up; what goes into the second matrices of adapters.
+            numbers += projection + attention + hidden * own.weights + 2 * ffn + own.ranks
         if checkpointing == "none":
-            # The same; the two norms, rotated heads and the gated product, because products need them; and of each
-            # tower its own part of the attention, which lies together.
-            numbers += projection + attention + hidden + 2 * ffn
-            numbers += 2 * hidden + projection + ffn + (attention if len(slots) > 1 else 0)
+            # The same, and the rotated heads.
+            numbers += projection + attention + hidden + 2 * ffn + own.ranks + projection
+            # Because products need them: the two norms, the gated product, and of each tower its own part of the
+            # attention, which lies together.
+            numbers += hidden * (own.qkv + own.ffn_in) + ffn * own.ffn_out
+            numbers += attention if own.output and len(slots) > 1 else 0
         # The sum of exponentials of each head, and the scale of each norm, in float32.
         scales = {"none": 4 * config.num_heads + 8, "selective": 4 * config.num_heads, "full": 0}[checkpointing]
         # Which elements dropout keeps, one byte each, of what attention and feed-forward add.
@@ -102,8 +155,8 @@ class Setting:
         parallelism: `ddp` keeps everything on every GPU, `fsdp2` shards weights, gradients, moments and averages.
         checkpointing: See `TransfusionMoT.checkpoint_activations`.
         width: Bytes of a number in the forward pass: 2 under bf16, else 4.
-        muon: The matrices of the blocks are Muon's.
-        ema: There are averaged weights.
+        optimizer: Its name in `OptimizerConfig`.
+        ema: There are averaged weights on the GPU.
     """
 
     rows: int
@@ -112,7 +165,7 @@ class Setting:
     parallelism: Parallelism = "ddp"
     checkpointing: Checkpointing = "none"
     width: int = 2
-    muon: bool = False
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     ema: bool = True
 
 
@@ -121,16 +174,19 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
     config, width, rows = model.architecture, setting.width, setting.rows
     sharded = setting.parallelism == "fsdp2"
     shards = setting.gpus if sharded else 1
-    numbers = Counter[str]()
+    numbers, weights, moments = Counter[str](), 0, 0.0
     for name, parameter in model.named_parameters():
         in_block = name.startswith("blocks.") and parameter.ndim == 2
+        weights += parameter.numel() * parameter.element_size()
         numbers["all"] += parameter.numel()
         numbers["block matrices"] += parameter.numel() * in_block
         if parameter.requires_grad:
             numbers["trained"] += parameter.numel()
-            numbers["moments"] += parameter.numel() * (1 if setting.muon and in_block else 2)
+            numbers["trained block matrices"] += parameter.numel() * in_block
+            moments += bytes_of_moments(parameter, setting.optimizer, in_block)
     one_block = numbers["block matrices"] / config.num_layers
 
+    learning = {tower: Learning.of(cast(MoTBlock, model.blocks[0]), tower) for tower in config.towers}
     slots = Counter[str]()
     for name, block in shape.blocks.items():
         slots[config.modalities[name].tower] += rows * block.num_slots
@@ -141,7 +197,8 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         + max(count * 3 * towers[tower].intermediate_size for tower, count in slots.items())
     )
     if setting.checkpointing != "none":
-        working += kept_by_block(config, slots, "none", width) + width * one_block
+        working += kept_by_block(config, slots, "none", width, learning)
+        working += width * numbers["trained block matrices"] / config.num_layers
 
     copies = 0.0
     if sharded:
@@ -149,23 +206,30 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         copies = (width + 4) * (_GATHERED_BLOCKS * one_block + numbers["all"] - numbers["block matrices"])
     elif width == 2 and setting.checkpointing == "none":
         # A compiled block keeps its matrices as it multiplied with them.
-        copies = 2.0 * numbers["block matrices"]
+        copies = 2.0 * numbers["trained block matrices"]
 
     # The last norms are not compiled: they keep two float32 tensors and their result.
     last_norms = (8 + width) * sum(count * towers[tower].hidden_size for tower, count in slots.items())
     return Memory(
-        weights=4 * numbers["all"] / shards,
+        weights=weights / shards,
         gradients=4 * numbers["trained"] / shards,
-        optimizer=4 * numbers["moments"] / shards,
-        ema=4 * numbers["all"] / shards if setting.ema else 0.0,
+        optimizer=moments / shards,
+        ema=4 * numbers["trained"] / shards if setting.ema else 0.0,
         copies=copies,
-        blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width),
+        blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width, learning),
         adapter=rows * sum(kept_by_adapter(model, name, block, width) for name, block in shape.blocks.items())
         + last_norms,
         logits=logits_memory(model, shape, rows, width),
         working=working,
         gradients_stay=setting.microbatches > 1 or setting.gpus > 1,
     )
+
+
+def bytes_of_moments(parameter: Tensor, optimizer: str, in_block: bool) -> float:
+    """What an optimizer keeps of a parameter that it trains."""
+    if optimizer == "adamw_8bit" and has_codes(parameter):
+        return 2 * parameter.numel() * (1 + 4 / BLOCK)
+    return parameter.numel() * (4 if optimizer == "muon" and in_block else 8)
 
 
 def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) -> float:
@@ -206,10 +270,13 @@ def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int)
         modality = model.modality(name)
         if not isinstance(modality, TokenModality):
             continue
-        slots, (vocab_size, hidden) = rows * block.num_slots, modality.head.weight.shape
+        slots, (vocab_size, hidden) = rows * block.num_slots, modality.head_weight.shape
         chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
         # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
         chunks = 3 if slots * vocab_size > chunk else 2
-        stay += width * slots * hidden + 4 * vocab_size * hidden
-        most = max(most, width * (chunks * chunk + 2 * vocab_size * hidden))
+        head = modality.head_weight
+        stay += width * slots * hidden + 4 * head.numel() * head.requires_grad
+        # The head in the number format of the logits, and a part of its gradient.
+        copies = int(head.element_size() != width) + int(head.requires_grad)
+        most = max(most, width * (chunks * chunk + copies * head.numel()))
     return stay + most

@@ -3,14 +3,15 @@
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import TEXT, RunConfig, parse_config
+from transfusion_mot.config import TEXT, LoraConfig, RunConfig
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
@@ -19,7 +20,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.reporting.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
 from transfusion_mot.reporting.memory import Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.graph import why_not_recorded
-from transfusion_mot.training.towers import check_towers, freeze_towers, tower_of
+from transfusion_mot.training.lora import check_lora, choose_trained
+from transfusion_mot.training.towers import check_towers, tower_of
 
 GIB = 2**30
 # Memory of a GPU as torch reports it, in GiB.
@@ -51,11 +53,12 @@ _ROWS = {
 }
 
 
-def plan(arguments: Sequence[str]) -> str:
+def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str], str], RunConfig]) -> str:
     """The plan of a run for people.
 
     Args:
         arguments: Those of `train.py`, with `--plan` and the options of this function's parser.
+        read_config: Reads the configuration from the other arguments, with a description for `--help`.
 
     Raises:
         UserError: The configuration has a mistake, or the GPUs cannot share the batch.
@@ -66,9 +69,10 @@ def plan(arguments: Sequence[str]) -> str:
     parser.add_argument("--gpu", choices=GPU_MEMORY, default="A100-80GB")
     parser.add_argument("--mfu", type=float, default=0.4)
     options, rest = parser.parse_known_args(list(arguments))
-    config = parse_config(RunConfig, rest, plan.__doc__ or "")
+    config = read_config(rest, plan.__doc__ or "")
     check_architecture(config.model)
     check_towers(config)
+    check_lora(config)
     if options.gpus < 1 or config.training.num_rows % options.gpus:
         raise UserError(
             f"training.num_rows is {config.training.num_rows}, which {options.gpus} GPUs cannot share evenly; "
@@ -86,6 +90,7 @@ def plan(arguments: Sequence[str]) -> str:
         parameter_table(model, config),
         memory_table(model, shape, config, options.gpus, options.gpu),
         microbatch_table(model, shape, config, options.gpus, options.gpu),
+        choices_table(model, shape, config, options.gpus, options.gpu),
         time_line(model, shape, config, options.gpus, options.gpu, options.mfu),
     ]
     return "\n\n".join(parts)
@@ -97,7 +102,9 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     vocab_size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
         try:
-            vocab_size = load_tokenizer(config.tokenizer.path, config.model.stream_order).vocab_size
+            model = config.model
+            tokenizer = load_tokenizer(config.tokenizer.path, model.stream_order, model.has_pretrained_text)
+            vocab_size = tokenizer.vocab_size
         except UserError:
             assumed.append(f"{vocab_size} tokens (tokenizer.vocab_size): {config.tokenizer.path} cannot be read")
     sizes, latent_shapes = {TEXT: vocab_size}, {}
@@ -122,7 +129,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     shape = RowShape.of(config.model, config.data.slots, latent_shapes, 0)
     with torch.device("meta"):
         model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)
-    freeze_towers(model, config.training.frozen_towers)
+        choose_trained(model, config)
     return model, shape, assumed
 
 
@@ -151,7 +158,7 @@ def _codebook_size(path: str) -> int | None:
 
 def _line(title: str, *values: float | str) -> str:
     """A row of a table; fractions with two decimals."""
-    return f"{title:34}" + "".join(f"{f'{v:.2f}' if isinstance(v, float) else v:>10}" for v in values)
+    return f"{title:42}" + "".join(f"{f'{v:.2f}' if isinstance(v, float) else v:>10}" for v in values)
 
 
 def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
@@ -175,8 +182,8 @@ def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
 
 
 def parallelisms(config: RunConfig) -> tuple[Parallelism, ...]:
-    """Those that the run works with: Muon and 8-bit products need whole matrices."""
-    needs_whole = config.optimizer.name == "muon" or config.training.float8
+    """Those that the run works with: Muon, 8-bit products and moments, and averages on the CPU need whole matrices."""
+    needs_whole = config.optimizer.name != "adamw" or config.training.float8 or config.training.ema_on_cpu
     return ("ddp",) if needs_whole else get_args(Parallelism)
 
 
@@ -196,7 +203,8 @@ def setting_of(
         parallelism=parallelism,
         checkpointing=checkpointing,
         width=2 if config.training.mixed_precision == "bf16" else 4,
-        muon=config.optimizer.name == "muon",
+        optimizer=config.optimizer.name,
+        ema=not config.training.ema_on_cpu,
     )
 
 
@@ -249,6 +257,44 @@ def microbatch_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, 
             for parallelism in parallelisms(config)
         ]
         lines.append(_line(f"checkpointing {checkpointing}", *found))
+    return "\n".join(lines)
+
+
+def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str) -> str:
+    """Peak memory of the configured microbatch on a GPU that keeps all parameters, by what is trained and how."""
+    rows = min(config.training.microbatch_rows or rows_per_gpu(config, gpus), rows_per_gpu(config, gpus))
+    frozen = [TEXT] if config.model.modalities[TEXT].tower == TEXT and len(config.model.towers) > 1 else []
+    own = config.lora or LoraConfig()
+    trained: dict[str, tuple[LoraConfig | None, list[str]]] = {
+        "as configured": (config.lora, config.training.frozen_towers),
+        "every weight": (None, []),
+        "frozen text tower": (None, frozen),
+        f"lora of rank {own.rank}": (replace(own, towers=None, also_train=[]), []),
+    }
+    lines = [
+        f"GiB on one {gpu}, of {USABLE * GPU_MEMORY[gpu]:.1f} that can be used, by training.activation_checkpointing",
+        _line("", *get_args(Checkpointing)),
+    ]
+    for title, (lora, towers) in trained.items():
+        if title == "frozen text tower" and not frozen:
+            continue
+        choice = replace(config, lora=lora, training=replace(config.training, frozen_towers=towers))
+        with torch.device("meta"):
+            other = TransfusionMoT.from_sections(dict(model.config.sizes), config.model, config.diffusion)
+            choose_trained(other, choice)
+        ways: dict[str, dict[str, Any]] = {"": {}}
+        if title != "as configured":
+            ways = {
+                ", adamw": {"optimizer": "adamw", "ema": True},
+                ", adamw_8bit": {"optimizer": "adamw_8bit", "ema": True},
+                ", adamw_8bit, ema_on_cpu": {"optimizer": "adamw_8bit", "ema": False},
+            }
+        for way, changes in ways.items():
+            peaks = []
+            for checkpointing in get_args(Checkpointing):
+                setting = replace(setting_of(choice, gpus, rows, "ddp", checkpointing), **changes)
+                peaks.append(step_memory(other, shape, setting).peak / GIB)
+            lines.append(_line(title + way, *peaks))
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def open_tokenizer(
         if kept.resolve() == folder.resolve():
             return tokenizer
     elif config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer.path, modalities)
+        tokenizer = load_tokenizer(config.tokenizer.path, modalities, config.model.has_pretrained_text)
     else:
         tokenizer = train_tokenizer(training_texts(documents), config.tokenizer.vocab_size, modalities)
     tokenizer.save(folder)

@@ -35,12 +35,13 @@ def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> Tr
         guidance_scale=config.diffusion.guidance_scale,
         image_sizes={"trained": [list(size) for size in config.data.image_sizes], "fit": config.data.image_fit},
         image_modality=name,
+        trained_on_edits=config.data.has_edits,
     )
 
 
 def averaged_model(model: TransfusionMoT, ema: EMA, *, is_main_process: bool) -> TransfusionMoT | None:
     """A model of its own with the averaged weights, whole and on the CPU; on the main process alone."""
-    weights = ema.gathered(is_main_process)
+    weights = ema.gathered(model, is_main_process)
     if not is_main_process:
         return None
     with torch.device("meta"):

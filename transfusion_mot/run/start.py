@@ -14,6 +14,7 @@ from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.run.data import RunData
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.graph import why_not_recorded
+from transfusion_mot.training.lora import check_lora
 from transfusion_mot.training.metrics import METRICS_FILE
 from transfusion_mot.training.state import load_progress, refuse_other_run
 from transfusion_mot.training.step import num_shapes
@@ -66,7 +67,8 @@ class Start:
             UserError: Names what differs.
         """
         if self.state is not None:
-            refuse_other_run(self.made_of, made_of(config, data), self.state)
+            # Older states know of no adapters.
+            refuse_other_run({"lora": None, **self.made_of}, made_of(config, data), self.state)
 
 
 def check_run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -83,6 +85,11 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
     check_towers(config)
+    check_lora(config)
+    if config.training.ema_on_cpu and accelerator.is_fsdp2:
+        raise UserError(
+            "training.ema_on_cpu is for averages of whole parameters, and FSDP2 shards them; set it to false, or use DDP"
+        )
     allow_shapes(num_shapes(config, accelerator.num_processes))
     reason = why_not_recorded(accelerator.device.type, accelerator.num_processes)
     if config.training.cuda_graph and reason is not None:
@@ -99,10 +106,17 @@ def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
         "training.num_rows": config.training.num_rows,
         "training.seed": config.training.seed,
         "optimizer.name": config.optimizer.name,
+        "lora": None if config.lora is None else to_dict(config.lora),
         # By what is in them, not where they lie: a run may move to another machine.
         "list of data.sources": data.sources.contents(),
         "data": _settled_data(config.data),
     }
+
+
+# Keys that states of earlier versions do not have, and what that means.
+_NEW: dict[str, Any] = {"rope_scaling": None, "layers_without_rope": [], "max_position_embeddings": None}
+_NEW_IN_TOWERS = {"norm_eps": None, "qk_norm": None, "qkv_bias": False, "output_bias": False}
+_NEW_IN_MODALITIES = {"tied_embeddings": False, "vocab_size": None}
 
 
 def _settled_data(data: DataConfig) -> dict[str, Any]:
@@ -119,7 +133,16 @@ def _settled_model(model: ModelConfig) -> dict[str, Any]:
     """Settings of the model that must not change when a run is resumed: those that its weights are trained for."""
     kept = to_dict(model)
     for tower in kept["towers"].values():
-        del tower["dropout"]
+        del tower["dropout"], tower["pretrained"], tower["copy_of"]
     for modality in kept["modalities"].values():
         del modality["loss_weight"]
+    _drop(kept, _NEW)
+    for section, new in ((kept["towers"], _NEW_IN_TOWERS), (kept["modalities"], _NEW_IN_MODALITIES)):
+        for entry in section.values():
+            _drop(entry, new)
     return kept
+
+
+def _drop(section: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for key in [key for key, default in defaults.items() if section[key] == default]:
+        del section[key]

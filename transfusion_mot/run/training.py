@@ -18,6 +18,7 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import counted
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.run.begin import fill_initial_weights
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.snapshots import make_pipeline
 from transfusion_mot.run.start import Start
@@ -28,11 +29,11 @@ from transfusion_mot.training.float8 import convert_to_float8
 from transfusion_mot.training.graph import GraphedStep, make_capturable, why_not_recorded
 from transfusion_mot.training.guards import Guards
 from transfusion_mot.training.log import RunLog
+from transfusion_mot.training.lora import choose_trained
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.parallel import place, wrap
 from transfusion_mot.training.state import load_tensors
 from transfusion_mot.training.step import StepResult, train_step
-from transfusion_mot.training.towers import freeze_towers
 from transfusion_mot.training.validation import Validation
 
 # So often that a held-out loss has risen long before.
@@ -67,7 +68,7 @@ class Training:
 
     @classmethod
     def build(cls, config: RunConfig, accelerator: Accelerator, data: RunData, start: Start) -> Self:
-        """Draw the weights or read those of a training state, and build the rest; called by all processes.
+        """Draw the weights or read those of a start or a training state, and build the rest; called by all processes.
 
         Raises:
             UserError: A setting does not fit the model, or a file of the state is damaged.
@@ -78,18 +79,21 @@ class Training:
         set_seed(training.seed)
         with torch.device("meta"):
             model = TransfusionMoT.from_sections(data.sizes, config.model, config.diffusion)
+            choose_trained(model, config)
         place(model, accelerator, training.seed)
+        # Before the averages are made, which begin with the same weights.
+        is_random = start.state is None and not fill_initial_weights(model, config, accelerator)
         model.attention = training.attention
-        freeze_towers(model, training.frozen_towers)
         if training.float8:
             convert_to_float8(model)
-        ema = EMA(model, training.ema_decay)
+        ema = EMA(model, training.ema_decay, on_cpu=training.ema_on_cpu)
         optimizer = make_optimizer(model, config.optimizer)
         records = training.cuda_graph and why_not_recorded(accelerator.device.type, world_size) is None
         if records:
             make_capturable(optimizer)
         lanes = None if start.state is None else load_tensors(start.state, model, ema, optimizer)
         model.checkpoint_activations(training.activation_checkpointing)
+        model.insulate(training.insulated_towers)
         if training.compile and accelerator.device.type == "cuda":
             model.compile_blocks()
         # What a step calls; the model itself is what is averaged, saved and sampled.
@@ -159,7 +163,7 @@ class Training:
             encoder=data.encoder,
             lanes=loader.lanes,
             config=config,
-            is_new=start.state is None,
+            is_new=is_random,
         )
         accelerator.print(_described(accelerator, model, packer, data.held_out, training.num_steps))
         return cls(

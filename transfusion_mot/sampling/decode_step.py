@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_mot.models.attention import HAS_TRITON, KVCache
-from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotary_angles
-from transfusion_mot.models.modalities import TokenModality
+from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, rotary_angles, unturned_angles
+from transfusion_mot.models.modalities import TiedEmbedding, TokenModality
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.workspace import can_record
@@ -43,7 +43,7 @@ def _layer(block: MoTBlock, tower: str) -> _Layer:
 
 
 def _is_plain(matrix: nn.Module, dtype: torch.dtype) -> bool:
-    if type(matrix) not in (nn.Linear, nn.Embedding) or getattr(matrix, "bias", None) is not None:
+    if type(matrix) not in (nn.Linear, nn.Embedding, TiedEmbedding) or getattr(matrix, "bias", None) is not None:
         return False
     weight = cast(Tensor, matrix.weight)
     return weight.dtype == dtype and weight.is_contiguous()
@@ -77,7 +77,7 @@ class FewRows:
         Not of one that is sharded, hooked, quantised, has other layers in place of its own, or runs under autocast.
         """
         cache, model = self.cache.keys, self.model
-        matrices: list[nn.Module] = [self.tokens.embedding, self.tokens.head]
+        matrices: list[nn.Module] = [self.tokens.embedding, self.tokens.head or self.tokens.embedding]
         matrices += [linear for layer in self._layers for linear in layer.linears()]
         return (
             HAS_TRITON
@@ -93,9 +93,12 @@ class FewRows:
         config = self.model.architecture
         # All axes of a token have the same position.
         every_step = positions[:, None] + torch.arange(steps, device=positions.device)
-        cos, sin = rotary_angles(every_step, config.head_dim, config.rope_theta)
+        cos, sin = rotary_angles(every_step, config.head_dim, config.rope_theta, config.rope_scaling)
         arrived = torch.zeros(len(positions) * config.num_heads, dtype=torch.int32, device=positions.device)
-        return {"cos": cos, "sin": sin, "arrived": arrived}
+        state = {"cos": cos, "sin": sin, "arrived": arrived}
+        if config.layers_without_rope:
+            state["unturned_cos"], state["unturned_sin"] = unturned_angles((cos, sin))
+        return state
 
     def logits(self, tokens: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Read a token into each row => logits [B, V] of the next.
@@ -106,18 +109,21 @@ class FewRows:
                 are not the first B of the cache.
         """
         early, keys, values = self._early, self.cache.keys, self.cache.values
+        without_rope = self.model.architecture.layers_without_rope
+        if without_rope:
+            unturned = {**state, "cos": state["unturned_cos"], "sin": state["unturned_sin"]}
         hidden = self.tokens.embedding(tokens)
         for layer, (attention_norm, qkv, output, ffn_norm, ffn) in enumerate(self._layers):
             projection = products(hidden, qkv.linear.weight, norm=_weight_and_eps(attention_norm), early=early)
             norms = None
             if isinstance(qkv.q_norm, RMSNorm) and isinstance(qkv.k_norm, RMSNorm):
                 norms = (qkv.q_norm.weight, qkv.k_norm.weight)
-            attended = attention(projection, norms, qkv.eps, keys[layer], values[layer], state, early=early)
+            angles = unturned if layer in without_rope else state
+            attended = attention(projection, norms, qkv.eps, keys[layer], values[layer], angles, early=early)
             products(attended, output.weight, add_to=hidden, early=early)
             gated = products(hidden, ffn.gate.weight, up=ffn.up.weight, norm=_weight_and_eps(ffn_norm), early=early)
             products(gated, ffn.down.weight, add_to=hidden, early=early)
-        head = self.tokens.head.weight
-        return products(hidden, head, norm=_weight_and_eps(self._final_norm), early=early)
+        return products(hidden, self.tokens.head_weight, norm=_weight_and_eps(self._final_norm), early=early)
 
 
 def _weight_and_eps(norm: RMSNorm) -> tuple[Tensor, float]:

@@ -19,8 +19,9 @@ class Decoding:
     Attributes:
         max_new_tokens: Most tokens written, the end of the text included.
         temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Tokens are drawn from the so many most probable ones; 0 is all.
         top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1] (nucleus sampling,
-            arXiv 1904.09751).
+            arXiv 1904.09751), as they are after `temperature` and before `top_k`.
 
     Raises:
         UserError: A value is out of its range.
@@ -29,6 +30,7 @@ class Decoding:
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,6 +41,8 @@ class Decoding:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it must be a whole number, 0 for all tokens")
 
 
 def choose_tokens(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor:
@@ -48,6 +52,8 @@ def choose_tokens(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor
     probabilities, ids = (logits.float() / decoding.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     below = probabilities.cumsum(dim=-1) - probabilities
     kept = torch.where(below < decoding.top_p, probabilities, 0.0)
+    if decoding.top_k:
+        kept[:, decoding.top_k :] = 0.0
     cumulative = kept.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
     return ids.gather(1, drawn)[:, 0]

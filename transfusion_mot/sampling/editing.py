@@ -67,12 +67,12 @@ def load_original(
             `ImageSizes.painted`.
     """
     num_prompts = repeats[-1] + 1
-    pictures = _one_a_prompt(image, "image", num_prompts)
+    pictures = one_a_prompt(image, "image", num_prompts)
     size = sizes.painted(height, width, pictures)
     pixels = to_pixels(np.stack([sizes.read(picture, size) for picture in pictures]))[list(repeats)].to(device)
     if mask_image is None:
         return Original(pixels, None)
-    masks = _one_a_prompt(mask_image, "mask_image", num_prompts)
+    masks = one_a_prompt(mask_image, "mask_image", num_prompts)
     for picture, mask in zip(pictures, masks, strict=True):
         if picture.size != mask.size:
             raise UserError(
@@ -95,7 +95,12 @@ def make_edit(original: Original, strength: float, codec: LatentCodec, dtype: to
     return Edit(clean, strength, F.max_pool2d(original.repaint.float(), codec.downsampling) > 0)
 
 
-def _one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:
+def one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:
+    """A picture for each prompt: the given ones, or the only one for all.
+
+    Raises:
+        UserError: They are neither.
+    """
     given = as_pictures(pictures, name)
     if len(given) not in (1, num_prompts):
         raise UserError(f"there are {len(given)} pictures in {name} for {num_prompts} prompts; give one, or one each")

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what the model predicts without a prompt.
+"""Classifier-free guidance: away from what the model predicts without a prompt, or without the image that it edits.
 
 Shapes: B documents, C latent channels, Y and X latent height and width.
 """
@@ -23,6 +23,9 @@ class Guidance:
         rescale: Share of the result that is brought to the standard deviation of the conditional prediction (Lin et
             al., arXiv 2305.08891, section 3.4).
         renorm: Bring the result to the norm of the conditional prediction where it is longer (BAGEL, arXiv 2505.14683).
+        image_scale: Of edits, how much the result follows the source image, and `scale` how much the instruction:
+            uncond + image_scale * (image - uncond) + scale * (cond - image), where `image` is predicted from the source
+            without the instruction (InstructPix2Pix, arXiv 2211.09800, equation 3). None is guidance without a source.
 
     Raises:
         UserError: A value is out of its range.
@@ -32,10 +35,15 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     renorm: bool = False
+    image_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise UserError(f"guidance_scale is {self.scale}; it must be a finite number, 1 for no guidance")
+        if self.image_scale is not None and not math.isfinite(self.image_scale):
+            raise UserError(
+                f"image_guidance_scale is {self.image_scale}; it must be finite, 1 for no guidance"
+            )
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(
                 f"guidance_interval is {self.interval}; it must be the lowest and the highest timestep with guidance, "
@@ -45,9 +53,22 @@ class Guidance:
             raise UserError(f"guidance_rescale is {self.rescale}; it must be from 0 (off) to 1")
 
     @property
+    def _scales(self) -> list[float]:
+        """Of the way from each prediction to the one with more context, the last of them without any context."""
+        scales = [self.scale] if self.image_scale is None else [self.scale, self.image_scale]
+        # With a scale of 1 the prediction with less context cancels out.
+        while scales and scales[-1] == 1:
+            scales.pop()
+        return scales
+
+    @property
     def branches(self) -> int:
-        """Predictions it needs: with the context, and without any."""
-        return 2 if self.scale != 1 else 1
+        """Predictions it needs: with the context, of edits with the source image alone, and without anything."""
+        return 1 + len(self._scales)
+
+    def has_source(self, branch: int) -> bool:
+        """Whether the context of a branch holds the source image."""
+        return branch == 0 or (self.image_scale is not None and branch == 1)
 
     def at(self, timestep: float) -> bool:
         """Whether there is guidance at that timestep."""
@@ -55,8 +76,9 @@ class Guidance:
 
     def combine(self, predictions: Sequence[Tensor]) -> Tensor:
         """The predictions of `branches`, each [B, ...], in its order => the guided one: latents or logits."""
-        whole, nothing = predictions
-        guided = nothing + self.scale * (whole - nothing)
+        whole, guided = predictions[0], predictions[-1]
+        for scale, more, less in reversed(list(zip(self._scales, predictions[:-1], predictions[1:], strict=True))):
+            guided = guided + scale * (more - less)
         if self.rescale:
             deviations = [_per_row(part.flatten(1).std(dim=1), part) for part in (whole, guided)]
             guided = guided * (1 - self.rescale + self.rescale * deviations[0] / deviations[1])

@@ -127,7 +127,8 @@ def diffusion_metrics(
     timesteps = [(index + 0.5) / bins for index in range(bins)]
     # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
     # image before it, so it needs no clean copy of one, for which the row would have no slot either.
-    slots = config.data.slots | dict.fromkeys(latents, 1)
+    # Before the result of an edit there is one.
+    slots = config.data.slots | dict.fromkeys(latents, 2 if config.data.has_edits else 1)
     data = replace(config.data, slots=slots, image_context="noised")
     metrics: list[Metric] = []
     for modality in latents:

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from transfusion_mot.codecs.base import reconstruct as reconstruct_pixels
 from transfusion_mot.data.images import ImageArray, load_image, to_pil, to_pixels
 from transfusion_mot.evaluation.generation import (
     Make,
@@ -136,9 +137,7 @@ class Painter:
 
             def reconstruct(places: list[int], _: Size) -> list[Image.Image]:
                 pixels = to_pixels(np.stack([images[place] for place in places])).to(device)
-                return to_pil(
-                    codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
-                )
+                return to_pil(reconstruct_pixels(codec, pixels))
 
             return by_size([image.shape[:2] for image in images], reconstruct)
 

@@ -14,6 +14,7 @@ from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import TextTokenizer
+from transfusion_mot.errors import UserError
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.decoding import Decoding
@@ -80,7 +81,8 @@ class Sampler:
     | `auto` | text until `EOS` or a begin token, as the model decides; behind that media, their end token, text again |
 
     For guidance, a document has a second row, in which its next media stand alone, behind no text or the negative one:
-    the only context that training drops to, whatever is before them.
+    the only context that training drops to, whatever is before them. Edits have a third one between these, in which the
+    text is left out, or the negative one, and the source image stays.
 
     Args:
         model, tokenizer: Of the pipeline.
@@ -120,6 +122,7 @@ class Sampler:
         self.branches = self.guidance.branches if self.making else 1
         count = len(documents)
         max_new_tokens = decoding.max_new_tokens if decoding is not None else 0
+        self._text_vocab_size = cast(TokenModality, model.modality(TEXT)).vocab_size
         self._tokens_left = [max_new_tokens] * count
         self._media_left = {name: [making.most] * count for name, making in self.making.items()}
         # All at once, so that a document's numbers do not depend on when others end.
@@ -128,8 +131,12 @@ class Sampler:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
         rows = [self._laid_out(document.given) for document in documents]
-        alone = [self._laid_out([document.negative]) for document in documents] if self.branches > 1 else []
-        longest = max(sum(map(self._num_slots, row)) for row in (*rows, *alone))
+        if target in (TEXT, AUTO) and not all(rows):
+            raise UserError(
+                "there is nothing to go on with: this model's tokenizer has no begin of text; give a prompt"
+            )
+        less = [self._context(row) for row in range(count, count * self.branches)]
+        longest = max(sum(map(self._num_slots, row)) for row in (*rows, *less))
         # Each comes with its begin and end token.
         media = sum(making.most * (making.num_slots + 2) for making in self.making.values())
         capacity = longest + max_new_tokens + media
@@ -167,7 +174,7 @@ class Sampler:
         written = self.session.write(
             TEXT,
             [rows],
-            forbidden=forbidden_tokens(self.tokenizer, len(rows), may_begin),
+            forbidden=forbidden_tokens(self.tokenizer, self._text_vocab_size, len(rows), may_begin),
             ends=[eos, *begins],
             decoding=self.decoding,
             uniform=uniform,
@@ -190,7 +197,7 @@ class Sampler:
         every_row = [row for branch in branches for row in branch]
         for row in every_row[len(rows) :]:
             session.clear(row)
-            session.feed(row, *self._laid_out([self.documents[row % count].negative]))
+            session.feed(row, *self._context(row))
         for row in every_row:
             session.feed(row, TokenRun(TEXT, [self.tokenizer.begin_ids[name]], []))
         contents: list[Tensor | list[int]]
@@ -256,10 +263,17 @@ class Sampler:
 
         return predict
 
+    def _context(self, row: int) -> list[TokenRun | LatentSpan]:
+        """What stands before the next media in a row that guidance leads away from."""
+        branch, number = divmod(row, len(self.documents))
+        document = self.documents[number]
+        kept = [item for item in document.given if isinstance(item, Media)] if self.guidance.has_source(branch) else []
+        return self._laid_out([*kept, document.negative])
+
     def _laid_out(self, items: Sequence[str | Media]) -> list[TokenRun | LatentSpan]:
         """Texts and media as in training, without the end of the document."""
         segments = [self.tokenizer.encode(item) if isinstance(item, str) else item for item in join_texts(items)]
-        return list(lay_out([[self.tokenizer.bos_id], *segments], self.tokenizer))
+        return list(lay_out([self.tokenizer.document_start, *segments], self.tokenizer))
 
     def _num_slots(self, part: TokenRun | LatentSpan) -> int:
         if isinstance(part, TokenRun):
@@ -268,18 +282,22 @@ class Sampler:
         return height * width // self.model.architecture.modalities[part.media.modality].patch_size ** 2
 
 
-def forbidden_tokens(tokenizer: TextTokenizer, count: int, may_begin: dict[str, Tensor]) -> Tensor:
+def forbidden_tokens(tokenizer: TextTokenizer, vocab_size: int, count: int, may_begin: dict[str, Tensor]) -> Tensor:
     """Which special tokens rows may not write: all but the end of the text, and begin tokens where they may be.
+
+    Nor may they write what the tokenizer does not know.
 
     Args:
         tokenizer: Of the model.
+        vocab_size: Of the model.
         count: Number of rows B.
         may_begin: Bool [B] of each modality whose media may begin.
 
     Returns:
         Bool [B, V].
     """
-    forbidden = torch.zeros(count, tokenizer.vocab_size, dtype=torch.bool)
+    forbidden = torch.zeros(count, vocab_size, dtype=torch.bool)
+    forbidden[:, tokenizer.vocab_size :] = True
     forbidden[:, tokenizer.special_ids] = True
     forbidden[:, tokenizer.eos_id] = False
     for name, allowed in may_begin.items():

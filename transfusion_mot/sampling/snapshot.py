@@ -56,6 +56,7 @@ class SnapshotPipeline(DiffusionPipeline):
         trained_for: Prediction type and noise schedule of training, from `transfusion_mot.schedulers.trained_for`; None
             takes those of `scheduler`.
         image_modality: The modality of the pictures; None is the one beside text, if there is only one.
+        trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
 
     Attributes:
         image_modality: The modality of the pictures.
@@ -82,6 +83,7 @@ class SnapshotPipeline(DiffusionPipeline):
         image_sizes: dict[str, Any] | None = None,
         trained_for: dict[str, Any] | None = None,
         image_modality: str | None = None,
+        trained_on_edits: bool = False,
     ) -> None:
         super().__init__()
         # Before the scheduler, which must fit it.
@@ -94,6 +96,7 @@ class SnapshotPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             image_sizes=image_sizes,
             image_modality=image_modality,
+            trained_on_edits=trained_on_edits,
         )
         architecture = transformer.architecture
         self.text_tokenizer = TextTokenizer(tokenizer, architecture.stream_order)
@@ -121,7 +124,10 @@ class SnapshotPipeline(DiffusionPipeline):
                 f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
                 "snapshot, or give image_size=PIXELS"
             )
-        if self.text_tokenizer.vocab_size != sizes[TEXT]:
+        # Behind its ids a language model can have spare rows.
+        has_spare = self.transformer.architecture.modalities[TEXT].vocab_size is not None
+        ids = self.text_tokenizer.vocab_size
+        if ids > sizes[TEXT] or (ids < sizes[TEXT] and not has_spare):
             raise UserError(
                 f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
                 f"{sizes[TEXT]}; use the tokenizer that the transformer was trained with"

@@ -19,14 +19,20 @@ class EMA:
     0.999 in every tenth, with 0.999 ** 10. The averages are then of every tenth step's weights, over as many steps.
 
     Args:
-        model: The model; `self.weights` has a tensor beside each of its parameters, by name.
+        model: The model; `self.weights` has a tensor beside each parameter that is trained, by name. Those that need no
+            gradient stay what they are and have none.
         decay: Weight of the past after each step; early in a run it is (1 + step) / (10 + step), so that the random
             start is forgotten.
+        on_cpu: Keep the averages in host memory. An update waits for the weights to get there.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    def __init__(self, model: nn.Module, decay: float, *, on_cpu: bool = False) -> None:
+        self.weights = {
+            name: parameter.detach().to("cpu", copy=True) if on_cpu else parameter.detach().clone()
+            for name, parameter in _trained(model).items()
+        }
         self.decay = decay
+        self.on_cpu = on_cpu
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -37,7 +43,12 @@ class EMA:
         while step > 0 and not self._is_due(step - 1):
             step -= 1
             decay *= self._decay_of(step)
-        torch._foreach_lerp_(_local(self.weights.values()), _local(model.parameters()), 1 - decay)
+        averages, weights = _local(self.weights.values()), _local(_trained(model).values())
+        if not self.on_cpu:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+            return
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight.to("cpu"), 1 - decay)
 
     def _decay_of(self, step: int) -> float:
         return min(self.decay, (1 + step) / (10 + step))
@@ -66,19 +77,30 @@ class EMA:
                 # Its root keeps its weights gathered after a forward without backward.
                 module.reshard()
         # One at a time: there is no room for another copy of all.
-        for average, weight in zip(_local(self.weights.values()), _local(model.parameters()), strict=True):
+        for average, weight in zip(_local(self.weights.values()), _local(_trained(model).values()), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
 
-    def gathered(self, keep: bool) -> dict[str, Tensor]:
-        """The averages, whole and on the CPU; called by all ranks, empty on those that do not keep them."""
+    def gathered(self, model: nn.Module, keep: bool, *, with_frozen: bool = True) -> dict[str, Tensor]:
+        """The averages, and beside them the parameters that are not trained: whole, in float32 and on the CPU, by name.
+
+        Called by all ranks; empty on those that do not keep them.
+        """
         result = {}
-        for name, tensor in self.weights.items():
+        for name, parameter in model.named_parameters():
+            if name not in self.weights and not with_frozen:
+                continue
+            tensor = self.weights.get(name, parameter.detach())
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
-                result[name] = whole.to("cpu", copy=True)
+                result[name] = whole.to("cpu", torch.promote_types(whole.dtype, torch.float32), copy=True)
         return result
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that need a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.adamw_8bit import AdamW8bit
 from transfusion_mot.training.muon import MuonAdamW
 from transfusion_mot.training.towers import tower_of
 
@@ -19,7 +20,7 @@ def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
     knows its `tower` and `lr_scale`, and the names of its parameters, so that a saved state finds them again.
 
     Raises:
-        UserError: Muon is asked for where parameters are sharded.
+        UserError: Muon or 8-bit moments are asked for where parameters are sharded, or torchao is missing.
     """
     architecture = model.architecture
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -40,6 +41,8 @@ def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
         groups.setdefault((kind, tower), {"params": [], **settings})["params"].append((name, parameter))
     if config.name == "adamw":
         return AdamW(list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "adamw_8bit":
+        return AdamW8bit(list(groups.values()), config.lr, config.betas, config.eps)
     head_dim, heads, kv_heads = architecture.head_dim, architecture.num_heads, architecture.num_kv_heads
     row_splits = {"stacked": [head_dim * count for count in (heads, kv_heads or heads, kv_heads or heads)]}
     return MuonAdamW(

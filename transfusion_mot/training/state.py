@@ -147,7 +147,8 @@ def state_tensors(model: nn.Module, ema: EMA, optimizer: Optimizer, lanes: Tenso
     tensors = {LANES: lanes}
     for name, parameter in model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        tensors[f"ema/{name}"] = ema.weights[name]
+        if name in ema.weights:
+            tensors[f"ema/{name}"] = ema.weights[name]
         for key, moment in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = moment
     return tensors
@@ -244,7 +245,7 @@ def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer)
     """Read a training state into a model, its averages and its optimizer => the states of all lanes [rows, n].
 
     Of the optimizer, the moments come back; betas, epsilon and weight decay stay those of the configuration. A
-    parameter that was not trained before starts without moments.
+    parameter that was not trained before starts without moments, and its average with what it is.
 
     Raises:
         UserError: A file is damaged.
@@ -253,18 +254,25 @@ def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     tensors = {LANES: saved[LANES]}
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+    without_average = []
     for name, parameter in model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        tensors[f"ema/{name}"] = ema.weights[name]
+        if f"ema/{name}" in saved and name in ema.weights:
+            tensors[f"ema/{name}"] = ema.weights[name]
+        elif name in ema.weights:
+            without_average.append((ema.weights[name], parameter.detach()))
         prefix = f"optimizer/{name}/"
         for full_name in [full_name for full_name in saved if full_name.startswith(prefix)]:
             if id(parameter) in trained:
                 like = saved[full_name]
                 # Sharded as the parameter, unless it is a number.
                 whole = like.shape == parameter.shape
-                moment = torch.zeros_like(parameter.detach() if whole else like, device=parameter.device)
+                of_form = parameter.detach() if whole else like
+                moment = torch.zeros_like(of_form, dtype=like.dtype, device=parameter.device)
                 moments.setdefault(parameter, {})[full_name.removeprefix(prefix)] = tensors[full_name] = moment
     _read(folder, tensors)
+    for average, weight in without_average:
+        average.copy_(weight)
     for parameter, own in moments.items():
         optimizer.state[parameter] = own
     return tensors[LANES]

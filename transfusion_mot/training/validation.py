@@ -1,6 +1,7 @@
 """Losses on held-out documents, at fixed timesteps and with fixed noise, so that runs and steps compare."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from transfusion_mot.config import TEXT, RunConfig
+from transfusion_mot.config import TEXT, EditDropoutConfig, RunConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import DocumentReader
 from transfusion_mot.data.layout import Media
@@ -41,7 +42,7 @@ class Validation:
         config: Of the run.
         encoder: Encodes media that have no cached latents.
         rows_at_once: Rows of one forward.
-        prompt_dropout_prob: Share of the media in front of which nothing stands.
+        prompt_dropout_prob: Share of the media in front of which nothing stands, neither captions nor what is edited.
     """
 
     def __init__(
@@ -56,7 +57,13 @@ class Validation:
     ) -> None:
         self.encoder = encoder
         self.rows_at_once = rows_at_once
-        data = dataclasses.replace(config.data, prompt_dropout_prob=prompt_dropout_prob, random_flip=False, lookahead=1)
+        data = dataclasses.replace(
+            config.data,
+            prompt_dropout_prob=prompt_dropout_prob,
+            edit_dropout=EditDropoutConfig(0.0, 0.0, prompt_dropout_prob),
+            random_flip=False,
+            lookahead=1,
+        )
         total = sources.num_media_documents()
         wanted = min(total, config.training.num_validation_documents)
         held_out = {name for source in sources.sources for name in source.documents.modalities}
@@ -187,6 +194,7 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
     for pool in (sources.pools[index] for index in sources.media_pools[bucket]):
         source = sources.sources[pool.source]
         for position in range(min(pool.length, config.training.num_validation_documents)):
+            taken: Counter[str] = Counter()
             for item in source.documents.document(pool.item(position)):
                 if not isinstance(item, MediaItem):
                     continue
@@ -195,7 +203,8 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
                     if not encoded.readable[item.index]:
                         continue
                     length = Media(item.modality, encoded.span(item.index)).num_slots
-                shortest[item.modality] = min(length, shortest.get(item.modality, length))
+                taken[item.modality] += length
+            shortest |= {name: min(length, shortest.get(name, length)) for name, length in taken.items()}
     return max(1, sum(config.data.slots[name] // length for name, length in shortest.items()))
 
 

@@ -149,6 +149,11 @@ class StoredArrays:
             self._mapped[name] = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
         return Strings(self._mapped[name], ends)
 
+    def list_at(self, name: str, ends: str, index: int) -> list[str]:
+        """The strings of one item, where the array `ends` says where those of each item end."""
+        start = int(self[ends][index - 1]) if index > 0 else 0
+        return self.strings(name)[start : int(self[ends][index])]
+
     def skipped(self) -> SkippedItems:
         """What was left out while the arrays were built; a copy of its own, to add to."""
         return SkippedItems(**cast(dict[str, Any], json.loads(json.dumps(self._skipped))))

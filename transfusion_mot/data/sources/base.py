@@ -39,10 +39,12 @@ class MediaItem:
     Attributes:
         modality: What it is, a key of `model.modalities`.
         index: Its index among the media of this modality in the source.
+        is_condition: Whether it is only read, as the source image of an edit: it has no loss.
     """
 
     modality: str
     index: int
+    is_condition: bool = False
 
 
 class ImageSet(Protocol):
@@ -101,7 +103,8 @@ class Documents(Protocol):
         media: The media of each modality; empty for texts. Those of one document have the same bucket.
         modalities: What the documents are made of. Documents of codes alone fill the stream of their modality, as texts
             fill the text stream.
-        is_paired: Whether a document is a text and media of one thing, without an order of their own.
+        is_paired: Whether a document is a text and media of one thing, without an order of their own. Others are in
+            reading order, or, if they begin with a condition, edits: a source image, an instruction, the result.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tables with a column of images and one of captions: parquet and Arrow files, data sets of the library `datasets`."""
+"""Tables with a column of images, or two, and one of captions: parquet and Arrow files, data sets of `datasets`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,14 @@ from tqdm import tqdm
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import open_parquet, pick_column, rows_of, split_field, texts_in
+from transfusion_mot.data.sources.tables import (
+    open_parquet,
+    pick_column,
+    rows_of,
+    source_columns,
+    split_field,
+    texts_in,
+)
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import refuse_missing_path
 
@@ -32,25 +39,29 @@ def index_parquet(source: SourceConfig, data: DataConfig, files: Sequence[Path])
     for file, schema in zip(files, schemas, strict=True):
         pick_column(image_column, (), schema.names, str(file))
         _check_holds_images(schema, image_column, str(file))
+        for column in source_columns(source):
+            pick_column(column, (), schema.names, str(file))
+            _check_holds_images(schema, column, str(file), "source_image_column")
 
     def build(writer: ArrayWriter) -> None:
-        items = CaptionWriter(writer, data.split_seed)
+        items = CaptionWriter(writer, data.split_seed, is_pairs=source.source_image_column is not None)
         numbers, rows, positions = (writer.integers(name) for name in ("files", "rows", "positions"))
         for number, (file, schema) in enumerate(tqdm(zip(files, schemas, strict=True), desc="reading captions")):
             text_column = pick_column(source.text_column, TEXT_COLUMNS, schema.names, str(file))
             wanted = [text_column, *(["split"] if "split" in schema.names else [])]
             for index, (where, row) in enumerate(rows_of(file, wanted)):
                 captions = texts_in(row[text_column], text_column, where)
-                if items.add(f"{file.name}:{index}", captions, where, split_field(row, where)):
+                name = f"{file.name}:{index}"
+                if items.add(name, captions, where, split_field(row, where), source_name=name):
                     numbers.append(number)
                     rows.append(index)
                     positions.append(0)
 
-    key = [[file_stamp(file) for file in files], source.text_column, data.split_seed]
+    key = [[file_stamp(file) for file in files], source.text_column, *source_columns(source), data.split_seed]
     return image_column, stored_arrays(data.cache_dir, "parquet", key, build)
 
 
-def _check_holds_images(schema: pa.Schema, column: str, where: str) -> None:
+def _check_holds_images(schema: pa.Schema, column: str, where: str, key: str = "image_column") -> None:
     """Refuse a column that can hold no images by its type; whether texts are paths of images is seen when one is read.
 
     Raises:
@@ -64,7 +75,7 @@ def _check_holds_images(schema: pa.Schema, column: str, where: str) -> None:
     ):
         raise UserError(
             f"{where}: the column '{column}' is of type {kind}; images are bytes, paths or {{bytes, path}}: set "
-            f"image_column to one of {[name for name in schema.names if name != column]}"
+            f"{key} to one of {[name for name in schema.names if name != column]}"
         )
 
 
@@ -126,11 +137,14 @@ def index_dataset(
     columns = dataset.column_names
     image_column = pick_column(source.image_column, ("image",), columns, name)
     _check_holds_images(dataset.features.arrow_schema, image_column, name)
+    for column in source_columns(source):
+        pick_column(column, (), columns, name)
+        _check_holds_images(dataset.features.arrow_schema, column, name, "source_image_column")
     text_column = pick_column(source.text_column, TEXT_COLUMNS, columns, name)
     texts = dataset.select_columns([text_column, *(["split"] if "split" in columns else [])])
 
     def build(writer: ArrayWriter) -> None:
-        items = CaptionWriter(writer, data.split_seed)
+        items = CaptionWriter(writer, data.split_seed, is_pairs=source.source_image_column is not None)
         rows = writer.integers("rows")
         index = 0
         with tqdm(total=len(texts), desc=f"reading captions of {name}", unit="row") as progress:
@@ -139,10 +153,10 @@ def index_dataset(
                     row = dict(zip(batch, values, strict=True))
                     where = f"{name}:{index}"
                     captions = texts_in(row[text_column], text_column, where)
-                    if items.add(where, captions, where, split_field(row, where)):
+                    if items.add(where, captions, where, split_field(row, where), source_name=where):
                         rows.append(index)
                     index += 1
                 progress.update(len(batch[text_column]))
 
-    key = [dataset._fingerprint, text_column, data.split_seed]
+    key = [dataset._fingerprint, text_column, *source_columns(source), data.split_seed]
     return image_column, stored_arrays(data.cache_dir, "datasets", key, build)

@@ -8,7 +8,7 @@ from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
 from transfusion_mot.data.sources.base import Split
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import pick_column, rows_of, split_field, texts_in
+from transfusion_mot.data.sources.tables import Row, pick_column, rows_of, source_columns, split_field, texts_in
 from transfusion_mot.errors import UserError
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -19,14 +19,16 @@ class _Listed:
     name: str
     where: str
     side: Split | None
+    source_name: str | None
     captions: list[str] = field(default_factory=list)
 
 
 def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> StoredArrays:
-    """Names (paths below the folder) and captions of the images that the metadata lists.
+    """Names (paths below the folder) and captions of the images that the metadata lists; or of editing pairs, names of
+    both images and the instructions.
 
-    A field may hold a list of captions, and an image may be listed several times, in any spelling of its path: each
-    line adds to its captions.
+    A field may hold a list of captions, and an image or pair may be listed several times, in any spelling of its path:
+    each line adds to its captions.
 
     Raises:
         UserError: There is no metadata, or a line of it cannot be used, or puts an image on another side of the split
@@ -40,15 +42,17 @@ def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> S
         )
 
     def build(writer: ArrayWriter) -> None:
-        listed: dict[str, _Listed] = {}
+        listed: dict[tuple[str, ...], _Listed] = {}
         for where, row in rows_of(metadata):
             name_column = pick_column(source.image_column, ("file_name",), list(row), where)
             text_column = pick_column(source.text_column, ("text", "caption"), list(row), where)
-            name = row[name_column]
-            if not isinstance(name, str):
-                raise UserError(f"{where}: needs a field '{name_column}' with the path of an image, got {name!r}")
+            name, source_name = _path_in(row, name_column, where), None
+            if source.source_image_column is not None:
+                source_column = pick_column(source.source_image_column, (), list(row), where)
+                source_name = _path_in(row, source_column, where)
             side = split_field(row, where)
-            entry = listed.setdefault(os.path.normpath(folder / name), _Listed(name, where, side))
+            key = tuple(os.path.normpath(folder / part) for part in (name, source_name) if part is not None)
+            entry = listed.setdefault(key, _Listed(name, where, side, source_name))
             if side is not None and entry.side not in (None, side):
                 raise UserError(
                     f"{where}: puts '{name}' on another side of the split than {entry.where}; give all lines of an "
@@ -56,9 +60,21 @@ def index_imagefolder(source: SourceConfig, data: DataConfig, folder: Path) -> S
                 )
             entry.side = entry.side or side
             entry.captions += texts_in(row[text_column], text_column, where)
-        items = CaptionWriter(writer, data.split_seed)
+        items = CaptionWriter(writer, data.split_seed, is_pairs=source.source_image_column is not None)
         for entry in listed.values():
-            items.add(entry.name, entry.captions, entry.where, entry.side)
+            items.add(entry.name, entry.captions, entry.where, entry.side, source_name=entry.source_name)
 
-    key = [file_stamp(metadata), source.image_column, source.text_column, data.split_seed]
+    columns = [source.image_column, source.text_column, *source_columns(source)]
+    key = [file_stamp(metadata), *columns, data.split_seed]
     return stored_arrays(data.cache_dir, "imagefolder", key, build)
+
+
+def _path_in(row: Row, column: str, where: str) -> str:
+    """The path in a field.
+
+    Raises:
+        UserError: The field holds something else.
+    """
+    if not isinstance(row[column], str):
+        raise UserError(f"{where}: needs a field '{column}' with the path of an image, got {row[column]!r}")
+    return row[column]

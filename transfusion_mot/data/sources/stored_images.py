@@ -93,19 +93,33 @@ def _is_main_side(source: SourceConfig, split: Split) -> bool:
 
 
 class CaptionWriter:
-    """Writes items with captions: the strings `names` and `captions`, and where the captions of each item end."""
+    """Writes items with captions: the strings `names` and `captions`, and where the captions of each item end.
 
-    def __init__(self, writer: ArrayWriter, split_seed: int) -> None:
+    Of editing pairs, a caption is the instruction, a name that of the target image, and `source_names` are those of the
+    source images.
+    """
+
+    def __init__(self, writer: ArrayWriter, split_seed: int, *, is_pairs: bool = False) -> None:
         self._skipped = writer.skipped
         self._names = writer.strings("names")
+        self._source_names = writer.strings("source_names") if is_pairs else None
         self._captions = writer.strings("captions")
         self._ends = writer.integers("item_ends")
         self._split = SplitWriter(writer, split_seed)
 
-    def add(self, name: str, captions: Sequence[str], where: str, side: Split | None = None) -> bool:
+    def add(
+        self,
+        name: str,
+        captions: Sequence[str],
+        where: str,
+        side: Split | None = None,
+        *,
+        source_name: str | None = None,
+    ) -> bool:
         """One item, by the name of its image; False if it has no caption and is left out.
 
-        Held out is by the caption if the item has one and no other item has it, else by the name.
+        Held out is by the caption if the item has one and no other item has it, else by the name; a pair by the name of
+        its source image, so that all edits of an image are on one side.
         """
         if not captions:
             self._skipped.add("empty caption", where)
@@ -114,7 +128,12 @@ class CaptionWriter:
         for caption in captions:
             self._captions.add(caption)
         self._ends.append(len(self._captions.ends))
-        self._split.add(captions[0] if len(captions) == 1 else name, side, name)
+        if self._source_names is None:
+            self._split.add(captions[0] if len(captions) == 1 else name, side, name)
+        else:
+            assert source_name is not None
+            self._source_names.add(source_name)
+            self._split.add(source_name, side)
         return True
 
 
@@ -216,10 +235,7 @@ class StoredCaptionedImages(StoredImages):
 
     def captions(self, index: int) -> list[str]:
         """The captions of one image."""
-        item = int(self.items[index])
-        ends = self.arrays["item_ends"]
-        start = int(ends[item - 1]) if item > 0 else 0
-        return self.arrays.strings("captions")[start : int(ends[item])]
+        return self.arrays.list_at("captions", "item_ends", int(self.items[index]))
 
 
 def _displayed_sizes(images: StoredImages, cache_dir: str) -> npt.NDArray[np.int64]:

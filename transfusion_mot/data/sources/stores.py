@@ -78,14 +78,18 @@ def content_of(store: ImageStore, item: int) -> bytes | Image.Image:
 
 
 class FileStore:
-    """Images in files: their paths relative to `folder` are the strings `names` of `arrays`."""
+    """Images in files: their paths relative to `folder` are the strings `names` of `arrays`.
 
-    def __init__(self, folder: Path, arrays: StoredArrays) -> None:
+    The names of arrays begin with `prefix`.
+    """
+
+    def __init__(self, folder: Path, arrays: StoredArrays, prefix: str = "") -> None:
         self.folder = folder
         self.arrays = arrays
+        self._names = f"{prefix}names"
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
-        names = self.arrays.strings("names")
+        names = self.arrays.strings(self._names)
         folder = self.folder.resolve()
 
         def look(chunk: Items) -> tuple[list[int], bytes]:
@@ -110,10 +114,10 @@ class FileStore:
         return items[there], stamps[there]
 
     def open(self, item: int) -> BinaryIO:
-        return _opened(self.folder / self.arrays.strings("names")[item])
+        return _opened(self.folder / self.arrays.strings(self._names)[item])
 
     def where(self, item: int) -> str:
-        return str(self.folder / self.arrays.strings("names")[item])
+        return str(self.folder / self.arrays.strings(self._names)[item])
 
 
 def _opened(path: Path, offset: int = 0, size: int | None = None) -> BinaryIO:
@@ -149,24 +153,28 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 class TarStore:
-    """Images in uncompressed tar files, read in place: `arrays` holds `names`, `files`, `offsets` and `sizes`."""
+    """Images in uncompressed tar files, read in place: `arrays` holds `names`, `files`, `offsets` and `sizes`.
 
-    def __init__(self, files: Sequence[Path], arrays: StoredArrays) -> None:
+    The names of all arrays but `files` begin with `prefix`.
+    """
+
+    def __init__(self, files: Sequence[Path], arrays: StoredArrays, prefix: str = "") -> None:
         self.files = list(files)
         self.arrays = arrays
+        self._names, self._offsets, self._sizes = (f"{prefix}{name}" for name in ("names", "offsets", "sizes"))
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
         # The index is of these very files: their stamps are part of its key.
         stamps = [file_stamp(file) for file in self.files]
-        return items, stamps_of(stamps, self.arrays["files"][items], self.arrays["offsets"][items])
+        return items, stamps_of(stamps, self.arrays["files"][items], self.arrays[self._offsets][items])
 
     def open(self, item: int) -> BinaryIO:
         path = self.files[int(self.arrays["files"][item])]
         # Opened each time: a descriptor kept for each of thousands of tar files would exhaust them.
-        return _opened(path, int(self.arrays["offsets"][item]), int(self.arrays["sizes"][item]))
+        return _opened(path, int(self.arrays[self._offsets][item]), int(self.arrays[self._sizes][item]))
 
     def where(self, item: int) -> str:
-        return f"{self.files[int(self.arrays['files'][item])]}:{self.arrays.strings('names')[item]}"
+        return f"{self.files[int(self.arrays['files'][item])]}:{self.arrays.strings(self._names)[item]}"
 
 
 class ParquetStore:

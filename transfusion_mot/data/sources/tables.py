@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from transfusion_mot.config import SourceConfig
 from transfusion_mot.data.sources.base import SkippedItems, Split, counted
 from transfusion_mot.errors import UserError
 
@@ -242,6 +243,11 @@ def pick_column(wanted: str | None, usual: Sequence[str], columns: Sequence[str]
             return name
     asked = repr(wanted) if wanted is not None else " or ".join(map(repr, usual))
     raise UserError(f"{where}: needs a field {asked}; it has {sorted(columns)}")
+
+
+def source_columns(source: SourceConfig) -> list[str]:
+    """The column of the source images of editing pairs, of a source that has them: part of the key of its index."""
+    return [] if source.source_image_column is None else [source.source_image_column]
 
 
 def texts_in(value: Any, name: str, where: str) -> list[str]:

@@ -14,7 +14,7 @@ from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_
 from transfusion_mot.data.sources.base import SkippedItems
 from transfusion_mot.data.sources.parallel import map_in_processes
 from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import Unusable, json_object, pick_column, texts_in
+from transfusion_mot.data.sources.tables import Unusable, json_object, pick_column, source_columns, texts_in
 from transfusion_mot.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -38,6 +38,7 @@ class _Sample:
     name: str
     captions: list[str]
     image: Member
+    source: Member | None
 
 
 @dataclass
@@ -122,6 +123,8 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
     `text` or `caption` of a `.json` if there is no `.txt`; with `text_column`, in that field. Where that gives no
     image, names agree up to the extension, as those of "cat 2.0.jpg" and "cat 2.0.txt".
 
+    Of editing pairs, `image_column` and `source_image_column` are what the names of the two images end with.
+
     Shards and samples that cannot be used are counted.
 
     Raises:
@@ -129,47 +132,58 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
     """
 
     def build(writer: ArrayWriter) -> None:
-        items = CaptionWriter(writer, data.split_seed)
+        items = CaptionWriter(writer, data.split_seed, is_pairs=source.source_image_column is not None)
         unusable = Unusable(writer.skipped)
         numbers, offsets, sizes = (writer.integers(name) for name in ("files", "offsets", "sizes"))
-        read = partial(_read_shard, text_column=source.text_column, image_column=source.image_column)
+        if source.source_image_column is not None:
+            source_offsets, source_sizes = writer.integers("source_offsets"), writer.integers("source_sizes")
+        read = partial(_read_shard, source=source)
         shards = tqdm(map_in_processes(read, files), total=len(files), desc=f"indexing {source.path}", unit="file")
         for number, shard in enumerate(shards):
             writer.skipped.update(shard.skipped)
             for sample in shard.samples:
-                if items.add(sample.name, sample.captions, f"{files[number]}:{sample.name}"):
+                where = f"{files[number]}:{sample.name}"
+                source_name = None if sample.source is None else sample.source.name
+                if items.add(sample.name, sample.captions, where, source_name=source_name):
                     numbers.append(number)
                     offsets.append(sample.image.offset)
                     sizes.append(sample.image.size)
+                    if sample.source is not None:
+                        source_offsets.append(sample.source.offset)
+                        source_sizes.append(sample.source.size)
             unusable.num_used = len(numbers)
             for reason, problem in shard.unusable:
                 unusable.add(UserError(problem), reason)
         unusable.refuse_if_all()
 
-    columns = [source.text_column, source.image_column]
+    columns = [source.text_column, source.image_column, *source_columns(source)]
     key = [[file_stamp(file) for file in files], columns, data.split_seed]
     return stored_arrays(data.cache_dir, "webdataset", key, build)
 
 
-def _read_shard(path: Path, text_column: str | None, image_column: str | None) -> _Shard:
+def _read_shard(path: Path, source: SourceConfig) -> _Shard:
     """The samples of a tar file with their captions."""
     shard = _Shard()
     found, shard.skipped, problem = _scan_one(path)
     if problem is not None:
         shard.unusable.append((_NO_TAR, problem))
-    images = _IMAGES if image_column is None else (image_column,)
+    images = _IMAGES if source.image_column is None else (source.image_column,)
+    source_image = source.source_image_column
     with path.open("rb", buffering=0) as file:
-        for members in _samples_in(found, images, path, shard.skipped):
+        for members in _samples_in(found, (*images, *source_columns(source)), path, shard.skipped):
             image = next((members[extension] for extension in images if extension in members), None)
             where = f"{path}:{next(iter(members.values())).name}"
             if image is None:
                 shard.skipped.add("sample without an image", where)
             elif image.size == 0:
                 shard.skipped.add("empty file", f"{path}:{image.name}")
+            elif source_image is not None and source_image not in members:
+                shard.skipped.add("sample without a source image", where)
             else:
-                captions = _captions(file.fileno(), members, text_column, where, shard)
+                captions = _captions(file.fileno(), members, source.text_column, where, shard)
                 if captions is not None:
-                    shard.samples.append(_Sample(image.name, captions, image))
+                    before = None if source_image is None else members[source_image]
+                    shard.samples.append(_Sample(image.name, captions, image, before))
     return shard
 
 

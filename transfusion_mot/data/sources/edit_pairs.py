@@ -1,0 +1,126 @@
+"""Editing pairs: a source image, an instruction, and the target image that comes of it."""
+
+import logging
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from transfusion_mot.config import TEXT, DataConfig, SourceConfig
+from transfusion_mot.data.images import UnreadableImage, displayed_size
+from transfusion_mot.data.sources.arrays import StoredArrays
+from transfusion_mot.data.sources.base import ImageSet, MediaItem, SkippedItems, Split, Text, counted, fingerprint_of
+from transfusion_mot.data.sources.keys import Keys
+from transfusion_mot.data.sources.stored_images import StoredImages, items_of, skipped_on_opening
+from transfusion_mot.data.sources.stores import ImageStore, Items, content_of
+
+# Pairs whose proportions are compared, evenly spaced, and how far they may differ by rounding.
+_NUM_COMPARED = 32
+_PROPORTION_TOLERANCE = 0.03
+
+_logger = logging.getLogger(__name__)
+
+
+class PairStore:
+    """Both images of pairs as one store: item 2 i is the source of pair i, item 2 i + 1 its target."""
+
+    def __init__(self, sources: ImageStore, targets: ImageStore) -> None:
+        self._stores = sources, targets
+
+    def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
+        """Of `items`, which are whole pairs, the pairs of which both images are there."""
+        there = np.zeros(len(items), dtype=np.bool_)
+        stamps = np.zeros((len(items), 2), dtype=np.uint64)
+        for side, store in enumerate(self._stores):
+            places = np.flatnonzero(items % 2 == side)
+            found, keys = store.present(items[places] // 2, skipped)
+            places = places[np.isin(items[places] // 2, found)]
+            there[places], stamps[places] = True, keys
+        there = np.repeat(there[::2] & there[1::2], 2)
+        return items[there], stamps[there]
+
+    def open(self, item: int) -> BinaryIO | Image.Image:
+        return self._stores[item % 2].open(item // 2)
+
+    def where(self, item: int) -> str:
+        return self._stores[item % 2].where(item // 2)
+
+
+class EditPairs:
+    """Documents of one side of a source: source image, instruction, target image.
+
+    A pair of which an image is missing is left out, and one of which an image cannot be decoded, when it comes up.
+
+    Args:
+        name: Of the source, for messages.
+        store: Both images of pairs.
+        arrays: What `CaptionWriter` has written of pairs.
+        source, data, split: What is asked for.
+    """
+
+    is_paired = False
+
+    def __init__(
+        self,
+        name: str,
+        store: PairStore,
+        arrays: StoredArrays,
+        source: SourceConfig,
+        data: DataConfig,
+        split: Split,
+    ) -> None:
+        self.name = name
+        self.arrays = arrays
+        pairs = items_of(arrays, source, data, split)
+        items = np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
+        images = StoredImages(name, store, items, skipped_on_opening(arrays, source, split), source, data, split)
+        # Both take the size that suits the source: nothing else is known when an image is edited.
+        images.share_buckets(images.items // 2)
+        self.skipped = images.skipped
+        self.pairs = images.items[::2] // 2
+        self.modality = source.modality
+        self.modalities = (TEXT, source.modality)
+        self.media: dict[str, ImageSet] = {source.modality: images}
+        self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.pairs)
+        if split == "train":
+            _compare_proportions(name, store, self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """The image that is edited, its instructions, of which one is used, and the result."""
+        return [
+            MediaItem(self.modality, 2 * index, is_condition=True),
+            Text(self.instructions(index)),
+            MediaItem(self.modality, 2 * index + 1),
+        ]
+
+    def instructions(self, index: int) -> list[str]:
+        """Ways to say the edit of a pair: at least one, none empty."""
+        return self.arrays.list_at("captions", "item_ends", int(self.pairs[index]))
+
+
+def _compare_proportions(name: str, store: PairStore, pairs: Items) -> None:
+    """Say so where images of a pair have other proportions: both are fitted to one size."""
+    different, example = 0, ""
+    some = pairs[:: 1 + len(pairs) // _NUM_COMPARED]
+    for pair in some.tolist():
+        try:
+            sizes = [displayed_size(content_of(store, item), store.where(item)) for item in (2 * pair, 2 * pair + 1)]
+        except (UnreadableImage, FileNotFoundError):
+            continue
+        ratio = (sizes[0][0] * sizes[1][1]) / (sizes[0][1] * sizes[1][0])
+        if abs(np.log(ratio)) > _PROPORTION_TOLERANCE:
+            different += 1
+            shown = " and ".join(f"{width} x {height}" for height, width in sizes)
+            example = example or f"'{store.where(2 * pair)}' and its target have {shown} pixels"
+    if different:
+        _logger.warning(
+            "%s: of %s looked at, %d have a source and a target of different proportions (%s); data.image_fit brings "
+            "both to one size, and what lies in the same place may then differ: give pairs of equal proportions",
+            name,
+            counted({"pair": len(some)}),
+            different,
+            example,
+        )

@@ -1,0 +1,88 @@
+"""Scenes composed when they are asked for: as many items as one wants, none stored."""
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from transfusion_mot.config import TEXT, DataConfig, SourceConfig
+from transfusion_mot.data.images import ImageArray, nearest_buckets
+from transfusion_mot.data.scene_drawing import draw_scene
+from transfusion_mot.data.scenes import Composer, Scene
+from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, fingerprint_of
+from transfusion_mot.data.sources.keys import Keys
+from transfusion_mot.data.sprites import Sprites
+
+# Raise it when the same seed and drawings give other scenes.
+_VERSION = 1
+_NUM_ITEMS = 10_000_000
+# Evaluation paints all that is held out; so many tell models apart.
+_NUM_HELD_OUT = 2048
+
+
+class Scenes:
+    """`CaptionedImages` of one side, item i of which follows from the drawings, `data.split_seed` and i alone."""
+
+    is_paired = True
+
+    def __init__(self, name: str, source: SourceConfig, data: DataConfig, split: Split) -> None:
+        self.name = name
+        self.split = split
+        self.sprites = Sprites(name)
+        is_split = source.use == "split" and data.held_out_fraction > 0
+        self.composer = Composer(
+            self.sprites.sprites,
+            seed=data.split_seed,
+            held_out_fraction=data.held_out_fraction,
+            is_split=is_split,
+        )
+        # Of a source that is held out as a whole, the scenes are drawn as for training, and differ by their side.
+        self._rule: Split = split if is_split else "train"
+        num_items = _NUM_ITEMS if source.num_items is None else source.num_items
+        has_items = is_split or (source.use == "held_out") == (split == "held_out")
+        self._length = has_items * (num_items if split == "train" else min(num_items, _NUM_HELD_OUT))
+        self.skipped: dict[str, int] = {}
+        sizes = data.image_sizes
+        bucket = int(nearest_buckets(np.ones((1, 2), np.int64), sizes)[0])
+        self.image_size = sizes[bucket]
+        # All the same, and so without an array of that length.
+        self.buckets: npt.NDArray[np.int16] = np.broadcast_to(np.int16(bucket), self._length)
+        self.stamps: Keys = np.broadcast_to(np.uint64(0), (self._length, 2))
+        made_of = repr((_VERSION, self.sprites.fingerprint, data.split_seed, self.composer.fraction, split, source.use))
+        self.documents_fingerprint = fingerprint_of(made_of.encode(), str(self._length).encode())
+        self.fingerprint = fingerprint_of(self.documents_fingerprint.encode(), repr(self.image_size).encode())
+        self.modality = source.modality
+        self.modalities = (TEXT, source.modality)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def media(self) -> dict[str, ImageSet]:
+        """Itself."""
+        return {self.modality: self}
+
+    def scene(self, index: int) -> Scene:
+        """The record of an item."""
+        return self.composer.scene(index, self._rule)
+
+    def document(self, index: int) -> list[Text | MediaItem]:
+        """The captions of one scene, and its picture."""
+        return [Text(self.captions(index)), MediaItem(self.modality, index)]
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of one scene."""
+        return list(self.scene(index).wordings)
+
+    def content(self, index: int) -> Image.Image:
+        """The picture of one scene."""
+        return Image.fromarray(self.image(index))
+
+    def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
+        """The picture of one scene; `content` is that picture."""
+        if isinstance(content, Image.Image):
+            return np.asarray(content)
+        return draw_scene(self.scene(index), self.sprites, self.image_size)
+
+    def where(self, index: int) -> str:
+        """For messages."""
+        return f"{self.name}:{index}"

@@ -1,0 +1,258 @@
+"""A snapshot that a run begins with: what it settles of the configuration, and its weights."""
+
+import json
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.config import (
+    TEXT,
+    CodecConfig,
+    DiffusionConfig,
+    ModalityConfig,
+    ModelConfig,
+    RunConfig,
+    TowerConfig,
+    to_dict,
+)
+from transfusion_mot.data.tokenizer import load_tokenizer
+from transfusion_mot.errors import UserError
+from transfusion_mot.files import refuse_dangling_links
+from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
+from transfusion_mot.schedulers import make_scheduler, trained_for
+from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+
+# Settings of a model that no weight depends on.
+_FREE = ("towers.*.dropout", "modalities.*.loss_weight")
+# Where a tower's weights came from when the run of the snapshot began.
+_ORIGINS = ("pretrained", "copy_of")
+
+
+class SnapshotStart:
+    """A snapshot that a run begins with.
+
+    Args:
+        name: Its folder, a run folder, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: It is not there, is no snapshot, or is one of version 0.1.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = _find(name)
+        self.index = _read_json(self.folder / INDEX)
+        if is_of_version_0_1(self.folder):
+            raise UserError(
+                f"init_from={name} is a snapshot of version 0.1; convert it: python -m "
+                f"transfusion_mot.sampling.convert {name} NEW_FOLDER"
+            )
+        contents = _read_json(self.folder / "transformer" / "config.json")
+        try:
+            self.model = _model_config(contents["architecture"])
+            self.diffusion = DiffusionConfig(**contents["diffusion"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"init_from={name}: transformer/config.json describes no model that this version knows ({error}); it "
+                "needs a snapshot of train.py"
+            ) from None
+        for key in ("num_inference_steps", "guidance_scale"):
+            setattr(self.diffusion, key, self.index.get(key, getattr(self.diffusion, key)))
+        media = [modality for modality in self.model.stream_order if modality != TEXT]
+        self.pictures = self.index.get("image_modality") or media[0]
+
+    @property
+    def codec_path(self) -> str:
+        """Where the codec of its pictures lies."""
+        return str(self.folder / "vae")
+
+    def sections(self) -> dict[str, Any]:
+        """Sizes, tokenizer, codec and objective, and the sizes of its images."""
+        sizes = self.index.get("image_sizes") or {"trained": [[self.index["image_size"]] * 2], "fit": "crop"}
+        (height, width), *others = sizes["trained"]
+        is_square = not others and height == width
+        images = {"image_size": height} if is_square else {"buckets": sizes["trained"]}
+        return {
+            "model": to_dict(self.model),
+            "tokenizer": {"path": str(self.folder / "tokenizer")},
+            "codecs": {self.pictures: {"path": self.codec_path}},
+            "diffusion": to_dict(self.diffusion),
+            "data": {"image_fit": sizes["fit"], **images},
+        }
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse other sizes, another tokenizer or another codec than those that the weights were trained with.
+
+        Raises:
+            UserError: Names the keys.
+        """
+        differing = [
+            f"model.{key}, which they do not have" if before is None else f"model.{key} is {now} and was {before}"
+            for key, before, now in _differences(to_dict(self.model), to_dict(config.model))
+            if not any(fnmatch(key, free) for free in _FREE)
+        ]
+        if differing:
+            raise UserError(
+                f"the weights of init_from={self.name} are of another model: {'; '.join(differing)}; remove the keys, "
+                "or begin without init_from"
+            )
+        self._check_tokenizer(config)
+        self._check_codec(config)
+
+    def _check_tokenizer(self, config: RunConfig) -> None:
+        own, given = str(self.folder / "tokenizer"), config.tokenizer.path
+        if given == own:
+            return
+        names = config.model.stream_order
+        if given is None or load_tokenizer(given, names).fingerprint != load_tokenizer(own, names).fingerprint:
+            raise UserError(
+                f"tokenizer.path is {given}, and the weights of init_from={self.name} were trained with another "
+                "tokenizer; remove the key to take that"
+            )
+
+    def _check_codec(self, config: RunConfig) -> None:
+        own, given = CodecConfig(self.codec_path), config.codecs[self.pictures]
+        if given.path == own.path:
+            return
+        objective = config.model.modalities[self.pictures].objective
+        fingerprints = {load_codec(codec, objective, "cpu").fingerprint for codec in (own, given)}
+        if len(fingerprints) > 1:
+            raise UserError(
+                f"codecs.{self.pictures}.path is {given.path}, and the weights of init_from={self.name} were trained "
+                "with another codec; remove the key to take that"
+            )
+
+    def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
+        """Put its weights into a model, whole or sharded; called by all processes.
+
+        Raises:
+            UserError: They are damaged, or do not fit.
+        """
+        source = self.name if str(self.folder) == self.name else f"{self.name} ({self.folder.name})"
+        report = take_all(model, self.weight_files(), source)
+        report.notes += self._notes(config)
+        return report
+
+    def weight_files(self) -> WeightFiles:
+        """The weights of its transformer; they are downloaded now if they lie on the hub.
+
+        Raises:
+            UserError: A file is missing or damaged.
+        """
+        is_local = Path(self.name).exists()
+        folder = self.folder if is_local else _download(self.name, ["transformer/*.safetensors", "transformer/*.json"])
+        return WeightFiles(folder / "transformer", "diffusion_pytorch_model")
+
+    def _notes(self, config: RunConfig) -> list[str]:
+        """What of the objective is another than that of the snapshot, in sentences."""
+        if not config.model.of_objective("diffusion"):
+            return []
+        before, now = (
+            trained_for(make_scheduler(diffusion.scheduler, diffusion.scheduler_args))
+            for diffusion in (self.diffusion, config.diffusion)
+        )
+        if before["prediction_type"] != now["prediction_type"]:
+            return [
+                f"the snapshot was trained to predict {before['prediction_type']}, and this run trains it to predict "
+                f"{now['prediction_type']} (diffusion.scheduler): its first diffusion losses will be those of an "
+                "untrained model, and it needs many more steps"
+            ]
+        if before != now:
+            parts = [f"{key} was {before[key]} and is {now.get(key)}" for key in before if before[key] != now.get(key)]
+            return [f"another noise schedule than that of the snapshot (diffusion.scheduler_args): {', '.join(parts)}"]
+        return []
+
+
+def keep_codec(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """Copy the codec of the snapshot that a run begins with into its folder; called by all processes.
+
+    So the run can be continued without the snapshot.
+
+    Returns:
+        The configuration, in which the codec is the copy.
+    """
+    if config.init_from is None:
+        return config
+    start = SnapshotStart(config.init_from)
+    codecs = dict(config.codecs)
+    if codecs[start.pictures].path != start.codec_path:
+        return config
+    own = Path(config.output_dir) / "codecs" / start.pictures
+    codecs[start.pictures] = replace(codecs[start.pictures], path=str(own))
+    if accelerator.is_main_process:
+        with written_aside(own) as folder:
+            shutil.copytree(start.codec_path, folder, dirs_exist_ok=True)
+    accelerator.wait_for_everyone()
+    return replace(config, codecs=codecs)
+
+
+def _find(name: str) -> Path:
+    """The folder of a snapshot; one on the hub is downloaded without its large weights.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = Path(name)
+    if folder.exists():
+        refuse_dangling_links(folder)
+        if (folder / "config.json").is_file() and not (folder / INDEX).is_file():
+            raise UserError(
+                f"init_from={name} is a model alone, such as a codec or a transformer; give the whole snapshot, the "
+                f"folder with {INDEX}"
+            )
+        return find_snapshot(name)
+    refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
+    found = _download(name, ["*.json", "*.txt", "tokenizer/*", "vae/*"])
+    if not (found / INDEX).is_file():
+        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; it needs a snapshot of train.py")
+    return found
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise UserError(
+            f"init_from={name} is neither a folder nor can it be had from the Hugging Face hub "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        reason = "it holds no object"
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    raise UserError(f"the snapshot has no usable {path} ({reason}); copy the whole snapshot again")
+
+
+def _model_config(architecture: dict[str, Any]) -> ModelConfig:
+    towers = {
+        name: TowerConfig(**{key: value for key, value in fields.items() if key not in _ORIGINS})
+        for name, fields in architecture["towers"].items()
+    }
+    modalities = {name: ModalityConfig(**fields) for name, fields in architecture["modalities"].items()}
+    return ModelConfig(**{**architecture, "towers": towers, "modalities": modalities})
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted key, value before and value now of everything that differs between two nested sections."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [(key, before, now)]
+    found: list[tuple[str, Any, Any]] = []
+    for name in before | now:
+        found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    return found

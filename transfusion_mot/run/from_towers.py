@@ -1,0 +1,265 @@
+"""Towers that a run begins with: a language model, towers of snapshots, and copies of other towers."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from transfusion_mot.config import TEXT, ModelConfig, RunConfig, TowerConfig, to_dict
+from transfusion_mot.config_checks import merged
+from transfusion_mot.errors import UserError
+from transfusion_mot.models.initial_weights import WeightReport
+from transfusion_mot.models.pretrained import LanguageModel
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.run.from_snapshot import SnapshotStart
+from transfusion_mot.sampling.snapshot import INDEX
+from transfusion_mot.training.towers import tower_of
+
+# What a copy has in common with the tower that it is of.
+_SIZES = ("hidden_size", "intermediate_size", "norm_eps", "qk_norm", "qkv_bias", "output_bias")
+_COMPONENTS = {"norm", "qkv", "output", "ffn"}
+# Settings of a snapshot's model that no weight depends on, or that say where its weights came from.
+_FREE_OF_TOWER = ("dropout", "pretrained", "copy_of")
+
+
+class TowerStarts:
+    """The towers of a configuration that do not begin at random.
+
+    Args:
+        sections: Of the configuration, nested as in YAML; as far as they are given.
+
+    Raises:
+        UserError: A source is not there, or does not fit.
+    """
+
+    def __init__(self, sections: dict[str, Any]) -> None:
+        model = sections.get("model") or {}
+        towers: dict[str, dict[str, Any]] = {name: fields or {} for name, fields in (model.get("towers") or {}).items()}
+        # As the parser has it: what is given takes the place of the default.
+        modalities = model.get("modalities") or to_dict(ModelConfig())["modalities"]
+        self._modalities: dict[str, dict[str, Any]] = {name: fields or {} for name, fields in modalities.items()}
+        self._text_tower = str((modalities.get(TEXT) or {}).get("tower", TEXT))
+        self.copies = {name: str(tower["copy_of"]) for name, tower in towers.items() if tower.get("copy_of")}
+        self.sources: dict[str, LanguageModel | SnapshotStart] = {}
+        for name, tower in towers.items():
+            if not tower.get("pretrained"):
+                continue
+            if name in self.copies:
+                raise UserError(f"model.towers.{name} has both pretrained and copy_of; keep one of them")
+            self.sources[name] = self._open(name, str(tower["pretrained"]))
+        for name, origin in self.copies.items():
+            if origin not in towers or origin in self.copies:
+                others = ", ".join(sorted(set(towers) - set(self.copies))) or "none"
+                raise UserError(
+                    f"model.towers.{name}.copy_of is {origin}; it must be another tower that is no copy: {others}"
+                )
+        self._given = towers
+
+    def _open(self, tower: str, name: str) -> LanguageModel | SnapshotStart:
+        path = Path(name)
+        if path.is_dir() and ((path / INDEX).is_file() or (path / "snapshots").is_dir()):
+            source = SnapshotStart(name)
+            if tower not in source.model.towers:
+                raise UserError(
+                    f"model.towers.{tower}.pretrained is {name}, a snapshot with the towers "
+                    f"{', '.join(source.model.towers)}; give the tower one of these names"
+                )
+            if set(source.model.untied) != _COMPONENTS and len(source.model.towers) > 1:
+                raise UserError(f"model.towers.{tower}.pretrained is {name}, whose towers share weights; use init_from")
+            return source
+        if tower != self._text_tower:
+            raise UserError(
+                f"model.towers.{tower}.pretrained is {name}: a language model is for the tower of text, "
+                f"{self._text_tower}; use copy_of={self._text_tower}, or the folder of a snapshot"
+            )
+        return LanguageModel.open(name)
+
+    def sections(self) -> dict[str, Any]:
+        """Sizes, norms, biases and rotary positions of the towers, and the tokenizer of text.
+
+        With all modalities and towers of the run: a mapping takes the place of the default.
+        """
+        modalities = merged(self._modalities, self._wanted["model"].get("modalities", {}))
+        names = {modality.get("tower", name) for name, modality in modalities.items()}
+        towers = {name: to_dict(TowerConfig()) for name in names}
+        return merged({"model": {"modalities": modalities, "towers": towers}}, self._wanted)
+
+    @cached_property
+    def _wanted(self) -> dict[str, Any]:
+        """What the sources say, and nothing else."""
+        result: dict[str, Any] = {}
+        for name, source in self.sources.items():
+            own = source.sections(name) if isinstance(source, LanguageModel) else self._of_snapshot(name, source)
+            for key, value in own["model"].items():
+                if key in ("towers", "modalities") or result.get("model", {}).get(key, value) == value:
+                    continue
+                raise UserError(
+                    f"model.towers.{name}.pretrained has {key} {value}, and that of another tower "
+                    f"{result['model'][key]}; all towers of a model have the same"
+                )
+            result = merged(result, own)
+        towers = result.setdefault("model", {}).setdefault("towers", {})
+        for name, origin in self.copies.items():
+            sizes = self._given[origin] | towers.get(origin, {})
+            towers[name] = {key: sizes[key] for key in _SIZES if key in sizes}
+        return result
+
+    def _of_snapshot(self, tower: str, source: SnapshotStart) -> dict[str, Any]:
+        everything = source.sections()
+        model = everything["model"]
+        modalities = {
+            name: {key: value for key, value in fields.items() if key != "loss_weight"}
+            for name, fields in model["modalities"].items()
+            if fields["tower"] == tower
+        }
+        own = {key: value for key, value in model["towers"][tower].items() if key not in _FREE_OF_TOWER}
+        # What the tower left to the model's own settings.
+        own |= {"norm_eps": source.model.norm_eps_of(tower), "qk_norm": source.model.has_qk_norm(tower)}
+        shared: tuple[str, ...] = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling")
+        shared += ("layers_without_rope", "max_position_embeddings")
+        result: dict[str, Any] = {"model": {key: model[key] for key in shared}}
+        result["model"]["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
+        result["model"] |= {"towers": {tower: own}, "modalities": modalities}
+        if TEXT in modalities:
+            result["tokenizer"] = everything["tokenizer"]
+        if codecs := {name: codec for name, codec in everything["codecs"].items() if name in modalities}:
+            result["codecs"] = codecs
+        return result
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a configuration that contradicts the sources.
+
+        Raises:
+            UserError: Names the keys.
+        """
+        model, wanted = config.model, self._wanted
+        if set(model.untied) != _COMPONENTS and len(model.towers) > 1:
+            raise UserError(
+                f"model.untied is {model.untied}, and a tower with pretrained or copy_of owns all its weights; use "
+                "[norm, qkv, output, ffn]"
+            )
+        if self._text_tower != model.modalities[TEXT].tower:
+            raise UserError(
+                f"model.modalities.text.tower is {model.modalities[TEXT].tower}, and the language model is that of "
+                f"model.towers.{self._text_tower}; give it to the tower of text"
+            )
+        origins = {name: f"copy_of={origin}" for name, origin in self.copies.items()}
+        origins |= {name: f"pretrained={source.name}" for name, source in self.sources.items()}
+        for key, before, now in _differences(wanted["model"], to_dict(model)):
+            tower = key.split(".")[1] if key.startswith("towers.") else ""
+            origin = origins.get(tower) or next((origins[name] for name in self.sources), "")
+            raise UserError(f"model.{key} is {now}, and {origin} has {before}; remove the key, or begin without it")
+        for name, origin in self.copies.items():
+            self._check_copy(name, origin, config)
+        self._check_tokenizer(config)
+
+    def _check_copy(self, name: str, origin: str, config: RunConfig) -> None:
+        own, other = config.model.towers[name], config.model.towers[origin]
+        for key in _SIZES:
+            if getattr(own, key) != getattr(other, key):
+                raise UserError(
+                    f"model.towers.{name}.{key} is {getattr(own, key)}, and {origin}, of which it is a copy, has "
+                    f"{getattr(other, key)}; give it the same, or remove copy_of to begin at random"
+                )
+
+    def _check_tokenizer(self, config: RunConfig) -> None:
+        """Refuse a tokenizer with more ids than the language model has rows, or another one than its own."""
+        source, path = self.sources.get(self._text_tower), config.tokenizer.path
+        if not isinstance(source, LanguageModel):
+            return
+        own = _tokenizer_size(source.name)
+        given = own if path == source.name else _tokenizer_size(path or "")
+        rows = source.config.vocab_size
+        if path is None or (path != source.name and own is not None and given != own):
+            raise UserError(
+                f"tokenizer.path is {path}, and the language model {source.name} has a tokenizer of its own; remove "
+                "the key"
+            )
+        if given is not None and given > rows:
+            raise UserError(
+                f"the tokenizer {path} has {given} ids, and the language model {source.name} has {rows} rows; give the "
+                "tokenizer that it was trained with"
+            )
+
+    def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
+        """Put the weights of the sources into a model, whole or sharded; called by all processes.
+
+        Raises:
+            UserError: They are damaged, or do not fit.
+        """
+        report = WeightReport(" and ".join(dict.fromkeys(source.name for source in self.sources.values())) or "copies")
+        for name, source in self.sources.items():
+            if isinstance(source, LanguageModel):
+                source.fill(model, name, report)
+            else:
+                self._fill_from_snapshot(model, name, source, report)
+        for name, origin in self.copies.items():
+            report.notes.append(
+                f"tower {name}: {_copy_tower(model, name, origin)} parameters copied from tower {origin}"
+            )
+        for name, _ in model.named_parameters():
+            tower = tower_of(name, model.architecture)
+            if name in report.taken or (tower in self.copies and not name.startswith("modalities.")):
+                continue
+            if tower not in self.sources:
+                report.missing.setdefault(name, f"tower {tower}: drawn at random")
+            elif name.startswith("modalities."):
+                report.missing.setdefault(name, f"{name.split('.')[1]} is new to tower {tower}: drawn at random")
+        return report
+
+    def _fill_from_snapshot(
+        self, model: TransfusionMoT, tower: str, source: SnapshotStart, report: WeightReport
+    ) -> None:
+        files = source.weight_files()
+        known = set(files.names)
+        for name, parameter in model.named_parameters():
+            if tower_of(name, model.architecture) != tower or name not in known:
+                continue
+            tensor = files.read(name)
+            report.take(name, parameter, tensor)
+        others = {name for name in known if name not in report.taken}
+        for name in others:
+            modality = name.split(".")[1] if name.startswith("modalities.") else None
+            of_tower = source.model.modalities[modality].tower if modality else name.split(".owned.")[1].split(".")[0]
+            if of_tower != tower:
+                report.unexpected[name] = f"tower {of_tower} of the snapshot is not taken"
+            else:
+                report.unexpected[name] = f"{modality} of the snapshot is not in this run" if modality else ""
+
+
+@torch.no_grad()
+def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
+    """Give a tower the weights of another one of the same sizes => how many parameters."""
+    parameters, copied = dict(model.named_parameters()), 0
+    for name, parameter in parameters.items():
+        if f".owned.{tower}." not in name:
+            continue
+        other = parameters[name.replace(f".owned.{tower}.", f".owned.{origin}.")]
+        # Towers of the same sizes are sharded in the same way.
+        own, source = (p.to_local() if isinstance(p, DTensor) else p for p in (parameter, other))
+        own.copy_(source)
+        copied += 1
+    return copied
+
+
+def _tokenizer_size(path: str) -> int | None:
+    """One more than the largest id of a tokenizer; None if it cannot be read, which is told where it is needed."""
+    try:
+        return max(AutoTokenizer.from_pretrained(path).get_vocab().values()) + 1
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted key, wanted value and given value of all that is wanted and is not so."""
+    found: list[tuple[str, Any, Any]] = []
+    for name, value in before.items():
+        inner, given = f"{key}.{name}" if key else name, now.get(name)
+        if isinstance(value, dict) and isinstance(given, dict) and name != "rope_scaling":
+            found += _differences(value, given, inner)
+        elif value != given:
+            found.append((inner, value, given))
+    return found
