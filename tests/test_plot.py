@@ -99,6 +99,19 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         main([str(run), "--output", str(tmp_path / "picture.nothing")])
 
 
+def test_a_loss_that_is_always_zero_is_not_drawn(tmp_path: Path) -> None:
+    """A logarithmic axis has no place for it."""
+    heights = []
+    for zero in (0.0, 1.0):
+        run = tmp_path / str(zero)
+        run.mkdir()
+        lines = [{"step": step, "seconds": 1, "flops": 1, "text_loss": zero, "image_loss": 2.0} for step in (1, 2)]
+        (run / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        main([str(run), "--output", str(tmp_path / "loss.png")])
+        heights.append(Image.open(tmp_path / "loss.png").height)
+    assert heights[0] < 0.6 * heights[1]
+
+
 def test_one_run_is_drawn_once_and_several_against_three_axes(tmp_path: Path) -> None:
     """Steps, FLOPs and seconds of one run would be the same curve three times."""
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", factor=0.5)]

@@ -63,9 +63,11 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
     """
     all_lines = {label: read_metrics(path) for label, path in runs.items()}
     for label, lines in all_lines.items():
-        if not loss_units(lines):
+        if not any(line.get(loss) for line in lines for loss in loss_units(lines)):
             raise UserError(f"{runs[label]} holds no losses; give run folders of train.py that have trained")
-    units = loss_units([line for lines in all_lines.values() for line in lines])
+    together = [line for lines in all_lines.values() for line in lines]
+    # One that is always zero is of a modality without labels, such as the instructions of editing pairs.
+    units = {loss: unit for loss, unit in loss_units(together).items() if any(line.get(loss) for line in together)}
     # FLOPs and seconds compare runs; of one run they would show the same curve three times.
     shown = _AXES if len(runs) > 1 else ("step",)
     figure = Figure(figsize=(9 if len(shown) == 1 else 15, 0.6 + 3.8 * len(units)), layout="constrained")
@@ -73,7 +75,7 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
     for row, (loss, unit) in enumerate(units.items()):
         for column, axis in enumerate(shown):
             axes = grid[row, column]
-            scale, name = _unit(axis, [line for lines in all_lines.values() for line in lines])
+            scale, name = _unit(axis, together)
             for colour, lines in zip(_colours(len(runs)), all_lines.values(), strict=True):
                 _draw(axes, lines, loss, axis=axis, scale=scale, colour=colour)
             axes.set_xlabel(name, color=_INK)
