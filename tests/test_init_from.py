@@ -22,6 +22,7 @@ from transfusion_mot.run.begin import read_run_config
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
+from transfusion_mot.sampling.previews import BEFORE_AND_AFTER
 from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.parallel import make_accelerator
@@ -93,13 +94,14 @@ def test_a_run_begins_with_the_weights_of_a_snapshot(before: Path, tmp_path: Pat
     assert config["model"] == own["model"]
     assert config["diffusion"] == own["diffusion"]
     assert config["data"]["image_size"] == own["data"]["image_size"] == 32
-    # The averages begin with the weights: the same losses on what is held out, in the order of the log.
-    (validation,), (last,) = (
-        lines_of(tmp_path / "after", "validation/text_loss"),
-        lines_of(before, "validation/text_loss"),
-    )
+    # Losses on what is held out are what they were at the end of the snapshot's run: before the first step, and with
+    # the averages after one that changes nothing.
+    (last,) = lines_of(before, "validation/text_loss")
+    validations = lines_of(tmp_path / "after", "validation/text_loss")
+    assert [line["step"] for line in validations] == [0, 1]
     for key in ("validation/text_loss", "validation/image_loss", "validation/caption_loss"):
-        assert validation[key] == pytest.approx(last[key], rel=1e-5), key
+        assert [line[key] for line in validations] == pytest.approx([last[key]] * 2, rel=1e-5), key
+    assert (tmp_path / "after" / "samples" / BEFORE_AND_AFTER).is_file()
     # The first step, computed by the pipeline that anyone would load, on the same rows.
     config = read_run_config([*command[:2], f"init_from={before}", f"output_dir={tmp_path / 'rows'}"], "")
     accelerator = make_accelerator(config.training, Path(config.output_dir))

@@ -51,6 +51,7 @@ class Training:
         guards: Watch the steps.
         validation: None if nothing is held out.
         previews: Samples during training.
+        is_random: Whether the weights were drawn, neither taken from a start nor from a training state.
     """
 
     model: TransfusionMoT
@@ -62,6 +63,7 @@ class Training:
     guards: Guards
     validation: Validation | None
     previews: Previews
+    is_random: bool
 
     @classmethod
     def build(cls, config: RunConfig, accelerator: Accelerator, data: RunData, start: Start) -> Self:
@@ -173,6 +175,7 @@ class Training:
             guards=guards,
             validation=validation,
             previews=previews,
+            is_random=is_random,
         )
 
 

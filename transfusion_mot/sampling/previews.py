@@ -16,12 +16,17 @@ from transfusion_mot.sampling.sizes import Size, by_size
 
 _NUM_CAPTIONED = 8
 _COLUMNS = 4
+# Pictures of the weights that a run began with, and the grid that shows them beside later ones.
+BEFORE, BEFORE_AND_AFTER = "before", "before-and-after.png"
+# Between two pictures, in pixels.
+_LINE, _LINE_COLOUR = 2, "#999999"
 
 
 class Previews:
     """Labelled grids in a folder, and in TensorBoard where that is the tracker.
 
-    Prompts are painted at all sizes of training in turn.
+    Prompts are painted at all sizes of training in turn. Where there are pictures of before the first step, as of a
+    run that fine-tunes a model, a grid shows them beside the newest ones.
 
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
@@ -53,10 +58,23 @@ class Previews:
             turns = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
             images = by_size(turns, self._paint)
             self._show(images, self.prompts, name="samples", suffix="", step=step, accelerator=accelerator)
+            if accelerator.is_main_process:
+                self._compare(images, step)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
             labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
             self._show(self.pictures, labels, name="captions", suffix="-captions", step=step, accelerator=accelerator)
+
+    def _compare(self, images: list[Image.Image], step: int) -> None:
+        """Keep pictures of before the first step; show later ones beside them."""
+        files = [self.folder / BEFORE / f"{place}.png" for place in range(len(images))]
+        if step == 0:
+            (self.folder / BEFORE).mkdir(exist_ok=True)
+            for image, file in zip(images, files, strict=True):
+                image.save(file)
+        elif all(file.exists() for file in files):
+            pairs = [_beside(Image.open(file), image) for file, image in zip(files, images, strict=True)]
+            grid(pairs, self.prompts, _COLUMNS).save(self.folder / BEFORE_AND_AFTER)
 
     def _paint(self, places: list[int], size: Size) -> list[Image.Image]:
         prompts = [self.prompts[place] for place in places]
@@ -82,6 +100,14 @@ class Previews:
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(sheet)[None]}, step, dataformats="NHWC")
+
+
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures in one, with a line between them."""
+    both = Image.new("RGB", (left.width + right.width + _LINE, max(left.height, right.height)), _LINE_COLOUR)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + _LINE, 0))
+    return both
 
 
 def _shown(text: str) -> str:
