@@ -14,6 +14,7 @@ from training_runs import TOWER, arguments_below, assert_same, final_state
 
 import train
 from transfusion_mot.config_checks import given_values, merged
+from transfusion_mot.data import cache
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightFiles
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -296,3 +297,12 @@ def test_what_is_given_is_read_as_the_parser_reads_it(tmp_path: Path) -> None:
     words = ["--config", str(file), "training.num_steps=5", "--data.image_size", "64", "--init_from=c/d"]
     found = given_values(words)
     assert found == {"training": {"num_steps": 5, "num_rows": 4}, "data": {"image_size": 64}, "init_from": "c/d"}
+
+
+def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> None:
+    command = given(tmp_path, "after", before)
+    with pytest.raises(UserError, match=r"is settled by train\.py; give this command the config.yaml of the run"):
+        cache.main(command)
+    # Of a run it is settled.
+    train.main(given(tmp_path, "run", before, training={"num_steps": 1}))
+    cache.main(["--config", str(tmp_path / "run" / "config.yaml")])
