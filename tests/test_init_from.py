@@ -10,6 +10,7 @@ import torch
 import yaml
 from process_group import FSDP2, run_processes
 from safetensors.torch import load_file, save_file
+from test_pipeline_codes import SIDE, codes_pipeline
 from training_runs import TOWER, arguments_below, assert_same, final_state
 
 import train
@@ -166,6 +167,9 @@ def test_another_objective_is_told(before: Path, tmp_path: Path, capsys) -> None
     train.main(given(tmp_path, "other", before, diffusion=other, training={"num_steps": 1}))
     shown = capsys.readouterr().out
     assert "note: the snapshot was trained to predict flow, and this run trains it to predict v_prediction" in shown
+    # The arguments of a scheduler go with it.
+    config = read_run_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"], "")
+    assert config.diffusion.scheduler_args == {}
     train.main([*given(tmp_path, "shift", before, training={"num_steps": 1}), "diffusion.scheduler_args={shift: 1.0}"])
     assert "another noise schedule than that of the snapshot" in capsys.readouterr().out
 
@@ -306,3 +310,26 @@ def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> 
     # Of a run it is settled.
     train.main(given(tmp_path, "run", before, training={"num_steps": 1}))
     cache.main(["--config", str(tmp_path / "run" / "config.yaml")])
+
+
+def test_a_snapshot_whose_pictures_are_codes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = codes_pipeline()
+    pipeline.save_pretrained(tmp_path / "codes")
+    sections = yaml.safe_load((trained / "config.yaml").read_text())
+    data = {key: sections["data"][key] for key in ("sources", "num_workers", "cache_dir")}
+    slots = SIDE**2 + 1  # and the start of the codes
+    file = tmp_path / "after.yaml"
+    training = sections["training"] | {"num_steps": 1}
+    file.write_text(
+        yaml.safe_dump(
+            {"output_dir": str(tmp_path / "after"), "init_from": str(tmp_path / "codes"), "training": training}
+        )
+    )
+    command = ["--config", str(file), f"data={json.dumps(data)}", "optimizer.lr=1e-12"]
+    with pytest.raises(UserError, match=r"takes 17 slots as codes; set data\.slots\.image"):
+        train.main(command)
+    train.main([*command, f"data.slots={json.dumps({'text': 64, 'image': slots})}"])
+    assert "unexpected      0" in capsys.readouterr().out
+    weights = TransfusionPipeline.from_pretrained(find_snapshot(str(tmp_path / "after"))).transformer.state_dict()
+    for name, tensor in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-8, msg=name)

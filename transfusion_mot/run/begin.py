@@ -113,9 +113,11 @@ def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
         sections = {}
         for start in starts:
             sections = merged(sections, start.sections())
-        if "image_size" in (given.get("data") or {}):
-            # Buckets come before an image size, and those of the start would hide the one that is given.
-            sections.get("data", {}).pop("buckets", None)
+        # Buckets come before an image size: those of the start would hide the one that is given. Arguments are those of
+        # their scheduler.
+        for section, key, goes in (("data", "image_size", "buckets"), ("diffusion", "scheduler", "scheduler_args")):
+            if key in (given.get(section) or {}):
+                sections.get(section, {}).pop(goes, None)
     config = parse_config(RunConfig, _with_sections(arguments, sections, given), description)
     for start in starts:
         start.check(config)
