@@ -1,4 +1,4 @@
-"""What a run shows of its model as it goes: pictures of prompts, and captions of held-out pictures, always the same."""
+"""What a run shows of its model as it goes: pictures of prompts, captions and edits of held-out pictures."""
 
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.held_out_edits import edited, held_out_edits
 from transfusion_mot.sampling.sizes import Size, by_size
 
 _NUM_CAPTIONED = 8
+# Of each source of editing pairs.
+_NUM_EDITED = 4
 _COLUMNS = 4
 # Pictures of the weights that a run began with, and the grid that shows them beside later ones.
 BEFORE, BEFORE_AND_AFTER = "before", "before-and-after.png"
@@ -31,7 +34,8 @@ class Previews:
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
         prompts: To paint; may be empty.
-        held_out: Pictures to caption are evenly spaced ones of its captioned images.
+        held_out: Pictures to caption are evenly spaced ones of its captioned images, and those to edit of its editing
+            pairs.
         folder: Where the grids go.
 
     Raises:
@@ -49,9 +53,12 @@ class Previews:
         if prompts:
             pipeline.check_prompts(prompts)
         self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
+        pairs = zip(held_out.names, held_out.sources, strict=True)
+        found = [held_out_edits(name, source, _NUM_EDITED) for name, source in pairs]
+        self.edits = [edits for edits in found if edits is not None and edits.before]
 
     def make(self, step: int, accelerator: Accelerator) -> None:
-        """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
+        """Paint, edit and caption after `step` steps; called by the main process, or by all of a sharded model."""
         self.pipeline.set_progress_bar_config(disable=True)
         if self.prompts and self.pipeline.can_paint:
             sizes = self.pipeline.sizes.trained
@@ -60,6 +67,16 @@ class Previews:
             self._show(images, self.prompts, name="samples", suffix="", step=step, accelerator=accelerator)
             if accelerator.is_main_process:
                 self._compare(images, step)
+        if self.pipeline.can_paint:
+            made = [edited(self.pipeline, edits, batch_size=_NUM_EDITED, seed=0) for edits in self.edits]
+            beside = [
+                _beside(before, after)
+                for edits, results in zip(self.edits, made, strict=True)
+                for before, after in zip(edits.before, results, strict=True)
+            ]
+            if beside:
+                labels = [instruction for edits in self.edits for instruction in edits.instructions]
+                self._show(beside, labels, name="edits", suffix="-edits", step=step, accelerator=accelerator)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
             labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
