@@ -116,6 +116,9 @@ def plan(prompts: list[str], num_images: int, seed: int, first: int = 0) -> list
     return items
 
 
+# Of the settings of painting, the arguments of a call of the pipeline.
+DRAWING = ("num_inference_steps", "guidance_scale", "code_temperature", "code_top_p", "code_top_k")
+
 # A maker turns some items into the lines that tell of them; files go into the folder.
 Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
 
@@ -134,8 +137,7 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
         "negative_prompt": arguments.negative_prompt,
     }
     settings |= {key: value for key, value in how.items() if value not in (None, False, 0.0, (0.0, 1.0))}
-    how |= code_settings(pipeline, arguments)
-    settings |= code_settings(pipeline, arguments)
+    how |= {name: settings[name] for name in DRAWING if name in settings}
     editing: dict[str, Any] = {}
     given = arguments.edit or arguments.image
     pictures = [open_picture(given)] if given else []
@@ -156,8 +158,6 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
         denoising = Denoising() if arguments.strip or arguments.gif else None
         images = make(
             [item.prompt for item in items],
-            num_inference_steps=settings["num_inference_steps"],
-            guidance_scale=settings["guidance_scale"],
             generator=[item.generator() for item in items],
             callback_on_step_end=denoising,
             height=arguments.height,
@@ -183,27 +183,23 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
     """The scheduler asked for is put into the pipeline => what each result tells of how it was made.
 
     Raises:
-        UserError: A value is out of its range, or the scheduler does not fit.
+        UserError: A value is out of its range, the scheduler does not fit, or the model has no reverse steps.
     """
-    name = arguments.scheduler or sampler_name(pipeline.scheduler)
-    if arguments.scheduler is not None:
-        pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
     steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
-    return {
-        "seed": arguments.seed,
-        "num_inference_steps": steps,
-        "guidance_scale": scale,
-        "scheduler": name,
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "checkpoint": str(pipeline.name_or_path),
-    }
-
-
-def code_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> dict[str, float]:
-    """How codes are drawn, of a model whose pictures are codes."""
-    if pipeline.codec.kind == "latents":
-        return {}
-    return {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
+    settings: dict[str, Any] = {"seed": arguments.seed, "guidance_scale": scale}
+    if pipeline.codec.kind == "codes":
+        for name in ("num_inference_steps", "scheduler"):
+            if getattr(arguments, name) is not None:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is given, and this model writes its pictures as codes; leave it out")
+        settings |= {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
+    else:
+        name = arguments.scheduler or sampler_name(pipeline.scheduler)
+        if arguments.scheduler is not None:
+            pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)
+        settings |= {"num_inference_steps": steps, "scheduler": name}
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    return settings | {"dtype": dtype, "checkpoint": str(pipeline.name_or_path)}
 
 
 def image_size(
@@ -251,10 +247,8 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
     """What goes on with a document in words and pictures, as the model decides, and the settings of it."""
     painting = painting_settings(pipeline, arguments)
     settings = writing_settings(arguments) | {
-        "num_inference_steps": painting["num_inference_steps"],
-        "guidance_scale": painting["guidance_scale"],
+        **{name: painting[name] for name in DRAWING if name in painting},
         "max_images": arguments.max_images,
-        **code_settings(pipeline, arguments),
     }
     before = [open_picture(arguments.image)] if arguments.image else []
     settings |= image_size(pipeline, arguments, before)
@@ -276,7 +270,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
             lines.append({"prompt": item.prompt, "seed": item.seed, "segments": told})
         return lines
 
-    return tell, settings | {"scheduler": painting["scheduler"], "image": arguments.image}
+    return tell, {**painting, **settings, "image": arguments.image}
 
 
 def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:

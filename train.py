@@ -80,9 +80,20 @@ def take_steps(
         if accelerator.is_main_process:
             progress.write(line)
 
+    def look(step: int, *, validates: bool, samples: bool) -> None:
+        with ema.in_place_of(model), accelerator.autocast():
+            if validates and training.validation is not None:
+                tell(log.write_validation(step, training.validation.losses(model, accelerator)))
+            if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
+                training.previews.make(step, accelerator)
+
     heartbeats = Path(config.output_dir) / "heartbeats"
     watchdog = Watchdog(heartbeats, rank=rank, world_size=world_size, minutes=settings.watchdog_minutes)
     with watchdog, saver, Stop(started, settings.max_minutes) as stop:
+        if first_step == 0 and not training.is_random:
+            watchdog.at(0, "validation and sampling of what it begins with")
+            with log.paused():
+                look(0, validates=True, samples=True)
         for step, (batch, counts) in enumerate(training.loader, first_step):
             watchdog.at(step + 1, "training")
             lr = set_lr(training.optimizer, config.optimizer, step, settings.num_steps)
@@ -107,11 +118,7 @@ def take_steps(
                 watchdog.at(done, "validation, saving or sampling")
             with log.paused():
                 if validates or samples:
-                    with ema.in_place_of(model), accelerator.autocast():
-                        if validates and training.validation is not None:
-                            tell(log.write_validation(done, training.validation.losses(model, accelerator)))
-                        if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
-                            training.previews.make(done, accelerator)
+                    look(done, validates=validates, samples=samples)
                 if saves or stops:
                     saver.save(done, with_snapshot=saves)
             if stops:

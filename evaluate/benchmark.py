@@ -60,7 +60,15 @@ def main() -> None:
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
-    sampling = SamplerSettings(steps, scale, protocol.guidance_interval, sampler_name(pipeline.scheduler))
+    sampling = SamplerSettings(
+        steps,
+        scale,
+        protocol.guidance_interval,
+        sampler_name(pipeline.scheduler),
+        code_temperature=protocol.code_temperature,
+        code_top_p=protocol.code_top_p,
+        code_top_k=protocol.code_top_k,
+    )
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
     benchmark = Benchmark(protocol, processes, painter, networks=networks, work=work, data=data, output=output)
 
@@ -96,7 +104,7 @@ def main() -> None:
             "device": str(device),
             "processes": processes.num_processes,
             **asdict(protocol),
-            **vars(sampling),
+            **painter.told(sampling),
         },
         versions=used_versions(),
         metrics=metrics,

@@ -17,7 +17,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-VOCAB_SIZE = 331
+VOCAB_SIZE = 307
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -81,17 +81,18 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tokenizer(begins_with_bos: bool, spare: int = 8) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `VOCAB_SIZE - spare` ids."""
+    """A byte-level BPE with `VOCAB_SIZE - spare` ids, 3 of them special."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|begin|>", "<|im_end|>"]
-    texts = [f"{word} {other}" for word in ["red", "green", "blue", "small"] for other in ["apple", "octopus", "sun"]]
+    texts = ["red apple, large octopus, small blue elephant, yellow keyboard, purple banana"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - spare, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts * 3, trainer)
+    assert backend.get_vocab_size() == VOCAB_SIZE - spare
     bos = "<|begin|>" if begins_with_bos else None
     if begins_with_bos:
         backend.post_processor = processors.TemplateProcessing(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
+from test_pipeline_codes import codes_pipeline
 
 from transfusion_mot import demo
 from transfusion_mot.errors import UserError
@@ -93,6 +94,22 @@ def test_the_page_begins_with_the_scheduler_of_the_model():
     pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, STOCHASTIC_SOLVER)
     blocks = demo.build_page(pipeline).blocks.values()
     assert [block.value for block in blocks if getattr(block, "label", "") == "Scheduler"] == [STOCHASTIC_SOLVER]
+
+
+def test_the_page_of_a_model_of_codes_draws_them_as_the_fields_say():
+    if demo.gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    pipeline = codes_pipeline()
+    labels = {getattr(block, "label", "") for block in demo.build_page(pipeline).blocks.values()}
+    assert {"Temperature", "Top-p", "Top-k (0 is all)"} <= labels
+    assert not {"Steps", "Scheduler"} & labels
+    size = demo._size_name(pipeline.sizes.default)
+    studio = demo.Studio(pipeline)
+    (files, *_), *_ = list(studio.paint([], "sun", "", 2, 5, size, 2.0, 0.0, 0.8, 0.9, 6))
+    settings = {"code_temperature": 0.8, "code_top_p": 0.9, "code_top_k": 6, "guidance_scale": 2.0}
+    expected = pipeline("sun", generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], num_images_per_prompt=2, **settings).images
+    assert all(np.array_equal(Image.open(file), image) for file, image in zip(files, expected, strict=True))
+    assert Image.open(files[0]).text["code_top_k"] == "6"
 
 
 # --- In a browser. ---

@@ -10,10 +10,12 @@ import torch
 import yaml
 from process_group import FSDP2, run_processes
 from safetensors.torch import load_file, save_file
+from test_pipeline_codes import SIDE, codes_pipeline
 from training_runs import TOWER, arguments_below, assert_same, final_state
 
 import train
 from transfusion_mot.config_checks import given_values, merged
+from transfusion_mot.data import cache
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightFiles
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -22,6 +24,7 @@ from transfusion_mot.run.begin import read_run_config
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
+from transfusion_mot.sampling.previews import BEFORE_AND_AFTER
 from transfusion_mot.training.checkpoint import find_snapshot, find_state
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.parallel import make_accelerator
@@ -93,13 +96,14 @@ def test_a_run_begins_with_the_weights_of_a_snapshot(before: Path, tmp_path: Pat
     assert config["model"] == own["model"]
     assert config["diffusion"] == own["diffusion"]
     assert config["data"]["image_size"] == own["data"]["image_size"] == 32
-    # The averages begin with the weights: the same losses on what is held out, in the order of the log.
-    (validation,), (last,) = (
-        lines_of(tmp_path / "after", "validation/text_loss"),
-        lines_of(before, "validation/text_loss"),
-    )
+    # Losses on what is held out are what they were at the end of the snapshot's run: before the first step, and with
+    # the averages after one that changes nothing.
+    (last,) = lines_of(before, "validation/text_loss")
+    validations = lines_of(tmp_path / "after", "validation/text_loss")
+    assert [line["step"] for line in validations] == [0, 1]
     for key in ("validation/text_loss", "validation/image_loss", "validation/caption_loss"):
-        assert validation[key] == pytest.approx(last[key], rel=1e-5), key
+        assert [line[key] for line in validations] == pytest.approx([last[key]] * 2, rel=1e-5), key
+    assert (tmp_path / "after" / "samples" / BEFORE_AND_AFTER).is_file()
     # The first step, computed by the pipeline that anyone would load, on the same rows.
     config = read_run_config([*command[:2], f"init_from={before}", f"output_dir={tmp_path / 'rows'}"], "")
     accelerator = make_accelerator(config.training, Path(config.output_dir))
@@ -163,6 +167,9 @@ def test_another_objective_is_told(before: Path, tmp_path: Path, capsys) -> None
     train.main(given(tmp_path, "other", before, diffusion=other, training={"num_steps": 1}))
     shown = capsys.readouterr().out
     assert "note: the snapshot was trained to predict flow, and this run trains it to predict v_prediction" in shown
+    # The arguments of a scheduler go with it.
+    config = read_run_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"], "")
+    assert config.diffusion.scheduler_args == {}
     train.main([*given(tmp_path, "shift", before, training={"num_steps": 1}), "diffusion.scheduler_args={shift: 1.0}"])
     assert "another noise schedule than that of the snapshot" in capsys.readouterr().out
 
@@ -294,3 +301,35 @@ def test_what_is_given_is_read_as_the_parser_reads_it(tmp_path: Path) -> None:
     words = ["--config", str(file), "training.num_steps=5", "--data.image_size", "64", "--init_from=c/d"]
     found = given_values(words)
     assert found == {"training": {"num_steps": 5, "num_rows": 4}, "data": {"image_size": 64}, "init_from": "c/d"}
+
+
+def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> None:
+    command = given(tmp_path, "after", before)
+    with pytest.raises(UserError, match=r"is settled by train\.py; give this command the config.yaml of the run"):
+        cache.main(command)
+    # Of a run it is settled.
+    train.main(given(tmp_path, "run", before, training={"num_steps": 1}))
+    cache.main(["--config", str(tmp_path / "run" / "config.yaml")])
+
+
+def test_a_snapshot_whose_pictures_are_codes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = codes_pipeline()
+    pipeline.save_pretrained(tmp_path / "codes")
+    sections = yaml.safe_load((trained / "config.yaml").read_text())
+    data = {key: sections["data"][key] for key in ("sources", "num_workers", "cache_dir")}
+    slots = SIDE**2 + 1  # and the start of the codes
+    file = tmp_path / "after.yaml"
+    training = sections["training"] | {"num_steps": 1}
+    file.write_text(
+        yaml.safe_dump(
+            {"output_dir": str(tmp_path / "after"), "init_from": str(tmp_path / "codes"), "training": training}
+        )
+    )
+    command = ["--config", str(file), f"data={json.dumps(data)}", "optimizer.lr=1e-12"]
+    with pytest.raises(UserError, match=r"takes 17 slots as codes; set data\.slots\.image"):
+        train.main(command)
+    train.main([*command, f"data.slots={json.dumps({'text': 64, 'image': slots})}"])
+    assert "unexpected      0" in capsys.readouterr().out
+    weights = TransfusionPipeline.from_pretrained(find_snapshot(str(tmp_path / "after"))).transformer.state_dict()
+    for name, tensor in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-8, msg=name)

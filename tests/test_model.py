@@ -49,9 +49,16 @@ class Naive:
         prefix = "final_norm" if module == "final_norm" else f"blocks.{layer}.{module}"
         return self.weights[f"{prefix}.owned.{owner}.{name}"]
 
-    def norm(self, vector: Tensor, weight: Tensor) -> Tensor:
+    def bias(self, layer: int, module: str, token: Token, name: str) -> Tensor | float:
+        """Zero if there is none."""
+        tower = self.config.modalities[token.modality].tower
+        owner = tower if module in self.config.untied else "shared"
+        return self.weights.get(f"blocks.{layer}.{module}.owned.{owner}.{name}", 0.0)
+
+    def norm(self, vector: Tensor, weight: Tensor, token: Token) -> Tensor:
         mean_square = sum(float(x) ** 2 for x in vector.detach()) / len(vector)
-        return vector / math.sqrt(mean_square + self.config.norm_eps) * weight
+        own = self.config.towers[self.config.modalities[token.modality].tower].norm_eps
+        return vector / math.sqrt(mean_square + (self.config.norm_eps if own is None else own)) * weight
 
     def rotate(self, head: Tensor, position: tuple[int, ...]) -> Tensor:
         half = len(head) // 2
@@ -100,15 +107,18 @@ class Naive:
         for layer in range(self.config.num_layers):
             queries, keys, values = [], [], []
             for token, vector in zip(tokens, hidden, strict=True):
-                normed = self.norm(vector, self.weight(layer, "attention_norm", "norm", token, "weight"))
+                normed = self.norm(vector, self.weight(layer, "attention_norm", "norm", token, "weight"), token)
                 projected = self.weight(layer, "qkv", "qkv", token, "linear.weight") @ normed
+                projected = projected + self.bias(layer, "qkv", token, "linear.bias")
                 parts = [projected[i * size : (i + 1) * size] for i in range(heads + 2 * kv_heads)]
                 q, k, v = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
-                if self.config.qk_norm:
-                    q = [self.norm(h, self.weight(layer, "qkv", "qkv", token, "q_norm.weight")) for h in q]
-                    k = [self.norm(h, self.weight(layer, "qkv", "qkv", token, "k_norm.weight")) for h in k]
-                queries.append([self.rotate(h, token.position) for h in q])
-                keys.append([self.rotate(h, token.position) for h in k])
+                own = self.config.towers[self.config.modalities[token.modality].tower].qk_norm
+                if self.config.qk_norm if own is None else own:
+                    q = [self.norm(h, self.weight(layer, "qkv", "qkv", token, "q_norm.weight"), token) for h in q]
+                    k = [self.norm(h, self.weight(layer, "qkv", "qkv", token, "k_norm.weight"), token) for h in k]
+                turns = layer not in self.config.layers_without_rope
+                queries.append([self.rotate(h, token.position) if turns else h for h in q])
+                keys.append([self.rotate(h, token.position) if turns else h for h in k])
                 values.append(v)
             result = []
             for i, token in enumerate(tokens):
@@ -130,8 +140,8 @@ class Naive:
                     chances = chances / chances.sum()
                     attended.append(sum(c * values[j][group] for c, j in zip(chances, seen, strict=True)))
                 output = self.weight(layer, "output", "output", token, "weight")
-                vector = hidden[i] + output @ torch.cat(attended)
-                normed = self.norm(vector, self.weight(layer, "ffn_norm", "norm", token, "weight"))
+                vector = hidden[i] + output @ torch.cat(attended) + self.bias(layer, "output", token, "bias")
+                normed = self.norm(vector, self.weight(layer, "ffn_norm", "norm", token, "weight"), token)
                 gate = self.weight(layer, "ffn", "ffn", token, "gate.weight") @ normed
                 up = self.weight(layer, "ffn", "ffn", token, "up.weight") @ normed
                 down = self.weight(layer, "ffn", "ffn", token, "down.weight")
@@ -139,9 +149,11 @@ class Naive:
             hidden = result
         result, patches = {}, {}
         for token, vector in zip(tokens, hidden, strict=True):
-            normed = self.norm(vector, self.weight(0, "final_norm", "norm", token, "weight"))
+            normed = self.norm(vector, self.weight(0, "final_norm", "norm", token, "weight"), token)
             if token.item is None:
-                result[token.modality, token.place] = self.weights[f"modalities.{token.modality}.head.weight"] @ normed
+                matrix = "embedding" if self.config.modalities[token.modality].tied_embeddings else "head"
+                logits = self.weights[f"modalities.{token.modality}.{matrix}.weight"] @ normed
+                result[token.modality, token.place] = logits
             else:
                 patches.setdefault((token.modality, token.item), []).append(normed)
         row = tokens[0].row
@@ -195,6 +207,23 @@ VARIANTS = {
     "causal image": {"image": {"attention": "causal"}},
     "patch 1": {"image": {"patch_size": 1}},
     "towers of two widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(24, 40)}},
+    "towers of two kinds": {
+        "towers": {
+            "text": TowerConfig(16, 24, norm_eps=0.1, qk_norm=False, qkv_bias=True),
+            "image": TowerConfig(24, 40, output_bias=True),
+        }
+    },
+    "all norms and biases": {
+        "towers": {name: TowerConfig(16, 24, qkv_bias=True, output_bias=True) for name in ("text", "image")},
+        "untied": ["norm", "ffn"],
+    },
+    "tied embeddings": {
+        "modalities": {
+            "text": ModalityConfig("text", tied_embeddings=True),
+            "image": ModalityConfig("image", "diffusion"),
+        }
+    },
+    "a layer without rope": {"layers_without_rope": [1], "num_layers": 2},
     "unet": {"image": {"adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1}},
     "unet dense 3d": {**DENSE, "image": {"adapter": "unet", "unet_channels": [32, 64]}, "rope": "3d"},
 }

@@ -21,7 +21,7 @@ from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
-from transfusion_mot.sampling.previews import Previews, pictures_of
+from transfusion_mot.sampling.previews import BEFORE_AND_AFTER, Previews, pictures_of
 
 
 @pytest.fixture
@@ -52,6 +52,32 @@ def test_pictures_to_caption_are_evenly_spaced_and_have_their_captions(held_out:
     # Latents without their pictures: there is nothing to show.
     with pytest.raises(NotImplementedError):
         pictures_of(sources_of(numbered_images(["a"])), "image", 5)
+
+
+def test_pictures_of_before_the_first_step_stand_beside_the_newest(tmp_path: Path, held_out: Sources) -> None:
+    accelerator, pipeline = Accelerator(cpu=True), tiny_pipeline()
+    previews = Previews(pipeline, ["red", "sun"], held_out, tmp_path / "samples")
+    both = tmp_path / "samples" / BEFORE_AND_AFTER
+    previews.make(0, accelerator)
+    assert not both.exists()
+    previews.make(1, accelerator)
+    # In a cell of the sheet: a picture, a line, and the same picture again.
+    side = pipeline.sizes.trained[0][0]
+    sheet = np.array(Image.open(both))
+    grey = np.argwhere((sheet == 0x99).all(axis=2))
+    factor = (grey[:, 1] == grey[0, 1]).sum() // side
+    top, left = grey.min(axis=0)
+    before = sheet[top : top + factor * side, left - factor * side : left]
+    after = sheet[top : top + factor * side, left + 2 * factor :][:, : factor * side]
+    assert before.shape == after.shape == (factor * side, factor * side, 3)
+    assert np.array_equal(before, after)
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.mul_(1.5)
+    previews.make(2, accelerator)
+    sheet = np.array(Image.open(both))
+    assert np.array_equal(before, sheet[top : top + factor * side, left - factor * side : left])
+    assert not np.array_equal(before, sheet[top : top + factor * side, left + 2 * factor :][:, : factor * side])
 
 
 def test_grids_are_the_same_for_the_same_weights_and_stand_in_tensorboard(tmp_path: Path, held_out: Sources) -> None:

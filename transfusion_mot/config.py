@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from transfusion_mot.config_checks import check_ranges, explain
+from transfusion_mot.config_checks import check_ranges, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
 
 # What of a block can have adapters: maps of the attention and of the feed-forward.
@@ -615,6 +615,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     # A list of sources takes the place of the one before; the parser would merge the two item by item.
     arguments = [part for word in arguments for part in _replacing(word)]
     if issubclass(config_class, RunConfig):
+        refuse_unsettled(arguments)
         # Otherwise the parser does not know the default modalities, of which an argument may change one key.
         modalities = {name: dataclasses.asdict(modality) for name, modality in ModelConfig().modalities.items()}
         arguments = [f"--model.modalities={json.dumps(modalities)}", *arguments]

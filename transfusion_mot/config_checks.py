@@ -224,6 +224,21 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
     return given
 
 
+def refuse_unsettled(arguments: Sequence[str]) -> None:
+    """Refuse a snapshot to begin with, where nobody has put what it says into the arguments.
+
+    Raises:
+        UserError: There is one, and no codec.
+    """
+    given = given_values(arguments)
+    if given.get("init_from") is not None and "codecs" not in given:
+        raise UserError(
+            f"configuration: init_from={given['init_from']} is settled by train.py; give this command the config.yaml "
+            "of the run, or in place of init_from what the snapshot has: codecs.image.path=FOLDER/vae, "
+            "tokenizer.path=FOLDER/tokenizer, data.image_size and the sizes of the model"
+        )
+
+
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Two nested sections in one; where both have a value, that of `above`."""
     both = {

@@ -32,6 +32,7 @@ except ImportError:
 
 MAX_IMAGES = 8
 MAX_STEPS = 250
+MAX_TOP_K = 500
 MAX_CAPTION_TOKENS = 128
 NUM_PREVIEWS = 8
 HISTORY_LENGTH = 40
@@ -122,6 +123,7 @@ class Studio:
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
         self.trained = pipeline.scheduler
+        self.is_codes = pipeline.codec.kind == "codes"
         self.sizes = {_size_name(size): size for size in pipeline.sizes.trained}
         self._folder = tempfile.TemporaryDirectory(prefix="transfusion_mot-")
         self._numbers = itertools.count()
@@ -134,33 +136,42 @@ class Studio:
         num_images: int,
         seed: int,
         size: str,
-        steps: int,
-        scheduler: str,
         scale: float,
         rescale: float,
+        *drawing: Any,
     ) -> Iterator[tuple[Any, str, Any, Any]]:
-        """History and fields of the page => pictures, a line about them, the history as kept, and as shown."""
+        """History and fields of the page => pictures, a line about them, the history as kept, and as shown.
+
+        The last fields, `drawing`, are steps and scheduler; of a model whose pictures are codes temperature, top-p and
+        top-k.
+        """
         prompt = prompt.strip()
         if not prompt:
             raise gr.Error("Say what to paint.", print_exception=False)
-        fields = (prompt, negative_prompt, num_images, seed, size, steps, scheduler, scale, rescale)
+        fields = (prompt, negative_prompt, num_images, seed, size, scale, rescale, *drawing)
         height, width = self.sizes[size]
         seeds = [int(seed) + index for index in range(int(num_images))]
+        how: dict[str, Any]
+        if self.is_codes:
+            how = {"code_temperature": drawing[0], "code_top_p": drawing[1], "code_top_k": int(drawing[2])}
+        else:
+            how = {"num_inference_steps": int(drawing[0])}
 
         def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
-            self.pipeline.scheduler = make_sampling_scheduler(self.trained, scheduler)
+            if not self.is_codes:
+                self.pipeline.scheduler = make_sampling_scheduler(self.trained, drawing[1])
             images: list[Image.Image] = self.pipeline(
                 prompt,
                 height=height,
                 width=width,
-                num_inference_steps=int(steps),
                 guidance_scale=scale,
                 num_images_per_prompt=len(seeds),
                 negative_prompt=negative_prompt.strip() or None,
                 guidance_rescale=rescale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 # Codes are not seen until they are all written.
-                callback_on_step_end=on_step_end if self.pipeline.codec.kind == "latents" else None,
+                callback_on_step_end=None if self.is_codes else on_step_end,
+                **how,
             ).images
             return images
 
@@ -175,8 +186,8 @@ class Studio:
             path = Path(self._folder.name) / f"{next(self._numbers):06d}.png"
             details = {"prompt": prompt, "negative_prompt": negative_prompt, "image_seed": own_seed}
             details |= {"height": height, "width": width}
-            details |= {"num_inference_steps": steps, "guidance_scale": scale, "guidance_rescale": rescale}
-            save_png(image, path, details | {"scheduler": scheduler})
+            details |= {"guidance_scale": scale, "guidance_rescale": rescale, **how}
+            save_png(image, path, details if self.is_codes else details | {"scheduler": drawing[1]})
             new.append(Painted(str(path), (*fields[:3], own_seed, *fields[4:])))
         history = [*new, *history]
         self.forget(history[HISTORY_LENGTH:])
@@ -214,7 +225,7 @@ class Studio:
                 image_guidance_scale=image_scale,
                 num_images_per_prompt=len(seeds),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                callback_on_step_end=on_step_end if self.pipeline.codec.kind == "latents" else None,
+                callback_on_step_end=None if self.is_codes else on_step_end,
             ).images
             return images
 
@@ -283,7 +294,8 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                     rescale = gr.Slider(0, 1, 0, step=0.05, label="Guidance rescale")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
-                    steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
+                    if not studio.is_codes:
+                        steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=90)
                     size = gr.Dropdown(
@@ -292,7 +304,13 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
                         label="Width x height",
                         min_width=130,
                     )
-                scheduler = gr.Dropdown(schedulers, value=current, label="Scheduler")
+                if studio.is_codes:
+                    with gr.Row():
+                        temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
+                        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
+                        drawing = [temperature, top_p, gr.Slider(0, MAX_TOP_K, 0, step=1, label="Top-k (0 is all)")]
+                else:
+                    drawing = [steps, gr.Dropdown(schedulers, value=current, label="Scheduler")]
             with gr.Column(scale=6, min_width=320):
                 painted = gr.Gallery(
                     show_label=False, columns=2, height=530, object_fit="contain", elem_id="painted", format="png"
@@ -322,7 +340,7 @@ def build_page(pipeline: TransfusionPipeline) -> Any:
         )
         history = gr.State([], time_to_live=CACHE_SECONDS[1], delete_callback=studio.forget)
 
-        fields = [prompt, negative, num_images, seed, size, steps, scheduler, scale, rescale]
+        fields = [prompt, negative, num_images, seed, size, scale, rescale, *drawing]
         painting = gr.on(
             [start.click, prompt.submit],
             studio.paint,

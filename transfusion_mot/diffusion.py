@@ -144,7 +144,7 @@ class Diffusion:
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
         on_step: Callable[[int, Tensor, Callable[[], Tensor]], bool | None] | None = None,
-        edit: "Edit | None" = None,
+        variation: "Variation | None" = None,
     ) -> Tensor:
         """Noise [B, C, Y, X] => clean latents, by the scheduler's reverse process.
 
@@ -155,18 +155,18 @@ class Diffusion:
             generators: One per image, for schedulers that draw noise in each step.
             on_step: Called after each call of `predict` with its index, the current latents and a function that gives
                 the clean latents that the model expects => whether to stop there.
-            edit: What is there already; else all begins with noise.
+            variation: What is there already; else all begins with noise.
         """
         scheduler = self.scheduler
         times = self.inference_timesteps(num_inference_steps, noise.device).to(noise.dtype)
-        first = 0 if edit is None else edit.first_step(times)
+        first = 0 if variation is None else variation.first_step(times)
         if hasattr(scheduler, "set_begin_index"):
             # Else the first step looks its timestep up, and the host waits for the device.
             scheduler.set_begin_index(first)
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        if edit is not None:
-            latents = self._for_solver(edit.clean, noise, times, first)
+        if variation is not None:
+            latents = self._for_solver(variation.clean, noise, times, first)
         for step in range(first, len(times)):
             timestep = scheduler.timesteps[step]
             scaled = latents
@@ -181,8 +181,10 @@ class Diffusion:
                     self.num_train_timesteps, round(float(distance) * self.num_train_timesteps)
                 )
             latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
-            if edit is not None and edit.repaint is not None:
-                latents = torch.where(edit.repaint, latents, self._for_solver(edit.clean, noise, times, step + 1))
+            if variation is not None and variation.repaint is not None:
+                latents = torch.where(
+                    variation.repaint, latents, self._for_solver(variation.clean, noise, times, step + 1)
+                )
             clean = functools.partial(self.clean_estimate, prediction, scaled, times[step])
             if on_step is not None and on_step(step, latents, clean):
                 break
@@ -251,7 +253,7 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class Edit:
+class Variation:
     """An image to begin with, in place of noise alone.
 
     Attributes:

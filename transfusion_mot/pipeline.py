@@ -14,16 +14,23 @@ from transfusion_mot.config import TEXT
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.data.layout import Media
-from transfusion_mot.diffusion import Diffusion, Edit
+from transfusion_mot.diffusion import Diffusion, Variation
 from transfusion_mot.errors import UserError, refuse_surrogates
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.sampling import snapshot
 from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.editing import Original, Pictures, as_pictures, load_original, make_edit, one_a_prompt
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.sampler import AUTO, Denoise, Making, OpenDocument, Predict, Sampler
 from transfusion_mot.sampling.sizes import Size, by_size
+from transfusion_mot.sampling.variations import (
+    Original,
+    Pictures,
+    as_pictures,
+    load_original,
+    make_variation,
+    one_a_prompt,
+)
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[["TransfusionPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
@@ -661,9 +668,9 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         denoise = None
         if self.codec.kind == "latents":
             noise = self._initial_noise(latents, generators, self.latent_shape(size)).to(self._execution_device)
-            edit = None
+            variation = None
             if original is not None:
-                edit = make_edit(original, strength, self.codec, noise.dtype)
+                variation = make_variation(original, strength, self.codec, noise.dtype)
 
             def denoise(predict: Predict, _: list[int]) -> Tensor:
                 return self._denoise(
@@ -671,7 +678,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                     noise,
                     num_inference_steps,
                     generators=generators,
-                    edit=edit,
+                    variation=variation,
                     callback=callback,
                     callback_tensors=callback_tensors,
                 )
@@ -729,7 +736,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         num_inference_steps: int,
         *,
         generators: list[torch.Generator | None],
-        edit: Edit | None = None,
+        variation: Variation | None = None,
         callback: Callable[..., dict[str, Any] | None] | None = None,
         callback_tensors: Sequence[str] = (),
     ) -> Tensor:
@@ -739,7 +746,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
         diffusion = Diffusion(self.scheduler)
         times = diffusion.inference_timesteps(num_inference_steps, noise.device)
         # More than the steps, where a solver calls the model twice in a step.
-        calls = len(times) - (0 if edit is None else edit.first_step(times))
+        calls = len(times) - (0 if variation is None else variation.first_step(times))
         self._num_timesteps = calls
         with self.progress_bar(total=calls) as bar:
 
@@ -754,7 +761,7 @@ class TransfusionPipeline(snapshot.SnapshotPipeline):
                 return self._interrupt
 
             drawing = [own for own in generators if own is not None]
-            return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, edit)
+            return diffusion.sample(predict, noise, num_inference_steps, drawing or None, on_step, variation)
 
     def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Media]:
         """Pictures => clean latents or codes of each, at the size of training or another one."""

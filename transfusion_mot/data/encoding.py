@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from transfusion_mot.codecs.base import Codec, check_image_size
 from transfusion_mot.codecs.image_codes import ImageCodes
-from transfusion_mot.config import DataConfig, ModelConfig
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig
 from transfusion_mot.data.encoded_shards import ShardWriter, content_key
 from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
 from transfusion_mot.data.sources.base import ImageSet
@@ -50,6 +50,32 @@ def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
                     f"data.slots.{modality} is {data.slots[modality]}, and an image of {height} x {width} pixels takes "
                     f"{needed} slots as codes; set data.slots.{modality} to {needed} for each image of a row"
                 )
+
+
+def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelConfig) -> None:
+    """Refuse rows with more rotary positions than the model may have.
+
+    Args:
+        data: Slots of a row, and the sizes of images.
+        codecs: Of each modality but text.
+        model: The limit, and how positions are counted.
+
+    Raises:
+        UserError: Names both numbers.
+    """
+    longest = data.slots[TEXT]
+    for name, codec in codecs.items():
+        each = [1]
+        if codec.kind == "latents":
+            side = codec.downsampling * model.modalities[name].patch_size
+            grids = [(height // side, width // side) for height, width in data.image_sizes]
+            each = [rows * columns if model.rope == "1d" else max(rows, columns) for rows, columns in grids]
+        longest += data.slots[name] * max(each)
+    if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
+        raise UserError(
+            f"a row has up to {longest} rotary positions, and the model has {model.max_position_embeddings}, beyond "
+            "which its language model has a sliding window or other frequencies; make data.slots smaller"
+        )
 
 
 class Shard(NamedTuple):

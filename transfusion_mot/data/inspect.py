@@ -31,7 +31,8 @@ from transfusion_mot.data.mixture import Source, Sources, counter, open_document
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.row_picture import draw_row
-from transfusion_mot.data.sources.base import ImageSet, Split, Text, counted
+from transfusion_mot.data.sources.base import Documents, ImageSet, Split, Text, counted
+from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.inputs import TokenInput
@@ -170,7 +171,7 @@ class Inspection:
         tokens, media = [], []
         for number in range(0, len(documents), 1 + len(documents) // _MOST_DOCUMENTS):
             items = documents.document(number)
-            if documents.is_paired:
+            if has_one_text(documents):
                 texts = [[caption] for item in items if isinstance(item, Text) for caption in item.choices]
             else:
                 joined = join_texts(item.choices[0] if isinstance(item, Text) else item for item in items)
@@ -200,9 +201,9 @@ class Inspection:
         return Layout(slots, counts["pad_slots"] / num_slots, cut, media * batch.slots.order.shape[1] / num_slots)
 
     def num_captioned(self, counts: Counter[str]) -> int:
-        """Documents with a caption among what was packed."""
+        """Documents with a caption or an instruction among what was packed."""
         named = zip(self.sources.names, self.sources.sources, strict=True)
-        return sum(counts[counter(name, "documents")] for name, source in named if source.documents.is_paired)
+        return sum(counts[counter(name, "documents")] for name, source in named if has_one_text(source.documents))
 
     def most_items(self, name: str) -> int:
         """Media of a modality that a row has room for, if all that have a clean copy have one."""
@@ -225,7 +226,7 @@ class Inspection:
             return []
         ((name, size),) = self.item_slots.items()
         is_latents = name in self.sources.latent_shapes
-        fewest = 2 if self.data.has_copies and is_latents else 1
+        fewest = 2 if (self.data.has_copies or self.data.has_edits) and is_latents else 1
         most = (budget - longest) // size
         if most < fewest:
             return []
@@ -244,6 +245,11 @@ class Inspection:
             slots_each = size if is_latents else 1
             return sorted(layouts, key=lambda layout: abs(layout.slots[name] * slots_each - budget / 2))
         return sorted(layouts, key=lambda layout: layout.pad_fraction)
+
+
+def has_one_text(documents: Documents) -> bool:
+    """Whether a document has one text, which is cut where it is longer than a row: a caption or an instruction."""
+    return documents.is_paired or isinstance(documents, EditPairs)
 
 
 def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> Iterator[str]:
@@ -282,21 +288,26 @@ def main(arguments: Sequence[str]) -> None:
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
 
-    paired = []
+    # Text and media slots of every document that has one text.
+    paired, media_slots = [], []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
         left_out = f", left out: {counted(documents.skipped)}" if documents.skipped else ""
         print(f"{name}: {counted({'document': len(documents)})} to train on{left_out}")
         tokens, media = inspection.lengths(index)
-        what = "tokens a caption" if documents.is_paired else "tokens a document"
+        is_edit, is_short = isinstance(documents, EditPairs), has_one_text(documents)
+        what = "tokens an instruction" if is_edit else "tokens a caption" if is_short else "tokens a document"
         print("\n".join(histogram(tokens, what)))
-        if not documents.is_paired and len(documents.modalities) > 1 and media.any():
+        if not is_short and len(documents.modalities) > 1 and media.any():
             print("\n".join(histogram(media, "media a document")))
             most = sum(inspection.most_items(name) for name in documents.media)
             if (share := (media > most).mean()) > 0:
                 print(f"  {100 * share:.1f} % have more media than the {most} of a row: they are cut")
-        if documents.is_paired:
+        if is_short:
             paired.append(tokens + 2 + 2 * media.max())  # BOS, EOS, begin and end tokens
+            # With a clean context, latents that stand first have a copy.
+            each = 2 if is_edit else 2 - data.caption_first_prob if data.has_copies else 1
+            media_slots.append(np.full(len(tokens), each))
 
     held_out = inspection.held_out
     lengths = (counted({"document": len(source.documents)}) for source in held_out.sources)
@@ -315,9 +326,8 @@ def main(arguments: Sequence[str]) -> None:
     budget = given.slots or batch.slots.order.shape[1]
     captions = np.concatenate(paired) if paired else np.array([8])
     longest = -(-int(np.percentile(captions, 99)) // 8) * 8
-    # With a clean context, latents that stand first have a copy.
-    slots_per_item = 2 - data.caption_first_prob if data.has_copies else 1
-    layouts = inspection.suggested(budget, longest, float(captions.mean()) / slots_per_item)
+    media_slots_each = float(np.concatenate(media_slots).mean()) if media_slots else 1.0
+    layouts = inspection.suggested(budget, longest, float(captions.mean()) / media_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
     if inspection.has_texts:
         print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")

@@ -234,8 +234,10 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
     edges = np.round(np.arange(len(order) + 1) * side / len(order)).astype(int)
     for first, last in _runs(kinds):
         fill = _MODALITIES[int(kinds[first]) % len(_MODALITIES)][0]
-        draw.rectangle((left + edges[first], top - _STRIP - 4, left + edges[last + 1] - 1, top - 5), fill=fill)
-        draw.rectangle((left - _STRIP - 4, top + edges[first], left - 5, top + edges[last + 1] - 1), fill=fill)
+        # One pixel at least: of a long row several slots share one.
+        start, end = edges[first], max(edges[first], edges[last + 1] - 1)
+        draw.rectangle((left + start, top - _STRIP - 4, left + end, top - 5), fill=fill)
+        draw.rectangle((left - _STRIP - 4, top + start, left - 5, top + end), fill=fill)
     for first, last in _runs(row.documents[order]):
         box = (left + edges[first], top + edges[first], left + edges[last + 1], top + edges[last + 1])
         draw.rectangle(box, outline=_FAINT, width=2)

@@ -1,40 +1,19 @@
-"""Composed scenes as records: which drawings stand where, in which colours, and the captions that say so.
+"""Scenes as records: which drawings stand where, in which colours, and the words for that.
 
-A record is drawn by `data/scene_drawing.py`. Scene i of a side is a pure function of the drawings, a seed and i, so
-there are as many as one asks for.
+They are composed by `data/scene_composer.py`, told by `data/scene_captions.py` and drawn by `data/scene_drawing.py`.
 """
 
-import math
-import random
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
-from transfusion_mot.data.colours import COLOURS
-from transfusion_mot.data.scene_objects import object_of_drawing, plural_of, scene_objects, with_article
-from transfusion_mot.data.sources.base import Split, share_of
-from transfusion_mot.data.sprites import Sprite
+from transfusion_mot.data.scene_objects import plural_of, with_article
 
 Relation = Literal["left of", "right of", "above", "below", "next to", "and"]
 Pattern = Literal["plain", "gradient", "striped", "dotted", "checkered"]
-# Left, top, right and bottom, as shares of the picture.
-Region = tuple[float, float, float, float]
 
-_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_MARGIN = 0.03
-_LIGHT = ("blue", "green", "purple", "yellow", "pink", "gray")
-_OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-_WORDINGS: dict[Relation, tuple[str, ...]] = {
-    "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} on the left and {b} on the right"),
-    "right of": ("{a} right of {b}", "{a} to the right of {b}", "{a} on the right and {b} on the left"),
-    "above": ("{a} above {b}", "{a} over {b}"),
-    "below": ("{a} below {b}", "{a} under {b}"),
-    "next to": ("{a} next to {b}", "{a} beside {b}"),
-    "and": ("{a} and {b}",),
-}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # Words for a place => centre of what stands there.
-_PLACES = {
+PLACES = {
     "on the left": (0.2, 0.5),
     "on the right": (0.8, 0.5),
     "at the top": (0.5, 0.2),
@@ -44,9 +23,6 @@ _PLACES = {
     "in the bottom left corner": (0.2, 0.8),
     "in the bottom right corner": (0.8, 0.8),
 }
-_MOST_TRIES = 10_000
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -98,7 +74,7 @@ class Group:
         """Without an article: "two small red apples"."""
         count = len(self.places)
         noun = self.noun if count == 1 else plural_of(self.noun)
-        words = [_NUMBERS[count] if count > 1 else None, self.size, self.colour, self.style, noun]
+        words = [NUMBERS[count] if count > 1 else None, self.size, self.colour, self.style, noun]
         return " ".join(word for word in words if word)
 
     @property
@@ -142,7 +118,7 @@ class Scene:
         relation: How the first of two groups stands to the second; "and" says nothing.
         place: Words for where a single thing stands, if it is said.
         is_framed: Whether it is a single drawing in its own frame, as icons are, and not placed.
-        wordings: Captions.
+        captions: That say so; none before it is told.
     """
 
     groups: tuple[Group, ...]
@@ -150,329 +126,7 @@ class Scene:
     relation: Relation = "and"
     place: str | None = None
     is_framed: bool = False
-    wordings: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
 
-class Draws:
-    """Random choices that follow from a seed, on every machine."""
-
-    def __init__(self, *seed: object) -> None:
-        # Of Python's generator only this method is sure to give the same in all versions.
-        self._random = random.Random("/".join(map(str, seed))).random
-
-    def chance(self, probability: float) -> bool:
-        """Whether something happens."""
-        return self._random() < probability
-
-    def between(self, low: float, high: float) -> float:
-        """A number."""
-        return low + (high - low) * self._random()
-
-    def pick(self, items: Sequence[_Item]) -> _Item:
-        """One of them."""
-        return items[int(self._random() * len(items))]
-
-    def weighted(self, items: Sequence[tuple[_Item, float]]) -> _Item:
-        """One of (item, weight)."""
-        left = self._random() * sum(weight for _, weight in items)
-        for item, weight in items:
-            left -= weight
-            if left < 0:
-                return item
-        return items[-1][0]
-
-    def some(self, items: Sequence[_Item], count: int) -> list[_Item]:
-        """`count` of them, or all if there are fewer, each once."""
-        left = list(items)
-        return [left.pop(int(self._random() * len(left))) for _ in range(min(count, len(left)))]
-
-
-class Composer:
-    """Draws scenes.
-
-    Of the held-out share are pairs of a thing and a colour that no drawing of it has by nature, pairs of things that
-    stand in one scene, and the drawings that are marked so. A training scene has none of these. A held-out scene has
-    one at least: of the drawings alone in their frame a held-out one, of the others a pair.
-
-    Args:
-        sprites: The drawings.
-        seed: Of all scenes and of what is held out.
-        held_out_fraction: Of the pairs.
-        is_split: False draws training scenes without regard to what is held out.
-    """
-
-    def __init__(
-        self, sprites: Sequence[Sprite], *, seed: int, held_out_fraction: float, is_split: bool = True
-    ) -> None:
-        self.sprites = sprites
-        self.seed = seed
-        self.fraction = held_out_fraction if is_split else 0.0
-        self._nouns = {thing.noun: thing.nouns for thing in scene_objects()}
-        self._things = things = [object_of_drawing(sprite.name) for sprite in sprites]
-        shown = [index for index, sprite in enumerate(sprites) if not (is_split and sprite.is_held_out)]
-        self._hidden = [index for index, sprite in enumerate(sprites) if is_split and sprite.is_held_out]
-        self._shown = shown
-        self._by_noun: defaultdict[str, list[int]] = defaultdict(list)
-        self._natural: set[tuple[str, str]] = set()
-        for index in shown:
-            if (thing := things[index]) is not None:
-                self._by_noun[thing[0]].append(index)
-                if (colour := self._own_colour(index)) is not None:
-                    self._natural.add((thing[0], colour))
-        self._drawn = sorted(self._by_noun)
-        self._known: dict[tuple[str, ...], bool] = {}
-
-    def scene(self, index: int, split: Split) -> Scene:
-        """Scene `index` of a side."""
-        draws = Draws(self.seed, split, index)
-        if split == "held_out" and self._hidden and draws.chance(1 / 3):
-            return self._with_wordings(self._framed(draws, self._hidden), draws)
-        for _ in range(_MOST_TRIES):
-            scene = self._any(draws) if split == "train" else self._composed(draws)
-            if self.is_held_out(scene) == (split == "held_out"):
-                return self._with_wordings(scene, draws)
-        raise AssertionError(f"no {split} scene in {_MOST_TRIES} tries")
-
-    def is_held_out(self, scene: Scene) -> bool:
-        """Whether a scene shows a held-out pair of thing and colour, or of things."""
-        nouns = sorted({group.noun for group in scene.groups})
-        pairs = [("together", one, other) for place, one in enumerate(nouns) for other in nouns[place + 1 :]]
-        pairs += [("colour", group.noun, group.paint.name) for group in scene.groups if group.paint is not None]
-        return any(map(self._is_held_out_pair, pairs))
-
-    def _is_held_out_pair(self, pair: tuple[str, str, str]) -> bool:
-        if pair not in self._known:
-            is_natural = pair[0] == "colour" and pair[1:] in self._natural
-            self._known[pair] = not is_natural and share_of("\n".join(pair), self.seed) < self.fraction
-        return self._known[pair]
-
-    def _own_colour(self, sprite: int) -> str | None:
-        """Colour of a drawing by its name, or as it is measured; None if these differ, as of a black cat in purple."""
-        thing, measured = self._things[sprite], self.sprites[sprite].main.name
-        named = thing[1] if thing is not None else None
-        return named or measured if measured in (None, named) or named is None else None
-
-    def _any(self, draws: Draws) -> Scene:
-        if draws.chance(0.34):
-            sprites = self._by_noun[draws.pick(self._drawn)] if draws.chance(0.75) else self._shown
-            return self._framed(draws, sprites)
-        return self._composed(draws)
-
-    def _framed(self, draws: Draws, sprites: Sequence[int]) -> Scene:
-        """A drawing as it is, on white."""
-        sprite = draws.pick(sprites)
-        thing = self._things[sprite]
-        colour = self._own_colour(sprite) if draws.chance(0.35) or (thing and thing[1]) else None
-        noun = thing[0] if thing else self.sprites[sprite].name
-        group = Group(sprite, noun, (Place(0.5, 0.5, 1.0),), colour=colour if thing else None)
-        return Scene((group,), _WHITE, is_framed=True)
-
-    def _composed(self, draws: Draws) -> Scene:
-        kinds: list[tuple[Callable[[Draws], Scene], float]] = [
-            (self._single, 0.30),
-            (self._counted, 0.22),
-            (self._pair, 0.36),
-            (self._triple, 0.12),
-        ]
-        scene = draws.weighted(kinds)(draws)
-        return replace(scene, background=self._background(draws, scene.groups))
-
-    def _single(self, draws: Draws) -> Scene:
-        group = self._group(draws)
-        size = draws.weighted([(None, 0.5), ("small", 0.3), ("big", 0.2)])
-        low, high = {None: (0.5, 0.72), "small": (0.2, 0.32), "big": (0.82, 0.94)}[size]
-        longest = draws.between(low, high)
-        place = None
-        x, y = (draws.between(0.5 - (1 - longest) / 4, 0.5 + (1 - longest) / 4) for _ in range(2))
-        if size != "big" and longest < 0.4 and draws.chance(0.6):
-            place = draws.pick(list(_PLACES))
-            x, y = (draws.between(at - 0.03, at + 0.03) for at in _PLACES[place])
-        return Scene((replace(group, places=(Place(x, y, longest),), size=size),), _WHITE, place=place)
-
-    def _counted(self, draws: Draws) -> Scene:
-        group = self._group(draws, says_style=False)
-        count = draws.weighted([(2, 0.45), (3, 0.35), (4, 0.2)])
-        return Scene((self._placed(draws, group, count, (0, 0, 1, 1)),), _WHITE)
-
-    def _pair(self, draws: Draws) -> Scene:
-        first, second = self._different(draws, 2)
-        relation: Relation = draws.weighted(
-            [("left of", 0.25), ("right of", 0.25), ("above", 0.12), ("below", 0.12), ("next to", 0.1), ("and", 0.16)]
-        )
-        is_side_by_side = relation in ("left of", "right of", "next to") or (relation == "and" and draws.chance(0.7))
-        halves: list[Region] = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if is_side_by_side else [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
-        if relation in ("right of", "below") or (relation in ("next to", "and") and draws.chance(0.5)):
-            halves.reverse()
-        counts = draws.weighted([((1, 1), 0.7), ((2, 1), 0.12), ((1, 2), 0.12), ((3, 1), 0.03), ((1, 3), 0.03)])
-        sizes: tuple[str | None, str | None] = (None, None)
-        if counts == (1, 1):
-            sizes = draws.weighted([((None, None), 0.76), (("small", "big"), 0.12), (("big", "small"), 0.12)])
-        groups = [
-            self._placed(draws, group, count, half, size)
-            for group, count, half, size in zip((first, second), counts, halves, sizes, strict=True)
-        ]
-        return Scene(tuple(groups), _WHITE, relation)
-
-    def _triple(self, draws: Draws) -> Scene:
-        groups = self._different(draws, 3)
-        regions = draws.weighted([(_ROW_OF_THREE, 0.5), (draws.some(_QUARTERS, 3), 0.5)])
-        regions = draws.some(regions, 3)
-        placed = [self._placed(draws, group, 1, region) for group, region in zip(groups, regions, strict=True)]
-        return Scene(tuple(placed), _WHITE)
-
-    def _different(self, draws: Draws, count: int) -> list[Group]:
-        groups: list[Group] = []
-        while len(groups) < count:
-            group = self._group(draws, says_style=False)
-            if all(group.noun != other.noun for other in groups):
-                groups.append(group)
-        return groups
-
-    def _group(self, draws: Draws, says_style: bool = True) -> Group:
-        """A thing in some colour, not placed yet."""
-        noun = draws.pick(self._drawn)
-        sprite = draws.pick(self._by_noun[noun])
-        main = self.sprites[sprite].main
-        thing = self._things[sprite]
-        paint = None
-        own = self._own_colour(sprite)
-        colour = own if own is not None and draws.chance(0.4) else None
-        if main.is_replaceable and not (thing and thing[1]) and draws.chance(0.5):
-            name = draws.pick([name for name in COLOURS if name != own and _differs(name, main.hue * 360 / 256)])
-            paint = _paint(draws, name)
-            colour = name
-        style = self.sprites[sprite].style if says_style and draws.chance(0.15) else None
-        return Group(sprite, noun, (), paint, colour, style)
-
-    def _placed(self, draws: Draws, group: Group, count: int, region: Region, size: str | None = None) -> Group:
-        """Put so many of a group into the cells of a region."""
-        left, top, right, bottom = region
-        width, height = right - left, bottom - top
-        if count == 4 or (count == 3 and width == height and draws.chance(0.5)):
-            columns = rows = 2
-        else:
-            is_row = width > height or (width == height and draws.chance(0.75))
-            columns, rows = (count, 1) if is_row else (1, count)
-        cells = draws.some([(column, row) for column in range(columns) for row in range(rows)], count)
-        cell_width, cell_height = width / columns, height / rows
-        room = min(cell_width, cell_height, 0.5) - _MARGIN
-        scale = {None: (0.8, 1.0), "small": (0.42, 0.52), "big": (0.92, 1.0)}[size]
-        longest = room * draws.between(*scale)
-        places = []
-        for column, row in cells:
-            centre_x, centre_y = left + (column + 0.5) * cell_width, top + (row + 0.5) * cell_height
-            # Anywhere in the cell, but nearer to its middle than to its ends.
-            spare_x, spare_y = (min(0.12, (side - _MARGIN - longest) / 2) for side in (cell_width, cell_height))
-            x, y = draws.between(-spare_x, spare_x), draws.between(-spare_y, spare_y)
-            places.append(Place(centre_x + x, centre_y + y, longest))
-        return replace(group, places=tuple(places), size=size)
-
-    def _background(self, draws: Draws, groups: Sequence[Group]) -> Background:
-        if draws.chance(0.5):
-            return _WHITE
-        names = [name for name in (*COLOURS, *(f"light {name}" for name in _LIGHT)) if self._stands_out(name, groups)]
-        if not names:
-            return _WHITE
-        first = _paint(draws, draws.pick(names))
-        pattern: Pattern = draws.weighted(
-            [("plain", 0.6), ("gradient", 0.13), ("striped", 0.1), ("dotted", 0.09), ("checkered", 0.08)]
-        )
-        if pattern == "plain":
-            return Background(pattern, (first,))
-        others = [name for name in names if name.split()[-1] != first.name.split()[-1]]
-        second = _WHITE.paints[0]
-        if others and (pattern == "gradient" or draws.chance(0.35)):
-            second = _paint(draws, draws.pick(others))
-        turn = int(draws.between(0, 3))
-        return Background(pattern, (first, second), turn, draws.between(0.1, 0.26))
-
-    def _stands_out(self, name: str, groups: Sequence[Group]) -> bool:
-        """Whether things can be told from a ground of that name."""
-        colour = name.split()[-1]
-        for group in groups:
-            main = self.sprites[group.sprite].main
-            if group.paint is not None:
-                shown, hue = group.paint.name, group.paint.hsv[0]
-            else:
-                shown, hue = self._own_colour(group.sprite) or "", main.hue * 360 / 256
-            is_grey = shown in ("black", "gray") or (group.paint is None and main.share < 0.3)
-            if colour == shown or (colour in ("black", "gray") and is_grey):
-                return False
-            if not is_grey and colour not in ("black", "gray") and not _differs(colour, hue, 32):
-                return False
-        return True
-
-    def _with_wordings(self, scene: Scene, draws: Draws) -> Scene:
-        """The scene with captions, from terse to sentences, that say the same in other words."""
-        if scene.is_framed:
-            return replace(scene, wordings=self._of_framed(scene.groups[0], draws))
-        named = []
-        for group in scene.groups:
-            nouns = self._nouns[group.noun]
-            named.append(replace(group, noun=draws.pick(nouns)) if draws.chance(0.4) else group)
-        ground = scene.background.words
-        terse, phrase = _said(named, scene.relation, draws)
-        where = f" {scene.place}" if scene.place else ""
-        on = f" on {with_article(ground)}" if ground else ""
-        whole = f"{phrase}{where}{on}"
-        is_many = phrase.split()[0] in _NUMBERS.values()
-        sentence = draws.pick(
-            (
-                f"{whole[0].upper()}{whole[1:]}.",
-                f"A picture of {whole}.",
-                f"There {'are' if is_many else 'is'} {whole}.",
-                f"a drawing of {whole}",
-            )
-        )
-        return replace(scene, wordings=(f"{terse}{where}{f', {ground}' if ground else ''}", whole, whole, sentence))
-
-    def _of_framed(self, group: Group, draws: Draws) -> tuple[str, ...]:
-        sprite = self.sprites[group.sprite]
-        exact = f"{sprite.style} emoji of {sprite.name}"
-        if group.noun not in self._nouns:
-            return (group.noun, f"{sprite.style} {group.noun}", exact)
-        named = replace(group, noun=draws.pick(self._nouns[group.noun]))
-        return (named.terse, named.terse, named.phrase, replace(named, style=sprite.style).phrase, exact)
-
-
-_WHITE = Background("plain", (Paint("white", (0.0, 0.0, 1.0)),))
-_ROW_OF_THREE: Sequence[Region] = ((0, 0, 1 / 3, 1), (1 / 3, 0, 2 / 3, 1), (2 / 3, 0, 1, 1))
-_QUARTERS: Sequence[Region] = ((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1))
-
-
-def _said(groups: Sequence[Group], relation: Relation, draws: Draws) -> tuple[str, str]:
-    """Groups in their relation => (without articles, with articles)."""
-    if len(groups) == 1:
-        return groups[0].terse, groups[0].phrase
-    if len(groups) == 3:
-        ordered = draws.some(groups, 3)
-        terse, phrase = [group.terse for group in ordered], [group.phrase for group in ordered]
-        return ", ".join(terse), f"{phrase[0]}, {phrase[1]} and {phrase[2]}"
-    first, second = groups
-    # What is left of something has that on its right.
-    if draws.chance(0.5):
-        first, second, relation = second, first, _OPPOSITE.get(relation, relation)
-    wording = draws.pick(_WORDINGS[relation])
-    return (
-        _WORDINGS[relation][0].format(a=first.terse, b=second.terse),
-        wording.format(a=first.phrase, b=second.phrase),
-    )
-
-
-def _paint(draws: Draws, name: str) -> Paint:
-    """One of the many colours of a name."""
-    hue, saturation, value = COLOURS[name.split()[-1]]
-    if name.startswith("light "):
-        saturation, value = saturation * 0.35, 0.97 if saturation else 0.85
-    turn = 0.0
-    if saturation:
-        turn = draws.between(-5, 5)
-        saturation = min(1.0, saturation + draws.between(-0.06, 0.06))
-    return Paint(name, ((hue + turn) % 360, saturation, min(1.0, value + draws.between(-0.04, 0.04))))
-
-
-def _differs(name: str, hue: float, by: float = 25) -> bool:
-    """Whether the hue of a colour is so many degrees away from a hue; greys always are."""
-    own, saturation, _ = COLOURS[name]
-    distance = math.fabs((own - hue + 180) % 360 - 180)
-    return saturation == 0 or distance > by
+WHITE = Background("plain", (Paint("white", (0.0, 0.0, 1.0)),))

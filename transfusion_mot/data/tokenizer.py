@@ -142,6 +142,9 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
         ) from None
     if not hf.is_fast:
         raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
+    if not set(hf.get_vocab()) - set(hf.added_tokens_encoder):
+        # What transformers makes of a folder with a model's configuration and no file of a tokenizer.
+        raise UserError(f"there are no files of a tokenizer at '{path_or_name}'; give a folder that has them")
     return TextTokenizer(hf, modalities, of_language_model)
 
 

@@ -58,30 +58,39 @@ def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
 
 def _sampler(point: SweepPoint) -> str:
     """The setting but for its guidance scale, in words."""
+    columns = setting_columns(point)
+    if "temperature" in columns:
+        words = f"temperature {columns['temperature']}"
+        words += f", top-p {columns['top-p']}" if columns["top-p"] != "1" else ""
+        return words + (f", top-k {columns['top-k']}" if columns["top-k"] != "0" else "")
+    words = f"{columns['scheduler'].removesuffix('Scheduler')}, {columns['steps']} steps"
+    return words if columns["at t"] == "0-1" else f"{words}, guided at t = {columns['at t']}"
+
+
+def setting_columns(point: SweepPoint) -> dict[str, str]:
+    """Columns of a table of a sweep and what this setting has in them: of reverse steps, or of drawing codes."""
     settings = point.settings
-    words = f"{settings['scheduler'].removesuffix('Scheduler')}, {settings['num_inference_steps']} steps"
-    at = guided_at(point)
-    return words if at == "0-1" else f"{words}, guided at t = {at}"
-
-
-def guided_at(point: SweepPoint) -> str:
-    """At which timesteps there is guidance; older reports do not say, and mean all."""
-    return shown_range(point.settings.get("guidance_interval", (0, 1)))
+    columns = {"guidance": f"{settings['guidance_scale']:g}"}
+    if "code_temperature" in settings:
+        names = {"temperature": "code_temperature", "top-p": "code_top_p", "top-k": "code_top_k"}
+        return columns | {column: f"{settings[name]:g}" for column, name in names.items()}
+    # Older reports do not say at which timesteps there is guidance, and mean all.
+    at = shown_range(settings.get("guidance_interval", (0, 1)))
+    return columns | {"at t": at, "steps": f"{settings['num_inference_steps']}", "scheduler": settings["scheduler"]}
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> str:
     """A markdown table: a row for each setting, a column for each number."""
     names = list(dict.fromkeys(metric.name for point in points for metric in point.metrics))
+    columns = list(setting_columns(points[0]))
     lines = [
-        f"| guidance | at t | steps | scheduler | {' | '.join(names)} |",
-        f"| ---: | ---: | ---: | --- |{' ---: |' * len(names)}",
+        f"| {' | '.join([*columns, *names])} |",
+        f"|{''.join(' --- |' if column == 'scheduler' else ' ---: |' for column in [*columns, *names])}",
     ]
     for point in points:
         values = {metric.name: shown_number(metric.value) for metric in point.metrics}
-        settings = point.settings
-        setting = f"{settings['guidance_scale']:g} | {guided_at(point)} | {settings['num_inference_steps']}"
-        setting += f" | {settings['scheduler']}"
-        lines.append(f"| {setting} | {' | '.join(values.get(name, '') for name in names)} |")
+        cells = [*setting_columns(point).values(), *(values.get(name, "") for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

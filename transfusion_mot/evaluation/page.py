@@ -15,9 +15,9 @@ from PIL import Image
 
 from transfusion_mot.evaluation.comparison import is_lower_better
 from transfusion_mot.evaluation.curves import (
-    guided_at,
     inline_svg,
     save_figure,
+    setting_columns,
     sweep_figure,
     sweep_table,
     timestep_figure,
@@ -62,9 +62,7 @@ def render_page(report: Report, folder: Path, own: Row) -> str:
         neighbours=report.neighbours[:_NEIGHBOURS],
         sweep_svg=inline_svg(figure) if figure is not None else None,
         sweep_names=sweep_names,
-        sweep_rows=[
-            (point.settings, guided_at(point), {m.name: m.value for m in point.metrics}) for point in report.sweep
-        ],
+        sweep_rows=[(setting_columns(point), {m.name: m.value for m in point.metrics}) for point in report.sweep],
         headings=HEADINGS,
         own=cells(replace(own, model=own.model.strip("*"))),
         published=[cells(row) for row in PUBLISHED],

@@ -57,6 +57,9 @@ class SweepConfig:
         guidance_interval: Lowest and highest timestep with guidance, pairs.
         num_inference_steps: Numbers of reverse steps.
         scheduler: diffusers schedulers.
+        code_temperature: Temperatures of codes.
+        code_top_p: Shares of the probability that codes are drawn from.
+        code_top_k: Numbers of codes that are drawn from.
         num_images: Images painted with each setting; null is as many as without a sweep.
     """
 
@@ -64,6 +67,9 @@ class SweepConfig:
     guidance_interval: list[list[float]] = field(default_factory=list)
     num_inference_steps: list[int] = field(default_factory=list)
     scheduler: list[str] = field(default_factory=list)
+    code_temperature: list[float] = field(default_factory=list)
+    code_top_p: list[float] = field(default_factory=list)
+    code_top_k: list[int] = field(default_factory=list)
     num_images: int | None = None
 
 
@@ -87,6 +93,9 @@ class ProtocolConfig:
         guidance_scale: Classifier-free guidance, 1 is off; null is the checkpoint's.
         guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance.
         scheduler: diffusers scheduler to sample with; null is the checkpoint's.
+        code_temperature: Of a model whose pictures are codes: divides the logits.
+        code_top_p: Likewise: codes are drawn from the fewest whose probabilities sum to at least this.
+        code_top_k: Likewise: codes are drawn from the so many most probable ones; 0 is all.
         batch_size: Images painted or captioned at a time.
         reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
             perfect model would reach.
@@ -120,6 +129,9 @@ class ProtocolConfig:
     guidance_scale: float | None = None
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     scheduler: str | None = None
+    code_temperature: float = 1.0
+    code_top_p: float = 1.0
+    code_top_k: int = 0
     batch_size: int = 32
     reconstructions: bool = True
     features: str | list[str] = "auto"

@@ -41,7 +41,8 @@ class SweepPoint:
     """What a model reaches with one setting of the sampler.
 
     Attributes:
-        settings: `guidance_scale`, `guidance_interval`, `num_inference_steps` and `scheduler`.
+        settings: `guidance_scale`, and `guidance_interval`, `num_inference_steps` and `scheduler`, or of codes
+            `code_temperature`, `code_top_p` and `code_top_k`.
         metrics: Of the images painted with it.
     """
 

@@ -106,7 +106,11 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
             tokenizer = load_tokenizer(config.tokenizer.path, model.stream_order, model.has_pretrained_text)
             vocab_size = tokenizer.vocab_size
         except UserError:
-            assumed.append(f"{vocab_size} tokens (tokenizer.vocab_size): {config.tokenizer.path} cannot be read")
+            rows = config.model.modalities[TEXT].vocab_size
+            if rows is not None:
+                assumed.append(f"{rows} tokens: {config.tokenizer.path} has no tokenizer that can be read")
+            else:
+                assumed.append(f"{vocab_size} tokens (tokenizer.vocab_size): {config.tokenizer.path} cannot be read")
     sizes, latent_shapes = {TEXT: vocab_size}, {}
     height, width = max(config.data.image_sizes, key=math.prod)
     for name, codec in config.codecs.items():

@@ -90,11 +90,13 @@ def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
     Raises:
         UserError: A mistake in the configuration, a start that cannot be used, or one that it contradicts.
     """
+    if "--help" in arguments or "-h" in arguments:
+        arguments = ["--help"]
     given = given_values(arguments)
     run, resume = Path(str(given.get("output_dir", RunConfig.output_dir))), str(given.get("resume", RunConfig.resume))
     before = _config_before(run, resume)
     named, named_before = named_starts(given), named_starts(before)
-    if not (named or named_before) or "--help" in arguments or "-h" in arguments:
+    if not (named or named_before):
         return parse_config(RunConfig, arguments, description)
     starts: list[InitialWeights] = []
     if find_state(run, resume) is not None:
@@ -111,9 +113,11 @@ def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
         sections = {}
         for start in starts:
             sections = merged(sections, start.sections())
-        if "image_size" in (given.get("data") or {}):
-            # Buckets come before an image size, and those of the start would hide the one that is given.
-            sections.get("data", {}).pop("buckets", None)
+        # Buckets come before an image size: those of the start would hide the one that is given. Arguments are those of
+        # their scheduler.
+        for section, key, goes in (("data", "image_size", "buckets"), ("diffusion", "scheduler", "scheduler_args")):
+            if key in (given.get(section) or {}):
+                sections.get(section, {}).pop(goes, None)
     config = parse_config(RunConfig, _with_sections(arguments, sections, given), description)
     for start in starts:
         start.check(config)

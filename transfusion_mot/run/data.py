@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import TEXT, RunConfig
-from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.encoding import check_image_sizes, check_positions
 from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
@@ -55,6 +55,7 @@ class RunData:
             for name, codec in config.codecs.items()
         }
         check_image_sizes(config.data, codecs, config.model)
+        check_positions(config.data, codecs, config.model)
         if config.training.float8:
             check_float8(config, accelerator, codecs)
         with accelerator.main_process_first():

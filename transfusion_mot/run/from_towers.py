@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 
 from transfusion_mot.config import TEXT, ModelConfig, RunConfig, TowerConfig, to_dict
 from transfusion_mot.config_checks import merged
+from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightReport
 from transfusion_mot.models.pretrained import LanguageModel
@@ -248,8 +248,8 @@ def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
 def _tokenizer_size(path: str) -> int | None:
     """One more than the largest id of a tokenizer; None if it cannot be read, which is told where it is needed."""
     try:
-        return max(AutoTokenizer.from_pretrained(path).get_vocab().values()) + 1
-    except (OSError, ValueError, KeyError):
+        return load_tokenizer(path, (), of_language_model=True).vocab_size
+    except UserError:
         return None
 
 

@@ -54,6 +54,7 @@ class Training:
         guards: Watch the steps.
         validation: None if nothing is held out.
         previews: Samples during training.
+        is_random: Whether the weights were drawn, neither taken from a start nor from a training state.
     """
 
     model: TransfusionMoT
@@ -65,6 +66,7 @@ class Training:
     guards: Guards
     validation: Validation | None
     previews: Previews
+    is_random: bool
 
     @classmethod
     def build(cls, config: RunConfig, accelerator: Accelerator, data: RunData, start: Start) -> Self:
@@ -176,6 +178,7 @@ class Training:
             guards=guards,
             validation=validation,
             previews=previews,
+            is_random=is_random,
         )
 
 

@@ -8,9 +8,9 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -35,9 +35,11 @@ from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint, shown_range
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
 from transfusion_mot.sampling.guidance import Guidance
-from transfusion_mot.sampling.painting import Painter, SamplerSettings
+from transfusion_mot.sampling.painting import OF_CODES, OF_LATENTS, Painter, SamplerSettings
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
+# From the one that changes least often in a sweep to the one that changes from each setting to the next.
+_SWEEP_ORDER = ["scheduler", "num_inference_steps", *OF_CODES, "guidance_interval", "guidance_scale"]
 DISTANCE_TO_REFERENCE = "feature distance to its real image"
 
 _logger = logging.getLogger(__name__)
@@ -119,13 +121,12 @@ class Benchmark:
         self, prompts: Sequence[Prompt], sampling: SamplerSettings, folder: Path
     ) -> tuple[list[Metric], FeatureSet | None]:
         painted = [folder / prompt.file_name for prompt in prompts]
+        names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "guidance_interval": "guidance at t"}
         protocol = {
-            "steps": sampling.num_inference_steps,
-            "guidance": sampling.guidance_scale,
-            "guidance at t": shown_range(sampling.guidance_interval),
-            "scheduler": sampling.scheduler,
-            "prompts": prompts_hash(prompts),
+            names.get(name, name): shown_range(value) if name == "guidance_interval" else value
+            for name, value in self.painter.told(sampling).items()
         }
+        protocol["prompts"] = prompts_hash(prompts)
         metrics: list[Metric] = []
         features = None
         if self.distances is not None:
@@ -210,23 +211,27 @@ class Benchmark:
         Raises:
             UserError: A setting does not fit the model.
         """
-        sweep = self.protocol.sweep
-        if not (sweep.guidance_scale or sweep.guidance_interval or sweep.num_inference_steps or sweep.scheduler):
+        sweep = vars(self.protocol.sweep)
+        given = {field.name: sweep[field.name] for field in fields(SamplerSettings) if sweep[field.name]}
+        if not given:
             return []
-        tried = [
-            SamplerSettings(steps, float(scale), interval, scheduler)
-            for scheduler, steps, interval, scale in itertools.product(
-                sweep.scheduler or [sampling.scheduler],
-                sweep.num_inference_steps or [sampling.num_inference_steps],
-                sweep.guidance_interval or [sampling.guidance_interval],
-                sweep.guidance_scale or [sampling.guidance_scale],
+        if refused := [name for name in self.painter.idle if name in given]:
+            raise UserError(
+                f"configuration: sweep.{refused[0]} is given, and it says nothing to this model, which makes its "
+                f"pictures {'from codes' if self.painter.idle == OF_LATENTS else 'by diffusion'}; leave it out"
             )
+        # The last name runs fastest.
+        names = sorted(given, key=_SWEEP_ORDER.index)
+        settings = [
+            replace(sampling, **dict(zip(names, values, strict=True)))
+            for values in itertools.product(*(given[name] for name in names))
         ]
-        for settings in tried:
-            with self._scheduler(settings):
-                self.painter.pipeline.sampling_settings(settings.num_inference_steps, settings.guidance_scale)
-            Guidance(settings.guidance_scale, interval=cast(tuple[float, float], tuple(settings.guidance_interval)))
-        return tried
+        for tried in settings:
+            with self._scheduler(tried):
+                self.painter.pipeline.sampling_settings(tried.num_inference_steps, tried.guidance_scale)
+            Guidance(tried.guidance_scale, interval=cast(tuple[float, float], tuple(tried.guidance_interval)))
+            tried.decoding()
+        return settings
 
     @contextlib.contextmanager
     def _scheduler(self, settings: SamplerSettings) -> Iterator[None]:
@@ -245,15 +250,13 @@ class Benchmark:
         prompts = self.work.prompts[: self.protocol.sweep.num_images]
         points = []
         for settings in tried:
-            interval = settings.guidance_interval
-            at = "" if interval == [0, 1] else f"-at-{shown_range(interval)}"
-            name = f"{settings.scheduler}-{settings.num_inference_steps}-steps-guidance-{settings.guidance_scale:g}{at}"
+            name = _folder_name(self.painter.told(settings))
             folder = self.output / "sweep" / name
             with self._scheduler(settings):
                 self.painter.paint(prompts, settings, folder, self.protocol.image_size)
             metrics, _ = self._of_painted(prompts, settings, folder)
             # Of a sweep only the numbers are kept, not a score of every image.
-            points.append(SweepPoint(vars(settings), [replace(metric, scores=None) for metric in metrics]))
+            points.append(SweepPoint(self.painter.told(settings), [replace(metric, scores=None) for metric in metrics]))
         return points
 
     def pictures(self, metrics: Sequence[Metric]) -> tuple[list[Picture], str]:
@@ -317,6 +320,17 @@ class Benchmark:
             description=f"{network.name}: {what} images",
             processes=self.processes,
         )
+
+
+def _folder_name(settings: dict[str, Any]) -> str:
+    """The folder of a setting of a sweep."""
+    guidance = f"guidance-{settings['guidance_scale']:g}"
+    if "code_temperature" in settings:
+        temperature, top_p, top_k = (settings[name] for name in OF_CODES)
+        return f"temperature-{temperature:g}-top-p-{top_p:g}-top-k-{top_k}-{guidance}"
+    interval = settings["guidance_interval"]
+    at = "" if interval == [0, 1] else f"-at-{shown_range(interval)}"
+    return f"{settings['scheduler']}-{settings['num_inference_steps']}-steps-{guidance}{at}"
 
 
 def _below(path: Path, folder: Path) -> str:

@@ -1,10 +1,14 @@
-"""A snapshot in half as many bytes, to give to others.
+"""A snapshot in half as many bytes, to give to others; or its text tower as a language model.
 
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
+    python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
 Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
 they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along,
 with the licences of the data and the numbers of an evaluation if they are given.
+
+With --language-model the folder receives the text tower alone, with its embedding, head and tokenizer, as
+`AutoModelForCausalLM` of transformers loads it.
 """
 
 import argparse
@@ -13,12 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import metrics_table, read_report
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.export_language_model import export_language_model
 from transfusion_mot.training.checkpoint import find_snapshot, written_aside
 
 
@@ -84,8 +90,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
     parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
     parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
+    parser.add_argument(
+        "--language-model",
+        choices=["float32", "bfloat16"],
+        metavar="FORMAT",
+        help="write the text tower as a language model of transformers, with weights in float32 or bfloat16",
+    )
     given = parser.parse_args(arguments)
     check_writable_folder(given.output, "output")
+    if given.language_model is not None:
+        if given.licences is not None or given.evaluation is not None or given.max_megabytes is not None:
+            raise UserError("--language-model writes no model card; leave out the other options")
+        sizes = export_language_model(given.checkpoint, Path(given.output), getattr(torch, given.language_model))
+        _print_sizes(sizes, given.output)
+        return
     licences = None if given.licences is None else f"```\n{_read(given.licences).strip()}\n```"
     evaluation = None if given.evaluation is None else _measured(given.evaluation)
     sizes = export(
@@ -95,9 +113,13 @@ def main(arguments: Sequence[str]) -> None:
         evaluation=evaluation,
         max_megabytes=given.max_megabytes,
     )
+    _print_sizes(sizes, given.output)
+
+
+def _print_sizes(sizes: dict[str, int], output: str) -> None:
     for name, size in sizes.items():
         print(f"{size / 1e6:7.1f} MB  {name}")
-    print(f"{sum(sizes.values()) / 1e6:7.1f} MB  in {given.output}")
+    print(f"{sum(sizes.values()) / 1e6:7.1f} MB  in {output}")
 
 
 def _measured(folder: str) -> str:

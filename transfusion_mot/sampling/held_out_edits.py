@@ -81,7 +81,8 @@ def edited(
 ) -> list[Image.Image]:
     """What the model makes of each; a result depends on its pair and the seed alone."""
     seeds = [derived_seed(seed, f"{edits.name} {text}", number) for number, text in enumerate(edits.instructions)]
-    with tqdm(total=len(seeds), desc=f"editing {edits.name}", unit="image") as bar:
+    # Shown where it takes long.
+    with tqdm(total=len(seeds), desc=f"editing {edits.name}", unit="image", delay=2) as bar:
 
         def of_size(places: list[int], _: Size) -> list[Image.Image]:
             results: list[Image.Image] = []

@@ -24,8 +24,13 @@ from transfusion_mot.evaluation.generation import (
 )
 from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.schedulers import sampler_name
+
+# Settings of one kind of pictures alone.
+OF_CODES = ("code_temperature", "code_top_p", "code_top_k")
+OF_LATENTS = ("num_inference_steps", "guidance_interval", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,17 @@ class SamplerSettings:
     guidance_scale: float
     guidance_interval: list[float]
     scheduler: str
+    code_temperature: float = 1.0
+    code_top_p: float = 1.0
+    code_top_k: int = 0
+
+    def decoding(self) -> Decoding:
+        """How codes are drawn.
+
+        Raises:
+            UserError: A value is out of its range.
+        """
+        return Decoding(1, self.code_temperature, self.code_top_p, self.code_top_k)
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,9 @@ class Painter:
                     height=size[0],
                     width=size[1],
                     guidance_interval=cast(tuple[float, float], tuple(sampling.guidance_interval)),
+                    code_temperature=sampling.code_temperature,
+                    code_top_p=sampling.code_top_p,
+                    code_top_k=sampling.code_top_k,
                     generator=[torch.Generator().manual_seed(batch[place].image_seed) for place in places],
                 ).images
                 return images
@@ -95,10 +114,19 @@ class Painter:
             return by_size([size_of(prompt) for prompt in batch], paint)
 
         assert sampler_name(self.pipeline.scheduler) == sampling.scheduler
-        settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **vars(sampling)}
+        settings = {"checkpoint": self.checkpoint, "prompts": prompts_hash(prompts), **self.told(sampling)}
         if len(sizes.trained) > 1:
             settings["image_size"] = image_size
         self._write(prompts, folder, make, description="painting", settings=settings)
+
+    def told(self, sampling: SamplerSettings) -> dict[str, Any]:
+        """The settings that the model uses: of reverse steps, or of drawing codes."""
+        return {name: value for name, value in vars(sampling).items() if name not in self.idle}
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Names of the settings that say nothing to the model."""
+        return OF_LATENTS if self.pipeline.codec.kind == "codes" else OF_CODES
 
     def shortened(self, text: str) -> str:
         """A prompt without the last words that are too many for the model."""

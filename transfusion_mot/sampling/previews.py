@@ -1,4 +1,4 @@
-"""What a run shows of its model as it goes: pictures of prompts, and captions of held-out pictures, always the same."""
+"""What a run shows of its model as it goes: pictures of prompts, captions and edits of held-out pictures."""
 
 from pathlib import Path
 
@@ -12,21 +12,30 @@ from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.held_out_edits import edited, held_out_edits
 from transfusion_mot.sampling.sizes import Size, by_size
 
 _NUM_CAPTIONED, _NUM_PAINTED = 8, 4
+# Of each source of editing pairs.
+_NUM_EDITED = 4
 _COLUMNS = 4
+# Pictures of the weights that a run began with, and the grid that shows them beside later ones.
+BEFORE, BEFORE_AND_AFTER = "before", "before-and-after.png"
+# Between two pictures, in pixels.
+_LINE, _LINE_COLOUR = 2, "#999999"
 
 
 class Previews:
     """Labelled grids in a folder, and in TensorBoard where that is the tracker.
 
-    Prompts are painted at all sizes of training in turn.
+    Prompts are painted at all sizes of training in turn. Where there are pictures of before the first step, as of a
+    run that fine-tunes a model, a grid shows them beside the newest ones.
 
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
         prompts: To paint; may be empty. None takes captions of held-out images.
-        held_out: Pictures to caption are evenly spaced ones of its captioned images.
+        held_out: Pictures to caption are evenly spaced ones of its captioned images, and those to edit of its editing
+            pairs.
         folder: Where the grids go.
 
     Raises:
@@ -50,19 +59,45 @@ class Previews:
             prompts = [caption for caption in captions if pipeline.is_short_enough(caption)]
         self.prompts = prompts
         self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
+        pairs = zip(held_out.names, held_out.sources, strict=True)
+        found = [held_out_edits(name, source, _NUM_EDITED) for name, source in pairs]
+        self.edits = [edits for edits in found if edits is not None and edits.before]
 
     def make(self, step: int, accelerator: Accelerator) -> None:
-        """Paint and caption after `step` steps; called by the main process, or by all where the model is sharded."""
+        """Paint, edit and caption after `step` steps; called by the main process, or by all of a sharded model."""
         self.pipeline.set_progress_bar_config(disable=True)
         if self.prompts and self.pipeline.can_paint:
             sizes = self.pipeline.sizes.trained
             turns = [sizes[place % len(sizes)] for place in range(len(self.prompts))]
             images = by_size(turns, self._paint)
             self._show(images, self.prompts, name="samples", suffix="", step=step, accelerator=accelerator)
+            if accelerator.is_main_process:
+                self._compare(images, step)
+        if self.pipeline.can_paint:
+            made = [edited(self.pipeline, edits, batch_size=_NUM_EDITED, seed=0) for edits in self.edits]
+            beside = [
+                _beside(before, after)
+                for edits, results in zip(self.edits, made, strict=True)
+                for before, after in zip(edits.before, results, strict=True)
+            ]
+            if beside:
+                labels = [instruction for edits in self.edits for instruction in edits.instructions]
+                self._show(beside, labels, name="edits", suffix="-edits", step=step, accelerator=accelerator)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
             labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
             self._show(self.pictures, labels, name="captions", suffix="-captions", step=step, accelerator=accelerator)
+
+    def _compare(self, images: list[Image.Image], step: int) -> None:
+        """Keep pictures of before the first step; show later ones beside them."""
+        files = [self.folder / BEFORE / f"{place}.png" for place in range(len(images))]
+        if step == 0:
+            (self.folder / BEFORE).mkdir(exist_ok=True)
+            for image, file in zip(images, files, strict=True):
+                image.save(file)
+        elif all(file.exists() for file in files):
+            pairs = [_beside(Image.open(file), image) for file, image in zip(files, images, strict=True)]
+            grid(pairs, self.prompts, _COLUMNS).save(self.folder / BEFORE_AND_AFTER)
 
     def _paint(self, places: list[int], size: Size) -> list[Image.Image]:
         prompts = [self.prompts[place] for place in places]
@@ -88,6 +123,14 @@ class Previews:
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(sheet)[None]}, step, dataformats="NHWC")
+
+
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures in one, with a line between them."""
+    both = Image.new("RGB", (left.width + right.width + _LINE, max(left.height, right.height)), _LINE_COLOUR)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + _LINE, 0))
+    return both
 
 
 def _shown(text: str) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transfusion_mot.data.layout import LatentSpan, TokenRun
+from transfusion_mot.errors import UserError
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -90,6 +91,7 @@ class Session:
     def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
         lengths = self._lengths(rows)
         positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
+        self._check_positions(rows)
         # A filler is seen by no token of its row, and written over by what comes next.
         ids, rope_positions = padded(tokens, self.device), padded(positions, self.device)
         window = self.cache.window(lengths, ids.shape[1], causal=True, rows=self._index(rows), end=self._longest(rows))
@@ -184,6 +186,7 @@ class Session:
         held_back = [self._hold_back(row) for row in rows]
         self.read(rows)
         steps = uniform.shape[1]
+        self._check_positions(rows, steps)
         index = self._index(rows)
         state = {
             "lengths": self._lengths(rows),
@@ -254,6 +257,16 @@ class Session:
         patch_size = self.model.architecture.modalities[modality].patch_size
         height, width = latents[-2] // patch_size, latents[-1] // patch_size
         return padded([counter.image(height, width)[1] for counter in counters], self.device)
+
+    def _check_positions(self, rows: list[int], more: int = 0) -> None:
+        """Refuse documents with more rotary positions than the model may have, `more` of them to come."""
+        longest = max(self._counters[row].position for row in rows) + more
+        limit = self.model.architecture.max_position_embeddings
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"a document has up to {longest} rotary positions, and the model has {limit}; give a shorter one, or "
+                "fewer tokens to write"
+            )
 
     def _lengths(self, rows: list[int]) -> Tensor:
         return torch.tensor([self._counters[row].order for row in rows], device=self.device)

@@ -152,7 +152,8 @@ class RunLog:
         self._flops_per_row: dict[tuple[tuple[str, Block], ...], int] = {}
         earlier = read_metrics(history or self.path) if first_step else []
         kept = [line for line in earlier if line["step"] <= first_step]
-        held_out = [(line[_HELD_OUT], line["step"]) for line in kept if _HELD_OUT in line]
+        # Before the first step there is no snapshot to keep.
+        held_out = [(line[_HELD_OUT], line["step"]) for line in kept if _HELD_OUT in line and line["step"]]
         # The lowest held-out loss so far, and the step it was reached at.
         self.best: tuple[float, int] | None = min(held_out, default=None)
         self.running = {name: next((line[name] for line in reversed(kept) if name in line), 0) for name in _RUNNING}
@@ -330,7 +331,7 @@ class RunLog:
         total = self.total({name: losses[loss_name(name)] for name in self.modalities if loss_name(name) in losses})
         self._write(step, {f"{VALIDATION}{name}": loss for name, loss in (losses | {"loss": total}).items()})
         summary = "  ".join(f"{name} {losses[name]:.4f}" for name in losses if "/" not in name)
-        if self.best is None or total < self.best[0]:
+        if step and (self.best is None or total < self.best[0]):
             self.best = total, step
             summary += "  (lowest so far)"
         return f"step {step:>{len(str(self.config.training.num_steps))}}  held-out {summary}"

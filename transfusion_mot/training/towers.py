@@ -29,9 +29,19 @@ def check_towers(config: RunConfig) -> None:
     """
     known = [*config.model.towers, *([SHARED] if len(set(config.model.untied)) < 4 else [])]
     frozen, scales = config.training.frozen_towers, config.optimizer.tower_lr_scale
-    for key, names in (("training.frozen_towers", frozen), ("optimizer.tower_lr_scale", scales)):
+    insulated = config.training.insulated_towers
+    for key, names in (
+        ("training.frozen_towers", frozen),
+        ("training.insulated_towers", insulated),
+        ("optimizer.tower_lr_scale", scales),
+    ):
         if unknown := sorted(set(names) - set(known)):
             raise UserError(f"{key} names {unknown}; the model has {', '.join(dict.fromkeys(known))}")
+    if insulated and (SHARED in known or len(config.model.towers) == 1):
+        raise UserError(
+            f"training.insulated_towers is {insulated}, which is for towers that share no weights; use more than one "
+            "tower and model.untied=[norm, qkv, output, ffn]"
+        )
     if set(frozen) == set(known):
         raise UserError(f"training.frozen_towers is {frozen}, which is the whole model; leave a tower to train")
     if too_low := {tower: scale for tower, scale in scales.items() if scale <= 0}:

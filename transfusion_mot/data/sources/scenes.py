@@ -6,8 +6,9 @@ from PIL import Image
 
 from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.images import ImageArray, nearest_buckets
+from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_drawing import draw_scene
-from transfusion_mot.data.scenes import Composer, Scene
+from transfusion_mot.data.scenes import Scene
 from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, fingerprint_of
 from transfusion_mot.data.sources.keys import Keys
 from transfusion_mot.data.sprites import Sprites
@@ -71,7 +72,7 @@ class Scenes:
 
     def captions(self, index: int) -> list[str]:
         """The captions of one scene."""
-        return list(self.scene(index).wordings)
+        return list(self.scene(index).captions)
 
     def content(self, index: int) -> Image.Image:
         """The picture of one scene."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfusion_mot.codecs.base import LatentCodec
 from transfusion_mot.data.images import load_image, to_pixels
-from transfusion_mot.diffusion import Edit
+from transfusion_mot.diffusion import Variation
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 
@@ -21,7 +21,7 @@ Pictures = Picture | Sequence[Picture]
 
 
 class Original(NamedTuple):
-    """What an edit leaves as it is.
+    """The picture that is varied.
 
     Attributes:
         pixels: [B, 3, H, W] in [-1, 1].
@@ -87,12 +87,12 @@ def load_original(
     return Original(pixels, torch.from_numpy(white)[list(repeats), None].to(device))
 
 
-def make_edit(original: Original, strength: float, codec: LatentCodec, dtype: torch.dtype) -> Edit:
+def make_variation(original: Original, strength: float, codec: LatentCodec, dtype: torch.dtype) -> Variation:
     """The same in latents [B, C, Y, X]; a latent is repainted if any of its pixels is."""
     clean = codec.encode(original.pixels)[0].to(dtype)
     if original.repaint is None:
-        return Edit(clean, strength)
-    return Edit(clean, strength, F.max_pool2d(original.repaint.float(), codec.downsampling) > 0)
+        return Variation(clean, strength)
+    return Variation(clean, strength, F.max_pool2d(original.repaint.float(), codec.downsampling) > 0)
 
 
 def one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:

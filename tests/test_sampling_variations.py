@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 
-from transfusion_mot.diffusion import Diffusion, Edit
+from transfusion_mot.diffusion import Diffusion, Variation
 from transfusion_mot.errors import UserError
 from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, make_scheduler
 
@@ -43,7 +43,7 @@ def test_the_model_sees_the_picture_with_the_noise_of_each_step(kind, name) -> N
     def on_step(step, latents, estimate):
         torch.testing.assert_close(estimate(), other, rtol=1e-3, atol=1e-3)
 
-    result = solver.sample(predict, noise, 20, generators, on_step, Edit(clean, 0.5, repaint))
+    result = solver.sample(predict, noise, 20, generators, on_step, Variation(clean, 0.5, repaint))
     assert abs(seen[0] - 0.5) < 0.2
     assert torch.equal(result[..., :2], clean[..., :2])
     if ":sde" not in name and name != "DDPMScheduler":

@@ -1,0 +1,61 @@
+"""Time of painting with codes, as a user calls it: `python -m benchmarks.codes --checkpoint runs/chameleon`.
+
+Prompt, codes and decoding to pixels, with guidance, which doubles the rows of the model. `not recorded` starts every
+kernel of every code from Python, as a plain loop does.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.sample import seconds
+from benchmarks.train_step import surroundings
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.pipeline import TransfusionPipeline
+
+
+def measure(pipeline: TransfusionPipeline, batch_size: int, prompt: str, repeats: int) -> dict[str, float]:
+    """Seconds of a call for so many pictures, of the call without the decoder, and of the call without recording."""
+    device = pipeline.device
+
+    def paint(output_type: str = "pt") -> None:
+        pipeline(prompt, guidance_scale=3.0, num_images_per_prompt=batch_size, output_type=output_type)
+
+    times = {"all": seconds(paint, device, repeats), "codes": seconds(lambda: paint("latent"), device, repeats)}
+    if device.type == "cuda":
+        pipeline.workspace.records = False
+        times["not recorded"] = seconds(lambda: paint("latent"), device, 1)
+        pipeline.workspace.records = True
+    return times
+
+
+def main() -> None:
+    """Print a table: a row for each batch size."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codes", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
+    parser.add_argument("--prompt", default="noto emoji of octopus", metavar="TEXT")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="calls of which the median is (default: 3)")
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(given.checkpoint, device, None)
+    if pipeline.codec.kind != "codes":
+        raise UserError(f"'{given.checkpoint}' paints by diffusion; benchmarks.sample measures that")
+    pipeline.set_progress_bar_config(disable=True)
+    rows, columns = pipeline.grid(pipeline.sizes.default)
+    print(surroundings(torch.device(device)))
+    print(f"{rows} x {columns} codes a picture, guidance 3, {pipeline.transformer.dtype}")
+    print(f"{'pictures':>8} {'seconds':>9} {'pictures/s':>11} {'ms a code':>10} {'decoder ms':>11} {'not recorded s':>15}")
+    for batch_size in given.batch_sizes:
+        times = measure(pipeline, batch_size, given.prompt, given.repeats)
+        plain = f"{times['not recorded']:15.3f}" if "not recorded" in times else f"{'-':>15}"
+        print(
+            f"{batch_size:8d} {times['all']:9.3f} {batch_size / times['all']:11.1f} "
+            f"{1000 * times['codes'] / (rows * columns):10.3f} {1000 * (times['all'] - times['codes']):11.1f} {plain}"
+        )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

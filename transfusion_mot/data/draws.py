@@ -1,0 +1,41 @@
+"""Random choices that follow from a seed, in every process and on every machine."""
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+
+
+class Draws:
+    """Choices that follow from the parts of a seed."""
+
+    def __init__(self, *seed: object) -> None:
+        # Of Python's generator only this method is sure to give the same in all versions.
+        self._random = random.Random("/".join(map(str, seed))).random
+
+    def chance(self, probability: float) -> bool:
+        """Whether something happens."""
+        return self._random() < probability
+
+    def between(self, low: float, high: float) -> float:
+        """A number."""
+        return low + (high - low) * self._random()
+
+    def pick(self, items: Sequence[_Item]) -> _Item:
+        """One of them."""
+        return items[int(self._random() * len(items))]
+
+    def weighted(self, items: Sequence[tuple[_Item, float]]) -> _Item:
+        """One of (item, weight)."""
+        left = self._random() * sum(weight for _, weight in items)
+        for item, weight in items:
+            left -= weight
+            if left < 0:
+                return item
+        return items[-1][0]
+
+    def some(self, items: Sequence[_Item], count: int) -> list[_Item]:
+        """`count` of them, or all if there are fewer, each once."""
+        left = list(items)
+        return [left.pop(int(self._random() * len(left))) for _ in range(min(count, len(left)))]
