@@ -233,7 +233,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         if self._adapters:
             raise UserError(
                 f"the adapters {', '.join(self._adapters)} are loaded, of which a snapshot knows nothing: call "
-                "fuse_lora() and unload_lora_weights() to save the model with them, or unload_lora_weights() alone without"
+                "fuse_lora() and unload_lora_weights() to save the model with them, or unload_lora_weights() alone"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
         index, shim = (Path(save_directory) / name for name in (INDEX, f"{_SHIM_MODULE}.py"))
