@@ -8,7 +8,7 @@ from dataclasses import replace
 from transfusion_mot.data.colours import COLOURS
 from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_captions import captions_of
-from transfusion_mot.data.scene_objects import object_of_drawing
+from transfusion_mot.data.scene_objects import UNCOLOURED, object_of_drawing
 from transfusion_mot.data.scenes import PLACES, WHITE, Background, Group, Paint, Pattern, Place, Relation, Scene
 from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.sprites import Sprite
@@ -94,26 +94,33 @@ class Composer:
             groups.append(self._placed(draws, Group(sprite, noun, (), paint, colour), count, region))
         return self._told(Scene(tuple(groups), WHITE, relation), draws)
 
+    def has(self, noun: str, colour: str) -> bool:
+        """Whether a drawing of the thing is of a colour, or can be."""
+        return any(colour == self._own_colour(one) or self._takes(one, colour) for one in self._by_noun[noun])
+
     def _takes(self, sprite: int, colour: str) -> bool:
         """Whether a drawing can be given another colour."""
         main, thing = self.sprites[sprite].main, self._things[sprite]
-        is_coloured = thing is not None and thing[1] is not None
-        return main.is_replaceable and not is_coloured and _differs(colour, main.hue * 360 / 256)
+        is_settled = thing is not None and (thing[1] is not None or thing[0] in UNCOLOURED)
+        return main.is_replaceable and not is_settled and _differs(colour, main.hue * 360 / 256)
 
     def is_held_out(self, scene: Scene) -> bool:
         """Whether a scene shows a held-out pair of thing and colour, or of things."""
         nouns = sorted({group.noun for group in scene.groups})
         pairs = [("together", one, other) for place, one in enumerate(nouns) for other in nouns[place + 1 :]]
         pairs += [("colour", group.noun, group.paint.name) for group in scene.groups if group.paint is not None]
-        return any(map(self._is_held_out_pair, pairs))
+        return any(map(self.is_held_out_pair, pairs))
 
-    def _is_held_out_pair(self, pair: tuple[str, str, str]) -> bool:
+    def is_held_out_pair(self, pair: tuple[str, ...]) -> bool:
+        """Whether ("colour", noun, colour), or ("together", noun, noun) in their order, is held out."""
         is_natural = pair[0] == "colour" and pair[1:] in self._natural
         return not is_natural and share_of("\n".join(pair), self.seed) < self.fraction
 
     def _own_colour(self, sprite: int) -> str | None:
         """Colour of a drawing by its name, or as it is measured; None if these differ, as of a black cat in purple."""
         thing, measured = self._things[sprite], self.sprites[sprite].main.name
+        if thing is not None and thing[0] in UNCOLOURED:
+            return None
         named = thing[1] if thing is not None else None
         return named or measured if measured in (None, named) or named is None else None
 

@@ -110,6 +110,12 @@ class Drawings:
             likeness[row, np.isin(self.indices, left_out)] = -1
         return [str(noun) for noun in self.nouns[likeness.argmax(axis=1)]]
 
+    def names_of_own(self) -> list[str]:
+        """The noun of each drawing by the other drawings."""
+        likeness = self._features @ self._features.T
+        np.fill_diagonal(likeness, -1)
+        return [str(noun) for noun in self.nouns[likeness.argmax(axis=1)]]
+
 
 def plain_noun(noun: str) -> str:
     """A face is that of a thing: "dog face" => "dog"."""
