@@ -16,7 +16,8 @@ from transfusion_mot.data.sprites import Sprite
 # Left, top, right and bottom, as shares of the picture.
 Region = tuple[float, float, float, float]
 
-_MARGIN = 0.03
+# Between drawings, so that they are seen apart.
+_MARGIN = 0.045
 # Colours that have a light one, called so.
 _LIGHT = ("blue", "green", "purple", "yellow", "pink", "gray")
 _WHOLE: Region = (0, 0, 1, 1)
