@@ -376,7 +376,13 @@ def main() -> None:
         raise UserError("several processes need a folder to write into; give --output FOLDER")
     if arguments.output is not None:
         check_writable_folder(arguments.output, "output")
-    pipeline = load_pipeline(arguments.checkpoint, arguments.device or state.device, arguments.dtype)
+    pipeline = load_pipeline(
+        arguments.checkpoint,
+        arguments.device or state.device,
+        arguments.dtype,
+        lora=arguments.lora,
+        lora_scale=arguments.lora_scale,
+    )
     pipeline.set_progress_bar_config(desc="step", leave=False, disable=not state.is_main_process)
     sample(pipeline, prompts, arguments, state)
 

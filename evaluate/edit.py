@@ -30,6 +30,7 @@ from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.sampling.held_out_edits import (
+    Distances,
     edit_metrics,
     edited,
     feature_distance,
@@ -70,7 +71,7 @@ def main() -> None:
         "pixel distance": pixel_distance,
         f"{network.name} distance": feature_distance(network, arguments.batch_size),
     }
-    distances: dict[str, list[dict[str, object]]] = {measure: [] for measure in measures}
+    distances: dict[str, list[Distances]] = {measure: [] for measure in measures}
     metrics: list[Metric] = []
     shown: list[tuple[Image.Image, str]] = []
     for edits in found:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_sampling import tiny_model
 
+from transfusion_mot.config import ModalityConfig, TowerConfig
 from transfusion_mot.models.attention import KVCache
 from transfusion_mot.models.inputs import TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -15,6 +16,16 @@ ARCHITECTURES = {
     "normed heads": {},
     "grouped heads, 1d": {"rope": "1d", "num_kv_heads": 2, "head_dim": 20},
     "no norm of heads": {"qk_norm": False, "num_heads": 2},
+    "as a language model": {
+        "rope": "1d",
+        "layers_without_rope": [1],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        "towers": {"text": TowerConfig(32, 48, norm_eps=0.1, qk_norm=False), "image": TowerConfig(16, 24)},
+        "modalities": {
+            "text": ModalityConfig("text", tied_embeddings=True),
+            "image": ModalityConfig("image", "diffusion"),
+        },
+    },
 }
 # Slots in use and rotary positions of three rows of the cache: none, many blocks of keys, and the last slot.
 LENGTHS, POSITIONS, CAPACITY = [0, 150, 253], [0, 99, 20], 255

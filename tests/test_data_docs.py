@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scene_sprites import make_sprites
 from source_files import picture, picture_dataset, plain, shard, write_coco, write_tar
 
 from transfusion_mot.config import RunConfig, SourceConfig, parse_config
@@ -34,6 +35,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "my-images/metadata.jsonl").write_text(
         "".join(json.dumps({"file_name": f"{n}.jpg", "text": f"p {n}"}) + "\n" for n in range(3))
     )
+    write_edits(root)
     (root / "emoji/metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "noto emoji of sun", "split": "train"}')
     (root / "flickr30k/metadata.csv").write_text('image,comment\n0.jpg,one\n0.jpg,"two, or so"\n1.jpg,three\n')
     (root / "cc12m").mkdir()
@@ -53,9 +55,25 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = [{"image_name": "0.jpg", "matched_text_index": 0}]
     (root / "mmc4/docs.jsonl").write_text(json.dumps({"text_list": ["A"], "image_info": info}) + "\n")
     (root / "stories.jsonl").write_text(json.dumps({"parts": ["A", None], "pictures": [None, "x/0.jpg"]}) + "\n")
+    (root / "data").mkdir()
+    make_sprites(root / "drawings").rename(root / "data" / "sprites")
     (root / "story-images").mkdir()
     write_tar(root / "story-images" / "0.tar", {"x/0.jpg": picture(0, "jpg")})
     return root
+
+
+def write_edits(root: Path) -> None:
+    """Editing pairs as a folder, a tar file and a table."""
+    for folder in ("my-edits", "edit-shards", "edit-tables"):
+        (root / folder).mkdir()
+    (root / "my-edits/0001.jpg").write_bytes(picture(1, "jpg"))
+    (root / "my-edits/0001-night.jpg").write_bytes(picture(2, "jpg"))
+    (line,) = re.findall(r'\{"source_file_name".*\}$', PAGE, flags=re.MULTILINE)
+    (root / "my-edits/metadata.jsonl").write_text(line)
+    members = {"0001.source.png": picture(1), "0001.target.png": picture(2), "0001.txt": "make it night"}
+    write_tar(root / "edit-shards" / "0.tar", members)
+    row = {"input_image": {"bytes": picture(1)}, "edit_prompt": "make it night", "edited_image": {"bytes": picture(2)}}
+    pq.write_table(pa.Table.from_pylist([row]), root / "edit-tables" / "0.parquet")
 
 
 @pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))

@@ -9,7 +9,7 @@ from conftest import DENSE, Rows, make_rows, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from transfusion_mot.config import ModelConfig, TowerConfig
+from transfusion_mot.config import ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.models.attention import (
     SlotIds,
     block_mask,
@@ -150,6 +150,18 @@ MODELS = {
     "untied ffn": {"untied": ["ffn"]},
     "unet": {"image": {"adapter": "unet", "unet_channels": [32, 32], "unet_num_layers": 1}},
     "towers of two widths": {"towers": {"text": TowerConfig(16, 24), "image": TowerConfig(32, 40)}},
+    "towers of two kinds": {
+        "towers": {
+            "text": TowerConfig(16, 24, norm_eps=0.1, qk_norm=False, qkv_bias=True),
+            "image": TowerConfig(32, 40, output_bias=True),
+        },
+        "modalities": {
+            "text": ModalityConfig("text", tied_embeddings=True),
+            "image": ModalityConfig("image", "diffusion"),
+        },
+        "layers_without_rope": [1],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
 }
 
 
@@ -179,10 +191,12 @@ def test_model_on_cuda_equals_model_on_cpu(variant: str, length: int) -> None:
         assert (one - two).abs().max() <= 2e-4 * two.abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("variant", ["mot", "dense", "untied ffn"])
-def test_compiled_blocks_equal_eager_ones(variant: str) -> None:
+@pytest.mark.parametrize("insulated", [[], ["text"]])
+@pytest.mark.parametrize("variant", ["mot", "dense", "untied ffn", "towers of two kinds"])
+def test_compiled_blocks_equal_eager_ones(variant: str, insulated: list[str]) -> None:
     config = tiny_config(head_dim=32, num_layers=3, **MODELS[variant])
     eager = tiny_model(config, dtype=torch.float32).cuda()
+    eager.insulate(insulated)
     compiled = copy.deepcopy(eager)
     compiled.compile_blocks()
     rows = on_gpu(rows_for(200))

@@ -113,6 +113,9 @@ def test_where_the_kernels_are_used() -> None:
     assert not serves(model, 5)
     assert not serves(model_of(torch.float32))  # Under autocast the cache has another number format.
     assert not serves(model_of(torch.float64), dtype=torch.float64)
+    for bias in ("qkv_bias", "output_bias"):
+        towers = {"text": TowerConfig(32, 48, **{bias: True}), "image": TowerConfig(32, 48)}
+        assert not serves(model_of(torch.bfloat16, towers=towers))
     with torch.autocast("cuda", torch.bfloat16):
         assert not serves(model)
     handle = model.blocks[0].register_forward_pre_hook(lambda *_: None)

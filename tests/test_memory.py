@@ -117,7 +117,12 @@ attention.register_autograd(
 
 
 def kept_by_compiler(
-    config: ModelConfig, slots: dict[str, int], rows: int, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig,
+    slots: dict[str, int],
+    rows: int,
+    checkpointing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    insulated: tuple[str, ...] = (),
 ) -> int:
     """Bytes of the tensors, weights aside, that a block's compiled forward hands to its backward."""
     monkeypatch.setattr(mot, "joint_attention", lambda q, k, v, mask: attention(q, k, v)[0])
@@ -142,7 +147,7 @@ def kept_by_compiler(
     )
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         block = mot.MoTBlock(config)
-        block.checkpointing = checkpointing
+        block.checkpointing, block.insulated = checkpointing, insulated
         streams = {
             tower: torch.empty(rows, count, config.towers[tower].hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for tower, count in slots.items()
@@ -173,11 +178,25 @@ def kept_by_compiler(
             {"shared": 384},
         ),
         ({"towers": {"text": TowerConfig(32, 80), "image": TowerConfig(32, 80, 0.5)}}, {"text": 128, "image": 256}),
+        (
+            {"towers": {"text": TowerConfig(32, 80, qkv_bias=True, qk_norm=False), "image": TowerConfig(32, 80)}},
+            {"text": 128, "image": 256},
+        ),
     ],
-    ids=["mot", "other widths", "tied", "dense", "dropout"],
+    ids=["mot", "other widths", "tied", "dense", "dropout", "bias, mixed norms"],
 )
 def test_block_keeps_what_the_compiler_keeps(changes, slots, checkpointing, monkeypatch) -> None:
     config = tiny_config(**changes, num_heads=4, num_kv_heads=2)
     expected = kept_by_compiler(config, slots, 5, checkpointing, monkeypatch)
     predicted = kept_by_block(config, {tower: 5 * count for tower, count in slots.items()}, checkpointing, 2)
     assert predicted == expected
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("insulated", [("text",), ("text", "image")])
+def test_block_with_insulated_towers_keeps_two_attentions(insulated, checkpointing, monkeypatch) -> None:
+    config = tiny_config(
+        towers={"text": TowerConfig(32, 80), "image": TowerConfig(32, 80)}, num_heads=4, num_kv_heads=2
+    )
+    expected = kept_by_compiler(config, {"text": 128, "image": 256}, 5, checkpointing, monkeypatch, insulated)
+    assert kept_by_block(config, {"text": 640, "image": 1280}, checkpointing, 2, attentions=2) == expected

@@ -373,7 +373,7 @@ def _edit_tab(studio: Studio) -> None:
             with gr.Row():
                 num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                 steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=90)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
         with gr.Column(scale=6, min_width=320):
             results = gr.Gallery(
                 show_label=False, columns=2, height=530, object_fit="contain", elem_id="edits", format="png"

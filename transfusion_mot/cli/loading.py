@@ -12,20 +12,35 @@ SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoj
 DTYPES = ("bf16", "fp32")
 
 
-def load_pipeline(checkpoint: str | None, device: str | torch.device, dtype: str | None) -> TransfusionPipeline:
-    """The pipeline of a run or snapshot.
+def load_pipeline(
+    checkpoint: str | None,
+    device: str | torch.device,
+    dtype: str | None,
+    *,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+) -> TransfusionPipeline:
+    """The pipeline of a run or snapshot, with adapters added to its weights.
 
     Args:
         checkpoint: A run folder or a snapshot; None is the one that comes with the repository.
         device: Where it computes.
         dtype: Number format of the transformer, `bf16` or `fp32`; None is `bf16` on CUDA and `fp32` elsewhere.
+        lora: The folder of an adapter, or None.
+        lora_scale: How much of it is added.
 
     Raises:
-        UserError: There is no such snapshot or device.
+        UserError: There is no such snapshot, adapter or device.
     """
     if checkpoint is None and not SHIPPED_CHECKPOINT.exists():
         raise UserError("no --checkpoint is given and checkpoints/emoji does not exist; give a run folder of train.py")
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint or str(SHIPPED_CHECKPOINT)))
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    if pipeline.get_active_adapters():
+        # In float32, and for the speed of a model without adapters.
+        pipeline.fuse_lora(lora_scale=lora_scale)
+        pipeline.unload_lora_weights()
     try:
         pipeline.to(torch.device(device))
     # torch asserts where it was built without CUDA.

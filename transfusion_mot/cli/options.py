@@ -37,6 +37,12 @@ def parse_arguments(description: str) -> argparse.Namespace:
         help="a run folder of train.py (its newest snapshot is used), or a snapshot (default: checkpoints/emoji)",
     )
     add(
+        "--lora",
+        metavar="FOLDER",
+        help="a low-rank adapter of the checkpoint: a run with lora, or its snapshots/step-N",
+    )
+    add("--lora-scale", type=float, default=1.0, metavar="X", help="how much of the adapter is added (default: 1)")
+    add(
         "--task",
         choices=TASKS,
         help="paint prompts, edit a picture as they say, caption images, go on with texts, or let the model decide "

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_objects import scene_objects, with_article
-from transfusion_mot.data.scenes import NUMBERS, Group, Relation, Scene
+from transfusion_mot.data.scenes import NUMBERS, OPPOSITE, Group, Relation, Scene
 from transfusion_mot.data.sprites import Sprite
 
-_OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _WORDINGS: dict[Relation, tuple[str, ...]] = {
     "left of": ("{a} left of {b}", "{a} to the left of {b}", "{a} on the left and {b} on the right"),
     "right of": ("{a} right of {b}", "{a} to the right of {b}", "{a} on the right and {b} on the left"),
@@ -70,7 +69,7 @@ def _said(groups: Sequence[Group], relation: Relation, draws: Draws) -> tuple[st
     first, second = groups
     # What is left of something has that on its right.
     if draws.chance(0.5):
-        first, second, relation = second, first, _OPPOSITE.get(relation, relation)
+        first, second, relation = second, first, OPPOSITE.get(relation, relation)
     wording = draws.pick(_WORDINGS[relation])
     return (
         _WORDINGS[relation][0].format(a=first.terse, b=second.terse),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from transfusion_mot.data.colours import COLOURS
 from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_captions import captions_of
-from transfusion_mot.data.scene_objects import object_of_drawing
+from transfusion_mot.data.scene_objects import UNCOLOURED, object_of_drawing
 from transfusion_mot.data.scenes import PLACES, WHITE, Background, Group, Paint, Pattern, Place, Relation, Scene
 from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.sprites import Sprite
@@ -16,9 +16,11 @@ from transfusion_mot.data.sprites import Sprite
 # Left, top, right and bottom, as shares of the picture.
 Region = tuple[float, float, float, float]
 
-_MARGIN = 0.03
+# Between drawings, so that they are seen apart.
+_MARGIN = 0.045
 # Colours that have a light one, called so.
 _LIGHT = ("blue", "green", "purple", "yellow", "pink", "gray")
+_WHOLE: Region = (0, 0, 1, 1)
 _ROW_OF_THREE: Sequence[Region] = ((0, 0, 1 / 3, 1), (1 / 3, 0, 2 / 3, 1), (2 / 3, 0, 1, 1))
 _QUARTERS: Sequence[Region] = ((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1))
 _MOST_TRIES = 10_000
@@ -71,20 +73,55 @@ class Composer:
     def _told(self, scene: Scene, draws: Draws) -> Scene:
         return replace(scene, captions=captions_of(scene, self.sprites, draws))
 
+    def asked_for(self, things: Sequence[tuple[str, str | None, int]], relation: Relation, *seed: object) -> Scene:
+        """A scene of one or two things, each (noun, colour or None, count), on white; what is held out is allowed.
+
+        Raises:
+            KeyError: There is no such thing that is of that colour or can be.
+        """
+        draws = Draws(self.seed, *seed)
+        regions = [_WHOLE] if len(things) == 1 else _halves(relation, draws)
+        groups = []
+        for (noun, colour, count), region in zip(things, regions, strict=True):
+            sprites = self._by_noun[noun]
+            if colour is not None:
+                sprites = [
+                    index for index in sprites if colour == self._own_colour(index) or self._takes(index, colour)
+                ]
+            if not sprites:
+                raise KeyError(f"{colour} {noun}")
+            sprite = draws.pick(sprites)
+            paint = None if colour in (None, self._own_colour(sprite)) else _paint(draws, colour)
+            groups.append(self._placed(draws, Group(sprite, noun, (), paint, colour), count, region))
+        return self._told(Scene(tuple(groups), WHITE, relation), draws)
+
+    def has(self, noun: str, colour: str) -> bool:
+        """Whether a drawing of the thing is of a colour, or can be."""
+        return any(colour == self._own_colour(one) or self._takes(one, colour) for one in self._by_noun[noun])
+
+    def _takes(self, sprite: int, colour: str) -> bool:
+        """Whether a drawing can be given another colour."""
+        main, thing = self.sprites[sprite].main, self._things[sprite]
+        is_settled = thing is not None and (thing[1] is not None or thing[0] in UNCOLOURED)
+        return main.is_replaceable and not is_settled and _differs(colour, main.hue * 360 / 256)
+
     def is_held_out(self, scene: Scene) -> bool:
         """Whether a scene shows a held-out pair of thing and colour, or of things."""
         nouns = sorted({group.noun for group in scene.groups})
         pairs = [("together", one, other) for place, one in enumerate(nouns) for other in nouns[place + 1 :]]
         pairs += [("colour", group.noun, group.paint.name) for group in scene.groups if group.paint is not None]
-        return any(map(self._is_held_out_pair, pairs))
+        return any(map(self.is_held_out_pair, pairs))
 
-    def _is_held_out_pair(self, pair: tuple[str, str, str]) -> bool:
+    def is_held_out_pair(self, pair: tuple[str, ...]) -> bool:
+        """Whether ("colour", noun, colour), or ("together", noun, noun) in their order, is held out."""
         is_natural = pair[0] == "colour" and pair[1:] in self._natural
         return not is_natural and share_of("\n".join(pair), self.seed) < self.fraction
 
     def _own_colour(self, sprite: int) -> str | None:
         """Colour of a drawing by its name, or as it is measured; None if these differ, as of a black cat in purple."""
         thing, measured = self._things[sprite], self.sprites[sprite].main.name
+        if thing is not None and thing[0] in UNCOLOURED:
+            return None
         named = thing[1] if thing is not None else None
         return named or measured if measured in (None, named) or named is None else None
 
@@ -128,17 +165,14 @@ class Composer:
     def _counted(self, draws: Draws) -> Scene:
         group = self._group(draws, says_style=False)
         count = draws.weighted([(2, 0.45), (3, 0.35), (4, 0.2)])
-        return Scene((self._placed(draws, group, count, (0, 0, 1, 1)),), WHITE)
+        return Scene((self._placed(draws, group, count, _WHOLE),), WHITE)
 
     def _pair(self, draws: Draws) -> Scene:
         first, second = self._different(draws, 2)
         relation: Relation = draws.weighted(
             [("left of", 0.25), ("right of", 0.25), ("above", 0.12), ("below", 0.12), ("next to", 0.1), ("and", 0.16)]
         )
-        is_side_by_side = relation in ("left of", "right of", "next to") or (relation == "and" and draws.chance(0.7))
-        halves: list[Region] = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if is_side_by_side else [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
-        if relation in ("right of", "below") or (relation in ("next to", "and") and draws.chance(0.5)):
-            halves.reverse()
+        halves = _halves(relation, draws)
         counts = draws.weighted([((1, 1), 0.7), ((2, 1), 0.12), ((1, 2), 0.12), ((3, 1), 0.03), ((1, 3), 0.03)])
         sizes: tuple[str | None, str | None] = (None, None)
         if counts == (1, 1):
@@ -168,15 +202,13 @@ class Composer:
         """A thing in some colour, not placed yet."""
         noun = draws.pick(self._drawn)
         sprite = draws.pick(self._by_noun[noun])
-        main = self.sprites[sprite].main
-        thing = self._things[sprite]
         paint = None
         own = self._own_colour(sprite)
         colour = own if own is not None and draws.chance(0.4) else None
-        if main.is_replaceable and not (thing and thing[1]) and draws.chance(0.5):
-            name = draws.pick([name for name in COLOURS if name != own and _differs(name, main.hue * 360 / 256)])
-            paint = _paint(draws, name)
-            colour = name
+        others = [name for name in COLOURS if name != own and self._takes(sprite, name)]
+        if others and draws.chance(0.5):
+            colour = draws.pick(others)
+            paint = _paint(draws, colour)
         style = self.sprites[sprite].style if says_style and draws.chance(0.15) else None
         return Group(sprite, noun, (), paint, colour, style)
 
@@ -237,6 +269,15 @@ class Composer:
             if not is_grey and colour not in ("black", "gray") and not _differs(colour, hue, 32):
                 return False
         return True
+
+
+def _halves(relation: Relation, draws: Draws) -> list[Region]:
+    """Where the first and the second of two groups stand."""
+    is_side_by_side = relation in ("left of", "right of", "next to") or (relation == "and" and draws.chance(0.7))
+    halves: list[Region] = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if is_side_by_side else [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
+    if relation in ("right of", "below") or (relation in ("next to", "and") and draws.chance(0.5)):
+        halves.reverse()
+    return halves
 
 
 def _paint(draws: Draws, name: str) -> Paint:

@@ -557,6 +557,40 @@ peanut < peanuts
 
 COLOUR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white")
 
+# Drawn with what is around or in them, such as water, whose colour is not theirs.
+UNCOLOURED = frozenset(
+    {
+        "speedboat",
+        "canoe",
+        "sailboat",
+        "ship",
+        "ferry",
+        "beach umbrella",
+        "fountain",
+        "tent",
+        "whale",
+        "picture frame",
+        "globe",
+        "house with a garden",
+        "potted plant",
+        "rainbow",
+        "traffic light",
+        "bowl of rice",
+        "bowl of noodles",
+        "plate of spaghetti",
+        "bento box",
+        "glass of milk",
+        "cup of coffee",
+        "sun with a face",
+        "artist palette",
+        "volcano",
+        "mountain",
+        "slot machine",
+        "ferris wheel",
+        "fishing pole",
+    }
+)
+
 _IRREGULAR = {
     "wolf": "wolves",
     "leaf": "leaves",

@@ -11,6 +11,7 @@ from transfusion_mot.data.scene_objects import plural_of, with_article
 Relation = Literal["left of", "right of", "above", "below", "next to", "and"]
 Pattern = Literal["plain", "gradient", "striped", "dotted", "checkered"]
 
+OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # Words for a place => centre of what stands there.
 PLACES = {

@@ -187,21 +187,22 @@ def adapter_state(model: TransfusionMoT) -> Hashable:
 
 
 @torch.no_grad()
-def fingerprint(model: TransfusionMoT, without: set[str]) -> str:
-    """Of the weights below the adapters, in bfloat16: the same whether they are kept in that format or in float32.
+def digests(model: TransfusionMoT) -> dict[str, str]:
+    """Of each tensor below the adapters, in bfloat16: the same whether it is kept in that format or in float32.
 
-    Of each tensor a thousand numbers are looked at. All processes call it where weights are sharded.
-
-    Args:
-        model: With adapters or without.
-        without: Parameters that are left out, because what they were is written over.
+    A thousand numbers of each are looked at. Called by all processes where weights are sharded.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model).items()):
-        if name not in without:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            flat = whole.detach().flatten()
-            some = flat[:: max(1, len(flat) // _LOOKED_AT)]
-            digest.update(f"{name} {list(whole.shape)}".encode())
-            digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    found = {}
+    for name, parameter in base_parameters(model).items():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        some = whole.detach().flatten()[:: max(1, whole.numel() // _LOOKED_AT)]
+        digest = hashlib.sha256(str(list(whole.shape)).encode())
+        digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def fingerprint(of_tensors: dict[str, str], without: set[str]) -> str:
+    """Of a model below an adapter, from the digests of its tensors, but for those that the adapter writes over."""
+    lines = [f"{name} {digest}" for name, digest in sorted(of_tensors.items()) if name not in without]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -39,6 +39,7 @@ Checkpointing = Literal["none", "selective", "full"]
 # Results that cost the most to compute again, under the names they have on each device.
 _EXPENSIVE = {
     torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -164,6 +165,10 @@ class MoTBlock(nn.Module):
             result[tower] = hidden + _dropped(self.ffn[tower](self.ffn_norm[tower](hidden)), of_ffn, rate)
         return result
 
+    def closed_to(self, tower: str) -> tuple[str, ...]:
+        """Towers whose keys and values a tower reads without a gradient."""
+        return tuple(name for name in self.insulated if name != tower)
+
     def _attend(
         self,
         towers: list[str],
@@ -179,11 +184,10 @@ class MoTBlock(nn.Module):
         values that get a gradient: a tower takes the result in which those of the insulated towers, but for its own, do
         not.
         """
-        insulated = [name for name in towers if name in self.insulated] if torch.is_grad_enabled() else []
         results: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
         attended = {}
         for place, tower in enumerate(towers):
-            closed = tuple(name for name in insulated if name != tower)
+            closed = self.closed_to(tower) if torch.is_grad_enabled() else ()
             if closed not in results:
                 k, v = (_without_gradient(heads, towers, lengths, closed) for heads in (k_BSMH, v_BSMH))
                 result = joint_attention(q_BSNH.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)

@@ -108,6 +108,7 @@ def kept_by_block(
     checkpointing: Checkpointing,
     width: int,
     learning: Mapping[str, Learning] = MappingProxyType({}),
+    attentions: int = 1,
 ) -> float:
     """Bytes that a compiled block keeps for its backward pass.
 
@@ -117,6 +118,7 @@ def kept_by_block(
         checkpointing: See `TransfusionMoT.checkpoint_activations`.
         width: Bytes of a number: 2 in bfloat16.
         learning: Of each tower; one that is left out is trained as a whole.
+        attentions: How often attention is computed: more than once with insulated towers.
     """
     attention = config.num_heads * config.head_dim
     projection = attention + 2 * (config.num_kv_heads or config.num_heads) * config.head_dim
@@ -136,8 +138,12 @@ def kept_by_block(
             # attention, which lies together.
             numbers += hidden * (own.qkv + own.ffn_in) + ffn * own.ffn_out
             numbers += attention if own.output and len(slots) > 1 else 0
+        # Of each attention more: what it gives, and keys and values of which some have no gradient.
+        more = {"none": projection, "selective": attention, "full": 0}[checkpointing]
+        numbers += (attentions - 1) * more
         # The sum of exponentials of each head, and the scale of each norm, in float32.
-        scales = {"none": 4 * config.num_heads + 8, "selective": 4 * config.num_heads, "full": 0}[checkpointing]
+        of_heads = 4 * config.num_heads * attentions
+        scales = {"none": of_heads + 8, "selective": of_heads, "full": 0}[checkpointing]
         # Which elements dropout keeps, one byte each, of what attention and feed-forward add.
         masks = 2 * hidden if config.towers[tower].dropout else 0
         total += count * (numbers * width + scales + masks)
@@ -186,7 +192,9 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
             moments += bytes_of_moments(parameter, setting.optimizer, in_block)
     one_block = numbers["block matrices"] / config.num_layers
 
-    learning = {tower: Learning.of(cast(MoTBlock, model.blocks[0]), tower) for tower in config.towers}
+    first = cast(MoTBlock, model.blocks[0])
+    learning = {tower: Learning.of(first, tower) for tower in config.towers}
+    attentions = len({first.closed_to(tower) for tower in config.towers})
     slots = Counter[str]()
     for name, block in shape.blocks.items():
         slots[config.modalities[name].tower] += rows * block.num_slots
@@ -197,7 +205,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         + max(count * 3 * towers[tower].intermediate_size for tower, count in slots.items())
     )
     if setting.checkpointing != "none":
-        working += kept_by_block(config, slots, "none", width, learning)
+        working += kept_by_block(config, slots, "none", width, learning, attentions)
         working += width * numbers["trained block matrices"] / config.num_layers
 
     copies = 0.0
@@ -216,7 +224,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         optimizer=moments / shards,
         ema=4 * numbers["trained"] / shards if setting.ema else 0.0,
         copies=copies,
-        blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width, learning),
+        blocks=config.num_layers * kept_by_block(config, slots, setting.checkpointing, width, learning, attentions),
         adapter=rows * sum(kept_by_adapter(model, name, block, width) for name, block in shape.blocks.items())
         + last_norms,
         logits=logits_memory(model, shape, rows, width),

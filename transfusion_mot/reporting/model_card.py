@@ -21,6 +21,7 @@ def model_card(
     lines: Lines,
     step: int,
     prompt: str,
+    base: str | None = None,
 ) -> str:
     """A model card in the form of the Hugging Face hub.
 
@@ -32,9 +33,11 @@ def model_card(
         lines: Of the run's metrics.
         step: Steps done.
         prompt: Of the example.
+        base: Of a low-rank adapter, the snapshot below it.
     """
     model, training = config.model, config.training
-    header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=_REPOSITORY_TAGS).to_yaml()
+    tags = _REPOSITORY_TAGS if base is None else [*_REPOSITORY_TAGS, "lora"]
+    header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags).to_yaml()
     towers = "; ".join(
         f"`{name}`: width {tower.hidden_size}, feed-forward {tower.intermediate_size}"
         for name, tower in model.towers.items()
@@ -68,7 +71,7 @@ One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://a
 ```python
 from transfusion_mot.pipeline import TransfusionPipeline
 
-pipeline = TransfusionPipeline.from_pretrained("PATH_OR_NAME_OF_THIS_MODEL")
+{_loading(base)}
 image = pipeline({json.dumps(prompt, ensure_ascii=False)}, guidance_scale={config.diffusion.guidance_scale:g}).images[0]
 caption = pipeline.caption(image)[0]
 text = pipeline.complete("Once upon a time")[0]
@@ -101,6 +104,17 @@ Not stated yet. It follows from the data above and from the codecs ({codecs}): a
 
 </details>
 """
+
+
+def _loading(base: str | None) -> str:
+    """The lines of code that load the model."""
+    if base is None:
+        return 'pipeline = TransfusionPipeline.from_pretrained("PATH_OR_NAME_OF_THIS_MODEL")'
+    return (
+        f"# A low-rank adapter: the model below it is needed, too.\n"
+        f"pipeline = TransfusionPipeline.from_pretrained({json.dumps(base, ensure_ascii=False)})\n"
+        'pipeline.load_lora_weights("PATH_OR_NAME_OF_THIS_ADAPTER")'
+    )
 
 
 def _described(name: str, config: RunConfig) -> str:

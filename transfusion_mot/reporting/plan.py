@@ -134,6 +134,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     with torch.device("meta"):
         model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)
         choose_trained(model, config)
+    model.insulate(config.training.insulated_towers)
     return model, shape, assumed
 
 
@@ -286,6 +287,7 @@ def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpu
         with torch.device("meta"):
             other = TransfusionMoT.from_sections(dict(model.config.sizes), config.model, config.diffusion)
             choose_trained(other, choice)
+        other.insulate(config.training.insulated_towers)
         ways: dict[str, dict[str, Any]] = {"": {}}
         if title != "as configured":
             ways = {

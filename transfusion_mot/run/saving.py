@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.run.data import RunData
-from transfusion_mot.run.snapshots import averaged_model, save_snapshot
+from transfusion_mot.run.snapshots import describe_adapter, save_snapshot
 from transfusion_mot.run.start import made_of
 from transfusion_mot.run.training import Training
 from transfusion_mot.training.state import StateWriter, state_tensors
@@ -29,6 +29,7 @@ class RunSaver:
         self.data = data
         self.training = training
         self.made_of = made_of(config, data)
+        self.adapter = describe_adapter(training.model, training.ema, config, data)
         self.writer = StateWriter(Path(config.output_dir), config.training.keep_last, config.training.keep_every)
 
     def __enter__(self) -> Self:
@@ -53,9 +54,7 @@ class RunSaver:
         self.writer.begin(step)
         if with_snapshot:
             # The snapshot first: a state whose snapshot is missing would never get one.
-            averaged = averaged_model(model, ema, is_main_process=self.accelerator.is_main_process)
-            if averaged is not None:
-                save_snapshot(averaged, self.config, self.data, log=log, step=step)
+            save_snapshot(model, ema, self.config, self.data, adapter=self.adapter, log=log, step=step)
         lanes = self.accelerator.gather(self.training.loader.states.to(self.accelerator.device)).cpu()
         tensors = state_tensors(model, ema, optimizer, lanes)
         progress = {"step": step, "seen": dict(log.seen), "made_of": self.made_of}

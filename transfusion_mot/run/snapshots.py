@@ -1,20 +1,24 @@
-"""Snapshots of a run: diffusers pipelines with averaged weights."""
+"""Snapshots of a run: diffusers pipelines with averaged weights, or adapters alone."""
 
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import PartialState
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.image_codes import ImageCodes
-from transfusion_mot.config import RunConfig
+from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.models.lora import digests, fingerprint
+from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
+from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
 from transfusion_mot.sampling.previews import captions_of
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.sampling.snapshot import MODEL_CARD
+from transfusion_mot.training.checkpoint import ADAPTER_CONFIG, find_snapshot, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -40,40 +44,96 @@ def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> Tr
 
 
 def averaged_model(model: TransfusionMoT, ema: EMA, *, is_main_process: bool) -> TransfusionMoT | None:
-    """A model of its own with the averaged weights, whole and on the CPU; on the main process alone."""
+    """A model of its own, on the CPU, with the averaged weights and without adapters; on the main process alone."""
     weights = ema.gathered(model, is_main_process)
     if not is_main_process:
         return None
     with torch.device("meta"):
         averaged = TransfusionMoT.from_config(dict(model.config))
-    averaged.load_state_dict(weights, assign=True)
+    own = {base_name(name): weight for name, weight in weights.items() if not is_of_adapter(name)}
+    averaged.load_state_dict(own, assign=True)
     return averaged
 
 
-def save_snapshot(model: TransfusionMoT, config: RunConfig, data: RunData, *, log: RunLog, step: int) -> None:
-    """Write a snapshot after `step` steps, with a model card, and draw the losses so far; on the main process.
+def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: RunData) -> AdapterInfo | None:
+    """What the adapters of a run are and what they are adapters of; None for a run without. Called by all processes.
+
+    The model below them is the snapshot that the run began with. A run that began with none keeps its own in `base`.
+    """
+    if config.lora is None:
+        return None
+    run, is_main_process = Path(config.output_dir), PartialState().is_main_process
+    base = "../../base"
+    towers = config.model.towers.values()
+    if config.init_from is not None and not any(tower.pretrained or tower.copy_of for tower in towers):
+        base = config.init_from
+        if earlier := sorted((run / "snapshots").glob(f"step-*/{ADAPTER_CONFIG}")):
+            # A run folder has other snapshots by now.
+            base = AdapterInfo.read(earlier[-1].parent).base_model_name_or_path
+        elif Path(base).exists():
+            base = str(find_snapshot(base))
+    elif not (run / "base").exists():
+        below = averaged_model(model, ema, is_main_process=is_main_process)
+        if below is not None:
+            with written_aside(run / "base") as folder:
+                make_pipeline(below, config, data).save_pretrained(folder)
+    written_over = {base_name(name) for name in ema.weights if not is_of_adapter(name)}
+    return AdapterInfo(to_dict(config.lora), base, sizes_of(model), fingerprint(digests(model), written_over))
+
+
+def _example_prompt(config: RunConfig, data: RunData) -> str:
+    """Something that a model of the run can be asked for."""
+    if config.training.sample_prompts:
+        return config.training.sample_prompts[0]
+    return next(iter(captions_of(data.held_out, next(iter(data.codecs)), 1)), "a red apple")
+
+
+def save_snapshot(
+    model: TransfusionMoT,
+    ema: EMA,
+    config: RunConfig,
+    data: RunData,
+    *,
+    adapter: AdapterInfo | None,
+    log: RunLog,
+    step: int,
+) -> None:
+    """Write a snapshot after `step` steps, with a model card, and draw the losses so far; called by all processes.
 
     Args:
-        model: With averaged weights.
+        model: The model.
+        ema: Its averaged weights.
         config: Of the run.
         data: Of the run.
+        adapter: Of a run with adapters: these are the snapshot, without the model below them.
         log: Of the run; everything up to `step` is written.
         step: Steps done.
     """
+    is_main_process = PartialState().is_main_process
+    averaged, weights = None, {}
+    if adapter is None:
+        averaged = averaged_model(model, ema, is_main_process=is_main_process)
+    else:
+        weights = ema.gathered(model, is_main_process, with_frozen=False)
+    if not is_main_process:
+        return
     run = Path(config.output_dir)
+    card = model_card(
+        config,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sources=data.sources,
+        seen=log.seen,
+        lines=read_metrics(run / METRICS_FILE),
+        step=step,
+        base=None if adapter is None else adapter.base_model_name_or_path,
+        prompt=_example_prompt(config, data),
+    )
     with written_aside(run / "snapshots" / f"step-{step:07d}") as folder:
-        snapshot = make_pipeline(model, config, data)
-        modality = snapshot.image_modality
-        snapshot.model_card = model_card(
-            config,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            sources=data.sources,
-            seen=log.seen,
-            lines=read_metrics(run / METRICS_FILE),
-            step=step,
-            prompt=[*(config.training.sample_prompts or []), *captions_of(data.held_out, modality, 1), "a red apple"][
-                0
-            ],
-        )
-        snapshot.save_pretrained(folder)
+        if adapter is not None:
+            save_adapter(folder, weights, adapter)
+            (folder / MODEL_CARD).write_text(card)
+        else:
+            snapshot = make_pipeline(cast(TransfusionMoT, averaged), config, data)
+            snapshot.model_card = card
+            snapshot.save_pretrained(folder)
     plot_runs({run.name: run / METRICS_FILE}, run / "loss.png")

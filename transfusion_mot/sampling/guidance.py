@@ -41,9 +41,7 @@ class Guidance:
         if not math.isfinite(self.scale):
             raise UserError(f"guidance_scale is {self.scale}; it must be a finite number, 1 for no guidance")
         if self.image_scale is not None and not math.isfinite(self.image_scale):
-            raise UserError(
-                f"image_guidance_scale is {self.image_scale}; it must be finite, 1 for no guidance"
-            )
+            raise UserError(f"image_guidance_scale is {self.image_scale}; it must be finite, 1 for no guidance")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(
                 f"guidance_interval is {self.interval}; it must be the lowest and the highest timestep with guidance, "

@@ -23,6 +23,8 @@ from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.sizes import Size, by_size
 
+# Of each kind of image that is compared with the targets, the distances [N].
+Distances = dict[str, npt.NDArray[np.float64]]
 # Distances [N] between images that belong together.
 Distance = Callable[[list[Image.Image], list[Image.Image]], npt.NDArray[np.float64]]
 
@@ -138,9 +140,7 @@ def feature_distance(network: FeatureNetwork, batch_size: int) -> Distance:
     return distance
 
 
-def edit_metrics(
-    name: str, distances: dict[str, npt.NDArray[np.float64]], measure: str, protocol: dict[str, Any]
-) -> list[Metric]:
+def edit_metrics(name: str, distances: Distances, measure: str, protocol: dict[str, Any]) -> list[Metric]:
     """Numbers of one source and measure, each with an interval over the pairs.
 
     Args:
@@ -169,6 +169,6 @@ def edit_metrics(
     return metrics
 
 
-def joined(parts: Sequence[dict[str, npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[np.float64]]:
+def joined(parts: Sequence[Distances]) -> Distances:
     """The distances of several sources as one."""
     return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}

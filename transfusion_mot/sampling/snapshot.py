@@ -20,8 +20,10 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.files import refuse_dangling_links
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
+from transfusion_mot.training.checkpoint import ADAPTER_CONFIG
 
 MODEL_CARD, INDEX = "README.md", "model_index.json"
 # What diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.
@@ -38,7 +40,7 @@ __all__ = ["TransfusionPipeline"]
 '''
 
 
-class SnapshotPipeline(DiffusionPipeline):
+class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
     """The parts of a `TransfusionPipeline`.
 
     Args:
@@ -86,6 +88,7 @@ class SnapshotPipeline(DiffusionPipeline):
         trained_on_edits: bool = False,
     ) -> None:
         super().__init__()
+        self._adapters, self._put_in, self._pristine = {}, set(), None
         # Before the scheduler, which must fit it.
         self.register_to_config(trained_for=trained_for or schedulers.trained_for(scheduler))
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
@@ -156,6 +159,8 @@ class SnapshotPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
 
+        Of the folder of a low-rank adapter the snapshot below it is loaded, and the adapter into that.
+
         Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
 
         Raises:
@@ -164,6 +169,8 @@ class SnapshotPipeline(DiffusionPipeline):
         path = pretrained_model_name_or_path
         index = Path(path) / INDEX
         kwargs.setdefault("use_safetensors", True)
+        if (Path(path) / ADAPTER_CONFIG).is_file():
+            return cls._with_adapter(Path(path), kwargs)
         if os.path.isdir(path) and not index.is_file():
             raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
         refuse_dangling_links(Path(path))
@@ -200,12 +207,34 @@ class SnapshotPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
+    def _with_adapter(cls, folder: Path, kwargs: dict[str, Any]) -> Self:
+        base = AdapterInfo.read(folder).base(folder)
+        try:
+            pipeline = cls.from_pretrained(base, **kwargs)
+        except UserError as error:
+            raise UserError(
+                f"{folder} is an adapter of {base}, which cannot be loaded ({error}); load that model from where it "
+                "is, and then the adapter: pipeline.load_lora_weights, or --lora"
+            ) from None
+        pipeline.load_lora_weights(folder)
+        return pipeline
+
+    @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> Any:
         """What diffusers reads of model_index.json; this class needs no code from the folder to be found."""
         return _with_plain_class(super()._dict_from_json_file(*args, **kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with the model card and what lets diffusers' generic loader find this class."""
+        """As in diffusers, with the model card and what lets diffusers' generic loader find this class.
+
+        Raises:
+            UserError: Adapters are loaded.
+        """
+        if self._adapters:
+            raise UserError(
+                f"the adapters {', '.join(self._adapters)} are loaded, of which a snapshot knows nothing: call "
+                "fuse_lora() and unload_lora_weights() to save the model with them, or unload_lora_weights() alone"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         index, shim = (Path(save_directory) / name for name in (INDEX, f"{_SHIM_MODULE}.py"))
         contents = json.loads(index.read_text())

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transfusion_mot.models.attention import KVCache
+from transfusion_mot.models.lora import adapter_state
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 # Capacities are multiples of this, so that prompts of about the same length share a cache and its graphs.
@@ -115,9 +116,9 @@ class Workspace:
         # One slot more, for the filler of shorter rows.
         capacity = (capacity // _GRANULARITY + 1) * _GRANULARITY
         records = self.records and can_record(model, device)
-        # Graphs hold the addresses of the weights: other weights are another shape.
+        # Graphs hold the addresses of the weights and the scales of adapters: other ones are another shape.
         weights = tuple(parameter.data_ptr() for parameter in model.parameters()) if records else ()
-        key = (rows, capacity, device, dtype, autocast, records, weights, _compiled(model))
+        key = (rows, capacity, device, dtype, autocast, records, weights, _compiled(model), adapter_state(model))
         if self._cache is None or key != self._key:
             self.release()
             config = model.architecture

@@ -11,6 +11,8 @@ from transfusion_mot.files import flush_to_disk
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
+# What tells a snapshot that is a low-rank adapter.
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def find_snapshot(path: str) -> Path:
         UserError: There is no snapshot.
     """
     folder = Path(path)
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return folder
     snapshots = _steps(folder / "snapshots")
     if snapshots:
