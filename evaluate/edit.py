@@ -12,7 +12,8 @@ import argparse
 
 from PIL import Image
 
-from transfusion_mot.cli.loading import DTYPES, load_pipeline
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.cli.options import DTYPES
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.errors import UserError

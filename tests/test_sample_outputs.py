@@ -15,6 +15,7 @@ from test_pipeline import tiny_pipeline
 
 import sample
 from transfusion_mot import files
+from transfusion_mot.cli import sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.captioning import read_captions
@@ -52,11 +53,11 @@ def test_prompts_of_a_file_and_of_standard_input_end_at_newlines_alone(tmp_path,
     (tmp_path / "prompts.txt").write_bytes(content)
     expected = [*PROMPTS, "moon"]
     arguments = Namespace(prompts=[], prompts_file=str(tmp_path / "prompts.txt"))
-    assert sample.read_prompts(arguments, PartialState()) == expected
+    assert sampling.read_prompts(arguments, PartialState()) == expected
     assert read_text_prompts(arguments.prompts_file) == expected
     arguments.prompts_file = "-"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert sample.read_prompts(arguments, PartialState()) == expected
+    assert sampling.read_prompts(arguments, PartialState()) == expected
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in PROMPTS]
     (tmp_path / "geneval.jsonl").write_text(newline.join([*lines, ""]), encoding="utf-8")
     assert [line["prompt"] for line in read_geneval(str(tmp_path / "geneval.jsonl"))] == PROMPTS
@@ -71,7 +72,7 @@ def test_what_is_not_utf_8_is_refused(tmp_path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err.startswith(r"error: the argument 'caf\udce9.png' is not UTF-8 text; ")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"sun\ncaf\xe9\n"), errors="surrogateescape"))
     with pytest.raises(UserError, match="prompts file '-' cannot be read as UTF-8 text"):
-        sample.read_prompts(Namespace(prompts=[], prompts_file="-"), PartialState())
+        sampling.read_prompts(Namespace(prompts=[], prompts_file="-"), PartialState())
 
 
 def folder_of(path: Path, **command: object) -> ResultFolder:

@@ -19,7 +19,7 @@ from PIL import Image
 from process_group import clean_process, run_processes, run_script
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
-from transfusion_mot.cli import loading
+from transfusion_mot.cli import loading, sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.errors import exit_on_user_error
@@ -147,10 +147,10 @@ def test_the_transformer_computes_in_the_format_asked_for(sample, tmp_path):
 
 
 def test_long_prompts_have_short_file_names(script):
-    (item,) = script.plan(["octopus " * 100], num_images=1, seed=0)
+    (item,) = sampling.plan(["octopus " * 100], num_images=1, seed=0)
     assert item.name.startswith("0000-octopus-octopus")
     assert len(item.name) < 64
-    assert script.plan(["?!"], num_images=1, seed=0)[0].name == "0000-image"
+    assert sampling.plan(["?!"], num_images=1, seed=0)[0].name == "0000-image"
 
 
 def test_captions_are_those_of_the_pipeline(sample, run, tmp_path, capsys):

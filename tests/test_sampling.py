@@ -462,7 +462,16 @@ def test_texts_before_and_behind_images_are_drawn_with_numbers_of_their_own(toke
 
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.7, 0), (1.7, 0.5, 0), (1.0, 1e-6, 0), (1.0, 1.0, 2), (1.3, 0.9, 3), (1, 1, 1)],
+    [
+        (1.0, 1.0, 0),
+        (0.6, 1.0, 0),
+        (1.0, 0.7, 0),
+        (1.7, 0.5, 0),
+        (1.0, 1e-6, 0),
+        (1.0, 1.0, 2),
+        (1.3, 0.9, 3),
+        (1, 1, 1),
+    ],
 )
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, top_k):
     logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 0.0, -math.inf], [1.0, 1.1, 1.2, 1.3, -5.0, 4.0]])

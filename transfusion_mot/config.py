@@ -605,6 +605,20 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     Later arguments win over earlier ones. `--help` lists every key with its meaning, type and default.
 
     Raises:
+        UserError: An unknown key, a value of the wrong type or out of its range, or a file that cannot be read.
+    """
+    sections = parse_sections(config_class, arguments, description)
+    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
+    if isinstance(config, RunConfig):
+        refuse_unsettled(arguments)
+    check_ranges(config)
+    return config
+
+
+def parse_sections(config_class: type[Config], arguments: Sequence[str], description: str) -> dict[str, Any]:
+    """The fields of a configuration, as far as their types say whether they are right.
+
+    Raises:
         UserError: An unknown key, a value of the wrong type, or a file that cannot be read.
     """
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
@@ -613,25 +627,21 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     # `key=value` is the same as `--key=value`.
     arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
     # A list of sources takes the place of the one before; the parser would merge the two item by item.
-    arguments = [part for word in arguments for part in _replacing(word)]
+    arguments = given = [part for word in arguments for part in _replacing(word)]
     if issubclass(config_class, RunConfig):
-        refuse_unsettled(arguments)
         # Otherwise the parser does not know the default modalities, of which an argument may change one key.
         modalities = {name: dataclasses.asdict(modality) for name, modality in ModelConfig().modalities.items()}
         arguments = [f"--model.modalities={json.dumps(modalities)}", *arguments]
     try:
-        sections = vars(parser.instantiate(parser.parse_args(arguments)))
+        return vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
-        raise UserError(explain(str(error), arguments, config_class)) from None
+        raise UserError(explain(str(error), given, config_class)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"configuration: {' '.join(arguments)}: a file is no UTF-8 text ({error})") from None
     except TypeError as error:  # what the parser makes of a section without keys
         raise UserError(
             f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
         ) from None
-    config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
-    check_ranges(config)
-    return config
 
 
 def _replacing(argument: str) -> list[str]:

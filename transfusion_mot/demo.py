@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transfusion_mot.cli.loading import DTYPES, load_pipeline
-from transfusion_mot.cli.options import OneLineParser
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.cli.options import DTYPES, OneLineParser
 from transfusion_mot.cli.outputs import save_png
 from transfusion_mot.data.images import displayed_size, load_image
 from transfusion_mot.errors import UserError, exit_on_user_error

@@ -9,7 +9,6 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import find_snapshot
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
-DTYPES = ("bf16", "fp32")
 
 
 def load_pipeline(

@@ -3,9 +3,9 @@
 import argparse
 from typing import NoReturn
 
-from transfusion_mot.cli.loading import DTYPES
 from transfusion_mot.errors import UserError
 
+DTYPES = ("bf16", "fp32")
 # The tasks that paint prompts, and edit a picture as they say.
 PAINT, EDIT = "image", "edit"
 TASKS = (PAINT, EDIT, "caption", "text", "auto")

@@ -32,10 +32,7 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
         parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2
-        and (
-            (name.startswith("blocks.") and any(owner in name for owner in owners))
-            or name == head
-        )
+        and ((name.startswith("blocks.") and any(owner in name for owner in owners)) or name == head)
     )
 
 

@@ -53,12 +53,12 @@ _ROWS = {
 }
 
 
-def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str], str], RunConfig]) -> str:
+def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str]], RunConfig]) -> str:
     """The plan of a run for people.
 
     Args:
         arguments: Those of `train.py`, with `--plan` and the options of this function's parser.
-        read_config: Reads the configuration from the other arguments, with a description for `--help`.
+        read_config: Reads the configuration from the other arguments.
 
     Raises:
         UserError: The configuration has a mistake, or the GPUs cannot share the batch.
@@ -69,7 +69,7 @@ def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str], str], R
     parser.add_argument("--gpu", choices=GPU_MEMORY, default="A100-80GB")
     parser.add_argument("--mfu", type=float, default=0.4)
     options, rest = parser.parse_known_args(list(arguments))
-    config = read_config(rest, plan.__doc__ or "")
+    config = read_config(rest)
     check_architecture(config.model)
     check_towers(config)
     check_lora(config)

@@ -82,7 +82,7 @@ def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
     return [SnapshotStart(names["init_from"])]
 
 
-def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
+def read_run_config(arguments: Sequence[str]) -> RunConfig:
     """Read the configuration of a run, with what its start says; see `parse_config`.
 
     A run that is continued needs its start no more: what it said is in the `config.yaml` of the run folder.
@@ -97,7 +97,7 @@ def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
     before = _config_before(run, resume)
     named, named_before = named_starts(given), named_starts(before)
     if not (named or named_before):
-        return parse_config(RunConfig, arguments, description)
+        return parse_config(RunConfig, arguments, "")
     starts: list[InitialWeights] = []
     if find_state(run, resume) is not None:
         sections = _sections_of(before)
@@ -118,7 +118,7 @@ def read_run_config(arguments: Sequence[str], description: str) -> RunConfig:
         for section, key, goes in (("data", "image_size", "buckets"), ("diffusion", "scheduler", "scheduler_args")):
             if key in (given.get(section) or {}):
                 sections.get(section, {}).pop(goes, None)
-    config = parse_config(RunConfig, _with_sections(arguments, sections, given), description)
+    config = parse_config(RunConfig, _with_sections(arguments, sections, given), "")
     for start in starts:
         start.check(config)
     return config
