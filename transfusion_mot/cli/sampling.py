@@ -256,6 +256,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
 
 
 def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How texts are written."""
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
 
