@@ -1,4 +1,4 @@
-"""Train a model over text and other modalities: `accelerate launch train.py --config configs/quickstart.yaml`.
+"""Train a model over text and other modalities: `accelerate launch train.py --config configs/emoji_small.yaml`.
 
 `python train.py --plan --config ...` prints parameters, memory and days instead; `--gpus 8 --gpu A100-80GB --mfu 0.4`.
 """

@@ -612,7 +612,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     # `key=value` is the same as `--key=value`.
     arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
     # A list of sources takes the place of the one before; the parser would merge the two item by item.
-    arguments = [part for word in arguments for part in _replacing(word)]
+    arguments = given = [part for word in arguments for part in _replacing(word)]
     if issubclass(config_class, RunConfig):
         refuse_unsettled(arguments)
         # Otherwise the parser does not know the default modalities, of which an argument may change one key.
@@ -621,7 +621,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     try:
         sections = vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
-        raise UserError(explain(str(error), arguments, config_class)) from None
+        raise UserError(explain(str(error), given, config_class)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"configuration: {' '.join(arguments)}: a file is no UTF-8 text ({error})") from None
     except TypeError as error:  # what the parser makes of a section without keys

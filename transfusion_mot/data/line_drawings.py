@@ -28,6 +28,10 @@ _LINES = ("line", "line-supplement")
 _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thirty")
 
 
+# Never trained on: the prompts of configs/quickstart.yaml.
+HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "snowman", "airplane", "crab")
+
+
 def line_layers(svg: str) -> str:
     """An OpenMoji drawing without its colours.
 
@@ -75,7 +79,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument("--count", type=int, default=300, metavar="N", help="drawings to train on (default: 300)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
-    parser.add_argument("--held-out", nargs="*", default=[], metavar="NAME", help="drawn and never trained on")
+    parser.add_argument(
+        "--held-out",
+        nargs="*",
+        default=list(HELD_OUT),
+        metavar="NAME",
+        help=f"drawn and never trained on (default: {', '.join(HELD_OUT)})",
+    )
     given = parser.parse_args(arguments)
     if given.size < 8 or given.count < 1:
         raise UserError("--size must be at least 8 and --count at least 1")
