@@ -84,21 +84,20 @@ def optimizer_of(own: list[torch.nn.Parameter]) -> AdamW8bit:
 def test_8_bit_moments_are_those_of_the_cpu_and_wait_for_nothing() -> None:
     on_cpu, on_gpu = parameters(), [torch.nn.Parameter(parameter.data.cuda()) for parameter in parameters()]
     optimizers = [optimizer_of(on_cpu), optimizer_of(on_gpu)]
-    try:
-        for step in range(12):
-            for one, two in zip(on_cpu, on_gpu, strict=True):
-                one.grad = torch.randn_like(one)
-                two.grad = one.grad.cuda()
-            for optimizer, device in zip(optimizers, ("cpu", "cuda"), strict=True):
-                optimizer.found_inf = torch.tensor(float(step == 7), device=device)
-                optimizer.grad_scale = torch.tensor(2.0, device=device)
-            optimizers[0].step()
-            if step == 3:  # Compiled by now.
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
+    for step in range(12):
+        for one, two in zip(on_cpu, on_gpu, strict=True):
+            one.grad = torch.randn_like(one)
+            two.grad = one.grad.cuda()
+        for optimizer, device in zip(optimizers, ("cpu", "cuda"), strict=True):
+            optimizer.found_inf = torch.tensor(float(step == 7), device=device)
+            optimizer.grad_scale = torch.tensor(2.0, device=device)
+        optimizers[0].step()
+        # Compiled by then.
+        torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+        try:
             optimizers[1].step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for one, two in zip(on_cpu, on_gpu, strict=True):
         torch.testing.assert_close(two.cpu(), one, rtol=1e-3, atol=1e-4)
         moment, other = optimizers[0].state[one]["exp_avg"], optimizers[1].state[two]["exp_avg"].cpu()
