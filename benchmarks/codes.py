@@ -51,10 +51,9 @@ def main() -> None:
     for batch_size in given.batch_sizes:
         times = measure(pipeline, batch_size, given.prompt, given.repeats)
         plain = f"{times['not recorded']:.3f}" if "not recorded" in times else "-"
-        print(
-            f"{batch_size:8d} {times['all']:9.3f} {batch_size / times['all']:11.1f} "
-            f"{1000 * times['codes'] / (rows * columns):10.3f} {1000 * (times['all'] - times['codes']):11.1f} {plain:>15}"
-        )
+        a_code, decoder = 1000 * times["codes"] / (rows * columns), 1000 * (times["all"] - times["codes"])
+        rate = batch_size / times["all"]
+        print(f"{batch_size:8d} {times['all']:9.3f} {rate:11.1f} {a_code:10.3f} {decoder:11.1f} {plain:>15}")
 
 
 if __name__ == "__main__":
