@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_lora_runs import write_adapter
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 from test_pipeline_codes import codes_pipeline
 from test_sources_edits import as_imagefolder, pictures
 
 import train
 from transfusion_mot import demo
+from transfusion_mot.config import LoraConfig
 from transfusion_mot.data import edit_pairs
 from transfusion_mot.data.edit_pairs import Drawing
 from transfusion_mot.errors import UserError
@@ -99,6 +101,19 @@ def test_a_snapshot_remembers_that_it_edits(pipeline, tmp_path) -> None:
     before = pictures(1)
     one, two = (p.edit(before, "sun", generator=seeds(1), output_type="latent").images for p in (pipeline, loaded))
     assert torch.equal(one, two)
+
+
+def test_an_adapter_that_was_trained_on_pairs_lets_a_model_edit(tmp_path) -> None:
+    folder = write_adapter(tmp_path / "adapter", LoraConfig(2, modules=["q", "v"]), 1)
+    plain = tiny_pipeline()
+    plain.load_lora_weights(folder)
+    with pytest.raises(UserError, match="was not trained on editing pairs"):
+        plain.edit(pictures(1), "sun")
+    info = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**info, "trained_on_edits": True}))
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(folder)
+    assert len(pipeline.edit(pictures(1), "sun", 2).images) == 1
 
 
 # --- sample.py. ---

@@ -77,7 +77,8 @@ def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: R
             with written_aside(run / "base") as folder:
                 make_pipeline(below, config, data).save_pretrained(folder)
     written_over = {base_name(name) for name in ema.weights if not is_of_adapter(name)}
-    return AdapterInfo(to_dict(config.lora), base, sizes_of(model), fingerprint(digests(model), written_over))
+    below_it = fingerprint(digests(model), written_over)
+    return AdapterInfo(to_dict(config.lora), base, sizes_of(model), below_it, config.data.has_edits)
 
 
 def save_snapshot(
