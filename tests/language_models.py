@@ -1,5 +1,9 @@
-"""Tiny language models of transformers, with random weights, saved as a user would have them."""
+"""Tiny language models of transformers, with random weights, saved as a user would have them.
 
+`python tests/language_models.py FOLDER` writes all of them.
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ def language_model(case: str) -> PreTrainedModel:
     config_class, changes = CASES[case]
     config = config_class(**(SIZES | changes))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    generator = torch.Generator().manual_seed(len(case))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -109,3 +113,8 @@ def save_language_model(
     model.save_pretrained(folder, **kwargs)
     tokenizer(begins_with_bos, spare).save_pretrained(folder)
     return model
+
+
+if __name__ == "__main__":
+    for name in CASES:
+        save_language_model(Path(sys.argv[1]) / name.lower().replace(",", "").replace(" ", "-"), name)

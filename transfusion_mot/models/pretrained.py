@@ -18,6 +18,7 @@ from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport
+from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
@@ -144,7 +145,7 @@ class LanguageModel:
             UserError: A file is missing or damaged, or its weights do not fit its own configuration.
         """
         files = WeightFiles(self._with_weights(), "model")
-        parameters, known = dict(model.named_parameters()), set(files.names)
+        parameters, known = base_parameters(model), set(files.names)
         used = set()
         for name, sources in tensor_names(model.architecture, tower).items():
             used.update(sources)

@@ -12,6 +12,7 @@ from transfusion_mot.config_checks import merged
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightReport
+from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import LanguageModel
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.from_snapshot import SnapshotStart
@@ -200,7 +201,7 @@ class TowerStarts:
             report.notes.append(
                 f"tower {name}: {_copy_tower(model, name, origin)} parameters copied from tower {origin}"
             )
-        for name, _ in model.named_parameters():
+        for name in base_parameters(model):
             tower = tower_of(name, model.architecture)
             if name in report.taken or (tower in self.copies and not name.startswith("modalities.")):
                 continue
@@ -215,7 +216,7 @@ class TowerStarts:
     ) -> None:
         files = source.weight_files()
         known = set(files.names)
-        for name, parameter in model.named_parameters():
+        for name, parameter in base_parameters(model).items():
             if tower_of(name, model.architecture) != tower or name not in known:
                 continue
             tensor = files.read(name)
@@ -233,7 +234,7 @@ class TowerStarts:
 @torch.no_grad()
 def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
     """Give a tower the weights of another one of the same sizes => how many parameters."""
-    parameters, copied = dict(model.named_parameters()), 0
+    parameters, copied = base_parameters(model), 0
     for name, parameter in parameters.items():
         if f".owned.{tower}." not in name:
             continue
