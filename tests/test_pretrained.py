@@ -302,6 +302,19 @@ def test_a_frozen_tower_is_its_source_after_training_and_exports_to_it(
     found = bits_per_byte(run, tmp_path / "texts.jsonl", monkeypatch)
     assert found == pytest.approx(plain_bits_per_byte(source, tmp_path / "source", texts), rel=1e-6)
 
+    # The trained tower of images beside the language model, in a new run, and both from the snapshot.
+    weights = load_file(snapshot / "transformer" / "diffusion_pytorch_model.safetensors")
+    for text in (tmp_path / "source", run):
+        towers = [f"model.towers.text.pretrained={text}", f"model.towers.image.pretrained={run}"]
+        config = read_run_config([*towers, "output_dir=nowhere"], "")
+        model = TransfusionMoT.from_sections({"text": VOCAB_SIZE, "image": 4}, config.model, config.diffusion)
+        report = TowerStarts(to_dict(config)).fill(model, config)
+        report.check()
+        assert not report.missing
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    with pytest.raises(UserError, match=r"a snapshot with the towers image, text; give the tower one of these names"):
+        read_run_config(["model.towers.speech={pretrained: " + str(run) + "}"], "")
+
     # It goes on without the language model.
     (tmp_path / "source").rename(tmp_path / "gone")
     train.main([*arguments, f"output_dir={run}", "training.num_steps=21"])
