@@ -484,7 +484,10 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
     [
         (["model.num_layers=6"], r"model.num_layers is 6, and pretrained=.* has 3; remove the key"),
         (["model.towers.text.hidden_size=64"], r"model.towers.text.hidden_size is 64, and pretrained=.* has 32"),
-        (["model.towers.image.copy_of=text"], r"image.hidden_size is 24, and copy_of=text has 32"),
+        (
+            ["model.towers.image.copy_of=text"],
+            r"image.hidden_size is 24, and text, of which it is a copy, has 32",
+        ),
         (["model.towers.image.copy_of=speech"], r"copy_of is speech; it must be another tower that is no copy: text"),
         (["model.towers.text.copy_of=image"], r"model.towers.text has both pretrained and copy_of"),
         (["model.untied=[ffn]"], r"owns all its weights; use \[norm, qkv, output, ffn\]"),
