@@ -114,16 +114,24 @@ def test_a_code_that_nothing_takes_begins_again_at_a_vector_of_the_batch():
     assert bottleneck.report()["codebook_use"] == 1
 
 
-def test_a_new_codebook_begins_at_vectors_far_from_the_codes_that_are_used():
-    model = tiny_vq(codebook=16)
+def test_a_new_codebook_begins_at_the_vectors_that_are_furthest_from_its_codes():
+    model = tiny_vq(codebook=8)
+    with torch.no_grad():
+        model.quant_conv.weight.copy_(torch.eye(3)[:, :, None, None])
+        model.quant_conv.bias.zero_()
     bottleneck = CodeBottleneck(model, weight=0.25)
-    hidden = hidden_of(model, seed=1, batch=8)
+    common, rare = bottleneck.codebook[0].clone(), -bottleneck.codebook[:4].mean(dim=0)
+    # Sixty-three vectors that are a code already, and a single one that is far from any.
+    hidden = common.view(1, 3, 1, 1).repeat(1, 1, 8, 8)
+    hidden[0, :, 3, 5] = rare
+    bottleneck.codebook.copy_(
+        torch.stack([common, *(F.normalize(common + 0.1 * torch.eye(3)[k % 3], dim=0) for k in range(7))])
+    )
+    bottleneck.sums.copy_(bottleneck.codebook)
     bottleneck(hidden, generator())
-    first = bottleneck.report()
-    assert first["codebook_use"] < 1
-    for _ in range(3):
-        bottleneck(hidden, generator())
-    assert bottleneck.report()["perplexity"] > first["perplexity"]
+    used = int((bottleneck._counts > 0).sum())
+    at_rare = (bottleneck.codebook - F.normalize(rare, dim=0)).norm(dim=1) < 1e-5
+    assert int(at_rare.sum()) >= 8 - used
 
 
 def test_use_and_perplexity_of_codes():
