@@ -84,8 +84,8 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     return model.double()
 
 
-def tokenizer(begins_with_bos: bool, spare: int = 8) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `VOCAB_SIZE - spare` ids, 3 of them special."""
+def tokenizer(begins_with_bos: bool, spare: int = 8, *, has_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with `VOCAB_SIZE - spare` ids, 3 of them special; it may have a begin of text and not use it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -97,7 +97,7 @@ def tokenizer(begins_with_bos: bool, spare: int = 8) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(texts * 3, trainer)
     assert backend.get_vocab_size() == VOCAB_SIZE - spare
-    bos = "<|begin|>" if begins_with_bos else None
+    bos = "<|begin|>" if begins_with_bos or has_bos else None
     if begins_with_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))]

@@ -169,9 +169,9 @@ def test_rows_are_appended_where_none_are_spare(tmp_path: Path) -> None:
     assert distance(logits_of(model, ids)[..., :VOCAB_SIZE], source(ids).logits) <= 1e-6
 
 
-@pytest.mark.parametrize("begins_with_bos", [False, True])
-def test_documents_begin_and_end_as_the_source_expects(begins_with_bos: bool, tmp_path: Path) -> None:
-    theirs = tokenizer(begins_with_bos)
+@pytest.mark.parametrize(("begins_with_bos", "has_bos"), [(False, False), (True, True), (False, True)])
+def test_documents_begin_and_end_as_the_source_expects(begins_with_bos: bool, has_bos: bool, tmp_path: Path) -> None:
+    theirs = tokenizer(begins_with_bos, has_bos=has_bos)
     theirs.save_pretrained(tmp_path / "source")
     before = theirs.get_vocab()
     own = load_tokenizer(str(tmp_path / "source"), ["text", "image"], of_language_model=True)
