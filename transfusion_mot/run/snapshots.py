@@ -10,6 +10,7 @@ from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.files import ADAPTER_CONFIG
 from transfusion_mot.models.lora import digests, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -17,7 +18,7 @@ from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
-from transfusion_mot.training.checkpoint import ADAPTER_CONFIG, find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import find_snapshot, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from transfusion_mot.config import LoraConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import ADAPTER_CONFIG
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
-from transfusion_mot.training.checkpoint import ADAPTER_CONFIG, find_snapshot
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Sizes that an adapter fits or does not.
@@ -258,7 +258,8 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         # Of what is neither an adapter nor a run, `AdapterInfo.read` says so.
-        return find_snapshot(str(folder)) if (folder / "snapshots").is_dir() else folder
+        steps = {path: path.name[5:] for path in folder.glob("snapshots/step-*") if path.name[5:].isdigit()}
+        return max(steps, key=lambda path: int(steps[path]), default=folder)
     refuse_missing_path(str(name), "adapter")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
