@@ -5,6 +5,7 @@ kernel of every code from Python, as a plain loop does.
 """
 
 import argparse
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ def measure(pipeline: TransfusionPipeline, batch_size: int, prompt: str, repeats
     """Seconds of a call for so many pictures, of the call without the decoder, and of the call without recording."""
     device = pipeline.device
 
-    def paint(output_type: str = "pt") -> None:
+    def paint(output_type: Literal["pt", "latent"] = "pt") -> None:
         pipeline(prompt, guidance_scale=3.0, num_images_per_prompt=batch_size, output_type=output_type)
 
     times = {"all": seconds(paint, device, repeats), "codes": seconds(lambda: paint("latent"), device, repeats)}
@@ -46,14 +47,13 @@ def main() -> None:
     rows, columns = pipeline.grid(pipeline.sizes.default)
     print(surroundings(torch.device(device)))
     print(f"{rows} x {columns} codes a picture, guidance 3, {pipeline.transformer.dtype}")
-    print(f"{'pictures':>8} {'seconds':>9} {'pictures/s':>11} {'ms a code':>10} {'decoder ms':>11} {'not recorded s':>15}")
+    print("pictures   seconds  pictures/s  ms a code  decoder ms  not recorded s")
     for batch_size in given.batch_sizes:
         times = measure(pipeline, batch_size, given.prompt, given.repeats)
-        plain = f"{times['not recorded']:15.3f}" if "not recorded" in times else f"{'-':>15}"
-        print(
-            f"{batch_size:8d} {times['all']:9.3f} {batch_size / times['all']:11.1f} "
-            f"{1000 * times['codes'] / (rows * columns):10.3f} {1000 * (times['all'] - times['codes']):11.1f} {plain}"
-        )
+        plain = f"{times['not recorded']:.3f}" if "not recorded" in times else "-"
+        a_code, decoder = 1000 * times["codes"] / (rows * columns), 1000 * (times["all"] - times["codes"])
+        rate = batch_size / times["all"]
+        print(f"{batch_size:8d} {times['all']:9.3f} {rate:11.1f} {a_code:10.3f} {decoder:11.1f} {plain:>15}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""Tiny language models of transformers, with random weights, saved as a user would have them."""
+"""Tiny language models of transformers, with random weights, saved as a user would have them.
 
+`python tests/language_models.py FOLDER` writes all of them.
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ def language_model(case: str) -> PreTrainedModel:
     config_class, changes = CASES[case]
     config = config_class(**(SIZES | changes))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    generator = torch.Generator().manual_seed(len(case))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -80,8 +84,8 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     return model.double()
 
 
-def tokenizer(begins_with_bos: bool, spare: int = 8) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `VOCAB_SIZE - spare` ids, 3 of them special."""
+def tokenizer(begins_with_bos: bool, spare: int = 8, *, has_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with `VOCAB_SIZE - spare` ids, 3 of them special; it may have a begin of text and not use it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -93,7 +97,7 @@ def tokenizer(begins_with_bos: bool, spare: int = 8) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(texts * 3, trainer)
     assert backend.get_vocab_size() == VOCAB_SIZE - spare
-    bos = "<|begin|>" if begins_with_bos else None
+    bos = "<|begin|>" if begins_with_bos or has_bos else None
     if begins_with_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))]
@@ -109,3 +113,8 @@ def save_language_model(
     model.save_pretrained(folder, **kwargs)
     tokenizer(begins_with_bos, spare).save_pretrained(folder)
     return model
+
+
+if __name__ == "__main__":
+    for name in CASES:
+        save_language_model(Path(sys.argv[1]) / name.lower().replace(",", "").replace(" ", "-"), name)

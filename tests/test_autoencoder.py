@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw
 from process_group import run_script
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from transfusion_mot.codec_training.bottlenecks import CodeBottleneck, GaussianBottleneck, codebook_use
+from transfusion_mot.codec_training.bottlenecks import GaussianBottleneck
 from transfusion_mot.codec_training.images import augment, measured
 from transfusion_mot.codec_training.losses import Objective, discriminator
-from transfusion_mot.codec_training.train import _DecoderWithoutLast, build, train_codec
+from transfusion_mot.codec_training.train import build, train_codec
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.config import AutoencoderTrainingConfig, DataConfig, SourceConfig, parse_config
 from transfusion_mot.data.images import load_image, to_pixels

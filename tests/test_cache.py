@@ -97,7 +97,7 @@ def test_help_keeps_its_lines(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert (
-        "\n    accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml\n"
+        "\n    accelerate launch -m transfusion_mot.data.cache --config configs/emoji_small.yaml\n"
         in capsys.readouterr().out
     )
 

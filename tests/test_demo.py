@@ -107,9 +107,8 @@ def test_the_page_of_a_model_of_codes_draws_them_as_the_fields_say():
     studio = demo.Studio(pipeline)
     (files, *_), *_ = list(studio.paint([], "sun", "", 2, 5, size, 2.0, 0.0, 0.8, 0.9, 6))
     settings = {"code_temperature": 0.8, "code_top_p": 0.9, "code_top_k": 6, "guidance_scale": 2.0}
-    expected = pipeline(
-        "sun", generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], num_images_per_prompt=2, **settings
-    ).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    expected = pipeline("sun", num_images_per_prompt=2, generator=generators, **settings).images
     assert all(np.array_equal(Image.open(file), image) for file, image in zip(files, expected, strict=True))
     assert Image.open(files[0]).text["code_top_k"] == "6"
 

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_lora_runs import write_adapter
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 from test_pipeline_codes import codes_pipeline
 from test_sources_edits import as_imagefolder, pictures
 
 import train
 from transfusion_mot import demo
+from transfusion_mot.config import LoraConfig, RunConfig, parse_config
 from transfusion_mot.data import edit_pairs
 from transfusion_mot.data.edit_pairs import Drawing
+from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_edits import edit_metrics, pixel_distance
@@ -99,6 +102,19 @@ def test_a_snapshot_remembers_that_it_edits(pipeline, tmp_path) -> None:
     before = pictures(1)
     one, two = (p.edit(before, "sun", generator=seeds(1), output_type="latent").images for p in (pipeline, loaded))
     assert torch.equal(one, two)
+
+
+def test_an_adapter_that_was_trained_on_pairs_lets_a_model_edit(tmp_path) -> None:
+    folder = write_adapter(tmp_path / "adapter", LoraConfig(2, modules=["q", "v"]), 1)
+    plain = tiny_pipeline()
+    plain.load_lora_weights(folder)
+    with pytest.raises(UserError, match="was not trained on editing pairs"):
+        plain.edit(pictures(1), "sun")
+    info = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**info, "trained_on_edits": True}))
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(folder)
+    assert len(pipeline.edit(pictures(1), "sun", 2).images) == 1
 
 
 # --- sample.py. ---
@@ -186,12 +202,14 @@ def test_a_run_on_pairs_trains_and_is_measured(arguments, tmp_path, monkeypatch,
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     source = as_imagefolder(tmp_path / "pairs")
     sources = [{"kind": "imagefolder", "path": source.path, "source_image_column": "source_file_name"}]
-    data = {"sources": sources, "held_out_fraction": 0.4, "image_context": "clean"}
+    data = {"sources": sources, "held_out_fraction": 0.6, "image_context": "clean"}
     given = arguments(data=data, training={"num_steps": 2, "sample_prompts": []})
     train.main(given)
     run = Path(given[1]).with_suffix("")
     (line,) = [line for line in read_metrics(run / "metrics.jsonl") if "validation/image_loss" in line][-1:]
     assert np.isfinite(line["validation/image_loss"])
+    config = parse_config(RunConfig, ["--config", str(run / "config.yaml")], "")
+    held_out = len(open_documents(config.data, "held_out")[0].documents)
     assert "validation/text_loss" not in line
     assert list((run / "samples").glob("*-edits.png"))
     capsys.readouterr()
@@ -215,6 +233,14 @@ def test_a_run_on_pairs_trains_and_is_measured(arguments, tmp_path, monkeypatch,
     assert 0 < edited < 1
     assert "EfficientNet distance: edited over unedited (pairs)" in metrics
     assert (tmp_path / "e.png").is_file()
+    # Of the targets alone, behind their sources or behind nothing.
+    words = ["--checkpoint", run, "--bins", 2, "--device", "cpu", "--output", report]
+    monkeypatch.setattr(sys, "argv", ["diffusion_loss.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "evaluate" / "diffusion_loss.py"), run_name="__main__")
+    metrics = {metric["name"]: metric for metric in json.loads(report.read_text())["metrics"]}
+    conditional, unconditional = (metrics[f"diffusion loss ({kind}onditional)"] for kind in ("c", "unc"))
+    assert conditional["protocol"]["images"] == unconditional["protocol"]["images"] == held_out
+    assert conditional["value"] != unconditional["value"]
 
 
 def test_distances_are_those_computed_by_hand() -> None:

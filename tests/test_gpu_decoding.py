@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_kernel_checks import ARCHITECTURES, cached_logits
+from test_pipeline_codes import codes_pipeline
 from test_sampling import PROMPTS, tiny_model, tiny_tokenizer
 
 from transfusion_mot.config import TowerConfig
@@ -67,7 +68,11 @@ def write(workspace: Workspace, model: TransfusionMoT, prompts: list[str], decod
     return [document.added for document in documents]
 
 
-@pytest.mark.parametrize("decoding", [Decoding(40), Decoding(40, temperature=1.5, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(40), Decoding(40, temperature=1.5, top_p=0.9), Decoding(40, temperature=1.5, top_k=7)],
+    ids=str,
+)
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], PROMPTS[:2] * 2], ids=len)
 @torch.no_grad()
 def test_recorded_kernels_write_what_the_model_writes(prompts, decoding, monkeypatch) -> None:
@@ -84,6 +89,27 @@ def test_recorded_kernels_write_what_the_model_writes(prompts, decoding, monkeyp
     assert "arrived" not in step.state
     assert any(expected)
     assert texts == [expected] * 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_guided_codes_are_written_by_one_recorded_step(count, monkeypatch) -> None:
+    pipeline = codes_pipeline().to("cuda")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"guidance_scale": 2.5, "code_top_k": 9, "output_type": "latent", "num_images_per_prompt": count}
+
+    def paint() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(number) for number in range(count)]
+        return pipeline("sun", generator=generators, **settings).images
+
+    recorded = [paint() for _ in range(2)]
+    (step,) = pipeline.workspace._steps.values()
+    assert step._graph is not None
+    pipeline.workspace.records = False
+    # Without the kernels for few rows, which one picture with guidance, two rows, takes.
+    monkeypatch.setattr(decode_step, "_MOST_ROWS", 0)
+    plain = paint()
+    assert all(torch.equal(codes, plain) for codes in recorded)
 
 
 @torch.no_grad()

@@ -13,11 +13,27 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfusion_mot.config import DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
+from transfusion_mot.config import (
+    DiffusionConfig,
+    LoraConfig,
+    ModalityConfig,
+    ModelConfig,
+    RunConfig,
+    TowerConfig,
+    TrainingConfig,
+)
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.models import mot
-from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.reporting.memory import Setting, kept_by_adapter, kept_by_block, logits_memory, step_memory
+from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
+from transfusion_mot.reporting.memory import (
+    Learning,
+    Setting,
+    kept_by_adapter,
+    kept_by_block,
+    logits_memory,
+    step_memory,
+)
+from transfusion_mot.training.lora import choose_trained
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +139,7 @@ def kept_by_compiler(
     checkpointing: str,
     monkeypatch: pytest.MonkeyPatch,
     insulated: tuple[str, ...] = (),
+    block: mot.MoTBlock | None = None,
 ) -> int:
     """Bytes of the tensors, weights aside, that a block's compiled forward hands to its backward."""
     monkeypatch.setattr(mot, "joint_attention", lambda q, k, v, mask: attention(q, k, v)[0])
@@ -146,7 +163,12 @@ def kept_by_compiler(
         decompositions=select_decomp_table(),
     )
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
-        block = mot.MoTBlock(config)
+        if block is None:
+            block = mot.MoTBlock(config)
+        for module in block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                like = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, torch.nn.Parameter(like, parameter.requires_grad))
         block.checkpointing, block.insulated = checkpointing, insulated
         streams = {
             tower: torch.empty(rows, count, config.towers[tower].hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -200,3 +222,43 @@ def test_block_with_insulated_towers_keeps_two_attentions(insulated, checkpointi
     )
     expected = kept_by_compiler(config, {"text": 128, "image": 256}, 5, checkpointing, monkeypatch, insulated)
     assert kept_by_block(config, {"text": 640, "image": 1280}, checkpointing, 2, attentions=2) == expected
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("lora", "frozen"),
+    [
+        (None, ["text"]),
+        (LoraConfig(4, towers=["text"], also_train=["image"]), []),
+        (LoraConfig(4, modules=["q", "v"]), []),
+    ],
+    ids=["frozen text", "lora on text and image", "lora on q and v"],
+)
+def test_block_that_is_not_trained_as_a_whole_keeps_less(lora, frozen, checkpointing, monkeypatch) -> None:
+    towers = {"text": TowerConfig(48, 80), "image": TowerConfig(16, 96)}
+    config = tiny_config(towers=towers, num_heads=4, num_kv_heads=2)
+    model = meta_model(config)
+    with torch.device("meta"):
+        choose_trained(model, RunConfig(model=config, lora=lora, training=TrainingConfig(frozen_towers=frozen)))
+    block, slots = model.blocks[0], {"text": 128, "image": 256}
+    learning = {tower: Learning.of(block, tower) for tower in slots}
+    expected = kept_by_compiler(config, slots, 5, checkpointing, monkeypatch, block=block)
+    predicted = kept_by_block(config, {tower: 5 * count for tower, count in slots.items()}, checkpointing, 2, learning)
+    # Parts of the second matrices in bfloat16 are no activations.
+    adapters = sum(parameter.numel() for name, parameter in block.named_parameters() if is_of_adapter(name))
+    assert predicted <= expected <= predicted + 2 * adapters
+
+
+def test_parts_of_a_step_that_trains_adapters() -> None:
+    config = tiny_config(num_layers=1)
+    run = RunConfig(model=config, lora=LoraConfig(2, also_train=["text.head"]), training=TrainingConfig())
+    model, shape = meta_model(config), shape_of(config, 12, 2, (3, 4, 4))
+    choose_trained(model, run)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    narrow = sum(p.numel() for p in model.parameters() if not p.requires_grad and p.ndim > 1)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    memory = step_memory(model, shape, Setting(4, optimizer="adamw_8bit", ema=False))
+    assert (memory.weights, memory.gradients, memory.ema) == (4 * count - 2 * narrow, 4 * trained, 0)
+    # Too small for codes.
+    assert memory.optimizer == 8 * trained
+    assert step_memory(model, shape, Setting(4)).ema == 4 * trained

@@ -36,6 +36,8 @@ TOY = [
     "training.cuda_graph=false",
     "tokenizer.vocab_size=300",
 ]
+# Of a run that begins with a snapshot, which settles the sizes of the model.
+TOY_IMAGES = ["data.image_size=32"]
 # Of other commands, but for captions.
 FAST = {
     "sample.py": ["--num-inference-steps", "2"],
@@ -95,10 +97,15 @@ def test_commands_and_examples_run(workplace: Path) -> None:
         if words[:3] == ["accelerate", "launch", "train.py"]:
             # Later keys win: the toy size over the command's own, and the command's sources over these.
             source = "data.sources=[{kind: imagefolder, path: my-images}]"
-            words = ["train.py", *words[3:5], source, *words[5:], *TOY]
+            is_new = not any(word.startswith("init_from=") for word in words)
+            toy = [word for word in TOY if is_new or not word.startswith(("model.", "tokenizer."))]
+            # A picture of codes takes a start and 256 of them.
+            toy += ["data.slots={text: 40, image: 257}"] if words[4].endswith("chameleon.yaml") else []
+            words = ["train.py", *words[3:5], source, *words[5:], *toy, *([] if is_new else TOY_IMAGES)]
         else:
             assert words[0] == "python", words
-            words = [*words[1:], *FAST.get(words[1], []) * ("--caption" not in words)]
+            has_steps = "--caption" not in words and "runs/chameleon" not in words
+            words = [*words[1:], *FAST.get(words[1], []) * has_steps]
         # As a user runs it; the script's later commands without the seconds of its imports.
         run(words, workplace, in_new_interpreter=words[0] not in ran)
         ran.append(words[0])

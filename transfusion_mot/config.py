@@ -432,8 +432,8 @@ class TrainingConfig:
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
             logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Losses in the log are without it.
-        frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay, no averages. With
-            `mixed_precision: bf16` their matrices are kept in bfloat16, in which they are multiplied anyway.
+        frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay, no averages.
+            With `mixed_precision: bf16` their matrices are kept in bfloat16, in which they are multiplied anyway.
         insulated_towers: Towers whose keys and values the other towers read without sending gradients through them
             (knowledge insulation, arXiv 2505.23705). Attention is computed once more for each.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.

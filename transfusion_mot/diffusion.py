@@ -23,7 +23,7 @@ from transfusion_mot.schedulers import is_flow, make_scheduler
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 
 # Largest root mean square, over an image, of the clean latents that predicted noise may mean. Latents have unit
-# variance, and their best estimates no more; the held-out images of the quickstart reach 1.25.
+# variance, and their best estimates no more; the held-out images of a small model reach 1.25.
 _LARGEST_CLEAN_RMS = 2.0
 
 

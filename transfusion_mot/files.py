@@ -9,6 +9,9 @@ from typing import Any
 
 from transfusion_mot.errors import UserError
 
+# What tells the folder of a low-rank adapter from that of a whole snapshot.
+ADAPTER_CONFIG = "adapter_config.json"
+
 # Another process may be writing a file of a few lines at the moment.
 _ATTEMPTS, _SECONDS_BETWEEN = 20, 0.05
 

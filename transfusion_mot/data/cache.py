@@ -1,6 +1,6 @@
 """Encode the media of a configuration's sources to latents or codes, once, on any number of devices.
 
-    accelerate launch -m transfusion_mot.data.cache --config configs/quickstart.yaml
+    accelerate launch -m transfusion_mot.data.cache --config configs/emoji_small.yaml
 
 Takes the configuration of train.py, and fills `data.cache_dir` with what it will read from there. Run it again after an
 interruption: it goes on with what is missing. Any setting that `train.py --help` lists can be given, as key=value.

@@ -213,18 +213,19 @@ class DocumentReader:
         if not condition or not target:
             # One of them is of no use.
             return document
-        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
-            document.too_long += 1
-            return document
         instruction = self.tokenizer.encode(text.choices[int(draws[1] * len(text.choices))])
         # Begin and end token of the condition.
         most = self.config.max_caption_tokens - 2
         document.caption_cut = len(instruction) > most
         # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
         left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
+        condition = condition if left_out in (0, 3) else []
+        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
+            document.too_long += 1
+            return document
         document.segments = [
             self.tokenizer.document_start,
-            *(condition if left_out in (0, 3) else []),
+            *condition,
             instruction[:most] if left_out in (1, 3) else [],
             *target,
         ]

@@ -1,6 +1,6 @@
 """Look at the data of a configuration before training on it.
 
-    python -m transfusion_mot.data.inspect --config configs/quickstart.yaml --picture row.png
+    python -m transfusion_mot.data.inspect --config configs/emoji_small.yaml --picture row.png
 
 Prints how long the documents of each source are, what packing some hundred rows of the configuration leaves empty,
 cuts and drops, what each source gives to them, and the slots that would fit the documents best; and draws one row.

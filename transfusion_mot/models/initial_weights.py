@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import fill
@@ -122,6 +124,18 @@ class WeightReport:
         fill(parameter, tensor)
         self.taken[name] = tensor.numel(), str(tensor.dtype).removeprefix("torch.")
 
+    def take_rows(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
+        """The same; of text, an embedding or a head for more tokens gets rows appended.
+
+        Raises:
+            UserError: The shapes differ otherwise.
+        """
+        is_of_tokens = name.startswith(f"modalities.{TEXT}.")
+        if is_of_tokens and len(tensor) < len(parameter) and tensor.shape[1:] == parameter.shape[1:]:
+            self.resized[name] = f"rows appended for tokens of this run: {len(tensor)} => {len(parameter)}"
+            tensor = _with_rows(tensor, len(parameter))
+        self.take(name, parameter, tensor)
+
     def check(self) -> None:
         """Refuse a report in which anything is unexplained.
 
@@ -165,3 +179,14 @@ def take_all(model: nn.Module, files: WeightFiles, source: str) -> WeightReport:
             report.missing[name] = ""
     report.unexpected = dict.fromkeys(sorted(left), "")
     return report
+
+
+def _with_rows(matrix: Tensor, rows: int) -> Tensor:
+    """[V, D] => [rows, D]: new rows are drawn around the mean of the others, with their standard deviation.
+
+    Every process draws the same.
+    """
+    std, mean = torch.std_mean(matrix, dim=0)
+    generator = torch.Generator().manual_seed(len(matrix))
+    noise = torch.randn(rows - len(matrix), matrix.shape[1], generator=generator, dtype=torch.float32)
+    return torch.cat([matrix, mean + std * noise.to(matrix.dtype)])

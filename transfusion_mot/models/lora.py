@@ -52,8 +52,9 @@ class StackedUp(nn.Module):
         pieces = dict(zip(self.parts, result.flatten(0, -2).split(list(self.parts.values()), dim=1), strict=True))
         downs = down.flatten(0, -2).chunk(len(self.adapted), dim=1)
         for part, own, weight in zip(self.adapted, downs, self.weight.split(self.rows), strict=True):
-            # One operation, which selective checkpointing computes again: two products would both be kept.
-            pieces[part] = torch.addmm(pieces[part], own, weight.T, alpha=scale)
+            # An operation that selective checkpointing computes again, for it costs little: `addmm` would be kept
+            # beside the product that it adds to.
+            pieces[part] = torch.baddbmm(pieces[part][None], own[None], weight.T[None], alpha=scale)[0]
         return _joined(list(pieces.values()), dim=1).view(result.shape)
 
     def whole(self, down: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport
+from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
@@ -144,7 +144,7 @@ class LanguageModel:
             UserError: A file is missing or damaged, or its weights do not fit its own configuration.
         """
         files = WeightFiles(self._with_weights(), "model")
-        parameters, known = dict(model.named_parameters()), set(files.names)
+        parameters, known = base_parameters(model), set(files.names)
         used = set()
         for name, sources in tensor_names(model.architecture, tower).items():
             used.update(sources)
@@ -155,11 +155,7 @@ class LanguageModel:
             tensor = (
                 torch.cat([files.read(source) for source in sources]) if len(sources) > 1 else files.read(sources[0])
             )
-            parameter = parameters[name]
-            if name.startswith("modalities.") and len(tensor) < len(parameter):
-                report.resized[name] = f"rows appended for tokens of this run: {len(tensor)} => {len(parameter)}"
-                tensor = _with_rows(tensor, len(parameter))
-            report.take(name, parameter, tensor)
+            report.take_rows(name, parameters[name], tensor)
         is_tied = model.architecture.modalities[TEXT].tied_embeddings
         for name in sorted(known - used):
             reason = ""
@@ -206,17 +202,6 @@ def tensor_names(config: ModelConfig, tower: str) -> dict[str, list[str]]:
     if not config.modalities[TEXT].tied_embeddings:
         add(f"modalities.{TEXT}.head.weight", "lm_head.weight")
     return names
-
-
-def _with_rows(matrix: Tensor, rows: int) -> Tensor:
-    """[V, D] => [rows, D]: new rows are drawn around the mean of the others, with their standard deviation.
-
-    Every process draws the same.
-    """
-    std, mean = torch.std_mean(matrix, dim=0)
-    generator = torch.Generator().manual_seed(len(matrix))
-    noise = torch.randn(rows - len(matrix), matrix.shape[1], generator=generator, dtype=torch.float32)
-    return torch.cat([matrix, mean + std * noise.to(matrix.dtype)])
 
 
 def _find(name: str) -> Path:

@@ -12,6 +12,7 @@ from transfusion_mot.config_checks import merged
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightReport
+from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import LanguageModel
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.from_snapshot import SnapshotStart
@@ -50,9 +51,10 @@ class TowerStarts:
             if name in self.copies:
                 raise UserError(f"model.towers.{name} has both pretrained and copy_of; keep one of them")
             self.sources[name] = self._open(name, str(tower["pretrained"]))
+        known = {*towers, *(str(modality.get("tower", name)) for name, modality in self._modalities.items())}
         for name, origin in self.copies.items():
-            if origin not in towers or origin in self.copies:
-                others = ", ".join(sorted(set(towers) - set(self.copies))) or "none"
+            if origin not in known or origin in self.copies:
+                others = ", ".join(sorted(known - set(self.copies))) or "none"
                 raise UserError(
                     f"model.towers.{name}.copy_of is {origin}; it must be another tower that is no copy: {others}"
                 )
@@ -85,26 +87,26 @@ class TowerStarts:
         modalities = merged(self._modalities, self._wanted["model"].get("modalities", {}))
         names = {modality.get("tower", name) for name, modality in modalities.items()}
         towers = {name: to_dict(TowerConfig()) for name in names}
-        return merged({"model": {"modalities": modalities, "towers": towers}}, self._wanted)
+        towers = merged(towers, self._wanted["model"].get("towers", {}))
+        for name, origin in self.copies.items():
+            sizes = towers[origin] | self._given.get(origin, {})
+            towers[name] = {key: sizes[key] for key in _SIZES}
+        return merged(self._wanted, {"model": {"modalities": modalities, "towers": towers}})
 
     @cached_property
     def _wanted(self) -> dict[str, Any]:
         """What the sources say, and nothing else."""
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {"model": {}}
         for name, source in self.sources.items():
             own = source.sections(name) if isinstance(source, LanguageModel) else self._of_snapshot(name, source)
             for key, value in own["model"].items():
-                if key in ("towers", "modalities") or result.get("model", {}).get(key, value) == value:
+                if key in ("towers", "modalities") or result["model"].get(key, value) == value:
                     continue
                 raise UserError(
                     f"model.towers.{name}.pretrained has {key} {value}, and that of another tower "
                     f"{result['model'][key]}; all towers of a model have the same"
                 )
             result = merged(result, own)
-        towers = result.setdefault("model", {}).setdefault("towers", {})
-        for name, origin in self.copies.items():
-            sizes = self._given[origin] | towers.get(origin, {})
-            towers[name] = {key: sizes[key] for key in _SIZES if key in sizes}
         return result
 
     def _of_snapshot(self, tower: str, source: SnapshotStart) -> dict[str, Any]:
@@ -146,12 +148,12 @@ class TowerStarts:
                 f"model.modalities.text.tower is {model.modalities[TEXT].tower}, and the language model is that of "
                 f"model.towers.{self._text_tower}; give it to the tower of text"
             )
-        origins = {name: f"copy_of={origin}" for name, origin in self.copies.items()}
-        origins |= {name: f"pretrained={source.name}" for name, source in self.sources.items()}
         for key, before, now in _differences(wanted["model"], to_dict(model)):
-            tower = key.split(".")[1] if key.startswith("towers.") else ""
-            origin = origins.get(tower) or next((origins[name] for name in self.sources), "")
-            raise UserError(f"model.{key} is {now}, and {origin} has {before}; remove the key, or begin without it")
+            tower = key.split(".")[1] if key.startswith("towers.") else next(iter(self.sources))
+            raise UserError(
+                f"model.{key} is {now}, and pretrained={self.sources[tower].name} has {before}; remove the key, or "
+                "begin without it"
+            )
         for name, origin in self.copies.items():
             self._check_copy(name, origin, config)
         self._check_tokenizer(config)
@@ -200,7 +202,7 @@ class TowerStarts:
             report.notes.append(
                 f"tower {name}: {_copy_tower(model, name, origin)} parameters copied from tower {origin}"
             )
-        for name, _ in model.named_parameters():
+        for name in base_parameters(model):
             tower = tower_of(name, model.architecture)
             if name in report.taken or (tower in self.copies and not name.startswith("modalities.")):
                 continue
@@ -215,11 +217,13 @@ class TowerStarts:
     ) -> None:
         files = source.weight_files()
         known = set(files.names)
-        for name, parameter in model.named_parameters():
-            if tower_of(name, model.architecture) != tower or name not in known:
+        for name, parameter in base_parameters(model).items():
+            if tower_of(name, model.architecture) != tower:
                 continue
-            tensor = files.read(name)
-            report.take(name, parameter, tensor)
+            if name in known:
+                report.take_rows(name, parameter, files.read(name))
+            elif not name.startswith("modalities."):
+                report.missing[name] = ""
         others = {name for name in known if name not in report.taken}
         for name in others:
             modality = name.split(".")[1] if name.startswith("modalities.") else None
@@ -233,7 +237,7 @@ class TowerStarts:
 @torch.no_grad()
 def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
     """Give a tower the weights of another one of the same sizes => how many parameters."""
-    parameters, copied = dict(model.named_parameters()), 0
+    parameters, copied = base_parameters(model), 0
     for name, parameter in parameters.items():
         if f".owned.{tower}." not in name:
             continue

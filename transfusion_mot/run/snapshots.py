@@ -10,6 +10,7 @@ from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.files import ADAPTER_CONFIG
 from transfusion_mot.models.lora import digests, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -18,7 +19,7 @@ from transfusion_mot.run.data import RunData
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
 from transfusion_mot.sampling.previews import captions_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
-from transfusion_mot.training.checkpoint import ADAPTER_CONFIG, find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import find_snapshot, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -78,7 +79,8 @@ def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: R
             with written_aside(run / "base") as folder:
                 make_pipeline(below, config, data).save_pretrained(folder)
     written_over = {base_name(name) for name in ema.weights if not is_of_adapter(name)}
-    return AdapterInfo(to_dict(config.lora), base, sizes_of(model), fingerprint(digests(model), written_over))
+    below_it = fingerprint(digests(model), written_over)
+    return AdapterInfo(to_dict(config.lora), base, sizes_of(model), below_it, config.data.has_edits)
 
 
 def _example_prompt(config: RunConfig, data: RunData) -> str:

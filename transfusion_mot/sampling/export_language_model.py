@@ -19,6 +19,7 @@ from transformers import (
 
 from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import tensor_names
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -40,6 +41,10 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
         UserError: There is no such snapshot, or transformers has no model that computes what the tower does.
     """
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
+    if pipeline.get_active_adapters():
+        # What they change becomes part of the weights.
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     tokenizer = pipeline.text_tokenizer
     config = language_model_config(pipeline.transformer)
     config.eos_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
@@ -63,7 +68,7 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
 
 def tensors_of(model: TransfusionMoT) -> dict[str, Tensor]:
     """The tensors of the text tower, under the names of transformers; they share their memory with the model's."""
-    config, parameters = model.architecture, dict(model.named_parameters())
+    config, parameters = model.architecture, base_parameters(model)
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
     sizes = [config.head_dim * count for count in (heads, kv_heads, kv_heads)]
     tensors: dict[str, Tensor] = {}

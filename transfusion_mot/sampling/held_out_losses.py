@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 
@@ -13,6 +14,7 @@ from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import Documents, Text
+from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
@@ -126,30 +128,40 @@ def diffusion_metrics(
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
     # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
-    # image before it, so it needs no clean copy of one, for which the row would have no slot either.
-    # Before the result of an edit there is one.
-    slots = config.data.slots | dict.fromkeys(latents, 2 if config.data.has_edits else 1)
-    data = replace(config.data, slots=slots, image_context="noised")
+    # image before it, so it needs no clean copy of one, for which the row would have no slot either. Only before the
+    # result of an edit there is its source.
+    data = replace(config.data, image_context="noised")
     metrics: list[Metric] = []
     for modality in latents:
         with_it = [source for source in sources.sources if modality in source.documents.modalities]
-        held_out = Sources(with_it, sources.latent_shapes)
-        available = held_out.num_media_documents()
-        if not available:
+        edits = [source for source in with_it if isinstance(source.documents, EditPairs)]
+        others = [source for source in with_it if not isinstance(source.documents, EditPairs)]
+        parts = [(Sources(part, sources.latent_shapes), slots) for part, slots in ((others, 1), (edits, 2)) if part]
+        parts = [(held_out, slots) for held_out, slots in parts if held_out.num_media_documents()]
+        available = sum(held_out.num_media_documents() for held_out, _ in parts)
+        if not parts:
             continue
-        training = replace(config.training, num_validation_documents=num_images or available)
-        of_modality = replace(config, training=training, data=data)
         kind = "diffusion loss" if len(latents) == 1 else f"diffusion loss of {modality}"
         for name, dropout in (("conditional", 0.0), ("unconditional", 1.0)):
-            validation = Validation(
-                held_out,
-                pipeline.text_tokenizer,
-                of_modality,
-                encoder=encoder,
-                rows_at_once=batch_size,
-                prompt_dropout_prob=dropout,
-            )
-            losses = validation.item_losses(pipeline.transformer, accelerator, modality, timesteps).numpy()
+            found = []
+            for held_out, media_slots in parts:
+                own = held_out.num_media_documents()
+                count = own if num_images is None else max(1, num_images * own // available)
+                slots = config.data.slots | dict.fromkeys(latents, 1 if dropout else media_slots)
+                validation = Validation(
+                    held_out,
+                    pipeline.text_tokenizer,
+                    replace(
+                        config,
+                        training=replace(config.training, num_validation_documents=count),
+                        data=replace(data, slots=slots),
+                    ),
+                    encoder=encoder,
+                    rows_at_once=batch_size,
+                    prompt_dropout_prob=dropout,
+                )
+                found.append(validation.item_losses(pipeline.transformer, accelerator, modality, timesteps).numpy())
+            losses = np.concatenate(found)
             protocol = {
                 "images": len(losses),
                 "prediction": prediction,

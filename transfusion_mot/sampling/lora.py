@@ -6,7 +6,7 @@ A folder has the adapter and all that was trained beside it (`adapter_model.safe
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from transfusion_mot.config import LoraConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import ADAPTER_CONFIG
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
-from transfusion_mot.training.checkpoint import ADAPTER_CONFIG, find_snapshot
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Sizes that an adapter fits or does not.
@@ -40,12 +40,14 @@ class AdapterInfo:
             folder.
         base_sizes: Sizes of the model below it, by name.
         base_fingerprint: Of the weights below it, see `fingerprint`.
+        trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
     """
 
     lora: dict[str, Any]
     base_model_name_or_path: str
     base_sizes: dict[str, Any]
     base_fingerprint: str
+    trained_on_edits: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -62,7 +64,8 @@ class AdapterInfo:
             )
         try:
             content = json.loads(file.read_text())
-            info = cls(**{field.name: content[field.name] for field in fields(cls)})
+            needed = [field.name for field in fields(cls) if field.default is MISSING or field.name in content]
+            info = cls(**{name: content[name] for name in needed})
             LoraConfig(**info.lora)
             return info
         except (ValueError, KeyError, TypeError) as error:
@@ -153,6 +156,8 @@ class LoraPipeline(LoraBaseMixin):
                 parameter.copy_(tensors[key])
         # Until they are put in, what is kept of an adapter is its own.
         self._adapters[name] = whole
+        if info.trained_on_edits:
+            self.register_to_config(trained_on_edits=True)
         self.set_adapters([*active, name], [*(self._scale(other) for other in active), 1.0])
 
     def _check_base(self, folder: Path, info: AdapterInfo, without: set[str]) -> None:
@@ -253,7 +258,8 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         # Of what is neither an adapter nor a run, `AdapterInfo.read` says so.
-        return find_snapshot(str(folder)) if (folder / "snapshots").is_dir() else folder
+        steps = {path: path.name[5:] for path in folder.glob("snapshots/step-*") if path.name[5:].isdigit()}
+        return max(steps, key=lambda path: int(steps[path]), default=folder)
     refuse_missing_path(str(name), "adapter")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))

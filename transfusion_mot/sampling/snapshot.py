@@ -17,13 +17,12 @@ from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
 from transfusion_mot.config import TEXT
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
-from transfusion_mot.training.checkpoint import ADAPTER_CONFIG
 
 MODEL_CARD, INDEX = "README.md", "model_index.json"
 # What diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.

@@ -1,8 +1,8 @@
 """AdamW whose moments are 8-bit numbers (arXiv 2110.02861): `optimizer.name: adamw_8bit`.
 
-What an update computes is that of `torchao.optim.AdamW8bit`, with its number format. Here it can be divided and skipped
-by the device, as a fused optimizer of torch can: neither torchao's nor that of bitsandbytes leaves moments and weights
-alone after a gradient that is not finite, unless the host waits to know of it.
+What an update computes is that of `torchao.optim.AdamW8bit`, with its number format. Here gradients are divided, and a
+step is skipped, by the device, as in a fused optimizer of torch. With torchao's own the host would have to wait to know
+whether the gradient is finite. The state is plain tensors, which a training state holds as they are.
 """
 
 import importlib.util

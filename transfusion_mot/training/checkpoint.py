@@ -7,12 +7,10 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import flush_to_disk
+from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
-# What tells a snapshot that is a low-rank adapter.
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @contextmanager
