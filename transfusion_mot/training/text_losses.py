@@ -84,7 +84,9 @@ def text_losses(
     def batches(rank: int, world: int) -> Iterator[Tensor]:
         own = texts[rank::world]
         for start in range(0, len(own), _GROUP):
-            documents = [[*tokenizer.document_start, *tokenizer.encode(text), end] for text in own[start : start + _GROUP]]
+            documents = [
+                [*tokenizer.document_start, *tokenizer.encode(text), end] for text in own[start : start + _GROUP]
+            ]
             yield _document_losses(model, documents, reader, device)
 
     rows = shared_rows(batches, len(texts), 3, device, processes).double().cpu().numpy()
