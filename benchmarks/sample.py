@@ -55,7 +55,7 @@ def make_pipeline(size: Size, image_size: int, device: torch.device) -> Transfus
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
-        text_of(model).head.weight[tokenizer.eos_id] = 0
+        text_of(model).head_weight[tokenizer.eos_id] = 0
     vae = Autoencoder.load(str(AUTOENCODER), device, dtype).vae
     scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", {})
     hf = TextTokenizer(tokenizer.hf, config.stream_order).hf
@@ -202,7 +202,7 @@ def painting_flops(pipeline: TransfusionPipeline, rows: int, steps: int) -> floa
         bare = TransfusionMoT.from_config(dict(pipeline.transformer.config))
     text, image = (active_parameters(bare, config, modality) for modality in (TEXT, pipeline.image_modality))
     # The head gives the logits of one slot.
-    text -= text_of(bare).head.weight.numel()
+    text -= text_of(bare).head_weight.numel()
     prefixes = (PROMPT_TOKENS + 2, 2)
     pairs = sum(patches * (prefix + patches) for prefix in prefixes)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
@@ -225,7 +225,7 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     steps, tokens, repeats = (2, 4, 1) if quick else (STEPS, 256, 3)
     ceiling, bandwidth = product_ceiling(device, size.hidden_size), copy_bandwidth(device)
     yield {"line": "ceilings", "product_tflops": ceiling / 1e12, "copy_gb_per_s": bandwidth / 1e9}
-    weights = active_parameters(model, model.architecture, TEXT) * text_of(model).head.weight.element_size()
+    weights = active_parameters(model, model.architecture, TEXT) * text_of(model).head_weight.element_size()
 
     def paint(rows: int, how: str) -> dict[str, Any]:
         texts = prompts(pipeline, rows)

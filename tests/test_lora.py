@@ -1,6 +1,7 @@
 """Low-rank adapters: against separate layers of peft, what is trained, and the sentences of misuse."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -14,10 +15,13 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.layers import QKVProjection
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
+from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.lora import check_lora, choose_trained, trainable_parts
 from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.step import loss_terms
+from transfusion_mot.training.towers import freeze_towers
 
 RANK, ALPHA = 3, 5.0
 
@@ -167,6 +171,37 @@ def test_averages_on_the_cpu_are_the_averages() -> None:
                 ema.update(model, step)
     for one, two in zip(*(list(ema.weights.values()) for ema in averages), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+def test_states_with_and_without_averages_of_frozen_towers_are_read(tmp_path: Path) -> None:
+    """Those of earlier versions have some; a tower that is trained later begins with its weights."""
+
+    def state(frozen: list[str], of_version_before: bool = False) -> tuple[TransfusionMoT, EMA, Path]:
+        model = placed_model(run_of(None))
+        ema = EMA(model, 0.9)
+        torch._foreach_mul_(list(ema.weights.values()), 2)
+        freeze_towers(model, frozen)
+        if not of_version_before:
+            ema.weights = {name: value for name, value in ema.weights.items() if ".text." not in name}
+        folder = tmp_path / f"{of_version_before}"
+        with StateWriter(folder, 1, 0) as writer:
+            optimizer = make_optimizer(model, OptimizerConfig())
+            writer.save(1, state_tensors(model, ema, optimizer, torch.arange(2)), {"step": 1})
+        return model, ema, find_state(folder, "auto")
+
+    for of_version_before, frozen in ((True, ["text"]), (False, [])):
+        saved, averages, folder = state(["text"], of_version_before)
+        model = placed_model(run_of(None, frozen_towers=frozen))
+        with torch.no_grad():
+            torch._foreach_zero_(list(model.parameters()))
+        ema = EMA(model, 0.9)
+        load_tensors(folder, model, ema, make_optimizer(model, OptimizerConfig()))
+        weights = dict(saved.named_parameters())
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, weights[name])
+            if parameter.requires_grad:
+                assert torch.equal(ema.weights[name], averages.weights.get(name, weights[name])), name
+        assert any(".text." in name for name in ema.weights) == (not frozen)
 
 
 def test_a_fingerprint_knows_weights_and_no_number_format() -> None:

@@ -157,8 +157,8 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
             )
         if config.data.has_edits and config.data.slots[name] < 2:
             raise UserError(
-                f"configuration: data.slots.{name} is {config.data.slots[name]}; with editing pairs it must be at least "
-                "2, for a source image and its result"
+                f"configuration: data.slots.{name} is {config.data.slots[name]}; with editing pairs it must be at "
+                "least 2, for a source image and its result"
             )
         if config.data.has_copies and not modalities[name].is_bidirectional:
             raise UserError(

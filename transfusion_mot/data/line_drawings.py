@@ -31,7 +31,7 @@ _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thi
 # A sentence that the model knows, and something new: so it forgets least of what things look like.
 CAPTION = "openmoji emoji of {} as line drawing"
 # Never trained on: the prompts of configs/quickstart.yaml.
-HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "snowman", "airplane", "crab")
+HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "guitar", "butterfly", "snowman")
 
 
 def line_layers(svg: str) -> str:

@@ -24,7 +24,7 @@ from transfusion_mot.config import (
 )
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -210,7 +210,13 @@ def _find(name: str) -> Path:
                 f"init_from={name} is a model alone, such as a codec or a transformer; give the whole snapshot, the "
                 f"folder with {INDEX}"
             )
-        return find_snapshot(name)
+        found = find_snapshot(name)
+        if (found / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"init_from={name} is a low-rank adapter; give the model below it, or save that with the adapter as a "
+                "whole snapshot (fuse_lora, unload_lora_weights, save_pretrained) and give that"
+            )
+        return found
     refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
     found = _download(name, ["*.json", "*.txt", "tokenizer/*", "vae/*"])
     if not (found / INDEX).is_file():
