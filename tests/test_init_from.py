@@ -287,7 +287,7 @@ def test_a_name_on_the_hub(before: Path, tmp_path: Path, monkeypatch: pytest.Mon
         asked.append(allow_patterns)
         return str(find_snapshot(str(before)))
 
-    monkeypatch.setattr("transfusion_mot.run.from_snapshot.snapshot_download", download)
+    monkeypatch.setattr("transfusion_mot.hub_names.snapshot_download", download)
     command = given(tmp_path, "after", "someone/emoji", training={"num_steps": 1})
     assert read_run_config(command).model.num_layers == 2
     assert not any("safetensors" in pattern for patterns in asked for pattern in patterns)

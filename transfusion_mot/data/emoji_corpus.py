@@ -261,23 +261,23 @@ def _fetch(package: str, folder: str) -> str:
     return str(Path(folder) / result.stdout.split()[-1])
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Render the corpus, as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.emoji", description=__doc__)
-    parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write, or to go on with")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that draw the emoji of all sets, beside `--output`."""
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument(
         "--iconify", metavar="PATH", help=f"tarball or folder of npm {_ICONS} (default: npm fetches it)"
     )
-    parser.add_argument(
-        "--emojibase",
-        metavar="PATH",
-        help=f"tarball or folder of npm {_TAGS}, for a second caption with tags (default: fetched if the drawings are)",
-    )
     parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
-    given = parser.parse_args(arguments)
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Refuse values of these options that cannot be, and a place that cannot be written, before long work.
+
+    Raises:
+        UserError: Names what is wrong, or the package that is missing.
+    """
     if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
         raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")
     try:
@@ -286,6 +286,20 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("drawing needs the package resvg-py: pip install 'transfusion-mot[emoji]'") from None
 
     check_writable_folder(given.output, "--output")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Render the corpus, as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.emoji", description=__doc__)
+    parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write, or to go on with")
+    add_options(parser)
+    parser.add_argument(
+        "--emojibase",
+        metavar="PATH",
+        help=f"tarball or folder of npm {_TAGS}, for a second caption with tags (default: fetched if the drawings are)",
+    )
+    given = parser.parse_args(arguments)
+    check_options(given)
     begun = time.perf_counter()
     with emoji_packages(given.iconify, given.emojibase) as (package, tags):
         counts = write_corpus(

@@ -25,10 +25,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.data.colours import MainColour, main_colour
-from transfusion_mot.data.emoji_corpus import STYLES, Icon, emoji_packages, held_out_icons, icons_of, licences_of
+from transfusion_mot.data.emoji_corpus import (
+    STYLES,
+    Icon,
+    add_options,
+    check_options,
+    emoji_packages,
+    held_out_icons,
+    icons_of,
+    licences_of,
+)
 from transfusion_mot.data.images import draw_transparent_svg
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
 
 _INDEX, _PICTURES = "sprites.jsonl", "sprites.bin"
 # "woman medium light skin tone"; in one set "woman light". A name that ends so without a tone is that of a lamp.
@@ -180,22 +188,9 @@ def main(arguments: Sequence[str]) -> None:
     """Write sprites, as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.sprites", description=__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
-    parser.add_argument(
-        "--iconify", metavar="PATH", help="tarball or folder of npm @iconify/json (default: npm fetches it)"
-    )
-    parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    add_options(parser)
     given = parser.parse_args(arguments)
-    if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
-        raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError:
-        raise UserError("drawing needs the package resvg-py: pip install 'transfusion-mot[emoji]'") from None
-
-    check_writable_folder(given.output, "--output")
+    check_options(given)
     begun = time.perf_counter()
     with emoji_packages(given.iconify, None) as (package, _):
         counts = write_sprites(

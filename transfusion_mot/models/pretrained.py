@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -168,7 +166,7 @@ class LanguageModel:
     def _with_weights(self) -> Path:
         if Path(self.name).exists():
             return self.folder
-        return _download(self.name, ["*.safetensors", "*.safetensors.index.json"])
+        return download(self.name, ["*.safetensors", "*.safetensors.index.json"], "pretrained")
 
 
 def tensor_names(config: ModelConfig, tower: str) -> dict[str, list[str]]:
@@ -213,7 +211,7 @@ def _find(name: str) -> Path:
     folder = Path(name)
     if not folder.exists():
         refuse_missing_path(name, "pretrained", "; give the folder of a language model, or its name on the hub")
-        folder = _download(name, _PATTERNS)
+        folder = download(name, _PATTERNS, "pretrained")
     if folder.suffix == ".gguf" or (
         folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*.gguf"))
     ):
@@ -225,16 +223,6 @@ def _find(name: str) -> Path:
             f"{name} has no config.json; give the folder of a language model of transformers, or its name on the hub"
         )
     return folder
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise UserError(
-            f"pretrained={name} is neither a folder nor can it be had from the Hugging Face hub "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from None
 
 
 def _check(name: str, family: str, config: PreTrainedConfig) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import (
@@ -25,7 +23,7 @@ from transfusion_mot.config import (
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
@@ -150,7 +148,11 @@ class SnapshotStart:
             UserError: A file is missing or damaged.
         """
         is_local = Path(self.name).exists()
-        folder = self.folder if is_local else _download(self.name, ["transformer/*.safetensors", "transformer/*.json"])
+        folder = (
+            self.folder
+            if is_local
+            else download(self.name, ["transformer/*.safetensors", "transformer/*.json"], "init_from")
+        )
         return WeightFiles(folder / "transformer", "diffusion_pytorch_model")
 
     def _notes(self, config: RunConfig) -> list[str]:
@@ -218,20 +220,10 @@ def _find(name: str) -> Path:
             )
         return found
     refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
-    found = _download(name, ["*.json", "*.txt", "tokenizer/*", "vae/*"])
+    found = download(name, ["*.json", "*.txt", "tokenizer/*", "vae/*"], "init_from")
     if not (found / INDEX).is_file():
         raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; it needs a snapshot of train.py")
     return found
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise UserError(
-            f"init_from={name} is neither a folder nor can it be had from the Hugging Face hub "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
