@@ -314,7 +314,7 @@ def test_config_file_parses_and_its_model_can_be_built(path: Path) -> None:
         return
     # A language model lies on the hub; snapshots that files name are in the repository.
     begins_with_snapshot = given_values(arguments).get("init_from") is not None
-    config = read_run_config(arguments, "") if begins_with_snapshot else parse(*arguments)
+    config = read_run_config(arguments) if begins_with_snapshot else parse(*arguments)
     with torch.device("meta"):
         sizes = {name: config.tokenizer.vocab_size if name == "text" else 4 for name in config.model.modalities}
         model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)

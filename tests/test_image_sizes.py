@@ -237,7 +237,7 @@ def test_the_command_paints_and_captions_at_the_sizes_of_the_model(tmp_path, mon
     )
     with pytest.raises(UserError, match="height is 9; it must be a multiple of 4"):
         command("sun", "--height", 9, "--output", tmp_path / "refused")
-    with pytest.raises(UserError, match="--height and --width go with --task image or auto, not with text"):
+    with pytest.raises(UserError, match="--height and --width go with --task image, edit or auto, not with text"):
         command("sun", "--task", "text", "--width", 0)
     assert not (tmp_path / "refused").exists()
 
@@ -250,10 +250,9 @@ def test_the_page_offers_the_sizes_of_training(pipeline) -> None:
     )
     assert [name for name, _ in choice.choices] == ["16 x 4", "8 x 8", "4 x 16"]
     assert choice.value == "8 x 8"
-    settings = {"num_images": 1, "seed": 1, "size": "16 x 4", "steps": 2, "scale": 1.0, "rescale": 0.0}
-    scheduler = "FlowMatchEulerDiscreteScheduler"
+    drawing = [2, "FlowMatchEulerDiscreteScheduler"]
     studio = demo.Studio(pipeline)
-    *_, (paths, *_, history, _) = studio.paint([], "sun", "", scheduler=scheduler, **settings)
+    *_, (paths, *_, history, _) = studio.paint([], "sun", "", 1, 1, "16 x 4", 1.0, 0.0, *drawing)
     with Image.open(paths[0]) as image:
         assert size_of(image) == (4, 16)
     assert "16 x 4" in history[0].settings

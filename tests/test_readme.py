@@ -1,4 +1,4 @@
-"""Every command and every Python example of the README runs, at toy size, in the order in which it stands there."""
+"""Every command and Python example of the README and docs/sampling.md runs, at toy size, in the order of the page."""
 
 import json
 import os
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SAMPLING = (ROOT / "docs" / "sampling.md").read_text()
 # What makes any training command of the README a matter of seconds; the autoencoder is the real one.
 TOY = [
     "data.cache_dir=cache",
@@ -45,13 +46,13 @@ FAST = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
+def commands(page: str) -> list[list[str]]:
     """Commands in order, without comments, continued lines joined."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -67,6 +68,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(render_emoji(stem, 64)).save(folder / "my-images" / f"{stem}.png")
         lines.append(json.dumps({"file_name": f"{stem}.png", "text": caption}) + "\n")
     (folder / "my-images" / "metadata.jsonl").write_text("".join(lines))
+    for name in ("photo.png", "drawing.png"):
+        Image.fromarray(render_emoji(stem, 64)).save(folder / name)
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "one.txt").write_text("A lighthouse at dusk.\n\nThe sea is calm.\n\nA ship goes by.\n")
     return folder
@@ -90,27 +93,28 @@ def run(words: list[str], folder: Path, in_new_interpreter: bool) -> None:
 @pytest.mark.usefixtures("without_java")
 def test_commands_and_examples_run(workplace: Path) -> None:
     ran: list[str] = []
-    for words in commands():
-        # The drawings come from npm, and the sources of every training command are replaced.
-        if words[0] in ("make", "pip") or words[:3] == ["python", "-m", "transfusion_mot.data.emoji"]:
+    for words in commands(README) + commands(SAMPLING):
+        words = words[1:] if words[:2] == ["accelerate", "launch"] else words
+        # The drawings come from npm, the page serves until it is stopped, and the sources of training are replaced.
+        if words[0] in ("make", "pip") or words[1:3] in (
+            ["-m", "transfusion_mot.data.emoji"],
+            ["-m", "transfusion_mot.demo"],
+        ):
             continue
-        if words[:3] == ["accelerate", "launch", "train.py"]:
+        if words[1] == "train.py":
             # Later keys win: the toy size over the command's own, and the command's sources over these.
             source = "data.sources=[{kind: imagefolder, path: my-images}]"
             is_new = not any(word.startswith("init_from=") for word in words)
             toy = [word for word in TOY if is_new or not word.startswith(("model.", "tokenizer."))]
-            # A picture of codes takes a start and 256 of them.
-            toy += ["data.slots={text: 40, image: 257}"] if words[4].endswith("chameleon.yaml") else []
-            words = ["train.py", *words[3:5], source, *words[5:], *toy, *([] if is_new else TOY_IMAGES)]
+            words = ["train.py", *words[2:4], source, *words[4:], *toy, *([] if is_new else TOY_IMAGES)]
         else:
             assert words[0] == "python", words
-            has_steps = "--caption" not in words and "runs/chameleon" not in words
-            words = [*words[1:], *FAST.get(words[1], []) * has_steps]
+            words = [*words[1:], *FAST.get(words[1], []) * ("--caption" not in words)]
         # As a user runs it; the script's later commands without the seconds of its imports.
         run(words, workplace, in_new_interpreter=words[0] not in ran)
         ran.append(words[0])
     assert len(ran) >= 6
-    examples = blocks("python")
+    examples = blocks(README, "python")
     assert examples
     for example in examples:
         run(["-c", example], workplace, in_new_interpreter=False)
@@ -118,7 +122,7 @@ def test_commands_and_examples_run(workplace: Path) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = [words[1] for words in commands() if words[0] == "make"]
+    targets = re.findall(r"`make ([\w-]+)", README + SAMPLING)
     assert targets
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 

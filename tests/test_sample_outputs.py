@@ -90,6 +90,18 @@ def test_of_two_commands_that_begin_together_one_is_refused(tmp_path: Path) -> N
     assert list(again.read()) == [{"text": "a"}, {"text": "c"}]
 
 
+def test_results_may_stand_above_folders_of_other_results(tmp_path: Path) -> None:
+    folder_of(tmp_path / "samples" / "first", seed=0).add({0: {"text": "a"}})
+    above = folder_of(tmp_path / "samples", seed=0)
+    above.add({0: {"text": "b"}})
+    above.finish()
+    assert list(above.read()) == [{"text": "b"}]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0000-sun.png").touch()
+    with pytest.raises(UserError, match=r"mine' holds files that are not of sample\.py; give another --output"):
+        folder_of(tmp_path / "mine", seed=0)
+
+
 def test_the_same_command_goes_on_whatever_form_its_values_have(tmp_path: Path) -> None:
     one = folder_of(tmp_path / "out", guidance_interval=(0.2, 0.7))
     one.add({0: {"text": "a"}})

@@ -454,7 +454,7 @@ def test_a_snapshot_without_its_vae_ends_with_one_sentence(sample, run, tmp_path
         (["sun", "--scheduler", "DDPMScheduler"], "fit: FlowMatchEulerDiscreteScheduler"),
         (["sun", "--scheduler", "Euler"], "fit: FlowMatchEulerDiscreteScheduler"),
         (["sun", "--device", "gpu"], "device 'gpu' cannot be used"),
-        (["sun", "--output", "full"], "not an empty folder"),
+        (["sun", "--output", "full"], "holds files that are not of sample.py"),
         (["sun", "--output", "empty.txt"], "cannot be written"),
         (["sun", "--output", "empty.txt/out"], "cannot be written"),
         (["sun", "--colour", "red"], "unrecognized arguments: --colour red; --help lists the options"),

@@ -35,7 +35,7 @@ class ResultFolder:
     goes on with what is missing, also with another number of processes.
 
     Args:
-        path: A new or empty folder, or one with results of other commands.
+        path: A folder that is new, or holds no files, or results of other commands.
         command: What the results depend on, as JSON values.
         file_name: JSON Lines file of the results.
         count: Results of the command.
@@ -56,10 +56,11 @@ class ResultFolder:
         self._count = count
         # As it is read back: lists for tuples.
         self._claim: dict[str, Any] = json.loads(json.dumps({"results": file_name, "count": count, "command": command}))
-        is_used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        # Folders in it are results of other commands, such as samples/first in samples.
+        is_used = self.path.exists() and (not self.path.is_dir() or any(file.is_file() for file in self.path.iterdir()))
         if is_used and not self._commands.is_dir():
             raise UserError(
-                f"output '{self.path}' is there and is not an empty folder; give another --output, or remove it"
+                f"output '{self.path}' holds files that are not of sample.py; give another --output, or remove them"
             )
         claims = {int(file.stem): read_claim(file) for file in sorted(self._commands.glob("*.json"))}
         same = [first for first, claimed in claims.items() if claimed == self._claim]

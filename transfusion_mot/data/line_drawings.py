@@ -30,8 +30,8 @@ _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thi
 
 # A sentence that the model knows, and something new: so it forgets least of what things look like.
 CAPTION = "openmoji emoji of {} as line drawing"
-# Never trained on: the prompts of configs/quickstart.yaml.
-HELD_OUT = ("cat", "rocket", "red apple", "umbrella", "house", "guitar", "butterfly", "snowman")
+# Never trained on: the prompts of configs/quickstart.yaml. They are simple shapes, as a short run keeps little more.
+HELD_OUT = ("cat", "house", "red heart", "anchor", "mushroom", "bell", "wine glass", "butterfly")
 
 
 def line_layers(svg: str) -> str:
