@@ -50,7 +50,7 @@ def tower_of(source: LanguageModel, device: torch.device) -> TransfusionMoT:
 
 
 def with_exact_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64, norms included."""
+    """The model in float64, norms included, which in transformers compute in float32."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -71,17 +70,6 @@ def language_model(case: str) -> PreTrainedModel:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn * 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.3 * drawn)
     return model.eval()
-
-
-def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64, norms included, which in transformers compute in float32."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    return model.double()
 
 
 def tokenizer(begins_with_bos: bool, spare: int = 8, *, has_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -23,7 +23,7 @@ from transfusion_mot.config_checks import given_values
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 from transfusion_mot.schedulers import make_scheduler
 
 ROOT = Path(__file__).parents[1]
@@ -314,7 +314,7 @@ def test_config_file_parses_and_its_model_can_be_built(path: Path) -> None:
         return
     # A language model lies on the hub; snapshots that files name are in the repository.
     begins_with_snapshot = given_values(arguments).get("init_from") is not None
-    config = read_run_config(arguments) if begins_with_snapshot else parse(*arguments)
+    config = settled_config(arguments) if begins_with_snapshot else parse(*arguments)
     with torch.device("meta"):
         sizes = {name: config.tokenizer.vocab_size if name == "text" else 4 for name in config.model.modalities}
         model = TransfusionMoT.from_sections(sizes, config.model, config.diffusion)

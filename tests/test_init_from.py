@@ -20,7 +20,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.initial_weights import WeightFiles
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.run import snapshots
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
@@ -105,7 +105,7 @@ def test_a_run_begins_with_the_weights_of_a_snapshot(before: Path, tmp_path: Pat
         assert [line[key] for line in validations] == pytest.approx([last[key]] * 2, rel=1e-5), key
     assert (tmp_path / "after" / "samples" / BEFORE_AND_AFTER).is_file()
     # The first step, computed by the pipeline that anyone would load, on the same rows.
-    config = read_run_config([*command[:2], f"init_from={before}", f"output_dir={tmp_path / 'rows'}"])
+    config = settled_config([*command[:2], f"init_from={before}", f"output_dir={tmp_path / 'rows'}"])
     accelerator = make_accelerator(config.training, Path(config.output_dir))
     check_run(config, accelerator)
     start = Start()
@@ -168,7 +168,7 @@ def test_another_objective_is_told(before: Path, tmp_path: Path, capsys) -> None
     shown = capsys.readouterr().out
     assert "note: the snapshot was trained to predict flow, and this run trains it to predict v_prediction" in shown
     # The arguments of a scheduler go with it.
-    config = read_run_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"])
+    config = settled_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"])
     assert config.diffusion.scheduler_args == {}
     train.main([*given(tmp_path, "shift", before, training={"num_steps": 1}), "diffusion.scheduler_args={shift: 1.0}"])
     assert "another noise schedule than that of the snapshot" in capsys.readouterr().out
@@ -267,14 +267,14 @@ def test_misuse_is_told_in_a_sentence(before: Path, tmp_path: Path) -> None:
         (snapshot, ["tokenizer.path=checkpoints/emoji/tokenizer"], "tokenizer.path is .* with another tokenizer"),
     ):
         with pytest.raises(UserError, match=message):
-            read_run_config([*given(tmp_path, "after", source), *extra])
+            settled_config([*given(tmp_path, "after", source), *extra])
 
 
 def test_equal_codecs_and_tokenizers_of_other_folders_are_taken(before: Path, tmp_path: Path) -> None:
     snapshot = find_snapshot(str(before))
     copies = {part: shutil.copytree(snapshot / part, tmp_path / f"own-{part}") for part in ("vae", "tokenizer")}
     extra = [f"codecs.image.path={copies['vae']}", f"tokenizer.path={copies['tokenizer']}"]
-    config = read_run_config([*given(tmp_path, "after", snapshot), *extra])
+    config = settled_config([*given(tmp_path, "after", snapshot), *extra])
     assert config.codecs["image"].path == str(copies["vae"])
 
 
@@ -289,7 +289,7 @@ def test_a_name_on_the_hub(before: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("transfusion_mot.hub_names.snapshot_download", download)
     command = given(tmp_path, "after", "someone/emoji", training={"num_steps": 1})
-    assert read_run_config(command).model.num_layers == 2
+    assert settled_config(command).model.num_layers == 2
     assert not any("safetensors" in pattern for patterns in asked for pattern in patterns)
     train.main(command)
     assert any("safetensors" in pattern for patterns in asked for pattern in patterns)

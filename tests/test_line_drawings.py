@@ -12,7 +12,7 @@ from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.line_drawings import HELD_OUT, line_layers, main
 from transfusion_mot.errors import UserError
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def test_folder_holds_the_drawings_of_the_quickstart(tmp_path: Path) -> None:
     assert len(lines) == 12 + len(HELD_OUT)
     assert all(Image.open(tmp_path / "lines" / line["file_name"]).size == (32, 32) for line in lines.values())
     held_out = [text for text, line in lines.items() if line["split"] == "held_out"]
-    config = read_run_config(["--config", str(ROOT / "configs" / "quickstart.yaml"), "init_from=checkpoints/emoji"])
+    config = settled_config(["--config", str(ROOT / "configs" / "quickstart.yaml"), "init_from=checkpoints/emoji"])
     assert held_out == config.training.sample_prompts
     # More of them are the same and others.
     main(["--output", str(tmp_path / "more"), "--count", "20", "--size", "32"])

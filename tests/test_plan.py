@@ -22,7 +22,7 @@ from transfusion_mot.reporting.plan import (
     plan,
     time_line,
 )
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_plan_of_a_tiny_run(tiny_run: RunConfig, tmp_path: Path, capsys: pytest.
 
 
 def test_plan_of_the_paper_is_what_the_paper_says() -> None:
-    shown = plan(["--plan", *PAPER, "--gpus", "128", "training.microbatch_rows=4"], read_run_config)
+    shown = plan(["--plan", *PAPER, "--gpus", "128", "training.microbatch_rows=4"], settled_config)
     assert "assumed: latents of 8 channels" in shown
     assert numbers(shown, "tower text")[-1] == pytest.approx(778, rel=0.003)
     # Weights, gradients, moments and averages in float32 of 1.72B parameters.
@@ -129,20 +129,20 @@ def test_less_checkpointing_never_fits_more(tiny_run: RunConfig) -> None:
 
 def test_frozen_tower_and_muon_are_in_the_plan(tiny_run: RunConfig, tmp_path: Path) -> None:
     shown = plan(
-        ["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "training.frozen_towers=[text]"], read_run_config
+        ["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "training.frozen_towers=[text]"], settled_config
     )
     assert re.search(r"tower text .* frozen", shown)
-    muon = plan(["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "optimizer.name=muon"], read_run_config)
+    muon = plan(["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "optimizer.name=muon"], settled_config)
     assert "fsdp2" in shown
     assert "fsdp2" not in muon
     assert "fsdp2" not in plan(
-        ["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "training.float8=true"], read_run_config
+        ["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=1", "training.float8=true"], settled_config
     )
 
 
 def test_where_a_step_is_not_recorded_the_plan_says_so() -> None:
     for gpus, is_recorded in (("1", True), ("2", False)):
-        shown = plan(["--plan", f"--config={ROOT / 'configs' / 'emoji_128.yaml'}", "--gpus", gpus], read_run_config)
+        shown = plan(["--plan", f"--config={ROOT / 'configs' / 'emoji_128.yaml'}", "--gpus", gpus], settled_config)
         assert ("cuda_graph is for one CUDA device: on 2 x cuda" not in shown) == is_recorded
 
 
@@ -158,14 +158,14 @@ def test_where_a_step_is_not_recorded_the_plan_says_so() -> None:
 )
 def test_mistakes_are_refused(tiny_run: RunConfig, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        plan(["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=4", *arguments], read_run_config)
+        plan(["--plan", f"--config={tmp_path / 'config.yaml'}", "--gpus=4", *arguments], settled_config)
     assert all(word in str(error.value) for word in words)
 
 
 def test_plan_touches_no_file(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    plan(["--plan", "--config=config.yaml", "--gpus=4"], read_run_config)
+    plan(["--plan", "--config=config.yaml", "--gpus=4"], settled_config)
     assert sorted(tmp_path.rglob("*")) == before
     assert not torch.cuda.is_initialized()
 

@@ -14,7 +14,6 @@ from language_models import (
     CASES,
     SIZES,
     VOCAB_SIZE,
-    in_float64,
     language_model,
     save_language_model,
     tokenizer,
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, Llama
 from transformers.utils import logging
 
 import train
+from benchmarks.language_models import with_exact_norms
 from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.data.layout import TokenRun
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
@@ -40,7 +40,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.plan import open_model, parameter_table
 from transfusion_mot.run import snapshots
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.from_towers import TowerStarts
 from transfusion_mot.sampling import export
 from transfusion_mot.sampling.decoding import Decoding
@@ -56,7 +56,7 @@ logging.disable_progress_bar()
 
 def configured(folder: Path, *arguments: str) -> RunConfig:
     """The configuration of a run whose text tower is the language model in a folder."""
-    return read_run_config([f"model.towers.text.pretrained={folder}", "output_dir=nowhere", *IMAGE, *arguments])
+    return settled_config([f"model.towers.text.pretrained={folder}", "output_dir=nowhere", *IMAGE, *arguments])
 
 
 def begun(config: RunConfig, vocab_size: int = VOCAB_SIZE) -> TransfusionMoT:
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_source(case: str, rope: str, tmp_path: Path) ->
     model = begun(configured(tmp_path, f"model.rope={rope}"))
     ids = some_ids(2, 100)
     assert distance(logits_of(model, ids), source(ids).logits) <= 1e-6
-    exact = in_float64(source)(ids).logits
+    exact = with_exact_norms(source)(ids).logits
     assert distance(logits_of(model.double(), ids), exact) <= 1e-10
     # Rounded weights and activations: as far from the exact logits as the source itself.
     own, theirs = logits_of(model.bfloat16(), ids), language_model(case).bfloat16()(ids).logits
@@ -201,7 +201,7 @@ def copying(folder: Path) -> list[str]:
 
 def fill_sharded(folder: Path) -> None:
     """Called by each process of a group."""
-    config = read_run_config(copying(folder))
+    config = settled_config(copying(folder))
     with torch.device("meta"):
         model = TransfusionMoT.from_sections({"text": VOCAB_SIZE + 2, "image": 3}, config.model, config.diffusion)
     for block in model.blocks:
@@ -226,7 +226,7 @@ def test_weights_go_into_sharded_parameters(tmp_path: Path) -> None:
 
 def test_a_copy_has_the_weights_and_sizes_of_its_tower(tmp_path: Path) -> None:
     save_language_model(tmp_path, "Qwen2, tied")
-    model = begun(read_run_config(copying(tmp_path)))
+    model = begun(settled_config(copying(tmp_path)))
     parameters = dict(model.named_parameters())
     copied = {name: name.replace(".owned.image.", ".owned.text.") for name in parameters if ".owned.image." in name}
     assert len(copied) > 20
@@ -306,14 +306,14 @@ def test_a_frozen_tower_is_its_source_after_training_and_exports_to_it(
     weights = load_file(snapshot / "transformer" / "diffusion_pytorch_model.safetensors")
     for text in (tmp_path / "source", run):
         towers = [f"model.towers.text.pretrained={text}", f"model.towers.image.pretrained={run}"]
-        config = read_run_config([*towers, "output_dir=nowhere"])
+        config = settled_config([*towers, "output_dir=nowhere"])
         model = TransfusionMoT.from_sections({"text": VOCAB_SIZE, "image": 4}, config.model, config.diffusion)
         report = TowerStarts(to_dict(config)).fill(model, config)
         report.check()
         assert not report.missing
         assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     with pytest.raises(UserError, match=r"a snapshot with the towers image, text; give the tower one of these names"):
-        read_run_config(["model.towers.speech={pretrained: " + str(run) + "}"])
+        settled_config(["model.towers.speech={pretrained: " + str(run) + "}"])
 
     # It goes on without the language model.
     (tmp_path / "source").rename(tmp_path / "gone")
@@ -508,7 +508,7 @@ def test_contradictions_are_refused_by_name(arguments: list[str], words: str, tm
 def test_a_language_model_is_for_the_tower_of_text(tmp_path: Path) -> None:
     save_language_model(tmp_path, "Llama")
     with pytest.raises(UserError, match=r"is for the tower of text, text; use copy_of=text, or the folder of a snap"):
-        read_run_config([f"model.towers.image.pretrained={tmp_path}"])
+        settled_config([f"model.towers.image.pretrained={tmp_path}"])
 
 
 def test_weights_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
     return [SnapshotStart(names["init_from"])]
 
 
-def read_run_config(arguments: Sequence[str]) -> RunConfig:
+def settled_config(arguments: Sequence[str]) -> RunConfig:
     """Read the configuration of a run, with what its start says; see `parse_config`.
 
     A run that is continued needs its start no more: what it said is in the `config.yaml` of the run folder.
@@ -90,8 +90,6 @@ def read_run_config(arguments: Sequence[str]) -> RunConfig:
     Raises:
         UserError: A mistake in the configuration, a start that cannot be used, or one that it contradicts.
     """
-    if "--help" in arguments or "-h" in arguments:
-        arguments = ["--help"]
     given = given_values(arguments)
     run, resume = Path(str(given.get("output_dir", RunConfig.output_dir))), str(given.get("resume", RunConfig.resume))
     before = _config_before(run, resume)

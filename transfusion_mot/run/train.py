@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.reporting.plan import plan
-from transfusion_mot.run.begin import read_run_config
+from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.from_snapshot import keep_codec
 from transfusion_mot.run.saving import RunSaver
@@ -28,10 +28,10 @@ def run(arguments: list[str]) -> None:
         UserError: A mistake of the user, told in one sentence.
     """
     if "--plan" in arguments:
-        print(plan(arguments, read_run_config))
+        print(plan(arguments, settled_config))
         return
     started = time.monotonic()
-    config = read_run_config(arguments)
+    config = settled_config(arguments)
     folder, num_steps = Path(config.output_dir), config.training.num_steps
     accelerator = make_accelerator(config.training, folder)
     check_run(config, accelerator)
