@@ -24,7 +24,7 @@ from transfusion_mot.codec_training.bottlenecks import Bottleneck, CodeBottlenec
 from transfusion_mot.codec_training.images import augment, every_nth, measured, read_split, save_grid
 from transfusion_mot.codec_training.losses import Objective
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.base import ImageCodec
 from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import AutoencoderTrainingConfig, parse_config, save_config
 from transfusion_mot.data.images import ImageArray, to_pixels
@@ -275,7 +275,7 @@ def _set_vector_length(model: VQModel, images_uint8: ImageArray, batch_size: int
         parameter.mul_(scale)
 
 
-def _of_the_bottleneck(codec: Codec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
+def _of_the_bottleneck(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
     """What the bottleneck lets through of images: the noise of latents, or the use of codes."""
     batches = [to_pixels(images_uint8[start : start + batch_size]) for start in range(0, len(images_uint8), batch_size)]
     if codec.kind == "latents":

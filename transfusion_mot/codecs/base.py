@@ -1,11 +1,12 @@
 """What turns raw media into what the model sees, and back.
 
 A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective
-`diffusion`; one of the kind `codes` gives integers, for `next_token`.
+`diffusion`; one of the kind `codes` gives integers, for `next_token`. Its medium is what it reads: `image` or `audio`.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ class LatentCodec(Protocol):
 
     Attributes:
         kind: `latents`.
+        medium: `image`.
         latent_channels: Channels C of the latents.
         downsampling: Factor f from latent to image height and width.
         device: Where it computes.
@@ -27,6 +29,7 @@ class LatentCodec(Protocol):
     """
 
     kind: Literal["latents"]
+    medium: Literal["image"]
     latent_channels: int
     downsampling: int
 
@@ -59,6 +62,7 @@ class CodeCodec(Protocol):
 
     Attributes:
         kind: `codes`.
+        medium: `image`.
         codebook_size: Number of codes.
         downsampling: Factor f from codes to image height and width.
         device: Where it computes.
@@ -67,6 +71,7 @@ class CodeCodec(Protocol):
     """
 
     kind: Literal["codes"]
+    medium: Literal["image"]
     codebook_size: int
     downsampling: int
 
@@ -92,10 +97,57 @@ class CodeCodec(Protocol):
         ...
 
 
-Codec = LatentCodec | CodeCodec
+@runtime_checkable
+class AudioCodec(Protocol):
+    """Sound <=> integer codes.
+
+    Attributes:
+        kind: `codes`.
+        medium: `audio`.
+        codebook_size: Number of codes.
+        sample_rate: Of the waveforms, in samples a second.
+        codes_per_second: Codes that a second of sound becomes, on the average.
+        device: Where it computes.
+        has_decoder: Whether codes can become sound.
+        fingerprint: Hash of weights and configuration.
+    """
+
+    kind: Literal["codes"]
+    medium: Literal["audio"]
+    codebook_size: int
+    sample_rate: int
+    codes_per_second: float
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def has_decoder(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """Mono waveforms, float32 [T] in [-1, 1] at `sample_rate` => codes [N] of each, in [0, codebook_size).
+
+        The codes of a waveform do not depend on the others.
+        """
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [N] => a waveform [T] in [-1, 1] at `sample_rate`.
+
+        Raises:
+            UserError: The codec has no decoder.
+        """
+        ...
 
 
-def reconstruct(codec: Codec, pixels: Tensor) -> Tensor:
+ImageCodec = LatentCodec | CodeCodec
+Codec = ImageCodec | AudioCodec
+
+
+def reconstruct(codec: ImageCodec, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] => what the codec makes of them and back, without the noise of latents."""
     return codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
 

@@ -31,6 +31,7 @@ class ImageCodes:
     """
 
     kind: Literal["codes"] = "codes"
+    medium: Literal["image"] = "image"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.float().eval().requires_grad_(False)
