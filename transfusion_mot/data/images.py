@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UnreadableMedia, UserError
 
 ImageArray = npt.NDArray[np.uint8]
 ImageFit = Literal["crop", "stretch", "pad"]
@@ -31,20 +31,10 @@ _SAMPLE_BITS = {"L;2": 2, "L;4": 4, "I;12": 12, "I;16": 16, "I;16B": 16, "RGB;16
 _PLACES_THAT_ARE_NOT = (errno.EINVAL, errno.EOVERFLOW)
 
 
-class UnreadableImage(UserError):
-    """What lies there is no image that can be used, and will not be one at the next attempt.
+class UnreadableImage(UnreadableMedia):
+    """The image of an `UnreadableMedia`."""
 
-    Attributes:
-        reason: What is wrong with it, to be put behind its name.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        # Both, because an exception goes from one process to another with these arguments.
-        super().__init__(name, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"image '{self.args[0]}' {self.reason}"
+    what = "image"
 
 
 def load_image(
