@@ -16,7 +16,11 @@ from PIL import Image
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 from test_pipeline_codes import codes_pipeline
 
-from transfusion_mot import demo
+from transfusion_mot.demo import __main__ as demo
+from transfusion_mot.demo.live import NUM_PREVIEWS, PAINTING, painted_live
+from transfusion_mot.demo.page import build_page, launch_options
+from transfusion_mot.demo.paint import PaintTab, size_name
+from transfusion_mot.demo.shared import MAX_QUEUE, gr
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler
@@ -33,11 +37,11 @@ def test_updates_come_while_it_paints_and_the_last_is_finished():
     pipeline = tiny_pipeline()
     generator = torch.Generator().manual_seed(3)
     updates = list(
-        demo.painted_live(
+        painted_live(
             lambda on_step_end: pipeline("sun", STEPS, generator=generator, callback_on_step_end=on_step_end).images
         )
     )
-    assert len(updates) > demo.NUM_PREVIEWS
+    assert len(updates) > NUM_PREVIEWS
     assert [finished for *_, finished in updates] == [False] * (len(updates) - 1) + [True]
     assert updates[0][1] == f"Step 1 of {STEPS}"
     assert re.fullmatch(r"\d+\.\d s", updates[-1][1])
@@ -57,7 +61,7 @@ def test_painting_that_nobody_waits_for_stops():
 
         return tiny_pipeline()("sun", 1000, callback_on_step_end=count).images
 
-    updates = demo.painted_live(paint)
+    updates = painted_live(paint)
     next(updates)
     updates.close()
     assert not painting()
@@ -66,7 +70,7 @@ def test_painting_that_nobody_waits_for_stops():
 
 def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
     with pytest.raises(UserError, match="the model was trained on at most 8"):
-        list(demo.painted_live(lambda on_step_end: tiny_pipeline()("octopus " * 9).images))
+        list(painted_live(lambda on_step_end: tiny_pipeline()("octopus " * 9).images))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
 def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message):
     if missing:
         monkeypatch.setattr(demo, "gr", None)
-    elif demo.gr is None:
+    elif gr is None:
         monkeypatch.setattr(demo, "gr", object())
     monkeypatch.setattr("sys.argv", ["demo", *arguments])
     with pytest.raises(UserError, match=message):
@@ -88,24 +92,24 @@ def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message
 
 
 def test_the_page_begins_with_the_scheduler_of_the_model():
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     pipeline = tiny_pipeline()
     pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, STOCHASTIC_SOLVER)
-    blocks = demo.build_page(pipeline).blocks.values()
+    blocks = build_page(pipeline).blocks.values()
     assert [block.value for block in blocks if getattr(block, "label", "") == "Scheduler"] == [STOCHASTIC_SOLVER]
 
 
 def test_the_page_of_a_model_of_codes_draws_them_as_the_fields_say():
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     pipeline = codes_pipeline()
-    labels = {getattr(block, "label", "") for block in demo.build_page(pipeline).blocks.values()}
+    labels = {getattr(block, "label", "") for block in build_page(pipeline).blocks.values()}
     assert {"Temperature", "Top-p", "Top-k (0 is all)"} <= labels
     assert not {"Steps", "Scheduler"} & labels
-    size = demo._size_name(pipeline.sizes.default)
-    studio = demo.Studio(pipeline)
-    (files, *_), *_ = list(studio.paint([], "sun", "", 2, 5, size, 2.0, 0.0, 0.8, 0.9, 6))
+    size = size_name(pipeline.sizes.default)
+    tab = PaintTab(pipeline)
+    (files, *_), *_ = list(tab.paint([], "sun", "", 2, 5, size, 2.0, 0.0, 0.8, 0.9, 6))
     settings = {"code_temperature": 0.8, "code_top_p": 0.9, "code_top_k": 6, "guidance_scale": 2.0}
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     expected = pipeline("sun", num_images_per_prompt=2, generator=generators, **settings).images
@@ -124,13 +128,13 @@ def pipeline() -> TransfusionPipeline:
 @pytest.fixture(scope="module")
 def address(pipeline) -> Iterator[str]:
     """A server of the page."""
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = demo.build_page(pipeline).queue(max_size=demo.MAX_QUEUE)
-    options = demo.launch_options("127.0.0.1", port, share=False)
+    page = build_page(pipeline).queue(max_size=MAX_QUEUE)
+    options = launch_options("127.0.0.1", port, share=False)
     page.launch(**options, prevent_thread_lock=True, quiet=True)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
@@ -208,7 +212,7 @@ def test_a_prompt_becomes_pictures(page, pipeline, tmp_path):
 
 
 def painting() -> bool:
-    return demo.PAINTING in [thread.name for thread in threading.enumerate()]
+    return PAINTING in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_painting_can_be_stopped(page, pipeline, monkeypatch):
