@@ -34,16 +34,21 @@ class SourceConfig:
             .txt beside each image, or in subfolders whose names are the captions), `webdataset` (tar
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
             (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
-            `interleaved` (.jsonl or .parquet files). `datasets` is a data set of the library `datasets`, of images if
-            `image_column` is set, else of texts.
+            `interleaved` (.jsonl or .parquet files). Audio with transcripts or without: `audiofolder` (as `imagefolder`,
+            without the names of subfolders), and `webdataset`, `parquet` and `datasets` with `audio_column`. `datasets`
+            is a data set of the library `datasets`; without `image_column` and `audio_column` one of texts.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
             or among those of text, which fill the text slots left over.
         use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it; an
             item whose field `split` names a side is on that one.
-        text_column: Field or column of the captions or texts; null takes `text` or else `caption`.
+        text_column: Field or column of the captions or texts; null takes `text` or else `caption`, and of audio
+            `transcription` or else `text`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
+        audio_column: Field or column of the audio; of `webdataset` what a member's name ends with, such as `wav`. Without
+            `image_column` the source is one of audio. With it, and of `imagefolder` always, a document has text, image
+            and audio of one thing. Null takes `file_name` (audiofolder); other kinds then have no audio.
         source_image_column: Makes editing pairs of the images: the field or column of the image that is edited;
             `image_column` is that of the result, and `text_column` that of the instruction. Of `webdataset` both are
             what a member's name ends with, such as `source.png` and `target.png`.
@@ -52,17 +57,28 @@ class SourceConfig:
         name: Configuration of a `datasets` name, where it has several.
         split: Split of a `datasets` name.
         num_items: Pictures of `scenes`, all different; null is 10,000,000.
-        modality: What its media are, a key of `model.modalities`; not used by `text`.
+        modality: What its images are, a key of `model.modalities`.
+        audio_modality: What its audio is, likewise.
     """
 
     kind: Literal[
-        "openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved", "scenes"
+        "openmoji",
+        "imagefolder",
+        "audiofolder",
+        "webdataset",
+        "coco",
+        "parquet",
+        "datasets",
+        "text",
+        "interleaved",
+        "scenes",
     ] = "openmoji"
     path: str | None = None
     weight: float = 1.0
     use: Literal["split", "train", "held_out"] = "split"
     text_column: str | None = None
     image_column: str | None = None
+    audio_column: str | None = None
     source_image_column: str | None = None
     annotations: str | None = None
     images: str | None = None
@@ -70,6 +86,7 @@ class SourceConfig:
     split: str = "train"
     num_items: int | None = None
     modality: str = "image"
+    audio_modality: str = "speech"
 
 
 @dataclass
@@ -104,11 +121,16 @@ class DataConfig:
         image_fit: What brings an image to its size: `crop` cuts what is over, `stretch` changes the proportions, `pad`
             adds white.
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
+        max_audio_seconds: Longer audio is left out, and counted. As codes, audio of this length must fit a row.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
         slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), at least 2 of them
             where they have copies, see `image_context`.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        orders: What a document of one thing consists of, and in which order: modalities to a relative chance, such as
+            `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose items
+            it has; its other items are left out. Null puts all items into a document, and `caption_first_prob` decides
+            where the caption stands.
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
             noised patches. The copy takes an image slot of its own. An image that ends a caption-first document has
@@ -116,7 +138,8 @@ class DataConfig:
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
             (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
             there is no limit, and this key says nothing.
-        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
+        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance; with
+            `orders`, all that stands before the last item, if that is no text.
         edit_dropout: Chances that parts of an editing pair are left out, likewise.
         lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
             tried.
@@ -132,10 +155,12 @@ class DataConfig:
     buckets: list[list[int]] = field(default_factory=list)
     image_fit: Literal["crop", "stretch", "pad"] = "crop"
     random_flip: bool = False
+    max_audio_seconds: float = 30.0
     held_out_fraction: float = 0.05
     split_seed: int = 0
     slots: dict[str, int] = field(default_factory=lambda: {TEXT: 64, "image": 4})
     caption_first_prob: float = 0.8
+    orders: dict[str, float] | None = None
     image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1

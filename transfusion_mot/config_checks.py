@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ def check_ranges(config: Any) -> None:
         "optimizer.eps",
         "optimizer.max_grad_norm",
         "data.image_first_max_timestep",
+        "data.max_audio_seconds",
         "diffusion.min_snr_gamma",
         "model.rope_theta",
         "model.norm_eps",
@@ -142,6 +144,7 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
                 f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
             )
     least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
+    _check_orders(config.data.orders, set(modalities))
     least |= {f"codecs.{name}.batch_size": (codec.batch_size, 1) for name, codec in config.codecs.items()}
     for name, modality in modalities.items():
         least[f"model.modalities.{name}.loss_weight"] = modality.loss_weight, 0
@@ -175,6 +178,29 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
     sentence = " ".join(message.replace("Parser key ", "").split())
     sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
     sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
+def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None:
+    """Refuse orders of items that no document can have."""
+    if orders is None:
+        return
+    example = 'such as {"text image": 4, "image text": 1}'
+    for order, chance in orders.items():
+        names = order.split()
+        if unknown := [name for name in names if name not in modalities]:
+            raise UserError(
+                f"configuration: data.orders has '{order}', and '{unknown[0]}' is not in model.modalities, which has "
+                f"{', '.join(sorted(modalities))}; write names with a space between them, {example}"
+            )
+        if len(set(names)) < len(names) or set(names) <= {"text"}:
+            raise UserError(
+                f"configuration: data.orders has '{order}'; an order names each modality once, and one besides text, "
+                f"{example}"
+            )
+        if not 0 <= chance < math.inf:
+            raise UserError(f"configuration: data.orders has the chance {chance} for '{order}'; it must be at least 0")
+    if not sum(orders.values()) > 0:
+        raise UserError(f"configuration: data.orders has no order with a chance above 0; give some, {example}, or null")
+
+
     if "unrecognized arguments" in sentence:
         unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
