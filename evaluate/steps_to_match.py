@@ -7,29 +7,44 @@ Both are run folders of train.py. The answer is given for the loss of each modal
 steps_to_match.json, the table steps_to_match.md and the plot steps_to_match.png; see docs/evaluation.md.
 """
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command
-from transfusion_mot.evaluation.curves import plot_matches
-from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
-from transfusion_mot.training.plot import curve, labels_of
-
-AXES = ("step", "flops", "seconds")
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
     parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
     parser.add_argument(
         "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.evaluation.curves import plot_matches
+from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
+from transfusion_mot.training.plot import curve, labels_of
+
+AXES = ("step", "flops", "seconds")
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
     check_writable_folder(arguments.output, "output")
     a, b = (read_run(Path(run)) for run in (arguments.run_a, arguments.run_b))
     labels = labels_of([Path(arguments.run_a), Path(arguments.run_b)])

@@ -5,8 +5,6 @@ Transfusion (Zhou et al. 2024), appendix A; they differ in what stands between e
 """
 
 import json
-import logging
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from transfusion_mot.codec_training.losses import Objective
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
 from transfusion_mot.codecs.base import ImageCodec
 from transfusion_mot.codecs.image_codes import ImageCodes
-from transfusion_mot.config import AutoencoderTrainingConfig, parse_config, save_config
+from transfusion_mot.config import AutoencoderTrainingConfig, save_config
 from transfusion_mot.data.images import ImageArray, to_pixels
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder
@@ -38,17 +36,6 @@ _MAX_GRAD_NORM = 1.0
 # Length of the vectors that a saved `VQModel` looks up. Codes of half precision have length one but for 0.05 %, which
 # must not matter beside their direction.
 _VECTOR_LENGTH = 8.0
-
-
-def main() -> None:
-    """Train a codec and write it, its metrics and a grid of reconstructions into `output_dir`."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    config = parse_config(
-        AutoencoderTrainingConfig, sys.argv[1:], "Train an image codec: an AutoencoderKL, or with kind=codes a VQModel."
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = train_codec(config, device)
-    print(json.dumps({key: value for key, value in metrics.items() if key != "log"}, indent=2))
 
 
 def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict[str, Any]:

@@ -14,23 +14,12 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-
-from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.data.encoded_media import encoded_media
-from transfusion_mot.data.encoding import check_image_sizes
-from transfusion_mot.data.mixture import open_documents
-from transfusion_mot.data.sources.base import Split, counted
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.models.compilation import allow_shapes
-
-SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Encode and report, as the command line says."""
+def parse_arguments(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.data.cache",
         usage="%(prog)s [--config FILE] [key=value ...]",
@@ -39,7 +28,30 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    config = parse_config(RunConfig, rest, __doc__ or "")
+    return parse_config(RunConfig, rest, __doc__ or "")
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the configuration.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.data.encoded_media import encoded_media
+from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.mixture import open_documents
+from transfusion_mot.data.sources.base import Split, counted
+from transfusion_mot.models.compilation import allow_shapes
+
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Encode and report, as the command line says."""
+    config = parse_arguments(arguments)
     # This prepares a run with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from transfusion_mot.errors import UnreadableMedia, UserError
+
+# Commands that only read or draw files do not wait for PyTorch to load.
+if TYPE_CHECKING:
+    import torch
 
 ImageArray = npt.NDArray[np.uint8]
 ImageFit = Literal["crop", "stretch", "pad"]
@@ -258,13 +260,17 @@ def draw_transparent_svg(svg: str, size: int) -> Image.Image:
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))).convert("RGBA")
 
 
-def to_pixels(images_uint8: ImageArray | torch.Tensor) -> torch.Tensor:
+def to_pixels(images_uint8: "ImageArray | torch.Tensor") -> "torch.Tensor":
     """`uint8 [..., H, W, 3]` => `pixels` in [-1, 1], float32 `[..., 3, H, W]`, on the device of the input."""
+    import torch
+
     return torch.as_tensor(images_uint8).movedim(-1, -3).float().div(127.5).sub(1.0)
 
 
-def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+def to_pil(pixels: "torch.Tensor") -> list[Image.Image]:
     """`pixels` in [-1, 1] `[B, 3, H, W]` => RGB pictures; values outside the range are clamped."""
+    import torch
+
     images_uint8 = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
     return [Image.fromarray(image) for image in images_uint8.movedim(1, -1).numpy()]
 
@@ -274,6 +280,8 @@ def grid(images: Sequence[Image.Image], labels: Sequence[str] | None, columns: i
 
     Small pictures are enlarged by a whole factor without smoothing, so that every pixel stays visible.
     """
+    import matplotlib
+
     factor = max(1, _CELL // max(image.width for image in images))
     enlarged = [
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images

@@ -16,12 +16,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """The options of the command line, and the configuration behind them.
+
+    Raises:
+        UserError: There are mistakes in them.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
+    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
+    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
+    given, rest = parser.parse_known_args(arguments)
+    if given.rows < 1:
+        raise UserError(f"--rows is {given.rows}; it must be at least 1")
+    return given, parse_config(RunConfig, rest, __doc__ or "")
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from transfusion_mot.codecs.load import load_codec
-from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.encoded_media import EncodedMedia
@@ -34,7 +62,6 @@ from transfusion_mot.data.row_picture import draw_row
 from transfusion_mot.data.sources.base import Documents, ImageSet, Split, Text, counted
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.inputs import TokenInput
 
 # Documents of a source whose lengths are looked at, evenly spaced.
@@ -272,19 +299,8 @@ def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> I
 
 def main(arguments: Sequence[str]) -> None:
     """Print and draw, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfusion_mot.data.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
-    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
-    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
-    given, rest = parser.parse_known_args(arguments)
-    if given.rows < 1:
-        raise UserError(f"--rows is {given.rows}; it must be at least 1")
+    given, config = parse_arguments(arguments)
     prepare_picture(Path(given.picture))
-    config = parse_config(RunConfig, rest, __doc__ or "")
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
 

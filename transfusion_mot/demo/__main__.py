@@ -1,11 +1,6 @@
 """Open the page: python -m transfusion_mot.demo --checkpoint runs/emoji"""
 
-import torch
-
-from transfusion_mot.cli.loading import load_pipeline
 from transfusion_mot.cli.options import DTYPES, OneLineParser
-from transfusion_mot.demo.page import build_page, launch_options
-from transfusion_mot.demo.shared import MAX_QUEUE, gr
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 
@@ -20,6 +15,13 @@ def main() -> None:
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")
     arguments = parser.parse_args()
+    # PyTorch takes seconds to load. --help and mistakes in the options do not wait for it.
+    import torch
+
+    from transfusion_mot.cli.loading import load_pipeline
+    from transfusion_mot.demo.page import build_page, launch_options
+    from transfusion_mot.demo.shared import MAX_QUEUE, gr
+
     if gr is None:
         raise UserError("the page needs gradio; install it with pip install 'transfusion-mot[demo]'")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,12 +17,48 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import metrics_table, read_report
 from transfusion_mot.files import check_writable_folder
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line.
+
+    Raises:
+        UserError: The output cannot be written, or options do not go together.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.sampling.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
+    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
+    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
+    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
+    parser.add_argument(
+        "--language-model",
+        choices=["float32", "bfloat16"],
+        metavar="FORMAT",
+        help="write the text tower as a language model of transformers, with weights in float32 or bfloat16",
+    )
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "output")
+    if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
+        raise UserError("--language-model writes no model card; leave out the other options")
+    return given
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+import torch
+from torch import Tensor
+
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export_language_model import export_language_model
 from transfusion_mot.training.checkpoint import find_snapshot, written_aside
@@ -80,27 +116,8 @@ def with_section(card: str, title: str, text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Export, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfusion_mot.sampling.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
-    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
-    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
-    parser.add_argument(
-        "--language-model",
-        choices=["float32", "bfloat16"],
-        metavar="FORMAT",
-        help="write the text tower as a language model of transformers, with weights in float32 or bfloat16",
-    )
-    given = parser.parse_args(arguments)
-    check_writable_folder(given.output, "output")
+    given = parse_arguments(arguments)
     if given.language_model is not None:
-        if given.licences is not None or given.evaluation is not None or given.max_megabytes is not None:
-            raise UserError("--language-model writes no model card; leave out the other options")
         sizes = export_language_model(given.checkpoint, Path(given.output), getattr(torch, given.language_model))
         _print_sizes(sizes, given.output)
         return

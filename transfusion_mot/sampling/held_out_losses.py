@@ -16,14 +16,13 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import Documents, Text
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
 from transfusion_mot.training.validation import Validation
-
-TIMESTEP_BINS = 10
 
 _logger = logging.getLogger(__name__)
 
