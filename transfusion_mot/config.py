@@ -20,6 +20,8 @@ from transfusion_mot.errors import UserError
 
 # What of a block can have adapters: maps of the attention and of the feed-forward.
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
+# What a modality is trained for; `read` is for nothing.
+Objective = Literal["next_token", "diffusion", "read"]
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -125,7 +127,7 @@ class DataConfig:
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
         slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), at least 2 of them
-            where they have copies, see `image_context`.
+            where they have copies, see `image_context`; of a modality that is only read, clean images.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
         orders: What a document of one thing consists of, and in which order: modalities to a relative chance, such as
             `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose items
@@ -133,8 +135,8 @@ class DataConfig:
             where the caption stands.
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
-            noised patches. The copy takes an image slot of its own. An image that ends a caption-first document has
-            none, and no label behind it.
+            noised patches. The copy takes an image slot of its own, or one of the modality that reads the image. An
+            image that ends a caption-first document has none, and no label behind it.
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
             (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
             there is no limit, and this key says nothing.
@@ -211,12 +213,19 @@ class CodecConfig:
 
     Attributes:
         path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of a tokenizer of images: `VQModel` of
-            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`).
+            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`); or of a tokenizer
+            of sound, see docs/codecs.md.
         batch_size: Images encoded or decoded at a time.
+        num_codebooks: Tokenizers of sound with several codebooks only: how many of them are used, beginning with the
+            first. A frame of sound becomes so many codes. Null is the number that a snapshot was trained with, else 1.
+        layer: `HubertModel` only: the hidden layer whose states the centroids are of. Null is the layer that a snapshot
+            was trained with, else the last.
     """
 
     path: str = "checkpoints/vae-emoji"
     batch_size: int = 64
+    num_codebooks: int | None = None
+    layer: int | None = None
 
 
 @dataclass
@@ -256,11 +265,12 @@ class ModalityConfig:
 
     Attributes:
         tower: The tower whose weights its slots use. Several modalities may share one; all on one is the dense model.
-        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents.
+        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents, `read` for the
+            clean latents of another modality, which are read and have no loss.
         loss_weight: Factor of its mean loss in the total (the papers' lambda for images is 5).
-        attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs `diffusion`. null
-            is what the papers have: bidirectional for `diffusion`, causal for `next_token`.
-        patch_size: `diffusion` only: latent pixels per side of a patch.
+        attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs latents. null is
+            what the papers have: bidirectional for latents, causal for `next_token`.
+        patch_size: Latents only: latent pixels per side of a patch; of `read` as many as in the modality that it reads.
         adapter: `diffusion` only: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
         unet_channels: Widths of the blocks of the `unet` adapter, multiples of 32: one for each halving of the patch
             size and at least one more.
@@ -268,10 +278,12 @@ class ModalityConfig:
         tied_embeddings: `next_token` only: embedding and head are one matrix.
         vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
             language models whose vocabulary is padded. Null is as many as there are ids.
+        reads: `read` only: the modality whose clean copies (`data.image_context: clean`) and source images of editing
+            pairs stand in slots of this one, and go through the tower of this one.
     """
 
     tower: str
-    objective: Literal["next_token", "diffusion"] = "next_token"
+    objective: Objective = "next_token"
     loss_weight: float = 1.0
     attention: Literal["causal", "bidirectional"] | None = None
     patch_size: int = 2
@@ -280,11 +292,12 @@ class ModalityConfig:
     unet_num_layers: int = 2
     tied_embeddings: bool = False
     vocab_size: int | None = None
+    reads: str | None = None
 
     @property
     def is_bidirectional(self) -> bool:
         """Whether the slots of a span see all of it."""
-        return (self.attention or ("bidirectional" if self.objective == "diffusion" else "causal")) == "bidirectional"
+        return (self.attention or ("causal" if self.objective == "next_token" else "bidirectional")) == "bidirectional"
 
 
 @dataclass
@@ -363,6 +376,21 @@ class ModelConfig:
     def of_objective(self, objective: Literal["next_token", "diffusion"]) -> list[str]:
         """Modalities with this objective, in the order of their slots."""
         return [name for name in self.stream_order if self.modalities[name].objective == objective]
+
+    @property
+    def made(self) -> list[str]:
+        """Modalities with a loss, in the order of their slots: the model makes them, and they have begin and end
+        tokens. All but those that are only read."""
+        return [name for name in self.stream_order if self.modalities[name].objective != "read"]
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """Modality to the one in whose slots its clean latents stand, of those that have such a one."""
+        return {modality.reads: name for name, modality in self.modalities.items() if modality.reads is not None}
+
+    def content_of(self, name: str) -> str:
+        """The modality whose media stand in the slots of `name`: itself, or the one that it reads."""
+        return self.modalities[name].reads or name
 
 
 @dataclass

@@ -134,17 +134,18 @@ def check_ranges(config: Any) -> None:
 
 def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     """Refuse modalities without slots or codec, slots and codecs without modality, and numbers none can have."""
+    read = {name: modality.reads for name, modality in modalities.items() if modality.objective == "read"}
     for section, given, needed in (
         ("data.slots", config.data.slots, set(modalities)),
-        ("codecs", config.codecs, set(modalities) - {"text"}),
+        ("codecs", config.codecs, set(modalities) - {"text", *read}),
     ):
         if set(given) != needed:
             raise UserError(
                 f"configuration: {section} has {', '.join(given) or 'nothing'}, and the modalities of model.modalities "
                 f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
             )
-    least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
     _check_orders(config.data.orders, set(modalities))
+    least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
     least |= {f"codecs.{name}.batch_size": (codec.batch_size, 1) for name, codec in config.codecs.items()}
     for name, modality in modalities.items():
         least[f"model.modalities.{name}.loss_weight"] = modality.loss_weight, 0
@@ -152,13 +153,20 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for key, (number, smallest) in least.items():
         if not number >= smallest:
             raise UserError(f"configuration: {key} is {number}; it must be at least {smallest}")
-    for name in (name for name, modality in modalities.items() if modality.objective == "diffusion"):
-        if config.data.has_copies and config.data.slots[name] < 2:
+    for name in read:
+        if not config.data.has_copies:
+            raise UserError(
+                f"configuration: model.modalities.{name} reads clean latents, and data.image_context is noised, so that "
+                "captions are read off noised ones; set data.image_context=clean"
+            )
+    for name in (name for name, modality in modalities.items() if modality.objective != "next_token"):
+        is_apart = name in read or name in read.values()
+        if config.data.has_copies and config.data.slots[name] < 2 and not is_apart:
             raise UserError(
                 f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must "
                 "be at least 2, for an image and its clean copy"
             )
-        if config.data.has_edits and config.data.slots[name] < 2:
+        if config.data.has_edits and config.data.slots[name] < 2 and not is_apart:
             raise UserError(
                 f"configuration: data.slots.{name} is {config.data.slots[name]}; with editing pairs it must be at "
                 "least 2, for a source image and its result"
@@ -170,14 +178,6 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
             )
 
 
-def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
-    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
-    if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
-        parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
-        return f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
-    sentence = " ".join(message.replace("Parser key ", "").split())
-    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
-    sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
 def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None:
     """Refuse orders of items that no document can have."""
     if orders is None:
@@ -201,6 +201,14 @@ def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None
         raise UserError(f"configuration: data.orders has no order with a chance above 0; give some, {example}, or null")
 
 
+def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
+    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
+    if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
+        parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
+        return f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
+    sentence = " ".join(message.replace("Parser key ", "").split())
+    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
+    sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
     if "unrecognized arguments" in sentence:
         unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):

@@ -1,19 +1,19 @@
 """The codec of a modality, from its section of the configuration."""
 
-from typing import Literal
-
 import torch
 from diffusers import AutoencoderKL
 
+from transfusion_mot.codecs.audio_codes import AudioCodes
+from transfusion_mot.codecs.audio_codes import CLASSES as AUDIO_CLASSES
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.checkpoint import class_name_of
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import CodecConfig
+from transfusion_mot.config import CodecConfig, Objective
 from transfusion_mot.errors import UserError
 
 
-def load_codec(config: CodecConfig, objective: Literal["next_token", "diffusion"], device: torch.device | str) -> Codec:
+def load_codec(config: CodecConfig, objective: Objective, device: torch.device | str) -> Codec:
     """Load a codec in float32: an `AutoencoderKL` for `diffusion`, one that gives codes for `next_token`.
 
     Raises:

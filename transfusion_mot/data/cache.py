@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     for split in SPLITS:
         # The first process indexes the sources, the others find the index.
         with accelerator.main_process_first():
-            sources = open_documents(data, split)
+            sources = open_documents(data, split, config.model.readers.values())
         for name, images in (named for source in sources for named in source.documents.media.items()):
             begun = time.perf_counter()
             encoded = encoded_media(

@@ -2,8 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -96,12 +97,12 @@ class Document:
             if skipped >= length:
                 continue
             if isinstance(segment, Media):
-                name = segment.modality
-                if slots[name] + segment.num_slots > room[name] or slots[self.stream] + 2 > room[self.stream]:
-                    return Piece(segments, slots, begin_ids[name], passed - 1)
+                # With begin and end token.
+                taken = slots + segment.slots + Counter({self.stream: 2})
+                if any(taken[name] > room[name] for name in taken):
+                    return Piece(segments, slots, begin_ids[segment.modality], passed - 1)
                 segments.append(segment)
-                slots[name] += segment.num_slots
-                slots[self.stream] += 2
+                slots = taken
                 continue
             if slots[self.stream] + length - skipped > room[self.stream]:
                 end = skipped if segments else skipped + room[self.stream]
@@ -141,11 +142,15 @@ class DocumentReader:
     Args:
         tokenizer: Turns text into ids and knows the special ones.
         config: Draws that shape documents, and how long a caption may be.
+        readers: Modality to the one in whose slots its clean latents stand, where that is another one.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, config: DataConfig, readers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.readers = readers
         self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
@@ -220,7 +225,8 @@ class DocumentReader:
         # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
         left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
         condition = condition if left_out in (0, 3) else []
-        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
+        slots = sum((media.slots for media in (*condition, *target)), Counter[str]())
+        if any(count > self.config.slots[name] for name, count in slots.items()):
             document.too_long += 1
             return document
         document.segments = [
@@ -272,7 +278,7 @@ class DocumentReader:
             UserError: The system fails to read them.
         """
         flipped = flipped and self.config.random_flip
-        encoded = source.encoded.get(item.modality)
+        encoded, reader = source.encoded.get(item.modality), self.readers.get(item.modality)
         if encoded is None:
             try:
                 pixels = source.documents.media[item.modality].image(item.index)
@@ -282,15 +288,15 @@ class DocumentReader:
                 return []
             pixels = pixels[:, ::-1] if flipped else pixels
             content = LatentMedia(item.index, flipped, max_timestep, pixels)
-            return [Media(item.modality, content, copied, item.is_condition)]
+            return [Media(item.modality, content, copied, item.is_condition, reader)]
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return []
         if encoded.kind == "latents":
             content = LatentMedia(item.index, flipped, max_timestep, None)
-            return [Media(item.modality, content, copied, item.is_condition)]
+            return [Media(item.modality, content, copied, item.is_condition, reader)]
         media = Media(item.modality, encoded.span(item.index, flipped), is_condition=item.is_condition)
-        if media.num_slots > self.config.slots[item.modality]:
+        if media.slots[item.modality] > self.config.slots[item.modality]:
             document.too_long += 1
             return []
         return [media]

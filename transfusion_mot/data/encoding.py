@@ -70,7 +70,9 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
             side = codec.downsampling * model.modalities[name].patch_size
             grids = [(height // side, width // side) for height, width in data.image_sizes]
             each = [rows * columns if model.rope == "1d" else max(rows, columns) for rows, columns in grids]
-        longest += data.slots[name] * max(each)
+        # Sources of edits have positions of their own; a clean copy has those of its image.
+        reader = model.readers.get(name) if data.has_edits else None
+        longest += (data.slots[name] + (0 if reader is None else data.slots[reader])) * max(each)
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise UserError(
             f"a row has up to {longest} rotary positions, and the model has {model.max_position_embeddings}, beyond "

@@ -157,7 +157,7 @@ class Inspection:
                     source,
                     encoded={name: unencoded(index, name, media) for name, media in source.documents.media.items()},
                 )
-                for index, source in enumerate(open_documents(self.data, split))
+                for index, source in enumerate(open_documents(self.data, split, config.model.readers.values()))
             ]
 
         self.sources = Sources(opened("train"), shapes)
@@ -174,8 +174,8 @@ class Inspection:
         """The run's if there is one, else the configured one, else one trained as the run would."""
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
-            return load_tokenizer(str(kept), self.config.model.stream_order)
-        model, modalities = self.config.model, self.config.model.stream_order
+            return load_tokenizer(str(kept), self.config.model.made)
+        model, modalities = self.config.model, self.config.model.made
         if self.config.tokenizer.path is not None:
             return load_tokenizer(self.config.tokenizer.path, modalities, model.has_pretrained_text)
         return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size, modalities)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,15 +254,20 @@ def counter(source: str, what: str) -> str:
     return f"sources/{source}/{what}"
 
 
-def open_documents(data: DataConfig, split: Split) -> list[Source]:
+def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()) -> list[Source]:
     """Open every source of a split; one of which nothing is held out is left out.
+
+    Args:
+        data: The sources, and the slots of each modality.
+        split: Of the documents.
+        readers: Modalities whose slots hold media of other ones, so that no source has them.
 
     Raises:
         UserError: A source cannot be opened or has a modality that rows have not, two of the same data have another
             `use`, or a modality has nothing to train on.
     """
     for config in data.sources:
-        media = [name for name in data.slots if name != TEXT]
+        media = [name for name in data.slots if name != TEXT and name not in readers]
         if has_media(config) and config.modality not in media:
             raise UserError(
                 f"a source of kind '{config.kind}' has the modality '{config.modality}', and model.modalities has "
@@ -272,14 +277,14 @@ def open_documents(data: DataConfig, split: Split) -> list[Source]:
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
     sources = [source for source in sources if len(source.documents)]
     if split == "train":
-        _refuse_without_media(sources, data)
+        _refuse_without_media(sources, data, readers)
     return sources
 
 
-def _refuse_without_media(sources: list[Source], data: DataConfig) -> None:
+def _refuse_without_media(sources: list[Source], data: DataConfig, readers: Collection[str]) -> None:
     """Refuse modalities of which no source has anything to train on."""
-    found = {name for source in sources for name in source.documents.modalities}
-    for missing in (name for name in data.slots if name != TEXT and name not in found):
+    found = {TEXT, *readers, *(name for source in sources for name in source.documents.modalities)}
+    for missing in (name for name in data.slots if name not in found):
         if any(has_media(s) and s.modality == missing and s.use == "held_out" for s in data.sources):
             raise UserError(
                 f"all sources of data.sources that have {missing} media are held out; set 'use' of one to train or "

@@ -54,7 +54,7 @@ def model_card(
 
 # {config.output_dir.rstrip("/").split("/")[-1]}
 
-One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://arxiv.org/abs/2408.11039),
+One transformer over {" and ".join(model.made)} ([Transfusion](https://arxiv.org/abs/2408.11039),
 [Mixture-of-Transformers](https://arxiv.org/abs/2411.04996)), trained with `transfusion_mot`. Averaged weights (decay
 {training.ema_decay}) after {step:,} of {training.num_steps:,} steps.
 
@@ -120,6 +120,8 @@ def _loading(base: str | None) -> str:
 def _described(name: str, config: RunConfig) -> str:
     """Objective, tower and slots of a modality."""
     modality, slots = config.model.modalities[name], config.data.slots[name]
+    if modality.objective == "read":
+        return f"clean {modality.reads} items, which are only read; tower `{modality.tower}`; {slots:,} items a row"
     common = f"tower `{modality.tower}`, loss weight {modality.loss_weight:g}"
     if modality.objective == "next_token":
         return f"next-token prediction; {common}; {slots:,} tokens a row"

@@ -103,7 +103,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     if config.tokenizer.path is not None:
         try:
             model = config.model
-            tokenizer = load_tokenizer(config.tokenizer.path, model.stream_order, model.has_pretrained_text)
+            tokenizer = load_tokenizer(config.tokenizer.path, model.made, model.has_pretrained_text)
             vocab_size = tokenizer.vocab_size
         except UserError:
             rows = config.model.modalities[TEXT].vocab_size

@@ -58,19 +58,17 @@ class RunData:
         check_positions(config.data, codecs, config.model)
         if config.training.float8:
             check_float8(config, accelerator, codecs)
+        readers = config.model.readers.values()
         with accelerator.main_process_first():
-            documents = open_documents(config.data, "train")
-            held_out = open_documents(config.data, "held_out")
+            documents = open_documents(config.data, "train", readers)
+            held_out = open_documents(config.data, "held_out", readers)
             tokenizer = open_tokenizer(config, documents, state=state, is_main_process=accelerator.is_main_process)
         return cls(
             codecs,
             tokenizer,
             with_encoded(documents, config.data, codecs, config.codecs, accelerator, all_documents=True),
             with_encoded(held_out, config.data, codecs, config.codecs, accelerator),
-            OnlineEncoder(
-                {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
-                {name: codec.batch_size for name, codec in config.codecs.items()},
-            ),
+            OnlineEncoder.of_model(config.model, codecs, config.codecs),
         )
 
     @property
@@ -91,7 +89,7 @@ def open_tokenizer(
 
     The main process saves it into the run folder; the others, which come later, find it there.
     """
-    folder, modalities = Path(config.output_dir) / "tokenizer", config.model.stream_order
+    folder, modalities = Path(config.output_dir) / "tokenizer", config.model.made
     if not is_main_process:
         return load_tokenizer(str(folder), modalities)
     if state is not None:

@@ -122,7 +122,7 @@ class Training:
             encoder=data.encoder,
         )
         microbatch_rows = training.microbatch_rows or training.num_rows // world_size
-        loss_weights = {name: modality.loss_weight for name, modality in config.model.modalities.items()}
+        loss_weights = {name: config.model.modalities[name].loss_weight for name in config.model.made}
 
         def plain_step(batch: Batch) -> StepResult:
             return train_step(
@@ -160,7 +160,7 @@ class Training:
         guards = Guards(
             accelerator,
             wrapped,
-            {name: model.modality(name) for name in config.model.stream_order},
+            {name: model.modality(name) for name in config.model.made},
             packer=packer,
             encoder=data.encoder,
             lanes=loader.lanes,
@@ -208,8 +208,11 @@ def _described(
 def _expected_epochs(packer: Packer, num_steps: int) -> str:
     """How often images will be read, with a warning where it is very often; nothing about codes, whose lengths vary."""
     documents = packer.sources.num_media_documents()
-    slots = sum(packer.config.slots[name] for name in packer.model.of_objective("diffusion"))
-    images = packer.num_lanes * slots // (1 + packer.config.has_copies)
+    latents, readers = packer.model.of_objective("diffusion"), packer.model.readers
+    slots = sum(
+        packer.config.slots[name] // (1 + (packer.config.has_copies and name not in readers)) for name in latents
+    )
+    images = packer.num_lanes * slots
     epochs = num_steps * images / max(1, documents)
     if not slots or not documents:
         return ""

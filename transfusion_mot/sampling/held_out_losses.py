@@ -28,13 +28,12 @@ _logger = logging.getLogger(__name__)
 
 
 def codecs_of(pipeline: TransfusionPipeline, config: RunConfig, device: torch.device) -> dict[str, Codec]:
-    """The codec of each modality but text: of pictures that of the pipeline, of others those of its run."""
+    """The codec of each modality but text: those of the pipeline, of other modalities those of its run."""
+    own = pipeline.codecs
     return {
-        name: pipeline.codec
-        if name == pipeline.image_modality
-        else load_codec(config.codecs[name], modality.objective, device)
+        name: own[name] if name in own else load_codec(config.codecs[name], modality.objective, device)
         for name, modality in config.model.modalities.items()
-        if name != TEXT
+        if name in config.model.made and name != TEXT
     }
 
 
@@ -120,10 +119,7 @@ def diffusion_metrics(
     latents = config.model.of_objective("diffusion")
     # Attention is compiled for the rows of each bucket.
     allow_shapes(len(config.data.image_sizes))
-    encoder = OnlineEncoder(
-        {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
-        {name: config.codecs[name].batch_size for name in latents},
-    )
+    encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
     # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
@@ -146,7 +142,9 @@ def diffusion_metrics(
             for held_out, media_slots in parts:
                 own = held_out.num_media_documents()
                 count = own if num_images is None else max(1, num_images * own // available)
-                slots = config.data.slots | dict.fromkeys(latents, 1 if dropout else media_slots)
+                readers = config.model.readers
+                each = {name: 1 if dropout or name in readers else media_slots for name in latents}
+                slots = config.data.slots | each | dict.fromkeys(readers.values(), 1)
                 validation = Validation(
                     held_out,
                     pipeline.text_tokenizer,

@@ -138,7 +138,7 @@ class RunLog:
         self.model = model
         self.seen = Counter(seen)
         self.sources = sources
-        self.modalities = config.model.stream_order
+        self.modalities = config.model.made
         self.counted = [
             *counted_by(config.model),
             *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED),

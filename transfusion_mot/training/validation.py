@@ -106,7 +106,7 @@ class Validation:
     def losses(self, model: TransfusionMoT, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses over all held-out rows, by name; called by all ranks, which share the rows."""
         timesteps = TIMESTEPS if self.latents else ()
-        names = model.architecture.stream_order
+        names = model.architecture.made
         # Captions behind their media, captions in front of them, and these at each timestep.
         sums = torch.zeros(2 + len(timesteps), len(names), 2, dtype=torch.float64, device=_device(model))
         with accelerator.autocast():
@@ -175,7 +175,7 @@ def _device(model: TransfusionMoT) -> torch.device:
 def _sums_and_counts(model: TransfusionMoT, batch: Batch) -> Tensor:
     """[modalities, 2]: summed loss of each modality, and its labelled tokens or elements."""
     terms = loss_terms(model, batch)
-    sums = torch.stack([terms[name].losses.sum() for name in batch.inputs])
+    sums = torch.stack([terms[name].losses.sum() for name in batch.with_loss])
     return torch.stack([sums.double(), batch.counts()], dim=1)
 
 
@@ -198,12 +198,13 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
             for item in source.documents.document(pool.item(position)):
                 if not isinstance(item, MediaItem):
                     continue
-                encoded, length = source.encoded.get(item.modality), 1 + is_copied
+                encoded, reader = source.encoded.get(item.modality), config.model.readers.get(item.modality)
+                media = Media(item.modality, None, is_copied, item.is_condition, reader)
                 if encoded is not None and encoded.kind == "codes":
                     if not encoded.readable[item.index]:
                         continue
-                    length = Media(item.modality, encoded.span(item.index)).num_slots
-                taken[item.modality] += length
+                    media = Media(item.modality, encoded.span(item.index))
+                taken += media.slots
             shortest |= {name: min(length, shortest.get(name, length)) for name, length in taken.items()}
     return max(1, sum(config.data.slots[name] // length for name, length in shortest.items()))
 
@@ -211,7 +212,10 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
 def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
     """Rows that about as many documents of tokens alone fill as a validation uses, or all held-out ones if they are
     fewer."""
-    most, reader = config.training.num_validation_documents, DocumentReader(tokenizer, config.data)
+    most, reader = (
+        config.training.num_validation_documents,
+        DocumentReader(tokenizer, config.data, config.model.readers),
+    )
     num_rows = 1
     for name, indices in sources.stream_pools.items():
         pools = [sources.pools[index] for index in indices]
