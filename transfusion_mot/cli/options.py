@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.installed import as_called
 
 DTYPES = ("bf16", "fp32")
 # The tasks that paint prompts, and edit a picture as they say.
@@ -25,9 +26,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
         UserError: Options that do not exist, need another one, or exclude each other.
     """
     parser = OneLineParser(
-        description=description,
+        description=as_called(description),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
-        usage="sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]",
+        usage=as_called("python sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]"),
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint, or a text to go on with")
     add = parser.add_argument
