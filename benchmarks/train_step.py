@@ -380,12 +380,11 @@ def compare(
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 result["waits_for_device"] = waits_for_device(contender)
             if turn == 0 and isinstance(contender, Contender) and (peak := peak_flops(device)) is not None:
-                config = contender.config
                 with accelerator.autocast():
                     kernel, _ = contender.model.kernel(device, layout.slots)
                 pairs = block_pairs(sample, contender.model, 64 if kernel == "interval" else 128)
-                attention = flops_per_pair(config) * pairs
-                row_flops = weight_flops_per_row(contender.model, RowShape.of_batch(config, sample))
+                attention = flops_per_pair(contender.model) * pairs
+                row_flops = weight_flops_per_row(contender.model, RowShape.of_batch(contender.config, sample))
                 result |= {"flops_per_step": (row_flops + attention) * layout.rows, "peak_flops": peak}
                 result["attention"] = kernel
             if turn == 0 and name == "mot" and options.profile:

@@ -156,7 +156,7 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for name in read:
         if not config.data.has_copies:
             raise UserError(
-                f"configuration: model.modalities.{name} reads clean latents, and data.image_context is noised, so that "
+                f"configuration: model.modalities.{name} reads clean latents, and with data.image_context=noised "
                 "captions are read off noised ones; set data.image_context=clean"
             )
     for name in (name for name, modality in modalities.items() if modality.objective != "next_token"):

@@ -169,6 +169,11 @@ class MoTBlock(nn.Module):
         """Towers whose keys and values a tower reads without a gradient."""
         return tuple(name for name in self.insulated if name != tower)
 
+    @property
+    def num_attentions(self) -> int:
+        """How often attention is computed in training."""
+        return len({self.closed_to(tower) for tower in self.qkv.owner})
+
     def _attend(
         self,
         towers: list[str],

@@ -306,7 +306,7 @@ def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpu
 
 def time_line(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     """FLOPs of a token and the length of the run."""
-    of_row = weight_flops_per_row(model, shape) + shape.causal_pairs * flops_per_pair(config.model)
+    of_row = weight_flops_per_row(model, shape) + shape.causal_pairs * flops_per_pair(model)
     of_step = of_row * config.training.num_rows
     peak = PEAK_FLOPS[next(name for name in PEAK_FLOPS if gpu.startswith(name))]
     seconds = of_step / (gpus * peak * mfu)

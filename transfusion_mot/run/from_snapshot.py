@@ -99,7 +99,7 @@ class SnapshotStart:
         differing = [
             f"model.{key}, which they do not have" if before is None else f"model.{key} is {now} and was {before}"
             for key, before, now in _differences(to_dict(self.model), to_dict(config.model))
-            if not any(fnmatch(key, free) for free in _FREE)
+            if not any(fnmatch(key, free) for free in [*_FREE, *(f"modalities.{name}" for name in self._new(config))])
         ]
         if differing:
             raise UserError(
@@ -141,8 +141,16 @@ class SnapshotStart:
         """
         source = self.name if str(self.folder) == self.name else f"{self.name} ({self.folder.name})"
         report = take_all(model, self.weight_files(), source)
+        new = self._new(config)
+        for name in (name for name in report.missing if name.startswith("modalities.")):
+            if (modality := name.split(".")[1]) in new:
+                report.missing[name] = f"{modality} is new: drawn at random"
         report.notes += self._notes(config)
         return report
+
+    def _new(self, config: RunConfig) -> list[str]:
+        """Modalities of a run that its model does not have, and that are only read: a way in is all that they add."""
+        return [name for name in config.model.readers.values() if name not in self.model.modalities]
 
     def weight_files(self) -> WeightFiles:
         """The weights of its transformer; they are downloaded now if they lie on the hub.

@@ -250,7 +250,7 @@ class RunLog:
             steps,
             time.perf_counter() - self.started,
             self.slots,
-            self.flops + flops_per_pair(self.config.model) * pairs.item(),
+            self.flops + flops_per_pair(self.model) * pairs.item(),
             dict(zip(self.counted, map(int, counted.tolist()), strict=True)),
             sums_by_source,
             sums_by_timestep,
