@@ -179,7 +179,7 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
     assert isinstance(load_codec(latents, "diffusion", "cpu"), LatentCodec)
     assert isinstance(load_codec(latents, "diffusion", "cpu"), Autoencoder)
     with pytest.raises(
-        UserError, match=r"is of class AutoencoderKL, .*next_token needs VQModel or .*objective to diffusion"
+        UserError, match=r"is of class AutoencoderKL, .*next_token needs VQModel, .*objective to diffusion"
     ):
         load_codec(latents, "next_token", "cpu")
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
     ("config", "words"),
     [
         ({"architectures": ["ChameleonForConditionalGeneration"]}, "save the tokenizer of images, its `vqmodel`"),
-        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel or"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel,"),
         ({"model_type": "bert"}, "no codec at"),
         ({"architectures": []}, "no codec at"),
         ([], "no codec at"),

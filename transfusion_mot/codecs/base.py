@@ -6,7 +6,8 @@ A codec of the kind `latents` gives the mean and standard deviation of normalise
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -160,6 +161,19 @@ def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(weight.float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Computes in float32 as it is: no autocast, and no TF32, which has as few bits as half precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        # TF32 is the default of convolutions on CUDA.
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_image_size(side: int, multiple: int, name: str = "image_size", part: str = "a patch") -> None:
