@@ -1,27 +1,28 @@
-"""What a training run is for: a diffusers pipeline that paints prompts, captions images and goes on with text."""
+"""What a training run is for: a diffusers pipeline that paints, describes, speaks, listens and goes on with text."""
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from transfusion_mot.config import TEXT
+from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.images import to_pil
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.modalities import TokenModality
-from transfusion_mot.sampling import pictures
+from transfusion_mot.sampling import pictures, speech
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.documents import Generators, Item, one_each
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import AUTO, Making, OpenDocument
 from transfusion_mot.sampling.variations import Pictures, as_pictures
 
-# What is generated: texts, pictures, and of other modalities codes, or latents [C, Y, X].
-Result = str | Image.Image | list[int] | Tensor
+# What is generated: texts, pictures, audio, and of other modalities codes, or latents [C, Y, X].
+Result = str | Image.Image | Audio | list[int] | Tensor
 
 
-# Its class is not imported by name: diffusers takes a module with two pipeline classes for no custom pipeline.
-class TransfusionPipeline(pictures.PicturePipeline):
-    """Text to image, image to text, text to text and documents of both with one transformer.
+# Classes are not imported by name: diffusers takes a module with two pipeline classes for no custom pipeline.
+class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
+    """Text, images and speech to each other, and documents of them, with one transformer.
 
     `TransfusionPipeline.from_pretrained(snapshot)("a red apple").images[0]` is a picture.
     """
@@ -142,7 +143,7 @@ class TransfusionPipeline(pictures.PicturePipeline):
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
         size = self.sizes.painted(height, width, [item for item in document if isinstance(item, Image.Image)][:1])
-        whole = OpenDocument([item if isinstance(item, str) else self._encode([item], size)[0] for item in document])
+        whole = OpenDocument([self.encode_item(item, size) for item in document])
         denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, [generator])
         making = self._picture_making(size, max_images, denoise, Decoding(1, code_temperature, code_top_p, code_top_k))
         self._sampler([whole], AUTO, generators=[generator], decoding=decoding, making=making, guidance=guidance).run()
@@ -172,8 +173,8 @@ class TransfusionPipeline(pictures.PicturePipeline):
         """Go on with documents in any modality of the model.
 
         Args:
-            documents: Each in reading order: texts, pictures, and `Media` of other modalities, whose content is the
-                latents [C, Y, X], or `start`, the codes and `end`.
+            documents: Each in reading order: texts, pictures, `Audio`, and `Media` of any modality, whose content is
+                the latents [C, Y, X], or `start`, the codes and `end`.
             target: The modality of what follows.
             max_new_tokens: Most tokens of a text, or of codes that are no picture: the model decides where they end.
             num_inference_steps: Reverse steps of what is made by diffusion; None is the pipeline's own number.
@@ -185,7 +186,8 @@ class TransfusionPipeline(pictures.PicturePipeline):
             generator: One for each document, or one for all.
 
         Returns:
-            Of each document a text, a picture, the codes, or the latents [C, Y, X].
+            Of each document a text, a picture or `Audio`; of modalities without a codec the codes, or the latents
+            [C, Y, X].
 
         Raises:
             UserError: An argument is out of its range or missing, or a document cannot be used.
@@ -195,24 +197,25 @@ class TransfusionPipeline(pictures.PicturePipeline):
             raise UserError(f"target is '{target}'; the model has {', '.join(names)}")
         if not documents:
             raise UserError("there is no document; give at least one")
-        if target == self.image_modality:
+        is_image = self.has_images and target == self.image_modality
+        is_audio = self.has_audio and target == self.audio_modality
+        if is_image:
             self._check_can_paint()
+        if is_audio:
+            self.check_can_speak()
         for document in documents:
             self._check_items(document)
             if texts := [item for item in document if isinstance(item, str)]:
                 self.check_prompts(texts)
             self._check_document(document)
-        given = [
-            OpenDocument([self._encode([item])[0] if isinstance(item, Image.Image) else item for item in document])
-            for document in documents
-        ]
+        given = [OpenDocument([self.encode_item(item) for item in document]) for document in documents]
         if target == TEXT:
             return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p, top_k), generator)]
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
         generators = one_each(generator, len(given))
         modality = self.transformer.modality(target)
         decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p, top_k)
-        size = self.sizes.painted(height, width) if target == self.image_modality else None
+        size = self.sizes.painted(height, width) if is_image else None
         if size is not None:
             denoise = None if self.codec.kind == "codes" else self._denoiser(self.latent_shape(size), steps, generators)
             making = self._picture_making(size, 1, denoise, decoding)
@@ -232,4 +235,6 @@ class TransfusionPipeline(pictures.PicturePipeline):
         self.maybe_free_model_hooks()
         if size is not None:
             return [*to_pil(self._decode(self._stacked(contents, size)))]
+        if is_audio:
+            return [self.decode_audio(content[1:-1]) for content in contents]
         return [content[1:-1] if isinstance(content, list) else content for content in contents]

@@ -6,16 +6,17 @@ from transfusion_mot.demo.caption import CaptionTab
 from transfusion_mot.demo.edit import EditTab
 from transfusion_mot.demo.paint import PaintTab
 from transfusion_mot.demo.shared import CACHE_SECONDS, gr
+from transfusion_mot.demo.speech import SpeechTab
 from transfusion_mot.pipeline import TransfusionPipeline
 
 MAX_UPLOAD = "10mb"
 # Small pictures fill their place; the page has one column on a phone.
 CSS = """
 .gradio-container main {width: 100%; max-width: 1080px !important; margin: 0 auto !important}
-#painted img, #edits img, #history img {object-fit: contain}
+#painted img, #edits img, #history img, #heard img {object-fit: contain}
 #title {margin: 4px 0 0}
 #title h1 {font-size: 1.5rem; margin: 0}
-#title p, #line, #past {opacity: 0.7; margin: 0}
+#title p, #line, #past, #spoken-line, #heard-line {opacity: 0.7; margin: 0}
 #history .caption-label {font-size: 0.7rem}
 footer {display: none !important}
 """
@@ -24,17 +25,22 @@ footer {display: none !important}
 def build_page(pipeline: TransfusionPipeline) -> Any:
     """The page, a `gradio.Blocks`."""
     pipeline.set_progress_bar_config(disable=True)
-    paint = PaintTab(pipeline)
+    paint = PaintTab(pipeline) if pipeline.has_images else None
+    sizes = "" if paint is None else f" {', '.join(paint.sizes)} px,"
     with gr.Blocks(title="transfusion_mot", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown(
-            f"# transfusion_mot\n{_size(pipeline)} parameters, {', '.join(paint.sizes)} px, {pipeline.device}",
+            f"# transfusion_mot\n{_size(pipeline)} parameters,{sizes} {pipeline.device}",
             elem_id="title",
         )
-        paint.add()
-        if pipeline.config.trained_on_edits:
-            EditTab(pipeline).add()
-        CaptionTab(pipeline).add()
-        paint.add_history()
+        if paint is not None:
+            paint.add()
+            if pipeline.config.trained_on_edits:
+                EditTab(pipeline).add()
+            CaptionTab(pipeline).add()
+        if pipeline.has_audio:
+            SpeechTab(pipeline).add()
+        if paint is not None:
+            paint.add_history()
     return page
 
 

@@ -47,9 +47,11 @@ def add_seed(**arguments: Any) -> Any:
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, **arguments)
 
 
-def add_upload(element: str) -> Any:
+def add_upload(element: str, height: int = 320) -> Any:
     """Where a visitor puts a picture."""
-    picture = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=320, elem_id=element)
+    picture = gr.Image(
+        label="Picture", type="filepath", sources=["upload", "clipboard"], height=height, elem_id=element
+    )
     # The uploaded file as it is: `load_image` says what is wrong with it, and Gradio would only fail.
     picture.preprocess = lambda payload: payload and payload.path
     return picture

@@ -10,7 +10,7 @@ from transfusion_mot.config import RunConfig
 from transfusion_mot.reporting.plan import plan
 from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.data import RunData
-from transfusion_mot.run.from_snapshot import keep_codec
+from transfusion_mot.run.from_snapshot import keep_codecs
 from transfusion_mot.run.saving import RunSaver
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     check_run(config, accelerator)
     start = Start.find(config)
     if start.state is None:
-        config = keep_codec(config, accelerator)
+        config = keep_codecs(config, accelerator)
     data = RunData.open(config, accelerator, start.state)
     end_preparing(accelerator)
     start.check(config, data)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from transfusion_mot.config import TEXT
+from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.layout import Media
@@ -21,22 +22,25 @@ from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.snapshot import SnapshotPipeline
 
 Generators = torch.Generator | list[torch.Generator] | None
-# What a document is made of, as a caller gives it: texts, pictures, and other media as codes or latents.
-Item = str | Image.Image | Media
+# What a document is made of, as a caller gives it: texts, pictures, audio, and other media as codes or latents.
+Item = str | Image.Image | Audio | Media
 
 
 class DocumentPipeline(SnapshotPipeline):
     """What all tasks of a `TransfusionPipeline` begin with."""
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str | Audio]) -> None:
         """Refuse what the model cannot read.
 
         Raises:
-            UserError: No prompt, something that is not text, or a prompt longer than any in training.
+            UserError: No prompt, something that is neither text nor audio, or a prompt longer than any in training.
         """
         if not prompts:
             raise UserError("there is no prompt; give at least one")
         for prompt in prompts:
+            if isinstance(prompt, Audio):
+                self.check_audio(prompt)
+                continue
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
             refuse_surrogates(prompt, "prompt", "write it in UTF-8")
@@ -52,18 +56,40 @@ class DocumentPipeline(SnapshotPipeline):
         limit = self.config.max_prompt_tokens
         return limit is None or len(self.text_tokenizer.encode(prompt)) <= limit
 
+    def check_audio(self, audio: Audio, name: str = "the audio") -> None:
+        """Refuse audio that the model cannot read.
+
+        Raises:
+            UserError: The model has no speech; it is no `Audio`, empty, not finite, or longer than any in training.
+        """
+        if not isinstance(audio, Audio):
+            raise UserError(f"{name} must be an Audio, as decode_audio of a file gives it, got {type(audio).__name__}")
+        samples, limit = audio.samples, self.config.max_audio_seconds
+        assert self.audio_modality
+        if not isinstance(samples, np.ndarray) or samples.ndim != 1 or not len(samples):
+            raise UserError(f"{name} has samples of the shape {np.shape(samples)}; mono samples [T] are needed")
+        # So that what is no number is refused, too.
+        if not (np.abs(samples) <= 1).all():
+            raise UserError(f"{name} has samples outside of [-1, 1]; divide them by the largest")
+        if limit is not None and audio.seconds > limit:
+            raise UserError(
+                f"{name} lasts {audio.seconds:.1f} seconds; the model was trained on at most {limit:g}: cut it"
+            )
+
     def _check_items(self, document: Sequence[Item]) -> None:
         """Refuse a document that is no list of texts, pictures and media that the model can read."""
         if not isinstance(document, list):
             raise UserError(f"a document must be a list of texts, pictures and media, got {document!r:.60}")
         media = [name for name in self.transformer.architecture.made if name != TEXT]
         for item in document:
-            if isinstance(item, str | Image.Image):
+            if isinstance(item, Audio):
+                self.check_audio(item)
+            if isinstance(item, str | Image.Image | Audio):
                 continue
             if not isinstance(item, Media) or item.modality not in media:
                 what = f"media of '{item.modality}'" if isinstance(item, Media) else type(item).__name__
                 raise UserError(
-                    f"a document is made of texts, PIL images and Media of {' or '.join(media)}, got {what}"
+                    f"a document is made of texts, PIL images, Audio and Media of {' or '.join(media)}, got {what}"
                 )
             modality, content = self.transformer.modality(item.modality), item.content
             if isinstance(modality, TokenModality):
@@ -123,6 +149,30 @@ class DocumentPipeline(SnapshotPipeline):
 
         contents = by_size([image.shape[:2] for image in images_uint8], encode)
         return [Media(self.image_modality, content) for content in contents]
+
+    def encode_audio(self, recordings: Sequence[Audio]) -> list[Media]:
+        """Recordings of any sample rate => their codes.
+
+        Raises:
+            UserError: As of `check_audio`; or one is too short to have codes.
+        """
+        for number, audio in enumerate(recordings, 1):
+            self.check_audio(audio, f"recording {number}" if len(recordings) > 1 else "the audio")
+        codec, tokens = self.audio_codec, cast(TokenModality, self.transformer.modality(self.audio_modality))
+        waveforms = [
+            torch.from_numpy(resample(audio, codec.sample_rate).astype(np.float32)).to(codec.device)
+            for audio in recordings
+        ]
+        codes = [own.tolist() for own in codec.encode(waveforms)]
+        for audio in (audio for audio, own in zip(recordings, codes, strict=True) if not own):
+            raise UserError(f"audio of {audio.seconds:.3f} seconds is too short to have a code; give longer audio")
+        return [Media(self.audio_modality, [tokens.start_id, *own, tokens.end_id]) for own in codes]
+
+    def encode_item(self, item: Item, size: Size | None = None) -> str | Media:
+        """An item of a document as the model reads it; pictures at the size of training, or another one."""
+        if isinstance(item, Image.Image):
+            return self._encode([item], size)[0]
+        return self.encode_audio([item])[0] if isinstance(item, Audio) else item
 
     def _sampler(self, documents: list[OpenDocument], target: str, **arguments: Any) -> Sampler:
         return Sampler(

@@ -4,8 +4,8 @@
     python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
 Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
-they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along,
-with the licences of the data and the numbers of an evaluation if they are given.
+they are loaded. Tokenizers of images and audio keep their weights: rounded ones give other codes. The model card comes
+along, with the licences of the data and the numbers of an evaluation if they are given.
 
 With --language-model the folder receives the text tower alone, with its embedding, head and tokenizer, as
 `AutoModelForCausalLM` of transformers loads it.
@@ -82,7 +82,7 @@ def export(
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
     # (`to` of diffusers would warn of what it could do.)
     pipeline.transformer.bfloat16()
-    if pipeline.codec.kind == "latents":
+    if pipeline.has_images and pipeline.codec.kind == "latents":
         pipeline.vae.half()
     if pipeline.model_card is not None:
         if licences is not None:
@@ -101,7 +101,8 @@ def export(
 
 
 def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
-    return [*pipeline.transformer.state_dict().values(), *pipeline.vae.state_dict().values()]
+    modules = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+    return [weight for module in modules for weight in module.state_dict().values()]
 
 
 def with_section(card: str, title: str, text: str) -> str:

@@ -9,6 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.images import to_pil
 from transfusion_mot.diffusion import Diffusion, Variation
 from transfusion_mot.errors import UserError
@@ -45,10 +46,10 @@ class PicturePipeline(DocumentPipeline):
     @property
     def can_paint(self) -> bool:
         """Whether its codec makes pictures; `ChameleonVQVAE` only reads them."""
-        return self.codec.kind == "latents" or self.codec.has_decoder
+        return self.has_images and (self.codec.kind == "latents" or self.codec.has_decoder)
 
     def _check_can_paint(self) -> None:
-        if not self.can_paint:
+        if self.image_modality and not self.can_paint:
             raise UserError(
                 f"{type(self.vae).__name__} has no decoder, so this model reads pictures and cannot paint them; "
                 "caption or complete with it, or train with another codec"
@@ -87,7 +88,7 @@ class PicturePipeline(DocumentPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | Audio | Sequence[str | Audio],
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
@@ -117,7 +118,7 @@ class PicturePipeline(DocumentPipeline):
         `latents`, `image`, `mask_image` and callbacks are refused.
 
         Args:
-            prompt: One prompt or several; an empty one paints without prompt.
+            prompt: One prompt or several, each a text or a recording of speech; an empty text paints without prompt.
             num_inference_steps: Reverse steps; None is the pipeline's own number.
             guidance_scale: Classifier-free guidance, 1 is off; None is the pipeline's own.
             num_images_per_prompt: Images of each prompt; they stand together in the result.
@@ -157,7 +158,7 @@ class PicturePipeline(DocumentPipeline):
         Raises:
             UserError: An argument is out of its range.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str | Audio) else list(prompt)
         numbers = self._numbers(prompts, num_images_per_prompt)
         negatives = self._negatives(negative_prompt, len(prompts))
         steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
@@ -181,8 +182,9 @@ class PicturePipeline(DocumentPipeline):
                 device=self._execution_device,
             )
             size = original.size
+        given = [self.encode_item(prompt) for prompt in prompts]
         images = self._paint(
-            [OpenDocument([prompts[number]], negatives[number]) for number in numbers],
+            [OpenDocument([given[number]], negatives[number]) for number in numbers],
             size,
             guidance,
             num_inference_steps=steps,
@@ -298,7 +300,7 @@ class PicturePipeline(DocumentPipeline):
         """Normalised latents [B, C, Y, X] or codes [B, Y, X] => pictures, as of a callback's `clean`."""
         return to_pil(self._decode(latents))
 
-    def _numbers(self, prompts: list[str], num_images_per_prompt: int) -> list[int]:
+    def _numbers(self, prompts: Sequence[str | Audio], num_images_per_prompt: int) -> list[int]:
         """The number of the prompt of each result, of prompts that the model can read."""
         self.check_prompts(prompts)
         if num_images_per_prompt < 1:
