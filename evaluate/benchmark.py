@@ -23,7 +23,7 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
 from transfusion_mot.evaluation.report import Report, now, used_versions
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
@@ -58,7 +58,7 @@ from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
 from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics, text_metrics
 from transfusion_mot.sampling.painting import Painter, SamplerSettings, files_hash
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config, run_config_file
+from transfusion_mot.training.checkpoint import read_run_config, run_config_file
 
 
 def main() -> None:

@@ -50,9 +50,10 @@ from accelerate import Accelerator
 
 from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:

@@ -67,6 +67,7 @@ from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.sampling.held_out_edits import (
     Distances,
     edit_metrics,
@@ -77,7 +78,7 @@ from transfusion_mot.sampling.held_out_edits import (
     pixel_distance,
     through_codec,
 )
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:

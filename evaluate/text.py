@@ -43,9 +43,10 @@ if __name__ == "__main__":
 
 from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import text_metrics
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from transfusion_mot.config_checks import check_ranges, explain, refuse_unsettled
+from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
 
 # What of a block can have adapters: maps of the attention and of the feed-forward.
@@ -481,6 +481,7 @@ class TrainingConfig:
 
     Attributes:
         num_steps: Optimizer steps.
+        num_epochs: In place of `num_steps`: how often the documents of all sources together are read.
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
@@ -525,6 +526,7 @@ class TrainingConfig:
     """
 
     num_steps: int = 1000
+    num_epochs: float | None = None
     num_rows: int = 16
     microbatch_rows: int | None = None
     z_loss_weight: float = 0.0
@@ -664,6 +666,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
     if isinstance(config, RunConfig):
         refuse_unsettled(arguments)
+        if not ends_by_epochs(arguments):
+            config.training.num_epochs = None
     check_ranges(config)
     return config
 

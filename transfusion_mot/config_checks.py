@@ -5,7 +5,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -103,6 +103,7 @@ def check_ranges(config: Any) -> None:
         "model.rope_theta",
         "model.norm_eps",
         "lr",
+        "training.num_epochs",
     ):
         if (given := value(key)) is not None and not given > 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
@@ -239,6 +240,35 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
     Of no use for checks: a file that cannot be read, or a value that is no YAML, is left out.
     """
     given: dict[str, Any] = {}
+    for _, content in _layers(arguments):
+        given = merged(given, content)
+    return given
+
+
+def ends_by_epochs(arguments: Sequence[str]) -> bool:
+    """Whether `training.num_epochs` says how long a run is: what comes later wins, it or `training.num_steps`.
+
+    Raises:
+        UserError: A configuration file has both, or the command line.
+    """
+    keys = {"num_steps", "num_epochs"}
+    found: dict[str, set[str]] = {}
+    last = ""
+    for place, content in _layers(arguments):
+        training = content.get("training")
+        given = {key for key in keys if isinstance(training, dict) and training.get(key) is not None}
+        found[place] = found.get(place, set()) | given
+        if found[place] == keys:
+            raise UserError(
+                f"configuration: {place} gives training.num_steps and training.num_epochs, which are two answers to "
+                "the same question; remove one of them"
+            )
+        last = next(iter(given), last)
+    return last == "num_epochs"
+
+
+def _layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Name of the file, or "the command line", and what it sets) of each argument, nested as in YAML."""
     words = iter(arguments)
     for word in words:
         key, equals, value = word.partition("=")
@@ -254,8 +284,8 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
         if key != "config":
             for name in reversed(key.split(".")):
                 content = {name: content}
-        given = merged(given, content if isinstance(content, dict) else {})
-    return given
+        if isinstance(content, dict):
+            yield value if key == "config" else "the command line", content
 
 
 def refuse_unsettled(arguments: Sequence[str]) -> None:

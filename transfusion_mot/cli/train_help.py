@@ -33,11 +33,15 @@ _OFTEN = (
     "data.slots",
     "optimizer.lr",
     "training.num_steps",
+    "training.num_epochs",
     "training.num_rows",
     "training.microbatch_rows",
     "training.activation_checkpointing",
 )
 _PLAN = """\
+With training:
+  --quiet                print lines of losses, warnings and errors alone
+
 Instead of training:
   --plan                 print parameters, memory and days of the run
     --gpus N             of so many GPUs (default: 8)

@@ -202,7 +202,9 @@ def encode_shards(
     begun = time.perf_counter()
     decoded_images = _Timed(loader)
     stream = iter(decoded_images)
-    with tqdm(total=num_images, desc=description, unit="image", disable=description is None) as progress:
+    # Otherwise tqdm's own default holds, which TQDM_DISABLE sets.
+    no_bar = {"disable": True} if description is None else {}
+    with tqdm(total=num_images, desc=description, unit="image", **no_bar) as progress:
         for shard in shards:
             writer = ShardWriter(codec.kind)
             for start in range(0, len(shard.indices), batch_size):

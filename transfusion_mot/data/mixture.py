@@ -172,6 +172,10 @@ class Sources:
         """Documents with media that can be used."""
         return sum(self.pools[pool].length for pools in self.media_pools for pool in pools)
 
+    def num_documents(self) -> int:
+        """Documents of all sources that can be used."""
+        return self._lengths().total()
+
     def only_paired(self) -> "Sources":
         """The sources alone whose documents are a text and media of one thing."""
         kept = [source for source in self.sources if source.documents.is_paired]

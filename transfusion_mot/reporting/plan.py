@@ -312,9 +312,11 @@ def time_line(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: i
     seconds = of_step / (gpus * peak * mfu)
     tokens = config.training.num_rows * shape.num_slots
     steps, days = config.training.num_steps, config.training.num_steps * seconds / 86400
+    length = f"{days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens)"
+    if config.training.num_epochs is not None:
+        length = f"as many as {config.training.num_epochs:g} epochs take, which the data says when the run begins,"
     return (
         f"{of_row / shape.num_slots / 1e9:.3g} GFLOP a token (mean over tokens and patches, forward and backward), "
         f"{of_step / 1e15:.3g} PFLOP a step of {tokens / 1e6:.3g}M tokens\n"
-        f"{seconds:.3g} s a step and {days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens) on {gpus} "
-        f"{gpu} at an MFU of {mfu:g}"
+        f"{seconds:.3g} s a step and {length} on {gpus} {gpu} at an MFU of {mfu:g}"
     )

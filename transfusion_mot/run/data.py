@@ -12,7 +12,9 @@ from transfusion_mot.config import TEXT, RunConfig
 from transfusion_mot.data.encoding import check_image_sizes, check_positions
 from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.training.float8 import check_float8
 from transfusion_mot.training.state import refuse_other_tokenizer
 
@@ -69,6 +71,18 @@ class RunData:
             with_encoded(documents, config.data, codecs, config.codecs, accelerator, all_documents=True),
             with_encoded(held_out, config.data, codecs, config.codecs, accelerator),
             OnlineEncoder.of_model(config.model, codecs, config.codecs),
+        )
+
+    def packer(self, config: RunConfig) -> Packer:
+        """What builds the rows of the run."""
+        return Packer(
+            self.sources,
+            self.tokenizer,
+            config.data,
+            config.model,
+            num_lanes=config.training.num_rows,
+            seed=config.training.seed,
+            timesteps_from_uniform=Diffusion.from_config(config.diffusion).timesteps_from_uniform,
         )
 
     @property

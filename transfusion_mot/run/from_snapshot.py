@@ -22,13 +22,13 @@ from transfusion_mot.config import (
 )
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
 from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of_version_0_1
 from transfusion_mot.schedulers import make_scheduler, trained_for
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 
 # Settings of a model that no weight depends on.
 _FREE = ("towers.*.dropout", "modalities.*.loss_weight")

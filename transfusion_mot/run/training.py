@@ -16,10 +16,10 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import counted
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.begin import fill_initial_weights
 from transfusion_mot.run.data import RunData
+from transfusion_mot.run.length import described_length
 from transfusion_mot.run.snapshots import make_pipeline
 from transfusion_mot.run.start import Start
 from transfusion_mot.sampling.previews import Previews
@@ -35,9 +35,6 @@ from transfusion_mot.training.parallel import place, wrap
 from transfusion_mot.training.state import load_tensors
 from transfusion_mot.training.step import StepResult, train_step
 from transfusion_mot.training.validation import Validation
-
-# So often that a held-out loss has risen long before.
-_MANY_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,7 @@ class Training:
         # What a step calls; the model itself is what is averaged, saved and sampled.
         wrapped = wrap(model, accelerator)
 
-        packer = Packer(
-            data.sources,
-            data.tokenizer,
-            config.data,
-            config.model,
-            num_lanes=training.num_rows,
-            seed=training.seed,
-            timesteps_from_uniform=Diffusion.from_config(config.diffusion).timesteps_from_uniform,
-        )
+        packer = data.packer(config)
         loader = LaneLoader(
             packer,
             rank=rank,
@@ -200,21 +189,6 @@ def _described(
         f"{packer.sources}\n"
         f"held out: {side or 'nothing, so there is no validation'}\n"
         f"batch: {packer.num_lanes} rows of {rows}, on {accelerator.num_processes} x {accelerator.device.type}\n"
-        f"{_expected_epochs(packer, num_steps)}"
+        f"{described_length(num_steps, packer)}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )
-
-
-def _expected_epochs(packer: Packer, num_steps: int) -> str:
-    """How often images will be read, with a warning where it is very often; nothing about codes, whose lengths vary."""
-    documents = packer.sources.num_media_documents()
-    latents, readers = packer.model.of_objective("diffusion"), packer.model.readers
-    slots = sum(
-        packer.config.slots[name] // (1 + (packer.config.has_copies and name not in readers)) for name in latents
-    )
-    images = packer.num_lanes * slots
-    epochs = num_steps * images / max(1, documents)
-    if not slots or not documents:
-        return ""
-    warning = "" if epochs < _MANY_EPOCHS else "; that many teach it the images by heart: set fewer training.num_steps"
-    return f"steps: {num_steps} of up to {images} images, {epochs:.3g} epochs of {documents} documents{warning}\n"

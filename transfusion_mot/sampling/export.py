@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import metrics_table, read_report
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,7 +61,7 @@ from torch import Tensor
 
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export_language_model import export_language_model
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 
 
 def export(

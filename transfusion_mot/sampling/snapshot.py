@@ -20,7 +20,7 @@ from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
 from transfusion_mot.config import TEXT, CodecConfig
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
@@ -245,9 +245,9 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
+        """Load a snapshot, the newest one of a run folder, or a pipeline of that name from the Hugging Face hub.
 
-        Of the folder of a low-rank adapter the snapshot below it is loaded, and the adapter into that.
+        Arguments are those of diffusers. Of the folder of a low-rank adapter the snapshot below it is loaded, and the adapter into that.
 
         Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
 
@@ -255,12 +255,12 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
         """
         path = pretrained_model_name_or_path
+        if os.path.isdir(path):
+            path = find_snapshot(str(path))
         index = Path(path) / INDEX
         kwargs.setdefault("use_safetensors", True)
         if (Path(path) / ADAPTER_CONFIG).is_file():
             return cls._with_adapter(Path(path), kwargs)
-        if os.path.isdir(path) and not index.is_file():
-            raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
         refuse_dangling_links(Path(path))
         if is_of_version_0_1(Path(path)):
             raise UserError(
