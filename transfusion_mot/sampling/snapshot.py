@@ -247,7 +247,8 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a snapshot, the newest one of a run folder, or a pipeline of that name from the Hugging Face hub.
 
-        Arguments are those of diffusers. Of the folder of a low-rank adapter the snapshot below it is loaded, and the adapter into that.
+        Arguments are those of diffusers. Of the folder of a low-rank adapter the snapshot below it is loaded, and the
+        adapter into that.
 
         Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
 
