@@ -148,6 +148,10 @@ class Validation:
         gathered: list[Tensor] = gather_object([torch.cat(found).cpu()])
         return torch.cat(gathered)
 
+    def batches(self, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
+        """This rank's rows, captions in front of their media; of what `losses` measures of each modality."""
+        return self._batches(self.caption_first, model, accelerator)
+
     def _batches(
         self, packers: list[tuple[int, Packer]], model: TransfusionMoT, accelerator: Accelerator
     ) -> Iterator[Batch]:
