@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.losses import LOGITS_AT_ONCE
-from transfusion_mot.models.layers import SwiGLU
 from transfusion_mot.models.adapters import ReadingAdapter
+from transfusion_mot.models.layers import SwiGLU
 from transfusion_mot.models.modalities import DiffusionModality, ReadModality, TokenModality
 from transfusion_mot.models.mot import Checkpointing, MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
