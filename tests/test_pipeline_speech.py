@@ -14,9 +14,10 @@ from PIL import Image
 from test_pipeline import seeds, tiny_pipeline
 from test_sampling import forward_document, swap_rows_of_the_head, tiny_model
 from test_sampling_modalities import Codes, Latents, Spoken, begun, segments_of
-from transformers import EncodecConfig, EncodecModel
+from transformers import EncodecConfig, EncodecModel, HubertConfig, HubertModel
 
 from transfusion_mot.codecs.audio_codes import AudioCodes
+from transfusion_mot.codecs.hubert_units import HubertUnits
 from transfusion_mot.config import TEXT, DataConfig, ModalityConfig, TowerConfig
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.layout import Media
@@ -180,6 +181,27 @@ def test_a_damaged_tokenizer_is_refused(saved, tmp_path) -> None:
             TransfusionPipeline.from_pretrained(tmp_path / name)
 
 
+def test_units_of_hubert_are_read_and_cannot_be_spoken(tmp_path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    torch.manual_seed(0)
+    hubert = HubertModel(HubertConfig(**sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))
+    units = HubertUnits(hubert.eval(), torch.randn(CODEBOOK, 16), layer=1)
+    pipeline = speech_pipeline(audio_tokenizer=units, max_audio_seconds=None)
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "audio_tokenizer" / "kmeans.safetensors").is_file()
+    loaded = TransfusionPipeline.from_pretrained(tmp_path)
+    recordings = [tone(0.05, rate=16000), tone(0.02, 200, rate=16000)]
+    media = pipeline.encode_audio(recordings)
+    assert len(set(media[0].content)) > 5
+    assert loaded.encode_audio(recordings) == media
+    assert loaded.transcribe(recordings) == pipeline.transcribe(recordings)
+    with pytest.raises(UserError, match="HubertUnits has no decoder, so this model reads audio and cannot speak"):
+        loaded.speak("sun", max_seconds=1.0)
+    with pytest.raises(UserError, match="HubertUnits has no decoder"):
+        loaded.generate([["sun"]], "speech")
+
+
 # --- What is written, and behind what. ---
 
 
@@ -257,7 +279,9 @@ def test_predictions_are_those_of_training_on_the_same_document(pipeline, order,
     items = {TEXT: Text(["a red apple"]), "speech": MediaItem("speech", 0), "image": MediaItem("image", 0)}
     first, last = order.split()
     encoded = {"speech": Codes([span]), "image": Latents(tuple(latents.shape))}
-    source = Source(Spoken([[items[first], items[last]]]), 1.0, encoded)
+    spoken = Spoken([[items[first], items[last]]])
+    spoken.media = {name: spoken.media[name] for name in encoded}
+    source = Source(spoken, 1.0, encoded)
     slots = {"text": 60, "image": 2, "speech": 2 * len(span)}
     packer = Packer(
         Sources([source], {"image": [tuple(latents.shape)]}),

@@ -5,15 +5,15 @@ k-means found among its hidden states.
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import HubertModel, Wav2Vec2FeatureExtractor
+from torch import Tensor
+from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from transfusion_mot.codecs.checkpoint import load_model
 from transfusion_mot.errors import UserError
@@ -23,7 +23,8 @@ _CENTROIDS = ("kmeans.safetensors", "kmeans.npy")
 _LAYER = "units_layer"
 
 
-class HubertUnits(nn.Module):
+# A model of transformers, so that diffusers saves and loads it as a part of a snapshot.
+class HubertUnits(PreTrainedModel):
     """Waveform => units. There is no way back.
 
     Args:
@@ -39,6 +40,9 @@ class HubertUnits(nn.Module):
     """
 
     centroids: Tensor
+    config_class = HubertConfig
+    # As of the model in it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(
         self,
@@ -47,9 +51,8 @@ class HubertUnits(nn.Module):
         layer: int | None = None,
         extractor: Wav2Vec2FeatureExtractor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hubert.config)
         self.hubert = hubert
-        self.config = hubert.config
         self.register_buffer("centroids", centroids)
         self.layer = getattr(self.config, _LAYER, self.config.num_hidden_layers) if layer is None else layer
         setattr(self.config, _LAYER, self.layer)
@@ -96,7 +99,12 @@ class HubertUnits(nn.Module):
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(path) if has_extractor else None
         return cls(hubert, centroids.float(), layer, extractor)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> Self:
+        """What `save_pretrained` has written."""
+        return cls.load(str(folder), None)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write what `load` reads."""
         self.hubert.save_pretrained(folder)
         self.extractor.save_pretrained(folder)
