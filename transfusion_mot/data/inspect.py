@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 
@@ -237,9 +237,9 @@ class Inspection:
         slots = self.data.slots[name]
         if self.config.model.modalities[name].objective == "next_token":
             return slots // self.item_slots[name]
-        return slots // 2 if self.data.has_copies else slots
+        return slots // 2 if self.data.has_copies and name not in self.config.model.readers else slots
 
-    def suggested(self, budget: int, longest: int, mean: float) -> list[Layout]:
+    def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
         """Layouts of at most `budget` slots, the best one first; none with several modalities besides text.
 
         With texts, which fill what is left, that is the one whose media take closest to half of the slots
@@ -248,25 +248,31 @@ class Inspection:
         Args:
             longest: Text slots that a row must have, for captions to be whole.
             mean: Text slots of an average document with media, for each media slot that it takes.
+            clean: Where a modality reads clean latents, the slots of it for each media slot.
         """
         if len(self.item_slots) != 1:
             return []
         ((name, size),) = self.item_slots.items()
         is_latents = name in self.sources.latent_shapes
-        fewest = 2 if (self.data.has_copies or self.data.has_edits) and is_latents else 1
-        most = (budget - longest) // size
+        reader = self.config.model.readers.get(name)
+        fewest = 2 if (self.data.has_copies or self.data.has_edits) and is_latents and reader is None else 1
+        most = int((budget - longest) / (size * (1 + clean)))
         if most < fewest:
             return []
         half = min(most, max(fewest, round(budget / 2 / size)))
         layouts: list[Layout] = []
         for count in np.unique([half, *np.linspace(fewest, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
-            room = budget - count * size
+            read = {} if reader is None else {reader: max(1, round(count * clean))}
+            used = (count + sum(read.values())) * size
+            room = budget - used
+            if room < longest:
+                continue
             wanted = [room] if self.has_texts else [int(count * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
             layouts += [
-                self.layout({TEXT: text_slots, name: count if is_latents else count * size})
+                self.layout({TEXT: text_slots, name: count if is_latents else count * size, **read})
                 for text_slots in candidates
-                if self.has_texts or text_slots + count * size >= 0.75 * budget
+                if self.has_texts or text_slots + used >= 0.75 * budget
             ]
         if self.has_texts:
             slots_each = size if is_latents else 1
@@ -305,7 +311,7 @@ def main(arguments: Sequence[str]) -> None:
     data, sources = inspection.data, inspection.sources
 
     # Text and media slots of every document that has one text.
-    paired, media_slots = [], []
+    paired, media_slots, clean_slots = [], [], []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
         left_out = f", left out: {counted(documents.skipped)}" if documents.skipped else ""
@@ -322,8 +328,9 @@ def main(arguments: Sequence[str]) -> None:
         if is_short:
             paired.append(tokens + 2 + 2 * media.max())  # BOS, EOS, begin and end tokens
             # With a clean context, latents that stand first have a copy.
-            each = 2 if is_edit else 2 - data.caption_first_prob if data.has_copies else 1
-            media_slots.append(np.full(len(tokens), each))
+            clean = 1.0 if is_edit else 1 - data.caption_first_prob if data.has_copies else 0.0
+            media_slots.append(np.full(len(tokens), 1.0 if config.model.readers else 1 + clean))
+            clean_slots.append(np.full(len(tokens), clean if config.model.readers else 0.0))
 
     held_out = inspection.held_out
     lengths = (counted({"document": len(source.documents)}) for source in held_out.sources)
@@ -343,15 +350,19 @@ def main(arguments: Sequence[str]) -> None:
     captions = np.concatenate(paired) if paired else np.array([8])
     longest = -(-int(np.percentile(captions, 99)) // 8) * 8
     media_slots_each = float(np.concatenate(media_slots).mean()) if media_slots else 1.0
-    layouts = inspection.suggested(budget, longest, float(captions.mean()) / media_slots_each)
+    clean_slots_each = float(np.concatenate(clean_slots).mean()) if clean_slots else float(bool(config.model.readers))
+    mean = float(captions.mean()) / media_slots_each
+    layouts = inspection.suggested(budget, longest, mean, clean_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
     if inspection.has_texts:
         print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
     columns = [f"data.slots.{name}" for name in shape.blocks]
-    print("".join(f"{column:>21}" for column in columns) + f"{'padding':>10}{'captions cut':>14}{'media a row':>14}")
+    width = max(21, *(2 + len(column) for column in columns))
+    header = "".join(f"{column:>{width}}" for column in columns)
+    print(f"{header}{'padding':>10}{'captions cut':>14}{'media a row':>14}")
     for layout in layouts[:5]:
         print(
-            "".join(f"{layout.slots[name]:>21}" for name in shape.blocks)
+            "".join(f"{layout.slots[name]:>{width}}" for name in shape.blocks)
             + f"{100 * layout.pad_fraction:>8.2f} %{100 * layout.cut_fraction:>12.2f} %{layout.mean_media:>14.1f}"
         )
     if len(inspection.item_slots) > 1:
@@ -364,7 +375,7 @@ def main(arguments: Sequence[str]) -> None:
         batch.split(1)[0],
         config.model,
         inspection.tokenizer,
-        thumbnails=thumbnails_of(batch.split(1)[0], sources),
+        thumbnails=thumbnails_of(batch.split(1)[0], sources, config.model),
         title=f"A row of {shape}",
         path=Path(given.picture),
     )
@@ -386,7 +397,7 @@ def prepare_picture(path: Path) -> None:
         raise UserError(f"--picture: cannot make the folder '{path.parent}': {error.strerror}") from None
 
 
-def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | None]]:
+def thumbnails_of(row: Batch, sources: Sources, model: ModelConfig) -> dict[str, list[ImageArray | None]]:
     """The image in every media slot, as its unencoded latents name it; None where there is none to be seen."""
     thumbnails: dict[str, list[ImageArray | None]] = {}
     for name, given in row.inputs.items():
@@ -396,7 +407,8 @@ def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | N
         pictures: list[ImageArray | None] = []
         for (source, index, flipped), used in zip(named, given.is_filled[0].tolist(), strict=True):
             try:
-                image = sources.sources[source].documents.media[name].image(index) if used else None
+                media = sources.sources[source].documents.media
+                image = media[model.content_of(name)].image(index) if used else None
             except UserError:
                 image = None
             pictures.append(image[:, ::-1] if image is not None and flipped else image)
