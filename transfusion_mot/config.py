@@ -36,9 +36,10 @@ class SourceConfig:
             .txt beside each image, or in subfolders whose names are the captions), `webdataset` (tar
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
             (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
-            `interleaved` (.jsonl or .parquet files). Audio with transcripts or without: `audiofolder` (as `imagefolder`,
-            without the names of subfolders), and `webdataset`, `parquet` and `datasets` with `audio_column`. `datasets`
-            is a data set of the library `datasets`; without `image_column` and `audio_column` one of texts.
+            `interleaved` (.jsonl or .parquet files). Audio with transcripts or without: `audiofolder` (as
+            `imagefolder`, without the names of subfolders), and `webdataset`, `parquet` and `datasets` with
+            `audio_column`. `datasets` is a data set of the library `datasets`; without `image_column` and
+            `audio_column` one of texts.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
@@ -48,9 +49,9 @@ class SourceConfig:
         text_column: Field or column of the captions or texts; null takes `text` or else `caption`, and of audio
             `transcription` or else `text`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
-        audio_column: Field or column of the audio; of `webdataset` what a member's name ends with, such as `wav`. Without
-            `image_column` the source is one of audio. With it, and of `imagefolder` always, a document has text, image
-            and audio of one thing. Null takes `file_name` (audiofolder); other kinds then have no audio.
+        audio_column: Field or column of the audio; of `webdataset` what a member's name ends with, such as `wav`.
+            Without `image_column` the source is one of audio. With it, and of `imagefolder` always, a document has
+            text, image and audio of one thing. Null takes `file_name` (audiofolder); other kinds then have no audio.
         source_image_column: Makes editing pairs of the images: the field or column of the image that is edited;
             `image_column` is that of the result, and `text_column` that of the instruction. Of `webdataset` both are
             what a member's name ends with, such as `source.png` and `target.png`.
@@ -130,9 +131,9 @@ class DataConfig:
             where they have copies, see `image_context`; of a modality that is only read, clean images.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
         orders: What a document of one thing consists of, and in which order: modalities to a relative chance, such as
-            `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose items
-            it has; its other items are left out. Null puts all items into a document, and `caption_first_prob` decides
-            where the caption stands.
+            `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose
+            items it has; its other items are left out. Null puts all items into a document, and `caption_first_prob`
+            decides where the caption stands.
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
             noised patches. The copy takes an image slot of its own, or one of the modality that reads the image. An

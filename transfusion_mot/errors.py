@@ -18,10 +18,12 @@ class UnreadableMedia(UserError):
 
     Attributes:
         what: What it should be, for messages.
+        file: What a file of it is called there.
         reason: What is wrong with it, to be put behind its name.
     """
 
     what: str
+    file: str
 
     def __init__(self, name: str, reason: str) -> None:
         # Both, because an exception goes from one process to another with these arguments.

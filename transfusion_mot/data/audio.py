@@ -21,6 +21,7 @@ class UnreadableAudio(UnreadableMedia):
     """The audio of an `UnreadableMedia`."""
 
     what = "audio clip"
+    file = "audio file"
 
 
 class Audio(NamedTuple):

@@ -37,6 +37,7 @@ class UnreadableImage(UnreadableMedia):
     """The image of an `UnreadableMedia`."""
 
     what = "image"
+    file = "file"
 
 
 def load_image(

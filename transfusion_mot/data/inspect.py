@@ -10,6 +10,7 @@ Nothing is encoded. Any setting of train.py can be given behind the options, as 
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,13 +54,13 @@ from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.encoded_media import EncodedMedia
-from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.encoding import check_media_sizes
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.row_picture import draw_row
-from transfusion_mot.data.sources.base import Documents, ImageSet, Split, Text, counted
+from transfusion_mot.data.sources.base import Documents, MediaSet, Split, Text, counted
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.models.inputs import TokenInput
@@ -75,7 +76,7 @@ _BAR = 40
 class _Unencoded:
     """Stands in for a cache: what packing sees of media is whether they can be read and how many slots they take."""
 
-    def __init__(self, media: ImageSet) -> None:
+    def __init__(self, media: MediaSet) -> None:
         self.readable = np.ones(len(media), dtype=np.bool_)
         self.skipped: dict[str, int] = {}
 
@@ -85,7 +86,7 @@ class _UnencodedLatents(_Unencoded):
 
     kind: Literal["latents"] = "latents"
 
-    def __init__(self, media: ImageSet, source: int) -> None:
+    def __init__(self, media: MediaSet, source: int) -> None:
         super().__init__(media)
         self.source = source
 
@@ -95,17 +96,20 @@ class _UnencodedLatents(_Unencoded):
 
 
 class _UnencodedCodes(_Unencoded):
-    """The codes of an image are zeros, as many as its bucket has."""
+    """The codes of an image are zeros, as many as its bucket has; those of audio, as many as it lasts.
+
+    Attributes:
+        num_codes: [N], of each.
+    """
 
     kind: Literal["codes"] = "codes"
 
-    def __init__(self, media: ImageSet, num_codes: Sequence[int]) -> None:
+    def __init__(self, media: MediaSet, num_codes: npt.NDArray[np.int64]) -> None:
         super().__init__(media)
-        self.media = media
         self.num_codes = num_codes
 
     def span(self, index: int, flipped: bool = False) -> list[int]:
-        return [0] * (self.num_codes[int(self.media.buckets[index])] + 2)
+        return [0] * (int(self.num_codes[index]) + 2)
 
 
 class Layout(NamedTuple):
@@ -128,7 +132,7 @@ class Inspection:
         sources, held_out: Of both splits.
         has_texts: Whether texts fill the text slots that are left over.
         tokenizer: Of the run.
-        item_slots: Of each modality but text, the most slots that one item takes of a row.
+        item_slots, mean_slots: Of each modality but text, the most slots that one item takes of a row, and the mean.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -136,20 +140,26 @@ class Inspection:
         self.data = dataclasses.replace(config.data, latents="cache")
         modalities = config.model.modalities
         codecs = {name: load_codec(codec, modalities[name].objective, "cpu") for name, codec in config.codecs.items()}
-        check_image_sizes(self.data, codecs, config.model)
+        check_media_sizes(self.data, codecs, config.model)
         sizes = {
             name: [
                 (height // codec.downsampling, width // codec.downsampling) for height, width in self.data.image_sizes
             ]
             for name, codec in codecs.items()
+            if codec.medium != "audio"
         }
         shapes = {name: [(3, *size) for size in sizes[name]] for name in codecs if codecs[name].kind == "latents"}
-        num_codes = {name: [height * width for height, width in sizes[name]] for name in codecs}
 
-        def unencoded(index: int, name: str, media: ImageSet) -> EncodedMedia:
-            is_latents = name in shapes
-            made = _UnencodedLatents(media, index) if is_latents else _UnencodedCodes(media, num_codes[name])
-            return cast(EncodedMedia, made)
+        def unencoded(index: int, name: str, media: MediaSet) -> EncodedMedia:
+            codec = codecs[name]
+            if codec.kind == "latents":
+                return cast(EncodedMedia, _UnencodedLatents(media, index))
+            if codec.medium == "audio":
+                assert media.medium == "audio"
+                num_codes = np.ceil(media.seconds * codec.codes_per_second).astype(np.int64)
+            else:
+                num_codes = np.array([math.prod(size) for size in sizes[name]])[media.buckets]
+            return cast(EncodedMedia, _UnencodedCodes(media, num_codes))
 
         def opened(split: Split) -> list[Source]:
             return [
@@ -164,11 +174,15 @@ class Inspection:
         self.held_out = Sources(opened("held_out"), shapes)
         self.has_texts = bool(self.sources.stream_pools[TEXT])
         self.tokenizer = self._tokenizer(self.sources.sources)
-        self.item_slots = {
-            name: max(num_codes[name]) // (modalities[name].patch_size ** 2 if name in shapes else 1)
-            + (name not in shapes)
-            for name in codecs
-        }
+        self.item_slots, self.mean_slots = dict[str, int](), dict[str, float]()
+        for name in codecs:
+            if name in shapes:
+                each = np.array([math.prod(size) // modalities[name].patch_size ** 2 for size in sizes[name]])
+            else:
+                of_sources = [source.encoded[name] for source in self.sources.sources if name in source.encoded]
+                # Before them stands the start of their span.
+                each = 1 + np.concatenate([cast(_UnencodedCodes, encoded).num_codes for encoded in of_sources])
+            self.item_slots[name], self.mean_slots[name] = int(each.max()), float(each.mean())
 
     def _tokenizer(self, documents: list[Source]) -> TextTokenizer:
         """The run's if there is one, else the configured one, else one trained as the run would."""
@@ -267,7 +281,9 @@ class Inspection:
             room = budget - used
             if room < longest:
                 continue
-            wanted = [room] if self.has_texts else [int(count * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
+            # Of audio, more than so many of the longest.
+            number = count if is_latents else count * size / self.mean_slots[name]
+            wanted = [room] if self.has_texts else [int(number * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
             layouts += [
                 self.layout({TEXT: text_slots, name: count if is_latents else count * size, **read})
@@ -319,7 +335,14 @@ def main(arguments: Sequence[str]) -> None:
         tokens, media = inspection.lengths(index)
         is_edit, is_short = isinstance(documents, EditPairs), has_one_text(documents)
         what = "tokens an instruction" if is_edit else "tokens a caption" if is_short else "tokens a document"
-        print("\n".join(histogram(tokens, what)))
+        if len(tokens):
+            print("\n".join(histogram(tokens, what)))
+        for modality, own in documents.media.items():
+            if own.medium == "audio":
+                num_codes = cast(_UnencodedCodes, sources.sources[index].encoded[modality]).num_codes
+                print(f"  {counted({'audio clip': len(own)})}: {own.seconds.sum() / 3600:,.2f} hours", end="")
+                print(f", {num_codes.sum():,} codes of {modality}")
+                print("\n".join(histogram(num_codes, f"{modality} codes an audio clip")))
         if not is_short and len(documents.modalities) > 1 and media.any():
             print("\n".join(histogram(media, "media a document")))
             most = sum(inspection.most_items(name) for name in documents.media)
@@ -340,7 +363,12 @@ def main(arguments: Sequence[str]) -> None:
     counts, batch, num_slots = inspection.pack(data, given.rows)
     shape = RowShape.of_batch(config.model, batch)
     print(f"\npacked {max(1, given.rows // _NUM_LANES) * _NUM_LANES} rows of {shape}:")
-    print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding")
+    num_rows = num_slots / shape.num_slots
+    full = (
+        f"{name} {100 * counts[f'{name}_slots'] / (block.num_slots * num_rows):.1f} %"
+        for name, block in shape.blocks.items()
+    )
+    print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding; filled: {', '.join(full)}")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
     print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and go on in a later row")

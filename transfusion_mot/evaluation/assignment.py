@@ -11,7 +11,7 @@ from PIL import Image
 from transfusion_mot.config import TEXT, DataConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
-from transfusion_mot.data.sources.open import has_media
+from transfusion_mot.data.sources.open import media_of
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.features import SavedStatistics, open_reference
 from transfusion_mot.evaluation.images import ImageSource
@@ -69,9 +69,10 @@ class Work:
 
 
 def picture_data(data: DataConfig, modality: str) -> DataConfig:
-    """The data of a run without the sources of other modalities than text and pictures."""
-    sources = [source for source in data.sources if not has_media(source) or source.modality == modality]
-    slots = {name: count for name, count in data.slots.items() if name in (TEXT, modality)}
+    """The data of a run without the sources that have other modalities than text, and no pictures."""
+    sources = [source for source in data.sources if not (media := media_of(source)) or modality in media]
+    kept = {TEXT, modality}.union(*map(media_of, sources))
+    slots = {name: count for name, count in data.slots.items() if name in kept}
     return replace(data, sources=sources, slots=slots)
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import TEXT, RunConfig
-from transfusion_mot.data.encoding import check_image_sizes, check_positions
+from transfusion_mot.data.encoding import check_media_sizes, check_positions
 from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
@@ -56,7 +56,7 @@ class RunData:
             name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
             for name, codec in config.codecs.items()
         }
-        check_image_sizes(config.data, codecs, config.model)
+        check_media_sizes(config.data, codecs, config.model)
         check_positions(config.data, codecs, config.model)
         if config.training.float8:
             check_float8(config, accelerator, codecs)

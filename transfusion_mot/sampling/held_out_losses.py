@@ -151,7 +151,8 @@ def diffusion_metrics(
                     replace(
                         config,
                         training=replace(config.training, num_validation_documents=count),
-                        data=replace(data, slots=slots),
+                        # Captions alone stand before them.
+                        data=replace(data, slots=slots, orders=data.orders and {f"{TEXT} {modality}": 1.0}),
                     ),
                     encoder=encoder,
                     rows_at_once=batch_size,
