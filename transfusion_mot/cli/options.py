@@ -7,6 +7,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.installed import as_called
 
 DTYPES = ("bf16", "fp32")
+# Of variations: the noise level that they start from.
+DEFAULT_STRENGTH = 0.6
 # The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
 PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
 TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)
@@ -133,9 +135,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add(
         "--strength",
         type=float,
-        default=0.6,
+        default=DEFAULT_STRENGTH,
         metavar="X",
-        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left (default: 0.6)",
+        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left "
+        f"(default: {DEFAULT_STRENGTH})",
     )
     add("--mask", metavar="FILE", help="of the size of --image; white is painted anew, black is kept")
 
@@ -174,14 +177,13 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "num_images"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    for own, files, what in (("caption", arguments.caption, "IMAGE"), (TRANSCRIBE, arguments.transcribe, "AUDIO")):
-        if files and (prompted or task != own):
-            other = "prompts" if prompted else f"--task {task}"
-            raise UserError(f"both {other} and --{own} are given; give them in two commands")
-        if task == own and not files:
-            raise UserError(f"--task {own} has nothing to do; give --{own} {what}")
+    other = "prompts" if prompted else f"--task {task}"
+    files = {"caption": arguments.caption, TRANSCRIBE: arguments.transcribe}
+    for own in (own for own, given in files.items() if given and (prompted or task != own)):
+        raise UserError(f"both {other} and --{own} are given; give them in two commands")
+    if task in files and not files[task]:
+        raise UserError(f"--task {task} has nothing to do; give --{task} {'IMAGE' if task == 'caption' else 'AUDIO'}")
     if arguments.speech and (prompted or task != PAINT):
-        other = "prompts" if prompted else f"--task {task}"
         raise UserError(f"both {other} and --speech are given, which paints what is said; give one of them")
     if task == SPEAK and arguments.image and prompted:
         raise UserError("both prompts and --image are given; say them in two commands")

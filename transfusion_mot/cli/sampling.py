@@ -53,7 +53,7 @@ def sample(
             displayed_size(path)
     elif arguments.speech or task == TRANSCRIBE:
         for path in prompts:
-            pipeline.check_audio(decode_audio(path), f"audio '{path}'")
+            pipeline.check_audio(decode_audio(path), f"audio clip '{path}'")
     else:
         pipeline.check_prompts(prompts)
     make, settings = make_maker(pipeline, arguments)
