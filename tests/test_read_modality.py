@@ -429,6 +429,15 @@ def test_a_run_adds_it_to_a_snapshot_that_has_none(arguments, tmp_path, monkeypa
             "data.slots has text, image, and .* need it are clean_image, image, text",
         ),
         (["data.slots.clean_image=0"], "data.slots.clean_image is 0; it must be at least 1"),
+        (
+            ["data.caption_first_prob=1"],
+            "reads clean latents of image, and data.caption_first_prob is 1, so that nothing",
+        ),
+        (
+            ["data.orders={text image: 1}"],
+            "data.orders has image in the last place alone, so that nothing is ever read",
+        ),
+        (["data.orders={text clean_image: 1}"], "'clean_image' is not in model.modalities, which has image, text"),
         (["model.modalities.clean_image.attention=causal"], "model.modalities.clean_image.attention is causal"),
     ],
 )

@@ -145,7 +145,7 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
                 f"configuration: {section} has {', '.join(given) or 'nothing'}, and the modalities of model.modalities "
                 f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
             )
-    _check_orders(config.data.orders, set(modalities))
+    _check_orders(config.data.orders, set(modalities) - set(read))
     least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
     least |= {f"codecs.{name}.batch_size": (codec.batch_size, 1) for name, codec in config.codecs.items()}
     for name, modality in modalities.items():
@@ -154,12 +154,7 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for key, (number, smallest) in least.items():
         if not number >= smallest:
             raise UserError(f"configuration: {key} is {number}; it must be at least {smallest}")
-    for name in read:
-        if not config.data.has_copies:
-            raise UserError(
-                f"configuration: model.modalities.{name} reads clean latents, and with data.image_context=noised "
-                "captions are read off noised ones; set data.image_context=clean"
-            )
+    _check_read(config.data, read)
     for name in (name for name, modality in modalities.items() if modality.objective != "next_token"):
         is_apart = name in read or name in read.values()
         if config.data.has_copies and config.data.slots[name] < 2 and not is_apart:
@@ -176,6 +171,27 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
             raise UserError(
                 "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
                 f"model.modalities.{name}.attention is causal; set it to bidirectional, or data.image_context=noised"
+            )
+
+
+def _check_read(data: Any, read: dict[str, str]) -> None:
+    """Refuse modalities that read clean latents, where there never are any."""
+    for name, media in read.items():
+        if not data.has_copies:
+            raise UserError(
+                f"configuration: model.modalities.{name} reads clean latents, and with data.image_context=noised "
+                "captions are read off noised ones; set data.image_context=clean"
+            )
+        if data.orders is None:
+            key, is_read = "data.caption_first_prob is 1", data.caption_first_prob < 1
+            is_read |= any(source.audio_column is not None for source in data.sources)
+        else:
+            key = f"data.orders has {media} in the last place alone"
+            is_read = any(chance > 0 and media in order.split()[:-1] for order, chance in data.orders.items())
+        if not (is_read or data.has_edits or any(source.kind == "interleaved" for source in data.sources)):
+            raise UserError(
+                f"configuration: model.modalities.{name} reads clean latents of {media}, and {key}, so that nothing is "
+                f"ever read off one; change that, or remove {name}"
             )
 
 
