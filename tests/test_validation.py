@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -356,11 +357,11 @@ class ListCodes:
 NUM_CODES, CODES = 10, [[n % 10, 3, (3 * n) % 10, 7, 1][: 3 + n % 3] for n in range(8)]
 
 
-def codes_validation(tokenizer: TextTokenizer, documents: ListCodes) -> tuple[Validation, torch.nn.Module]:
+def codes_validation(tokenizer: TextTokenizer, documents: ListCodes, **data: Any) -> tuple[Validation, torch.nn.Module]:
     towers = {name: TowerConfig(16, 24) for name in ("text", "speech")}
     modalities = {"text": ModalityConfig("text"), "speech": ModalityConfig("speech")}
     config = RunConfig(
-        data=DataConfig(slots={"text": TEXT_SLOTS, "speech": 13}),
+        data=DataConfig(slots={"text": TEXT_SLOTS, "speech": 13}, **data),
         model=tiny_config(towers=towers, modalities=modalities),
         training=TrainingConfig(num_validation_documents=8),
     )
