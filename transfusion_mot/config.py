@@ -22,6 +22,8 @@ from transfusion_mot.errors import UserError
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # What a modality is trained for; `read` is for nothing.
 Objective = Literal["next_token", "diffusion", "read"]
+# The noise level that a variation of a picture begins at. With checkpoints/emoji, less keeps the picture as it is.
+DEFAULT_STRENGTH = 0.85
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -591,14 +593,36 @@ class RunConfig:
 
 
 @dataclass
+class AudioFramesConfig:
+    """The mel frames that a codec of sound codes.
+
+    Attributes:
+        sample_rate: Samples a second; recordings are resampled to it.
+        hop_length: Samples from one frame to the next.
+        window_length: Samples of a frame. Short ones (25 ms) do not tell the pitch, so that no code does.
+        num_mels: Mel bands.
+        num_code_layers: Layers at the rate of codes, in encoder and decoder each.
+    """
+
+    sample_rate: int = 16000
+    hop_length: int = 160
+    window_length: int = 400
+    num_mels: int = 64
+    num_code_layers: int = 6
+
+
+@dataclass
 class AutoencoderTrainingConfig:
-    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an image codec.
+    """Configuration of `python -m transfusion_mot.autoencoder`, which trains a codec of images or of sound.
 
     Attributes:
         output_dir: Folder that receives the codec, its metrics and a grid of reconstructions.
-        kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`.
+        kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`;
+            `audio_codes` a codec of sound, for `next_token`, too.
         init_from: A codec of the same kind and sizes to begin with: a name or local path; null begins at random.
-        data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
+        data: Where the images or recordings come from; only `sources`, `image_size`, `max_audio_seconds`, `cache_dir`
+            and the held-out split are used.
+        audio: `audio_codes` only: the frames of sound.
         latent_channels: Channels of the latents, or of a code.
         codebook_size: `codes` only: number of codes.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
@@ -626,9 +650,10 @@ class AutoencoderTrainingConfig:
     """
 
     output_dir: str = "runs/vae"
-    kind: Literal["latents", "codes"] = "latents"
+    kind: Literal["latents", "codes", "audio_codes"] = "latents"
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    audio: AudioFramesConfig = field(default_factory=AudioFramesConfig)
     latent_channels: int = 4
     codebook_size: int = 1024
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transfusion_mot.codecs.base import fingerprint_of, full_precision
 from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.codecs.hubert_units import HubertUnits
+from transfusion_mot.codecs.mel_vq import MelVQModel
 from transfusion_mot.config import CodecConfig
 from transfusion_mot.errors import UserError
 
@@ -82,7 +83,8 @@ class AudioCodes:
         if class_name == "HubertModel":
             model: nn.Module = HubertUnits.load(config.path, config.layer)
         else:
-            model = load_model(getattr(transformers, class_name), config.path)
+            model_class = MelVQModel if class_name == MelVQModel.__name__ else getattr(transformers, class_name)
+            model = load_model(model_class, config.path)
         return cls(model.to(device), config.num_codebooks)
 
     @property
@@ -107,11 +109,11 @@ class AudioCodes:
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Mono waveforms, float32 [T] in [-1, 1] at `sample_rate` => codes [N] of each.
 
-        The codes of a waveform do not depend on the others: each is encoded alone, because most of these models see
-        what a shorter one would be filled up with.
+        The codes of a waveform do not depend on the others. Models of transformers encode each alone, because most of
+        them see what a shorter one would be filled up with.
         """
         with full_precision(self.device):
-            frames_QF = [self._parts.encode(waveform.float().to(self.device)) for waveform in waveforms]
+            frames_QF = self._parts.encode([waveform.float().to(self.device) for waveform in waveforms])
         first_of_codebook = torch.arange(self.num_codebooks, device=self.device) * self._parts.codebook_size
         return [(codes.T + first_of_codebook).flatten() for codes in frames_QF]
 
@@ -139,15 +141,19 @@ class AudioCodes:
 
 
 class _Parts(NamedTuple):
-    """A tokenizer: codes of one codebook, sample rate, samples of a frame, waveform [T] => codes [Q, F], and back."""
+    """A tokenizer: codes of one codebook, sample rate, samples of a frame, waveforms [T] => codes [Q, F], and back."""
 
     codebook_size: int
     sample_rate: int
     hop: int
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[[Sequence[Tensor]], list[Tensor]]
     decode: Callable[[Tensor], Tensor] | None
     fewest: int = 1
     most: int = 1
+
+
+def _each(encode: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    return lambda waveforms: [encode(waveform) for waveform in waveforms]
 
 
 def _whole_frames(waveform: Tensor, hop: int) -> Tensor:
@@ -164,7 +170,7 @@ def _mimi(model: Any, num_codebooks: int) -> _Parts:
         config.codebook_size,
         config.sampling_rate,
         round(config.sampling_rate / config.frame_rate),
-        encode,
+        _each(encode),
         lambda codes: model.decode(codes[None]).audio_values.flatten(),
         config.num_semantic_quantizers,
         config.num_quantizers,
@@ -189,7 +195,7 @@ def _encodec(model: Any, num_codebooks: int) -> _Parts:
         return model.decode(codes[None, None], [None]).audio_values.flatten()
 
     most = model.quantizer.get_num_quantizers_for_bandwidth(config.target_bandwidths[-1])
-    return _Parts(config.codebook_size, config.sampling_rate, config.hop_length, encode, decode, most=most)
+    return _Parts(config.codebook_size, config.sampling_rate, config.hop_length, _each(encode), decode, most=most)
 
 
 def _dac(model: Any, num_codebooks: int) -> _Parts:
@@ -202,7 +208,7 @@ def _dac(model: Any, num_codebooks: int) -> _Parts:
         return model.decode(audio_codes=codes[None]).audio_values.flatten()
 
     return _Parts(
-        config.codebook_size, config.sampling_rate, config.hop_length, encode, decode, most=config.n_codebooks
+        config.codebook_size, config.sampling_rate, config.hop_length, _each(encode), decode, most=config.n_codebooks
     )
 
 
@@ -217,7 +223,7 @@ def _xcodec(model: Any, num_codebooks: int) -> _Parts:
         return model.decode(codes[None]).audio_values.flatten()
 
     most = model.quantizer.get_num_quantizers_for_bandwidth(config.target_bandwidths[-1])
-    return _Parts(config.codebook_size, config.sample_rate, config.hop_length, encode, decode, most=most)
+    return _Parts(config.codebook_size, config.sample_rate, config.hop_length, _each(encode), decode, most=most)
 
 
 def _xcodec2(model: Any, _: int) -> _Parts:
@@ -240,7 +246,7 @@ def _xcodec2(model: Any, _: int) -> _Parts:
         return model.decode(codes[None]).audio_values.flatten()
 
     codebook_size = torch.tensor(config.quantization_levels).prod().item()
-    return _Parts(int(codebook_size), config.sampling_rate, config.hop_length, encode, decode)
+    return _Parts(int(codebook_size), config.sampling_rate, config.hop_length, _each(encode), decode)
 
 
 def _wav_tokenizer(model: Any, _: int) -> _Parts:
@@ -249,13 +255,26 @@ def _wav_tokenizer(model: Any, _: int) -> _Parts:
         config.codebook_size,
         config.sampling_rate,
         config.hop_length,
-        lambda waveform: model.encode(waveform[None, None]).audio_codes[0],
+        _each(lambda waveform: model.encode(waveform[None, None]).audio_codes[0]),
         lambda codes: model.decode(codes[None]).audio_values.flatten(),
     )
 
 
 def _hubert(model: HubertUnits, _: int) -> _Parts:
-    return _Parts(len(model.centroids), model.sample_rate, model.hop, lambda waveform: model(waveform)[None], None)
+    return _Parts(
+        len(model.centroids), model.sample_rate, model.hop, _each(lambda waveform: model(waveform)[None]), None
+    )
+
+
+def _mel_vq(model: MelVQModel, _: int) -> _Parts:
+    config = model.config
+    return _Parts(
+        config.num_vq_embeddings,
+        config.sample_rate,
+        model.samples_per_code,
+        lambda waveforms: [codes[None] for codes in model.encode(waveforms)],
+        lambda codes: model.decode(codes[0]),
+    )
 
 
 _ADAPTERS: dict[str, Callable[[Any, int], _Parts]] = {
@@ -266,6 +285,7 @@ _ADAPTERS: dict[str, Callable[[Any, int], _Parts]] = {
     "Xcodec2Model": _xcodec2,
     "WavTokenizerModel": _wav_tokenizer,
     "HubertUnits": _hubert,
+    "MelVQModel": _mel_vq,
 }
 # By the class that a folder names; some are younger than the oldest transformers that this project runs with.
-CLASSES = [name for name in (*_ADAPTERS, "HubertModel") if name in dir(transformers)]
+CLASSES = [name for name in (*_ADAPTERS, "HubertModel") if name in dir(transformers) or name == MelVQModel.__name__]
