@@ -18,8 +18,8 @@ from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
+from transfusion_mot.sampling.held_out_items import captions_of
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
-from transfusion_mot.sampling.previews import captions_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
 from transfusion_mot.training.checkpoint import written_aside
 from transfusion_mot.training.ema import EMA
@@ -140,6 +140,7 @@ def save_snapshot(
         step=step,
         base=None if adapter is None else adapter.base_model_name_or_path,
         prompt=_example_prompt(config, data),
+        media={codec.medium for codec in data.codecs.values()},
     )
     with written_aside(run / "snapshots" / f"step-{step:07d}") as folder:
         if adapter is not None:

@@ -98,7 +98,8 @@ def take_steps(
             if validates and training.validation is not None:
                 tell(log.write_validation(step, training.validation.losses(model, accelerator)))
             if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
-                training.previews.make(step, accelerator)
+                for line in training.previews.make(step, accelerator):
+                    tell(line)
 
     heartbeats = Path(config.output_dir) / "heartbeats"
     watchdog = Watchdog(heartbeats, rank=rank, world_size=world_size, minutes=settings.watchdog_minutes)
