@@ -3,12 +3,11 @@
 import argparse
 from typing import NoReturn
 
+from transfusion_mot.config import DEFAULT_STRENGTH
 from transfusion_mot.errors import UserError
 from transfusion_mot.installed import as_called
 
 DTYPES = ("bf16", "fp32")
-# Of variations: the noise level that they start from.
-DEFAULT_STRENGTH = 0.6
 # The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
 PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
 TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)

@@ -11,6 +11,7 @@ from transfusion_mot.demo.shared import (
     MAX_IMAGES,
     MAX_STEPS,
     MODEL,
+    add_gallery,
     add_seed,
     add_upload,
     gr,
@@ -84,9 +85,7 @@ class EditTab:
                     steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
                 seed = add_seed()
             with gr.Column(scale=6, min_width=320):
-                results = gr.Gallery(
-                    show_label=False, columns=2, height=530, object_fit="contain", elem_id="edits", format="png"
-                )
+                results = add_gallery("edits")
                 line = gr.Markdown(min_height=24)
         editing = gr.on(
             [start.click, instruction.submit],

@@ -2,8 +2,9 @@
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from transfusion_mot.demo.shared import (
     MAX_STEPS,
     MAX_TOP_K,
     MODEL,
+    add_gallery,
     add_seed,
     gr,
     mistakes_shown,
     refused,
 )
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.sizes import Size
 from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, sampler_name
 
 HISTORY_LENGTH = 40
+# Sides of pictures may be so much longer than the longest of training.
+_LARGER = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class PaintTab:
         self.pipeline = pipeline
         self.trained = pipeline.scheduler
         self.is_codes = pipeline.codec.kind == "codes"
-        self.sizes = {size_name(size): size for size in pipeline.sizes.trained}
         self._folder = tempfile.TemporaryDirectory(prefix="transfusion_mot-")
         self._numbers = itertools.count()
 
@@ -60,12 +62,13 @@ class PaintTab:
         negative_prompt: str,
         num_images: int,
         seed: int,
-        size: str,
+        height: int,
+        width: int,
         scale: float,
         rescale: float,
         *drawing: Any,
-    ) -> Iterator[tuple[Any, str, Any, Any]]:
-        """History and fields of the page => pictures, a line about them, the history as kept, and as shown.
+    ) -> Iterator[tuple[Any, str, Any, Any, Any]]:
+        """History and fields of the page => pictures, a line about them, the history as kept, as shown, and its title.
 
         The last fields, `drawing`, are steps and scheduler; of a model whose pictures are codes temperature, top-p and
         top-k.
@@ -73,8 +76,7 @@ class PaintTab:
         prompt = prompt.strip()
         if not prompt:
             raise refused("Say what to paint.")
-        fields = (prompt, negative_prompt, num_images, seed, size, scale, rescale, *drawing)
-        height, width = self.sizes[size]
+        fields = (prompt, negative_prompt, num_images, seed, height, width, scale, rescale, *drawing)
         seeds = [int(seed) + index for index in range(int(num_images))]
         how: dict[str, Any]
         if self.is_codes:
@@ -103,7 +105,7 @@ class PaintTab:
         with mistakes_shown():
             for images, line, finished in painted_live(run):
                 if not finished:
-                    yield images, line, gr.skip(), gr.skip()
+                    yield images, line, gr.skip(), gr.skip(), gr.skip()
         new = []
         for image, own_seed in zip(images, seeds, strict=True):
             path = Path(self._folder.name) / f"{next(self._numbers):06d}.png"
@@ -115,7 +117,8 @@ class PaintTab:
         history = [*new, *history]
         self.forget(history[HISTORY_LENGTH:])
         history = history[:HISTORY_LENGTH]
-        yield [painted.path for painted in new], line, history, [(old.path, old.settings[0]) for old in history]
+        past = gr.Gallery([(old.path, old.settings[0]) for old in history], visible=True)
+        yield [painted.path for painted in new], line, history, past, gr.Markdown(visible=True)
 
     def forget(self, history: list[Painted]) -> None:
         """Remove the files of pictures that nobody sees any more."""
@@ -128,63 +131,82 @@ class PaintTab:
         # Without the end that all of them share, which has no place.
         schedulers = [(name.replace("Scheduler", ""), name) for name in fit_samplers(pipeline.scheduler)]
         current = sampler_name(pipeline.scheduler)
+        examples = pipeline.config.examples or {}
+        default_height, default_width = pipeline.sizes.default
         with gr.Tab("Paint"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     label="Prompt", placeholder="a red apple", max_lines=4, autofocus=True, elem_id="prompt"
                 )
-                negative = gr.Textbox(label="Negative prompt", placeholder="what to lead away from", max_lines=2)
+                if beginnings := examples.get("beginnings"):
+                    style = gr.Dropdown(
+                        ["", *beginnings], value="", label="Prompts of training begin with", elem_id="style"
+                    )
+                    style.input(
+                        partial(begin_with, beginnings=beginnings),
+                        [style, prompt],
+                        prompt,
+                        show_progress="hidden",
+                        queue=False,
+                    )
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", elem_id="paint", scale=3)
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                with gr.Row():
-                    scale = gr.Slider(1, 15, pipeline.config.guidance_scale, step=0.1, label="Guidance scale")
-                    rescale = gr.Slider(0, 1, 0, step=0.05, label="Guidance rescale")
+                if prompts := examples.get("prompts"):
+                    gr.Examples([[text] for text in prompts], prompt, label="Examples", elem_id="examples")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
                     if not self.is_codes:
                         steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
+                scale = gr.Slider(1, 15, pipeline.config.guidance_scale, step=0.1, label="Guidance scale")
                 with gr.Row():
-                    seed = add_seed(min_width=90)
-                    size = gr.Dropdown(
-                        list(self.sizes),
-                        value=size_name(pipeline.sizes.default),
-                        label="Width x height",
-                        min_width=130,
+                    height = self._add_side("Height", default_height)
+                    width = self._add_side("Width", default_width)
+                    seed = add_seed()
+                with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                    negative = gr.Textbox(
+                        "", label="Negative prompt", placeholder="what to lead away from", max_lines=2
                     )
-                if self.is_codes:
-                    with gr.Row():
+                    rescale = gr.Slider(0, 1, 0, step=0.05, label="Guidance rescale")
+                    if self.is_codes:
                         temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
                         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
                         drawing = [temperature, top_p, gr.Slider(0, MAX_TOP_K, 0, step=1, label="Top-k (0 is all)")]
-                else:
-                    drawing = [steps, gr.Dropdown(schedulers, value=current, label="Scheduler")]
+                    else:
+                        drawing = [steps, gr.Dropdown(schedulers, value=current, label="Scheduler")]
             with gr.Column(scale=6, min_width=320):
-                painted = gr.Gallery(
-                    show_label=False, columns=2, height=530, object_fit="contain", elem_id="painted", format="png"
-                )
+                painted = add_gallery("painted")
                 line = gr.Markdown(elem_id="line", min_height=24)
-        self._fields = [prompt, negative, num_images, seed, size, scale, rescale, *drawing]
+        self._fields = [prompt, negative, num_images, seed, height, width, scale, rescale, *drawing]
         self._start, self._stop, self._results = [start.click, prompt.submit], stop, [painted, line]
+
+    def _add_side(self, label: str, default: int) -> Any:
+        sizes = self.pipeline.sizes
+        most = _LARGER * max(side for size in sizes.trained for side in size)
+        return gr.Number(
+            default, label=label, precision=0, minimum=sizes.multiple, maximum=most, step=sizes.multiple, min_width=90
+        )
 
     def add_history(self) -> None:
         """Add the history below the tabs."""
-        gr.Markdown("History: a click puts the settings of a picture back", elem_id="past")
+        title = gr.Markdown("History: a click puts the settings of a picture back", elem_id="past", visible=False)
+        # Nothing is there before the first picture.
         shown = gr.Gallery(
             show_label=False,
             columns=8,
-            height=260,
             object_fit="contain",
             elem_id="history",
             format="png",
             allow_preview=False,
+            visible=False,
+            buttons=["download_all"],
         )
         history = gr.State([], time_to_live=CACHE_SECONDS[1], delete_callback=self.forget)
         painting = gr.on(
             self._start,
             self.paint,
             [history, *self._fields],
-            [*self._results, history, shown],
+            [*self._results, history, shown, title],
             show_progress="minimal",
             **MODEL,
         )
@@ -196,7 +218,11 @@ def _settings_of(history: list[Painted], clicked: "gr.SelectData") -> tuple[Any,
     return history[clicked.index].settings
 
 
-def size_name(size: Size) -> str:
-    """A size as the page shows it."""
-    height, width = size
-    return f"{width} x {height}"
+def begin_with(beginning: str, prompt: str, beginnings: Sequence[str]) -> str:
+    """A prompt with another one of the beginnings that captions have; empty is none."""
+    prompt = prompt.strip()
+    for known in sorted(beginnings, key=len, reverse=True):
+        if prompt == known or prompt.startswith(f"{known} "):
+            prompt = prompt[len(known) :].strip()
+            break
+    return f"{beginning} {prompt}".lstrip()

@@ -42,9 +42,26 @@ def refused(message: str) -> Exception:
     return error
 
 
-def add_seed(**arguments: Any) -> Any:
-    """The field of a seed."""
-    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, **arguments)
+def add_seed() -> Any:
+    """The field of a seed, with a button that draws one."""
+    draw = gr.Button("Random", size="sm")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=130, buttons=[draw])
+    # In the browser, so that nobody waits for the model.
+    draw.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
+    return seed
+
+
+def add_gallery(element: str, columns: int = 2) -> Any:
+    """Where results appear: as large before as after."""
+    return gr.Gallery(
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        elem_id=element,
+        elem_classes="results",
+        format="png",
+        buttons=["download", "download_all", "fullscreen"],
+    )
 
 
 def add_upload(element: str, height: int = 320) -> Any:

@@ -15,6 +15,7 @@ from transfusion_mot.demo.shared import (
     MAX_TOKENS,
     MODEL,
     UPLOADED,
+    add_gallery,
     add_seed,
     add_upload,
     gr,
@@ -100,7 +101,7 @@ class SpeechTab:
                 picture = add_upload("spoken-picture", height=220)
         start = gr.Button("Speak", variant="primary", elem_id="speak")
         spoken = gr.Audio(label="Speech", format="wav", interactive=False, buttons=["download"], elem_id="spoken")
-        line = gr.Markdown(elem_id="spoken-line", min_height=24)
+        line = gr.Markdown(elem_classes="told", min_height=24)
         with gr.Row():
             temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
             scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
@@ -133,10 +134,8 @@ class SpeechTab:
         transcribe.click(self.transcribe, recording, words, **MODEL)
         if not self.pipeline.can_paint:
             return
-        painted = gr.Gallery(
-            show_label=False, columns=4, height=180, object_fit="contain", elem_id="heard", format="png"
-        )
-        line = gr.Markdown(elem_id="heard-line", min_height=24)
+        painted = add_gallery("heard")
+        line = gr.Markdown(elem_classes="told", min_height=24)
         with gr.Row():
             num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
             seed = add_seed()

@@ -18,6 +18,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
+from transfusion_mot.run.examples import examples_of
 from transfusion_mot.sampling.held_out_items import captions_of
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
@@ -47,6 +48,7 @@ def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> Tr
         trained_on_edits=config.data.has_edits,
         audio_modality=audio,
         max_audio_seconds=None if audio is None else config.data.max_audio_seconds,
+        examples=None if images is None else examples_of(data, images),
     )
 
 

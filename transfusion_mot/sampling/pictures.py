@@ -9,6 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from transfusion_mot.config import DEFAULT_STRENGTH
 from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.images import to_pil
 from transfusion_mot.diffusion import Diffusion, Variation
@@ -102,7 +103,7 @@ class PicturePipeline(DocumentPipeline):
         generator: Generators = None,
         latents: Tensor | None = None,
         image: Pictures | None = None,
-        strength: float = 0.6,
+        strength: float = DEFAULT_STRENGTH,
         mask_image: Pictures | None = None,
         code_temperature: float = 1.0,
         code_top_p: float = 1.0,

@@ -69,6 +69,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
         audio_modality: The modality of the audio, likewise.
         max_audio_seconds: Longest audio it can have seen; None is no limit.
+        examples: For a page: some `prompts`, and the `beginnings` of its captions where there are a few.
 
     Attributes:
         workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
@@ -100,6 +101,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         trained_on_edits: bool = False,
         audio_modality: str | None = None,
         max_audio_seconds: float | None = None,
+        examples: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
         self._adapters, self._put_in, self._pristine = {}, set(), None
@@ -118,6 +120,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             trained_on_edits=trained_on_edits,
             audio_modality=audio_modality,
             max_audio_seconds=max_audio_seconds,
+            examples=examples,
         )
         architecture = transformer.architecture
         self.text_tokenizer = TextTokenizer(tokenizer, architecture.made)
