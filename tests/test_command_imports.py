@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("transfusion_mot", "evaluate", "benchmarks", ".")
 COMMANDS = sorted(
