@@ -105,7 +105,7 @@ def test_speech_is_one_file_if_that_is_asked_for(sample, pipeline, workplace, ca
     sample("--task", "speech", "--image", "picture.png", "--output", "y.wav", "--max-seconds", 0.2)
     sample("--task", "speech", "--image", "picture.png", "--output", "folder", "--max-seconds", 0.2)
     line = lines(workplace / "folder")[-1]
-    assert line["image"] == "picture.png"
+    assert (line["file_name"], line["image"]) == ("0001-picture.wav", "picture.png")
     expected = spoken(pipeline, picture(), line["audio_seed"], max_seconds=0.2)
     assert np.abs(samples_of(workplace / "y.wav") - expected).max(initial=0) <= 1
 

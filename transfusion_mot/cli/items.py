@@ -66,7 +66,7 @@ def _lines_of(file: str, state: PartialState) -> list[str]:
         raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
 
 
-def plan(prompts: list[str], num_images: int, seed: int, first: int = 0) -> list[Item]:
+def plan(prompts: list[str], num_images: int, seed: int, first: int = 0, *, are_files: bool = False) -> list[Item]:
     """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting.
 
     Args:
@@ -74,12 +74,14 @@ def plan(prompts: list[str], num_images: int, seed: int, first: int = 0) -> list
         num_images: Results of each.
         seed: Of all of them together.
         first: Number in the name of the first result.
+        are_files: Whether the prompts are paths; results are then named like the files.
     """
     counts: Counter[str] = Counter()
     digits = max(4, len(str(first + len(prompts) * num_images - 1)))
     items: list[Item] = []
     for prompt in prompts:
-        slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "image"
+        name = Path(prompt).stem if are_files else prompt
+        slug = re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "image"
         for _ in range(num_images):
             items.append(
                 Item(prompt, derived_seed(seed, prompt, counts[prompt]), f"{first + len(items):0{digits}d}-{slug}")

@@ -70,7 +70,8 @@ def sample(
             **settings,
         }
         folder = ResultFolder(arguments.output, command, file_name, count, state)
-    items = plan(prompts, arguments.num_images, arguments.seed, 0 if folder is None else folder.first)
+    first = 0 if folder is None else folder.first
+    items = plan(prompts, arguments.num_images, arguments.seed, first, are_files=bool(files_of(arguments)))
     missing = range(count) if folder is None else folder.missing()
     lines: list[dict[str, Any]] = []
     with tqdm(total=len(missing), desc=verb, disable=not state.is_main_process) as bar:
@@ -120,13 +121,18 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
     print(said)
 
 
+def files_of(arguments: argparse.Namespace) -> list[str]:
+    """The files that stand in the place of prompts; none if there are prompts."""
+    pictures = [arguments.image] if arguments.task == SPEAK and arguments.image else []
+    files: list[str] = arguments.caption or arguments.transcribe or arguments.speech or pictures
+    return files
+
+
 def run(arguments: argparse.Namespace) -> None:
     """What sample.py does, with the options that it was given."""
     cpu = arguments.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=TIMEOUT)
-    pictures = [arguments.image] if arguments.task == SPEAK and arguments.image else []
-    files = arguments.caption or arguments.transcribe or arguments.speech or pictures
-    prompts = files or read_prompts(arguments, state)
+    prompts = files_of(arguments) or read_prompts(arguments, state)
     if arguments.device not in (None, "cpu") and state.num_processes > 1:
         raise UserError(f"--device {arguments.device} is one device for several processes; leave it out")
     if arguments.output is None and state.num_processes > 1:
