@@ -6,7 +6,8 @@
 A folder of recordings has a metadata.jsonl with the text of each; those that are held out are used. Of each folder:
 word and character error rate (WER, CER) of the model's transcripts, and of what an independent recogniser makes of the
 recordings, of the same through the codec, and of the model's own speech of the same texts. The recogniser errs too:
-compare its three numbers with each other. Texts are compared in lower case, without punctuation; see docs/speech.md.
+compare its three numbers with each other. Recordings longer than any in training are left out. Texts are compared in
+lower case, without punctuation; see docs/speech.md.
 """
 
 import argparse
@@ -81,7 +82,7 @@ from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.recognisers import PocketSphinx, Recogniser, TransformersRecogniser
 from transfusion_mot.evaluation.report import Metric
-from transfusion_mot.evaluation.speech import RecordingSet, read_recordings
+from transfusion_mot.evaluation.speech import RecordingSet, at_most, read_recordings
 from transfusion_mot.files import check_writable_folder, find_snapshot
 from transfusion_mot.sampling.held_out_losses import codecs_of
 from transfusion_mot.sampling.held_out_speech import intelligibility_metrics, loss_metrics, transcription_metrics
@@ -103,7 +104,7 @@ def main() -> None:
     speaking = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     _, speaking["guidance_scale"] = pipeline.sampling_settings(None, arguments.guidance_scale)
     metrics: list[Metric] = []
-    for recordings in sets:
+    for recordings in (at_most(one, pipeline.config.max_audio_seconds) for one in sets):
         found, transcripts = transcription_metrics(pipeline, recordings, batch_size=arguments.batch_size)
         metrics += found
         spoken: list[tuple[str, Audio]] = []

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transfusion_mot.data.audio import Audio, decode_audio
+from transfusion_mot.data.audio import Audio, audio_seconds, decode_audio
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
@@ -75,6 +75,22 @@ def read_recordings(folder: str | Path, count: int) -> RecordingSet:
         raise UserError(f'\'{path}\': no recording is held out; mark some with "split": "held_out"')
     places = np.unique(np.linspace(0, len(held_out) - 1, min(count, len(held_out))).round().astype(int))
     return RecordingSet(Path(folder).resolve().name, [held_out[place] for place in places], [row[1] for row in rows])
+
+
+def at_most(recordings: RecordingSet, seconds: float | None) -> RecordingSet:
+    """Without what lasts longer; None keeps everything.
+
+    Raises:
+        UserError: Nothing is left.
+    """
+    if seconds is None:
+        return recordings
+    kept = [one for one in recordings.held_out if audio_seconds(one.path) <= seconds]
+    if not kept:
+        raise UserError(
+            f"all recordings of '{recordings.name}' last longer than {seconds:g} seconds; cut them"
+        )
+    return replace(recordings, held_out=kept)
 
 
 def _first(entry: dict[str, Any], keys: Sequence[str]) -> str:
