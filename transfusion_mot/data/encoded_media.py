@@ -411,8 +411,9 @@ def _why_not(
     for place in cache_dir.glob(f"{_PREFIXES[kind]}-*/{_INDEX}-*"):
         if "." not in place.name:
             about = json.loads(StoredArrays(place).strings(_ABOUT)[0])
-            if about["name"] == media.name:
-                before = about["made_of"]
+            before = about["made_of"]
+            # A source may have images and audio.
+            if about["name"] == media.name and before.keys() == made_of.keys():
                 differing = [part for part in made_of if before.get(part) != made_of[part]]
                 others.append((len(differing), str(place.parent), differing, before))
     if not others:

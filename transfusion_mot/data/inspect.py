@@ -70,6 +70,8 @@ _MOST_DOCUMENTS = 20_000
 _NUM_LANES = 8
 # Numbers of media that are tried, and rows packed for each layout that is.
 _MOST_LAYOUTS, _ROWS_PER_LAYOUT = 8, 64
+# And those by which it is known what documents take, of several modalities.
+_ROWS_FOR_PROPORTION = 200
 _BAR = 40
 
 
@@ -254,10 +256,11 @@ class Inspection:
         return slots // 2 if self.data.has_copies and name not in self.config.model.readers else slots
 
     def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
-        """Layouts of at most `budget` slots, the best one first; none with several modalities besides text.
+        """Layouts of at most `budget` slots, the best one first.
 
-        With texts, which fill what is left, that is the one whose media take closest to half of the slots
-        (Transfusion, section 4.1); without, the one with the least padding that uses three quarters of the budget.
+        Of several modalities besides text they are in the proportion in which documents take slots. Of one, with texts,
+        which fill what is left, the best is the one whose media take closest to half of the slots (Transfusion, section
+        4.1); without, the one with the least padding that uses three quarters of the budget.
 
         Args:
             longest: Text slots that a row must have, for captions to be whole.
@@ -265,7 +268,7 @@ class Inspection:
             clean: Where a modality reads clean latents, the slots of it for each media slot.
         """
         if len(self.item_slots) != 1:
-            return []
+            return self._in_proportion(budget, longest)
         ((name, size),) = self.item_slots.items()
         is_latents = name in self.sources.latent_shapes
         reader = self.config.model.readers.get(name)
@@ -293,6 +296,30 @@ class Inspection:
         if self.has_texts:
             slots_each = size if is_latents else 1
             return sorted(layouts, key=lambda layout: abs(layout.slots[name] * slots_each - budget / 2))
+        return sorted(layouts, key=lambda layout: layout.pad_fraction)
+
+    def _in_proportion(self, budget: int, longest: int) -> list[Layout]:
+        """Layouts in the proportion in which documents take slots, with some text slots more or none; the one with the
+        least padding first."""
+        counts, batch, _ = self.pack(self.data, _ROWS_FOR_PROPORTION)
+        blocks = RowShape.of_batch(self.config.model, batch).blocks
+        layouts = []
+        for spare in (1.0, 1.05, 1.1, 1.2):
+            used = {name: counts[f"{name}_slots"] * (spare if name == TEXT else 1.0) for name in blocks}
+            slots = {}
+            for name, block in blocks.items():
+                share = budget * used[name] / sum(used.values())
+                if name == TEXT:
+                    slots[name] = max(longest, int(share))
+                elif block.latent_shape is not None:
+                    slots[name] = max(self.data.has_copies + 1, int(share / block.slots_each))
+                else:
+                    # As many as there are for whole images; audio clips have any length.
+                    most = self.item_slots[name]
+                    each = most if self.mean_slots[name] == most else 1
+                    slots[name] = max(most, int(share) // each * each)
+            if sum(slots[name] * block.slots_each for name, block in blocks.items()) <= budget:
+                layouts.append(self.layout(slots))
         return sorted(layouts, key=lambda layout: layout.pad_fraction)
 
 
@@ -382,7 +409,7 @@ def main(arguments: Sequence[str]) -> None:
     mean = float(captions.mean()) / media_slots_each
     layouts = inspection.suggested(budget, longest, mean, clean_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
-    if inspection.has_texts:
+    if inspection.has_texts and len(inspection.item_slots) == 1:
         print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
     columns = [f"data.slots.{name}" for name in shape.blocks]
     width = max(21, *(2 + len(column) for column in columns))
@@ -393,9 +420,7 @@ def main(arguments: Sequence[str]) -> None:
             "".join(f"{layout.slots[name]:>{width}}" for name in shape.blocks)
             + f"{100 * layout.pad_fraction:>8.2f} %{100 * layout.cut_fraction:>12.2f} %{layout.mean_media:>14.1f}"
         )
-    if len(inspection.item_slots) > 1:
-        print("  none: layouts are suggested for one modality besides text")
-    elif not layouts:
+    if not layouts:
         what = "media and the longest captions need" if paired else "media and a text need"
         print(f"  none: {what} more; give --slots a larger number than {budget}")
 
