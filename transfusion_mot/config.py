@@ -23,7 +23,7 @@ LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # What a modality is trained for; `read` is for nothing.
 Objective = Literal["next_token", "diffusion", "read"]
 # The noise level that a variation of a picture begins at. With checkpoints/emoji, less keeps the picture as it is.
-DEFAULT_STRENGTH = 0.85
+DEFAULT_STRENGTH = 0.9
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -624,20 +624,20 @@ class AutoencoderTrainingConfig:
             and the held-out split are used.
         audio: `audio_codes` only: the frames of sound.
         latent_channels: Channels of the latents, or of a code.
-        codebook_size: `codes` only: number of codes.
+        codebook_size: `codes` and `audio_codes` only: number of codes.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
-            number.
-        layers_per_block: Residual layers at each resolution.
+            number. Of sound likewise the width at each rate of frames, down to that of codes.
+        layers_per_block: Residual layers at each resolution; of sound at each rate but that of codes.
         norm_num_groups: Groups of every group normalisation; divides all of `block_out_channels`.
         mid_block_attention: Self-attention at the lowest resolution.
         num_steps: Optimizer steps.
-        batch_size: Images a step.
+        batch_size: Images a step, or pieces of recordings, of 64 codes each.
         lr: Peak learning rate of AdamW; cosine descent after warm-up.
         warmup_steps: Steps of linear warm-up.
         kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
             appendix A). It sets how much noise the decoder learns to bear. `latents` only.
         commitment_weight: Weight of the squared distance of the encoder's output from its codes, both of length one
-            (0.25 in VQ-VAE). `codes` only.
+            (0.25 in VQ-VAE). `codes` and `audio_codes` only.
         perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.
         perceptual_path: Local path of the weights of torchvision's VGG16 (vgg16-397923af.pth), which LPIPS needs.
         gan_weight: Weight of the patch discriminator's term (0.5 in Transfusion); 0 is off.

@@ -43,13 +43,12 @@ class RepaintTab:
         scale: float,
     ) -> Iterator[tuple[list[Image.Image], str]]:
         """A picture with what is drawn on it => results, and a line about them. With nothing drawn all may change."""
-        background = drawn and drawn["background"]
-        if background is None:
+        if drawn is None or drawn["background"] is None:
             raise refused("Give a picture first.")
         prompt = prompt.strip()
         if not prompt:
             raise refused("Say what to paint.")
-        picture, mask = on_white(background), mask_of(drawn["layers"])
+        picture, mask = on_white(drawn["background"]), mask_of(drawn["layers"])
         seeds = [int(seed) + index for index in range(int(num_images))]
 
         def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
