@@ -167,6 +167,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path) -> None:
     audio = AudioFramesConfig(hop_length=320, window_length=300)
     with pytest.raises(UserError, match=r"hop_length 320 is longer than audio\.window_length 300"):
         build_audio(AutoencoderTrainingConfig(kind="audio_codes", audio=audio))
+    with pytest.raises(UserError, match=r"perceptual_weight is 1\.0; it compares pictures"):
+        build_audio(config(tmp_path / "codec", data, perceptual_weight=1.0))
     lines = (tmp_path / "data/metadata.jsonl").read_text().replace("held_out", "train")
     (tmp_path / "data/metadata.jsonl").write_text(lines)
     with pytest.raises(UserError, match="no recording is held out of 12"):

@@ -18,6 +18,7 @@ from transformers import EncodecConfig, EncodecModel, HubertConfig, HubertModel
 
 from transfusion_mot.codecs.audio_codes import AudioCodes
 from transfusion_mot.codecs.hubert_units import HubertUnits
+from transfusion_mot.codecs.mel_vq import MelVQModel
 from transfusion_mot.config import TEXT, DataConfig, ModalityConfig, TowerConfig
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.layout import Media
@@ -117,6 +118,18 @@ def test_a_snapshot_speaks_hears_and_paints_as_before(pipeline, saved) -> None:
     assert pipeline.transcribe(tone()) == loaded.transcribe(tone())
     before, after = (one(tone(), generator=seeds(1), output_type="latent").images for one in (pipeline, loaded))
     assert torch.equal(before, after)
+
+
+def test_a_snapshot_with_the_speech_codec_of_this_project(tmp_path) -> None:
+    torch.manual_seed(0)
+    codec = MelVQModel(block_out_channels=(8, 8, 8), num_code_layers=1, num_mels=20, num_vq_embeddings=CODEBOOK)
+    pipeline = speech_pipeline(audio_tokenizer=codec)
+    pipeline.save_pretrained(tmp_path)
+    loaded = TransfusionPipeline.from_pretrained(tmp_path)
+    before, after = (one.speak(["sun", picture()], generator=seeds(1, 2)) for one in (pipeline, loaded))
+    assert same(before, after)
+    assert before[0].sample_rate == 16000
+    assert loaded.transcribe(tone(rate=16000)) == pipeline.transcribe(tone(rate=16000))
 
 
 def test_a_snapshot_of_text_and_speech_alone(tmp_path) -> None:

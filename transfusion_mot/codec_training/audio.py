@@ -100,6 +100,8 @@ def build_audio(config: AutoencoderTrainingConfig) -> MelVQModel:
             f"audio.hop_length {audio.hop_length} is longer than audio.window_length {audio.window_length}, so that "
             "sound between frames would be lost"
         )
+    if config.perceptual_weight:
+        raise UserError(f"perceptual_weight is {config.perceptual_weight}; it compares pictures: set it to 0 for sound")
     torch.manual_seed(config.seed)
     model = MelVQModel(
         sample_rate=audio.sample_rate,
