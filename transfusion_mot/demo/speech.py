@@ -101,7 +101,7 @@ class SpeechTab:
                 picture = add_upload("spoken-picture", height=220)
         start = gr.Button("Speak", variant="primary", elem_id="speak")
         spoken = gr.Audio(label="Speech", format="wav", interactive=False, buttons=["download"], elem_id="spoken")
-        line = gr.Markdown(elem_classes="told", min_height=24)
+        line = gr.Markdown(elem_id="spoken-line", elem_classes="told", min_height=24)
         with gr.Row():
             temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
             scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
@@ -126,20 +126,21 @@ class SpeechTab:
         )
         # The uploaded file as it is: `decode_audio` says what is wrong with it, and Gradio would only fail.
         recording.preprocess = lambda payload: payload and payload.path
+        paints = self.pipeline.can_paint
         with gr.Row():
             transcribe = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
-            if self.pipeline.can_paint:
+            if paints:
                 paint = gr.Button("Paint what is said", elem_id="paint-said")
+        if paints:
+            with gr.Row():
+                num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
+                seed = add_seed()
         words = gr.Textbox(label="Transcript", lines=2, elem_id="transcript", interactive=False)
         transcribe.click(self.transcribe, recording, words, **MODEL)
-        if not self.pipeline.can_paint:
-            return
-        painted = add_gallery("heard")
-        line = gr.Markdown(elem_classes="told", min_height=24)
-        with gr.Row():
-            num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
-            seed = add_seed()
-        paint.click(self.paint, [recording, num_images, seed], [painted, line], show_progress="minimal", **MODEL)
+        if paints:
+            painted = add_gallery("heard")
+            line = gr.Markdown(elem_id="heard-line", elem_classes="told", min_height=24)
+            paint.click(self.paint, [recording, num_images, seed], [painted, line], show_progress="minimal", **MODEL)
 
 
 def _recording(path: str | None) -> Audio:
