@@ -75,6 +75,8 @@ def check_voices(voices: list[str]) -> None:
 def speak(text: str, voice: str, *, words_per_minute: int, pitch: int) -> Audio:
     """A text, spoken: 22,050 samples a second.
 
+    The engine's voices flutter: said again, a text is not the same to the sample.
+
     Args:
         text: In English.
         voice: An accent and a variant, such as "en-us+f2".
