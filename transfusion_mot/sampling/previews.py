@@ -10,7 +10,7 @@ from PIL import Image
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_edits import edited, held_out_edits
+from transfusion_mot.sampling.held_out_edits import HeldOutEdits, edited, held_out_edits
 from transfusion_mot.sampling.held_out_items import captions_of, pictures_of, printable
 from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.speech_previews import SpeechPreviews
@@ -54,7 +54,10 @@ class Previews:
         if prompts:
             pipeline.check_prompts(prompts)
         self.speech = SpeechPreviews(pipeline, prompts, held_out, folder)
-        self.prompts, self.pictures, self.captions, self.edits = [], [], [], []
+        self.prompts: list[str] = []
+        self.pictures: list[Image.Image] = []
+        self.captions: list[str] = []
+        self.edits: list[HeldOutEdits] = []
         if not pipeline.has_images:
             return
         if prompts is None:
