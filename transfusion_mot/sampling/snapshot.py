@@ -236,7 +236,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         known = [HubertUnits.__name__ if model == HubertModel.__name__ else model for model in AUDIO_CLASSES]
         if tokenizer_class not in known:
             raise UserError(
-                f"the audio_tokenizer is a {tokenizer_class}; one of {', '.join(known)} is needed: use the one that the "
+                f"the audio_tokenizer is a {tokenizer_class}; one of {', '.join(known)} is needed: use that which the "
                 "transformer was trained with"
             )
         size = self.transformer.config.sizes[name] - 2
