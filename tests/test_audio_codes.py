@@ -47,7 +47,9 @@ def dac():
 def hubert():
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": (8, 8)}
     sizes |= {"num_hidden_layers": 3, "conv_stride": (4, 4), "conv_kernel": (8, 4)}
-    return HubertConfig(**sizes, num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    sizes |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    # With this norm, and biases, loudness makes a difference.
+    return HubertConfig(**sizes, feat_extract_norm="layer", conv_bias=True)
 
 
 def xcodec():
@@ -207,7 +209,12 @@ CENTROIDS = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
 
 def hubert_folder(folder, centroids=CENTROIDS):
     torch.manual_seed(0)
-    HubertModel(hubert()).save_pretrained(folder)
+    model = HubertModel(hubert())
+    for name, weights in model.named_parameters():
+        if ".feed_forward." in name and weights.ndim > 1:
+            # Layers that differ.
+            weights.data = torch.randn_like(weights)
+    model.save_pretrained(folder)
     np.save(folder / "kmeans.npy", centroids.numpy())
     return str(folder)
 

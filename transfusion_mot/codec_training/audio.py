@@ -65,7 +65,9 @@ def train_audio_codec(config: AutoencoderTrainingConfig, device: torch.device) -
     parts = Parts(model.encoder, bottleneck, _BeforeLast(decoder), decoder.conv_out)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    log = optimise(model, parts, objective, segments.draw, config)
+    # Shapes are constant here; afterwards every recording has its own length.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        log = optimise(model, parts, objective, segments.draw, config)
     seconds = time.perf_counter() - start
 
     (model.half() if config.save_dtype == "float16" else model).save_pretrained(output_dir)
