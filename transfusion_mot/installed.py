@@ -48,15 +48,15 @@ def evaluate() -> None:
 def _run(name: str, script: Path) -> None:
     global _command
     _command = name
-    sys.argv[1:] = map(_with_shipped_config, sys.argv[1:])
+    # The value alone of what is given as key=value.
+    sys.argv[1:] = [re.sub(r"(?<![^=])configs/.*", lambda found: shipped(found[0]), word) for word in sys.argv[1:]]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _with_shipped_config(word: str) -> str:
-    """An argument that names a file in configs/ => the file of the package, where the user has none of this name."""
-    before, _, path = word.rpartition("=")
-    shipped = path.startswith("configs/") and not Path(path).exists() and (_ROOT / path).is_file()
-    return f"{before}{'=' if before else ''}{_ROOT / path}" if shipped else word
+def shipped(path: str) -> str:
+    """A path; of a file in configs/ that the user does not have, that of the package's."""
+    is_own = not path.startswith("configs/") or Path(path).exists() or not (_ROOT / path).is_file()
+    return path if is_own else str(_ROOT / path)
 
 
 def program() -> str | None:

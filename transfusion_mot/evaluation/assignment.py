@@ -27,6 +27,7 @@ from transfusion_mot.evaluation.prompts import (
     read_text_prompts,
 )
 from transfusion_mot.evaluation.protocol import ProtocolConfig
+from transfusion_mot.installed import shipped
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
     else:
         assert prompts_config.path is not None
         if prompts_config.kind == "geneval":
-            geneval = read_geneval(prompts_config.path)[:count]
+            geneval = read_geneval(shipped(prompts_config.path))[:count]
             prompts = geneval_prompts(geneval, protocol.images_per_prompt, seed)
         else:
             texts = read_text_prompts(prompts_config.path)[:count]
