@@ -87,9 +87,7 @@ def at_most(recordings: RecordingSet, seconds: float | None) -> RecordingSet:
         return recordings
     kept = [one for one in recordings.held_out if audio_seconds(one.path) <= seconds]
     if not kept:
-        raise UserError(
-            f"all recordings of '{recordings.name}' last longer than {seconds:g} seconds; cut them"
-        )
+        raise UserError(f"all recordings of '{recordings.name}' last longer than {seconds:g} seconds; cut them")
     return replace(recordings, held_out=kept)
 
 
