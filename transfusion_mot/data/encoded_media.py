@@ -102,7 +102,8 @@ class _Cached:
         """Size of them all."""
         total = 0
         for number, file in enumerate(self._files):
-            rows = self._rows[(self._shards == number) & self.readable]
+            # What a source lists several times is there once.
+            rows = np.unique(self._rows[(self._shards == number) & self.readable])
             total += self._bytes_in(file, rows) if len(rows) else 0
         return total
 
