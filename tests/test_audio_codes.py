@@ -191,6 +191,8 @@ def test_a_folder_remembers_how_many_codebooks_are_used(tmp_path) -> None:
     assert again.encode(WAVEFORMS)[0].tolist() == codec.encode(WAVEFORMS)[0].tolist()
     fewer = load_codec(CodecConfig(str(tmp_path), num_codebooks=1), "next_token", "cpu")
     assert fewer.fingerprint != codec.fingerprint
+    fewer.model.save_pretrained(tmp_path / "fewer")
+    assert load_codec(CodecConfig(str(tmp_path / "fewer")), "next_token", "cpu").codebook_size == 16
     with pytest.raises(UserError, match="num_codebooks is 5; this MimiModel gives 1 to 4"):
         load_codec(CodecConfig(str(tmp_path), num_codebooks=5), "next_token", "cpu")
     with pytest.raises(UserError, match="is of class MimiModel, and the objective diffusion needs AutoencoderKL;"):

@@ -1,8 +1,8 @@
-"""Train an image codec: an AutoencoderKL, or with kind=codes a VQModel.
+"""Train a codec: of images an AutoencoderKL, or with kind=codes a VQModel; with kind=audio_codes one of speech.
 
     python -m transfusion_mot.autoencoder --config configs/codecs/vq-emoji.yaml
 
-The output folder receives the codec, its metrics and a grid of reconstructions.
+The output folder receives the codec, its metrics and a picture of reconstructions; of speech WAV files, too.
 """
 
 import json

@@ -60,7 +60,7 @@ class AudioCodes:
                 f"num_codebooks is {num_codebooks}; this {type(model).__name__} gives {self._parts.fewest} to "
                 f"{self._parts.most}"
             )
-        if num_codebooks > 1:
+        if num_codebooks != getattr(config, _USED_CODEBOOKS, 1):
             # Saved with the model, so that a snapshot knows it.
             setattr(config, _USED_CODEBOOKS, num_codebooks)
         self.num_codebooks = num_codebooks

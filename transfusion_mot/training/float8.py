@@ -75,7 +75,7 @@ def _widths(config: RunConfig, codecs: Mapping[str, Codec]) -> dict[str, int]:
             widths[f"data.slots.{name}"] = slots
             continue
         codec = codecs[model.content_of(name)]
-        assert codec.medium == "image"
+        assert codec.medium != "audio"
         side = codec.downsampling * model.modalities[name].patch_size
         for height, width in data.image_sizes:
             patches = (height // side) * (width // side)
