@@ -163,6 +163,15 @@ def test_only_what_is_missing_is_spoken_again(corpus, sources, capsys):
     assert "captions    train              3" in capsys.readouterr().out
 
 
+def test_more_definitions_leave_those_before_them_as_they_are(corpus, sources):
+    before = entries_of(corpus / "glosses")
+    write(corpus, sources, "--glosses", 8)
+    entries = entries_of(corpus / "glosses")
+    assert (len(before), len(entries)) == (6, 8)
+    for one, other in zip(before, entries, strict=False):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
