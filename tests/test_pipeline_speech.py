@@ -264,6 +264,15 @@ def test_speaking_with_a_cache_equals_forwards_over_whole_documents(pipeline, sc
         [f"{cut} of 3 results had not ended after 0.1 seconds and are cut there; give more max_seconds"] * bool(cut)
     )
 
+    # With room for its end and no more, the shortest is not cut.
+    shortest = min(range(3), key=lambda place: len(expected[place]))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        room = (len(expected[shortest]) + 1.5) / CODES_PER_SECOND
+        again = speaker.speak(prompts[shortest], temperature=0.0, guidance_scale=scale, max_seconds=room)
+    assert same(again, spoken[shortest : shortest + 1])
+    assert not [record for record in caplog.records if "cut" in record.getMessage()]
+
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_one_seed_gives_one_result_whatever_the_batch_size(pipeline, scale) -> None:
@@ -360,6 +369,9 @@ def test_documents_hold_audio_and_end_with_it(pipeline) -> None:
     (same_audio,) = pipeline.speak("sun", max_seconds=0.07, guidance_scale=1.0, generator=seeds(3))
     assert same([audio], [same_audio])
     assert pipeline.generate([[tone()]], TEXT) == pipeline.transcribe(tone())
+    beginnings = pipeline.transcribe([tone(), tone()], ["sun", "an octopus"])
+    assert beginnings == pipeline.generate([[tone(), "sun"], [tone(), "an octopus"]], TEXT)
+    assert beginnings != pipeline.generate([["sun", tone()], ["an octopus", tone()]], TEXT)
     (painted,) = pipeline.generate([[tone()]], "image", generator=seeds(1))
     assert np.array_equal(painted, pipeline(tone(), generator=seeds(1)).images[0])
     assert isinstance(pipeline.generate([[tone(), "sun", picture()]], "speech", max_new_tokens=3)[0], Audio)
