@@ -419,3 +419,14 @@ def test_a_worker_receives_the_path_and_not_the_content(folder, kind):
     if kind == "latents":
         assert len(pickle.dumps(cache)) < cache.num_bytes / 2
     np.testing.assert_array_equal(read(received, 6), read(cache, 6))
+
+
+def test_an_image_that_is_listed_several_times_is_encoded_once_in_each_size(tmp_path, kind):
+    sizes = [[16, 16], [8, 16]]
+    images = ImagesOfBuckets(sizes, [0, 1, 0])
+    images.stamps[:] = 7
+    cache = encoded_media(images, build_codec(kind), config(tmp_path / "images", buckets=sizes), batch_size=2)
+    places = [cache._place(index) for index in range(3)]
+    assert places[0] == places[2] != places[1]
+    shards = list(cache.folder.rglob("*.safetensors"))
+    assert [load_file(shard)["rows"].tolist() for shard in shards] == [[0], [0]]

@@ -315,10 +315,14 @@ def _places(media: MediaSet, entries: Sequence[ShardEntries]) -> npt.NDArray[np.
 
 
 def _plan(media: MediaSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path], shard_media: int) -> list[Shard]:
-    """What to encode, as shards; what is listed several times, once."""
+    """What to encode, as shards; what is listed several times, once of each size."""
     plan = []
-    stamps = media.stamps[missing]
-    missing = missing[places_of(stamps, stamps) == np.arange(len(missing))]
+    is_first = np.zeros(len(missing), dtype=np.bool_)
+    for bucket in range(len(sizes)):
+        here = np.flatnonzero(media.buckets[missing] == bucket)
+        stamps = media.stamps[missing[here]]
+        is_first[here] = places_of(stamps, stamps) == np.arange(len(here))
+    missing = missing[is_first]
     # Some at a time, so that files are read once or nearly so, although each bucket has shards of its own.
     at_a_time = shard_media * len(sizes)
     for some in (missing[start : start + at_a_time] for start in range(0, len(missing), at_a_time)):
