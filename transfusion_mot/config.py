@@ -599,7 +599,7 @@ class AudioFramesConfig:
     Attributes:
         sample_rate: Samples a second; recordings are resampled to it.
         hop_length: Samples from one frame to the next.
-        window_length: Samples of a frame. Short ones (25 ms) do not tell the pitch, so that no code does.
+        window_length: Samples of a frame. Short ones (25 ms) blur the pitch, so that codes tell little of it.
         num_mels: Mel bands.
         num_code_layers: Layers at the rate of codes, in encoder and decoder each.
     """
