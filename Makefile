@@ -33,7 +33,7 @@ lock:
 		--output-file requirements.lock
 
 quickstart: install
-	$(BIN)/python -m transfusion_mot.data.line_drawings --output data/line_drawings --count 1000
+	$(BIN)/python -m transfusion_mot.data.line_drawings --output data/line_drawings
 	$(LAUNCH) train.py --config configs/quickstart.yaml output_dir=$(RUN)
 	rm -rf $(RUN)/evaluation
 	$(BIN)/python evaluate/benchmark.py --checkpoint $(RUN) --output $(RUN)/evaluation

@@ -1,10 +1,12 @@
-"""Paint prompts, edit a picture, caption images, go on with texts, or let a trained model decide which.
+"""Paint prompts, edit a picture, caption images, go on with texts, speak and transcribe with a trained model.
 
     python sample.py "a red apple" "an octopus"
     python sample.py --checkpoint runs/emoji --prompts-file prompts.txt --num-images 4 --output samples/all
     python sample.py --checkpoint runs/edit --edit apple.png "make it green" "add a top hat"
     python sample.py --checkpoint runs/emoji --caption photo.jpg drawing.png
     python sample.py --checkpoint runs/emoji --task auto "A story in pictures."
+    python sample.py --checkpoint runs/chameleon_speech --task speech "a red apple" --output apple.wav
+    python sample.py --checkpoint runs/chameleon_speech --transcribe apple.wav
     accelerate launch sample.py --checkpoint runs/coco --prompts-file coco-30k.txt --output samples/coco-30k
 
 Pictures are written as PNG files, with grid.png, which shows the first of them side by side, and metadata.jsonl, which

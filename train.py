@@ -2,10 +2,12 @@
 
     python train.py --config configs/emoji_128.yaml output_dir=runs/mine training.num_steps=2000
 
-`--help` says how to begin, `--plan` prints parameters, memory and days instead of training.
+`--help` says how to begin, `--plan` prints parameters, memory and days instead of training, `--quiet` prints a line of
+losses at a time and nothing else but warnings and errors.
 """
 
 import logging
+import os
 import sys
 
 from transfusion_mot.cli.train_help import train_help
@@ -18,12 +20,17 @@ def main(arguments: list[str]) -> None:
         topics = [word for word in arguments if word not in ("--help", "-h")]
         print(train_help(topics[0] if topics and not topics[0].startswith("-") else None))
         return
+    quiet = "--quiet" in arguments
+    arguments = [word for word in arguments if word != "--quiet"]
+    if quiet:
+        # Read by tqdm when it is imported: bars of reading and encoding.
+        os.environ["TQDM_DISABLE"] = "1"
     # PyTorch takes seconds to load. --help and misspelt keys do not wait for it.
     if "--plan" not in arguments:
         parse_sections(RunConfig, arguments, "")
     from transfusion_mot.run.train import run
 
-    run(arguments)
+    run(arguments, quiet=quiet)
 
 
 if __name__ == "__main__":

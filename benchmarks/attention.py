@@ -7,9 +7,28 @@ inside of a step follow each other without gaps.
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
+
+from benchmarks.shapes import IMAGE, LAYOUTS, SIZES
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["760m", "163m"])
+    parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
+    parser.add_argument("--copies", action="store_true", help="every other image is a copy that what follows sees")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +36,7 @@ from torch import Tensor
 
 from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import surroundings
-from benchmarks.workload import IMAGE, LAYOUTS, SIZES, make_loader
+from benchmarks.workload import make_loader
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.models import interval_attention
 from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
@@ -27,13 +46,9 @@ KERNELS = ("flex", "interval", "interval in Triton")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["760m", "163m"])
-    parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
-    parser.add_argument("--copies", action="store_true", help="every other image is a copy that what follows sees")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device; the kernels are for one")
+        raise UserError("there is no CUDA device; the kernels are for one")
     accelerator = Accelerator(mixed_precision="bf16")
     print(surroundings(accelerator.device))
     print("| rows | kernel | forward ms | backward ms | together | flex takes |\n| --- | --- | --- | --- | --- | --- |")
@@ -86,4 +101,5 @@ def measured(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: AttentionM
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

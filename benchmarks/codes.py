@@ -5,14 +5,33 @@ kernel of every code from Python, as a plain loop does.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import Literal
+
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codes", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
+    parser.add_argument("--prompt", default="noto emoji of octopus", metavar="TEXT")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="calls of which the median is (default: 3)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import torch
 
 from benchmarks.sample import seconds
 from benchmarks.train_step import surroundings
 from transfusion_mot.cli.loading import load_pipeline
-from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.pipeline import TransfusionPipeline
 
 
@@ -33,12 +52,7 @@ def measure(pipeline: TransfusionPipeline, batch_size: int, prompt: str, repeats
 
 def main() -> None:
     """Print a table: a row for each batch size."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codes", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
-    parser.add_argument("--prompt", default="noto emoji of octopus", metavar="TEXT")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="calls of which the median is (default: 3)")
-    given = parser.parse_args()
+    given = parse_arguments(sys.argv[1:])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(given.checkpoint, device, None)
     if pipeline.codec.kind != "codes":

@@ -16,13 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_mot.config import DataConfig
+from transfusion_mot.errors import exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sprites", required=True, metavar="FOLDER", help="of python -m transfusion_mot.data.sprites")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines as GenEval has them")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 from transfusion_mot.data.colours import COLOURS
 from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_objects import plural_of, with_article
 from transfusion_mot.data.scenes import NUMBERS
 from transfusion_mot.data.sprites import Sprites
-from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.composition import Drawings
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.networks import load_feature_network
@@ -87,10 +102,7 @@ def prompts(composer: Composer, nouns: Sequence[str]) -> Iterator[dict[str, Any]
 
 def main(arguments: Sequence[str]) -> None:
     """Write the prompts as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", required=True, metavar="FOLDER", help="of python -m transfusion_mot.data.sprites")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines as GenEval has them")
-    given = parser.parse_args(arguments)
+    given = parse_arguments(arguments)
     sprites = Sprites(given.sprites)
     drawings = Drawings(sprites, load_feature_network("efficientnet", pick_device(None)))
     data = DataConfig()

@@ -18,8 +18,38 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.report import Metric, save_metrics
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of worker processes to try")
+    add("--consumption", type=float, default=250.0, metavar="X", help="rows a second that training takes (250)")
+    add("--rows", type=int, default=32, metavar="B", help="rows of a step (32)")
+    add("--text-slots", type=int, default=1024, metavar="T", help="text slots of a row (1024)")
+    add("--images-per-row", type=int, default=4, metavar="K", help="image slots of a row (4)")
+    add("--image-size", type=int, default=256, metavar="PX", help="height and width images are brought to (256)")
+    add("--latent-channels", type=int, default=8, metavar="C", help="channels of the latents (8)")
+    add("--downsampling", type=int, default=8, metavar="F", help="pixels a latent, along a side (8)")
+    add("--num-images", type=int, default=2000, metavar="N", help="JPEG files to write (2000)")
+    add("--seconds", type=float, default=20.0, metavar="S", help="how long each number is measured (20)")
+    add("--folder", metavar="DIR", help="where the data is written for the time being (default: the system's)")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--output", default="benchmarks/results/data.json", metavar="FILE", help="JSON file to write")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import numpy as np
 import torch
@@ -28,13 +58,10 @@ from PIL import Image
 
 from benchmarks.train_step import without_output
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
-from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import Metric, save_metrics
 
 _JPEG_SIZE = (480, 640)
 _MODALITY = SourceConfig().modality
@@ -42,7 +69,7 @@ _WARM_UP_STEPS = 3
 
 
 def main() -> None:
-    given = parse_arguments()
+    given = parse_arguments(sys.argv[1:])
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     metrics = []
@@ -90,25 +117,6 @@ def main() -> None:
     metrics = [Metric(metric.name, metric.value, metric.protocol | settings) for metric in metrics]
     save_metrics(metrics, given.output, ["python", "-m", "benchmarks.data", *without_output(sys.argv[1:])])
     print(f"\n{table(metrics)}\n\n{json.dumps(settings)}\nthe numbers are in {given.output}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of worker processes to try")
-    add("--consumption", type=float, default=250.0, metavar="X", help="rows a second that training takes (250)")
-    add("--rows", type=int, default=32, metavar="B", help="rows of a step (32)")
-    add("--text-slots", type=int, default=1024, metavar="T", help="text slots of a row (1024)")
-    add("--images-per-row", type=int, default=4, metavar="K", help="image slots of a row (4)")
-    add("--image-size", type=int, default=256, metavar="PX", help="height and width images are brought to (256)")
-    add("--latent-channels", type=int, default=8, metavar="C", help="channels of the latents (8)")
-    add("--downsampling", type=int, default=8, metavar="F", help="pixels a latent, along a side (8)")
-    add("--num-images", type=int, default=2000, metavar="N", help="JPEG files to write (2000)")
-    add("--seconds", type=float, default=20.0, metavar="S", help="how long each number is measured (20)")
-    add("--folder", metavar="DIR", help="where the data is written for the time being (default: the system's)")
-    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add("--output", default="benchmarks/results/data.json", metavar="FILE", help="JSON file to write")
-    return parser.parse_args()
 
 
 def write_data(folder: Path, num_images: int) -> None:

@@ -26,10 +26,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-
-from benchmarks.train_step import without_output
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import read_report
@@ -37,8 +33,53 @@ from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metr
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "experiments"
-PROTOCOL = ROOT / "configs" / "eval" / "experiments.yaml"
 BASE = "base"
+
+
+def arm_names() -> list[str]:
+    """All arms, the base first."""
+    return [BASE, *sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != BASE)]
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
+    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser.add_argument(
+        "--protocol",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of evaluate/benchmark.py, any number",
+    )
+    # Behind --arms a key without dashes would be taken for an arm.
+    words = [
+        f"--{word}" if "=" in word and not word.startswith("-") and before != "--protocol" else word
+        for before, word in pairwise(["", *arguments])
+    ]
+    return parser.parse_known_args(words)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.train_step import without_output
+
+PROTOCOL = ROOT / "configs" / "eval" / "experiments.yaml"
 # Share of a run whose training losses are averaged.
 _LAST_PART = 0.05
 # Columns: what a result is called, whether the report or the log has it, and under which name.
@@ -67,11 +108,6 @@ class Result:
     seed: int
     values: dict[str, float] = field(default_factory=dict)
     error: str | None = None
-
-
-def arm_names() -> list[str]:
-    """All arms, the base first."""
-    return [BASE, *sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != BASE)]
 
 
 def config_arguments(arm: str) -> list[str]:
@@ -245,30 +281,7 @@ def save(results: Sequence[Result], output: Path, about: dict[str, Any]) -> None
 
 def main(arguments: Sequence[str]) -> None:
     """Run experiments, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiments",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
-    parser.add_argument(
-        "--protocol",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of evaluate/benchmark.py, any number",
-    )
-    # Behind --arms a key without dashes would be taken for an arm.
-    words = [
-        f"--{word}" if "=" in word and not word.startswith("-") and before != "--protocol" else word
-        for before, word in pairwise(["", *arguments])
-    ]
-    given, keys = parser.parse_known_args(words)
+    given, keys = parse_arguments(arguments)
     if given.steps is not None:
         keys.append(f"--training.num_steps={given.steps}")
     output = Path(given.output)

@@ -6,6 +6,7 @@ images itself, smooth colours under a little noise, which take as long to decode
 several times.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -17,27 +18,59 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, get_args
 
+from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
+from transfusion_mot.evaluation.defaults import FeatureChoice, default_num_workers
+
+# As fast as the published one, where that cannot be had.
+RANDOM = "random-inception"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--folder", metavar="FOLDER", help="images (default: PNG files that it writes)")
+    parser.add_argument(
+        "--num-images", type=at_least_one, default=30000, metavar="N", help="most images (30000, as many as papers use)"
+    )
+    parser.add_argument(
+        "--image-size", type=at_least_one, default=256, metavar="PIXELS", help="of what it writes (256)"
+    )
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        choices=[*get_args(FeatureChoice), RANDOM],
+        default=["efficientnet", RANDOM],
+        help=f"networks (default: those that need no download, efficientnet and {RANDOM})",
+    )
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
+    add_device(parser)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks.train_step import surroundings, without_output
-from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import image_features
 from transfusion_mot.evaluation.images import (
     ImageSource,
     default_batch_size,
-    default_num_workers,
     find_images,
     load_rgb,
     pick_device,
 )
 from transfusion_mot.evaluation.inception import legacy_architecture, load_legacy
-from transfusion_mot.evaluation.networks import FeatureChoice, load_feature_network
+from transfusion_mot.evaluation.networks import load_feature_network
 
-# As fast as the published one, where that cannot be had.
-RANDOM = "random-inception"
 TURNS = 3
 # Images that the network alone sees again and again.
 _PREPARED = 256
@@ -149,25 +182,7 @@ def shown(line: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument("--folder", metavar="FOLDER", help="images (default: PNG files that it writes)")
-    parser.add_argument(
-        "--num-images", type=at_least_one, default=30000, metavar="N", help="most images (30000, as many as papers use)"
-    )
-    parser.add_argument(
-        "--image-size", type=at_least_one, default=256, metavar="PIXELS", help="of what it writes (256)"
-    )
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        choices=[*get_args(FeatureChoice), RANDOM],
-        default=["efficientnet", RANDOM],
-        help=f"networks (default: those that need no download, efficientnet and {RANDOM})",
-    )
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
-    add_device(parser)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     device = pick_device(options.device)
     command = " ".join(["python -m benchmarks.features", *without_output(arguments)])
     report = {"command": command, **surroundings(device), "lines": []}
@@ -186,4 +201,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -12,16 +12,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-
-from benchmarks.train_step import surroundings, timed_steps, without_output
-from benchmarks.workload import CHANNELS, DIFFUSION, IMAGE, SIZES, Layout, make_loader
+from benchmarks.shapes import IMAGE, SIZES, Layout
 from transfusion_mot.config import (
     TEXT,
     LoraConfig,
@@ -32,21 +28,7 @@ from transfusion_mot.config import (
     TowerConfig,
     TrainingConfig,
 )
-from transfusion_mot.data.batch import Batch
-from transfusion_mot.data.row_arrays import RowShape
-from transfusion_mot.errors import UserError
-from transfusion_mot.models.mot import Checkpointing
-from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.reporting.memory import Setting, step_memory
-from transfusion_mot.training.ema import EMA
-from transfusion_mot.training.lora import choose_trained
-from transfusion_mot.training.optimizer import make_optimizer
-from transfusion_mot.training.parallel import make_accelerator, place, wrap
-from transfusion_mot.training.step import train_step
-
-GIB = 2**30
-# Warm enough for the clocks and the allocator.
-_WARM_UP = 5
+from transfusion_mot.errors import UserError, exit_on_user_error
 
 
 @dataclass(frozen=True)
@@ -57,7 +39,7 @@ class Variant:
     lora: LoraConfig | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     ema_on_cpu: bool = False
-    checkpointing: Checkpointing = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
 
     def run(self, model: ModelConfig) -> RunConfig:
         """The configuration of its run."""
@@ -118,6 +100,44 @@ MODELS = {
     "760m": (SIZES["760m"].model(dense=False), SIZES["760m"].vocab_size, Layout(4, 2048, 8)),
     "1.5b": (qwen(1536, 28, 12, 2, 8960), 151936, Layout(2, 1024, 4)),
 }
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=MODELS, default="1.5b", help="of each tower (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--rows", type=int, help="rows of a step (default: that of the size)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--limit", type=float, metavar="GIB", help="memory that may be used (default: all)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that prepare rows (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks.train_step import surroundings, timed_steps, without_output
+from benchmarks.workload import CHANNELS, DIFFUSION, make_loader
+from transfusion_mot.data.batch import Batch
+from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.reporting.memory import Setting, step_memory
+from transfusion_mot.training.ema import EMA
+from transfusion_mot.training.lora import choose_trained
+from transfusion_mot.training.optimizer import make_optimizer
+from transfusion_mot.training.parallel import make_accelerator, place, wrap
+from transfusion_mot.training.step import train_step
+
+GIB = 2**30
+# Warm enough for the clocks and the allocator.
+_WARM_UP = 5
 
 
 class Trained:
@@ -215,15 +235,7 @@ def measure(
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=MODELS, default="1.5b", help="of each tower (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
-    parser.add_argument("--rows", type=int, help="rows of a step (default: that of the size)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--limit", type=float, metavar="GIB", help="memory that may be used (default: all)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that prepare rows (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     model, vocab_size, layout = MODELS[options.size]
     layout = Layout(options.rows or layout.rows, layout.text_slots, layout.images, layout.image_size)
 
@@ -281,4 +293,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

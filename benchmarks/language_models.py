@@ -10,15 +10,32 @@ parameter.
 
 import argparse
 import copy
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
+from transfusion_mot.errors import exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, or names on the Hugging Face hub")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.data.layout import TokenRun
-from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.models.initial_weights import WeightReport
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.pretrained import LanguageModel
@@ -112,10 +129,7 @@ def row_of(name: str, device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, or names on the Hugging Face hub")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(sys.argv[1:])
     logging.disable_progress_bar()
     print("| model | family | float64 | float32 | bfloat16: tower, source | greedy tokens |")
     print("| --- | --- | --- | --- | --- | --- |")

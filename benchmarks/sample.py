@@ -11,20 +11,37 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, cast
+
+from benchmarks.shapes import LAYOUTS, SIZES, Size
+from transfusion_mot.config import TEXT, DiffusionConfig
+from transfusion_mot.errors import exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["163m", "760m"], help="models (default: both)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernel_profile import profile_step
 from benchmarks.train_step import surroundings, without_output
-from benchmarks.workload import AUTOENCODER, CHANNELS, LAYOUTS, SIZES, Size
+from benchmarks.workload import AUTOENCODER, CHANNELS
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import TEXT, DiffusionConfig
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.inputs import LatentInput, Slots, TokenInput
@@ -305,10 +322,7 @@ def shown(line: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=["163m", "760m"], help="models (default: both)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.size:
@@ -324,4 +338,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

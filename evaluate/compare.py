@@ -7,22 +7,38 @@ are of the same prompts or images, every image is compared with itself (paired b
 otherwise intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
-from transfusion_mot.evaluation.comparison import comparison_table
 from transfusion_mot.evaluation.report import read_report
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
+    parser.add_argument("--output", type=writable_file, metavar="FILE", help="also write the table as markdown")
+    given = parser.parse_args(arguments)
+    if len(given.reports) < 2:
+        raise UserError("one report is given; give at least two, the first of which the others are compared with")
+    return given
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.evaluation.comparison import comparison_table
 from transfusion_mot.training.plot import labels_of
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
-    parser.add_argument("--output", type=writable_file, metavar="FILE", help="also write the table as markdown")
-    arguments = parser.parse_args()
-    if len(arguments.reports) < 2:
-        raise UserError("one report is given; give at least two, the first of which the others are compared with")
+    arguments = parse_arguments(sys.argv[1:])
     reports = [read_report(path) for path in arguments.reports]
     folders = [path if path.is_dir() else path.parent for path in map(Path, arguments.reports)]
     table = comparison_table(reports, labels_of(folders))

@@ -8,14 +8,16 @@ picture is what the most similar drawing of the sprites is; docs/evaluation.md s
 real scenes, which is printed beside the numbers of the painted ones.
 """
 
-from transfusion_mot.data.sprites import Sprites
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
-from transfusion_mot.evaluation.composition import Drawings, composition_metrics, read_painted
-from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.networks import load_feature_network
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="GENERATED_FOLDER", help="pictures and lines, laid out as GenEval's")
     parser.add_argument(
@@ -23,7 +25,22 @@ def main() -> None:
     )
     add_device(parser)
     add_output(parser)
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.data.sprites import Sprites
+from transfusion_mot.evaluation.composition import Drawings, composition_metrics, read_painted
+from transfusion_mot.evaluation.images import pick_device
+from transfusion_mot.evaluation.networks import load_feature_network
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
     painted = read_painted(arguments.folder)
     sprites = Sprites(arguments.sprites)
     network = load_feature_network("efficientnet", pick_device(arguments.device))

@@ -9,11 +9,10 @@ same autoencoder and prediction type; see docs/evaluation.md.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 
-from accelerate import Accelerator
-
-from transfusion_mot.data.mixture import open_documents, with_encoded
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_checkpoint,
     add_device,
@@ -23,14 +22,42 @@ from transfusion_mot.evaluation.command import (
     publish,
     run_command,
 )
+from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add_checkpoint(parser)
+    parser.add_argument("--num-images", type=at_least_one, metavar="N", help="held-out images (default: all)")
+    parser.add_argument(
+        "--bins",
+        type=at_least_one,
+        default=TIMESTEP_BINS,
+        metavar="N",
+        help=f"number of timesteps (default: {TIMESTEP_BINS})",
+    )
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from accelerate import Accelerator
+
+from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_losses import TIMESTEP_BINS, codecs_of, diffusion_metrics
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(sys.argv[1:])
     snapshot = find_snapshot(arguments.checkpoint)
     config = read_run_config(snapshot, arguments.config, "--config")
     if not config.model.of_objective("diffusion"):
@@ -56,22 +83,6 @@ def main() -> None:
         raise UserError("no image is held out; raise data.held_out_fraction, or set 'use' of a source, in --config")
     if processes.is_main_process:
         publish(metrics, arguments.output)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add_checkpoint(parser)
-    parser.add_argument("--num-images", type=at_least_one, metavar="N", help="held-out images (default: all)")
-    parser.add_argument(
-        "--bins",
-        type=at_least_one,
-        default=TIMESTEP_BINS,
-        metavar="N",
-        help=f"number of timesteps (default: {TIMESTEP_BINS})",
-    )
-    add_device(parser)
-    add_output(parser)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

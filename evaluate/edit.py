@@ -9,14 +9,11 @@ over the pairs with an interval.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 
-from PIL import Image
-
-from transfusion_mot.cli.loading import load_pipeline
 from transfusion_mot.cli.options import DTYPES
-from transfusion_mot.data.images import grid
-from transfusion_mot.data.mixture import Sources, open_documents
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_checkpoint,
     add_device,
@@ -27,9 +24,50 @@ from transfusion_mot.evaluation.command import (
     run_command,
     writable_file,
 )
+from transfusion_mot.evaluation.report import Metric
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--num-pairs", type=at_least_one, default=256, metavar="N", help="held-out pairs of each source (default: 256)"
+    )
+    parser.add_argument(
+        "--num-inference-steps", type=int, metavar="N", help="reverse steps (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="of the instruction (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--image-guidance-scale", type=float, default=1.5, metavar="X", help="of the source image (default: 1.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
+    parser.add_argument(
+        "--pictures", type=writable_file, metavar="FILE", help="also draw source, result and target of some pairs"
+    )
+    parser.add_argument(
+        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in it (default: 4)"
+    )
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from PIL import Image
+
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.data.images import grid
+from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.sampling.held_out_edits import (
     Distances,
     edit_metrics,
@@ -40,11 +78,11 @@ from transfusion_mot.sampling.held_out_edits import (
     pixel_distance,
     through_codec,
 )
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(sys.argv[1:])
     config = read_run_config(find_snapshot(arguments.checkpoint), arguments.config, "--config")
     device = pick_device(arguments.device)
     pipeline = load_pipeline(arguments.checkpoint, device, arguments.dtype)
@@ -95,34 +133,6 @@ def main() -> None:
     publish(metrics, arguments.output)
     if arguments.pictures is not None:
         grid([image for image, _ in shown], [label for _, label in shown], 6).save(arguments.pictures)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add_checkpoint(parser)
-    parser.add_argument(
-        "--num-pairs", type=at_least_one, default=256, metavar="N", help="held-out pairs of each source (default: 256)"
-    )
-    parser.add_argument(
-        "--num-inference-steps", type=int, metavar="N", help="reverse steps (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="of the instruction (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--image-guidance-scale", type=float, default=1.5, metavar="X", help="of the source image (default: 1.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
-    parser.add_argument(
-        "--pictures", type=writable_file, metavar="FILE", help="also draw source, result and target of some pairs"
-    )
-    parser.add_argument(
-        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in it (default: 4)"
-    )
-    add_device(parser)
-    add_output(parser)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -15,48 +15,17 @@ Compare numbers only from as many images, and see docs/evaluation.md for what el
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import get_args
 
+from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.features import open_reference
-from transfusion_mot.evaluation.images import default_num_workers, find_images
-from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, load_feature_networks
-from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
 from transfusion_mot.evaluation.report import Metric
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    real = open_reference(arguments.real)
-    generated = find_images(arguments.generated)
-    processes, device = open_processes(arguments.device)
-    networks = load_feature_networks(
-        arguments.features,
-        device,
-        arguments.inception_weights,
-        legacy_weights=arguments.legacy_weights,
-        dinov2=arguments.dinov2,
-        dinov2_weights=arguments.dinov2_weights,
-        clip=arguments.cmmd_clip,
-    )
-    metrics: list[Metric] = []
-    for network in networks:
-        metrics += image_distance(
-            real,
-            generated,
-            network,
-            batch_size=arguments.batch_size,
-            num_workers=arguments.num_workers,
-            image_size=arguments.image_size,
-            processes=processes,
-            cache_dir=arguments.cache_dir,
-        )
-    if processes.is_main_process:
-        publish(metrics, arguments.output)
-
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument(
         "real",
@@ -91,7 +60,49 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     add_output(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.features import open_reference
+from transfusion_mot.evaluation.images import find_images
+from transfusion_mot.evaluation.networks import load_feature_networks
+from transfusion_mot.evaluation.processes import open_processes
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    real = open_reference(arguments.real)
+    generated = find_images(arguments.generated)
+    processes, device = open_processes(arguments.device)
+    networks = load_feature_networks(
+        arguments.features,
+        device,
+        arguments.inception_weights,
+        legacy_weights=arguments.legacy_weights,
+        dinov2=arguments.dinov2,
+        dinov2_weights=arguments.dinov2_weights,
+        clip=arguments.cmmd_clip,
+    )
+    metrics: list[Metric] = []
+    for network in networks:
+        metrics += image_distance(
+            real,
+            generated,
+            network,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            image_size=arguments.image_size,
+            processes=processes,
+            cache_dir=arguments.cache_dir,
+        )
+    if processes.is_main_process:
+        publish(metrics, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,76 @@
 """At which share of steps, FLOPs and wall-clock does a run B reach the final losses of a run A?
 
     python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
+    python evaluate/steps_to_match.py dense-seed-0 mot-seed-0 --seed dense-seed-1 mot-seed-1
 
-Both are run folders of train.py. The answer is given for the loss of each modality that both have, in training
-(means over a twentieth of A's steps) and held out (as far as both runs have validated). The output folder receives
-steps_to_match.json, the table steps_to_match.md and the plot steps_to_match.png; see docs/evaluation.md.
+All are run folders of train.py. The answer is given for the loss of each modality that both have, in training (means
+over a twentieth of A's steps) and held out (as far as both runs have validated). With several seeds the table has means
+and standard deviations. The output folder receives steps_to_match.json, the table steps_to_match.md and, of the first
+two runs, the plot steps_to_match.png; see docs/evaluation.md.
 """
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command
-from transfusion_mot.evaluation.curves import plot_matches
-from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.files import check_writable_folder
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
+    parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
+    parser.add_argument(
+        "--seed",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("RUN_A", "RUN_B"),
+        help="the same two with another seed; any number of times",
+    )
+    parser.add_argument(
+        "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.evaluation.curves import plot_matches
+from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.training.plot import curve, labels_of
 
 AXES = ("step", "flops", "seconds")
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
-    parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
-    parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
-    parser.add_argument(
-        "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
-    )
-    arguments = parser.parse_args()
+    arguments = parse_arguments(sys.argv[1:])
     check_writable_folder(arguments.output, "output")
-    a, b = (read_run(Path(run)) for run in (arguments.run_a, arguments.run_b))
+    pairs = [(arguments.run_a, arguments.run_b), *map(tuple, arguments.seed)]
+    logs = [[read_run(Path(run)) for run in pair] for pair in pairs]
     labels = labels_of([Path(arguments.run_a), Path(arguments.run_b)])
-    matches, curves = compare_runs(a, b)
+    compared = [compare_runs(a, b) for a, b in logs]
     output = Path(arguments.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        results = [asdict(found) | {"fraction": found.fraction} for found in matches]
-        content = {"run_a": arguments.run_a, "run_b": arguments.run_b, "matches": results}
-        (output / "steps_to_match.json").write_text(json.dumps(content, indent=2) + "\n")
-        table = matches_table(matches, *labels)
+        content = [
+            {"run_a": a, "run_b": b, "matches": [asdict(found) | {"fraction": found.fraction} for found in matches]}
+            for (a, b), (matches, _) in zip(pairs, compared, strict=True)
+        ]
+        (output / "steps_to_match.json").write_text(json.dumps({"seeds": content}, indent=2) + "\n")
+        table = matches_table([matches for matches, _ in compared], *labels)
         (output / "steps_to_match.md").write_text(table + "\n")
+        matches, curves = compared[0]
         plot_matches(matches, curves, (labels[0], labels[1]), output / "steps_to_match.png")
     except OSError as error:
         raise UserError(f"cannot write to '{output}': {error.strerror}") from None

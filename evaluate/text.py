@@ -9,11 +9,12 @@ tokenizers, perplexity only those of one tokenizer; see docs/evaluation.md.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transfusion_mot.config import SourceConfig
-from transfusion_mot.data.mixture import Sources, open_documents
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_checkpoint,
     add_device,
@@ -23,14 +24,33 @@ from transfusion_mot.evaluation.command import (
     publish,
     run_command,
 )
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add_checkpoint(parser)
+    parser.add_argument("--texts", nargs="+", metavar="FILE", help="texts to read instead of the run's held-out ones")
+    parser.add_argument("--num-texts", type=at_least_one, metavar="N", help="first texts of each source (default: all)")
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import text_metrics
-from transfusion_mot.training.checkpoint import find_snapshot, read_run_config
+from transfusion_mot.training.checkpoint import read_run_config
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(sys.argv[1:])
     snapshot = find_snapshot(arguments.checkpoint)
     config = read_run_config(snapshot, arguments.config, "--config")
     data = config.data
@@ -54,16 +74,6 @@ def main() -> None:
         )
     if processes.is_main_process:
         publish(metrics, arguments.output)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add_checkpoint(parser)
-    parser.add_argument("--texts", nargs="+", metavar="FILE", help="texts to read instead of the run's held-out ones")
-    parser.add_argument("--num-texts", type=at_least_one, metavar="N", help="first texts of each source (default: all)")
-    add_device(parser)
-    add_output(parser)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LAYERS = [
     ["diffusion", "losses", "codecs"],
     ["schedulers"],
     ["config"],
-    ["config_checks", "files", "hub_names"],
+    ["config_checks", "files", "hub_names", "installed"],
     ["errors", ""],
 ]
 
@@ -116,7 +116,8 @@ def test_no_module_names_a_modality_but_text(path: Path) -> None:
     named = []
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
-            case ast.Subscript(slice=ast.Constant("image" | "speech")):
+            # `Literal["image"]` is the type of a medium.
+            case ast.Subscript(value, ast.Constant("image" | "speech")) if ast.unparse(value) != "Literal":
                 named.append(node.lineno)
             case ast.Compare(comparators=[ast.Constant("image" | "speech"), *_]):
                 named.append(node.lineno)

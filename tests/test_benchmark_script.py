@@ -28,8 +28,8 @@ from transfusion_mot.evaluation.images import find_images
 from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.prompts import derived_seed
 from transfusion_mot.evaluation.report import Report, read_report
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot
 
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "benchmark.py"
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"

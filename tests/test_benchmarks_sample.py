@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.sample import PROMPT_TOKENS, SCALE, main, make_pipeline, paint_uncached, painting_flops, prompts
-from benchmarks.workload import SIZES
+from benchmarks.shapes import SIZES
 from transfusion_mot.pipeline import TransfusionPipeline
 
 pytestmark = pytest.mark.slow

@@ -64,7 +64,7 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
     codec = load_codec(CodecConfig(str(folder.parent / "vae")), objective, "cpu")
     cache = encoded_media(open_images(folder, data), codec, data, batch_size=4)
     for index in np.flatnonzero(cache.readable):
-        assert_encoded(cache, index, to_pixels(cache.images.image(index)), codec)
+        assert_encoded(cache, index, to_pixels(cache.media.image(index)), codec)
     main(arguments)
     output = capsys.readouterr().out
     assert "0 of them new" in output
@@ -111,7 +111,7 @@ def encode_in_a_group(folder: Path) -> int:
         data,
         batch_size=2,
         accelerator=accelerator,
-        shard_images=3,
+        shard_media=3,
     ).num_encoded
 
 
@@ -135,7 +135,7 @@ def test_ranks_share_the_shards_and_go_on_where_a_killed_run_was(tmp_path):
         build_autoencoder(),
         config(folder, cache_dir=str(tmp_path / "other")),
         batch_size=2,
-        shard_images=3,
+        shard_media=3,
     )
     assert encoded[0] == encoded[1], "of both together"
     assert 0 < encoded[0] <= 40 - 3 * finished + 2

@@ -15,7 +15,8 @@ from training_runs import load_all
 from transfusion_mot.config import OptimizerConfig, TokenizerConfig
 from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_snapshot, find_state, written_aside
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_state, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import (
@@ -174,7 +175,8 @@ MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffu
     [
         (
             MADE_OF | {"tokenizer": "3c4d"},
-            r"step-5 was trained with another tokenizer: 3c4d, and now it is 1a2b; use the one it was trained with",
+            r"step-5 was trained with another tokenizer: 3c4d, and now it is 1a2b; go on with its own "
+            r"configuration, --config .*config\.yaml, or use another output_dir",
         ),
         (
             MADE_OF | {"model": {"num_layers": 4, "rope": "3d"}},
@@ -205,7 +207,7 @@ def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: 
     ("before", "now", "message"),
     [
         ({"path": None, "vocab_size": 300}, {"vocab_size": 300}, None),
-        ({"path": None, "vocab_size": 300}, {"vocab_size": 400}, "tokenizer.vocab_size is 400, and was 300; use the"),
+        ({"path": None, "vocab_size": 300}, {"vocab_size": 400}, "tokenizer.vocab_size is 400, and was 300; go on with"),
         # It is the same, or what it was trained on is, whatever its path; beside one, the size says nothing.
         ({"path": "gone", "vocab_size": 300}, {"path": "gone", "vocab_size": 400}, None),
         ({"path": "gone", "vocab_size": 300}, {"path": "{kept}"}, None),

@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from audio_files import clip
 from scene_sprites import make_sprites
 from source_files import picture, picture_dataset, plain, shard, write_coco, write_tar
 
@@ -36,6 +37,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps({"file_name": f"{n}.jpg", "text": f"p {n}"}) + "\n" for n in range(3))
     )
     write_edits(root)
+    write_audio(root)
     (root / "emoji/metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "noto emoji of sun", "split": "train"}')
     (root / "flickr30k/metadata.csv").write_text('image,comment\n0.jpg,one\n0.jpg,"two, or so"\n1.jpg,three\n')
     (root / "cc12m").mkdir()
@@ -76,6 +78,27 @@ def write_edits(root: Path) -> None:
     pq.write_table(pa.Table.from_pylist([row]), root / "edit-tables" / "0.parquet")
 
 
+def write_audio(root: Path) -> None:
+    """Audio as folders, a tar file and a table, and beside images."""
+    (root / "my-audio").mkdir()
+    (root / "my-audio" / "0001.wav").write_bytes(clip(1))
+    lines = re.search(r"metadata\.csv +(\S+)\n +(\S.*)\n", PAGE)
+    (root / "my-audio" / "metadata.csv").write_text("\n".join(lines.groups()))
+    (root / "recordings").mkdir()
+    (root / "recordings" / "1.mp3").write_bytes(clip(1, kind="MP3"))
+    (root / "recordings" / "metadata.jsonl").write_text('{"clip": "1.mp3", "sentence": "one"}')
+    (root / "speech-shards").mkdir()
+    write_tar(root / "speech-shards" / "0.tar", {"1.flac": clip(1, kind="FLAC"), "1.txt": "one"})
+    (root / "speech-tables").mkdir()
+    row = {"audio": {"bytes": clip(1)}, "sentence": "one"}
+    pq.write_table(pa.Table.from_pylist([row]), root / "speech-tables" / "0.parquet")
+    (root / "my-things").mkdir()
+    (root / "my-things" / "apple.png").write_bytes(picture(1))
+    (root / "my-things" / "apple.ogg").write_bytes(clip(1, kind="OGG"))
+    (line,) = re.findall(r'\{"file_name".*"audio_file_name".*\}$', PAGE, flags=re.MULTILINE)
+    (root / "my-things" / "metadata.jsonl").write_text(line)
+
+
 @pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
 def test_every_example_is_a_configuration_and_its_sources_open(
     text: str, workplace: Path, emoji_cache: Path, draw_emoji, monkeypatch
@@ -95,8 +118,11 @@ def test_every_example_is_a_configuration_and_its_sources_open(
         opened = open_source(source, config.data, split)
         assert len(opened) > 0
         assert opened.skipped == {}
-        for images in opened.media.values():
-            assert images.image(0).shape == (config.data.image_size, config.data.image_size, 3)
+        for media in opened.media.values():
+            if media.medium == "audio":
+                assert media.audio(0).seconds == 0.5
+            else:
+                assert media.image(0).shape == (config.data.image_size, config.data.image_size, 3)
 
 
 def test_the_page_has_an_example_of_every_kind() -> None:

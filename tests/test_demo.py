@@ -1,5 +1,6 @@
 """The page as somebody uses it: in a real browser, on a tiny model."""
 
+import base64
 import io
 import re
 import shutil
@@ -16,7 +17,14 @@ from PIL import Image
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 from test_pipeline_codes import codes_pipeline
 
-from transfusion_mot import demo
+from transfusion_mot.demo import __main__ as demo
+from transfusion_mot.demo import shared
+from transfusion_mot.demo.document import DocumentTab, as_html
+from transfusion_mot.demo.live import NUM_PREVIEWS, PAINTING, painted_live
+from transfusion_mot.demo.page import build_page, launch_options
+from transfusion_mot.demo.paint import PaintTab, begin_with
+from transfusion_mot.demo.repaint import RepaintTab, mask_of, on_white
+from transfusion_mot.demo.shared import MAX_QUEUE, gr
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler
@@ -33,11 +41,11 @@ def test_updates_come_while_it_paints_and_the_last_is_finished():
     pipeline = tiny_pipeline()
     generator = torch.Generator().manual_seed(3)
     updates = list(
-        demo.painted_live(
+        painted_live(
             lambda on_step_end: pipeline("sun", STEPS, generator=generator, callback_on_step_end=on_step_end).images
         )
     )
-    assert len(updates) > demo.NUM_PREVIEWS
+    assert len(updates) > NUM_PREVIEWS
     assert [finished for *_, finished in updates] == [False] * (len(updates) - 1) + [True]
     assert updates[0][1] == f"Step 1 of {STEPS}"
     assert re.fullmatch(r"\d+\.\d s", updates[-1][1])
@@ -57,7 +65,7 @@ def test_painting_that_nobody_waits_for_stops():
 
         return tiny_pipeline()("sun", 1000, callback_on_step_end=count).images
 
-    updates = demo.painted_live(paint)
+    updates = painted_live(paint)
     next(updates)
     updates.close()
     assert not painting()
@@ -66,7 +74,7 @@ def test_painting_that_nobody_waits_for_stops():
 
 def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
     with pytest.raises(UserError, match="the model was trained on at most 8"):
-        list(demo.painted_live(lambda on_step_end: tiny_pipeline()("octopus " * 9).images))
+        list(painted_live(lambda on_step_end: tiny_pipeline()("octopus " * 9).images))
 
 
 @pytest.mark.parametrize(
@@ -79,38 +87,100 @@ def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
 )
 def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message):
     if missing:
-        monkeypatch.setattr(demo, "gr", None)
-    elif demo.gr is None:
-        monkeypatch.setattr(demo, "gr", object())
+        monkeypatch.setattr(shared, "gr", None)
+    elif gr is None:
+        monkeypatch.setattr(shared, "gr", object())
     monkeypatch.setattr("sys.argv", ["demo", *arguments])
     with pytest.raises(UserError, match=message):
         demo.main()
 
 
 def test_the_page_begins_with_the_scheduler_of_the_model():
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     pipeline = tiny_pipeline()
     pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, STOCHASTIC_SOLVER)
-    blocks = demo.build_page(pipeline).blocks.values()
+    blocks = build_page(pipeline).blocks.values()
     assert [block.value for block in blocks if getattr(block, "label", "") == "Scheduler"] == [STOCHASTIC_SOLVER]
 
 
 def test_the_page_of_a_model_of_codes_draws_them_as_the_fields_say():
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     pipeline = codes_pipeline()
-    labels = {getattr(block, "label", "") for block in demo.build_page(pipeline).blocks.values()}
+    labels = {getattr(block, "label", "") for block in build_page(pipeline).blocks.values()}
     assert {"Temperature", "Top-p", "Top-k (0 is all)"} <= labels
     assert not {"Steps", "Scheduler"} & labels
-    size = demo._size_name(pipeline.sizes.default)
-    studio = demo.Studio(pipeline)
-    (files, *_), *_ = list(studio.paint([], "sun", "", 2, 5, size, 2.0, 0.0, 0.8, 0.9, 6))
+    tab = PaintTab(pipeline)
+    (files, *_), *_ = list(tab.paint([], "sun", "", 2, 5, *pipeline.sizes.default, 2.0, 0.0, 0.8, 0.9, 6))
     settings = {"code_temperature": 0.8, "code_top_p": 0.9, "code_top_k": 6, "guidance_scale": 2.0}
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     expected = pipeline("sun", num_images_per_prompt=2, generator=generators, **settings).images
     assert all(np.array_equal(Image.open(file), image) for file, image in zip(files, expected, strict=True))
     assert Image.open(files[0]).text["code_top_k"] == "6"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "prompt", "expected"),
+    [
+        ("noto emoji of", "octopus", "noto emoji of octopus"),
+        ("noto emoji of", "noto v1 emoji of octopus", "noto emoji of octopus"),
+        ("noto v1 emoji of", "noto emoji of", "noto v1 emoji of "),
+        ("", "noto emoji of octopus ", "octopus"),
+        ("noto emoji of", "noto emoji office", "noto emoji of noto emoji office"),
+    ],
+)
+def test_a_prompt_takes_another_beginning(beginning, prompt, expected):
+    assert begin_with(beginning, prompt, ["noto emoji of", "noto v1 emoji of"]) == expected
+
+
+def test_the_page_has_the_examples_of_the_snapshot():
+    if gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    examples = {"prompts": ["red sun"], "beginnings": ["red", "blue"]}
+    blocks = list(build_page(tiny_pipeline(examples=examples)).blocks.values())
+    (style,) = (block for block in blocks if getattr(block, "elem_id", "") == "style")
+    assert [value for _, value in style.choices] == ["", "red", "blue"]
+    assert [["red sun"]] in [getattr(block, "samples", None) for block in blocks]
+    without = build_page(tiny_pipeline()).blocks.values()
+    assert "style" not in [getattr(block, "elem_id", "") for block in without]
+
+
+def test_what_is_drawn_on_a_picture_is_painted_anew_and_the_rest_stays():
+    if gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    pipeline = tiny_pipeline()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+    layer = Image.new("RGBA", picture.size)
+    layer.paste((225, 29, 72, 255), (0, 0, IMAGE_SIZE // 2, IMAGE_SIZE))
+    drawn = {"background": picture.convert("RGBA"), "layers": [layer]}
+    *_, ((result,), _) = RepaintTab(pipeline).repaint(drawn, "sun", 1.0, 1, 3, 2, 1.0)
+    mask = Image.fromarray(np.repeat([255, 0], IMAGE_SIZE // 2)[None].repeat(IMAGE_SIZE, 0).astype(np.uint8))
+    settings = {"image": picture, "mask_image": mask, "strength": 1.0, "num_inference_steps": 2, "guidance_scale": 1.0}
+    (expected,) = pipeline("sun", **settings, generator=torch.Generator().manual_seed(3)).images
+    assert np.array_equal(result, expected)
+    assert np.array_equal(np.asarray(result)[:, IMAGE_SIZE // 2 :], np.asarray(picture)[:, IMAGE_SIZE // 2 :])
+    assert not np.array_equal(result, picture)
+
+
+def test_transparent_parts_of_a_picture_are_white_and_nothing_drawn_is_no_mask():
+    assert on_white(Image.new("RGBA", (2, 2), (9, 9, 9, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert mask_of([Image.new("RGBA", (2, 2))]) is None
+    assert mask_of([]) is None
+
+
+def test_a_document_is_shown_in_reading_order():
+    if gr is None:
+        pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
+    pipeline = tiny_pipeline()
+    shown = DocumentTab(pipeline).go_on("<sun>", None, 1, 4, 5, 2, 1.0, 1.0)
+    settings = {"max_images": 1, "max_new_tokens": 4, "num_inference_steps": 2, "guidance_scale": 1.0}
+    generator = torch.Generator().manual_seed(5)
+    follows = pipeline.interleave(["<sun>"], **settings, temperature=1.0, generator=generator)
+    assert shown == as_html(["<sun>"], follows)
+    assert shown.startswith('<span class="given">&lt;sun&gt;</span>')
+    (source,) = re.findall(r'src="data:image/png;base64,([^"]+)"', as_html([], [Image.new("RGB", (2, 3), "red")]))
+    assert Image.open(io.BytesIO(base64.b64decode(source))).size == (2, 3)
 
 
 # --- In a browser. ---
@@ -124,13 +194,13 @@ def pipeline() -> TransfusionPipeline:
 @pytest.fixture(scope="module")
 def address(pipeline) -> Iterator[str]:
     """A server of the page."""
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = demo.build_page(pipeline).queue(max_size=demo.MAX_QUEUE)
-    options = demo.launch_options("127.0.0.1", port, share=False)
+    page = build_page(pipeline).queue(max_size=MAX_QUEUE)
+    options = launch_options("127.0.0.1", port, share=False)
     page.launch(**options, prevent_thread_lock=True, quiet=True)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
@@ -183,9 +253,14 @@ def test_a_prompt_becomes_pictures(page, pipeline, tmp_path):
         "() => {window.said = []; new MutationObserver(() => window.said.push(document.body.innerText))"
         ".observe(document.body, {childList: true, subtree: true, characterData: true})}"
     )
+    before = page.locator("#painted").bounding_box()
     page.fill("#prompt textarea", "sun")
     page.click("#paint")
     images = painted(page, 4)
+    # Nothing moves, and all of the pictures is seen.
+    assert page.locator("#painted").bounding_box() == before
+    last = page.locator("#painted img").nth(3).bounding_box()
+    assert last["y"] + last["height"] <= before["y"] + before["height"]
     expected = pipeline("sun", num_images_per_prompt=4, generator=[torch.Generator().manual_seed(i) for i in range(4)])
     for image, other in zip(images, expected.images, strict=True):
         assert np.abs(image - np.asarray(other)).max() <= 1
@@ -207,8 +282,24 @@ def test_a_prompt_becomes_pictures(page, pipeline, tmp_path):
     assert screenshot.std() > 10
 
 
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (1180, 2), (1280, 2), (1920, 2)])
+def test_the_page_fits_its_window(page, width, columns):
+    page.set_viewport_size({"width": width, "height": 900})
+    form, results = page.locator("#prompt").bounding_box(), page.locator("#painted").bounding_box()
+    assert (results["x"] > form["x"] + form["width"]) == (columns == 2)
+    assert results["width"] > (500 if columns == 2 else 300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # Nothing is there before the first picture.
+    assert not page.locator("#history").is_visible()
+
+
+def test_a_seed_is_drawn_in_the_browser(page):
+    page.get_by_role("button", name="Random").first.click()
+    page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(i => Number(i.value) > 1000)")
+
+
 def painting() -> bool:
-    return demo.PAINTING in [thread.name for thread in threading.enumerate()]
+    return PAINTING in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_painting_can_be_stopped(page, pipeline, monkeypatch):

@@ -17,11 +17,13 @@ from test_pipeline_codes import codes_pipeline
 from test_sources_edits import as_imagefolder, pictures
 
 import train
-from transfusion_mot import demo
 from transfusion_mot.config import LoraConfig, RunConfig, parse_config
 from transfusion_mot.data import edit_pairs
 from transfusion_mot.data.edit_pairs import Drawing
 from transfusion_mot.data.mixture import open_documents
+from transfusion_mot.demo.edit import EditTab
+from transfusion_mot.demo.page import build_page
+from transfusion_mot.demo.shared import gr
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_edits import edit_metrics, pixel_distance
@@ -175,22 +177,22 @@ def test_options_that_do_not_go_together_are_told(sample, words, message) -> Non
 
 
 def test_the_page_edits_with_a_model_that_was_trained_to(pipeline, tmp_path) -> None:
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     tabs = [
-        [block.label for block in demo.build_page(one).blocks.values() if isinstance(block, demo.gr.Tab)]
+        [block.label for block in build_page(one).blocks.values() if isinstance(block, gr.Tab)]
         for one in (pipeline, tiny_pipeline())
     ]
     assert tabs == [["Paint", "Edit", "Caption"], ["Paint", "Caption"]]
     pictures(1)[0].save(tmp_path / "before.png")
-    studio, path = demo.Studio(pipeline), str(tmp_path / "before.png")
-    *_, (images, line) = studio.edit(path, " sun ", 2, 5, 4, 2.0, 1.5)
+    tab, path = EditTab(pipeline), str(tmp_path / "before.png")
+    *_, (images, line) = tab.edit(path, " sun ", 2, 5, 4, 2.0, 1.5)
     expected = pipeline.edit(pictures(1), "sun", 4, 2.0, 1.5, num_images_per_prompt=2, generator=seeds(5, 6)).images
     assert all(np.abs(np.subtract(one, two, dtype=int)).max() <= 1 for one, two in zip(images, expected, strict=True))
     assert line.endswith(" s")
     for given, message in (((None, "sun"), "Give a picture first"), ((path, " "), "Say what to change")):
-        with pytest.raises(demo.gr.Error, match=message):
-            list(studio.edit(*given, 1, 0, 4, 2.0, 1.5))
+        with pytest.raises(gr.Error, match=message):
+            list(tab.edit(*given, 1, 0, 4, 2.0, 1.5))
 
 
 # --- A run, and what is measured of it. ---

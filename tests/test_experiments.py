@@ -19,9 +19,9 @@ from process_group import run_script
 from training_runs import flat
 
 from benchmarks.experiments import CONFIGS, Experiments, Result, arm_names, config_arguments, main, table
-from benchmarks.wordnet import entry_text
 from transfusion_mot.config import RunConfig, parse_config, to_dict
 from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.data.wordnet import Entry, parse_entry
 from transfusion_mot.evaluation.protocol import read_protocol
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -165,9 +165,9 @@ def test_protocols_paint_as_many_as_the_bars_ask_for() -> None:
 
 def test_entries_of_wordnet_are_words_and_their_meaning() -> None:
     line = "01558594 05 n 02 robin 0 robin_redbreast 1 002 @ 01557962 n 0000 ~ 1 n 0000 | small Old World songbird  "
-    assert entry_text(line) == "robin, robin redbreast: small Old World songbird"
+    assert parse_entry(line) == Entry(["robin", "robin redbreast"], "small Old World songbird")
     line = '00014358 00 s 01 galore(ip) 0 001 & 00013887 a 0000 | in great numbers; "daffodils galore"  '
-    assert entry_text(line) == 'galore: in great numbers; "daffodils galore"'
+    assert parse_entry(line) == Entry(["galore"], 'in great numbers; "daffodils galore"')
 
 
 def test_table_has_means_and_deviations_over_seeds() -> None:

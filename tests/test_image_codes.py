@@ -20,7 +20,7 @@ from transfusion_mot.codecs.base import CodeCodec, LatentCodec
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import CodecConfig, DataConfig, ModelConfig
-from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.encoding import check_media_sizes
 from transfusion_mot.errors import UserError
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -179,7 +179,7 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
     assert isinstance(load_codec(latents, "diffusion", "cpu"), LatentCodec)
     assert isinstance(load_codec(latents, "diffusion", "cpu"), Autoencoder)
     with pytest.raises(
-        UserError, match=r"is of class AutoencoderKL, .*next_token needs VQModel or .*objective to diffusion"
+        UserError, match=r"is of class AutoencoderKL, .*next_token needs VQModel, .*objective to diffusion"
     ):
         load_codec(latents, "next_token", "cpu")
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
     ("config", "words"),
     [
         ({"architectures": ["ChameleonForConditionalGeneration"]}, "save the tokenizer of images, its `vqmodel`"),
-        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel or"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel,"),
         ({"model_type": "bert"}, "no codec at"),
         ({"architectures": []}, "no codec at"),
         ([], "no codec at"),
@@ -222,14 +222,14 @@ def test_images_must_divide_into_patches_and_codes() -> None:
     modalities = ModelConfig().modalities
     model = ModelConfig(modalities=modalities | {"sketch": type(modalities["text"])("text")})
     slots = {"text": 64, "image": 4, "sketch": 82}
-    check_image_sizes(DataConfig(image_size=16, slots=slots), codecs, model)
+    check_media_sizes(DataConfig(image_size=16, slots=slots), codecs, model)
     with pytest.raises(
         UserError, match=r"data\.slots\.sketch is 64, and an image of 16 x 16 pixels takes 65 slots as codes"
     ):
-        check_image_sizes(DataConfig(image_size=16, slots=slots | {"sketch": 64}), codecs, model)
+        check_media_sizes(DataConfig(image_size=16, slots=slots | {"sketch": 64}), codecs, model)
     # Patches of two by two latent pixels, each of two by two pixels.
     with pytest.raises(UserError, match=r"data\.image_size is 18; it must be a multiple of 4 pixels, a patch's side"):
-        check_image_sizes(DataConfig(image_size=18), codecs, model)
-    check_image_sizes(DataConfig(image_size=18, slots=slots), {"sketch": codecs["sketch"]}, model)
+        check_media_sizes(DataConfig(image_size=18), codecs, model)
+    check_media_sizes(DataConfig(image_size=18, slots=slots), {"sketch": codecs["sketch"]}, model)
     with pytest.raises(UserError, match=r"data\.buckets is 15; it must be a multiple of 2 pixels, a code's side"):
-        check_image_sizes(DataConfig(buckets=[[16, 15]]), {"sketch": codecs["sketch"]}, model)
+        check_media_sizes(DataConfig(buckets=[[16, 15]]), {"sketch": codecs["sketch"]}, model)

@@ -13,10 +13,12 @@ from test_pipeline import seeds, tiny_pipeline
 from test_sampling import ARCHITECTURES, CPU, LATENT_CHANNELS, predict_uncached, tiny_model, tiny_tokenizer
 
 import sample
-from transfusion_mot import demo
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.sources.open import open_source
+from transfusion_mot.demo.page import build_page
+from transfusion_mot.demo.paint import PaintTab
+from transfusion_mot.demo.shared import gr
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.guidance import Guidance
@@ -243,16 +245,16 @@ def test_the_command_paints_and_captions_at_the_sizes_of_the_model(tmp_path, mon
 
 
 def test_the_page_offers_the_sizes_of_training(pipeline) -> None:
-    if demo.gr is None:
+    if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
     (choice,) = (
-        block for block in demo.build_page(pipeline).blocks.values() if getattr(block, "label", "") == "Width x height"
+        block for block in build_page(pipeline).blocks.values() if getattr(block, "label", "") == "Width x height"
     )
     assert [name for name, _ in choice.choices] == ["16 x 4", "8 x 8", "4 x 16"]
     assert choice.value == "8 x 8"
     drawing = [2, "FlowMatchEulerDiscreteScheduler"]
-    studio = demo.Studio(pipeline)
-    *_, (paths, *_, history, _) = studio.paint([], "sun", "", 1, 1, "16 x 4", 1.0, 0.0, *drawing)
+    tab = PaintTab(pipeline)
+    *_, (paths, *_, history, _) = tab.paint([], "sun", "", 1, 1, "16 x 4", 1.0, 0.0, *drawing)
     with Image.open(paths[0]) as image:
         assert size_of(image) == (4, 16)
     assert "16 x 4" in history[0].settings

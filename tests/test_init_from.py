@@ -17,6 +17,7 @@ import train
 from transfusion_mot.config_checks import given_values, merged
 from transfusion_mot.data import cache
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.models.initial_weights import WeightFiles
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.run import snapshots
@@ -25,7 +26,7 @@ from transfusion_mot.run.data import RunData
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
 from transfusion_mot.sampling.previews import BEFORE_AND_AFTER
-from transfusion_mot.training.checkpoint import find_snapshot, find_state
+from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.parallel import make_accelerator
 

@@ -103,7 +103,7 @@ def test_thumbnails_are_the_images_of_the_row(folder, random_vae, image_context)
     inspection = inspection_of(folder, random_vae, f"data.image_context={image_context}")
     _, batch, _ = inspection.pack(inspection.data, 8)
     for row in batch.split(1):
-        thumbnails = thumbnails_of(row, inspection.sources)["image"]
+        thumbnails = thumbnails_of(row, inspection.sources, inspection.config.model)["image"]
         ids, documents = row.tokens("text").ids[0], row.slots.document_ids[0]
         captions = {
             inspection.tokenizer.decode(ids[documents[:48] == document].tolist())

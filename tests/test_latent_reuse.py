@@ -56,7 +56,7 @@ class Encoding:
         config = DataConfig(**(settings | data))
         source = SourceConfig(**(self.source | ({} if path is None else {"path": path})))
         images = open_source(source, config, split)
-        cache = encoded_media(images, self.codec, config, batch_size=4, shard_images=5)
+        cache = encoded_media(images, self.codec, config, batch_size=4, shard_media=5)
         num_encoded = self.codec.num_encoded
         for index in np.flatnonzero(cache.readable):
             assert_encoded(cache, index, to_pixels(images.image(index)), self.codec)
@@ -106,7 +106,7 @@ def test_what_is_held_out_may_change(tars):
     assert tars.new() == 20
     for fraction in (0.3, 0.6):
         sides = [tars(split, held_out_fraction=fraction) for split in ("train", "held_out")]
-        assert sum(len(side.images) for side in sides) == 20
+        assert sum(len(side.media) for side in sides) == 20
         assert [side.num_encoded for side in sides] == [0, 0]
 
 
@@ -230,7 +230,7 @@ def test_a_process_with_few_descriptors_reads_any_number_of_shards(tmp_path, kin
     sizes = [[16, 16], [8, 16], [16, 8]]
     images = ImagesOfBuckets(sizes, [0, 1, 2] * 40)
     data = config(tmp_path / "images", buckets=sizes)
-    cache = encoded_media(images, build_codec(kind), data, batch_size=8, shard_images=2)
+    cache = encoded_media(images, build_codec(kind), data, batch_size=8, shard_media=2)
     assert len([*cache.folder.glob("*x*/*")]) > 50
     expected = {index: read(cache, index) for index in np.flatnonzero(cache.readable)}
     encoded_shards.mapped_array.cache_clear()
@@ -281,7 +281,7 @@ def test_an_image_that_cannot_be_opened_is_not_an_unreadable_image(tmp_path, pau
     data = config(folder)
     images = OutOfDescriptors(open_images(folder, data))
     with pytest.raises(UserError, match=r"image '.*5\.png' cannot be read: Too many open files"):
-        encoded_media(images, build_codec(kind), data, batch_size=1, shard_images=3)
+        encoded_media(images, build_codec(kind), data, batch_size=1, shard_media=3)
     assert pauses == list(reading.PAUSES), "several attempts"
     cache = encode(folder, build_codec(kind))
     assert cache.readable.all()
@@ -334,7 +334,7 @@ def test_a_file_that_vanishes_while_images_are_encoded_is_told(tmp_path, kind):
     data = config(folder)
     images = EventfulImages(open_images(folder, data), (folder / "5.png").unlink)
     with pytest.raises(UserError, match=r"5\.png' was there when its source was opened"):
-        encoded_media(images, build_codec(kind), data, batch_size=1, shard_images=3)
+        encoded_media(images, build_codec(kind), data, batch_size=1, shard_media=3)
     assert encode(folder, build_codec(kind)).skipped == {"missing file": 1}
 
 
@@ -377,6 +377,6 @@ def test_places_of_keys_against_a_dictionary(seed):
 
 
 def test_stamps_tell_all_items_of_a_store_apart(tars, tmp_path):
-    stamps = tars().images.stamps
+    stamps = tars().media.stamps
     assert len(np.unique(stamps, axis=0)) == 20
     assert stores.stamps_of(["x"], np.zeros(3, int), np.arange(3)).dtype == np.uint64

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -81,7 +82,7 @@ def open_images(folder, data, split="train"):
 def encode(folder, codec, batch_size=4, **changes):
     """The cache of the folder, in shards of three images."""
     data = config(folder, **changes)
-    return encoded_media(open_images(folder, data), codec, data, batch_size=batch_size, shard_images=3)
+    return encoded_media(open_images(folder, data), codec, data, batch_size=batch_size, shard_media=3)
 
 
 def cache_folders(folder):
@@ -125,12 +126,13 @@ def test_cache_holds_every_image(folder, num_workers, batch_size, kind):
     codec = build_codec(kind)
     cache = encode(folder, codec, batch_size, num_workers=num_workers)
     assert cache.readable.tolist() == [True] * NUM_IMAGES
-    assert (cache.latent_shapes if kind == "latents" else cache.grid_shapes) == [
-        (4, 8, 8) if kind == "latents" else (8, 8)
-    ]
+    if kind == "latents":
+        assert cache.latent_shapes == [(4, 8, 8)]
+    # Mean and standard deviation in half precision, or two bytes for each code.
+    assert cache.num_bytes == NUM_IMAGES * 8 * 8 * (2 * 4 * 2 if kind == "latents" else 2)
     assert cache.num_encoded == NUM_IMAGES
     for index in range(NUM_IMAGES):
-        assert_encoded(cache, index, to_pixels(cache.images.image(index)), codec)
+        assert_encoded(cache, index, to_pixels(cache.media.image(index)), codec)
     # Two bytes for a code, twice two for each channel of a latent; the rest is keys, ends of codes and headers.
     assert cache.num_bytes == NUM_IMAGES * 8 * 8 * 2 * (8 if kind == "latents" else 1)
     files = [path.stat().st_size for path in cache.folder.glob("16x16/*")]
@@ -148,7 +150,7 @@ def test_codes_take_the_smallest_integers_that_hold_them(folder, num_codes, dtyp
         weight[-1], weight[used] = weight[used].clone(), weight[-1].clone()
     cache = encode(folder, codec)
     assert max(read(cache, 0)[1:-1]) == num_codes - 1
-    assert_encoded(cache, 0, to_pixels(cache.images.image(0)), codec)
+    assert_encoded(cache, 0, to_pixels(cache.media.image(0)), codec)
     stored = [load_file(path)["codes"] for path in cache.folder.glob("16x16/*")]
     assert {codes.dtype for codes in stored} == {np.dtype(dtype)}
     assert sum(codes.nbytes for codes in stored) == cache.num_bytes
@@ -172,7 +174,7 @@ def test_folder_and_shards_of_latents_are_those_of_earlier_versions(folder):
 class ImagesOfBuckets:
     """Drawn images, number i of the size of bucket `buckets[i]`."""
 
-    name, fingerprint, skipped = "drawn", "0", {}
+    name, fingerprint, skipped, medium = "drawn", "0", {}, "image"
 
     def __init__(self, sizes, buckets):
         self.sizes, self.buckets = sizes, np.array(buckets, dtype=np.int16)
@@ -200,12 +202,13 @@ def test_every_bucket_and_the_mirror_images(tmp_path, buckets, kind):
     images = ImagesOfBuckets(sizes, buckets)
     data = config(tmp_path / "images", buckets=sizes, random_flip=True)
     codec = build_codec(kind)
-    cache = encoded_media(images, codec, data, batch_size=2, shard_images=3)
+    cache = encoded_media(images, codec, data, batch_size=2, shard_media=3)
     grids = [(8, 8), (4, 8), (8, 4)]
     if kind == "latents":
         assert cache.latent_shapes == [(4, *grid) for grid in grids]
     else:
-        assert cache.grid_shapes == grids
+        lengths = [len(cache.span(index)) - 2 for index in np.flatnonzero(cache.readable)]
+        assert lengths == [math.prod(grids[buckets[index]]) for index in np.flatnonzero(cache.readable)]
     assert cache.readable.tolist() == [index != 3 for index in range(len(buckets))]
     for index in np.flatnonzero(cache.readable):
         pixels = to_pixels(images.image(index))
@@ -288,7 +291,7 @@ def test_other_captions_need_no_encoding(folder, kind):
     metadata.write_text(metadata.read_text().replace("picture", "drawing"))
     cache = encode(folder, build_codec(kind))
     assert cache.num_encoded == 0
-    assert cache.images.captions(3) == ["drawing 3"]
+    assert cache.media.captions(3) == ["drawing 3"]
 
 
 def test_corrupt_images_are_counted_and_the_rest_stays_aligned(folder, caplog, kind):
@@ -300,12 +303,12 @@ def test_corrupt_images_are_counted_and_the_rest_stays_aligned(folder, caplog, k
         open_images(folder, config(folder))
         caplog.clear()
         cache = encode(folder, codec, 2)
-    captions = [cache.images.captions(index)[0] for index in range(len(cache.images))]
+    captions = [cache.media.captions(index)[0] for index in range(len(cache.media))]
     assert captions == [f"picture {number}" for number in (0, 1, 2, 3, 4, 6)]
     assert cache.readable.tolist() == [False, True, True, True, False, True]
     assert cache.skipped == {"missing file": 1, "unreadable image": 2}
     for index in np.flatnonzero(cache.readable):
-        assert_encoded(cache, index, to_pixels(cache.images.image(index)), codec)
+        assert_encoded(cache, index, to_pixels(cache.media.image(index)), codec)
     (message,) = (message for message in caplog.messages if "unreadable" in message)
     assert "skipped 2 and kept 4 images: 2 unreadable images" in message
     assert "0.png" in message
@@ -324,6 +327,8 @@ def test_no_usable_image_is_refused(folder, kind):
 
 class EventfulImages:
     """The given images, with something happening at image number 5."""
+
+    medium = "image"
 
     def __init__(self, images, event):
         self.__dict__.update(vars(images))
@@ -346,7 +351,7 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_whole(folder, kind)
     data, codec = config(folder), counting(build_codec(kind))
     images = open_images(folder, data)
     with pytest.raises(KeyboardInterrupt):
-        encoded_media(EventfulImages(images, interrupt), codec, data, batch_size=2, shard_images=3)
+        encoded_media(EventfulImages(images, interrupt), codec, data, batch_size=2, shard_media=3)
     (unfinished,) = cache_folders(folder)
     shards = unfinished / "16x16"
     (first,) = shards.iterdir()
@@ -382,7 +387,7 @@ def test_two_runs_at_once_end_with_the_same_files(folder, kind):
     data = config(folder)
     images = open_images(folder, data)
     overtaking = EventfulImages(images, lambda: encode(folder, build_codec(kind), batch_size=7))
-    cache = encoded_media(overtaking, build_codec(kind), data, batch_size=2, shard_images=3)
+    cache = encoded_media(overtaking, build_codec(kind), data, batch_size=2, shard_media=3)
     assert cache_folders(folder) == [cache.folder]
     assert len([*cache.folder.glob("16x16/*")]) == 3
     assert cache.readable.all()
@@ -414,3 +419,14 @@ def test_a_worker_receives_the_path_and_not_the_content(folder, kind):
     if kind == "latents":
         assert len(pickle.dumps(cache)) < cache.num_bytes / 2
     np.testing.assert_array_equal(read(received, 6), read(cache, 6))
+
+
+def test_an_image_that_is_listed_several_times_is_encoded_once_in_each_size(tmp_path, kind):
+    sizes = [[16, 16], [8, 16]]
+    images = ImagesOfBuckets(sizes, [0, 1, 0])
+    images.stamps[:] = 7
+    cache = encoded_media(images, build_codec(kind), config(tmp_path / "images", buckets=sizes), batch_size=2)
+    places = [cache._place(index) for index in range(3)]
+    assert places[0] == places[2] != places[1]
+    shards = list(cache.folder.rglob("*.safetensors"))
+    assert [load_file(shard)["rows"].tolist() for shard in shards] == [[0], [0]]

@@ -35,7 +35,7 @@ def test_labels_of_codes_are_codes_and_their_end() -> None:
     assert len({begin, end, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]}) == 4
     start, stop = 32, 33
     speech = Media("speech", [start, 7, 9, 7, stop])
-    assert (speech.num_slots, Media("image", None, copied=True).num_slots) == (4, 2)
+    assert (speech.slots, Media("image", None, copied=True).slots) == ({"speech": 4}, {"image": 2})
     assert list(lay_out([[1], speech, [2]], tokenizer)) == [
         TokenRun("text", [1, begin], [begin, NONE]),
         TokenRun("speech", [start, 7, 9, 7], [7, 9, 7, stop]),

@@ -15,12 +15,11 @@ from training_runs import assert_same, final_state
 import train
 from transfusion_mot.config import LoraConfig, to_dict
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot
 from transfusion_mot.models.lora import add_adapter, digests, fingerprint
 from transfusion_mot.models.transfusion import base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.lora import ADAPTER_WEIGHTS, AdapterInfo, save_adapter, sizes_of
-from transfusion_mot.training.checkpoint import find_snapshot
 
 pytestmark = pytest.mark.slow
 

@@ -163,7 +163,7 @@ def test_lines_behind_the_resumed_step_are_dropped_and_counts_go_on(accelerator,
     assert 20 < last["seconds"] < 25
     config, batch = log.config.model, make_batch()
     row = RowShape.of_batch(config, batch)
-    of_step = 8 * weight_flops_per_row(log.model, row) + attending_pairs(batch, log.model) * flops_per_pair(config)
+    of_step = 8 * weight_flops_per_row(log.model, row) + attending_pairs(batch, log.model) * flops_per_pair(log.model)
     assert last["flops"] == pytest.approx(2e9 + of_step.item())
 
 
@@ -229,7 +229,6 @@ def test_flops_are_six_per_active_parameter_and_twelve_per_pair() -> None:
     model, batch = tiny_model(config), make_batch()
     block = 16 * (2 + 1 + 1) * 8 + 16 * 16 + 3 * 16 * 24
     patch = 2 * 2 * 3
-    timestep = 256 * 16 + 16 * 16
     assert active_parameters(model, config, "text") == 2 * block + 29 * 16
     assert active_parameters(model, config, "image") == 2 * block
     pairs = 0
@@ -237,11 +236,12 @@ def test_flops_are_six_per_active_parameter_and_twelve_per_pair() -> None:
         ids = [ids[row].tolist() for ids in (batch.slots.document_ids, batch.slots.order, batch.slots.span_ids)]
         slots = list(zip(*ids, strict=True))
         pairs += sum(d == e >= 0 and (o <= p or (s == t and s >= 0)) for d, p, s in slots for e, o, t in slots)
-    # The timestep is embedded once an image, of which there are two.
-    weights = 6 * (12 * (2 * block + 29 * 16) + 8 * (2 * block + 2 * 16 * patch) + 2 * timestep)
+    weights = 6 * (12 * (2 * block + 29 * 16) + 8 * (2 * block + 16 * patch))
+    # Patches and timesteps have no gradient. A timestep is embedded once an image, of which there are two.
+    weights += 4 * 8 * 16 * patch + 2 * (4 * 256 * 16 + 6 * 16 * 16)
     assert weight_flops_per_row(model, RowShape.of_batch(config, batch)) == weights
     assert attending_pairs(batch, model) == pairs
-    assert flops_per_pair(config) == 12 * 2 * 16
+    assert flops_per_pair(model) == 12 * 2 * 16
     lengths = torch.stack([(batch.slots.document_ids == document).sum(1) for document in range(2)])
     causal = tiny_model(tiny_config({"attention": "causal"}))
     assert attending_pairs(batch, causal) == (lengths * (lengths + 1) // 2).sum()

@@ -1,6 +1,7 @@
 """The pipeline as somebody uses it who knows diffusers and nothing of the training."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,6 +289,17 @@ def test_parts_that_do_not_belong_together_are_refused():
         tiny_pipeline(image_size=10)
 
 
+def test_a_run_folder_stands_for_its_newest_snapshot(pipeline, snapshot, tmp_path):
+    for step, steps in (("0000009", 1), ("0000010", 2)):
+        copied = tmp_path / "run" / "snapshots" / f"step-{step}"
+        shutil.copytree(snapshot, copied)
+        index = json.loads((copied / "model_index.json").read_text())
+        (copied / "model_index.json").write_text(json.dumps(index | {"num_inference_steps": steps}))
+    loaded = TransfusionPipeline.from_pretrained(tmp_path / "run")
+    assert loaded.config.num_inference_steps == 2
+    assert str(loaded.name_or_path).endswith("run/snapshots/step-0000010")
+
+
 def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_path):
     def refusal() -> str:
         with pytest.raises(UserError) as caught:
@@ -295,7 +307,7 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "has no model_index.json" in refusal()
+    assert "holds no snapshot (neither model_index.json nor snapshots/step-N)" in refusal()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
     assert "holds a DiTPipeline; a TransfusionPipeline is needed" in refusal()
     (tmp_path / "model_index.json").write_text("{")

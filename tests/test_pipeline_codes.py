@@ -237,7 +237,7 @@ def test_which_modality_the_pictures_are_must_be_known(rich) -> None:
     ("document", "words"),
     [
         ("sun", r"a document must be a list of texts, pictures and media, got 'sun'"),
-        (["sun", 3], r"made of texts, PIL images and Media of image or motion or speech, got int"),
+        (["sun", 3], r"made of texts, PIL images, Audio and Media of image or motion or speech, got int"),
         ([Media("smell", [1])], r"got media of 'smell'"),
         ([Media("text", [1])], r"got media of 'text'"),
         ([Media("speech", [1, 2])], r"Media of 'speech' need a list \[5, codes below that, 6\]"),

@@ -6,8 +6,8 @@ from PIL import Image
 from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 from test_sampling import FixedLogits
 
-from transfusion_mot import pipeline as pipeline_module
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling import pictures as pictures_module
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_images_are_decoded_some_at_a_time(pipeline, monkeypatch) -> None:
     batches = []
     decode = pipeline.vae._decode
     monkeypatch.setattr(pipeline.vae, "_decode", lambda z, **rest: batches.append(len(z)) or decode(z, **rest))
-    monkeypatch.setattr(pipeline_module, "_PIXELS_AT_ONCE", 2 * IMAGE_SIZE**2)
+    monkeypatch.setattr(pictures_module, "_PIXELS_AT_ONCE", 2 * IMAGE_SIZE**2)
     torch.testing.assert_close(pipeline(prompts, generator=seeds(1, 2, 3), output_type="pt").images, together)
     assert batches == [2, 1]
     batches.clear()

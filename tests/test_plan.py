@@ -73,9 +73,10 @@ def test_plan_of_a_tiny_run(tiny_run: RunConfig, tmp_path: Path, capsys: pytest.
     # A row has 24 tokens and 2 images of 8 x 8 latents, which are 16 patches each.
     pairs = 56 * 57 / 2 + 2 * 16 * 15 / 2
     block = 16 * 48 + 16 * 16 + 3 * 16 * 24
-    # Patches meet two linear layers of the adapter, an image the two of its timestep.
-    row = 6 * (24 * (2 * block + 300 * 16) + 32 * (2 * block + 2 * 12 * 16)) + 12 * 2 * 16 * pairs
-    row += 6 * 2 * (256 * 16 + 16 * 16)
+    # Patches meet two linear layers of the adapter, an image the two of its timestep; what the first one of each
+    # multiplies has no gradient.
+    row = 6 * (24 * (2 * block + 300 * 16) + 32 * (2 * block + 12 * 16)) + 12 * 2 * 16 * pairs
+    row += 4 * 32 * 12 * 16 + 2 * (4 * 256 * 16 + 6 * 16 * 16)
     seconds = 12 * row / (4 * 989e12 * 0.5)
     model_line, time = shown.strip().splitlines()[-2:]
     assert model_line.startswith(f"{row / 56 / 1e9:.3g} GFLOP a token")

@@ -32,6 +32,7 @@ from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.data.layout import TokenRun
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.models.attention import dense_mask
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.layers import rotary_angles
@@ -46,7 +47,6 @@ from transfusion_mot.sampling import export
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
-from transfusion_mot.training.checkpoint import find_snapshot
 
 CPU = torch.device("cpu")
 IMAGE = ("model.towers.image.hidden_size=24", "model.towers.image.intermediate_size=40")

@@ -21,7 +21,8 @@ from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
-from transfusion_mot.sampling.previews import BEFORE_AND_AFTER, Previews, pictures_of
+from transfusion_mot.sampling.held_out_items import pictures_of
+from transfusion_mot.sampling.previews import BEFORE_AND_AFTER, Previews
 
 
 @pytest.fixture

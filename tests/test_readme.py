@@ -1,4 +1,4 @@
-"""Every command and Python example of the README and docs/sampling.md runs, at toy size, in the order of the page."""
+"""Every command and example of the README, docs/sampling.md and docs/tutorial.md runs, at toy size, in their order."""
 
 import json
 import os
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SAMPLING = (ROOT / "docs" / "sampling.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 # What makes any training command of the README a matter of seconds; the autoencoder is the real one.
 TOY = [
     "data.cache_dir=cache",
@@ -118,6 +119,38 @@ def test_commands_and_examples_run(workplace: Path) -> None:
     assert examples
     for example in examples:
         run(["-c", example], workplace, in_new_interpreter=False)
+
+
+# What makes the commands of docs/tutorial.md short. The model stays the shipped one.
+SHORT = {
+    "train.py": [
+        *("data.image_size=32", "diffusion.num_inference_steps=2", "training.num_steps=2", "training.num_rows=2"),
+        *("training.sample_prompts=[sun]", "training.validate_every=0"),
+    ],
+    "transfusion_mot.data.line_drawings": ["--count", "12"],
+    "transfusion_mot.data.inspect": ["--rows", "8"],
+}
+
+
+@pytest.mark.usefixtures("without_java")
+def test_the_tutorial_runs(workplace: Path) -> None:
+    ran = []
+    for words in commands(TUTORIAL):
+        what = words[2] if words[1] == "-m" else words[1]
+        if words[0] == "pip" or what == "transfusion_mot.demo":
+            continue
+        short = SHORT | (FAST if "--caption" not in words else {})
+        words = [*words[1:], *short.get(what, [])]
+        run(words, workplace, in_new_interpreter=not ran)
+        ran.append(what)
+    assert ran.count("sample.py") == 3
+    assert {*SHORT, "evaluate/benchmark.py"} <= set(ran)
+    for name in ("row.png", "runs/drawings/loss.png", "runs/drawings/samples/before-and-after.png"):
+        assert (workplace / name).is_file(), name
+    assert (workplace / "runs" / "drawings" / "evaluation" / "report.html").is_file()
+    for example in blocks(TUTORIAL, "python"):
+        run(["-c", example.replace("num_inference_steps=10", "num_inference_steps=2")], workplace, False)
+    assert (workplace / "key.png").is_file()
 
 
 def test_make_targets_exist() -> None:

@@ -16,7 +16,7 @@ from source_files import SIZE, all_captions, open_with, picture, shard, write_ta
 from transfusion_mot.data import images as images_module
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import load_image
-from transfusion_mot.data.sources import stored_images
+from transfusion_mot.data.sources import stored_images, stored_media
 from transfusion_mot.data.sources.arrays import StoredArrays, stored_arrays
 from transfusion_mot.data.sources.base import fingerprint_of
 from transfusion_mot.data.sources.parallel import map_in_processes
@@ -122,7 +122,7 @@ def test_buckets_follow_the_pictures_and_are_kept(tmp_path, monkeypatch) -> None
     write_tar(tmp_path / "a.tar", members)
     source = {"kind": "webdataset", "path": tmp_path / "a.tar"}
     buckets = [[SIZE, SIZE], [SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
-    monkeypatch.setattr(stored_images, "_SIZES_AT_ONCE", 2)
+    monkeypatch.setattr(stored_media, "_HEADERS_AT_ONCE", 2)
     images = open_with(source, tmp_path / "cache", buckets=buckets)
     # What cannot be read is told when it is; until then it counts as square.
     assert images.buckets.tolist() == [0, 0, 0, 1, 2, 0, 0]

@@ -276,5 +276,5 @@ def test_a_row_of_pairs_can_be_looked_at(tmp_path, random_vae) -> None:
     inspection = Inspection(config)
     counts, batch, _ = inspection.pack(inspection.data, 8)
     assert inspection.num_captioned(counts) == counts["sources/pairs/documents"] > 0
-    shown = thumbnails_of(batch.split(1)[0], inspection.sources)["image"]
+    shown = thumbnails_of(batch.split(1)[0], inspection.sources, inspection.config.model)["image"]
     assert [picture is not None for picture in shown] == [True] * 4

@@ -89,7 +89,7 @@ def test_a_run_that_learns_twice_as_fast(run, tmp_path: Path) -> None:
     b = write_run(tmp_path / "fast", 1.0, seconds_per_step=0.5 / 3)
     status, output, errors = run(a, b)
     assert status == 0, errors
-    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["matches"]
+    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["seeds"][0]["matches"]
     fractions = {(match["loss"], match["axis"]): match["fraction"] for match in found}
     assert len(fractions) == 12
     for (loss, axis), fraction in fractions.items():
@@ -107,9 +107,24 @@ def test_a_slower_run_does_not_reach_it_and_noise_does_not_matter_much(run, tmp_
     assert output.count("not reached") == 12
     c = write_run(tmp_path / "noisy", 2.0, steps=600, noise=0.02)
     run(a, c)
-    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["matches"]
+    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["seeds"][0]["matches"]
     in_training = next(match for match in found if (match["loss"], match["axis"]) == ("text loss", "step"))
     assert in_training["fraction"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_several_seeds_and_modalities(run, tmp_path: Path) -> None:
+    """Any modality's loss counts; over seeds there are means and standard deviations."""
+    slow, fast, faster = (
+        write_run(tmp_path / name, rate, image="speech_loss") for name, rate in (("a", 0.5), ("b", 1.0), ("c", 2.0))
+    )
+    status, output, errors = run(slow, fast, "--seed", slow, faster)
+    assert status == 0, errors
+    # 1 / 2 and 1 / 4 of the steps.
+    assert "| speech loss, held out | 1.2, 1.2 | 0.4, -1.2 | 37.5 ± 17.7 % |" in output
+    seeds = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["seeds"]
+    assert [Path(seed["run_b"]).name for seed in seeds] == ["b", "c"]
+    _, output, _ = run(fast, faster, "--seed", fast, slow)
+    assert "not reached by 1 of 2, else 50.0 %" in output
 
 
 def test_mistakes(run, tmp_path: Path) -> None:
@@ -127,7 +142,7 @@ def test_two_real_runs(run, arguments, tmp_path: Path, monkeypatch) -> None:
     train.main(arguments("b", training={"num_steps": 8, "validate_every": 1}, optimizer={"lr": 0.03}))
     status, output, errors = run(tmp_path / "a", tmp_path / "b")
     assert status == 0, errors
-    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["matches"]
+    found = json.loads((tmp_path / "out" / "steps_to_match.json").read_text())["seeds"][0]["matches"]
     lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     for match in (match for match in found if match["axis"] == "step" and match["loss"] == "text loss, held out"):
         losses = [line["validation/text_loss"] for line in lines if "validation/text_loss" in line]

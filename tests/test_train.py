@@ -23,8 +23,9 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot, find_state
+from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

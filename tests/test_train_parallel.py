@@ -16,11 +16,12 @@ from training_runs import Arguments, assert_same, final_state
 
 import train
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.run import snapshots
 from transfusion_mot.training import checkpoint, state
-from transfusion_mot.training.checkpoint import find_snapshot, find_state
+from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.state import StateWriter, load_progress

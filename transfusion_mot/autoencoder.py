@@ -1,8 +1,32 @@
-"""The command `python -m transfusion_mot.autoencoder --config FILE`: train an image codec."""
+"""Train a codec: of images an AutoencoderKL, or with kind=codes a VQModel; with kind=audio_codes one of speech.
 
-from transfusion_mot.codec_training.train import main
+    python -m transfusion_mot.autoencoder --config configs/codecs/vq-emoji.yaml
+
+The output folder receives the codec, its metrics and a picture of reconstructions; of speech WAV files, too.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.config import AutoencoderTrainingConfig, parse_config
 from transfusion_mot.errors import exit_on_user_error
 
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, as the command line says."""
+    config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
+    # PyTorch takes seconds to load. --help and mistakes in the configuration do not wait for it.
+    import torch
+
+    from transfusion_mot.codec_training.train import train_codec
+
+    metrics = train_codec(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(json.dumps({key: value for key, value in metrics.items() if key != "log"}, indent=2))
+
+
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with exit_on_user_error():
-        main()
+        main(sys.argv[1:])

@@ -15,11 +15,15 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from transfusion_mot.config_checks import check_ranges, explain, refuse_unsettled
+from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
 
 # What of a block can have adapters: maps of the attention and of the feed-forward.
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
+# What a modality is trained for; `read` is for nothing.
+Objective = Literal["next_token", "diffusion", "read"]
+# The noise level that a variation of a picture begins at. With checkpoints/emoji, less keeps the picture as it is.
+DEFAULT_STRENGTH = 0.9
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
 
@@ -34,16 +38,22 @@ class SourceConfig:
             .txt beside each image, or in subfolders whose names are the captions), `webdataset` (tar
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
             (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
-            `interleaved` (.jsonl or .parquet files). `datasets` is a data set of the library `datasets`, of images if
-            `image_column` is set, else of texts.
+            `interleaved` (.jsonl or .parquet files). Audio with transcripts or without: `audiofolder` (as
+            `imagefolder`, without the names of subfolders), and `webdataset`, `parquet` and `datasets` with
+            `audio_column`. `datasets` is a data set of the library `datasets`; without `image_column` and
+            `audio_column` one of texts.
         path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
             of `save_to_disk`; not used by `openmoji`.
         weight: Relative chance with which the next document comes from this source: among the sources that have images,
             or among those of text, which fill the text slots left over.
         use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it; an
             item whose field `split` names a side is on that one.
-        text_column: Field or column of the captions or texts; null takes `text` or else `caption`.
+        text_column: Field or column of the captions or texts; null takes `text` or else `caption`, and of audio
+            `transcription` or else `text`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
+        audio_column: Field or column of the audio; of `webdataset` what a member's name ends with, such as `wav`.
+            Without `image_column` the source is one of audio. With it, and of `imagefolder` always, a document has
+            text, image and audio of one thing. Null takes `file_name` (audiofolder); other kinds then have no audio.
         source_image_column: Makes editing pairs of the images: the field or column of the image that is edited;
             `image_column` is that of the result, and `text_column` that of the instruction. Of `webdataset` both are
             what a member's name ends with, such as `source.png` and `target.png`.
@@ -52,17 +62,28 @@ class SourceConfig:
         name: Configuration of a `datasets` name, where it has several.
         split: Split of a `datasets` name.
         num_items: Pictures of `scenes`, all different; null is 10,000,000.
-        modality: What its media are, a key of `model.modalities`; not used by `text`.
+        modality: What its images are, a key of `model.modalities`.
+        audio_modality: What its audio is, likewise.
     """
 
     kind: Literal[
-        "openmoji", "imagefolder", "webdataset", "coco", "parquet", "datasets", "text", "interleaved", "scenes"
+        "openmoji",
+        "imagefolder",
+        "audiofolder",
+        "webdataset",
+        "coco",
+        "parquet",
+        "datasets",
+        "text",
+        "interleaved",
+        "scenes",
     ] = "openmoji"
     path: str | None = None
     weight: float = 1.0
     use: Literal["split", "train", "held_out"] = "split"
     text_column: str | None = None
     image_column: str | None = None
+    audio_column: str | None = None
     source_image_column: str | None = None
     annotations: str | None = None
     images: str | None = None
@@ -70,6 +91,7 @@ class SourceConfig:
     split: str = "train"
     num_items: int | None = None
     modality: str = "image"
+    audio_modality: str = "speech"
 
 
 @dataclass
@@ -104,19 +126,25 @@ class DataConfig:
         image_fit: What brings an image to its size: `crop` cuts what is over, `stretch` changes the proportions, `pad`
             adds white.
         random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
+        max_audio_seconds: Longer audio is left out, and counted. As codes, audio of this length must fit a row.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
         slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), at least 2 of them
-            where they have copies, see `image_context`.
+            where they have copies, see `image_context`; of a modality that is only read, clean images.
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        orders: What a document of one thing consists of, and in which order: modalities to a relative chance, such as
+            `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose
+            items it has; its other items are left out. Null puts all items into a document, and `caption_first_prob`
+            decides where the caption stands.
         image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
             (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
-            noised patches. The copy takes an image slot of its own. An image that ends a caption-first document has
-            none, and no label behind it.
+            noised patches. The copy takes an image slot of its own, or one of the modality that reads the image. An
+            image that ends a caption-first document has none, and no label behind it.
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
             (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
             there is no limit, and this key says nothing.
-        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance.
+        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance; with
+            `orders`, all that stands before the last item, if that is no text.
         edit_dropout: Chances that parts of an editing pair are left out, likewise.
         lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
             tried.
@@ -132,10 +160,12 @@ class DataConfig:
     buckets: list[list[int]] = field(default_factory=list)
     image_fit: Literal["crop", "stretch", "pad"] = "crop"
     random_flip: bool = False
+    max_audio_seconds: float = 30.0
     held_out_fraction: float = 0.05
     split_seed: int = 0
     slots: dict[str, int] = field(default_factory=lambda: {TEXT: 64, "image": 4})
     caption_first_prob: float = 0.8
+    orders: dict[str, float] | None = None
     image_context: Literal["noised", "clean"] = "noised"
     image_first_max_timestep: float = 0.5
     prompt_dropout_prob: float = 0.1
@@ -186,12 +216,19 @@ class CodecConfig:
 
     Attributes:
         path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of a tokenizer of images: `VQModel` of
-            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`).
+            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`); or of a tokenizer
+            of sound, see docs/codecs.md.
         batch_size: Images encoded or decoded at a time.
+        num_codebooks: Tokenizers of sound with several codebooks only: how many of them are used, beginning with the
+            first. A frame of sound becomes so many codes. Null is the number that a snapshot was trained with, else 1.
+        layer: `HubertModel` only: the hidden layer whose states the centroids are of. Null is the layer that a snapshot
+            was trained with, else the last.
     """
 
     path: str = "checkpoints/vae-emoji"
     batch_size: int = 64
+    num_codebooks: int | None = None
+    layer: int | None = None
 
 
 @dataclass
@@ -231,11 +268,12 @@ class ModalityConfig:
 
     Attributes:
         tower: The tower whose weights its slots use. Several modalities may share one; all on one is the dense model.
-        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents.
+        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents, `read` for the
+            clean latents of another modality, which are read and have no loss.
         loss_weight: Factor of its mean loss in the total (the papers' lambda for images is 5).
-        attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs `diffusion`. null
-            is what the papers have: bidirectional for `diffusion`, causal for `next_token`.
-        patch_size: `diffusion` only: latent pixels per side of a patch.
+        attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs latents. null is
+            what the papers have: bidirectional for latents, causal for `next_token`.
+        patch_size: Latents only: latent pixels per side of a patch; of `read` as many as in the modality that it reads.
         adapter: `diffusion` only: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
         unet_channels: Widths of the blocks of the `unet` adapter, multiples of 32: one for each halving of the patch
             size and at least one more.
@@ -243,10 +281,12 @@ class ModalityConfig:
         tied_embeddings: `next_token` only: embedding and head are one matrix.
         vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
             language models whose vocabulary is padded. Null is as many as there are ids.
+        reads: `read` only: the modality whose clean copies (`data.image_context: clean`) and source images of editing
+            pairs stand in slots of this one, and go through the tower of this one.
     """
 
     tower: str
-    objective: Literal["next_token", "diffusion"] = "next_token"
+    objective: Objective = "next_token"
     loss_weight: float = 1.0
     attention: Literal["causal", "bidirectional"] | None = None
     patch_size: int = 2
@@ -255,11 +295,12 @@ class ModalityConfig:
     unet_num_layers: int = 2
     tied_embeddings: bool = False
     vocab_size: int | None = None
+    reads: str | None = None
 
     @property
     def is_bidirectional(self) -> bool:
         """Whether the slots of a span see all of it."""
-        return (self.attention or ("bidirectional" if self.objective == "diffusion" else "causal")) == "bidirectional"
+        return (self.attention or ("causal" if self.objective == "next_token" else "bidirectional")) == "bidirectional"
 
 
 @dataclass
@@ -338,6 +379,21 @@ class ModelConfig:
     def of_objective(self, objective: Literal["next_token", "diffusion"]) -> list[str]:
         """Modalities with this objective, in the order of their slots."""
         return [name for name in self.stream_order if self.modalities[name].objective == objective]
+
+    @property
+    def made(self) -> list[str]:
+        """Modalities with a loss, in the order of their slots: the model makes them, and they have begin and end
+        tokens. All but those that are only read."""
+        return [name for name in self.stream_order if self.modalities[name].objective != "read"]
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """Modality to the one in whose slots its clean latents stand, of those that have such a one."""
+        return {modality.reads: name for name, modality in self.modalities.items() if modality.reads is not None}
+
+    def content_of(self, name: str) -> str:
+        """The modality whose media stand in the slots of `name`: itself, or the one that it reads."""
+        return self.modalities[name].reads or name
 
 
 @dataclass
@@ -428,6 +484,7 @@ class TrainingConfig:
 
     Attributes:
         num_steps: Optimizer steps.
+        num_epochs: In place of `num_steps`: how often the documents of all sources together are read.
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
         z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
@@ -472,6 +529,7 @@ class TrainingConfig:
     """
 
     num_steps: int = 1000
+    num_epochs: float | None = None
     num_rows: int = 16
     microbatch_rows: int | None = None
     z_loss_weight: float = 0.0
@@ -535,29 +593,51 @@ class RunConfig:
 
 
 @dataclass
+class AudioFramesConfig:
+    """The mel frames that a codec of sound codes.
+
+    Attributes:
+        sample_rate: Samples a second; recordings are resampled to it.
+        hop_length: Samples from one frame to the next.
+        window_length: Samples of a frame. Short ones (25 ms) blur the pitch, so that codes tell little of it.
+        num_mels: Mel bands.
+        num_code_layers: Layers at the rate of codes, in encoder and decoder each.
+    """
+
+    sample_rate: int = 16000
+    hop_length: int = 160
+    window_length: int = 400
+    num_mels: int = 64
+    num_code_layers: int = 6
+
+
+@dataclass
 class AutoencoderTrainingConfig:
-    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an image codec.
+    """Configuration of `python -m transfusion_mot.autoencoder`, which trains a codec of images or of sound.
 
     Attributes:
         output_dir: Folder that receives the codec, its metrics and a grid of reconstructions.
-        kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`.
+        kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`;
+            `audio_codes` a codec of sound, for `next_token`, too.
         init_from: A codec of the same kind and sizes to begin with: a name or local path; null begins at random.
-        data: Where the images come from; only `sources`, `image_size`, `cache_dir` and the held-out split are used.
+        data: Where the images or recordings come from; only `sources`, `image_size`, `max_audio_seconds`, `cache_dir`
+            and the held-out split are used.
+        audio: `audio_codes` only: the frames of sound.
         latent_channels: Channels of the latents, or of a code.
-        codebook_size: `codes` only: number of codes.
+        codebook_size: `codes` and `audio_codes` only: number of codes.
         block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
-            number.
-        layers_per_block: Residual layers at each resolution.
+            number. Of sound likewise the width at each rate of frames, down to that of codes.
+        layers_per_block: Residual layers at each resolution; of sound at each rate but that of codes.
         norm_num_groups: Groups of every group normalisation; divides all of `block_out_channels`.
         mid_block_attention: Self-attention at the lowest resolution.
         num_steps: Optimizer steps.
-        batch_size: Images a step.
+        batch_size: Images a step, or pieces of recordings, of 64 codes each.
         lr: Peak learning rate of AdamW; cosine descent after warm-up.
         warmup_steps: Steps of linear warm-up.
         kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
             appendix A). It sets how much noise the decoder learns to bear. `latents` only.
         commitment_weight: Weight of the squared distance of the encoder's output from its codes, both of length one
-            (0.25 in VQ-VAE). `codes` only.
+            (0.25 in VQ-VAE). `codes` and `audio_codes` only.
         perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.
         perceptual_path: Local path of the weights of torchvision's VGG16 (vgg16-397923af.pth), which LPIPS needs.
         gan_weight: Weight of the patch discriminator's term (0.5 in Transfusion); 0 is off.
@@ -570,9 +650,10 @@ class AutoencoderTrainingConfig:
     """
 
     output_dir: str = "runs/vae"
-    kind: Literal["latents", "codes"] = "latents"
+    kind: Literal["latents", "codes", "audio_codes"] = "latents"
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    audio: AudioFramesConfig = field(default_factory=AudioFramesConfig)
     latent_channels: int = 4
     codebook_size: int = 1024
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
@@ -611,6 +692,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
     if isinstance(config, RunConfig):
         refuse_unsettled(arguments)
+        if not ends_by_epochs(arguments):
+            config.training.num_epochs = None
     check_ranges(config)
     return config
 

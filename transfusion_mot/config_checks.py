@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -97,10 +98,12 @@ def check_ranges(config: Any) -> None:
         "optimizer.eps",
         "optimizer.max_grad_norm",
         "data.image_first_max_timestep",
+        "data.max_audio_seconds",
         "diffusion.min_snr_gamma",
         "model.rope_theta",
         "model.norm_eps",
         "lr",
+        "training.num_epochs",
     ):
         if (given := value(key)) is not None and not given > 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
@@ -132,15 +135,17 @@ def check_ranges(config: Any) -> None:
 
 def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     """Refuse modalities without slots or codec, slots and codecs without modality, and numbers none can have."""
+    read = {name: modality.reads for name, modality in modalities.items() if modality.objective == "read"}
     for section, given, needed in (
         ("data.slots", config.data.slots, set(modalities)),
-        ("codecs", config.codecs, set(modalities) - {"text"}),
+        ("codecs", config.codecs, set(modalities) - {"text", *read}),
     ):
         if set(given) != needed:
             raise UserError(
                 f"configuration: {section} has {', '.join(given) or 'nothing'}, and the modalities of model.modalities "
                 f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
             )
+    _check_orders(config.data.orders, set(modalities) - set(read))
     least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
     least |= {f"codecs.{name}.batch_size": (codec.batch_size, 1) for name, codec in config.codecs.items()}
     for name, modality in modalities.items():
@@ -149,13 +154,15 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for key, (number, smallest) in least.items():
         if not number >= smallest:
             raise UserError(f"configuration: {key} is {number}; it must be at least {smallest}")
-    for name in (name for name, modality in modalities.items() if modality.objective == "diffusion"):
-        if config.data.has_copies and config.data.slots[name] < 2:
+    _check_read(config.data, read)
+    for name in (name for name, modality in modalities.items() if modality.objective != "next_token"):
+        is_apart = name in read or name in read.values()
+        if config.data.has_copies and config.data.slots[name] < 2 and not is_apart:
             raise UserError(
                 f"configuration: data.slots.{name} is {config.data.slots[name]}; with data.image_context=clean it must "
                 "be at least 2, for an image and its clean copy"
             )
-        if config.data.has_edits and config.data.slots[name] < 2:
+        if config.data.has_edits and config.data.slots[name] < 2 and not is_apart:
             raise UserError(
                 f"configuration: data.slots.{name} is {config.data.slots[name]}; with editing pairs it must be at "
                 "least 2, for a source image and its result"
@@ -165,6 +172,50 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
                 "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
                 f"model.modalities.{name}.attention is causal; set it to bidirectional, or data.image_context=noised"
             )
+
+
+def _check_read(data: Any, read: dict[str, str]) -> None:
+    """Refuse modalities that read clean latents, where there never are any."""
+    for name, media in read.items():
+        if not data.has_copies:
+            raise UserError(
+                f"configuration: model.modalities.{name} reads clean latents, and with data.image_context=noised "
+                "captions are read off noised ones; set data.image_context=clean"
+            )
+        if data.orders is None:
+            key, is_read = "data.caption_first_prob is 1", data.caption_first_prob < 1
+            is_read |= any(source.audio_column is not None for source in data.sources)
+        else:
+            key = f"data.orders has {media} in the last place alone"
+            is_read = any(chance > 0 and media in order.split()[:-1] for order, chance in data.orders.items())
+        if not (is_read or data.has_edits or any(source.kind == "interleaved" for source in data.sources)):
+            raise UserError(
+                f"configuration: model.modalities.{name} reads clean latents of {media}, and {key}, so that nothing is "
+                f"ever read off one; change that, or remove {name}"
+            )
+
+
+def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None:
+    """Refuse orders of items that no document can have."""
+    if orders is None:
+        return
+    example = 'such as {"text image": 4, "image text": 1}'
+    for order, chance in orders.items():
+        names = order.split()
+        if unknown := [name for name in names if name not in modalities]:
+            raise UserError(
+                f"configuration: data.orders has '{order}', and '{unknown[0]}' is not in model.modalities, which has "
+                f"{', '.join(sorted(modalities))}; write names with a space between them, {example}"
+            )
+        if len(set(names)) < len(names) or set(names) <= {"text"}:
+            raise UserError(
+                f"configuration: data.orders has '{order}'; an order names each modality once, and one besides text, "
+                f"{example}"
+            )
+        if not 0 <= chance < math.inf:
+            raise UserError(f"configuration: data.orders has the chance {chance} for '{order}'; it must be at least 0")
+    if not sum(orders.values()) > 0:
+        raise UserError(f"configuration: data.orders has no order with a chance above 0; give some, {example}, or null")
 
 
 def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
@@ -205,6 +256,35 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
     Of no use for checks: a file that cannot be read, or a value that is no YAML, is left out.
     """
     given: dict[str, Any] = {}
+    for _, content in _layers(arguments):
+        given = merged(given, content)
+    return given
+
+
+def ends_by_epochs(arguments: Sequence[str]) -> bool:
+    """Whether `training.num_epochs` says how long a run is: what comes later wins, it or `training.num_steps`.
+
+    Raises:
+        UserError: A configuration file has both, or the command line.
+    """
+    keys = {"num_steps", "num_epochs"}
+    found: dict[str, set[str]] = {}
+    last = ""
+    for place, content in _layers(arguments):
+        training = content.get("training")
+        given = {key for key in keys if isinstance(training, dict) and training.get(key) is not None}
+        found[place] = found.get(place, set()) | given
+        if found[place] == keys:
+            raise UserError(
+                f"configuration: {place} gives training.num_steps and training.num_epochs, which are two answers to "
+                "the same question; remove one of them"
+            )
+        last = next(iter(given), last)
+    return last == "num_epochs"
+
+
+def _layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Name of the file, or "the command line", and what it sets) of each argument, nested as in YAML."""
     words = iter(arguments)
     for word in words:
         key, equals, value = word.partition("=")
@@ -220,8 +300,8 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
         if key != "config":
             for name in reversed(key.split(".")):
                 content = {name: content}
-        given = merged(given, content if isinstance(content, dict) else {})
-    return given
+        if isinstance(content, dict):
+            yield value if key == "config" else "the command line", content
 
 
 def refuse_unsettled(arguments: Sequence[str]) -> None:

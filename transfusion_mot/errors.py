@@ -13,6 +13,27 @@ class NotFiniteError(UserError, FloatingPointError):
     """Training has diverged: a loss or gradient is not finite."""
 
 
+class UnreadableMedia(UserError):
+    """What lies there is no image or audio that can be used, and will not be one at the next attempt.
+
+    Attributes:
+        what: What it should be, for messages.
+        file: What a file of it is called there.
+        reason: What is wrong with it, to be put behind its name.
+    """
+
+    what: str
+    file: str
+
+    def __init__(self, name: str, reason: str) -> None:
+        # Both, because an exception goes from one process to another with these arguments.
+        super().__init__(name, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what} '{self.args[0]}' {self.reason}"
+
+
 def refuse_surrogates(text: str, what: str, remedy: str) -> None:
     """Refuse a text with lone surrogates, which Python makes of bytes that are not UTF-8: it cannot be written down.
 

@@ -122,3 +122,33 @@ def refuse_dangling_links(folder: Path) -> None:
                 f"'{path}' is a link to '{path.readlink()}', which is not there; copy the folder again with what its "
                 "links point to: cp -rL"
             )
+
+
+def find_snapshot(path: str) -> Path:
+    """Run folder or snapshot folder => snapshot folder; of a run, the newest one.
+
+    Raises:
+        UserError: There is no snapshot.
+    """
+    folder = Path(path)
+    if (folder / "model_index.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    snapshots = step_folders(folder / "snapshots")
+    if snapshots:
+        return snapshots[-1]
+    if not folder.exists():
+        raise UserError(f"there is no folder {path}; give a run folder of train.py or one of its snapshots/step-N")
+    raise UserError(
+        f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
+        "that has saved one, or a snapshot"
+    )
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The folders step-N in `folder`, by N."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=step_number)
+
+
+def step_number(folder: Path) -> int:
+    """N of a folder step-N."""
+    return int(folder.name.removeprefix("step-"))

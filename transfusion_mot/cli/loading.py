@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
 

@@ -3,12 +3,17 @@
 import argparse
 from typing import NoReturn
 
+from transfusion_mot.config import DEFAULT_STRENGTH
 from transfusion_mot.errors import UserError
+from transfusion_mot.installed import as_called
 
 DTYPES = ("bf16", "fp32")
-# The tasks that paint prompts, and edit a picture as they say.
-PAINT, EDIT = "image", "edit"
-TASKS = (PAINT, EDIT, "caption", "text", "auto")
+# The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
+PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
+TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)
+
+# Where results with files of their own go.
+_FOLDERS = {PAINT: "samples", EDIT: "samples", "auto": "samples", SPEAK: "samples/speech"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -25,11 +30,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
         UserError: Options that do not exist, need another one, or exclude each other.
     """
     parser = OneLineParser(
-        description=description,
+        description=as_called(description),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
-        usage="sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]",
+        usage=as_called("python sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]"),
     )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint, or a text to go on with")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint or to say, or a text to go on with")
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -45,13 +50,19 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add(
         "--task",
         choices=TASKS,
-        help="paint prompts, edit a picture as they say, caption images, go on with texts, or let the model decide "
-        "when it writes and when it paints (default: caption if --caption is given, edit if --edit is, else image)",
+        help="paint prompts, edit a picture as they say, caption images, go on with texts, let the model decide when "
+        "it writes and when it paints, speak, or transcribe audio (default: caption, edit or transcribe if that option "
+        "is given, else image)",
     )
     add("--prompts-file", metavar="FILE", help="a prompt on each line, empty lines are skipped; - is standard input")
     add("--num-images", type=int, default=1, metavar="N", help="results of each prompt (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
-    add("--output", metavar="FOLDER", help="where results go (default: samples, if there are pictures among them)")
+    add(
+        "--output",
+        metavar="FOLDER",
+        help="where results go (default: samples if there are pictures among them, samples/speech of --task speech); "
+        "of one result of --task speech also a file X.wav",
+    )
     add("--batch-size", type=int, default=16, metavar="N", help="results at a time (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")
@@ -94,7 +105,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         type=float,
         default=1.0,
         metavar="X",
-        help="of a model whose pictures are codes; 0 takes the most probable codes (default: 1)",
+        help="of pictures and speech that are codes; 0 takes the most probable codes (default: 1)",
     )
     add("--code-top-p", type=float, default=1.0, metavar="X", help="likewise, share of the probability (default: 1)")
     add(
@@ -114,15 +125,31 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("variations (of any model)").add_argument
-    add("--image", metavar="FILE", help="paint variations of this picture; with --task auto, what comes first")
+    add(
+        "--image",
+        metavar="FILE",
+        help="paint variations of this picture; with --task auto, what comes first; with --task speech, say what "
+        "is in it",
+    )
     add(
         "--strength",
         type=float,
-        default=0.6,
+        default=DEFAULT_STRENGTH,
         metavar="X",
-        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left (default: 0.6)",
+        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left "
+        f"(default: {DEFAULT_STRENGTH})",
     )
     add("--mask", metavar="FILE", help="of the size of --image; white is painted anew, black is kept")
+
+    add = parser.add_argument_group("speech (of a model that was trained on audio)").add_argument
+    add("--transcribe", nargs="+", default=[], metavar="AUDIO", help="audio files to write down: WAV, FLAC, Ogg, MP3")
+    add("--speech", nargs="+", default=[], metavar="AUDIO", help="paint what is said in audio files, not prompts")
+    add(
+        "--max-seconds",
+        type=float,
+        metavar="X",
+        help="where speech is cut if it has not ended (default: the longest of training)",
+    )
 
     add = parser.add_argument_group("writing").add_argument
     add("--caption", nargs="+", default=[], metavar="IMAGE", help="image files to caption")
@@ -132,9 +159,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--top-k", type=int, default=0, metavar="N", help="most probable words to draw from (default: 0, all of them)")
     add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
     arguments = parser.parse_intermixed_args()
-    arguments.task = arguments.task or ("caption" if arguments.caption else EDIT if arguments.edit else PAINT)
-    if arguments.output is None and arguments.task in (PAINT, EDIT, "auto"):
-        arguments.output = "samples"
+    implied = {"caption": arguments.caption, EDIT: arguments.edit, TRANSCRIBE: arguments.transcribe}
+    arguments.task = arguments.task or next((task for task, given in implied.items() if given), PAINT)
+    arguments.output_file = None
+    if arguments.output is not None and arguments.output.lower().endswith(".wav"):
+        arguments.output_file, arguments.output = arguments.output, None
+    elif arguments.output is None and arguments.task in _FOLDERS:
+        arguments.output = _FOLDERS[arguments.task]
     _check(arguments)
     return arguments
 
@@ -145,11 +176,24 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "num_images"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    if arguments.caption and (prompted or task != "caption"):
-        other = "prompts" if prompted else f"--task {task}"
-        raise UserError(f"both {other} and --caption are given; paint and caption in two commands")
-    if task == "caption" and not arguments.caption:
-        raise UserError("--task caption has nothing to do; give --caption IMAGE")
+    other = "prompts" if prompted else f"--task {task}"
+    files = {"caption": arguments.caption, TRANSCRIBE: arguments.transcribe}
+    for own in (own for own, given in files.items() if given and (prompted or task != own)):
+        raise UserError(f"both {other} and --{own} are given; give them in two commands")
+    if task in files and not files[task]:
+        raise UserError(f"--task {task} has nothing to do; give --{task} {'IMAGE' if task == 'caption' else 'AUDIO'}")
+    if arguments.speech and (prompted or task != PAINT):
+        raise UserError(f"both {other} and --speech are given, which paints what is said; give one of them")
+    if task == SPEAK and arguments.image and prompted:
+        raise UserError("both prompts and --image are given; say them in two commands")
+    if arguments.max_seconds is not None and task != SPEAK:
+        raise UserError(f"--max-seconds goes with --task speech, not with {task}")
+    if arguments.output_file is not None:
+        prompts = len(arguments.prompts) + bool(arguments.image)
+        if task != SPEAK or arguments.prompts_file or prompts * arguments.num_images != 1:
+            raise UserError(
+                f"--output {arguments.output_file} is one file, for one result of --task speech; give a folder for more"
+            )
     if task == EDIT and not arguments.edit:
         raise UserError("--task edit has no picture; give --edit FILE, and instructions as prompts")
     if arguments.edit and task != EDIT:
@@ -158,8 +202,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--edit changes a picture as a prompt says, and --image varies one; give one of them")
     if arguments.mask and not (arguments.image and task == PAINT):
         raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
-    if arguments.image and task not in (PAINT, "auto"):
-        raise UserError(f"--image goes with --task image or auto, not with {task}; to caption it give --caption")
+    if arguments.image and task not in (PAINT, "auto", SPEAK):
+        raise UserError(
+            f"--image goes with --task image, auto or speech, not with {task}; to caption it give --caption"
+        )
     if (arguments.height is not None or arguments.width is not None) and task not in (PAINT, EDIT, "auto"):
         raise UserError(f"--height and --width go with --task image, edit or auto, not with {task}")
     if (arguments.strip or arguments.gif) and task not in (PAINT, EDIT):

@@ -8,6 +8,7 @@ from docstring_parser import parse
 
 from transfusion_mot.config import CodecConfig, LoraConfig, ModalityConfig, RunConfig, SourceConfig, TowerConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.installed import as_called
 
 _WIDTH = 100
 _SHORT = """\
@@ -32,11 +33,15 @@ _OFTEN = (
     "data.slots",
     "optimizer.lr",
     "training.num_steps",
+    "training.num_epochs",
     "training.num_rows",
     "training.microbatch_rows",
     "training.activation_checkpointing",
 )
 _PLAN = """\
+With training:
+  --quiet                print lines of losses, warnings and errors alone
+
 Instead of training:
   --plan                 print parameters, memory and days of the run
     --gpus N             of so many GPUs (default: 8)
@@ -66,7 +71,7 @@ def train_help(topic: str | None = None) -> str:
     if topic is None:
         often = [_described(key, _field(key)) for key in _OFTEN]
         listed = "\n".join(f"  --help {name:<18} {_first_line(section)}" for name, section in topics.items())
-        return f"{_SHORT}{''.join(often)}\nAll keys:\n{listed}\n  --help all\n\n{_PLAN}"
+        return f"{as_called(_SHORT)}{''.join(often)}\nAll keys:\n{listed}\n  --help all\n\n{_PLAN}"
     if topic == "all":
         return "\n".join(train_help(name) for name in topics)
     if topic not in topics:

@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from transfusion_mot.codecs.mel_vq import MelVQModel
+
 # The codebook is an average of about so many steps: 1 / (1 - decay).
 _CODEBOOK_DECAY = 0.99
 # A code that no image of so many steps has used begins again.
@@ -88,7 +90,7 @@ class CodeBottleneck:
 
     def __init__(
         self,
-        model: VQModel,
+        model: VQModel | MelVQModel,
         weight: float,
         *,
         is_new: bool = True,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from transfusion_mot.codecs.base import Codec, reconstruct
+from transfusion_mot.codecs.base import ImageCodec, reconstruct
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.images import ImageArray, grid, to_pil, to_pixels
 from transfusion_mot.data.sources.base import CaptionedImages, SkippedItems, Split, read_images
@@ -79,7 +79,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def measured(codec: Codec, images_uint8: ImageArray, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def measured(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Reconstruct images => PSNR in dB of every image [N], the reconstructions as `pixels` [N, 3, H, W]."""
     values, reconstructions = [], []
     for start in range(0, len(images_uint8), batch_size):
@@ -97,7 +97,7 @@ def every_nth(images_uint8: ImageArray, at_most: int) -> ImageArray:
     return images_uint8[:: -(-len(images_uint8) // at_most)]
 
 
-def save_grid(codec: Codec, images_uint8: ImageArray, captions: list[str], path: Path) -> None:
+def save_grid(codec: ImageCodec, images_uint8: ImageArray, captions: list[str], path: Path) -> None:
     """Held-out originals, each with its reconstruction to the right."""
     chosen = list(range(0, len(images_uint8), -(-len(images_uint8) // _NUM_GRID_PAIRS)))
     values, reconstructions = measured(codec, images_uint8[chosen], len(chosen))

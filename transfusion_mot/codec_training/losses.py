@@ -21,13 +21,22 @@ class Losses:
 
 
 class Objective:
-    """The loss of a codec; owns the networks that it needs besides it."""
+    """The loss of a codec; owns the networks that it needs besides it.
 
-    def __init__(self, config: AutoencoderTrainingConfig, device: torch.device) -> None:
+    Args:
+        new_discriminator: Makes the network that scores patches of what is coded; by default of pixels.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderTrainingConfig,
+        device: torch.device,
+        new_discriminator: Callable[[], nn.Module] | None = None,
+    ) -> None:
         self.config = config
         self.perceptual_distance = _load_perceptual_distance(config, device) if config.perceptual_weight else None
         if config.gan_weight:
-            self.discriminator = discriminator().to(device)
+            self.discriminator = (new_discriminator or discriminator)().to(device)
             # Betas of VQGAN: momentum makes the two players circle each other.
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9)
@@ -39,7 +48,7 @@ class Objective:
         reconstruction: torch.Tensor,
         penalty: torch.Tensor,
         *,
-        last_layer: nn.Parameter,
+        last_layer: torch.Tensor,
         step: int,
     ) -> Losses:
         """Losses of one batch. `penalty` is the bottleneck's; `last_layer` is the decoder's last weight."""
@@ -67,10 +76,10 @@ class Objective:
         self.discriminator_optimizer.step()
 
 
-def discriminator() -> nn.Module:
-    """A patch discriminator (Isola et al. 2017) of 22 pixels' view: `pixels [B, 3, H, W]` => scores, one a patch."""
+def discriminator(channels: int = 3) -> nn.Module:
+    """A patch discriminator (Isola et al. 2017) of 22 pixels' view: `[B, channels, H, W]` => scores, one a patch."""
     return nn.Sequential(
-        nn.Conv2d(3, 64, 4, stride=2, padding=1),
+        nn.Conv2d(channels, 64, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
         nn.Conv2d(64, 128, 4, stride=2, padding=1),
         # Not batch normalisation, which lets images of a batch see each other.

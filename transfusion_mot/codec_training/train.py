@@ -5,50 +5,33 @@ Transfusion (Zhou et al. 2024), appendix A; they differ in what stands between e
 """
 
 import json
-import logging
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, VQModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from transfusion_mot.codec_training.audio import train_audio_codec
 from transfusion_mot.codec_training.bottlenecks import Bottleneck, CodeBottleneck, GaussianBottleneck, codebook_use
 from transfusion_mot.codec_training.images import augment, every_nth, measured, read_split, save_grid
 from transfusion_mot.codec_training.losses import Objective
+from transfusion_mot.codec_training.optimise import Parts, optimise
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder, set_normalisation
-from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.base import ImageCodec
 from transfusion_mot.codecs.image_codes import ImageCodes
-from transfusion_mot.config import AutoencoderTrainingConfig, parse_config, save_config
+from transfusion_mot.config import AutoencoderTrainingConfig, save_config
 from transfusion_mot.data.images import ImageArray, to_pixels
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder
 
-_LOG_EVERY = 100
 # Enough images for a mean PSNR with a standard error of about 0.1 dB.
 _NUM_EVALUATED = 1024
-_MAX_GRAD_NORM = 1.0
 # Length of the vectors that a saved `VQModel` looks up. Codes of half precision have length one but for 0.05 %, which
 # must not matter beside their direction.
 _VECTOR_LENGTH = 8.0
-
-
-def main() -> None:
-    """Train a codec and write it, its metrics and a grid of reconstructions into `output_dir`."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    config = parse_config(
-        AutoencoderTrainingConfig, sys.argv[1:], "Train an image codec: an AutoencoderKL, or with kind=codes a VQModel."
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = train_codec(config, device)
-    print(json.dumps({key: value for key, value in metrics.items() if key != "log"}, indent=2))
 
 
 def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict[str, Any]:
@@ -63,6 +46,8 @@ def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict
         UserError: The configuration does not fit together, there are no images on one side of the held-out split, or
             the loss stops being finite.
     """
+    if config.kind == "audio_codes":
+        return train_audio_codec(config, device)
     output_dir = Path(config.output_dir)
     check_writable_folder(output_dir, "output_dir")
     model = build(config).to(device)
@@ -182,61 +167,23 @@ def _bottleneck(model: AutoencoderKL | VQModel, config: AutoencoderTrainingConfi
 def _optimise(
     model: AutoencoderKL | VQModel, objective: Objective, images_uint8: Tensor, config: AutoencoderTrainingConfig
 ) -> list[dict[str, float]]:
-    """Train `model` in place; it ends with the averaged weights. Returns one entry every `_LOG_EVERY` steps."""
     device = images_uint8.device
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         model.to(memory_format=torch.channels_last)
-    bottleneck = _bottleneck(model, config)
-    encoder: Callable[[Tensor], Tensor] = model.encoder
-    decoder_hidden: Callable[[Tensor], Tensor] = _DecoderWithoutLast(model.decoder)
-    if config.compile and device.type == "cuda":
-        encoder, decoder_hidden = torch.compile(encoder), torch.compile(decoder_hidden)
-    # The codebook has no gradient.
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.num_steps)
-    ema = EMAModel(weights, decay=config.ema_decay, foreach=True)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
-    log = []
-    model.train()
-    progress = tqdm(range(config.num_steps), desc="training the codec", unit="step", mininterval=1.0)
-    for step in progress:
+    def draw(generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(images_uint8), (config.batch_size,), device=device, generator=generator)
-        pixels = augment(to_pixels(images_uint8[chosen]), generator)
-        with autocast:
-            hidden = encoder(pixels)
-        latents, penalty = bottleneck(hidden.float(), generator)
-        with autocast:
-            reconstruction = model.decoder.conv_out(decoder_hidden(latents))
-        last_layer = model.decoder.conv_out.weight
-        losses = objective(pixels, reconstruction.float(), penalty, last_layer=last_layer, step=step)
-        optimizer.zero_grad()
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        ema.step(weights)
+        return augment(to_pixels(images_uint8[chosen]), generator)
 
-        if (step + 1) % _LOG_EVERY == 0 or step + 1 == config.num_steps:
-            entry = {"loss": losses.total.item(), "l1": losses.l1.item(), **bottleneck.report()}
-            if not np.isfinite(entry["loss"]):
-                raise UserError(f"the loss is not finite at step {step + 1}; lower lr (now {config.lr})")
-            log.append({"step": step + 1, **entry})
-            progress.set_postfix(entry)
-    ema.copy_to(weights)
-    return log
+    decoder = model.decoder
+    parts = Parts(model.encoder, _bottleneck(model, config), _DecoderWithoutLast(decoder), decoder.conv_out)
+    return optimise(model, parts, objective, draw, config)
 
 
 class _DecoderWithoutLast(nn.Module):
-    """A decoder of diffusers without its last layer.
-
-    The discriminator's term needs gradients at the last layer alone, for which the graph is walked twice from there: a
-    compiled graph refuses that, so the last layer stays outside of it.
-    """
+    """A decoder of diffusers without its last layer."""
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
@@ -275,7 +222,7 @@ def _set_vector_length(model: VQModel, images_uint8: ImageArray, batch_size: int
         parameter.mul_(scale)
 
 
-def _of_the_bottleneck(codec: Codec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
+def _of_the_bottleneck(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
     """What the bottleneck lets through of images: the noise of latents, or the use of codes."""
     batches = [to_pixels(images_uint8[start : start + batch_size]) for start in range(0, len(images_uint8), batch_size)]
     if codec.kind == "latents":

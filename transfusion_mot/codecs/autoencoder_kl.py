@@ -29,6 +29,7 @@ class Autoencoder:
     """
 
     kind: Literal["latents"] = "latents"
+    medium: Literal["image"] = "image"
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae.eval().requires_grad_(False)

@@ -1,11 +1,13 @@
 """What turns raw media into what the model sees, and back.
 
 A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective
-`diffusion`; one of the kind `codes` gives integers, for `next_token`.
+`diffusion`; one of the kind `codes` gives integers, for `next_token`. Its medium is what it reads: `image` or `audio`.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +22,7 @@ class LatentCodec(Protocol):
 
     Attributes:
         kind: `latents`.
+        medium: `image`.
         latent_channels: Channels C of the latents.
         downsampling: Factor f from latent to image height and width.
         device: Where it computes.
@@ -27,6 +30,7 @@ class LatentCodec(Protocol):
     """
 
     kind: Literal["latents"]
+    medium: Literal["image"]
     latent_channels: int
     downsampling: int
 
@@ -59,6 +63,7 @@ class CodeCodec(Protocol):
 
     Attributes:
         kind: `codes`.
+        medium: `image`.
         codebook_size: Number of codes.
         downsampling: Factor f from codes to image height and width.
         device: Where it computes.
@@ -67,6 +72,7 @@ class CodeCodec(Protocol):
     """
 
     kind: Literal["codes"]
+    medium: Literal["image"]
     codebook_size: int
     downsampling: int
 
@@ -92,10 +98,57 @@ class CodeCodec(Protocol):
         ...
 
 
-Codec = LatentCodec | CodeCodec
+@runtime_checkable
+class AudioCodec(Protocol):
+    """Sound <=> integer codes.
+
+    Attributes:
+        kind: `codes`.
+        medium: `audio`.
+        codebook_size: Number of codes.
+        sample_rate: Of the waveforms, in samples a second.
+        codes_per_second: Codes that a second of sound becomes, on the average.
+        device: Where it computes.
+        has_decoder: Whether codes can become sound.
+        fingerprint: Hash of weights and configuration.
+    """
+
+    kind: Literal["codes"]
+    medium: Literal["audio"]
+    codebook_size: int
+    sample_rate: int
+    codes_per_second: float
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def has_decoder(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """Mono waveforms, float32 [T] in [-1, 1] at `sample_rate` => codes [N] of each, in [0, codebook_size).
+
+        The codes of a waveform do not depend on the others.
+        """
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [N] => a waveform [T] in [-1, 1] at `sample_rate`.
+
+        Raises:
+            UserError: The codec has no decoder.
+        """
+        ...
 
 
-def reconstruct(codec: Codec, pixels: Tensor) -> Tensor:
+ImageCodec = LatentCodec | CodeCodec
+Codec = ImageCodec | AudioCodec
+
+
+def reconstruct(codec: ImageCodec, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] => what the codec makes of them and back, without the noise of latents."""
     return codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
 
@@ -108,6 +161,19 @@ def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(weight.float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Computes in float32 as it is: no autocast, and no TF32, which has as few bits as half precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        # TF32 is the default of convolutions on CUDA.
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_image_size(side: int, multiple: int, name: str = "image_size", part: str = "a patch") -> None:

@@ -3,8 +3,7 @@
 All of them were trained on pixels in [-1, 1]. They are computed in full float32: less precision flips codes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -13,7 +12,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from transformers import ChameleonVQVAE, Emu3VQVAE, JanusVQVAE
 
-from transfusion_mot.codecs.base import fingerprint_of
+from transfusion_mot.codecs.base import fingerprint_of, full_precision
 from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.errors import UserError
 
@@ -31,6 +30,7 @@ class ImageCodes:
     """
 
     kind: Literal["codes"] = "codes"
+    medium: Literal["image"] = "image"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.float().eval().requires_grad_(False)
@@ -69,7 +69,7 @@ class ImageCodes:
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] => codes [B, H/f, W/f]."""
         rows, columns = pixels.shape[-2] // self.downsampling, pixels.shape[-1] // self.downsampling
-        with _full_precision(pixels.device):
+        with full_precision(pixels.device):
             return self._encode(pixels.float()).view(len(pixels), rows, columns)
 
     @torch.no_grad()
@@ -84,15 +84,8 @@ class ImageCodes:
                 f"{type(self.model).__name__} has no decoder, so its codes cannot become pictures; use it to read "
                 "images, or another tokenizer to paint them"
             )
-        with _full_precision(codes.device):
+        with full_precision(codes.device):
             return self._decode(codes).float().clamp(-1.0, 1.0)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    # TF32, the default of convolutions on CUDA, has as few bits as half precision.
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 # What transformers writes into a configuration that says how its files were saved.

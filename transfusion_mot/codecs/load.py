@@ -1,19 +1,19 @@
 """The codec of a modality, from its section of the configuration."""
 
-from typing import Literal
-
 import torch
 from diffusers import AutoencoderKL
 
+from transfusion_mot.codecs.audio_codes import CLASSES as AUDIO_CLASSES
+from transfusion_mot.codecs.audio_codes import AudioCodes
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.checkpoint import class_name_of
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import CodecConfig
+from transfusion_mot.config import CodecConfig, Objective
 from transfusion_mot.errors import UserError
 
 
-def load_codec(config: CodecConfig, objective: Literal["next_token", "diffusion"], device: torch.device | str) -> Codec:
+def load_codec(config: CodecConfig, objective: Objective, device: torch.device | str) -> Codec:
     """Load a codec in float32: an `AutoencoderKL` for `diffusion`, one that gives codes for `next_token`.
 
     Raises:
@@ -24,12 +24,16 @@ def load_codec(config: CodecConfig, objective: Literal["next_token", "diffusion"
         return Autoencoder.load(config.path, device)
     if class_name in CLASSES and objective == "next_token":
         return ImageCodes.load(config.path, device)
+    if class_name in AUDIO_CLASSES and objective == "next_token":
+        return AudioCodes.load(config, device)
     needed, other = AutoencoderKL.__name__, "next_token"
     if objective == "next_token":
-        needed, other = " or ".join(CLASSES), "diffusion"
+        needed, other = f"{', '.join(CLASSES)} (images) or {', '.join(AUDIO_CLASSES)} (sound)", "diffusion"
     hint = ""
-    if class_name in (AutoencoderKL.__name__, *CLASSES):
+    if class_name in (AutoencoderKL.__name__, *CLASSES, *AUDIO_CLASSES):
         hint = f"; give another path, or set the objective to {other}"
+    elif class_name.startswith("Hubert"):
+        hint = "; of a whole HuBERT save its `hubert` in a folder of its own, with the centroids of k-means"
     elif class_name.endswith("ForConditionalGeneration"):
         hint = "; of a whole model save the tokenizer of images, its `vqmodel`, in a folder of its own"
     raise UserError(

@@ -93,9 +93,15 @@ class Batch:
         }
         return dataclasses.replace(self, inputs=inputs)
 
+    @property
+    def with_loss(self) -> dict[str, ModalityInput]:
+        """The inputs that have a loss: all but those that are only read."""
+        return {name: given for name, given in self.inputs.items() if given.has_loss}
+
     def counts(self) -> Tensor:
-        """[modalities] float64: labelled tokens, or elements with a diffusion loss, of each modality."""
-        return torch.stack([given.loss_count() for given in self.inputs.values()])
+        """[modalities] float64: labelled tokens, or elements with a diffusion loss, of each modality that has a
+        loss."""
+        return torch.stack([given.loss_count() for given in self.with_loss.values()])
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:

@@ -11,26 +11,16 @@ import dataclasses
 import logging
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-
-from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.data.encoded_media import encoded_media
-from transfusion_mot.data.encoding import check_image_sizes
-from transfusion_mot.data.mixture import open_documents
-from transfusion_mot.data.sources.base import Split, counted
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.models.compilation import allow_shapes
-
-SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Encode and report, as the command line says."""
+def parse_arguments(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.data.cache",
         usage="%(prog)s [--config FILE] [key=value ...]",
@@ -39,7 +29,30 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    config = parse_config(RunConfig, rest, __doc__ or "")
+    return parse_config(RunConfig, rest, __doc__ or "")
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the configuration.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from transfusion_mot.codecs.load import load_codec
+from transfusion_mot.data.encoded_media import encoded_media
+from transfusion_mot.data.encoding import check_media_sizes
+from transfusion_mot.data.mixture import open_documents
+from transfusion_mot.data.sources.base import NOUNS, Split, counted
+from transfusion_mot.models.compilation import allow_shapes
+
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Encode and report, as the command line says."""
+    config = parse_arguments(arguments)
     # This prepares a run with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.
@@ -52,30 +65,31 @@ def main(arguments: Sequence[str]) -> None:
         name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
         for name, codec in config.codecs.items()
     }
-    check_image_sizes(data, codecs, config.model)
+    check_media_sizes(data, codecs, config.model)
     lines = []
-    num_images, seconds = 0, 0.0
+    num_encoded, seconds = Counter[str](), defaultdict[str, float](float)
     for split in SPLITS:
         # The first process indexes the sources, the others find the index.
         with accelerator.main_process_first():
-            sources = open_documents(data, split)
-        for name, images in (named for source in sources for named in source.documents.media.items()):
+            sources = open_documents(data, split, config.model.readers.values())
+        for name, media in (named for source in sources for named in source.documents.media.items()):
             begun = time.perf_counter()
             encoded = encoded_media(
-                images, codecs[name], data, batch_size=config.codecs[name].batch_size, accelerator=accelerator
+                media, codecs[name], data, batch_size=config.codecs[name].batch_size, accelerator=accelerator
             )
-            num_images += encoded.num_encoded
-            seconds += time.perf_counter() - begun
-            usable = counted({"image": int(encoded.readable.sum())})
+            noun = NOUNS[media.medium]
+            num_encoded[noun] += encoded.num_encoded
+            seconds[noun] += time.perf_counter() - begun
+            usable = counted({noun: int(encoded.readable.sum())})
             lines.append(
-                f"{images.name} ({split}): {usable}, {encoded.num_encoded:,} of them new; "
+                f"{media.name} ({split}): {usable}, {encoded.num_encoded:,} of them new; "
                 f"skipped: {counted(encoded.skipped) or 'none'}; {encoded.num_bytes / 1e6:,.1f} MB in {encoded.folder}"
             )
     accelerator.print("\n".join(lines))
-    if num_images:
-        accelerator.print(
-            f"encoded {counted({'image': num_images})} in {seconds:.1f} s: {num_images / seconds:,.1f} images/s"
-        )
+    for noun, number in num_encoded.items():
+        if number:
+            rate = number / seconds[noun]
+            accelerator.print(f"encoded {counted({noun: number})} in {seconds[noun]:.1f} s: {rate:,.1f} {noun}s/s")
     accelerator.end_training()
 
 

@@ -2,13 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from transfusion_mot.config import TEXT, DataConfig
+from transfusion_mot.data.encoded_media import EncodedCodes
 from transfusion_mot.data.images import ImageArray, UnreadableImage
 from transfusion_mot.data.layout import Media, Segment
 from transfusion_mot.data.mixture import Source
@@ -96,12 +99,12 @@ class Document:
             if skipped >= length:
                 continue
             if isinstance(segment, Media):
-                name = segment.modality
-                if slots[name] + segment.num_slots > room[name] or slots[self.stream] + 2 > room[self.stream]:
-                    return Piece(segments, slots, begin_ids[name], passed - 1)
+                # With begin and end token.
+                taken = slots + segment.slots + Counter({self.stream: 2})
+                if any(taken[name] > room[name] for name in taken):
+                    return Piece(segments, slots, begin_ids[segment.modality], passed - 1)
                 segments.append(segment)
-                slots[name] += segment.num_slots
-                slots[self.stream] += 2
+                slots = taken
                 continue
             if slots[self.stream] + length - skipped > room[self.stream]:
                 end = skipped if segments else skipped + room[self.stream]
@@ -128,24 +131,29 @@ def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
 
 
 class DocumentReader:
-    """Reads documents of sources: their items, put in order by one of five templates.
+    """Reads documents of sources: their items, put in order by one of six templates.
 
     | template | segments |
     | --- | --- |
     | caption first | `BOS caption` media `EOS`; no `EOS` behind latents that have a clean context |
     | prompt dropped | `BOS` media |
     | media first | `BOS` media `caption EOS` |
+    | one of `data.orders` | `BOS` items in that order `EOS`, likewise; or, with the prompt dropped, `BOS` last item |
     | in reading order | `BOS text` media `text ... EOS` |
     | edit | `BOS` condition `instruction` media; the condition, the instruction or both may be dropped |
 
     Args:
         tokenizer: Turns text into ids and knows the special ones.
         config: Draws that shape documents, and how long a caption may be.
+        readers: Modality to the one in whose slots its clean latents stand, where that is another one.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, config: DataConfig, readers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.readers = readers
         self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
@@ -161,40 +169,82 @@ class DocumentReader:
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """Text and media of one thing, in an order that is drawn."""
-        config, start, eos = self.config, self.tokenizer.document_start, self.tokenizer.eos_id
+        config, eos = self.config, self.tokenizer.eos_id
         draws = rng.random(4)
-        caption_first, prompt_dropped = draws[0] < config.caption_first_prob, draws[1] < config.prompt_dropout_prob
-        flipped = bool(draws[3] < 0.5)
-        wanted = [item for item in items if isinstance(item, MediaItem)]
+        document = Document()
+        if config.orders is None:
+            ordered, is_dropped = self._caption_first_or_last(items, draws, rng)
+        else:
+            ordered = self._drawn_order(source, items, config.orders, float(draws[0]), document)
+            is_dropped = bool(ordered) and isinstance(ordered[-1], MediaItem) and draws[1] < config.prompt_dropout_prob
+            ordered = ordered[-1:] if is_dropped else ordered
+        parts: list[Text | Media] = []
+        # The last one first, to know whether something stands behind the others.
+        for item in reversed(ordered):
+            if isinstance(item, Text):
+                parts.insert(0, item)
+                continue
+            # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
+            limit = config.image_first_max_timestep if parts and not config.has_copies else 1.0
+            copied = config.has_copies and bool(parts)
+            parts = [*self._media(source, item, bool(draws[3] < 0.5), limit, copied, document), *parts]
+        num_media = sum(isinstance(part, Media) for part in parts)
+        if not num_media:
+            return document
+        segments: list[Segment] = [list(self.tokenizer.document_start)]
+        for part in parts:
+            if isinstance(part, Media):
+                segments.append(part)
+                continue
+            caption = self.tokenizer.encode(part.choices[int(draws[2] * len(part.choices))])
+            # Begin and end token of each further one.
+            most = config.max_caption_tokens - 2 * (num_media - 1)
+            document.caption_cut = len(caption) > most
+            segments.append(caption[:most])
+        # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
+        # all that are, would teach never to end behind an image. A copy would cost a slot for one label. Nor is there
+        # one where the prompt is left out: that media have no caption is not for the model to learn.
+        last = parts[-1]
+        is_hidden = isinstance(last, Media) and config.has_copies and not last.is_codes
+        document.segments = [*segments, *([] if is_hidden or is_dropped else [[eos]])]
+        return document
+
+    def _caption_first_or_last(
+        self, items: list[Text | MediaItem], draws: npt.NDArray[np.float64], rng: np.random.Generator
+    ) -> tuple[list[Text | MediaItem], bool]:
+        """All items, the text first or last and the media in any order; and whether the text has been left out."""
+        wanted: list[Text | MediaItem] = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
-        document, media = Document(), list[Media]()
-        # The last one first, to know whether something stands behind the others.
-        for item in reversed(wanted):
-            is_read = bool(media) or not caption_first
-            # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
-            limit = config.image_first_max_timestep if is_read and not config.has_copies else 1.0
-            media = self._media(source, item, flipped, limit, config.has_copies and is_read, document) + media
-        if not media:
-            return document
-        if caption_first and prompt_dropped:
-            # Ends at the end token, without a label there: that media have no caption is not for the model to learn.
-            document.segments = [start, *media]
-            return document
-        captions = next(item.choices for item in items if isinstance(item, Text))
-        caption = self.tokenizer.encode(captions[int(draws[2] * len(captions))])
-        # Begin and end token of each further one.
-        most = config.max_caption_tokens - 2 * (len(media) - 1)
-        document.caption_cut = len(caption) > most
-        caption = caption[:most]
-        if not caption_first:
-            document.segments = [start, *media, [*caption, eos]]
-            return document
-        # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
-        # all that are, would teach never to end behind an image. A copy would cost a slot for one label.
-        is_hidden = config.has_copies and not media[-1].is_codes
-        document.segments = [[*start, *caption], *media, *([] if is_hidden else [[eos]])]
-        return document
+        text = [item for item in items if isinstance(item, Text)]
+        if draws[0] >= self.config.caption_first_prob:
+            return [*wanted, *text], False
+        is_dropped = bool(draws[1] < self.config.prompt_dropout_prob)
+        return [*([] if is_dropped else text), *wanted], is_dropped
+
+    def _drawn_order(
+        self,
+        source: Source,
+        items: list[Text | MediaItem],
+        orders: Mapping[str, float],
+        draw: float,
+        document: Document,
+    ) -> list[Text | MediaItem]:
+        """The items of one of the orders that the document has all items of; empty if there is none."""
+        by_modality: dict[str, list[Text | MediaItem]] = {}
+        for item in items:
+            encoded = source.encoded.get(item.modality) if isinstance(item, MediaItem) else None
+            if isinstance(item, Text):
+                by_modality.setdefault(TEXT, []).append(item)
+            # Whether latents can be read is not always known before they are asked for, and so it decides nothing.
+            elif encoded is None or encoded.kind != "codes" or self._codes(encoded, item, False, document):
+                by_modality.setdefault(item.modality, []).append(item)
+        chances = {order: chance for order, chance in orders.items() if by_modality.keys() >= set(order.split())}
+        cumulative = np.cumsum(list(chances.values()))
+        if not chances or not cumulative[-1]:
+            return []
+        order = list(chances)[int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))]
+        return [item for name in order.split() for item in by_modality[name]]
 
     def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """The image that is edited, an instruction, and what comes of it: the only thing that has a loss.
@@ -220,7 +270,8 @@ class DocumentReader:
         # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
         left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
         condition = condition if left_out in (0, 3) else []
-        if sum(media.num_slots for media in (*condition, *target)) > self.config.slots[after.modality]:
+        slots = sum((media.slots for media in (*condition, *target)), Counter[str]())
+        if any(count > self.config.slots[name] for name, count in slots.items()):
             document.too_long += 1
             return document
         document.segments = [
@@ -272,28 +323,38 @@ class DocumentReader:
             UserError: The system fails to read them.
         """
         flipped = flipped and self.config.random_flip
-        encoded = source.encoded.get(item.modality)
+        encoded, reader = source.encoded.get(item.modality), self.readers.get(item.modality)
         if encoded is None:
+            media = source.documents.media[item.modality]
+            assert media.medium != "audio"
             try:
-                pixels = source.documents.media[item.modality].image(item.index)
+                pixels = media.image(item.index)
             except UnreadableImage as error:
                 self._name(source.documents.name, item.modality, str(error))
                 document.unreadable += 1
                 return []
             pixels = pixels[:, ::-1] if flipped else pixels
             content = LatentMedia(item.index, flipped, max_timestep, pixels)
-            return [Media(item.modality, content, copied, item.is_condition)]
+            return [Media(item.modality, content, copied, item.is_condition, reader)]
+        if encoded.kind == "codes":
+            codes = self._codes(encoded, item, flipped, document)
+            return [] if codes is None else [codes]
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return []
-        if encoded.kind == "latents":
-            content = LatentMedia(item.index, flipped, max_timestep, None)
-            return [Media(item.modality, content, copied, item.is_condition)]
-        media = Media(item.modality, encoded.span(item.index, flipped), is_condition=item.is_condition)
-        if media.num_slots > self.config.slots[item.modality]:
+        content = LatentMedia(item.index, flipped, max_timestep, None)
+        return [Media(item.modality, content, copied, item.is_condition, reader)]
+
+    def _codes(self, encoded: EncodedCodes, item: MediaItem, flipped: bool, document: Document) -> Media | None:
+        """Codes, or None if they cannot be read or are longer than a row; the document counts those."""
+        if not encoded.readable[item.index]:
+            document.unreadable += 1
+            return None
+        codes = Media(item.modality, encoded.span(item.index, flipped), is_condition=item.is_condition)
+        if codes.slots[item.modality] > self.config.slots[item.modality]:
             document.too_long += 1
-            return []
-        return [media]
+            return None
+        return codes
 
     def _name(self, source: str, modality: str, problem: str) -> None:
         """Log that media cannot be read, once: they come again in every epoch."""

@@ -10,10 +10,7 @@ import json
 import logging
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -27,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from transfusion_mot.data.images import draw_svg
+from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder, claim
@@ -221,44 +219,15 @@ def emoji_packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple
     """Folders of the drawings and the tags: the user's own, or fetched and unpacked for as long as they are needed."""
     with tempfile.TemporaryDirectory() as folder:
         if iconify is None:
-            iconify, emojibase = _fetch(_ICONS, folder), emojibase or _fetch(_TAGS, folder)
+            iconify = fetch_package(_ICONS, folder, "--iconify")
+            emojibase = emojibase or fetch_package(_TAGS, folder, "--emojibase")
         drawings = ["package.json", "collections.json", *(f"json/{icon_set}.json" for icon_set in STYLES)]
-        package = _folder_of(Path(iconify), _ICONS, drawings, Path(folder) / "icons")
+        package = package_folder(Path(iconify), _ICONS, drawings, Path(folder) / "icons")
         labels = ["package.json", "en/data.json"]
-        yield package, None if emojibase is None else _folder_of(Path(emojibase), _TAGS, labels, Path(folder) / "tags")
-
-
-def _folder_of(path: Path, package: str, needed: Sequence[str], unpacked: Path) -> Path:
-    """The folder of an npm package: `path` itself, or `unpacked`, which receives what is needed of a tarball."""
-    hint = f"give the tarball that `npm pack {package}` writes, or the folder that it unpacks to"
-    if not path.is_dir():
-        try:
-            with tarfile.open(path) as tar:
-                wanted = {f"package/{name}" for name in needed}
-                tar.extractall(unpacked, [member for member in tar if member.name in wanted], filter="data")
-        except (OSError, tarfile.TarError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"'{path}' cannot be read as {package} ({reason}); {hint}") from None
-        unpacked /= "package"
-    folder = path if path.is_dir() else unpacked
-    if missing := [name for name in needed if not (folder / name).is_file()]:
-        raise UserError(f"'{path}' holds no {', '.join(missing)}, so it is not {package}; {hint}")
-    return folder
-
-
-def _fetch(package: str, folder: str) -> str:
-    if shutil.which("npm") is None:
-        raise UserError(
-            f"there is no npm to fetch {package} with; install Node.js, or write the package's tarball with "
-            f"`npm pack {package}` on another machine and give it by --iconify"
+        yield (
+            package,
+            None if emojibase is None else package_folder(Path(emojibase), _TAGS, labels, Path(folder) / "tags"),
         )
-    print(f"fetching {package} by npm")
-    result = subprocess.run(
-        ["npm", "pack", package, "--silent", "--pack-destination", folder], capture_output=True, text=True
-    )
-    if result.returncode:
-        raise UserError(f"`npm pack {package}` fails: {' '.join(result.stderr.split())[:300]}")
-    return str(Path(folder) / result.stdout.split()[-1])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""Files of encoded media: written once, whole or not at all, and found by the content of an image, not by its place.
+"""Files of encoded media: written once, whole or not at all, and found by the content of media, not by their place.
 
-A shard is a safetensors file of images of one size. It lists the images that a process has worked on: `stamps` [N, 2],
-where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows` [N], its row of
-what is encoded. That is `latents` [n, versions, mean and std, C, Y, X], or `codes` [sum of lengths], one image and
-version behind the other, and `ends` [n, versions], where those of each end. An image whose content another shard has is
-listed without a row, so that it need not be read again; so is one that cannot be decoded, with the reason. Processes
-share nothing but a folder.
+A shard is a safetensors file of images of one size, or of audio. It lists the media that a process has worked on:
+`stamps` [N, 2], where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows`
+[N], its row of what is encoded. That is `latents` [n, versions, mean and std, C, Y, X], or `codes` [sum of lengths],
+one item and version behind the other, and `ends` [n, versions], where those of each end. Media whose content another
+shard has are listed without a row, so that they need not be read again; so are those that cannot be decoded, with the
+reason. Processes share nothing but a folder.
 """
 
 import json
@@ -44,7 +44,7 @@ _MOST_MAPPED = 2**15
 
 
 def content_key(content: bytes | Image.Image) -> bytes:
-    """What tells an encoded image, or a picture, from others."""
+    """What tells an encoded image or audio clip, or a picture, from others."""
     if isinstance(content, bytes):
         return key_of(content)
     return key_of(content.mode.encode(), repr(content.size).encode(), content.tobytes())
@@ -68,16 +68,16 @@ class ShardWriter:
         contents: Sequence[bytes],
         is_encoded: Sequence[bool],
         reasons: Sequence[str],
-        encoded: npt.NDArray[Any] | None,
+        encoded: Sequence[npt.NDArray[Any]],
     ) -> None:
-        """Add some images [N].
+        """Add some media [N].
 
         Args:
             stamps: [N, 2] where each lies and when its file was changed.
             contents: Hashes of their contents.
             is_encoded: Which of them are in `encoded`.
-            reasons: Why an image cannot be decoded; empty if it can.
-            encoded: Latents [n, versions, mean and std, C, Y, X], or codes [n, versions, P].
+            reasons: Why one cannot be decoded; empty if it can.
+            encoded: [n], of each its latents [versions, mean and std, C, Y, X], or its codes [versions, P].
         """
         self.stamps.append(stamps)
         self.contents += contents
@@ -86,8 +86,7 @@ class ShardWriter:
                 self.reasons[len(self.rows)] = reason
             self.rows.append(self.num_encoded if is_here else UNREADABLE if reason else ELSEWHERE)
             self.num_encoded += is_here
-        if encoded is not None:
-            self.encoded.append(encoded)
+        self.encoded += encoded
 
     def write(self, file: Path) -> None:
         """Write it aside, flush it to the disk and rename it.
@@ -101,9 +100,9 @@ class ShardWriter:
             "rows": np.array(self.rows, dtype=np.int32),
         }
         if self.encoded and self.kind == "latents":
-            tensors["latents"] = np.concatenate(self.encoded)
+            tensors["latents"] = np.stack(self.encoded)
         elif self.encoded:
-            lengths = np.concatenate([np.full(codes.shape[:2], codes.shape[2]) for codes in self.encoded])
+            lengths = np.array([[codes.shape[1]] * codes.shape[0] for codes in self.encoded])
             tensors["codes"] = np.concatenate([codes.reshape(-1) for codes in self.encoded])
             tensors["ends"] = lengths.cumsum().reshape(lengths.shape)
         partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")

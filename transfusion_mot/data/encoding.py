@@ -1,42 +1,48 @@
-"""Images => latents or codes, shard by shard: new images are encoded, the others only recognised by their content."""
+"""Media => latents or codes, shard by shard: what is new is encoded, the rest only recognised by its content."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from transfusion_mot.codecs.base import Codec, check_image_size
+from transfusion_mot.codecs.base import AudioCodec, Codec, check_image_size
 from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import TEXT, DataConfig, ModelConfig
+from transfusion_mot.data.audio import UnreadableAudio, resample
 from transfusion_mot.data.encoded_shards import ShardWriter, content_key
-from transfusion_mot.data.images import ImageArray, UnreadableImage, to_pixels
-from transfusion_mot.data.sources.base import ImageSet
+from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.sources.base import NOUNS, MediaSet
 from transfusion_mot.data.sources.keys import KeySet
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UnreadableMedia, UserError
 
 # Compiling takes half a minute; fewer images are encoded sooner without.
 _WORTH_COMPILING = 20_000
 
 
-def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: ModelConfig) -> None:
-    """Refuse images that do not divide into the patches or codes of each modality.
+def check_media_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: ModelConfig) -> None:
+    """Refuse images that do not divide into the patches or codes of each modality, and codes that do not fit a row.
 
     Args:
-        data: The sizes of images.
+        data: The sizes of images, the longest audio, and slots of a row.
         codecs: Of each modality but text.
         model: The patch size of each modality.
 
     Raises:
-        UserError: Names the size and what it must be a multiple of, or the slots that an image takes as codes.
+        UserError: Names the size and what it must be a multiple of, or the slots that it takes as codes.
     """
     name = "a side in data.buckets" if data.buckets else "data.image_size"
     for modality, codec in codecs.items():
+        if codec.medium == "audio":
+            _check_audio(data, modality, codec)
+            continue
         is_latents = codec.kind == "latents"
         patch_size, part = (model.modalities[modality].patch_size, "a patch") if is_latents else (1, "a code")
         for side in sorted({side for size in data.image_sizes for side in size}):
@@ -50,6 +56,18 @@ def check_image_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
                     f"data.slots.{modality} is {data.slots[modality]}, and an image of {height} x {width} pixels takes "
                     f"{needed} slots as codes; set data.slots.{modality} to {needed} for each image of a row"
                 )
+
+
+def _check_audio(data: DataConfig, modality: str, codec: AudioCodec) -> None:
+    """Refuse the longest audio if it does not fit a row."""
+    slots, longest = data.slots[modality], data.max_audio_seconds
+    needed = 1 + math.ceil(longest * codec.codes_per_second)
+    if slots < needed:
+        raise UserError(
+            f"data.slots.{modality} is {slots}, and audio of {longest:g} seconds (data.max_audio_seconds) takes "
+            f"{needed} slots as codes; set data.slots.{modality} to {needed}, or data.max_audio_seconds to "
+            f"{math.floor(10 * (slots - 1) / codec.codes_per_second) / 10:g}"
+        )
 
 
 def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelConfig) -> None:
@@ -70,7 +88,9 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
             side = codec.downsampling * model.modalities[name].patch_size
             grids = [(height // side, width // side) for height, width in data.image_sizes]
             each = [rows * columns if model.rope == "1d" else max(rows, columns) for rows, columns in grids]
-        longest += data.slots[name] * max(each)
+        # Sources of edits have positions of their own; a clean copy has those of its image.
+        reader = model.readers.get(name) if data.has_edits else None
+        longest += (data.slots[name] + (0 if reader is None else data.slots[reader])) * max(each)
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise UserError(
             f"a row has up to {longest} rotary positions, and the model has {model.max_position_embeddings}, beyond "
@@ -79,7 +99,7 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
 
 
 class Shard(NamedTuple):
-    """What becomes one file: images of one bucket, by their index."""
+    """What becomes one file: media of one bucket, by their index."""
 
     file: Path
     bucket: int
@@ -87,57 +107,72 @@ class Shard(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """An image on its way to the codec.
+    """An image or audio clip on its way to the codec.
 
     Attributes:
         content: Hash of its content.
-        image: It, unless its content is encoded already or it cannot be decoded.
+        decoded: What the codec takes, unless its content is encoded already or it cannot be decoded.
         reason: Why it cannot be decoded.
         failure: A sentence for the user, which the data loader would bury under a traceback: why it was not read.
     """
 
     content: bytes
-    image: ImageArray | None = None
+    decoded: npt.NDArray[Any] | None = None
     reason: str = ""
     failure: str = ""
 
 
 class _Decoded(NamedTuple):
-    """What `_Item` says of some images, which of them are new, and the pixels of these."""
+    """What `_Item` says of some media, which of them are new, and these: images as one tensor, audio clips as many."""
 
     contents: list[bytes]
     reasons: list[str]
     failures: list[str]
     is_new: list[bool]
-    images_uint8: torch.Tensor
+    decoded: torch.Tensor | list[torch.Tensor]
 
 
 class _Decoding(Dataset[_Item]):
-    """Reads, recognises and decodes images; `known` are the contents of each bucket that are encoded."""
+    """Reads, recognises and decodes media for a codec; `known` are the contents of each bucket that are encoded."""
 
-    def __init__(self, images: ImageSet, known: Sequence[KeySet]) -> None:
-        self.images = images
+    def __init__(self, media: MediaSet, codec: Codec, known: Sequence[KeySet]) -> None:
+        self.media = media
         self.known = known
+        # Not the codec itself: workers need no weights.
+        self.sample_rate = self.fewest_samples = 0
+        if codec.medium == "audio":
+            self.sample_rate = codec.sample_rate
+            self.fewest_samples = math.ceil(codec.sample_rate / codec.codes_per_second)
 
     def __getitem__(self, index: int) -> _Item:
         try:
-            content = self.images.content(index)
-        except UnreadableImage as error:
+            content = self.media.content(index)
+        except UnreadableMedia as error:
             return _Item(content_key(error.reason.encode()), reason=error.reason)
         except FileNotFoundError:
-            where = self.images.where(index)
-            return _Item(b"", failure=f"image '{where}' was there when its source was opened, and is not; start again")
+            what = f"{NOUNS[self.media.medium]} '{self.media.where(index)}'"
+            return _Item(b"", failure=f"{what} was there when its source was opened, and is not; start again")
         except UserError as error:
             return _Item(b"", failure=str(error))
         key = content_key(content)
-        if key in self.known[self.images.buckets[index]]:
+        if key in self.known[self.media.buckets[index]]:
             return _Item(key)
         try:
-            return _Item(key, self.images.image(index, content))
-        except UnreadableImage as error:
+            return _Item(key, self._decoded(index, content))
+        except UnreadableMedia as error:
             return _Item(key, reason=error.reason)
         except UserError as error:
             return _Item(b"", failure=str(error))
+
+    def _decoded(self, index: int, content: bytes | Image.Image) -> npt.NDArray[Any]:
+        """An image `uint8 [H, W, 3]`, or samples `float32 [T]` at the codec's rate."""
+        if self.media.medium != "audio":
+            return self.media.image(index, content)
+        samples = resample(self.media.audio(index, content), self.sample_rate)
+        if len(samples) < self.fewest_samples:
+            seconds = self.fewest_samples / self.sample_rate
+            raise UnreadableAudio(self.media.where(index), f"is shorter than the {seconds:.3f} seconds of one code")
+        return samples
 
 
 class _Batches(Sampler[list[int]]):
@@ -157,7 +192,7 @@ class _Batches(Sampler[list[int]]):
 
 
 def encode_shards(
-    images: ImageSet,
+    media: MediaSet,
     codec: Codec,
     data: DataConfig,
     shards: Sequence[Shard],
@@ -167,30 +202,30 @@ def encode_shards(
     description: str | None,
     refusal: str | None,
 ) -> float:
-    """Write shards of `images`; worker processes read and decode what the codec takes next.
+    """Write shards of `media`; worker processes read and decode what the codec takes next.
 
-    A shard is gathered in memory before it is written: its images as latents or codes, and the mirrored ones.
+    A shard is gathered in memory before it is written: its media as latents or codes, and mirrored images.
 
     Args:
         data: Whether mirrored images are encoded as well, number of worker processes.
         known: For every bucket the contents that are encoded already.
-        batch_size: Images encoded at a time.
+        batch_size: Media encoded at a time.
         description: What the progress bar is called; None shows none.
-        refusal: If no image may be encoded: what to say if one would have to be.
+        refusal: If nothing may be encoded: what to say if one would have to be.
 
     Returns:
-        Share of the time in which the codec waited for images.
+        Share of the time in which the codec waited for media.
 
     Raises:
         UserError: A file cannot be read, the folder cannot be written, or `refusal`.
     """
     dtype = np.float16 if codec.kind == "latents" else np.min_scalar_type(codec.codebook_size - 1)
     batches = _Batches(shards, batch_size)
-    num_images = sum(len(shard.indices) for shard in shards)
+    num_media = sum(len(shard.indices) for shard in shards)
     device = codec.device
-    compiled = device.type == "cuda" and num_images >= _WORTH_COMPILING
+    compiled = device.type == "cuda" and num_media >= _WORTH_COMPILING
     loader = DataLoader(
-        _Decoding(images, known),
+        _Decoding(media, codec, known),
         batch_sampler=batches,
         num_workers=min(data.num_workers, len(batches)),
         collate_fn=_collate,
@@ -198,9 +233,11 @@ def encode_shards(
         worker_init_fn=_single_thread,
     )
     begun = time.perf_counter()
-    decoded_images = _Timed(loader)
-    stream = iter(decoded_images)
-    with tqdm(total=num_images, desc=description, unit="image", disable=description is None) as progress:
+    decoded_media = _Timed(loader)
+    stream = iter(decoded_media)
+    # Otherwise tqdm's own default holds, which TQDM_DISABLE sets.
+    no_bar: dict[str, Any] = {"disable": True} if description is None else {}
+    with tqdm(total=num_media, desc=description, unit=NOUNS[media.medium], **no_bar) as progress:
         for shard in shards:
             writer = ShardWriter(codec.kind)
             for start in range(0, len(shard.indices), batch_size):
@@ -208,16 +245,13 @@ def encode_shards(
                 decoded = next(stream)
                 for failure in filter(None, decoded.failures):
                     raise UserError(failure)
-                encoded = None
+                encoded: Sequence[npt.NDArray[Any]] = []
                 if any(decoded.is_new):
                     if refusal is not None:
                         raise UserError(refusal)
-                    pixels = to_pixels(decoded.images_uint8.to(device, non_blocking=True))
-                    versions = [pixels, pixels.flip(-1)] if data.random_flip else [pixels]
-                    parts = [_encode(codec, version, batch_size, compiled) for version in versions]
-                    # Contiguous, which safetensors needs and does not check.
-                    encoded = torch.stack(parts, dim=1).contiguous().cpu().numpy().astype(dtype, copy=False)
-                writer.add(images.stamps[indices], decoded.contents, decoded.is_new, decoded.reasons, encoded)
+                    parts = _encode(codec, decoded.decoded, batch_size, compiled, flipped=data.random_flip)
+                    encoded = [part.cpu().numpy().astype(dtype, copy=False) for part in parts]
+                writer.add(media.stamps[indices], decoded.contents, decoded.is_new, decoded.reasons, encoded)
                 progress.update(len(indices))
             try:
                 writer.write(shard.file)
@@ -225,21 +259,35 @@ def encode_shards(
                 raise UserError(
                     f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free or choose a place"
                 ) from None
-    return decoded_images.waited / (time.perf_counter() - begun)
+    return decoded_media.waited / (time.perf_counter() - begun)
 
 
-def _encode(codec: Codec, pixels: torch.Tensor, batch_size: int, compiled: bool) -> torch.Tensor:
-    """Pixels [n, 3, H, W] => latents [n, mean and std, C, Y, X], or codes [n, P]."""
-    if codec.kind == "codes":
-        return codec.encode(pixels).flatten(1)
-    return torch.stack(codec.encode_fast(pixels, batch_size, compiled), dim=1).half()
+def _encode(
+    codec: Codec, decoded: torch.Tensor | list[torch.Tensor], batch_size: int, compiled: bool, *, flipped: bool
+) -> Sequence[torch.Tensor]:
+    """Images `uint8 [n, H, W, 3]`, or samples of n audio clips => [n], of each its latents [versions, mean and std, C,
+    Y, X], or its codes [versions, P]; the second version is the mirrored image."""
+    if codec.medium == "audio":
+        return [codes[None] for codes in codec.encode([samples.to(codec.device) for samples in decoded])]
+    assert isinstance(decoded, torch.Tensor)
+    pixels = to_pixels(decoded.to(codec.device, non_blocking=True))
+    parts = []
+    for version in [pixels, pixels.flip(-1)] if flipped else [pixels]:
+        if codec.kind == "codes":
+            parts.append(codec.encode(version).flatten(1))
+        else:
+            parts.append(torch.stack(codec.encode_fast(version, batch_size, compiled), dim=1).half())
+    # One copy to the host for all.
+    return torch.stack(parts, dim=1).cpu().unbind()
 
 
 def _collate(items: list[_Item]) -> _Decoded:
-    contents, pixels, reasons, failures = (list(values) for values in zip(*items, strict=True))
-    present = [torch.from_numpy(image) for image in pixels if image is not None]
-    images_uint8 = torch.stack(present) if present else torch.empty(0, dtype=torch.uint8)
-    return _Decoded(contents, reasons, failures, [image is not None for image in pixels], images_uint8)
+    contents, decoded, reasons, failures = (list(values) for values in zip(*items, strict=True))
+    present = [torch.from_numpy(array) for array in decoded if array is not None]
+    # The images of a batch have one size.
+    are_images = bool(present) and present[0].dtype == torch.uint8
+    is_new = [array is not None for array in decoded]
+    return _Decoded(contents, reasons, failures, is_new, torch.stack(present) if are_images else present)
 
 
 def _single_thread(worker: int) -> None:

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UnreadableMedia, UserError
+
+# Commands that only read or draw files do not wait for PyTorch to load.
+if TYPE_CHECKING:
+    import torch
 
 ImageArray = npt.NDArray[np.uint8]
 ImageFit = Literal["crop", "stretch", "pad"]
@@ -31,20 +33,11 @@ _SAMPLE_BITS = {"L;2": 2, "L;4": 4, "I;12": 12, "I;16": 16, "I;16B": 16, "RGB;16
 _PLACES_THAT_ARE_NOT = (errno.EINVAL, errno.EOVERFLOW)
 
 
-class UnreadableImage(UserError):
-    """What lies there is no image that can be used, and will not be one at the next attempt.
+class UnreadableImage(UnreadableMedia):
+    """The image of an `UnreadableMedia`."""
 
-    Attributes:
-        reason: What is wrong with it, to be put behind its name.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        # Both, because an exception goes from one process to another with these arguments.
-        super().__init__(name, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"image '{self.args[0]}' {self.reason}"
+    what = "image"
+    file = "file"
 
 
 def load_image(
@@ -268,13 +261,17 @@ def draw_transparent_svg(svg: str, size: int) -> Image.Image:
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))).convert("RGBA")
 
 
-def to_pixels(images_uint8: ImageArray | torch.Tensor) -> torch.Tensor:
+def to_pixels(images_uint8: "ImageArray | torch.Tensor") -> "torch.Tensor":
     """`uint8 [..., H, W, 3]` => `pixels` in [-1, 1], float32 `[..., 3, H, W]`, on the device of the input."""
+    import torch
+
     return torch.as_tensor(images_uint8).movedim(-1, -3).float().div(127.5).sub(1.0)
 
 
-def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+def to_pil(pixels: "torch.Tensor") -> list[Image.Image]:
     """`pixels` in [-1, 1] `[B, 3, H, W]` => RGB pictures; values outside the range are clamped."""
+    import torch
+
     images_uint8 = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
     return [Image.fromarray(image) for image in images_uint8.movedim(1, -1).numpy()]
 
@@ -284,6 +281,8 @@ def grid(images: Sequence[Image.Image], labels: Sequence[str] | None, columns: i
 
     Small pictures are enlarged by a whole factor without smoothing, so that every pixel stays visible.
     """
+    import matplotlib
+
     factor = max(1, _CELL // max(image.width for image in images))
     enlarged = [
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images

@@ -10,31 +10,59 @@ Nothing is encoded. Any setting of train.py can be given behind the options, as 
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig, parse_config
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """The options of the command line, and the configuration behind them.
+
+    Raises:
+        UserError: There are mistakes in them.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
+    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
+    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
+    given, rest = parser.parse_known_args(arguments)
+    if given.rows < 1:
+        raise UserError(f"--rows is {given.rows}; it must be at least 1")
+    return given, parse_config(RunConfig, rest, __doc__ or "")
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from transfusion_mot.codecs.load import load_codec
-from transfusion_mot.config import TEXT, DataConfig, RunConfig, parse_config
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.documents import join_texts
 from transfusion_mot.data.encoded_media import EncodedMedia
-from transfusion_mot.data.encoding import check_image_sizes
+from transfusion_mot.data.encoding import check_media_sizes
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.mixture import Source, Sources, counter, open_documents, training_texts
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.row_picture import draw_row
-from transfusion_mot.data.sources.base import Documents, ImageSet, Split, Text, counted
+from transfusion_mot.data.sources.base import Documents, MediaSet, Split, Text, counted
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.models.inputs import TokenInput
 
 # Documents of a source whose lengths are looked at, evenly spaced.
@@ -42,13 +70,15 @@ _MOST_DOCUMENTS = 20_000
 _NUM_LANES = 8
 # Numbers of media that are tried, and rows packed for each layout that is.
 _MOST_LAYOUTS, _ROWS_PER_LAYOUT = 8, 64
+# And those by which it is known what documents take, of several modalities.
+_ROWS_FOR_PROPORTION = 200
 _BAR = 40
 
 
 class _Unencoded:
     """Stands in for a cache: what packing sees of media is whether they can be read and how many slots they take."""
 
-    def __init__(self, media: ImageSet) -> None:
+    def __init__(self, media: MediaSet) -> None:
         self.readable = np.ones(len(media), dtype=np.bool_)
         self.skipped: dict[str, int] = {}
 
@@ -58,7 +88,7 @@ class _UnencodedLatents(_Unencoded):
 
     kind: Literal["latents"] = "latents"
 
-    def __init__(self, media: ImageSet, source: int) -> None:
+    def __init__(self, media: MediaSet, source: int) -> None:
         super().__init__(media)
         self.source = source
 
@@ -68,17 +98,20 @@ class _UnencodedLatents(_Unencoded):
 
 
 class _UnencodedCodes(_Unencoded):
-    """The codes of an image are zeros, as many as its bucket has."""
+    """The codes of an image are zeros, as many as its bucket has; those of audio, as many as it lasts.
+
+    Attributes:
+        num_codes: [N], of each.
+    """
 
     kind: Literal["codes"] = "codes"
 
-    def __init__(self, media: ImageSet, num_codes: Sequence[int]) -> None:
+    def __init__(self, media: MediaSet, num_codes: npt.NDArray[np.int64]) -> None:
         super().__init__(media)
-        self.media = media
         self.num_codes = num_codes
 
     def span(self, index: int, flipped: bool = False) -> list[int]:
-        return [0] * (self.num_codes[int(self.media.buckets[index])] + 2)
+        return [0] * (int(self.num_codes[index]) + 2)
 
 
 class Layout(NamedTuple):
@@ -101,7 +134,7 @@ class Inspection:
         sources, held_out: Of both splits.
         has_texts: Whether texts fill the text slots that are left over.
         tokenizer: Of the run.
-        item_slots: Of each modality but text, the most slots that one item takes of a row.
+        item_slots, mean_slots: Of each modality but text, the most slots that one item takes of a row, and the mean.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -109,20 +142,26 @@ class Inspection:
         self.data = dataclasses.replace(config.data, latents="cache")
         modalities = config.model.modalities
         codecs = {name: load_codec(codec, modalities[name].objective, "cpu") for name, codec in config.codecs.items()}
-        check_image_sizes(self.data, codecs, config.model)
+        check_media_sizes(self.data, codecs, config.model)
         sizes = {
             name: [
                 (height // codec.downsampling, width // codec.downsampling) for height, width in self.data.image_sizes
             ]
             for name, codec in codecs.items()
+            if codec.medium != "audio"
         }
         shapes = {name: [(3, *size) for size in sizes[name]] for name in codecs if codecs[name].kind == "latents"}
-        num_codes = {name: [height * width for height, width in sizes[name]] for name in codecs}
 
-        def unencoded(index: int, name: str, media: ImageSet) -> EncodedMedia:
-            is_latents = name in shapes
-            made = _UnencodedLatents(media, index) if is_latents else _UnencodedCodes(media, num_codes[name])
-            return cast(EncodedMedia, made)
+        def unencoded(index: int, name: str, media: MediaSet) -> EncodedMedia:
+            codec = codecs[name]
+            if codec.kind == "latents":
+                return cast(EncodedMedia, _UnencodedLatents(media, index))
+            if codec.medium == "audio":
+                assert media.medium == "audio"
+                num_codes = np.ceil(media.seconds * codec.codes_per_second).astype(np.int64)
+            else:
+                num_codes = np.array([math.prod(size) for size in sizes[name]])[media.buckets]
+            return cast(EncodedMedia, _UnencodedCodes(media, num_codes))
 
         def opened(split: Split) -> list[Source]:
             return [
@@ -130,25 +169,29 @@ class Inspection:
                     source,
                     encoded={name: unencoded(index, name, media) for name, media in source.documents.media.items()},
                 )
-                for index, source in enumerate(open_documents(self.data, split))
+                for index, source in enumerate(open_documents(self.data, split, config.model.readers.values()))
             ]
 
         self.sources = Sources(opened("train"), shapes)
         self.held_out = Sources(opened("held_out"), shapes)
         self.has_texts = bool(self.sources.stream_pools[TEXT])
         self.tokenizer = self._tokenizer(self.sources.sources)
-        self.item_slots = {
-            name: max(num_codes[name]) // (modalities[name].patch_size ** 2 if name in shapes else 1)
-            + (name not in shapes)
-            for name in codecs
-        }
+        self.item_slots, self.mean_slots = dict[str, int](), dict[str, float]()
+        for name in codecs:
+            if name in shapes:
+                each = np.array([math.prod(size) // modalities[name].patch_size ** 2 for size in sizes[name]])
+            else:
+                of_sources = [source.encoded[name] for source in self.sources.sources if name in source.encoded]
+                # Before them stands the start of their span.
+                each = 1 + np.concatenate([cast(_UnencodedCodes, encoded).num_codes for encoded in of_sources])
+            self.item_slots[name], self.mean_slots[name] = int(each.max()), float(each.mean())
 
     def _tokenizer(self, documents: list[Source]) -> TextTokenizer:
         """The run's if there is one, else the configured one, else one trained as the run would."""
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
-            return load_tokenizer(str(kept), self.config.model.stream_order)
-        model, modalities = self.config.model, self.config.model.stream_order
+            return load_tokenizer(str(kept), self.config.model.made)
+        model, modalities = self.config.model, self.config.model.made
         if self.config.tokenizer.path is not None:
             return load_tokenizer(self.config.tokenizer.path, modalities, model.has_pretrained_text)
         return train_tokenizer(training_texts(documents), self.config.tokenizer.vocab_size, modalities)
@@ -210,40 +253,73 @@ class Inspection:
         slots = self.data.slots[name]
         if self.config.model.modalities[name].objective == "next_token":
             return slots // self.item_slots[name]
-        return slots // 2 if self.data.has_copies else slots
+        return slots // 2 if self.data.has_copies and name not in self.config.model.readers else slots
 
-    def suggested(self, budget: int, longest: int, mean: float) -> list[Layout]:
-        """Layouts of at most `budget` slots, the best one first; none with several modalities besides text.
+    def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
+        """Layouts of at most `budget` slots, the best one first.
 
-        With texts, which fill what is left, that is the one whose media take closest to half of the slots
-        (Transfusion, section 4.1); without, the one with the least padding that uses three quarters of the budget.
+        Of several modalities besides text they are in the proportion in which documents take slots. Of one, with texts,
+        which fill what is left, the best is the one whose media take closest to half of the slots (Transfusion, section
+        4.1); without, the one with the least padding that uses three quarters of the budget.
 
         Args:
             longest: Text slots that a row must have, for captions to be whole.
             mean: Text slots of an average document with media, for each media slot that it takes.
+            clean: Where a modality reads clean latents, the slots of it for each media slot.
         """
         if len(self.item_slots) != 1:
-            return []
+            return self._in_proportion(budget, longest)
         ((name, size),) = self.item_slots.items()
         is_latents = name in self.sources.latent_shapes
-        fewest = 2 if (self.data.has_copies or self.data.has_edits) and is_latents else 1
-        most = (budget - longest) // size
+        reader = self.config.model.readers.get(name)
+        fewest = 2 if (self.data.has_copies or self.data.has_edits) and is_latents and reader is None else 1
+        most = int((budget - longest) / (size * (1 + clean)))
         if most < fewest:
             return []
         half = min(most, max(fewest, round(budget / 2 / size)))
         layouts: list[Layout] = []
         for count in np.unique([half, *np.linspace(fewest, most, _MOST_LAYOUTS).round().astype(int)]).tolist():
-            room = budget - count * size
-            wanted = [room] if self.has_texts else [int(count * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
+            read = {} if reader is None else {reader: max(1, round(count * clean))}
+            used = (count + sum(read.values())) * size
+            room = budget - used
+            if room < longest:
+                continue
+            # Of audio, more than so many of the longest.
+            number = count if is_latents else count * size / self.mean_slots[name]
+            wanted = [room] if self.has_texts else [int(number * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
             layouts += [
-                self.layout({TEXT: text_slots, name: count if is_latents else count * size})
+                self.layout({TEXT: text_slots, name: count if is_latents else count * size, **read})
                 for text_slots in candidates
-                if self.has_texts or text_slots + count * size >= 0.75 * budget
+                if self.has_texts or text_slots + used >= 0.75 * budget
             ]
         if self.has_texts:
             slots_each = size if is_latents else 1
             return sorted(layouts, key=lambda layout: abs(layout.slots[name] * slots_each - budget / 2))
+        return sorted(layouts, key=lambda layout: layout.pad_fraction)
+
+    def _in_proportion(self, budget: int, longest: int) -> list[Layout]:
+        """Layouts in the proportion in which documents take slots, with some text slots more or none; the one with the
+        least padding first."""
+        counts, batch, _ = self.pack(self.data, _ROWS_FOR_PROPORTION)
+        blocks = RowShape.of_batch(self.config.model, batch).blocks
+        layouts = []
+        for spare in (1.0, 1.05, 1.1, 1.2):
+            used = {name: counts[f"{name}_slots"] * (spare if name == TEXT else 1.0) for name in blocks}
+            slots = {}
+            for name, block in blocks.items():
+                share = budget * used[name] / sum(used.values())
+                if name == TEXT:
+                    slots[name] = max(longest, int(share))
+                elif block.latent_shape is not None:
+                    slots[name] = max(self.data.has_copies + 1, int(share / block.slots_each))
+                else:
+                    # As many as there are for whole images; audio clips have any length.
+                    most = self.item_slots[name]
+                    each = most if self.mean_slots[name] == most else 1
+                    slots[name] = max(most, int(share) // each * each)
+            if sum(slots[name] * block.slots_each for name, block in blocks.items()) <= budget:
+                layouts.append(self.layout(slots))
         return sorted(layouts, key=lambda layout: layout.pad_fraction)
 
 
@@ -272,24 +348,13 @@ def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> I
 
 def main(arguments: Sequence[str]) -> None:
     """Print and draw, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfusion_mot.data.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
-    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
-    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
-    given, rest = parser.parse_known_args(arguments)
-    if given.rows < 1:
-        raise UserError(f"--rows is {given.rows}; it must be at least 1")
+    given, config = parse_arguments(arguments)
     prepare_picture(Path(given.picture))
-    config = parse_config(RunConfig, rest, __doc__ or "")
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
 
     # Text and media slots of every document that has one text.
-    paired, media_slots = [], []
+    paired, media_slots, clean_slots = [], [], []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
         left_out = f", left out: {counted(documents.skipped)}" if documents.skipped else ""
@@ -297,7 +362,14 @@ def main(arguments: Sequence[str]) -> None:
         tokens, media = inspection.lengths(index)
         is_edit, is_short = isinstance(documents, EditPairs), has_one_text(documents)
         what = "tokens an instruction" if is_edit else "tokens a caption" if is_short else "tokens a document"
-        print("\n".join(histogram(tokens, what)))
+        if len(tokens):
+            print("\n".join(histogram(tokens, what)))
+        for modality, own in documents.media.items():
+            if own.medium == "audio":
+                num_codes = cast(_UnencodedCodes, sources.sources[index].encoded[modality]).num_codes
+                print(f"  {counted({'audio clip': len(own)})}: {own.seconds.sum() / 3600:,.2f} hours", end="")
+                print(f", {num_codes.sum():,} codes of {modality}")
+                print("\n".join(histogram(num_codes, f"{modality} codes an audio clip")))
         if not is_short and len(documents.modalities) > 1 and media.any():
             print("\n".join(histogram(media, "media a document")))
             most = sum(inspection.most_items(name) for name in documents.media)
@@ -306,8 +378,9 @@ def main(arguments: Sequence[str]) -> None:
         if is_short:
             paired.append(tokens + 2 + 2 * media.max())  # BOS, EOS, begin and end tokens
             # With a clean context, latents that stand first have a copy.
-            each = 2 if is_edit else 2 - data.caption_first_prob if data.has_copies else 1
-            media_slots.append(np.full(len(tokens), each))
+            clean = 1.0 if is_edit else 1 - data.caption_first_prob if data.has_copies else 0.0
+            media_slots.append(np.full(len(tokens), 1.0 if config.model.readers else 1 + clean))
+            clean_slots.append(np.full(len(tokens), clean if config.model.readers else 0.0))
 
     held_out = inspection.held_out
     lengths = (counted({"document": len(source.documents)}) for source in held_out.sources)
@@ -317,7 +390,12 @@ def main(arguments: Sequence[str]) -> None:
     counts, batch, num_slots = inspection.pack(data, given.rows)
     shape = RowShape.of_batch(config.model, batch)
     print(f"\npacked {max(1, given.rows // _NUM_LANES) * _NUM_LANES} rows of {shape}:")
-    print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding")
+    num_rows = num_slots / shape.num_slots
+    full = (
+        f"{name} {100 * counts[f'{name}_slots'] / (block.num_slots * num_rows):.1f} %"
+        for name, block in shape.blocks.items()
+    )
+    print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding; filled: {', '.join(full)}")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
     print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and go on in a later row")
@@ -327,20 +405,22 @@ def main(arguments: Sequence[str]) -> None:
     captions = np.concatenate(paired) if paired else np.array([8])
     longest = -(-int(np.percentile(captions, 99)) // 8) * 8
     media_slots_each = float(np.concatenate(media_slots).mean()) if media_slots else 1.0
-    layouts = inspection.suggested(budget, longest, float(captions.mean()) / media_slots_each)
+    clean_slots_each = float(np.concatenate(clean_slots).mean()) if clean_slots else float(bool(config.model.readers))
+    mean = float(captions.mean()) / media_slots_each
+    layouts = inspection.suggested(budget, longest, mean, clean_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
-    if inspection.has_texts:
+    if inspection.has_texts and len(inspection.item_slots) == 1:
         print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
     columns = [f"data.slots.{name}" for name in shape.blocks]
-    print("".join(f"{column:>21}" for column in columns) + f"{'padding':>10}{'captions cut':>14}{'media a row':>14}")
+    width = max(21, *(2 + len(column) for column in columns))
+    header = "".join(f"{column:>{width}}" for column in columns)
+    print(f"{header}{'padding':>10}{'captions cut':>14}{'media a row':>14}")
     for layout in layouts[:5]:
         print(
-            "".join(f"{layout.slots[name]:>21}" for name in shape.blocks)
+            "".join(f"{layout.slots[name]:>{width}}" for name in shape.blocks)
             + f"{100 * layout.pad_fraction:>8.2f} %{100 * layout.cut_fraction:>12.2f} %{layout.mean_media:>14.1f}"
         )
-    if len(inspection.item_slots) > 1:
-        print("  none: layouts are suggested for one modality besides text")
-    elif not layouts:
+    if not layouts:
         what = "media and the longest captions need" if paired else "media and a text need"
         print(f"  none: {what} more; give --slots a larger number than {budget}")
 
@@ -348,7 +428,7 @@ def main(arguments: Sequence[str]) -> None:
         batch.split(1)[0],
         config.model,
         inspection.tokenizer,
-        thumbnails=thumbnails_of(batch.split(1)[0], sources),
+        thumbnails=thumbnails_of(batch.split(1)[0], sources, config.model),
         title=f"A row of {shape}",
         path=Path(given.picture),
     )
@@ -370,7 +450,7 @@ def prepare_picture(path: Path) -> None:
         raise UserError(f"--picture: cannot make the folder '{path.parent}': {error.strerror}") from None
 
 
-def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | None]]:
+def thumbnails_of(row: Batch, sources: Sources, model: ModelConfig) -> dict[str, list[ImageArray | None]]:
     """The image in every media slot, as its unencoded latents name it; None where there is none to be seen."""
     thumbnails: dict[str, list[ImageArray | None]] = {}
     for name, given in row.inputs.items():
@@ -380,7 +460,8 @@ def thumbnails_of(row: Batch, sources: Sources) -> dict[str, list[ImageArray | N
         pictures: list[ImageArray | None] = []
         for (source, index, flipped), used in zip(named, given.is_filled[0].tolist(), strict=True):
             try:
-                image = sources.sources[source].documents.media[name].image(index) if used else None
+                media = sources.sources[source].documents.media
+                image = media[model.content_of(name)].image(index) if used else None
             except UserError:
                 image = None
             pictures.append(image[:, ::-1] if image is not None and flipped else image)

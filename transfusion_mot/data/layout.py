@@ -9,10 +9,13 @@ Training, validation, guards and the sampler all lay documents out here.
 | media of codes | begin token (text), `start` and the codes (their own stream), end token (text) |
 | a condition | the same, with one media slot or with codes without labels |
 
+Clean copies and conditions take slots of the modality that reads their latents, where there is one.
+
 The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token,
 which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,12 +34,14 @@ class Media:
         content: Codes, ended by what follows the last one (`next_token`), or whatever stands for latents (`diffusion`).
         copied: Whether what follows sees a clean copy of its latents.
         is_condition: Whether it is only read: it is clean and has no loss.
+        reader: Modality in whose slots clean latents of it stand; None is its own.
     """
 
     modality: str
     content: Any
     copied: bool = False
     is_condition: bool = False
+    reader: str | None = None
 
     @property
     def is_codes(self) -> bool:
@@ -44,9 +49,16 @@ class Media:
         return isinstance(self.content, list)
 
     @property
-    def num_slots(self) -> int:
-        """Slots of its modality: codes, or media slots."""
-        return len(self.content) - 1 if self.is_codes else 1 + self.copied
+    def slots(self) -> Counter[str]:
+        """Slots that it takes of each modality: codes, or media slots."""
+        if self.is_codes:
+            return Counter({self.modality: len(self.content) - 1})
+        return Counter(span.modality for span in self.spans)
+
+    @property
+    def spans(self) -> list["LatentSpan"]:
+        """The media slots that its latents take, in reading order."""
+        return [LatentSpan(self, is_copy=False), *([LatentSpan(self, is_copy=True)] if self.copied else [])]
 
 
 # Token ids, or media.
@@ -77,6 +89,12 @@ class LatentSpan(NamedTuple):
 
     media: Media
     is_copy: bool
+
+    @property
+    def modality(self) -> str:
+        """Of which it is a slot."""
+        is_clean = self.is_copy or self.media.is_condition
+        return (self.media.reader if is_clean else None) or self.media.modality
 
 
 def lay_out(
@@ -111,9 +129,7 @@ def lay_out(
             ids, following = segment.content[:-1], segment.content[1:]
             yield TokenRun(segment.modality, ids, [IGNORE_INDEX] * len(ids) if segment.is_condition else following)
         else:
-            yield LatentSpan(segment, is_copy=False)
-            if segment.copied:
-                yield LatentSpan(segment, is_copy=True)
+            yield from segment.spans
         run = [tokenizer.end_ids[segment.modality]]
     if run:
         yield outside(run, next_token)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
 from transfusion_mot.data.encoded_media import EncodedMedia, encoded_media
-from transfusion_mot.data.sources.base import CaptionedImages, Documents, MediaItem, Split, Text, counted
-from transfusion_mot.data.sources.open import has_media, open_source
+from transfusion_mot.data.sources.base import CaptionedImages, Documents, MediaItem, Split, Text, counted, own_media
+from transfusion_mot.data.sources.open import media_of, open_source
 from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.errors import UserError
 
@@ -163,19 +163,22 @@ class Sources:
     @staticmethod
     def _readable(source: Source) -> NDArray[np.bool_]:
         """[N] whether each document can be used, as far as that is known."""
-        encoded = list(source.encoded.values())
-        if encoded and isinstance(source.documents, CaptionedImages):
-            return encoded[0].readable
+        own = own_media(source.documents)
+        if own in source.encoded:
+            return source.encoded[own].readable
         return np.ones(len(source.documents), dtype=np.bool_)
 
     def num_media_documents(self) -> int:
         """Documents with media that can be used."""
         return sum(self.pools[pool].length for pools in self.media_pools for pool in pools)
 
-    def only_paired(self) -> "Sources":
-        """The sources alone whose documents are a text and media of one thing."""
-        kept = [source for source in self.sources if source.documents.is_paired]
-        return Sources(kept, self.latent_shapes)
+    def num_documents(self) -> int:
+        """Documents of all sources that can be used."""
+        return self._lengths().total()
+
+    def only(self, is_wanted: Callable[[Documents], bool]) -> "Sources":
+        """Some of the sources alone."""
+        return Sources([source for source in self.sources if is_wanted(source.documents)], self.latent_shapes)
 
     def contents(self) -> list[str]:
         """What is in the sources, not where they lie, and in which pools: what the state of a lane depends on.
@@ -254,33 +257,42 @@ def counter(source: str, what: str) -> str:
     return f"sources/{source}/{what}"
 
 
-def open_documents(data: DataConfig, split: Split) -> list[Source]:
+def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()) -> list[Source]:
     """Open every source of a split; one of which nothing is held out is left out.
+
+    Args:
+        data: The sources, and the slots of each modality.
+        split: Of the documents.
+        readers: Modalities whose slots hold media of other ones, so that no source has them.
 
     Raises:
         UserError: A source cannot be opened or has a modality that rows have not, two of the same data have another
             `use`, or a modality has nothing to train on.
     """
     for config in data.sources:
-        media = [name for name in data.slots if name != TEXT]
-        if has_media(config) and config.modality not in media:
-            raise UserError(
-                f"a source of kind '{config.kind}' has the modality '{config.modality}', and model.modalities has "
-                f"{', '.join(media) or 'none'} beside text; set 'modality' of the source to one of them"
-            )
+        media = [name for name in data.slots if name != TEXT and name not in readers]
+        for modality, medium in media_of(config).items():
+            if modality not in media:
+                key = "audio_modality" if medium == "audio" else "modality"
+                raise UserError(
+                    f"a source of kind '{config.kind}' has the modality '{modality}', and model.modalities has "
+                    f"{', '.join(media) or 'none'} beside text; set '{key}' of the source to one of them"
+                )
     _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
     sources = [source for source in sources if len(source.documents)]
     if split == "train":
-        _refuse_without_media(sources, data)
+        _refuse_without_media(sources, data, readers)
+    if data.orders is not None:
+        _refuse_without_order(sources, data.orders)
     return sources
 
 
-def _refuse_without_media(sources: list[Source], data: DataConfig) -> None:
+def _refuse_without_media(sources: list[Source], data: DataConfig, readers: Collection[str]) -> None:
     """Refuse modalities of which no source has anything to train on."""
-    found = {name for source in sources for name in source.documents.modalities}
-    for missing in (name for name in data.slots if name != TEXT and name not in found):
-        if any(has_media(s) and s.modality == missing and s.use == "held_out" for s in data.sources):
+    found = {TEXT, *readers, *(name for source in sources for name in source.documents.modalities)}
+    for missing in (name for name in data.slots if name not in found):
+        if any(missing in media_of(s) and s.use == "held_out" for s in data.sources):
             raise UserError(
                 f"all sources of data.sources that have {missing} media are held out; set 'use' of one to train or "
                 "split"
@@ -289,6 +301,17 @@ def _refuse_without_media(sources: list[Source], data: DataConfig) -> None:
         raise UserError(
             f"data.sources has no source with {missing} media to train on; kinds that have media are {kinds}"
         )
+
+
+def _refuse_without_order(sources: list[Source], orders: dict[str, float]) -> None:
+    """Refuse documents of which no order could ever be drawn."""
+    for documents in (source.documents for source in sources if source.documents.is_paired):
+        has = set(documents.modalities)
+        if not any(chance > 0 and set(order.split()) <= has for order, chance in orders.items()):
+            raise UserError(
+                f"data.orders has no order for the source '{documents.name}', which has "
+                f"{' and '.join(documents.modalities)} alone; add one, such as '{' '.join(documents.modalities)}'"
+            )
 
 
 def _refuse_two_uses(sources: list[SourceConfig]) -> None:

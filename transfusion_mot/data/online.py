@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 
-from transfusion_mot.codecs.base import LatentCodec
+from transfusion_mot.codecs.base import Codec, LatentCodec
+from transfusion_mot.config import TEXT, CodecConfig, ModelConfig
 from transfusion_mot.data.batch import Batch, Rows
 from transfusion_mot.data.images import to_pixels
 
@@ -21,6 +23,22 @@ class OnlineEncoder:
     def __init__(self, codecs: Mapping[str, LatentCodec], batch_sizes: Mapping[str, int]) -> None:
         self.codecs = codecs
         self.batch_sizes = batch_sizes
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, codecs: Mapping[str, Codec], configs: Mapping[str, CodecConfig]) -> Self:
+        """For all latents of a model, also those that are only read.
+
+        Args:
+            model: Its modalities.
+            codecs: Of each modality that the model makes, but text.
+            configs: Likewise; how many images they encode at a time.
+        """
+        content = {name: model.content_of(name) for name in model.stream_order if name != TEXT}
+        latents = {name: codec for name, codec in codecs.items() if codec.kind == "latents"}
+        return cls(
+            {name: latents[media] for name, media in content.items() if media in latents},
+            {name: configs[media].batch_size for name, media in content.items()},
+        )
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Batch:

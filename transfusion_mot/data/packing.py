@@ -40,7 +40,7 @@ def counted_by(model: ModelConfig) -> list[str]:
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),
         *(f"{name}_slots" for name in model.stream_order),
-        *(f"{name}_items" for name in model.stream_order if name != TEXT),
+        *(f"{name}_items" for name in model.made if name != TEXT),
         "pad_slots",
         "truncated_captions",
     ]
@@ -86,7 +86,7 @@ class Packer:
             {name for pool in pools for name in sources.sources[sources.pools[pool].source].documents.media}
             for pools in sources.media_pools
         ]
-        self._reader = DocumentReader(tokenizer, config)
+        self._reader = DocumentReader(tokenizer, config, model.readers)
         self._round_keys: dict[tuple[int, int], list[int]] = {}
         # Documents that wait or are cut, so that they are not read again for every row.
         self._read: dict[tuple[int, int, int], Document] = {}

@@ -28,12 +28,14 @@ class Block:
         capacity: Tokens, or media slots K.
         latent_shape: [C, Y, X] of a media slot; None for tokens.
         grid: Rows and columns of patches of a media slot; (1, 1) for tokens.
+        is_read: Whether its media are those of another modality, clean and without a loss.
     """
 
     start: int
     capacity: int
     latent_shape: tuple[int, int, int] | None = None
     grid: tuple[int, int] = (1, 1)
+    is_read: bool = False
 
     @property
     def slots_each(self) -> int:
@@ -66,14 +68,16 @@ class RowShape:
         latent_shapes: dict[str, list[tuple[int, int, int]]],
         bucket: int,
     ) -> Self:
-        """The rows of a model whose latents have these shapes [C, Y, X] in each bucket."""
+        """The rows of a model whose latents have these shapes [C, Y, X] in each bucket; those that are read have the
+        shape of the others of their modality."""
         blocks, start = {}, 0
         for name in model.stream_order:
             modality = model.modalities[name]
             block = Block(start, slots[name])
-            if modality.objective == "diffusion":
-                shape, patch = latent_shapes[name][bucket], modality.patch_size
-                block = Block(start, slots[name], shape, (shape[1] // patch, shape[2] // patch))
+            if modality.objective != "next_token":
+                shape, patch = latent_shapes[model.content_of(name)][bucket], modality.patch_size
+                grid = shape[1] // patch, shape[2] // patch
+                block = Block(start, slots[name], shape, grid, is_read=modality.objective == "read")
             blocks[name] = block
             start += block.num_slots
         return cls(blocks, model.rope)
@@ -147,8 +151,9 @@ class RowArrays:
             self.first_span[name] = spans
             spans += block.capacity
             self.latents[name] = np.zeros((*rows, *block.latent_shape), dtype=np.float32)
-            self.noise[name] = np.empty_like(self.latents[name])
-            self.timesteps[name] = torch.empty(rows)
+            self.timesteps[name] = torch.zeros(rows)
+            if not block.is_read:
+                self.noise[name] = np.empty_like(self.latents[name])
             self.mask[name] = np.zeros(rows, dtype=np.bool_)
             if config.has_copies:
                 self.copies[name] = np.zeros(rows, dtype=np.bool_)
@@ -168,7 +173,7 @@ class RowArrays:
             inputs[name] = LatentInput(
                 torch.from_numpy(self.latents[name]),
                 self.timesteps[name],
-                torch.from_numpy(self.noise[name]),
+                torch.from_numpy(self.noise[name]) if name in self.noise else None,
                 torch.from_numpy(self.mask[name]),
                 torch.from_numpy(self.copies[name]) if name in self.copies else None,
                 torch.from_numpy(self.conditions[name]) if name in self.conditions else None,
@@ -188,8 +193,8 @@ class Row:
         self.arrays = arrays
         self.row = row
         self.free = {name: block.capacity for name, block in arrays.shape.blocks.items()}
-        # Source, media and media slot of each latent.
-        self._spans: dict[str, list[tuple[int, Media, int]]] = {name: [] for name in arrays.latents}
+        # Source, media, and where each span of them is among the media slots of its modality.
+        self._media: dict[str, list[tuple[int, Media, list[int]]]] = {name: [] for name in arrays.noise}
         self._documents = 0
 
     def add(self, piece: Piece, document: Document, source: int) -> None:
@@ -210,16 +215,16 @@ class Row:
                 self.arrays.ids[part.modality][where] = part.ids
                 self.arrays.labels[part.modality][where] = part.labels
                 continue
-            name = part.media.modality
+            name = part.modality
             block = self.arrays.shape.blocks[name]
+            slot = block.capacity - self.free[name]
             if part.is_copy:
                 assert rope_positions is not None
                 order = positions.take_order(block.slots_each)
+                self._media[part.media.modality][-1][2].append(slot)
             else:
                 order, rope_positions = positions.image(*block.grid)
-            slot = block.capacity - self.free[name]
-            if not part.is_copy:
-                self._spans[name].append((source, part.media, slot))
+                self._media[part.media.modality].append((source, part.media, [slot]))
             self._take(name, 1, source, order, rope_positions)
             first = block.start + slot * block.slots_each
             self.arrays.span_ids[self.row, first : first + block.slots_each] = self.arrays.first_span[name] + slot
@@ -252,44 +257,46 @@ class Row:
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Draw what is random about the latents, one modality after the other."""
-        for name, spans in self._spans.items():
-            self._draw(name, spans, sources, rng, timesteps_from_uniform)
+        for name, media in self._media.items():
+            self._draw(name, media, sources, rng, timesteps_from_uniform)
 
     def _draw(
         self,
         name: str,
-        spans: list[tuple[int, Media, int]],
+        placed: list[tuple[int, Media, list[int]]],
         sources: Sources,
         rng: np.random.Generator,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         arrays, row = self.arrays, self.row
-        latents, noise = arrays.latents[name][row], arrays.noise[name][row]
-        pixels = arrays.media[name][row] if name in arrays.media else None
-        max_timesteps = torch.ones(len(latents))
+        noise = arrays.noise[name][row]
+        max_timesteps = torch.ones(len(noise))
         # Always the same number of draws, so that a row's draws do not depend on how full it is.
-        uniform = torch.from_numpy(rng.random(len(latents), dtype=np.float32))
-        posterior_noise = rng.standard_normal(latents.shape, dtype=np.float32)
+        uniform = torch.from_numpy(rng.random(len(noise), dtype=np.float32))
+        posterior_noise = rng.standard_normal(noise.shape, dtype=np.float32)
         rng.standard_normal(dtype=np.float32, out=noise)
-        for source, media, slot in spans:
+        for source, media, slots in placed:
             content: LatentMedia = media.content
-            max_timesteps[slot] = content.max_timestep
             # What is only read is read as when sampling: without noise, and without a draw from the posterior.
-            spread = 0.0 if media.is_condition else posterior_noise[slot]
-            (arrays.conditions if media.is_condition else arrays.mask)[name][row, slot] = True
+            spread = 0.0 if media.is_condition else posterior_noise[slots[0]]
+            latents = spread
             encoded = sources.sources[source].encoded.get(name)
             if encoded is not None:
                 assert encoded.kind == "latents"
                 mean, std = encoded.posterior(content.index, content.flipped)
-                latents[slot] = mean + std * spread
-            elif pixels is not None and content.pixels is not None:
-                # The latents are made of it and the pixels on the device.
-                latents[slot] = spread
-                pixels[slot] = content.pixels
-            if media.copied:
-                arrays.copies[name][row, slot + 1] = True
-                latents[slot + 1] = latents[slot]
-                max_timesteps[slot + 1] = 0.0
-                if pixels is not None:
-                    pixels[slot + 1] = pixels[slot]
+                latents = mean + std * spread
+            for span, slot in zip(media.spans, slots, strict=True):
+                where = row, slot
+                arrays.latents[span.modality][where] = latents
+                if content.pixels is not None:
+                    # The latents are made of what was drawn and the pixels, on the device.
+                    arrays.media[span.modality][where] = content.pixels
+                if span.is_copy:
+                    arrays.copies[span.modality][where] = True
+                elif media.is_condition:
+                    arrays.conditions[span.modality][where] = True
+                else:
+                    arrays.mask[span.modality][where] = True
+                if span.modality == name:
+                    max_timesteps[slot] = 0.0 if span.is_copy else content.max_timestep
         arrays.timesteps[name][row] = timesteps_from_uniform(uniform) * max_timesteps

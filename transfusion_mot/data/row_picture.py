@@ -247,10 +247,14 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
             _badge(draw, x, (box[1] + box[3]) // 2, int(row.documents[order[first]]))
     draw.rectangle((left - 1, top - 1, left + side, top + side), outline=_FAINT)
     top += side + 20
-    for place, (name, block) in enumerate(row.blocks.items()):
-        own = f"{name} reads {name} before it" + ("" if block.latent_shape is None else " and its span")
-        for column, label in enumerate((own, f"{name} reads other modalities before it")):
-            x, y = left + column * 420, top + place * 36
+    own = [
+        f"{name} reads {name} before it" + ("" if block.latent_shape is None else " and its span")
+        for name, block in row.blocks.items()
+    ]
+    second = max(420, 64 + int(max(map(_font(19).getlength, own))))
+    for place, (name, first_label) in enumerate(zip(row.blocks, own, strict=True)):
+        for column, label in enumerate((first_label, f"{name} reads other modalities before it")):
+            x, y = left + column * second, top + place * 36
             draw.rectangle((x, y, x + 24, y + 24), fill=_MODALITIES[place % len(_MODALITIES)][column])
             draw.text((x + 34, y + 12), label, fill=_INK, font=_font(19), anchor="lm")
     return top + 36 * len(row.blocks) + 8

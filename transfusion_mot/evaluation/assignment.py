@@ -11,7 +11,7 @@ from PIL import Image
 from transfusion_mot.config import TEXT, DataConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
-from transfusion_mot.data.sources.open import has_media
+from transfusion_mot.data.sources.open import media_of
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.features import SavedStatistics, open_reference
 from transfusion_mot.evaluation.images import ImageSource
@@ -27,6 +27,7 @@ from transfusion_mot.evaluation.prompts import (
     read_text_prompts,
 )
 from transfusion_mot.evaluation.protocol import ProtocolConfig
+from transfusion_mot.installed import shipped
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Work:
 
 
 def picture_data(data: DataConfig, modality: str) -> DataConfig:
-    """The data of a run without the sources of other modalities than text and pictures."""
-    sources = [source for source in data.sources if not has_media(source) or source.modality == modality]
-    slots = {name: count for name, count in data.slots.items() if name in (TEXT, modality)}
+    """The data of a run without the sources that have other modalities than text, and no pictures."""
+    sources = [source for source in data.sources if not (media := media_of(source)) or modality in media]
+    kept = {TEXT, modality}.union(*map(media_of, sources))
+    slots = {name: count for name, count in data.slots.items() if name in kept}
     return replace(data, sources=sources, slots=slots)
 
 
@@ -107,7 +109,7 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
     else:
         assert prompts_config.path is not None
         if prompts_config.kind == "geneval":
-            geneval = read_geneval(prompts_config.path)[:count]
+            geneval = read_geneval(shipped(prompts_config.path))[:count]
             prompts = geneval_prompts(geneval, protocol.images_per_prompt, seed)
         else:
             texts = read_text_prompts(prompts_config.path)[:count]

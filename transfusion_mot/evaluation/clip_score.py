@@ -23,10 +23,6 @@ from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.weights import weights_hash
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-# What some published code puts in front of every prompt.
-PREFIX = "A photo depicts "
-
 _logger = logging.getLogger(__name__)
 
 

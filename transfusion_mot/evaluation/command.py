@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
 from transfusion_mot.files import check_writable_file
+from transfusion_mot.installed import as_called, program
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the description as it is written."""
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=program(),
+        description=as_called(description or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -6,8 +6,6 @@ Generated images and images from disk meet the same code here, at their own size
 import io
 import itertools
 import json
-import multiprocessing
-import os
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -301,10 +299,3 @@ def pick_device(name: str | None) -> torch.device:
 def default_batch_size(device: torch.device) -> int:
     """64 images at a time on a GPU and 4 on a CPU, where larger batches only cost memory traffic."""
     return 4 if device.type == "cpu" else 64
-
-
-def default_num_workers() -> int:
-    """Images decoded at a time: this process's share of the host's cores, at most 16."""
-    # What torchrun, and so `accelerate launch`, calls the number of processes on this host.
-    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, multiprocessing.cpu_count() // shared_by))

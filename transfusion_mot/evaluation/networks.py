@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
+from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
 from transfusion_mot.evaluation.feature_network import FeatureNetwork, Normalised, clean_resize
 from transfusion_mot.evaluation.inception import (
     CannotFetch,
@@ -26,12 +27,6 @@ from transfusion_mot.evaluation.inception import (
 )
 from transfusion_mot.evaluation.kernels import gaussian_distance
 from transfusion_mot.evaluation.weights import file_sha256, weights_hash
-
-FeatureChoice = Literal["auto", "inception", "legacy", "dinov2", "clip", "efficientnet"]
-
-DEFAULT_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
-# The one of the CMMD paper.
-DEFAULT_CMMD_CLIP = "openai/clip-vit-large-patch14-336"
 
 _DINOV2_SIZE = 224
 

@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 
 from transfusion_mot.config import parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.networks import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
+from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
 
 
 @dataclass

@@ -11,10 +11,11 @@ import torch
 from accelerate import PartialState
 
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
+from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.distances import set_distance
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.images import ImageSource, default_num_workers
+from transfusion_mot.evaluation.images import ImageSource
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.networks import load_feature_networks
 from transfusion_mot.evaluation.protocol import ProtocolConfig

@@ -4,6 +4,7 @@ Loss curves are lists of points (x, loss), x in steps, FLOPs or seconds of train
 noisy: of them means over windows of steps are taken; held-out losses are taken as they are.
 """
 
+import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,30 +85,46 @@ def match(loss: str, axis: str, a: Curve, b: Curve) -> Match:
     return Match(loss, axis, target, a.xs[-1], first_reaching(b, target), min(b.losses))
 
 
-def matches_table(matches: Sequence[Match], a: str, b: str) -> str:
-    """A markdown table: a row for each loss, a column for each axis."""
-    axes = list(dict.fromkeys(found.axis for found in matches))
+def matches_table(pairs: Sequence[Sequence[Match]], a: str, b: str) -> str:
+    """A markdown table: a row for each loss, a column for each axis.
+
+    Args:
+        pairs: Matches of a run A and a run B, for each seed.
+        a: Name of the runs A.
+        b: Name of the runs B.
+    """
+    axes = list(dict.fromkeys(found.axis for found in pairs[0]))
     lines = [
         f"| loss | final loss of {a} | lowest of {b} | {' | '.join(f'share of {_NAMES[axis]}' for axis in axes)} |",
         f"| --- | ---: | ---: |{' ---: |' * len(axes)}",
     ]
-    for loss in dict.fromkeys(found.loss for found in matches):
-        of_loss = {found.axis: found for found in matches if found.loss == loss}
-        some = next(iter(of_loss.values()))
-        cells = [_shown(of_loss[axis]) if axis in of_loss else "unknown" for axis in axes]
-        lines.append(f"| {loss} | {some.target:.4g} | {some.best:.4g} | {' | '.join(cells)} |")
+    for loss in dict.fromkeys(found.loss for found in pairs[0]):
+        of_axis = {
+            axis: [found for matches in pairs for found in matches if (found.loss, found.axis) == (loss, axis)]
+            for axis in axes
+        }
+        some = next(found for found in of_axis.values() if found)
+        targets, bests = (", ".join(f"{getattr(found, key):.4g}" for found in some) for key in ("target", "best"))
+        cells = [_shown(found) if found else "unknown" for found in of_axis.values()]
+        lines.append(f"| {loss} | {targets} | {bests} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 _NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "wall-clock"}
 
 
-def _shown(found: Match) -> str:
-    if found.fraction is None or found.reached is None:
-        return "not reached"
-    return (
-        f"{100 * found.fraction:.1f} % ({_quantity(found.reached, found.axis)} of {_quantity(found.total, found.axis)})"
-    )
+def _shown(seeds: Sequence[Match]) -> str:
+    """The share, of one seed with what it is of, of several their mean with its standard deviation."""
+    shares = [100 * found.fraction for found in seeds if found.fraction is not None]
+    missing = len(seeds) - len(shares)
+    if missing:
+        reached = f", else {statistics.fmean(shares):.1f} %" if shares else ""
+        return f"not reached by {missing} of {len(seeds)}{reached}" if len(seeds) > 1 else "not reached"
+    if len(seeds) > 1:
+        return f"{statistics.fmean(shares):.1f} ± {statistics.stdev(shares):.1f} %"
+    (found,) = seeds
+    assert found.reached is not None
+    return f"{shares[0]:.1f} % ({_quantity(found.reached, found.axis)} of {_quantity(found.total, found.axis)})"
 
 
 def _quantity(value: float, axis: str) -> str:

@@ -63,6 +63,19 @@ class LinearAdapter(nn.Module):
         return unpatchify(self.output(hidden), self.patch_size, height, width)
 
 
+class ReadingAdapter(nn.Module):
+    """A linear layer in, for latents that are clean and are only read: there is no timestep, and no way out."""
+
+    def __init__(self, latent_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.input = nn.Linear(patch_size**2 * latent_channels, hidden_size)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Clean latents [I, C, Y, X] => tokens [I, P, D]."""
+        return self.input(patchify(latents, self.patch_size))
+
+
 class UNetAdapter(nn.Module):
     """U-Net blocks down before the transformer and up behind it, with a long skip from each to its mirror
     (Transfusion, section 3; LMFusion, arXiv 2412.15188, equations 6 and 14). The blocks are those of diffusers, with

@@ -25,6 +25,11 @@ class TokenInput(NamedTuple):
     ids: Tensor
     labels: Tensor | None = None
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is something to predict."""
+        return self.labels is not None
+
     def loss_count(self) -> Tensor:
         """[] float64, slots with a loss."""
         assert self.labels is not None
@@ -42,10 +47,10 @@ class LatentInput(NamedTuple):
     Attributes:
         latents: [B, K, C, Y, X]; with `noise` they are clean and normalised, without it (sampling) noisy already.
         timesteps: [B, K] one t in [0, 1] for each slot: 0 is clean, 1 is noise.
-        noise: [B, K, C, Y, X] the noise that will be mixed in.
+        noise: [B, K, C, Y, X] the noise that will be mixed in; None while sampling, and where latents are only read.
         mask: [B, K] bool, True where a slot has a loss: it holds an image, and neither a copy nor a condition.
-        copies: [B, K] bool, True where a slot holds the clean copy of the image in the slot before it
-            (`data.image_context: clean`); None where there are no copies.
+        copies: [B, K] bool, True where a slot holds the clean copy of the image in the slot before it, or of one of the
+            modality that is read (`data.image_context: clean`); None where there are no copies.
         conditions: [B, K] bool, True where a slot holds a clean image without a loss, such as the source image of an
             editing pair; None where no source of the data has any.
     """
@@ -56,6 +61,11 @@ class LatentInput(NamedTuple):
     mask: Tensor | None = None
     copies: Tensor | None = None
     conditions: Tensor | None = None
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is something to predict."""
+        return self.noise is not None
 
     @property
     def is_filled(self) -> Tensor:

@@ -5,6 +5,7 @@ height and width.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transfusion_mot.config import DiffusionConfig, ModalityConfig
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.losses import diffusion_losses, next_token_loss
-from transfusion_mot.models.adapters import LinearAdapter, UNetAdapter
+from transfusion_mot.models.adapters import LinearAdapter, ReadingAdapter, UNetAdapter
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 
 # Of a module: drawn like the matrices of the blocks, or zero; the others as torch and diffusers have it. See
@@ -146,4 +147,27 @@ class DiffusionModality(nn.Module):
         return self.adapter.predict(images, kept, *given.latents.shape[-2:]).view(given.latents.shape)
 
 
+class ReadModality(nn.Module):
+    """Clean latents of another modality, cut into patches; they are read, and nothing is predicted of them.
+
+    Args:
+        latent_channels: Channels C of the codec's latents.
+        hidden_size: Width D of its tower.
+        config: Its patches.
+    """
+
+    # As torch draws them.
+    initial_values: Mapping[str, InitialValues] = MappingProxyType({})
+
+    def __init__(self, latent_channels: int, hidden_size: int, config: ModalityConfig) -> None:
+        super().__init__()
+        self.adapter = ReadingAdapter(latent_channels, hidden_size, config.patch_size)
+
+    def embed(self, given: LatentInput) -> tuple[Tensor, None]:
+        """Clean latents => (hidden states [B, K * P, D], nothing)."""
+        tokens = self.adapter.embed(given.latents.flatten(0, 1))
+        return tokens.unflatten(0, given.latents.shape[:2]).flatten(1, 2), None
+
+
+# Those that the model makes.
 Modality = TokenModality | DiffusionModality

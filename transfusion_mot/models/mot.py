@@ -169,6 +169,11 @@ class MoTBlock(nn.Module):
         """Towers whose keys and values a tower reads without a gradient."""
         return tuple(name for name in self.insulated if name != tower)
 
+    @property
+    def num_attentions(self) -> int:
+        """How often attention is computed in training."""
+        return len({self.closed_to(tower) for tower in self.qkv.owner})
+
     def _attend(
         self,
         towers: list[str],
@@ -246,10 +251,10 @@ def check_architecture(config: ModelConfig) -> None:
                 f"model.modalities.{name}.tower is {modality.tower!r}; it needs one of model.towers: "
                 f"{', '.join(config.towers)}"
             )
-        if modality.objective == "diffusion" and modality.tied_embeddings:
+        if modality.objective != "next_token" and modality.tied_embeddings:
             raise UserError(
-                f"model.modalities.{name} has tied_embeddings, and with the objective diffusion it has no embeddings; "
-                "remove that key"
+                f"model.modalities.{name} has tied_embeddings, and with the objective {modality.objective} it has no "
+                "embeddings; remove that key"
             )
         if modality.vocab_size is not None and name != "text":
             raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
@@ -264,13 +269,16 @@ def check_architecture(config: ModelConfig) -> None:
             f"model.modalities has {', '.join(config.modalities) or 'nothing'}; 'text' with the objective next_token "
             "must be one of them"
         )
-    if idle := set(config.towers) - {modality.tower for modality in config.modalities.values()}:
-        raise UserError(f"model.towers has {sorted(idle)} that no modality uses; remove them or use them in modalities")
+    _check_read(config)
+    if idle := set(config.towers) - {config.modalities[name].tower for name in config.made}:
+        raise UserError(
+            f"model.towers has {sorted(idle)} that no modality with a loss uses; remove them or use them in modalities"
+        )
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
             if not name or "." in name or hasattr(nn.ModuleDict, name):
                 raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
-    if len(config.modalities) == 1:
+    if len(config.made) == 1:
         raise UserError("model.modalities has text alone; it needs another modality beside it")
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
@@ -290,9 +298,42 @@ def check_architecture(config: ModelConfig) -> None:
         raise UserError(
             f"model.num_heads {config.num_heads} is no multiple of model.num_kv_heads {config.num_kv_heads}"
         )
-    for name in config.of_objective("diffusion"):
-        _check_patches(name, config.modalities[name])
+    for name, modality in config.modalities.items():
+        if modality.objective != "next_token":
+            _check_patches(name, modality)
     _check_rope(config)
+
+
+def _check_read(config: ModelConfig) -> None:
+    """Refuse modalities that read what is not there, or in another way than it was made."""
+    latents = config.of_objective("diffusion")
+    readers: dict[str, str] = {}
+    for name, modality in config.modalities.items():
+        key = f"model.modalities.{name}"
+        if modality.objective != "read":
+            if modality.reads is not None:
+                raise UserError(
+                    f"{key} has reads: {modality.reads}, and its objective is {modality.objective}; set objective: "
+                    "read, or remove reads"
+                )
+            continue
+        if modality.reads not in latents:
+            what = "codes" if modality.reads in config.modalities else "no modality"
+            given = "has no reads" if modality.reads is None else f"reads {modality.reads}, which is {what}"
+            raise UserError(
+                f"{key} {given}; it must name a modality with the objective diffusion: {', '.join(latents) or 'none'}"
+            )
+        other = readers.setdefault(modality.reads, name)
+        if other != name:
+            raise UserError(f"model.modalities has {other} and {name}, which both read {modality.reads}; remove one")
+        patch_size = config.modalities[modality.reads].patch_size
+        if modality.patch_size != patch_size:
+            raise UserError(
+                f"{key}.patch_size is {modality.patch_size}, and {modality.reads}, which it reads, has {patch_size}; "
+                "give it the same"
+            )
+        if modality.adapter != "linear":
+            raise UserError(f"{key}.adapter is {modality.adapter}, and what is only read has a linear one; remove it")
 
 
 def _check_shared(config: ModelConfig) -> None:

@@ -46,7 +46,14 @@ from transfusion_mot.models.attention import (
 )
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm, rotary_angles, unturned_angles
-from transfusion_mot.models.modalities import DiffusionModality, InitialValues, Terms, TokenModality
+from transfusion_mot.models.modalities import (
+    DiffusionModality,
+    InitialValues,
+    Modality,
+    ReadModality,
+    Terms,
+    TokenModality,
+)
 from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
 
 # Standard deviation of embedding, head and block matrices.
@@ -73,8 +80,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """One transformer over several modalities, each with a tower of weights, an objective and codes or latents.
 
     Args:
-        sizes: Of each modality, what its codec or tokenizer says: the vocabulary size (`next_token`) or the number of
-            latent channels (`diffusion`).
+        sizes: Of each modality that the model makes, what its codec or tokenizer says: the vocabulary size
+            (`next_token`) or the number of latent channels (`diffusion`).
         architecture: The fields of `ModelConfig`.
         diffusion: The fields of `DiffusionConfig`, the objective of the modalities with `diffusion`.
     """
@@ -100,6 +107,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             width = towers[modality.tower].hidden_size
             if modality.objective == "next_token":
                 self.modalities[name] = TokenModality(sizes[name], width, modality.tied_embeddings)
+            elif modality.objective == "read":
+                self.modalities[name] = ReadModality(sizes[config.content_of(name)], width, modality)
             else:
                 self.modalities[name] = DiffusionModality(sizes[name], width, modality, DiffusionConfig(**diffusion))
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.num_layers))
@@ -133,9 +142,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         return super().from_config(config, **kwargs)
 
-    def modality(self, name: str) -> TokenModality | DiffusionModality:
-        """The module of a modality."""
-        return cast(TokenModality | DiffusionModality, self.modalities[name])
+    def modality(self, name: str) -> Modality:
+        """The module of a modality that the model makes."""
+        return cast(Modality, self.modalities[name])
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +251,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return {
             f"modalities.{name}.{inner}": values
             for name in self.modalities
-            for inner, values in self.modality(name).initial_values.items()
+            for inner, values in cast(Any, self.modalities[name]).initial_values.items()
         }
 
     def forward(
@@ -269,7 +278,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kept: dict[str, Any] = {}
         for name in config.stream_order:
             if name in inputs:
-                embedded[name], kept[name] = self.modality(name).embed(cast(Any, inputs[name]))
+                embedded[name], kept[name] = cast(Any, self.modalities[name]).embed(inputs[name])
         mask = None
         if slots is not None:
             rope_positions = slots.rope_positions
@@ -289,8 +298,10 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         terms: dict[str, Terms] = {}
         predictions: dict[str, Tensor] = {}
         for name, hidden in self._from_streams(streams, embedded).items():
+            if config.modalities[name].objective == "read":
+                continue
             modality, given = self.modality(name), cast(Any, inputs[name])
-            if (given.labels if isinstance(given, TokenInput) else given.noise) is not None:
+            if given.has_loss:
                 terms[name] = modality.loss(hidden, given, kept[name], z_loss_weight)
             else:
                 hidden = hidden[:, -1:] if cache is not None and isinstance(given, TokenInput) else hidden
@@ -309,7 +320,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _bidirectional(self, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
         """Span ids [B, S], -1 also where the attention inside a span is causal."""
         config = self.architecture
-        if all(config.modalities[name].is_bidirectional for name in config.of_objective("diffusion")):
+        if all(m.is_bidirectional for m in config.modalities.values() if m.objective != "next_token"):
             return slots.span_ids
         names = [name for name in config.stream_order if name in inputs]
         lengths = [self.num_slots(name, inputs[name]) for name in names]

@@ -1,5 +1,8 @@
 """What a step of the model costs in FLOPs, and what GPUs can do."""
 
+from collections import Counter
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.row_arrays import RowShape
-from transfusion_mot.models.modalities import DiffusionModality
-from transfusion_mot.models.mot import SHARED
+from transfusion_mot.models.layers import SwiGLU
+from transfusion_mot.models.modalities import DiffusionModality, ReadModality, TokenModality
+from transfusion_mot.models.mot import SHARED, MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
@@ -36,15 +40,22 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
     )
 
 
-def adapter_flops(modality: DiffusionModality, latents: torch.Size) -> int:
-    """FLOPs of the forward pass of a patch adapter without weights (on `meta`), for latents [I, C, Y, X].
+def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Size) -> int:
+    """FLOPs of forward and backward of a patch adapter without weights (on `meta`), for latents [I, C, Y, X].
 
     They are counted rather than derived, because some of its layers see patches, some pixels and some images.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        noisy_latents = torch.empty(latents, device="meta")
-        tokens, kept = modality.adapter.embed(noisy_latents, torch.empty(latents[0], device="meta"))
-        modality.adapter.predict(tokens, kept, *latents[-2:])
+    with FlopCounterMode(display=False) as counter:
+        result = torch.empty(latents, device="meta")
+        if isinstance(modality, ReadModality):
+            result = modality.adapter.embed(result)
+        else:
+            tokens, kept = modality.adapter.embed(result, torch.empty(latents[0], device="meta"))
+            # What stands between the two has a gradient, whatever of the adapter is trained.
+            tokens = tokens if tokens.requires_grad else tokens.requires_grad_()
+            result = modality.adapter.predict(tokens, kept, *latents[-2:])
+        if result.requires_grad:
+            result.sum().backward()
     return counter.get_total_flops()
 
 
@@ -62,28 +73,91 @@ def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     return torch.where(batch.slots.document_ids >= 0, seen, 0).sum()
 
 
-def flops_per_pair(config: ModelConfig) -> int:
-    """FLOPs of forward and backward of a pair of slots that attend: 12 per layer and attention width."""
-    return 12 * config.num_layers * config.num_heads * config.head_dim
+def flops_per_pair(model: TransfusionMoT) -> int:
+    """FLOPs of forward and backward of a pair of slots that attend: 12 per layer and attention width, once more for
+    each further attention that insulated towers need."""
+    config, block = model.architecture, cast(MoTBlock, model.blocks[0])
+    return 12 * config.num_layers * config.num_heads * config.head_dim * block.num_attentions
 
 
 def weight_flops_per_row(model: TransfusionMoT, shape: RowShape) -> int:
     """FLOPs of forward and backward over one row without attention of slots to each other (Chowdhery et al., arXiv
     2204.02311, appendix B).
 
-    6 per active parameter and slot, and three times the forward pass of the patch adapters. What activation
-    checkpointing computes again is not counted.
+    Of a matrix and a slot: 2 per element for the result, 2 for the gradient of what it multiplies, if that has one, and
+    2 for its own, if it is trained. What activation checkpointing computes again is not counted.
 
     Args:
-        model: It may be sharded or compiled: only its configuration is read.
+        model: It may be sharded or compiled. Its parameters say whether they are trained.
         shape: Slots of the row.
     """
+    config = model.architecture
     with torch.device("meta"):
         bare = TransfusionMoT.from_config(dict(model.config))
-    weights = adapters = 0
+    total = 0
+    slots, has_gradient = Counter[str](), dict.fromkeys(config.towers, False)
     for name, block in shape.blocks.items():
-        weights += active_parameters(bare, bare.architecture, name) * block.num_slots
-        modality = bare.modality(name)
-        if block.latent_shape is not None and isinstance(modality, DiffusionModality):
-            adapters += adapter_flops(modality, torch.Size((block.capacity, *block.latent_shape)))
-    return 6 * weights + 3 * adapters
+        tower = config.modalities[name].tower
+        slots[tower] += block.num_slots
+        entrance = model.modalities[name]
+        is_trained = _is_trained(entrance.embedding if isinstance(entrance, TokenModality) else entrance)
+        has_gradient[tower] |= is_trained
+        if block.latent_shape is not None:
+            module = cast(DiffusionModality | ReadModality, bare.modalities[name])
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(entrance.get_parameter(key).requires_grad)
+            total += adapter_flops(module, torch.Size((block.capacity, *block.latent_shape)))
+    for layer in model.blocks:
+        of_tower, has_gradient = _block_flops(cast(MoTBlock, layer), has_gradient)
+        total += sum(count * of_tower[tower] for tower, count in slots.items())
+    for name, block in shape.blocks.items():
+        if isinstance(modality := model.modalities[name], TokenModality):
+            head = modality.embedding if modality.head is None else modality.head
+            total += _matrix_flops(head, has_gradient[config.modalities[name].tower]) * block.num_slots
+    return total
+
+
+def _block_flops(block: MoTBlock, has_gradient: dict[str, bool]) -> tuple[dict[str, int], dict[str, bool]]:
+    """FLOPs of the matrices of a block for a slot of each tower, and whether the streams have gradients behind it.
+
+    Args:
+        has_gradient: Whether they have before it.
+    """
+    flops = {}
+    reads = {tower: has or _is_trained(block.attention_norm[tower]) for tower, has in has_gradient.items()}
+    # Queries, keys and values of all towers are one tensor.
+    attended = any(has or _is_trained(block.qkv[tower]) for tower, has in reads.items())
+    behind = {}
+    for tower, has in has_gradient.items():
+        ffn = cast(SwiGLU, block.ffn[tower])
+        hidden = has or attended or _is_trained(block.output[tower])
+        normed = hidden or _is_trained(block.ffn_norm[tower])
+        product = normed or _is_trained(ffn.gate) or _is_trained(ffn.up)
+        flops[tower] = (
+            _matrix_flops(block.qkv[tower], reads[tower])
+            + _matrix_flops(block.output[tower], attended)
+            + _matrix_flops(ffn.gate, normed)
+            + _matrix_flops(ffn.up, normed)
+            + _matrix_flops(ffn.down, product)
+        )
+        behind[tower] = product or _is_trained(ffn.down)
+    return flops, behind
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _matrix_flops(module: nn.Module, has_gradient: bool) -> int:
+    """FLOPs for a slot of a matrix, and of the low-rank adapters around it.
+
+    Args:
+        has_gradient: Whether what it multiplies has a gradient.
+    """
+    total = 0
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2:
+            # The second matrix of an adapter multiplies what the first one gives.
+            needs_input = has_gradient or "lora_B." in name
+            total += parameter.numel() * 2 * (1 + needs_input + parameter.requires_grad)
+    return total

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.losses import LOGITS_AT_ONCE
+from transfusion_mot.models.adapters import ReadingAdapter
 from transfusion_mot.models.layers import SwiGLU
-from transfusion_mot.models.modalities import DiffusionModality, TokenModality
+from transfusion_mot.models.modalities import DiffusionModality, ReadModality, TokenModality
 from transfusion_mot.models.mot import Checkpointing, MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 from transfusion_mot.training.adamw_8bit import BLOCK, has_codes
@@ -194,7 +195,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
 
     first = cast(MoTBlock, model.blocks[0])
     learning = {tower: Learning.of(first, tower) for tower in config.towers}
-    attentions = len({first.closed_to(tower) for tower in config.towers})
+    attentions = first.num_attentions
     slots = Counter[str]()
     for name, block in shape.blocks.items():
         slots[config.modalities[name].tower] += rows * block.num_slots
@@ -243,9 +244,10 @@ def bytes_of_moments(parameter: Tensor, optimizer: str, in_block: bool) -> float
 def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) -> float:
     """Bytes that a patch adapter keeps for the latents of one row: the tensors that autograd saves in a pass on `meta`,
     for one media slot, times their number. 0 for tokens."""
-    modality = model.modality(name)
-    if block.latent_shape is None or not isinstance(modality, DiffusionModality):
+    modality = model.modalities[name]
+    if block.latent_shape is None or isinstance(modality, TokenModality):
         return 0.0
+    modality = cast(DiffusionModality | ReadModality, modality)
     adapter = modality.adapter
     weights = {parameter.untyped_storage()._cdata for parameter in adapter.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -259,9 +261,12 @@ def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) 
     channels, rows, columns = block.latent_shape
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         latents, timesteps = torch.empty(1, channels, rows, columns, device="meta"), torch.empty(1, device="meta")
-        hidden, skips = adapter.embed(latents, timesteps)
-        prediction = adapter.predict(hidden, skips, rows, columns)
-    assert prediction.shape == latents.shape
+        if isinstance(adapter, ReadingAdapter):
+            adapter.embed(latents)
+        else:
+            hidden, skips = adapter.embed(latents, timesteps)
+            prediction = adapter.predict(hidden, skips, rows, columns)
+            assert prediction.shape == latents.shape
     numbers = sum(storage.nbytes() for storage in kept.values()) / 4
     # A residual layer keeps three numbers of each kind: under autocast those of its norm and its activation are in
     # float32, those of its convolution in bfloat16.
@@ -275,7 +280,7 @@ def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int)
     """
     stay = most = 0.0
     for name, block in shape.blocks.items():
-        modality = model.modality(name)
+        modality = model.modalities[name]
         if not isinstance(modality, TokenModality):
             continue
         slots, (vocab_size, hidden) = rows * block.num_slots, modality.head_weight.shape

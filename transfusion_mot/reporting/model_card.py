@@ -1,6 +1,7 @@
 """The README of a snapshot: what the model is, what it was trained on, how good it is, and how to use it."""
 
 import json
+from collections.abc import Collection
 
 import yaml
 from huggingface_hub import ModelCardData
@@ -9,7 +10,9 @@ from transfusion_mot.config import TEXT, RunConfig, to_dict
 from transfusion_mot.data.mixture import Sources, counter
 from transfusion_mot.training.metrics import CAPTION_LOSS, TOKEN_UNIT, VALIDATION, Lines, loss_units
 
-_REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-to-image", "image-to-text", "text-generation"]
+_REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-generation"]
+# Tasks of the hub by the media of a model; the first of all is what it is listed under.
+_TASKS = {"image": ["text-to-image", "image-to-text"], "audio": ["text-to-speech", "automatic-speech-recognition"]}
 
 
 def model_card(
@@ -21,6 +24,7 @@ def model_card(
     lines: Lines,
     step: int,
     prompt: str,
+    media: Collection[str] = ("image",),
     base: str | None = None,
 ) -> str:
     """A model card in the form of the Hugging Face hub.
@@ -33,11 +37,13 @@ def model_card(
         lines: Of the run's metrics.
         step: Steps done.
         prompt: Of the example.
+        media: Of its codecs: `image`, `audio` or both.
         base: Of a low-rank adapter, the snapshot below it.
     """
     model, training = config.model, config.training
-    tags = _REPOSITORY_TAGS if base is None else [*_REPOSITORY_TAGS, "lora"]
-    header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags).to_yaml()
+    tasks = [task for medium, own in _TASKS.items() if medium in media for task in own]
+    tags = [*_REPOSITORY_TAGS, *tasks, *([] if base is None else ["lora"])]
+    header = ModelCardData(library_name="diffusers", pipeline_tag=tasks[0], tags=tags).to_yaml()
     towers = "; ".join(
         f"`{name}`: width {tower.hidden_size}, feed-forward {tower.intermediate_size}"
         for name, tower in model.towers.items()
@@ -46,6 +52,8 @@ def model_card(
     kind = "Mixture-of-Transformers" if is_mixture else "dense transformer"
     modalities = "\n".join(f"| modality `{name}` | {_described(name, config)} |" for name in model.stream_order)
     sizes = ", ".join(f"{width} x {height}" for height, width in config.data.image_sizes)
+    facts = f"| image sizes | {sizes} px |\n" if "image" in media else ""
+    facts += f"| longest audio | {config.data.max_audio_seconds:g} s |\n" if "audio" in media else ""
     items = "".join(f" and {seen.get(f'{name}_items', 0):,} {name} items" for name in config.codecs)
     codecs = ", ".join(f"`{codec.path}`" for codec in config.codecs.values())
     return f"""---
@@ -54,7 +62,7 @@ def model_card(
 
 # {config.output_dir.rstrip("/").split("/")[-1]}
 
-One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://arxiv.org/abs/2408.11039),
+One transformer over {" and ".join(model.made)} ([Transfusion](https://arxiv.org/abs/2408.11039),
 [Mixture-of-Transformers](https://arxiv.org/abs/2411.04996)), trained with `transfusion_mot`. Averaged weights (decay
 {training.ema_decay}) after {step:,} of {training.num_steps:,} steps.
 
@@ -63,8 +71,7 @@ One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://a
 | model | {kind} of {parameters / 1e6:,.1f} M parameters in {model.num_layers} layers of {model.num_heads} heads |
 | towers | {towers} |
 {modalities}
-| image sizes | {sizes} px |
-| batch | {training.num_rows} rows |
+{facts}| batch | {training.num_rows} rows |
 
 ## Use
 
@@ -72,8 +79,7 @@ One transformer over {" and ".join(model.stream_order)} ([Transfusion](https://a
 from transfusion_mot.pipeline import TransfusionPipeline
 
 {_loading(base)}
-image = pipeline({json.dumps(prompt, ensure_ascii=False)}, guidance_scale={config.diffusion.guidance_scale:g}).images[0]
-caption = pipeline.caption(image)[0]
+{_uses(prompt, media, config.diffusion.guidance_scale)}
 text = pipeline.complete("Once upon a time")[0]
 ```
 
@@ -117,9 +123,22 @@ def _loading(base: str | None) -> str:
     )
 
 
+def _uses(prompt: str, media: Collection[str], guidance_scale: float) -> str:
+    """Lines of code that make something of a prompt."""
+    quoted, lines = json.dumps(prompt, ensure_ascii=False), []
+    if "image" in media:
+        lines += [f"image = pipeline({quoted}, guidance_scale={guidance_scale:g}).images[0]"]
+        lines += ["caption = pipeline.caption(image)[0]"]
+    if "audio" in media:
+        lines += [f"audio = pipeline.speak({quoted})[0]", "transcript = pipeline.transcribe(audio)[0]"]
+    return "\n".join(lines)
+
+
 def _described(name: str, config: RunConfig) -> str:
     """Objective, tower and slots of a modality."""
     modality, slots = config.model.modalities[name], config.data.slots[name]
+    if modality.objective == "read":
+        return f"clean {modality.reads} items, which are only read; tower `{modality.tower}`; {slots:,} items a row"
     common = f"tower `{modality.tower}`, loss weight {modality.loss_weight:g}"
     if modality.objective == "next_token":
         return f"next-token prediction; {common}; {slots:,} tokens a row"

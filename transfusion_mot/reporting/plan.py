@@ -8,10 +8,14 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 
+from transfusion_mot.codecs.audio_codes import CLASSES as AUDIO_CLASSES
+from transfusion_mot.codecs.audio_codes import AudioCodes
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import TEXT, LoraConfig, RunConfig
+from transfusion_mot.codecs.mel_vq import MelVQModel
+from transfusion_mot.config import TEXT, CodecConfig, LoraConfig, RunConfig
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
@@ -103,7 +107,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     if config.tokenizer.path is not None:
         try:
             model = config.model
-            tokenizer = load_tokenizer(config.tokenizer.path, model.stream_order, model.has_pretrained_text)
+            tokenizer = load_tokenizer(config.tokenizer.path, model.made, model.has_pretrained_text)
             vocab_size = tokenizer.vocab_size
         except UserError:
             rows = config.model.modalities[TEXT].vocab_size
@@ -115,7 +119,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
     height, width = max(config.data.image_sizes, key=math.prod)
     for name, codec in config.codecs.items():
         if config.model.modalities[name].objective == "next_token":
-            codebook = _codebook_size(codec.path)
+            codebook = _codebook_size(codec)
             if codebook is None:
                 assumed.append(f"{_CODEBOOK} codes: {codec.path} cannot be read")
             # Its start and its end.
@@ -147,16 +151,20 @@ def _latents(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _codebook_size(path: str) -> int | None:
-    """Codes of a tokenizer of images; None if it cannot be read."""
+def _codebook_size(codec: CodecConfig) -> int | None:
+    """Codes of a tokenizer of images or audio; None if it cannot be read."""
     try:
         # Of diffusers, but any config.json will do.
-        config = VQModel.load_config(path, local_files_only=True)
-        model_class: Any = CLASSES[config["_class_name"] if "_class_name" in config else config["architectures"][0]]
+        config = VQModel.load_config(codec.path, local_files_only=True)
+        name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
+        is_audio = name in AUDIO_CLASSES
+        model_class: Any = getattr(transformers, name, MelVQModel) if is_audio else CLASSES[name]
         with torch.device("meta"):
             if issubclass(model_class, ModelMixin):
-                return ImageCodes(model_class.from_config(config)).codebook_size
-            return ImageCodes(model_class(model_class.config_class.from_dict(config))).codebook_size
+                model = model_class.from_config(config)
+            else:
+                model = model_class(model_class.config_class.from_dict(config))
+            return (AudioCodes(model, codec.num_codebooks) if is_audio else ImageCodes(model)).codebook_size
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -306,15 +314,17 @@ def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpu
 
 def time_line(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     """FLOPs of a token and the length of the run."""
-    of_row = weight_flops_per_row(model, shape) + shape.causal_pairs * flops_per_pair(config.model)
+    of_row = weight_flops_per_row(model, shape) + shape.causal_pairs * flops_per_pair(model)
     of_step = of_row * config.training.num_rows
     peak = PEAK_FLOPS[next(name for name in PEAK_FLOPS if gpu.startswith(name))]
     seconds = of_step / (gpus * peak * mfu)
     tokens = config.training.num_rows * shape.num_slots
     steps, days = config.training.num_steps, config.training.num_steps * seconds / 86400
+    length = f"{days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens)"
+    if config.training.num_epochs is not None:
+        length = f"as many as {config.training.num_epochs:g} epochs take, which the data says when the run begins,"
     return (
         f"{of_row / shape.num_slots / 1e9:.3g} GFLOP a token (mean over tokens and patches, forward and backward), "
         f"{of_step / 1e15:.3g} PFLOP a step of {tokens / 1e6:.3g}M tokens\n"
-        f"{seconds:.3g} s a step and {days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens) on {gpus} "
-        f"{gpu} at an MFU of {mfu:g}"
+        f"{seconds:.3g} s a step and {length} on {gpus} {gpu} at an MFU of {mfu:g}"
     )

@@ -25,7 +25,7 @@ from transfusion_mot.training.checkpoint import find_state, run_config_file
 _MAPPINGS = (("model", "towers"), ("model", "modalities"), ("codecs",))
 # Of a run that is continued, what its start had given.
 _SETTLED = ("tokenizer", "codecs", "model", "diffusion")
-_SETTLED_DATA = ("image_size", "buckets", "image_fit")
+_SETTLED_DATA = ("image_size", "buckets", "image_fit", "max_audio_seconds")
 
 
 class InitialWeights(Protocol):

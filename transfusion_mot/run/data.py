@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import TEXT, RunConfig
-from transfusion_mot.data.encoding import check_image_sizes, check_positions
+from transfusion_mot.data.encoding import check_media_sizes, check_positions
 from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
+from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.training.float8 import check_float8
 from transfusion_mot.training.state import refuse_other_tokenizer
 
@@ -54,23 +56,33 @@ class RunData:
             name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
             for name, codec in config.codecs.items()
         }
-        check_image_sizes(config.data, codecs, config.model)
+        check_media_sizes(config.data, codecs, config.model)
         check_positions(config.data, codecs, config.model)
         if config.training.float8:
             check_float8(config, accelerator, codecs)
+        readers = config.model.readers.values()
         with accelerator.main_process_first():
-            documents = open_documents(config.data, "train")
-            held_out = open_documents(config.data, "held_out")
+            documents = open_documents(config.data, "train", readers)
+            held_out = open_documents(config.data, "held_out", readers)
             tokenizer = open_tokenizer(config, documents, state=state, is_main_process=accelerator.is_main_process)
         return cls(
             codecs,
             tokenizer,
             with_encoded(documents, config.data, codecs, config.codecs, accelerator, all_documents=True),
             with_encoded(held_out, config.data, codecs, config.codecs, accelerator),
-            OnlineEncoder(
-                {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
-                {name: codec.batch_size for name, codec in config.codecs.items()},
-            ),
+            OnlineEncoder.of_model(config.model, codecs, config.codecs),
+        )
+
+    def packer(self, config: RunConfig) -> Packer:
+        """What builds the rows of the run."""
+        return Packer(
+            self.sources,
+            self.tokenizer,
+            config.data,
+            config.model,
+            num_lanes=config.training.num_rows,
+            seed=config.training.seed,
+            timesteps_from_uniform=Diffusion.from_config(config.diffusion).timesteps_from_uniform,
         )
 
     @property
@@ -91,7 +103,7 @@ def open_tokenizer(
 
     The main process saves it into the run folder; the others, which come later, find it there.
     """
-    folder, modalities = Path(config.output_dir) / "tokenizer", config.model.stream_order
+    folder, modalities = Path(config.output_dir) / "tokenizer", config.model.made
     if not is_main_process:
         return load_tokenizer(str(folder), modalities)
     if state is not None:

@@ -22,13 +22,13 @@ from transfusion_mot.config import (
 )
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
 from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
+from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of_version_0_1
 from transfusion_mot.schedulers import make_scheduler, trained_for
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 
 # Settings of a model that no weight depends on.
 _FREE = ("towers.*.dropout", "modalities.*.loss_weight")
@@ -66,26 +66,28 @@ class SnapshotStart:
             ) from None
         for key in ("num_inference_steps", "guidance_scale"):
             setattr(self.diffusion, key, self.index.get(key, getattr(self.diffusion, key)))
-        media = [modality for modality in self.model.stream_order if modality != TEXT]
-        self.pictures = self.index.get("image_modality") or media[0]
-
-    @property
-    def codec_path(self) -> str:
-        """Where the codec of its pictures lies."""
-        return str(self.folder / "vae")
+        media = [modality for modality in self.model.made if modality != TEXT]
+        # Where the codec of each modality lies.
+        self.codecs = {
+            self.index.get(key) or media[0]: str(self.folder / part)
+            for part, key in COMPONENT_MODALITIES.items()
+            if self.index.get(part, [None])[0] is not None
+        }
 
     def sections(self) -> dict[str, Any]:
-        """Sizes, tokenizer, codec and objective, and the sizes of its images."""
+        """Sizes, tokenizer, codecs and objective, the sizes of its images and the length of its audio."""
         sizes = self.index.get("image_sizes") or {"trained": [[self.index["image_size"]] * 2], "fit": "crop"}
         (height, width), *others = sizes["trained"]
         is_square = not others and height == width
-        images = {"image_size": height} if is_square else {"buckets": sizes["trained"]}
+        data = {"image_fit": sizes["fit"]} | ({"image_size": height} if is_square else {"buckets": sizes["trained"]})
+        if (seconds := self.index.get("max_audio_seconds")) is not None:
+            data["max_audio_seconds"] = seconds
         return {
             "model": to_dict(self.model),
             "tokenizer": {"path": str(self.folder / "tokenizer")},
-            "codecs": {self.pictures: {"path": self.codec_path}},
+            "codecs": {name: {"path": path} for name, path in self.codecs.items()},
             "diffusion": to_dict(self.diffusion),
-            "data": {"image_fit": sizes["fit"], **images},
+            "data": data,
         }
 
     def check(self, config: RunConfig) -> None:
@@ -97,7 +99,7 @@ class SnapshotStart:
         differing = [
             f"model.{key}, which they do not have" if before is None else f"model.{key} is {now} and was {before}"
             for key, before, now in _differences(to_dict(self.model), to_dict(config.model))
-            if not any(fnmatch(key, free) for free in _FREE)
+            if not any(fnmatch(key, free) for free in [*_FREE, *(f"modalities.{name}" for name in self._new(config))])
         ]
         if differing:
             raise UserError(
@@ -105,30 +107,31 @@ class SnapshotStart:
                 "or begin without init_from"
             )
         self._check_tokenizer(config)
-        self._check_codec(config)
+        self._check_codecs(config)
 
     def _check_tokenizer(self, config: RunConfig) -> None:
         own, given = str(self.folder / "tokenizer"), config.tokenizer.path
         if given == own:
             return
-        names = config.model.stream_order
+        names = config.model.made
         if given is None or load_tokenizer(given, names).fingerprint != load_tokenizer(own, names).fingerprint:
             raise UserError(
                 f"tokenizer.path is {given}, and the weights of init_from={self.name} were trained with another "
                 "tokenizer; remove the key to take that"
             )
 
-    def _check_codec(self, config: RunConfig) -> None:
-        own, given = CodecConfig(self.codec_path), config.codecs[self.pictures]
-        if given.path == own.path:
-            return
-        objective = config.model.modalities[self.pictures].objective
-        fingerprints = {load_codec(codec, objective, "cpu").fingerprint for codec in (own, given)}
-        if len(fingerprints) > 1:
-            raise UserError(
-                f"codecs.{self.pictures}.path is {given.path}, and the weights of init_from={self.name} were trained "
-                "with another codec; remove the key to take that"
-            )
+    def _check_codecs(self, config: RunConfig) -> None:
+        for name, path in self.codecs.items():
+            given = config.codecs[name]
+            if given.path == path:
+                continue
+            objective = config.model.modalities[name].objective
+            fingerprints = {load_codec(codec, objective, "cpu").fingerprint for codec in (CodecConfig(path), given)}
+            if len(fingerprints) > 1:
+                raise UserError(
+                    f"codecs.{name}.path is {given.path}, and the weights of init_from={self.name} were trained with "
+                    "another codec; remove the key to take that"
+                )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
         """Put its weights into a model, whole or sharded; called by all processes.
@@ -138,8 +141,16 @@ class SnapshotStart:
         """
         source = self.name if str(self.folder) == self.name else f"{self.name} ({self.folder.name})"
         report = take_all(model, self.weight_files(), source)
+        new = self._new(config)
+        for name in (name for name in report.missing if name.startswith("modalities.")):
+            if (modality := name.split(".")[1]) in new:
+                report.missing[name] = f"{modality} is new: drawn at random"
         report.notes += self._notes(config)
         return report
+
+    def _new(self, config: RunConfig) -> list[str]:
+        """Modalities of a run that its model does not have, and that are only read: a way in is all that they add."""
+        return [name for name in config.model.readers.values() if name not in self.model.modalities]
 
     def weight_files(self) -> WeightFiles:
         """The weights of its transformer; they are downloaded now if they lie on the hub.
@@ -175,25 +186,26 @@ class SnapshotStart:
         return []
 
 
-def keep_codec(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Copy the codec of the snapshot that a run begins with into its folder; called by all processes.
+def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """Copy the codecs of the snapshot that a run begins with into its folder; called by all processes.
 
     So the run can be continued without the snapshot.
 
     Returns:
-        The configuration, in which the codec is the copy.
+        The configuration, in which the codecs are the copies.
     """
     if config.init_from is None:
         return config
     start = SnapshotStart(config.init_from)
     codecs = dict(config.codecs)
-    if codecs[start.pictures].path != start.codec_path:
-        return config
-    own = Path(config.output_dir) / "codecs" / start.pictures
-    codecs[start.pictures] = replace(codecs[start.pictures], path=str(own))
-    if accelerator.is_main_process:
-        with written_aside(own) as folder:
-            shutil.copytree(start.codec_path, folder, dirs_exist_ok=True)
+    for name, path in start.codecs.items():
+        if codecs[name].path != path:
+            continue
+        own = Path(config.output_dir) / "codecs" / name
+        codecs[name] = replace(codecs[name], path=str(own))
+        if accelerator.is_main_process:
+            with written_aside(own) as folder:
+                shutil.copytree(path, folder, dirs_exist_ok=True)
     accelerator.wait_for_everyone()
     return replace(config, codecs=codecs)
 
@@ -220,7 +232,8 @@ def _find(name: str) -> Path:
             )
         return found
     refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
-    found = download(name, ["*.json", "*.txt", "tokenizer/*", "vae/*"], "init_from")
+    parts = [f"{part}/*" for part in ("tokenizer", *COMPONENT_MODALITIES)]
+    found = download(name, ["*.json", "*.txt", *parts], "init_from")
     if not (found / INDEX).is_file():
         raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; it needs a snapshot of train.py")
     return found

@@ -115,7 +115,7 @@ class TowerStarts:
         modalities = {
             name: {key: value for key, value in fields.items() if key != "loss_weight"}
             for name, fields in model["modalities"].items()
-            if fields["tower"] == tower
+            if fields["tower"] == tower and name in source.model.made
         }
         own = {key: value for key, value in model["towers"][tower].items() if key not in _FREE_OF_TOWER}
         # What the tower left to the model's own settings.
@@ -220,16 +220,20 @@ class TowerStarts:
         for name, parameter in base_parameters(model).items():
             if tower_of(name, model.architecture) != tower:
                 continue
-            if name in known:
+            # An adapter of what is only read fits the tower that reads.
+            is_read = name.startswith("modalities.") and name.split(".")[1] not in model.architecture.made
+            if name in known and not (is_read and files.shape(name) != parameter.shape):
                 report.take_rows(name, parameter, files.read(name))
             elif not name.startswith("modalities."):
                 report.missing[name] = ""
         others = {name for name in known if name not in report.taken}
         for name in others:
             modality = name.split(".")[1] if name.startswith("modalities.") else None
-            of_tower = source.model.modalities[modality].tower if modality else name.split(".owned.")[1].split(".")[0]
+            of_tower = tower_of(name, source.model)
             if of_tower != tower:
                 report.unexpected[name] = f"tower {of_tower} of the snapshot is not taken"
+            elif modality in source.model.readers.values() and name in base_parameters(model):
+                report.unexpected[name] = f"{modality} of the snapshot is for a tower of another width"
             else:
                 report.unexpected[name] = f"{modality} of the snapshot is not in this run" if modality else ""
 

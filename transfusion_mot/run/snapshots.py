@@ -6,20 +6,23 @@ from typing import cast
 import torch
 from accelerate import PartialState
 
+from transfusion_mot.codecs.audio_codes import AudioCodes
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import RunConfig, to_dict
 from transfusion_mot.diffusion import Diffusion
-from transfusion_mot.files import ADAPTER_CONFIG
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot
 from transfusion_mot.models.lora import digests, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.reporting.model_card import model_card
 from transfusion_mot.run.data import RunData
+from transfusion_mot.run.examples import examples_of
+from transfusion_mot.sampling.held_out_items import captions_of
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
-from transfusion_mot.sampling.previews import captions_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -27,21 +30,31 @@ from transfusion_mot.training.plot import plot_runs
 
 
 def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> TransfusionPipeline:
-    """What samples, and what a snapshot is. Its pictures are of the first modality in `codecs`."""
-    name, codec = next(iter(data.codecs.items()))
+    """What samples, and what a snapshot is. Of `codecs` it has the first of pictures and the first of audio."""
+    first = {codec.medium: name for name, codec in reversed(data.codecs.items())}
+    images, audio = first.get(Autoencoder.medium), first.get(AudioCodes.medium)
     return TransfusionPipeline(
         transformer=model,
-        vae=codec.vae if isinstance(codec, Autoencoder) else cast(ImageCodes, codec).model,
         scheduler=Diffusion.from_config(config.diffusion).scheduler,
         tokenizer=data.tokenizer.hf,
+        vae=None if images is None else _model_in(data.codecs[images]),
+        audio_tokenizer=None if audio is None else _model_in(data.codecs[audio]),
         image_size=config.data.image_size,
         max_prompt_tokens=config.data.max_caption_tokens,
         num_inference_steps=config.diffusion.num_inference_steps,
         guidance_scale=config.diffusion.guidance_scale,
         image_sizes={"trained": [list(size) for size in config.data.image_sizes], "fit": config.data.image_fit},
-        image_modality=name,
+        image_modality=images,
         trained_on_edits=config.data.has_edits,
+        audio_modality=audio,
+        max_audio_seconds=None if audio is None else config.data.max_audio_seconds,
+        examples=None if images is None else examples_of(data, images),
     )
+
+
+def _model_in(codec: Codec) -> torch.nn.Module:
+    """What `save_pretrained` of a pipeline saves of a codec."""
+    return codec.vae if isinstance(codec, Autoencoder) else cast(ImageCodes | AudioCodes, codec).model
 
 
 def averaged_model(model: TransfusionMoT, ema: EMA, *, is_main_process: bool) -> TransfusionMoT | None:
@@ -129,6 +142,7 @@ def save_snapshot(
         step=step,
         base=None if adapter is None else adapter.base_model_name_or_path,
         prompt=_example_prompt(config, data),
+        media={codec.medium for codec in data.codecs.values()},
     )
     with written_aside(run / "snapshots" / f"step-{step:07d}") as folder:
         if adapter is not None:

@@ -1,6 +1,8 @@
 """A training run, from its configuration to its last snapshot."""
 
+import io
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +12,8 @@ from transfusion_mot.config import RunConfig
 from transfusion_mot.reporting.plan import plan
 from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.data import RunData
-from transfusion_mot.run.from_snapshot import keep_codec
+from transfusion_mot.run.from_snapshot import keep_codecs
+from transfusion_mot.run.length import with_num_steps
 from transfusion_mot.run.saving import RunSaver
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
@@ -21,8 +24,12 @@ from transfusion_mot.training.stopping import Stop
 from transfusion_mot.training.watchdog import Watchdog
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], *, quiet: bool = False) -> None:
     """What train.py does with these arguments.
+
+    Args:
+        arguments: The command line.
+        quiet: Print lines of losses, warnings and errors alone.
 
     Raises:
         UserError: A mistake of the user, told in one sentence.
@@ -32,24 +39,30 @@ def run(arguments: list[str]) -> None:
         return
     started = time.monotonic()
     config = settled_config(arguments)
-    folder, num_steps = Path(config.output_dir), config.training.num_steps
+    folder = Path(config.output_dir)
     accelerator = make_accelerator(config.training, folder)
     check_run(config, accelerator)
     start = Start.find(config)
     if start.state is None:
-        config = keep_codec(config, accelerator)
+        config = keep_codecs(config, accelerator)
     data = RunData.open(config, accelerator, start.state)
     end_preparing(accelerator)
     start.check(config, data)
+    config = with_num_steps(config, data.packer(config))
+    num_steps = config.training.num_steps
     if start.step >= num_steps:
         accelerator.print(f"{folder} has done {start.step} steps; raise training.num_steps to go on with it")
         return
-    if start.state is not None:
+    if start.state is not None and not quiet:
         accelerator.print(f"resuming {folder} after step {start.step}")
-    training = Training.build(config, accelerator, data, start)
+    # It prints what it has built; warnings are on standard error.
+    with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+        training = Training.build(config, accelerator, data, start)
     saver = RunSaver(accelerator, config, data, training)
-    stopped_by = take_steps(training, saver, config, accelerator, first_step=start.step, started=started)
+    stopped_by = take_steps(training, saver, config, accelerator, first_step=start.step, started=started, quiet=quiet)
     accelerator.end_training()
+    if quiet:
+        return
     if stopped_by is not None:
         accelerator.print(f"stopped by {stopped_by} and saved; start again to go on")
         return
@@ -67,12 +80,13 @@ def take_steps(
     *,
     first_step: int,
     started: float,
+    quiet: bool,
 ) -> str | None:
     """Take all steps from `first_step` on, unless the run is stopped => what stopped it and when, in words."""
     model, ema, log, settings = training.model, training.ema, training.log, config.training
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # Where nobody watches, lines are enough: None is no bar unless standard error is a terminal.
-    no_bar = None if accelerator.is_main_process else True
+    no_bar = None if accelerator.is_main_process and not quiet else True
     progress = tqdm(total=settings.num_steps, initial=first_step, unit="step", disable=no_bar)
 
     def tell(line: str) -> None:
@@ -84,7 +98,8 @@ def take_steps(
             if validates and training.validation is not None:
                 tell(log.write_validation(step, training.validation.losses(model, accelerator)))
             if samples and (accelerator.is_main_process or accelerator.is_fsdp2):
-                training.previews.make(step, accelerator)
+                for line in training.previews.make(step, accelerator):
+                    tell(line)
 
     heartbeats = Path(config.output_dir) / "heartbeats"
     watchdog = Watchdog(heartbeats, rank=rank, world_size=world_size, minutes=settings.watchdog_minutes)

@@ -16,10 +16,10 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import counted
-from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.begin import fill_initial_weights
 from transfusion_mot.run.data import RunData
+from transfusion_mot.run.length import described_length
 from transfusion_mot.run.snapshots import make_pipeline
 from transfusion_mot.run.start import Start
 from transfusion_mot.sampling.previews import Previews
@@ -35,9 +35,6 @@ from transfusion_mot.training.parallel import place, wrap
 from transfusion_mot.training.state import load_tensors
 from transfusion_mot.training.step import StepResult, train_step
 from transfusion_mot.training.validation import Validation
-
-# So often that a held-out loss has risen long before.
-_MANY_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,7 @@ class Training:
         # What a step calls; the model itself is what is averaged, saved and sampled.
         wrapped = wrap(model, accelerator)
 
-        packer = Packer(
-            data.sources,
-            data.tokenizer,
-            config.data,
-            config.model,
-            num_lanes=training.num_rows,
-            seed=training.seed,
-            timesteps_from_uniform=Diffusion.from_config(config.diffusion).timesteps_from_uniform,
-        )
+        packer = data.packer(config)
         loader = LaneLoader(
             packer,
             rank=rank,
@@ -122,7 +111,7 @@ class Training:
             encoder=data.encoder,
         )
         microbatch_rows = training.microbatch_rows or training.num_rows // world_size
-        loss_weights = {name: modality.loss_weight for name, modality in config.model.modalities.items()}
+        loss_weights = {name: config.model.modalities[name].loss_weight for name in config.model.made}
 
         def plain_step(batch: Batch) -> StepResult:
             return train_step(
@@ -160,7 +149,7 @@ class Training:
         guards = Guards(
             accelerator,
             wrapped,
-            {name: model.modality(name) for name in config.model.stream_order},
+            {name: model.modality(name) for name in config.model.made},
             packer=packer,
             encoder=data.encoder,
             lanes=loader.lanes,
@@ -200,18 +189,6 @@ def _described(
         f"{packer.sources}\n"
         f"held out: {side or 'nothing, so there is no validation'}\n"
         f"batch: {packer.num_lanes} rows of {rows}, on {accelerator.num_processes} x {accelerator.device.type}\n"
-        f"{_expected_epochs(packer, num_steps)}"
+        f"{described_length(num_steps, packer)}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))
     )
-
-
-def _expected_epochs(packer: Packer, num_steps: int) -> str:
-    """How often images will be read, with a warning where it is very often; nothing about codes, whose lengths vary."""
-    documents = packer.sources.num_media_documents()
-    slots = sum(packer.config.slots[name] for name in packer.model.of_objective("diffusion"))
-    images = packer.num_lanes * slots // (1 + packer.config.has_copies)
-    epochs = num_steps * images / max(1, documents)
-    if not slots or not documents:
-        return ""
-    warning = "" if epochs < _MANY_EPOCHS else "; that many teach it the images by heart: set fewer training.num_steps"
-    return f"steps: {num_steps} of up to {images} images, {epochs:.3g} epochs of {documents} documents{warning}\n"

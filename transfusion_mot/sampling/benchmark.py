@@ -21,8 +21,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.assignment import Work
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.clip_score import clip_scores
+from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
-from transfusion_mot.evaluation.images import default_num_workers
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.memorisation import (
     MOST_PAINTED,

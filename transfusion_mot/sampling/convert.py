@@ -15,13 +15,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import check_writable_folder
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line.
+
+    Raises:
+        UserError: They say nothing, or two things, of where the new snapshot goes.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.sampling.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("snapshot", metavar="OLD_SNAPSHOT", help="folder of a snapshot of version 0.1")
+    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to write; what is in it goes")
+    parser.add_argument("--in-place", action="store_true", help="write over OLD_SNAPSHOT")
+    given = parser.parse_args(arguments)
+    if (given.output is None) is not given.in_place:
+        raise UserError("give either a folder OUTPUT, or --in-place to write over the old snapshot")
+    return given
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import diffusers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
-from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.files import check_writable_folder
 from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
 from transfusion_mot.schedulers import trained_for
 from transfusion_mot.training.checkpoint import written_aside
@@ -132,17 +159,7 @@ def _renamed(name: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Convert, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfusion_mot.sampling.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("snapshot", metavar="OLD_SNAPSHOT", help="folder of a snapshot of version 0.1")
-    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to write; what is in it goes")
-    parser.add_argument("--in-place", action="store_true", help="write over OLD_SNAPSHOT")
-    given = parser.parse_args(arguments)
-    if (given.output is None) is not given.in_place:
-        raise UserError("give either a folder OUTPUT, or --in-place to write over the old snapshot")
+    given = parse_arguments(arguments)
     output = given.output or given.snapshot
     check_writable_folder(output, "output")
     convert(Path(given.snapshot), Path(output))

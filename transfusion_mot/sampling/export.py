@@ -4,8 +4,8 @@
     python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
 Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
-they are loaded. A tokenizer of images keeps its weights: rounded ones give other codes. The model card comes along,
-with the licences of the data and the numbers of an evaluation if they are given.
+they are loaded. Tokenizers of images and audio keep their weights: rounded ones give other codes. The model card comes
+along, with the licences of the data and the numbers of an evaluation if they are given.
 
 With --language-model the folder receives the text tower alone, with its embedding, head and tokenizer, as
 `AutoModelForCausalLM` of transformers loads it.
@@ -17,15 +17,51 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.report import metrics_table, read_report
+from transfusion_mot.files import check_writable_folder, find_snapshot
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line.
+
+    Raises:
+        UserError: The output cannot be written, or options do not go together.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m transfusion_mot.sampling.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
+    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
+    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
+    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
+    parser.add_argument(
+        "--language-model",
+        choices=["float32", "bfloat16"],
+        metavar="FORMAT",
+        help="write the text tower as a language model of transformers, with weights in float32 or bfloat16",
+    )
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "output")
+    if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
+        raise UserError("--language-model writes no model card; leave out the other options")
+    return given
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
 import torch
 from torch import Tensor
 
-from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import metrics_table, read_report
-from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export_language_model import export_language_model
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 
 
 def export(
@@ -46,7 +82,7 @@ def export(
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
     # (`to` of diffusers would warn of what it could do.)
     pipeline.transformer.bfloat16()
-    if pipeline.codec.kind == "latents":
+    if pipeline.has_images and pipeline.codec.kind == "latents":
         pipeline.vae.half()
     if pipeline.model_card is not None:
         if licences is not None:
@@ -65,7 +101,8 @@ def export(
 
 
 def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
-    return [*pipeline.transformer.state_dict().values(), *pipeline.vae.state_dict().values()]
+    modules = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+    return [weight for module in modules for weight in module.state_dict().values()]
 
 
 def with_section(card: str, title: str, text: str) -> str:
@@ -80,27 +117,8 @@ def with_section(card: str, title: str, text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Export, as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfusion_mot.sampling.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
-    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
-    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
-    parser.add_argument(
-        "--language-model",
-        choices=["float32", "bfloat16"],
-        metavar="FORMAT",
-        help="write the text tower as a language model of transformers, with weights in float32 or bfloat16",
-    )
-    given = parser.parse_args(arguments)
-    check_writable_folder(given.output, "output")
+    given = parse_arguments(arguments)
     if given.language_model is not None:
-        if given.licences is not None or given.evaluation is not None or given.max_megabytes is not None:
-            raise UserError("--language-model writes no model card; leave out the other options")
         sizes = export_language_model(given.checkpoint, Path(given.output), getattr(torch, given.language_model))
         _print_sizes(sizes, given.output)
         return

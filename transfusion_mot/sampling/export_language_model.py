@@ -19,11 +19,12 @@ from transformers import (
 
 from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import tensor_names
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import find_snapshot, written_aside
+from transfusion_mot.training.checkpoint import written_aside
 
 # What tokenizers without a longest text say.
 _NO_LENGTH = 10**9

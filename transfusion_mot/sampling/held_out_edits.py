@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Source
-from transfusion_mot.data.sources.base import Text
+from transfusion_mot.data.sources.base import ImageSet, Text
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
@@ -62,7 +62,7 @@ def held_out_edits(name: str, source: Source, count: int | None) -> HeldOutEdits
     if not isinstance(pairs, EditPairs):
         return None
     found = HeldOutEdits(name, [], [], [])
-    images = pairs.media[pairs.modality]
+    images = cast(ImageSet, pairs.media[pairs.modality])
     for index in np.unique(np.linspace(0, len(pairs) - 1, min(count or len(pairs), len(pairs))).round().astype(int)):
         before, text, after = pairs.document(int(index))
         assert isinstance(text, Text)

@@ -16,6 +16,7 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import Documents, Text
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.models.compilation import allow_shapes
@@ -23,19 +24,16 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
 from transfusion_mot.training.validation import Validation
 
-TIMESTEP_BINS = 10
-
 _logger = logging.getLogger(__name__)
 
 
 def codecs_of(pipeline: TransfusionPipeline, config: RunConfig, device: torch.device) -> dict[str, Codec]:
-    """The codec of each modality but text: of pictures that of the pipeline, of others those of its run."""
+    """The codec of each modality but text: those of the pipeline, of other modalities those of its run."""
+    own = pipeline.codecs
     return {
-        name: pipeline.codec
-        if name == pipeline.image_modality
-        else load_codec(config.codecs[name], modality.objective, device)
+        name: own[name] if name in own else load_codec(config.codecs[name], modality.objective, device)
         for name, modality in config.model.modalities.items()
-        if name != TEXT
+        if name in config.model.made and name != TEXT
     }
 
 
@@ -121,10 +119,7 @@ def diffusion_metrics(
     latents = config.model.of_objective("diffusion")
     # Attention is compiled for the rows of each bucket.
     allow_shapes(len(config.data.image_sizes))
-    encoder = OnlineEncoder(
-        {name: codec for name, codec in codecs.items() if codec.kind == "latents"},
-        {name: config.codecs[name].batch_size for name in latents},
-    )
+    encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
     # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
@@ -147,14 +142,17 @@ def diffusion_metrics(
             for held_out, media_slots in parts:
                 own = held_out.num_media_documents()
                 count = own if num_images is None else max(1, num_images * own // available)
-                slots = config.data.slots | dict.fromkeys(latents, 1 if dropout else media_slots)
+                readers = config.model.readers
+                each = {name: 1 if dropout or name in readers else media_slots for name in latents}
+                slots = config.data.slots | each | dict.fromkeys(readers.values(), 1)
                 validation = Validation(
                     held_out,
                     pipeline.text_tokenizer,
                     replace(
                         config,
                         training=replace(config.training, num_validation_documents=count),
-                        data=replace(data, slots=slots),
+                        # Captions alone stand before them.
+                        data=replace(data, slots=slots, orders=data.orders and {f"{TEXT} {modality}": 1.0}),
                     ),
                     encoder=encoder,
                     rows_at_once=batch_size,

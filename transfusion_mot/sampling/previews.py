@@ -1,4 +1,4 @@
-"""What a run shows of its model as it goes: pictures of prompts, captions and edits of held-out pictures."""
+"""What a run shows of its model as it goes: pictures of prompts, captions and edits of held-out pictures, speech."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from PIL import Image
 
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources
-from transfusion_mot.data.sources.base import CaptionedImages
-from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_edits import edited, held_out_edits
+from transfusion_mot.sampling.held_out_edits import HeldOutEdits, edited, held_out_edits
+from transfusion_mot.sampling.held_out_items import captions_of, pictures_of, printable
 from transfusion_mot.sampling.sizes import Size, by_size
+from transfusion_mot.sampling.speech_previews import SpeechPreviews
 
 _NUM_CAPTIONED, _NUM_PAINTED = 8, 4
 # Of each source of editing pairs.
@@ -26,14 +26,14 @@ _LINE, _LINE_COLOUR = 2, "#999999"
 
 
 class Previews:
-    """Labelled grids in a folder, and in TensorBoard where that is the tracker.
+    """Labelled grids in a folder, and in TensorBoard where that is the tracker, and speech, of models that have it.
 
     Prompts are painted at all sizes of training in turn. Where there are pictures of before the first step, as of a
     run that fine-tunes a model, a grid shows them beside the newest ones.
 
     Args:
         pipeline: Paints and captions, with the weights that its transformer has at the time.
-        prompts: To paint; may be empty. None takes captions of held-out images.
+        prompts: To paint and to say; may be empty. None takes captions of held-out images, and of held-out audio.
         held_out: Pictures to caption are evenly spaced ones of its captioned images, and those to edit of its editing
             pairs.
         folder: Where the grids go.
@@ -53,7 +53,14 @@ class Previews:
         pipeline.sampling_settings(None, None)
         if prompts:
             pipeline.check_prompts(prompts)
-        elif prompts is None:
+        self.speech = SpeechPreviews(pipeline, prompts, held_out, folder)
+        self.prompts: list[str] = []
+        self.pictures: list[Image.Image] = []
+        self.captions: list[str] = []
+        self.edits: list[HeldOutEdits] = []
+        if not pipeline.has_images:
+            return
+        if prompts is None:
             captions = captions_of(held_out, pipeline.image_modality, _NUM_PAINTED)
             # Training cuts captions that are too long for a row; a prompt may not be.
             prompts = [caption for caption in captions if pipeline.is_short_enough(caption)]
@@ -63,8 +70,9 @@ class Previews:
         found = [held_out_edits(name, source, _NUM_EDITED) for name, source in pairs]
         self.edits = [edits for edits in found if edits is not None and edits.before]
 
-    def make(self, step: int, accelerator: Accelerator) -> None:
-        """Paint, edit and caption after `step` steps; called by the main process, or by all of a sharded model."""
+    def make(self, step: int, accelerator: Accelerator) -> list[str]:
+        """Paint, edit, caption, speak and transcribe after `step` steps => lines for the log; called by the main
+        process, or by all of a sharded model."""
         self.pipeline.set_progress_bar_config(disable=True)
         if self.prompts and self.pipeline.can_paint:
             sizes = self.pipeline.sizes.trained
@@ -85,8 +93,9 @@ class Previews:
                 self._show(beside, labels, name="edits", suffix="-edits", step=step, accelerator=accelerator)
         if self.pictures:
             written = self.pipeline.caption(self.pictures)
-            labels = [f"{_shown(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
+            labels = [f"{printable(new)} [{real}]" for new, real in zip(written, self.captions, strict=True)]
             self._show(self.pictures, labels, name="captions", suffix="-captions", step=step, accelerator=accelerator)
+        return self.speech.make(step, accelerator)
 
     def _compare(self, images: list[Image.Image], step: int) -> None:
         """Keep pictures of before the first step; show later ones beside them."""
@@ -131,44 +140,3 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     both.paste(left, (0, 0))
     both.paste(right, (left.width + _LINE, 0))
     return both
-
-
-def _shown(text: str) -> str:
-    """What a model has written, which early in a run are any bytes, as something that can be drawn."""
-    return "".join(character if character.isprintable() else "?" for character in text) or "(nothing)"
-
-
-def pictures_of(sources: Sources, modality: str, count: int) -> tuple[list[Image.Image], list[str]]:
-    """Evenly spaced captioned images of a modality, as the model sees them, and the first caption of each; fewer if
-    some are gone."""
-    pictures, captions = [], []
-    for documents, index in _evenly_spaced(sources, modality, count):
-        try:
-            picture = Image.fromarray(documents.image(index))
-        except UserError:
-            continue
-        pictures.append(picture)
-        captions.append(documents.captions(index)[0])
-    return pictures, captions
-
-
-def captions_of(sources: Sources, modality: str, count: int) -> list[str]:
-    """The first captions of evenly spaced images of a modality."""
-    return [documents.captions(index)[0] for documents, index in _evenly_spaced(sources, modality, count)]
-
-
-def _evenly_spaced(sources: Sources, modality: str, count: int) -> list[tuple[CaptionedImages, int]]:
-    """(source, index) of evenly spaced captioned images of a modality."""
-    documents = [
-        source.documents
-        for source in sources.sources
-        if isinstance(source.documents, CaptionedImages) and modality in source.documents.media
-    ]
-    ends = np.cumsum([len(source) for source in documents])
-    total = int(ends[-1]) if documents else 0
-    places = np.unique(np.linspace(0, total - 1, count).round().astype(int)) if total else np.zeros(0, int)
-    found = []
-    for place in places.tolist():
-        which = int(np.searchsorted(ends, place, side="right"))
-        found.append((documents[which], place - int(ends[which]) + len(documents[which])))
-    return found

@@ -54,6 +54,8 @@ class Session:
         self.device = device
         self.cache = workspace.cache(model, rows, capacity, device)
         self._counters = [PositionCounter(model.architecture.rope) for _ in range(rows)]
+        # What is fed is clean.
+        self._readers = model.architecture.readers
         self._fed: list[list[Fed]] = [[] for _ in range(rows)]
 
     def clear(self, row: int) -> None:
@@ -66,7 +68,8 @@ class Session:
         fed = self._fed[row]
         for part in parts:
             if isinstance(part, LatentSpan):
-                fed.append((part.media.modality, part.media.content))
+                modality = part.media.modality
+                fed.append((self._readers.get(modality, modality), part.media.content))
             elif fed and fed[-1][0] == part.modality and isinstance(fed[-1][1], list):
                 fed[-1] = part.modality, fed[-1][1] + part.ids
             elif part.ids:

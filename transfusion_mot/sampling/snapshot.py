@@ -8,16 +8,19 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import HubertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from transfusion_mot import schedulers
+from transfusion_mot.codecs.audio_codes import CLASSES as AUDIO_CLASSES
+from transfusion_mot.codecs.audio_codes import AudioCodes
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.base import AudioCodec, Codec, ImageCodec
+from transfusion_mot.codecs.hubert_units import HubertUnits
 from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
-from transfusion_mot.config import TEXT
+from transfusion_mot.config import TEXT, CodecConfig
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
@@ -25,6 +28,10 @@ from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
 
 MODEL_CARD, INDEX = "README.md", "model_index.json"
+# Components that are codecs, and the setting that says whose.
+COMPONENT_MODALITIES = {"vae": "image_modality", "audio_tokenizer": "audio_modality"}
+_NO_IMAGES = "this model has no pictures: its snapshot has no vae; use one that was trained on images"
+_NO_AUDIO = "this model has no speech: its snapshot has no audio_tokenizer; use one that was trained on audio"
 # What diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.
 _SHIM_MODULE = "pipeline"
 _SHIM = '''\
@@ -44,10 +51,12 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     Args:
         transformer: The model.
-        vae: The codec of its pictures: `AutoencoderKL`, or where they are codes one of `codecs.image_codes.CLASSES`.
         scheduler: diffusers scheduler that samples. Another one may be assigned later, as of
             `X.from_config(pipeline.scheduler.config)`: it is adapted to what the model was trained for, or refused.
         tokenizer: Its tokenizer, `TextTokenizer.hf`.
+        vae: The codec of its pictures: `AutoencoderKL`, or where they are codes one of `codecs.image_codes.CLASSES`.
+            None of a model without pictures.
+        audio_tokenizer: The model inside the codec of its audio. None of a model without audio.
         image_size: Height and width in pixels of the images it was trained on, if there are no `image_sizes`.
         max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
         num_inference_steps: Reverse steps if a call names none.
@@ -58,10 +67,11 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             takes those of `scheduler`.
         image_modality: The modality of the pictures; None is the one beside text, if there is only one.
         trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
+        audio_modality: The modality of the audio, likewise.
+        max_audio_seconds: Longest audio it can have seen; None is no limit.
+        examples: For a page: some `prompts`, and the `beginnings` of its captions where there are a few.
 
     Attributes:
-        image_modality: The modality of the pictures.
-        sizes: Of images.
         workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
 
     Raises:
@@ -69,14 +79,18 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae", "audio_tokenizer"]  # noqa: RUF012
+    # Models of transformers are called by `encode` and `decode`, which no hook of accelerate sees.
+    _exclude_from_cpu_offload = ["audio_tokenizer"]  # noqa: RUF012
 
     # diffusers takes arguments without a default for components: every setting needs one.
     def __init__(
         self,
         transformer: TransfusionMoT,
-        vae: ModelMixin | PreTrainedModel,
         scheduler: SchedulerMixin,
         tokenizer: PreTrainedTokenizerFast,
+        vae: ModelMixin | PreTrainedModel | None = None,
+        audio_tokenizer: ModelMixin | PreTrainedModel | None = None,
         image_size: int | None = None,
         max_prompt_tokens: int | None = None,
         num_inference_steps: int = 50,
@@ -85,12 +99,17 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         trained_for: dict[str, Any] | None = None,
         image_modality: str | None = None,
         trained_on_edits: bool = False,
+        audio_modality: str | None = None,
+        max_audio_seconds: float | None = None,
+        examples: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
         self._adapters, self._put_in, self._pristine = {}, set(), None
         # Before the scheduler, which must fit it.
         self.register_to_config(trained_for=trained_for or schedulers.trained_for(scheduler))
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, vae=vae, audio_tokenizer=audio_tokenizer
+        )
         self.register_to_config(
             image_size=image_size,
             max_prompt_tokens=max_prompt_tokens,
@@ -99,41 +118,95 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             image_sizes=image_sizes,
             image_modality=image_modality,
             trained_on_edits=trained_on_edits,
+            audio_modality=audio_modality,
+            max_audio_seconds=max_audio_seconds,
+            examples=examples,
         )
         architecture = transformer.architecture
-        self.text_tokenizer = TextTokenizer(tokenizer, architecture.stream_order)
+        self.text_tokenizer = TextTokenizer(tokenizer, architecture.made)
         self.workspace = Workspace()
         # Text of the README.md that goes with it.
         self.model_card: str | None = None
-        self.image_modality = _picture_modality(architecture.stream_order, image_modality)
-        self._check_components()
-        own = transformer.modality(self.image_modality)
-        multiple = self.codec.downsampling * (own.patch_size if isinstance(own, DiffusionModality) else 1)
-        self.sizes = ImageSizes(multiple, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"}))
+        self._images = _modality_of(architecture.made, "image_modality", image_modality, vae)
+        self._audio = _modality_of(architecture.made, "audio_modality", audio_modality, audio_tokenizer)
+        self._check_tokenizer()
+        self._sizes = None
+        if vae is not None:
+            self._check_vae()
+            own = transformer.modality(self.image_modality)
+            multiple = self.codec.downsampling * (own.patch_size if isinstance(own, DiffusionModality) else 1)
+            self._sizes = ImageSizes(
+                multiple, **(image_sizes or {"trained": [[image_size, image_size]], "fit": "crop"})
+            )
+        if audio_tokenizer is not None:
+            self._check_audio_tokenizer()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it reads pictures."""
+        return self._images is not None
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether it reads audio."""
+        return self._audio is not None
+
+    @property
+    def image_modality(self) -> str:
+        """The modality of the pictures.
+
+        Raises:
+            UserError: It has none.
+        """
+        if self._images is None:
+            raise UserError(_NO_IMAGES)
+        return self._images
+
+    @property
+    def audio_modality(self) -> str:
+        """The modality of the audio.
+
+        Raises:
+            UserError: It has none.
+        """
+        if self._audio is None:
+            raise UserError(_NO_AUDIO)
+        return self._audio
+
+    @property
+    def sizes(self) -> ImageSizes:
+        """The sizes of its pictures.
+
+        Raises:
+            UserError: It has none.
+        """
+        if self._sizes is None:
+            raise UserError(_NO_IMAGES)
+        return self._sizes
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":
             value = schedulers.fit_scheduler(value, self.config.trained_for)
         super().__setattr__(name, value)
 
-    def _check_components(self) -> None:
-        sizes, vae_class = self.transformer.config.sizes, type(self.vae).__name__
-        # Here, as diffusers' generic loader passes nothing else of ours. The transformer looks for its own weights.
-        if missing := [name for name, parameter in self.vae.named_parameters() if parameter.is_meta]:
-            raise UserError(f"the vae has no weights for {', '.join(missing[:5])}; use a whole snapshot")
+    def _check_tokenizer(self) -> None:
+        size, ids = self.transformer.config.sizes[TEXT], self.text_tokenizer.vocab_size
+        # Behind its ids a language model can have spare rows.
+        has_spare = self.transformer.architecture.modalities[TEXT].vocab_size is not None
+        if ids > size or (ids < size and not has_spare):
+            raise UserError(
+                f"the tokenizer has {ids} ids and the transformer was trained on {size}; use the tokenizer that the "
+                "transformer was trained with"
+            )
+
+    def _check_vae(self) -> None:
+        _refuse_missing_weights(self.vae, "vae")
         if self.config.image_size is None:
             raise UserError(
                 f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
                 "snapshot, or give image_size=PIXELS"
             )
-        # Behind its ids a language model can have spare rows.
-        has_spare = self.transformer.architecture.modalities[TEXT].vocab_size is not None
-        ids = self.text_tokenizer.vocab_size
-        if ids > sizes[TEXT] or (ids < sizes[TEXT] and not has_spare):
-            raise UserError(
-                f"the tokenizer has {self.text_tokenizer.vocab_size} ids and the transformer was trained on "
-                f"{sizes[TEXT]}; use the tokenizer that the transformer was trained with"
-            )
+        vae_class, size = type(self.vae).__name__, self.transformer.config.sizes[self.image_modality]
         objective = self.transformer.architecture.modalities[self.image_modality].objective
         known = [AutoencoderKL.__name__] if objective == "diffusion" else list(CLASSES)
         if vae_class not in known:
@@ -141,7 +214,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
                 f"the vae is a {vae_class}, and pictures with the objective {objective} need {' or '.join(known)}; use "
                 "the vae that the transformer was trained with"
             )
-        codec, size = self.codec, sizes[self.image_modality]
+        codec = self.codec
         if codec.kind == "latents" and codec.latent_channels != size:
             raise UserError(
                 f"the vae has {codec.latent_channels} latent channels and the transformer was trained on {size}; use "
@@ -154,11 +227,31 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
                 "that the transformer was trained with"
             )
 
+    def _check_audio_tokenizer(self) -> None:
+        _refuse_missing_weights(self.audio_tokenizer, "audio_tokenizer")
+        name, tokenizer_class = self.audio_modality, type(self.audio_tokenizer).__name__
+        if (objective := self.transformer.architecture.modalities[name].objective) != "next_token":
+            raise UserError(f"the modality '{name}' has the objective {objective}; audio needs next_token")
+        # A folder with a HubertModel and centroids becomes one model of both.
+        known = [HubertUnits.__name__ if model == HubertModel.__name__ else model for model in AUDIO_CLASSES]
+        if tokenizer_class not in known:
+            raise UserError(
+                f"the audio_tokenizer is a {tokenizer_class}; one of {', '.join(known)} is needed: use that which the "
+                "transformer was trained with"
+            )
+        size = self.transformer.config.sizes[name] - 2
+        if (codes := self.audio_codec.codebook_size) != size:
+            raise UserError(
+                f"the audio_tokenizer has {codes} codes and the transformer was trained on {size}; use the one that "
+                "the transformer was trained with"
+            )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a snapshot folder, or a pipeline of that name from the Hugging Face hub; arguments as in diffusers.
+        """Load a snapshot, the newest one of a run folder, or a pipeline of that name from the Hugging Face hub.
 
-        Of the folder of a low-rank adapter the snapshot below it is loaded, and the adapter into that.
+        Arguments are those of diffusers. Of the folder of a low-rank adapter the snapshot below it is loaded, and the
+        adapter into that.
 
         Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
 
@@ -166,12 +259,12 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
         """
         path = pretrained_model_name_or_path
+        if os.path.isdir(path):
+            path = find_snapshot(str(path))
         index = Path(path) / INDEX
         kwargs.setdefault("use_safetensors", True)
         if (Path(path) / ADAPTER_CONFIG).is_file():
             return cls._with_adapter(Path(path), kwargs)
-        if os.path.isdir(path) and not index.is_file():
-            raise UserError(f"{path} is no snapshot: it has no model_index.json; give a folder snapshots/step-N")
         refuse_dangling_links(Path(path))
         if is_of_version_0_1(Path(path)):
             raise UserError(
@@ -185,8 +278,13 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             contents = _with_plain_class(contents)
             if (class_name := contents.get("_class_name", cls.__name__)) != cls.__name__:
                 raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
+            audio_tokenizer = Path(path) / "audio_tokenizer"
+            if "audio_tokenizer" not in kwargs and audio_tokenizer.is_dir():
+                # Not by diffusers, which fills up missing weights with random ones.
+                kwargs["audio_tokenizer"] = AudioCodes.load(CodecConfig(str(audio_tokenizer)), "cpu").model
             for name, part in contents.items():
-                if isinstance(part, list) and name not in kwargs and not (Path(path) / name).is_dir():
+                is_part = isinstance(part, list) and part[0] is not None
+                if is_part and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
             # What an older snapshot was trained for is known by its own scheduler alone.
             is_known = "trained_for" in {**contents, **kwargs}
@@ -199,8 +297,9 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"no pipeline can be loaded from {path}: {reason}") from None
-        for name in ("transformer", "vae"):
-            _refuse_bad_weights(getattr(pipeline, name), f"the {name} of {path}")
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                _refuse_bad_weights(part, f"the {name} of {path}")
         card = Path(path) / MODEL_CARD
         pipeline.model_card = card.read_text() if card.is_file() else None
         return pipeline
@@ -270,26 +369,61 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         return height // self.codec.downsampling, width // self.codec.downsampling
 
     @property
-    def codec(self) -> Codec:
-        """The VAE with its normalisation of latents, or the tokenizer of images."""
+    def codec(self) -> ImageCodec:
+        """The VAE with its normalisation of latents, or the tokenizer of images.
+
+        Raises:
+            UserError: The model has no pictures.
+        """
+        if self.vae is None:
+            raise UserError(_NO_IMAGES)
         if isinstance(self.vae, AutoencoderKL):
             return Autoencoder(self.vae)
         # Whatever the number format of the pipeline: half precision flips codes.
         return ImageCodes(self.vae if self.vae.dtype == torch.float32 else self.vae.float())
 
+    @property
+    def audio_codec(self) -> AudioCodec:
+        """The tokenizer of audio.
 
-def _picture_modality(modalities: Sequence[str], given: str | None) -> str:
-    """The modality of the pictures of a model.
+        Raises:
+            UserError: The model has no audio.
+        """
+        if self.audio_tokenizer is None:
+            raise UserError(_NO_AUDIO)
+        return AudioCodes(self.audio_tokenizer)
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """Of each modality that has one."""
+        codecs: dict[str, Codec] = {}
+        if self.has_images:
+            codecs[self.image_modality] = self.codec
+        if self.has_audio:
+            codecs[self.audio_modality] = self.audio_codec
+        return codecs
+
+
+def _modality_of(media: Sequence[str], key: str, given: str | None, codec: Any) -> str | None:
+    """The modality that a codec belongs to, None if there is no codec.
+
+    Args:
+        media: Modalities of the model, text among them.
+        key: Name of the setting that says it.
+        given: What it says.
+        codec: A component, or None.
 
     Raises:
         UserError: There is none of that name, or none is named and there are several.
     """
-    media = [name for name in modalities if name != TEXT]
+    media = [name for name in media if name != TEXT]
+    if codec is None:
+        return None
     if given is None and len(media) == 1:
         return media[0]
     if given not in media:
         raise UserError(
-            f"image_modality is {given}; it must say which modality of the transformer its pictures are: "
+            f"{key} is {given}; it must say which modality of the transformer that is: "
             f"{', '.join(media) or 'but it has text alone'}"
         )
     return given
@@ -318,3 +452,9 @@ def _refuse_bad_weights(model: torch.nn.Module, what: str) -> None:
     if not torch.stack([value.cpu() for value in sums]).isfinite().all():
         wrong = next(name for name, parameter in model.named_parameters() if not parameter.isfinite().all())
         raise UserError(f"{what} has weights that are not finite, such as {wrong}; use an earlier snapshot")
+
+
+def _refuse_missing_weights(model: torch.nn.Module, name: str) -> None:
+    # Here, as diffusers' generic loader passes nothing else of ours. The transformer looks for its own weights.
+    if missing := [parameter for parameter, weight in model.named_parameters() if weight.is_meta]:
+        raise UserError(f"the {name} has no weights for {', '.join(missing[:5])}; use a whole snapshot")

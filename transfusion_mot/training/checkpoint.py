@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk
+from transfusion_mot.files import flush_to_disk, step_folders, step_number
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
@@ -53,7 +53,7 @@ def find_state(run: Path, resume: str) -> Path | None:
     Raises:
         UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
     """
-    states, snapshots = _steps(run / "state"), _steps(run / "snapshots")
+    states, snapshots = step_folders(run / "state"), step_folders(run / "snapshots")
     if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
         raise UserError(
             f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
@@ -90,37 +90,18 @@ def clear_behind(run: Path, step: int) -> None:
     What was being written when the run was killed goes, too.
     """
     for folder in (run / "state", run / "snapshots"):
-        for left in [*folder.glob(".step-*.partial"), *(path for path in _steps(folder) if _step_number(path) > step)]:
+        behind = [path for path in step_folders(folder) if step_number(path) > step]
+        for left in [*folder.glob(".step-*.partial"), *behind]:
             shutil.rmtree(left)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
     """Remove all of the folders step-N in `folder` but the newest, those of every `keep_every` steps (0: none), and
     that of the best step."""
-    for old in _steps(folder)[:-keep_last]:
-        step = _step_number(old)
+    for old in step_folders(folder)[:-keep_last]:
+        step = step_number(old)
         if step != best_step and (not keep_every or step % keep_every):
             shutil.rmtree(old)
-
-
-def find_snapshot(path: str) -> Path:
-    """Run folder or snapshot folder => snapshot folder; of a run, the newest one.
-
-    Raises:
-        UserError: There is no snapshot.
-    """
-    folder = Path(path)
-    if (folder / "model_index.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
-        return folder
-    snapshots = _steps(folder / "snapshots")
-    if snapshots:
-        return snapshots[-1]
-    if not folder.exists():
-        raise UserError(f"there is no folder {path}; give a run folder of train.py or one of its snapshots/step-N")
-    raise UserError(
-        f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
-        "that has saved one, or a snapshot"
-    )
 
 
 def run_config_file(folder: Path) -> Path:
@@ -143,12 +124,3 @@ def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig
     if not file.is_file():
         raise UserError(f"there is no configuration {file}; give the one that the model was trained with by {option}")
     return parse_config(RunConfig, ["--config", str(file)], "")
-
-
-def _steps(folder: Path) -> list[Path]:
-    """The folders step-N in `folder`, by N."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_number)
-
-
-def _step_number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))

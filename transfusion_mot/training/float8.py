@@ -74,7 +74,9 @@ def _widths(config: RunConfig, codecs: Mapping[str, Codec]) -> dict[str, int]:
         if model.modalities[name].objective == "next_token":
             widths[f"data.slots.{name}"] = slots
             continue
-        side = codecs[name].downsampling * model.modalities[name].patch_size
+        codec = codecs[model.content_of(name)]
+        assert codec.medium != "audio"
+        side = codec.downsampling * model.modalities[name].patch_size
         for height, width in data.image_sizes:
             patches = (height // side) * (width // side)
             widths[f"data.slots.{name} * {patches} patches"] = slots * patches

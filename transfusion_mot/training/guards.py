@@ -86,7 +86,7 @@ class Guards:
         self.encoder = encoder
         self.lanes = lanes
         self.config = config.training
-        self.loss_weights = {name: modality.loss_weight for name, modality in config.model.modalities.items()}
+        self.loss_weights = {name: config.model.modalities[name].loss_weight for name in modalities}
         # Of random logits: ln V of equal chances, and half the variance of a sum of `hidden_size` normal weights.
         self.first_losses = {
             name: math.log(modality.vocab_size) + modality.embedding.embedding_dim * INIT_STD**2 / 2

@@ -138,7 +138,7 @@ class RunLog:
         self.model = model
         self.seen = Counter(seen)
         self.sources = sources
-        self.modalities = config.model.stream_order
+        self.modalities = config.model.made
         self.counted = [
             *counted_by(config.model),
             *(counter(name, what) for name in sources.names for what in SOURCE_COUNTED),
@@ -250,7 +250,7 @@ class RunLog:
             steps,
             time.perf_counter() - self.started,
             self.slots,
-            self.flops + flops_per_pair(self.config.model) * pairs.item(),
+            self.flops + flops_per_pair(self.model) * pairs.item(),
             dict(zip(self.counted, map(int, counted.tolist()), strict=True)),
             sums_by_source,
             sums_by_timestep,

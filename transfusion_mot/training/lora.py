@@ -63,6 +63,8 @@ def trainable_parts(model: ModelConfig) -> list[str]:
         modality = model.modalities[name]
         if modality.objective == "diffusion":
             names += [f"{name}.adapter", f"{name}.adapter.timestep"]
+        elif modality.objective == "read":
+            names += [f"{name}.adapter"]
         else:
             names += [f"{name}.embedding", *([] if modality.tied_embeddings else [f"{name}.head"])]
     return list(dict.fromkeys(names))

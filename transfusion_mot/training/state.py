@@ -202,7 +202,7 @@ def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder
                 before, now = ({key: side.get(key) for key in differing} for side in (before, now))
             raise UserError(
                 f"{folder} was trained with another {part}: {before}, and now it is {now}; "
-                "use the one it was trained with, or another output_dir"
+                f"go on with its own configuration, --config {run_config_file(folder)}, or use another output_dir"
             )
 
 
@@ -236,8 +236,8 @@ def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder:
     else:
         given = f"tokenizer.vocab_size is {config.vocab_size}, and was {before.vocab_size}"
     raise UserError(
-        f"{folder} was trained with another tokenizer: {given}; use the setting it was trained with, or another "
-        "output_dir"
+        f"{folder} was trained with another tokenizer: {given}; go on with its own configuration, --config {file}, or "
+        "use another output_dir"
     )
 
 

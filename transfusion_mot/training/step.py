@@ -91,8 +91,8 @@ def train_step(
     """
     counts = accelerator.reduce(batch.counts(), reduction="sum")
     # Data parallelism averages over ranks what must be a sum.
-    scales = dict(zip(batch.inputs, (accelerator.num_processes / counts.clamp(min=1)).float().unbind(), strict=True))
-    losses: dict[str, list[Tensor]] = {name: [] for name in batch.inputs}
+    scales = dict(zip(batch.with_loss, (accelerator.num_processes / counts.clamp(min=1)).float().unbind(), strict=True))
+    losses: dict[str, list[Tensor]] = {name: [] for name in batch.with_loss}
     microbatches = batch.split(microbatch_rows)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1

@@ -14,10 +14,11 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 def tower_of(name: str, config: ModelConfig) -> str:
     """Tower of a parameter of `TransfusionMoT`: its owner in the blocks, else that of its modality.
 
-    What towers share belongs to `shared`.
+    What towers share belongs to `shared`. The adapter of latents that are only read belongs to the tower of the
+    modality that they are of: it begins at random and must learn also where the tower that reads is frozen.
     """
     if name.startswith("modalities."):
-        return config.modalities[name.split(".")[1]].tower
+        return config.modalities[config.content_of(name.split(".")[1])].tower
     return name.split(".owned.")[1].split(".")[0]
 
 

@@ -1,8 +1,11 @@
 """Losses on held-out documents, at fixed timesteps and with fixed noise, so that runs and steps compare."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from transfusion_mot.data.layout import Media
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
-from transfusion_mot.data.sources.base import MediaItem
+from transfusion_mot.data.sources.base import Documents, MediaItem
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -25,6 +28,9 @@ from transfusion_mot.training.metrics import CAPTION_LOSS, loss_name
 from transfusion_mot.training.step import loss_terms
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
+# (bucket, what builds rows of it).
+_Packers = list[tuple[int, Packer]]
+
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0
 
@@ -35,6 +41,10 @@ class Validation:
     Captions stand before their media for the loss of each modality (`text_loss`: of all text; of media: given what
     stands before them), and behind clean media for `caption_loss`. A loss is missing where nothing that is held out has
     it. Without media there are rows of texts, or of codes, alone.
+
+    With `data.orders` there are rows for each order, each of documents that have its items. The loss of a modality is
+    over the rows of all orders, of latents over those that they end; and the last item of each order has a loss of its
+    own, such as `speech_loss/text-speech`. There is no `caption_loss`.
 
     Args:
         sources: Held-out sources, at least one.
@@ -70,65 +80,92 @@ class Validation:
         self.latents = [name for name in config.model.of_objective("diffusion") if name in held_out]
         timesteps_from_uniform = Diffusion.from_config(config.diffusion).timesteps_from_uniform
 
-        def packer(sources: Sources, caption_first_prob: float, num_rows: int) -> Packer:
+        def packer(sources: Sources, layout: dict[str, Any], num_rows: int) -> Packer:
             return Packer(
                 sources,
                 tokenizer,
-                dataclasses.replace(data, caption_first_prob=caption_first_prob),
+                dataclasses.replace(data, **layout),
                 config.model,
                 num_lanes=num_rows,
                 seed=SEED,
                 timesteps_from_uniform=timesteps_from_uniform,
             )
 
-        def packers(sources: Sources, caption_first_prob: float) -> list[tuple[int, Packer]]:
+        def packers(sources: Sources, layout: dict[str, Any], order: Sequence[str] | None = None) -> _Packers:
             """(bucket, packer) of every bucket that has media; a lane each row, so that no media come twice."""
             result = []
             for bucket, pools in enumerate(sources.media_pools):
                 if not pools:
                     continue
                 available = sum(sources.pools[pool].length for pool in pools)
+                # Something stands behind media.
+                is_copied = order is not None or layout.get("caption_first_prob") == 0
                 most = most_in_a_row(
-                    sources, bucket, config, is_copied=config.data.has_copies and not caption_first_prob
+                    sources, bucket, config, is_copied=config.data.has_copies and is_copied, order=order
                 )
                 num_rows = max(1, wanted * available // total // most)
-                result.append((bucket, packer(sources, caption_first_prob, num_rows)))
+                result.append((bucket, packer(sources, layout, num_rows)))
             return result
 
-        # Documents of tokens alone lie in rows of the first bucket, whose media slots stay empty.
-        self.caption_first = packers(sources, 1.0) or [
-            (0, packer(sources, 1.0, token_rows(sources, tokenizer, config)))
-        ]
-        self.media_first = packers(sources.only_paired(), 0.0)
-        self.num_rows = sum(packer.num_lanes for _, packer in self.caption_first)
+        caption_first = {"caption_first_prob": 1.0}
+        orders = {order: chance for order, chance in (config.data.orders or {}).items() if chance > 0}
+        others = sources.only(lambda documents: not documents.is_paired) if orders else sources
+        self.caption_first: _Packers = packers(others, caption_first) if others.sources else []
+        if others.sources and not self.caption_first:
+            # Documents of tokens alone lie in rows of the first bucket, whose media slots stay empty.
+            self.caption_first = [(0, packer(others, caption_first, token_rows(others, tokenizer, config)))]
+        self.media_first: _Packers = []
+        if not orders:
+            paired = sources.only(lambda documents: documents.is_paired)
+            self.media_first = packers(paired, {"caption_first_prob": 0.0})
+        self.orders: dict[str, _Packers] = {}
+        for order in orders:
+            having = sources.only(partial(_has_order, order=order))
+            if having.sources:
+                self.orders[order] = packers(having, {"orders": {order: 1.0}}, order.split())
+        rows = [*self.caption_first, *itertools.chain(*self.orders.values())]
+        self.num_rows = sum(packer.num_lanes for _, packer in rows)
 
     @torch.no_grad()
     def losses(self, model: TransfusionMoT, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses over all held-out rows, by name; called by all ranks, which share the rows."""
         timesteps = TIMESTEPS if self.latents else ()
-        names = model.architecture.stream_order
-        # Captions behind their media, captions in front of them, and these at each timestep.
-        sums = torch.zeros(2 + len(timesteps), len(names), 2, dtype=torch.float64, device=_device(model))
+        names = model.architecture.made
+        # Rows of each kind, and the timesteps at which their latents are noised.
+        kinds: list[tuple[_Packers, Sequence[float]]] = [(self.media_first, ()), (self.caption_first, timesteps)]
+        kinds += [(rows, timesteps if last_of(order) in self.latents else ()) for order, rows in self.orders.items()]
+        # Without noise, and at each timestep.
+        sums = torch.zeros(len(kinds), 1 + len(timesteps), len(names), 2, dtype=torch.float64, device=_device(model))
         with accelerator.autocast():
-            for batch in self._batches(self.media_first, model, accelerator):
-                sums[0] += _sums_and_counts(model, batch.at(0.0))
-            for batch in self._batches(self.caption_first, model, accelerator):
-                for index, timestep in enumerate((0.0, *timesteps)):
-                    sums[1 + index] += _sums_and_counts(model, batch.at(timestep))
+            for kind, (rows, noised_at) in enumerate(kinds):
+                for batch in self._batches(rows, model, accelerator):
+                    for index, timestep in enumerate((0.0, *noised_at)):
+                        sums[kind, index] += _sums_and_counts(model, batch.at(timestep))
         sums = accelerator.reduce(sums, reduction="sum")
+        # Captions behind their media are a loss of their own.
+        losses = self._means(sums[1:].sum(0), names)
+        if TEXT in names and loss_name(TEXT) in losses and self.media_first:
+            losses[CAPTION_LOSS] = self._means(sums[0], names)[loss_name(TEXT)]
+        for kind, order in enumerate(self.orders, start=2):
+            last = last_of(order)
+            of_order = self._means(sums[kind], names)
+            if loss_name(last) in of_order:
+                losses[f"{loss_name(last)}/{'-'.join(order.split())}"] = of_order[loss_name(last)]
+        return losses
+
+    def _means(self, sums: Tensor, names: Sequence[str]) -> dict[str, float]:
+        """Sums and counts [1 + timesteps, modalities, 2] => mean losses, of latents over the timesteps and at each."""
         means, counts = (sums[..., 0] / sums[..., 1].clamp(min=1)).tolist(), sums[..., 1].tolist()
         losses = {}
         for place, name in enumerate(names):
-            if not counts[1][place]:
-                continue
             if name not in self.latents:
-                losses[loss_name(name)] = means[1][place]
-                if name == TEXT and self.media_first:
-                    losses[CAPTION_LOSS] = means[0][place]
+                if counts[0][place]:
+                    losses[loss_name(name)] = means[0][place]
                 continue
-            per_timestep = [row[place] for row in means[2:]]
-            losses[loss_name(name)] = sum(per_timestep) / len(per_timestep)
-            losses |= {f"{loss_name(name)}/t={t}": loss for t, loss in zip(timesteps, per_timestep, strict=True)}
+            if counts[1][place]:
+                per_timestep = [row[place] for row in means[1:]]
+                losses[loss_name(name)] = sum(per_timestep) / len(per_timestep)
+                losses |= {f"{loss_name(name)}/t={t}": loss for t, loss in zip(TIMESTEPS, per_timestep, strict=True)}
         return losses
 
     @torch.no_grad()
@@ -138,8 +175,11 @@ class Validation:
         """[N, len(timesteps)], loss per element of each held-out item of a modality of latents at each timestep; called
         by all ranks."""
         found = []
+        rows = [*self.caption_first]
+        for order, of_order in self.orders.items():
+            rows += of_order if last_of(order) == modality else []
         with accelerator.autocast():
-            for batch in self._batches(self.caption_first, model, accelerator):
+            for batch in self._batches(rows, model, accelerator):
                 given = batch.latents(modality)
                 assert given.mask is not None
                 elements = given.latents[0, 0].numel()
@@ -148,9 +188,11 @@ class Validation:
         gathered: list[Tensor] = gather_object([torch.cat(found).cpu()])
         return torch.cat(gathered)
 
-    def _batches(
-        self, packers: list[tuple[int, Packer]], model: TransfusionMoT, accelerator: Accelerator
-    ) -> Iterator[Batch]:
+    def batches(self, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
+        """This rank's rows of what `losses` measures of each modality: captions in front of media, or all orders."""
+        return self._batches([*self.caption_first, *itertools.chain(*self.orders.values())], model, accelerator)
+
+    def _batches(self, packers: _Packers, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
         """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
         device = _device(model)
         for bucket, packer in packers:
@@ -175,7 +217,7 @@ def _device(model: TransfusionMoT) -> torch.device:
 def _sums_and_counts(model: TransfusionMoT, batch: Batch) -> Tensor:
     """[modalities, 2]: summed loss of each modality, and its labelled tokens or elements."""
     terms = loss_terms(model, batch)
-    sums = torch.stack([terms[name].losses.sum() for name in batch.inputs])
+    sums = torch.stack([terms[name].losses.sum() for name in batch.with_loss])
     return torch.stack([sums.double(), batch.counts()], dim=1)
 
 
@@ -184,11 +226,23 @@ def is_compiled_for_shape(model: TransfusionMoT, device: torch.device, num_slots
     return model.kernel(device, num_slots)[0] == "flex"
 
 
-def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied: bool) -> int:
+def _has_order(documents: Documents, order: str) -> bool:
+    return documents.is_paired and set(order.split()) <= set(documents.modalities)
+
+
+def last_of(order: str) -> str:
+    """The modality of the last item of an order."""
+    return order.split()[-1]
+
+
+def most_in_a_row(
+    sources: Sources, bucket: int, config: RunConfig, *, is_copied: bool, order: Sequence[str] | None = None
+) -> int:
     """Most documents with media of a bucket that a row has room for; their texts are taken to be short.
 
     Args:
         is_copied: Whether latents have a clean copy, which takes a slot too.
+        order: The modalities that documents consist of; None is all that they have.
     """
     shortest: dict[str, int] = {}
     for pool in (sources.pools[index] for index in sources.media_pools[bucket]):
@@ -196,22 +250,29 @@ def most_in_a_row(sources: Sources, bucket: int, config: RunConfig, *, is_copied
         for position in range(min(pool.length, config.training.num_validation_documents)):
             taken: Counter[str] = Counter()
             for item in source.documents.document(pool.item(position)):
-                if not isinstance(item, MediaItem):
+                if not isinstance(item, MediaItem) or (order is not None and item.modality not in order):
                     continue
-                encoded, length = source.encoded.get(item.modality), 1 + is_copied
+                encoded, reader = source.encoded.get(item.modality), config.model.readers.get(item.modality)
+                copied = is_copied and (order is None or item.modality != order[-1])
+                media = Media(item.modality, None, copied, item.is_condition, reader)
                 if encoded is not None and encoded.kind == "codes":
                     if not encoded.readable[item.index]:
                         continue
-                    length = Media(item.modality, encoded.span(item.index)).num_slots
-                taken[item.modality] += length
+                    media = Media(item.modality, encoded.span(item.index))
+                taken += media.slots
             shortest |= {name: min(length, shortest.get(name, length)) for name, length in taken.items()}
-    return max(1, sum(config.data.slots[name] // length for name, length in shortest.items()))
+    room = [config.data.slots[name] // length for name, length in shortest.items()]
+    # A document may have one of its modalities alone; one of an order has all.
+    return max(1, sum(room) if order is None else min(room, default=1))
 
 
 def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
     """Rows that about as many documents of tokens alone fill as a validation uses, or all held-out ones if they are
     fewer."""
-    most, reader = config.training.num_validation_documents, DocumentReader(tokenizer, config.data)
+    most, reader = (
+        config.training.num_validation_documents,
+        DocumentReader(tokenizer, config.data, config.model.readers),
+    )
     num_rows = 1
     for name, indices in sources.stream_pools.items():
         pools = [sources.pools[index] for index in indices]

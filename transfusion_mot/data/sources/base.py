@@ -12,10 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.images import ImageArray, UnreadableImage
 from transfusion_mot.data.sources.keys import Keys
 
 Split = Literal["train", "held_out"]
+Medium = Literal["image", "audio"]
+# What one of each is called in messages.
+NOUNS: dict[Medium, str] = {"image": "image", "audio": "audio clip"}
 
 _logger = logging.getLogger(__name__)
 _NUM_EXAMPLES = 3
@@ -47,17 +51,17 @@ class MediaItem:
     is_condition: bool = False
 
 
-class ImageSet(Protocol):
-    """Images of one source and split: what is encoded and cached.
+class _Media(Protocol):
+    """Media of one source and split: what is encoded and cached.
 
     Attributes:
         name: What to call the source in messages and logs.
-        fingerprint: Hash of what decides the pixels: the images' stamps and order, their size, buckets and fit; not of
-            captions.
-        stamps: [N, 2] a key of where each image lies and when its file was changed: one with the same stamp need not be
-            read to know that it is the same.
+        fingerprint: Hash of what decides what is encoded: the media's stamps and order; of images also their size,
+            buckets and fit; not of captions.
+        stamps: [N, 2] a key of where each lies and when its file was changed: one with the same stamp need not be read
+            to know that it is the same.
         skipped: What was left out while the source was opened: reason to count.
-        buckets: [N] index of each image's size in `data.image_sizes`.
+        buckets: [N] index of each image's size in `data.image_sizes`; 0 for audio.
     """
 
     name: str
@@ -69,14 +73,24 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def content(self, index: int) -> bytes | Image.Image:
-        """One image as it is stored: an encoded image, or a picture.
+        """One of them as it is stored: an encoded image or audio clip, or a picture.
 
         Raises:
-            UnreadableImage: There is none.
+            UnreadableMedia: There is none.
             FileNotFoundError: Its file was there when the source was opened.
             UserError: The system fails to read it.
         """
         ...
+
+    def where(self, index: int) -> str:
+        """Where one lies, for messages."""
+        ...
+
+
+class ImageSet(_Media, Protocol):
+    """Images of one source and split."""
+
+    medium: Literal["image"]
 
     def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
         """One image, `uint8 [height, width, 3]` of its bucket; from its `content`, if that has been read.
@@ -87,9 +101,28 @@ class ImageSet(Protocol):
         """
         ...
 
-    def where(self, index: int) -> str:
-        """Where an image lies, for messages."""
+
+class AudioSet(_Media, Protocol):
+    """Audio clips of one source and split, none longer than `data.max_audio_seconds`.
+
+    Attributes:
+        seconds: [N] how long each lasts, by its header; 0 where that cannot be read.
+    """
+
+    medium: Literal["audio"]
+    seconds: npt.NDArray[np.float64]
+
+    def audio(self, index: int, content: bytes | Image.Image | None = None) -> Audio:
+        """One audio clip, at its own sample rate; from its `content`, if that has been read.
+
+        Raises:
+            UnreadableAudio: There is none, or it cannot be decoded.
+            UserError: The system fails to read it.
+        """
         ...
+
+
+MediaSet = ImageSet | AudioSet
 
 
 @runtime_checkable
@@ -100,7 +133,7 @@ class Documents(Protocol):
         name: What to call the source in messages and logs.
         skipped: What was left out while the source was opened: reason to count.
         documents_fingerprint: Hash of the texts, the places of the media between them, and the order of the documents.
-        media: The media of each modality; empty for texts. Those of one document have the same bucket.
+        media: The media of each modality; empty for texts. Images of one document have the same bucket.
         modalities: What the documents are made of. Documents of codes alone fill the stream of their modality, as texts
             fill the text stream.
         is_paired: Whether a document is a text and media of one thing, without an order of their own. Others are in
@@ -113,7 +146,7 @@ class Documents(Protocol):
     is_paired: bool
 
     @property
-    def media(self) -> Mapping[str, ImageSet]: ...
+    def media(self) -> Mapping[str, MediaSet]: ...
 
     @property
     def modalities(self) -> Sequence[str]: ...
@@ -123,6 +156,12 @@ class Documents(Protocol):
     def document(self, index: int) -> list[Text | MediaItem]:
         """One document: its texts and media, in reading order unless it is paired."""
         ...
+
+
+def own_media(documents: Documents) -> str | None:
+    """The modality of which each document has one item, with the index of the document; None if there is none."""
+    everything: Mapping[str, object] = documents.media
+    return next((name for name, media in everything.items() if media is documents), None)
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from typing import Any
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.stored_images import CaptionWriter
+from transfusion_mot.data.sources.stored_media import CaptionWriter
 from transfusion_mot.data.sources.tables import from_json, texts_in
 from transfusion_mot.errors import UserError
 

@@ -9,10 +9,12 @@ from PIL import Image
 from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.images import UnreadableImage, displayed_size
 from transfusion_mot.data.sources.arrays import StoredArrays
-from transfusion_mot.data.sources.base import ImageSet, MediaItem, SkippedItems, Split, Text, counted, fingerprint_of
+from transfusion_mot.data.sources.base import MediaItem, MediaSet, SkippedItems, Split, Text, counted, fingerprint_of
 from transfusion_mot.data.sources.keys import Keys
-from transfusion_mot.data.sources.stored_images import StoredImages, items_of, skipped_on_opening
-from transfusion_mot.data.sources.stores import ImageStore, Items, content_of
+from transfusion_mot.data.sources.stored_images import StoredImages
+from transfusion_mot.data.sources.stored_media import items_of, skipped_on_opening
+from transfusion_mot.data.sources.stores import Items, MediaStore, content_of
+from transfusion_mot.errors import UnreadableMedia
 
 # Pairs whose proportions are compared, evenly spaced, and how far they may differ by rounding.
 _NUM_COMPARED = 32
@@ -24,7 +26,9 @@ _logger = logging.getLogger(__name__)
 class PairStore:
     """Both images of pairs as one store: item 2 i is the source of pair i, item 2 i + 1 its target."""
 
-    def __init__(self, sources: ImageStore, targets: ImageStore) -> None:
+    unreadable: type[UnreadableMedia] = UnreadableImage
+
+    def __init__(self, sources: MediaStore, targets: MediaStore) -> None:
         self._stores = sources, targets
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
@@ -80,7 +84,7 @@ class EditPairs:
         self.pairs = images.items[::2] // 2
         self.modality = source.modality
         self.modalities = (TEXT, source.modality)
-        self.media: dict[str, ImageSet] = {source.modality: images}
+        self.media: dict[str, MediaSet] = {source.modality: images}
         self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.pairs)
         if split == "train":
             _compare_proportions(name, store, self.pairs)

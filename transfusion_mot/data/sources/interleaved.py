@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, counted, fingerprint_of
-from transfusion_mot.data.sources.stored_images import SplitWriter, StoredImages, items_of, skipped_on_opening
-from transfusion_mot.data.sources.stores import FileStore, ImageStore, ParquetStore, TarStore
+from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, counted, fingerprint_of
+from transfusion_mot.data.sources.stored_images import StoredImages
+from transfusion_mot.data.sources.stored_media import SplitWriter, items_of, skipped_on_opening
+from transfusion_mot.data.sources.stores import FileStore, MediaStore, ParquetStore, TarStore
 from transfusion_mot.data.sources.tables import (
     Row,
     Unusable,
@@ -46,7 +47,7 @@ class StoredDocuments:
     def __init__(
         self,
         name: str,
-        store: ImageStore,
+        store: MediaStore,
         arrays: StoredArrays,
         source: SourceConfig,
         data: DataConfig,
@@ -69,7 +70,7 @@ class StoredDocuments:
         images.share_buckets(documents[np.isin(numbers, images.items, assume_unique=True)])
         self.modality = source.modality
         self.modalities = (TEXT, source.modality)
-        self.media: dict[str, ImageSet] = {source.modality: images}
+        self.media: dict[str, MediaSet] = {source.modality: images}
         self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items, images.items)
 
     def __len__(self) -> int:
@@ -175,7 +176,7 @@ def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path:
     stamps = [file_stamp(file) for file in (*files, *tars)]
     key = [stamps, source.text_column, source.image_column, data.split_seed]
     arrays = stored_arrays(data.cache_dir, "interleaved", key, build)
-    store: ImageStore
+    store: MediaStore
     if in_table:
         store = ParquetStore(files, source.image_column or _IMAGES, arrays)
     elif tars:

@@ -5,17 +5,19 @@ from pathlib import Path
 
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import StoredArrays
-from transfusion_mot.data.sources.base import Documents, Split, counted
+from transfusion_mot.data.sources.base import NOUNS, Documents, Medium, Split, counted, own_media
 from transfusion_mot.data.sources.coco import index_coco
+from transfusion_mot.data.sources.columns import UNREADABLE, MediaColumns, media_columns
 from transfusion_mot.data.sources.edit_pairs import EditPairs, PairStore
-from transfusion_mot.data.sources.image_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
-from transfusion_mot.data.sources.imagefolder import index_imagefolder
+from transfusion_mot.data.sources.folders import index_folder
 from transfusion_mot.data.sources.interleaved import open_interleaved
+from transfusion_mot.data.sources.media_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
 from transfusion_mot.data.sources.openmoji import EmojiStore, index_openmoji
 from transfusion_mot.data.sources.scenes import Scenes
+from transfusion_mot.data.sources.stored_audio import StoredSpeech
 from transfusion_mot.data.sources.stored_images import StoredCaptionedImages
-from transfusion_mot.data.sources.stores import ArrowStore, FileStore, ImageStore, ParquetStore, TarStore
-from transfusion_mot.data.sources.tables import find_files, source_columns, suffix_of
+from transfusion_mot.data.sources.stores import ArrowStore, FileStore, MediaStore, ParquetStore, TarStore
+from transfusion_mot.data.sources.tables import find_files, suffix_of
 from transfusion_mot.data.sources.tars import index_webdataset
 from transfusion_mot.data.sources.texts import open_dataset_texts, open_texts
 from transfusion_mot.errors import UserError
@@ -24,8 +26,9 @@ _logger = logging.getLogger(__name__)
 
 # Keys that some kinds alone have.
 _KEYS = {
-    "text_column": ("imagefolder", "webdataset", "parquet", "datasets", "text", "interleaved"),
+    "text_column": ("imagefolder", "audiofolder", "webdataset", "parquet", "datasets", "text", "interleaved"),
     "image_column": ("imagefolder", "webdataset", "parquet", "datasets", "interleaved"),
+    "audio_column": ("imagefolder", "audiofolder", "webdataset", "parquet", "datasets"),
     "source_image_column": ("imagefolder", "webdataset", "parquet", "datasets"),
     "annotations": ("coco",),
     "images": ("interleaved",),
@@ -34,9 +37,17 @@ _KEYS = {
 }
 
 
-def has_media(source: SourceConfig) -> bool:
-    """Whether its documents are not texts alone."""
-    return source.kind != "text" and not (source.kind == "datasets" and source.image_column is None)
+def media_of(source: SourceConfig) -> dict[str, Medium]:
+    """The modalities of its media, and what they are; none if its documents are texts alone."""
+    if source.kind == "text" or (source.kind == "datasets" and source.image_column is source.audio_column is None):
+        return {}
+    columns = media_columns(source)
+    media: dict[str, Medium] = {}
+    if columns.medium != "audio":
+        media[source.modality] = "image"
+    if columns.has_audio:
+        media[source.audio_modality] = "audio"
+    return media
 
 
 def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
@@ -59,7 +70,9 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
         ) from None
     opened = _open(source, data, split)
     if split == "train" and source.use != "held_out" and len(opened) == 0:
-        what = "image" if opened.is_paired else "pair" if isinstance(opened, EditPairs) else "document"
+        what = "pair" if isinstance(opened, EditPairs) else "document"
+        if (own := own_media(opened)) is not None:
+            what = NOUNS[opened.media[own].medium]
         reasons = [counted(opened.skipped)] if opened.skipped else []
         if source.use == "split":
             reasons.append(f"held_out_fraction is {data.held_out_fraction}")
@@ -87,42 +100,51 @@ def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
         return open_texts(source, data, split, source.path)
     if source.kind == "interleaved":
         return open_interleaved(source, data, split, source.path)
-    if source.kind == "datasets" and source.image_column is None:
+    if not media_of(source):
         if source.source_image_column is not None:
             raise UserError(
                 f"source '{source.path}' has source_image_column '{source.source_image_column}' and no image_column; "
                 "give image_column, the column of the results of the edits"
             )
         return open_dataset_texts(source, data, split, open_dataset(source), source.path)
-    stores, arrays = _open_images(source, data, source.path)
-    if len(stores) > 1:
+    columns = media_columns(source)
+    stores, arrays = _open_media(source, data, source.path, columns)
+    if columns.is_edit:
         return EditPairs(source.path, PairStore(*stores), arrays, source, data, split)
-    return StoredCaptionedImages(source.path, stores[0], arrays, source, data, split)
+    if columns.medium == "audio":
+        return StoredSpeech(source.path, stores[0], arrays, source, data, split)
+    return StoredCaptionedImages(source.path, stores[0], arrays, source, data, split, *stores[1:])
 
 
-def _open_images(source: SourceConfig, data: DataConfig, path: str) -> tuple[list[ImageStore], StoredArrays]:
-    """The store of the images, or those of the source and target images of editing pairs, and what is known of them."""
-    before = source_columns(source)
-    prefixes = ("source_", "") if before else ("",)
-    if source.kind in ("imagefolder", "coco"):
+def _open_media(
+    source: SourceConfig, data: DataConfig, path: str, columns: MediaColumns
+) -> tuple[list[MediaStore], StoredArrays]:
+    """The store of the media, or those of the first and second media, of editing pairs the source first; and what is
+    known of them."""
+    # Prefix of the arrays, column (empty for one of a usual name), and what is raised.
+    parts = [("", columns.first or "", UNREADABLE[columns.medium])]
+    if columns.second is not None:
+        second = (columns.prefix, columns.second, UNREADABLE[columns.second_medium])
+        parts = [second, *parts] if columns.is_edit else [*parts, second]
+    if source.kind in ("imagefolder", "audiofolder", "coco"):
         folder = Path(path)
         if not folder.is_dir():
             raise UserError(f"{source.kind} source '{path}' is not a folder")
-        arrays = index_imagefolder(source, data, folder) if source.kind == "imagefolder" else index_coco(source, data)
-        return [FileStore(folder, arrays, prefix) for prefix in prefixes], arrays
+        arrays = index_coco(source, data) if source.kind == "coco" else index_folder(source, data, folder, columns)
+        return [FileStore(folder, arrays, prefix, unreadable) for prefix, _, unreadable in parts], arrays
     if source.kind == "webdataset":
         files = find_files(path, (".tar",), "webdataset")
-        arrays = index_webdataset(source, data, files)
-        return [TarStore(files, arrays, prefix) for prefix in prefixes], arrays
+        arrays = index_webdataset(source, data, files, columns)
+        return [TarStore(files, arrays, prefix, unreadable) for prefix, _, unreadable in parts], arrays
     if source.kind == "parquet":
         files = find_files(path, (".parquet", ".arrow"), "parquet")
         if all(suffix_of(file) == ".parquet" for file in files):
-            column, arrays = index_parquet(source, data, files)
-            return [ParquetStore(files, name, arrays) for name in (*before, column)], arrays
+            first, arrays = index_parquet(source, data, files, columns)
+            return [ParquetStore(files, column or first, arrays, unreadable) for _, column, unreadable in parts], arrays
         if any(suffix_of(file) == ".parquet" for file in files):
             raise UserError(f"parquet source '{path}' holds .parquet and .arrow files; make two sources of them")
         dataset = open_arrow_files(files)
     else:
         dataset = open_dataset(source)
-    column, arrays = index_dataset(source, data, dataset, path)
-    return [ArrowStore(dataset, name, path, arrays) for name in (*before, column)], arrays
+    first, arrays = index_dataset(source, data, dataset, path, columns)
+    return [ArrowStore(dataset, column or first, path, arrays, unreadable) for _, column, unreadable in parts], arrays

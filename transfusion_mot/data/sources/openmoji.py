@@ -5,16 +5,19 @@ from PIL import Image
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.emoji import emoji_captions, emoji_versions, rendered_emoji
-from transfusion_mot.data.images import nearest_buckets
+from transfusion_mot.data.images import UnreadableImage, nearest_buckets
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, stored_arrays
 from transfusion_mot.data.sources.base import SkippedItems
 from transfusion_mot.data.sources.keys import Keys
-from transfusion_mot.data.sources.stored_images import CaptionWriter
+from transfusion_mot.data.sources.stored_media import CaptionWriter
 from transfusion_mot.data.sources.stores import Items, stamps_of
+from transfusion_mot.errors import UnreadableMedia
 
 
 class EmojiStore:
     """Drawn emoji in the order of `emoji_captions`, as large as the bucket that they take."""
+
+    unreadable: type[UnreadableMedia] = UnreadableImage
 
     def __init__(self, data: DataConfig) -> None:
         sizes = data.image_sizes

@@ -1,5 +1,7 @@
 """Scenes composed when they are asked for: as many items as one wants, none stored."""
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -9,7 +11,7 @@ from transfusion_mot.data.images import ImageArray, nearest_buckets
 from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_drawing import draw_scene
 from transfusion_mot.data.scenes import Scene
-from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, fingerprint_of
+from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, fingerprint_of
 from transfusion_mot.data.sources.keys import Keys
 from transfusion_mot.data.sprites import Sprites
 
@@ -24,6 +26,7 @@ class Scenes:
     """`CaptionedImages` of one side, item i of which follows from the drawings, `data.split_seed` and i alone."""
 
     is_paired = True
+    medium: Literal["image"] = "image"
 
     def __init__(self, name: str, source: SourceConfig, data: DataConfig, split: Split) -> None:
         self.name = name
@@ -58,7 +61,7 @@ class Scenes:
         return self._length
 
     @property
-    def media(self) -> dict[str, ImageSet]:
+    def media(self) -> dict[str, MediaSet]:
         """Itself."""
         return {self.modality: self}
 

@@ -1,4 +1,4 @@
-"""Where the images of a source lie: in files, tar files, parquet files or Arrow tables; read one by one."""
+"""Where the media of a source lie: in files, tar files, parquet files or Arrow tables; read one by one."""
 
 import errno
 import io
@@ -21,43 +21,49 @@ from transfusion_mot.data.sources.arrays import StoredArrays, file_stamp
 from transfusion_mot.data.sources.base import SkippedItems
 from transfusion_mot.data.sources.keys import Keys, key_of, keys_from
 from transfusion_mot.data.sources.reading import FilePart, tried_again
-from transfusion_mot.errors import UserError
+from transfusion_mot.errors import UnreadableMedia, UserError
 
 Items = npt.NDArray[np.int64]
 
 _STATS_AT_ONCE = 256
-# More images than one row of a table can hold.
+# More media than one row of a table can hold.
 _MOST_POSITIONS = 2**24
 
 
-class ImageStore(Protocol):
-    """Encoded images by the number of their item."""
+class MediaStore(Protocol):
+    """Encoded images or audio clips by the number of their item.
+
+    Attributes:
+        unreadable: What is raised where there is none: it says what they are.
+    """
+
+    unreadable: type[UnreadableMedia]
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
-        """Those of `items` that are there, the others counted in `skipped`; and the stamp of each: an image with the
-        same stamp has not been edited since.
+        """Those of `items` that are there, the others counted in `skipped`; and the stamp of each: media with the
+        same stamp have not been edited since.
         """
         ...
 
     def open(self, item: int) -> BinaryIO | Image.Image:
-        """An encoded image, of which only what is asked for is read, or a picture.
+        """An encoded image or audio clip, of which only what is asked for is read, or a picture.
 
         Raises:
-            UnreadableImage: There is none.
+            UnreadableMedia: There is none.
             OSError: The system fails to read it.
         """
         ...
 
     def where(self, item: int) -> str:
-        """Where an image lies, for messages."""
+        """Where one lies, for messages."""
         ...
 
 
-def content_of(store: ImageStore, item: int) -> bytes | Image.Image:
-    """An encoded image as a whole, or a picture.
+def content_of(store: MediaStore, item: int) -> bytes | Image.Image:
+    """An encoded image or audio clip as a whole, or a picture.
 
     Raises:
-        UnreadableImage: There is none.
+        UnreadableMedia: There is none.
         FileNotFoundError: Its file was there when the source was opened.
         UserError: The system fails to read it, again and again.
     """
@@ -71,19 +77,29 @@ def content_of(store: ImageStore, item: int) -> bytes | Image.Image:
         raise
     except EOFError as error:
         raise UserError(
-            f"image '{store.where(item)}' is cut off: {error}; its file has changed since it was indexed, start again"
+            f"{store.unreadable.what} '{store.where(item)}' is cut off: {error}; its file has changed since it was "
+            "indexed, start again"
         ) from None
     except OSError as error:
-        raise UserError(f"image '{store.where(item)}' cannot be read: {error.strerror or error}") from None
+        raise UserError(
+            f"{store.unreadable.what} '{store.where(item)}' cannot be read: {error.strerror or error}"
+        ) from None
 
 
 class FileStore:
-    """Images in files: their paths relative to `folder` are the strings `names` of `arrays`.
+    """Media in files: their paths relative to `folder` are the strings `names` of `arrays`.
 
     The names of arrays begin with `prefix`.
     """
 
-    def __init__(self, folder: Path, arrays: StoredArrays, prefix: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arrays: StoredArrays,
+        prefix: str = "",
+        unreadable: type[UnreadableMedia] = UnreadableImage,
+    ) -> None:
+        self.unreadable = unreadable
         self.folder = folder
         self.arrays = arrays
         self._names = f"{prefix}names"
@@ -95,7 +111,7 @@ class FileStore:
         def look(chunk: Items) -> tuple[list[int], bytes]:
             sizes, hashes = [], []
             for path in (folder / names[item] for item in chunk.tolist()):
-                size, time = _size_and_time(path)
+                size, time = _size_and_time(path, self.unreadable.what)
                 sizes.append(size)
                 hashes.append(_stamp_of(str(path), size, time))
             return sizes, b"".join(hashes)
@@ -106,8 +122,8 @@ class FileStore:
             looked = list(pool.map(look, chunks))
         sizes = np.array([size for part, _ in looked for size in part], dtype=np.int64)
         for position in np.flatnonzero(sizes <= 0).tolist():
-            reason = "empty file" if sizes[position] == 0 else "missing file"
-            skipped.add(reason, names[int(items[position])])
+            reason = "empty" if sizes[position] == 0 else "missing"
+            skipped.add(f"{reason} {self.unreadable.file}", names[int(items[position])])
         there = sizes > 0
         # Reading every byte would take as long as encoding; an edit changes size or time.
         stamps = keys_from(b"".join(hashes for _, hashes in looked))
@@ -135,8 +151,8 @@ def stamps_of(files: Sequence[object], numbers: npt.NDArray[Any], places: npt.ND
     return np.stack([halves[numbers], places.astype(np.uint64)], axis=1)
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change of a file; -1 if there is none.
+def _size_and_time(path: Path, what: str) -> tuple[int, int]:
+    """Size in bytes and time of change of a file, which is called `what` in messages; -1 if there is none.
 
     Raises:
         UserError: The system does not say.
@@ -148,17 +164,24 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return -1, -1
-        raise UserError(f"image '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
 
 
 class TarStore:
-    """Images in uncompressed tar files, read in place: `arrays` holds `names`, `files`, `offsets` and `sizes`.
+    """Media in uncompressed tar files, read in place: `arrays` holds `names`, `files`, `offsets` and `sizes`.
 
     The names of all arrays but `files` begin with `prefix`.
     """
 
-    def __init__(self, files: Sequence[Path], arrays: StoredArrays, prefix: str = "") -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        arrays: StoredArrays,
+        prefix: str = "",
+        unreadable: type[UnreadableMedia] = UnreadableImage,
+    ) -> None:
+        self.unreadable = unreadable
         self.files = list(files)
         self.arrays = arrays
         self._names, self._offsets, self._sizes = (f"{prefix}{name}" for name in ("names", "offsets", "sizes"))
@@ -178,13 +201,20 @@ class TarStore:
 
 
 class ParquetStore:
-    """Images in a column of parquet files, without a copy: a whole row group is read to get at a row of it.
+    """Media in a column of parquet files, without a copy: a whole row group is read to get at a row of it.
 
     Reading in order is fast. `arrays` holds `files` and `rows`, the number of an item's row in its file; for columns of
-    lists of images, `positions` in them too.
+    lists of media, `positions` in them too.
     """
 
-    def __init__(self, files: Sequence[Path], column: str, arrays: StoredArrays) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        column: str,
+        arrays: StoredArrays,
+        unreadable: type[UnreadableMedia] = UnreadableImage,
+    ) -> None:
+        self.unreadable = unreadable
         self.files = list(files)
         self.column = column
         self.arrays = arrays
@@ -207,10 +237,10 @@ class ParquetStore:
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise UnreadableImage(self.where(item), f"cannot be read: {str(error).splitlines()[0]}") from None
+            raise self.unreadable(self.where(item), f"cannot be read: {str(error).splitlines()[0]}") from None
         if isinstance(value, pa.ListScalar):
             value = value[int(self.arrays["positions"][item])]
-        return opened_image(value.as_py(), self.column, self.where(item), self.files[number].parent)
+        return _opened_value(self, value.as_py(), self.files[number].parent, item)
 
     def where(self, item: int) -> str:
         return f"{self.files[int(self.arrays['files'][item])]}:{int(self.arrays['rows'][item]) + 1}"
@@ -231,13 +261,22 @@ def _row_group(stamp: tuple[Any, ...], group: int, column: str) -> pa.ChunkedArr
 
 
 class ArrowStore:
-    """Images in a column of a data set of the library `datasets`, mapped from disk; `arrays` holds `rows`."""
+    """Media in a column of a data set of the library `datasets`, mapped from disk; `arrays` holds `rows`."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str, name: str, arrays: StoredArrays) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        column: str,
+        name: str,
+        arrays: StoredArrays,
+        unreadable: type[UnreadableMedia] = UnreadableImage,
+    ) -> None:
+        self.unreadable = unreadable
         self.dataset = dataset.select_columns([column])
-        if isinstance(dataset.features[column], datasets.Image):
-            # As files: decoding is ours.
-            self.dataset = self.dataset.cast_column(column, datasets.Image(decode=False))
+        for kind in (datasets.Image, datasets.Audio):
+            if isinstance(dataset.features[column], kind):
+                # As files: decoding is ours.
+                self.dataset = self.dataset.cast_column(column, kind(decode=False))
         self.column = column
         self.name = name
         self.arrays = arrays
@@ -248,26 +287,27 @@ class ArrowStore:
 
     def open(self, item: int) -> BinaryIO:
         value = self.dataset[int(self.arrays["rows"][item])][self.column]
-        return opened_image(value, self.column, self.where(item), Path())
+        return _opened_value(self, value, Path(), item)
 
     def where(self, item: int) -> str:
         return f"{self.name}:{int(self.arrays['rows'][item])}"
 
 
-def opened_image(value: Any, column: str, where: str, folder: Path) -> BinaryIO:
-    """An image as a column of a table holds it: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
+def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, item: int) -> BinaryIO:
+    """What a column of a table holds: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
-        UnreadableImage: It is none of them, or null, or there is no such file; names the column and what it holds.
+        UnreadableMedia: It is none of them, or null, or there is no such file; names the column and what it holds.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return io.BytesIO(value)
-    if isinstance(value, str) and value:
-        if not tried_again((folder / value).is_file):
-            raise UnreadableImage(where, f"cannot be read: the column '{column}' holds {value!r:.80}, which is no file")
+    if isinstance(value, str) and value and tried_again((folder / value).is_file):
         return _opened(folder / value)
     if not value:
-        raise UnreadableImage(where, f"is missing: the column '{column}' is empty there")
-    raise UnreadableImage(where, f"cannot be read: the column '{column}' holds no image but {value!r:.80}")
+        reason = f"is missing: the column '{store.column}' is empty there"
+    else:
+        what = "file" if isinstance(value, str) else store.unreadable.what
+        reason = f"cannot be read: the column '{store.column}' holds {value!r:.80}, which is no {what}"
+    raise store.unreadable(store.where(item), reason)

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfusion_mot.config import SourceConfig
 from transfusion_mot.data.sources.base import SkippedItems, Split, counted
+from transfusion_mot.data.sources.columns import MediaColumns
 from transfusion_mot.errors import UserError
 
 Row = dict[str, Any]
@@ -245,9 +245,11 @@ def pick_column(wanted: str | None, usual: Sequence[str], columns: Sequence[str]
     raise UserError(f"{where}: needs a field {asked}; it has {sorted(columns)}")
 
 
-def source_columns(source: SourceConfig) -> list[str]:
-    """The column of the source images of editing pairs, of a source that has them: part of the key of its index."""
-    return [] if source.source_image_column is None else [source.source_image_column]
+def pick_text_column(wanted: str | None, media: MediaColumns, columns: Sequence[str], where: str) -> str | None:
+    """As `pick_column`, of texts; None if they may be missing, as of audio, and are."""
+    if wanted is None and media.medium == "audio" and not set(media.usual_texts) & set(columns):
+        return None
+    return pick_column(wanted, media.usual_texts, columns, where)
 
 
 def texts_in(value: Any, name: str, where: str) -> list[str]:

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
 from transfusion_mot.data.sources.base import SkippedItems
+from transfusion_mot.data.sources.columns import UNREADABLE, MediaColumns
 from transfusion_mot.data.sources.parallel import map_in_processes
-from transfusion_mot.data.sources.stored_images import CaptionWriter
-from transfusion_mot.data.sources.tables import Unusable, json_object, pick_column, source_columns, texts_in
+from transfusion_mot.data.sources.stored_media import CaptionWriter
+from transfusion_mot.data.sources.tables import Unusable, json_object, pick_column, texts_in
 from transfusion_mot.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -37,8 +38,8 @@ class Member:
 class _Sample:
     name: str
     captions: list[str]
-    image: Member
-    source: Member | None
+    first: Member
+    second: Member | None
 
 
 @dataclass
@@ -116,14 +117,17 @@ def _scan_one(path: Path) -> tuple[list[Member], SkippedItems, str | None]:
         return [], skipped, str(error)
 
 
-def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Path]) -> StoredArrays:
-    """Names, places and captions of the images of WebDataset shards.
+def index_webdataset(
+    source: SourceConfig, data: DataConfig, files: Sequence[Path], columns: MediaColumns
+) -> StoredArrays:
+    """Names, places and texts of the images or audio clips of WebDataset shards.
 
-    Members whose names agree up to the first dot are a sample: an image, and its caption in a `.txt`, or in the field
-    `text` or `caption` of a `.json` if there is no `.txt`; with `text_column`, in that field. Where that gives no
-    image, names agree up to the extension, as those of "cat 2.0.jpg" and "cat 2.0.txt".
+    Members whose names agree up to the first dot are a sample: an image or audio clip, and its text in a `.txt`, or in
+    the field `text` or `caption` of a `.json` if there is no `.txt` (of audio `transcription` or `text`); with
+    `text_column`, in that field. Where that gives no image or audio clip, names agree up to the extension, as those of
+    "cat 2.0.jpg" and "cat 2.0.txt". Audio of which no sample has a text has none.
 
-    Of editing pairs, `image_column` and `source_image_column` are what the names of the two images end with.
+    What `columns` names is what the names of members end with.
 
     Shards and samples that cannot be used are counted.
 
@@ -132,63 +136,73 @@ def index_webdataset(source: SourceConfig, data: DataConfig, files: Sequence[Pat
     """
 
     def build(writer: ArrayWriter) -> None:
-        items = CaptionWriter(writer, data.split_seed, is_pairs=source.source_image_column is not None)
+        has_text = _any_has_text(files, columns)
+        items = CaptionWriter(writer, data.split_seed, columns, has_text=has_text)
         unusable = Unusable(writer.skipped)
         numbers, offsets, sizes = (writer.integers(name) for name in ("files", "offsets", "sizes"))
-        if source.source_image_column is not None:
-            source_offsets, source_sizes = writer.integers("source_offsets"), writer.integers("source_sizes")
-        read = partial(_read_shard, source=source)
+        if columns.second is not None:
+            seconds = [writer.integers(f"{columns.prefix}{name}") for name in ("offsets", "sizes")]
+        read = partial(_read_shard, columns=columns, text_column=source.text_column, has_text=has_text)
         shards = tqdm(map_in_processes(read, files), total=len(files), desc=f"indexing {source.path}", unit="file")
         for number, shard in enumerate(shards):
             writer.skipped.update(shard.skipped)
             for sample in shard.samples:
                 where = f"{files[number]}:{sample.name}"
-                source_name = None if sample.source is None else sample.source.name
-                if items.add(sample.name, sample.captions, where, source_name=source_name):
+                second = Member("", 0, 0) if sample.second is None else sample.second
+                if items.add(sample.name, sample.captions, where, second=second.name):
                     numbers.append(number)
-                    offsets.append(sample.image.offset)
-                    sizes.append(sample.image.size)
-                    if sample.source is not None:
-                        source_offsets.append(sample.source.offset)
-                        source_sizes.append(sample.source.size)
+                    offsets.append(sample.first.offset)
+                    sizes.append(sample.first.size)
+                    if columns.second is not None:
+                        for values, value in zip(seconds, (second.offset, second.size), strict=True):
+                            values.append(value)
             unusable.num_used = len(numbers)
             for reason, problem in shard.unusable:
                 unusable.add(UserError(problem), reason)
         unusable.refuse_if_all()
 
-    columns = [source.text_column, source.image_column, *source_columns(source)]
-    key = [[file_stamp(file) for file in files], columns, data.split_seed]
+    key = [[file_stamp(file) for file in files], source.text_column, *columns.key, data.split_seed]
     return stored_arrays(data.cache_dir, "webdataset", key, build)
 
 
-def _read_shard(path: Path, source: SourceConfig) -> _Shard:
-    """The samples of a tar file with their captions."""
+def _any_has_text(files: Sequence[Path], columns: MediaColumns) -> bool:
+    """Whether a sample may have a text: audio need not, and the first shard says so."""
+    if columns.medium != "audio":
+        return True
+    members = next((found for file in files if (found := scan_tar(file, SkippedItems()))), [])
+    return any(member.name.lower().endswith(tuple(f".{extension}" for extension in _CAPTIONS)) for member in members)
+
+
+def _read_shard(path: Path, columns: MediaColumns, text_column: str | None, has_text: bool) -> _Shard:
+    """The samples of a tar file with their texts."""
     shard = _Shard()
     found, shard.skipped, problem = _scan_one(path)
     if problem is not None:
         shard.unusable.append((_NO_TAR, problem))
-    images = _IMAGES if source.image_column is None else (source.image_column,)
-    source_image = source.source_image_column
+    firsts = _IMAGES if columns.first is None else (columns.first,)
+    extensions = (*firsts, *([] if columns.second is None else [columns.second]))
     with path.open("rb", buffering=0) as file:
-        for members in _samples_in(found, (*images, *source_columns(source)), path, shard.skipped):
-            image = next((members[extension] for extension in images if extension in members), None)
+        for members in _samples_in(found, extensions, path, shard.skipped):
+            first = next((members[extension] for extension in firsts if extension in members), None)
+            second = None if columns.second is None else members.get(columns.second)
             where = f"{path}:{next(iter(members.values())).name}"
-            if image is None:
-                shard.skipped.add("sample without an image", where)
-            elif image.size == 0:
-                shard.skipped.add("empty file", f"{path}:{image.name}")
-            elif source_image is not None and source_image not in members:
+            if first is None:
+                shard.skipped.add(f"sample without an {columns.noun}", where)
+            elif first.size == 0:
+                shard.skipped.add(f"empty {UNREADABLE[columns.medium].file}", f"{path}:{first.name}")
+            elif columns.is_edit and second is None:
                 shard.skipped.add("sample without a source image", where)
             else:
-                captions = _captions(file.fileno(), members, source.text_column, where, shard)
+                captions: list[str] | None = []
+                if has_text:
+                    captions = _captions(file.fileno(), members, text_column, columns, where, shard)
                 if captions is not None:
-                    before = None if source_image is None else members[source_image]
-                    shard.samples.append(_Sample(image.name, captions, image, before))
+                    shard.samples.append(_Sample(first.name, captions, first, second))
     return shard
 
 
 def _samples_in(
-    found: Iterable[Member], images: Sequence[str], path: Path, skipped: SkippedItems
+    found: Iterable[Member], media: Sequence[str], path: Path, skipped: SkippedItems
 ) -> Iterator[dict[str, Member]]:
     """Members of a tar file => those of each sample by extension, in lower case."""
     by_key: dict[str, dict[str, Member]] = {}
@@ -201,20 +215,25 @@ def _samples_in(
         members[extension.lower()] = member
     for key, members in by_key.items():
         # Not of hidden files, whose names begin with a dot.
-        if key.endswith("/") or any(extension in members for extension in images):
+        if key.endswith("/") or any(extension in members for extension in media):
             yield members
             continue
         samples: dict[str, dict[str, Member]] = {}
         for extension, member in members.items():
-            for known in (*images, *_CAPTIONS):
+            for known in (*media, *_CAPTIONS):
                 if f".{extension}".endswith(f".{known}"):
                     samples.setdefault(f".{extension}".removesuffix(f".{known}"), {})[known] = member
-        has_image = any(extension in sample for sample in samples.values() for extension in images)
-        yield from samples.values() if has_image else [members]
+        has_media = any(extension in sample for sample in samples.values() for extension in media)
+        yield from samples.values() if has_media else [members]
 
 
 def _captions(
-    file: int, members: dict[str, Member], text_column: str | None, where: str, shard: _Shard
+    file: int,
+    members: dict[str, Member],
+    text_column: str | None,
+    columns: MediaColumns,
+    where: str,
+    shard: _Shard,
 ) -> list[str] | None:
     """The captions of a sample; None if there are none that can be used, which is counted."""
     extension = "txt" if "txt" in members and text_column is None else "json"
@@ -235,7 +254,7 @@ def _captions(
         shard.skipped.add("damaged JSON file", str(error))
         return None
     try:
-        column = pick_column(text_column, ("text", "caption"), list(entry), where)
+        column = pick_column(text_column, columns.usual_texts, list(entry), where)
         return texts_in(entry[column], column, where)
     except UserError as error:
         shard.unusable.append(("sample without a caption", str(error)))

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from transfusion_mot.config import TEXT, DataConfig, SourceConfig
 from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_stamp, stored_arrays
-from transfusion_mot.data.sources.base import ImageSet, MediaItem, Split, Text, fingerprint_of
-from transfusion_mot.data.sources.stored_images import SplitWriter, items_of, skipped_on_opening
+from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, fingerprint_of
+from transfusion_mot.data.sources.stored_media import SplitWriter, items_of, skipped_on_opening
 from transfusion_mot.data.sources.tables import (
     Unusable,
     find_files,
@@ -42,7 +42,7 @@ class StoredTexts:
         self.arrays = arrays
         self.skipped = skipped.counts
         self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
-        self.media: dict[str, ImageSet] = {}
+        self.media: dict[str, MediaSet] = {}
         self.modalities = (TEXT,)
 
     def __len__(self) -> int:

@@ -1,0 +1,207 @@
+"""Train the settings of the Mixture-of-Transformers paper, dense and with a tower for each modality, and compare them.
+
+    python -m benchmarks.settings --output runs/settings --seeds 0 1 --jobs 6
+    python -m benchmarks.settings --output runs/settings --arms chameleon_speech chameleon_speech_dense --steps 1000
+
+An arm is a setting of configs/experiments/settings, with `_wide` for the wider size, and `_dense` if all modalities
+share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. Arms are
+trained --jobs at a time, shared out over the GPUs that there are. What is finished is not done again, and what was
+interrupted goes on. The output folder receives a run folder for each arm and seed, results.md with the held-out
+losses of all, and a folder of evaluate/steps_to_match.py for each arm with a dense twin. Further words are keys of
+train.py.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from queue import SimpleQueue
+
+from transfusion_mot.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "experiments" / "settings"
+_WIDE, _DENSE = "_wide", "_dense"
+SETTINGS = ("chameleon", "chameleon_speech", "transfusion_speech")
+
+
+def arm_names() -> list[str]:
+    """All arms: each setting in two sizes, with and without towers, and those where two modalities share one."""
+    names = [f"{setting}{size}{kind}" for setting in SETTINGS for size in ("", _WIDE) for kind in ("", _DENSE)]
+    files = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return names + [name for name in files if name not in names and name != _DENSE.removeprefix("_")]
+
+
+def config_files(arm: str) -> list[Path]:
+    """The configurations of an arm, in their order."""
+    own = arm.removesuffix(_DENSE)
+    setting = max((name for name in SETTINGS if own.startswith(name)), key=len)
+    names = [*dict.fromkeys((setting, own)), *["dense"] * (own != arm)]
+    return [CONFIGS / f"{name}.yaml" for name in names]
+
+
+def twin_of(arm: str) -> str | None:
+    """The dense arm of equal FLOPs; None of one that is dense itself."""
+    if arm.endswith(_DENSE):
+        return None
+    if f"{arm}{_DENSE}" in arm_names():
+        return f"{arm}{_DENSE}"
+    return f"{max((name for name in SETTINGS if arm.startswith(name)), key=len)}{_DENSE}"
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.settings",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
+    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    # Behind --arms a key without dashes would be taken for an arm.
+    words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in arguments]
+    return parser.parse_known_args(words)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from benchmarks.experiments import Experiments, visible_devices
+from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
+
+
+class Runs:
+    """Where arms are trained.
+
+    Args:
+        output: Receives the run folders.
+        keys: Further arguments of train.py.
+        jobs: Runs at a time.
+    """
+
+    def __init__(self, output: Path, keys: list[str], jobs: int) -> None:
+        self.output = output
+        self.keys = keys
+        self.devices: SimpleQueue[str] = SimpleQueue()
+        for _, device in zip(range(jobs), cycle(visible_devices()), strict=False):
+            self.devices.put(device)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.python = Experiments(Path.cwd(), output, keys, [], threads, self.devices)
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """The run folder of an arm."""
+        return self.output / f"{arm}-seed-{seed}"
+
+    def arguments(self, arm: str, seed: int) -> list[str]:
+        """The command line of train.py."""
+        files = [word for file in config_files(arm) for word in ("--config", str(file))]
+        return [*files, f"--output_dir={self.folder(arm, seed)}", f"--training.seed={seed}", *self.keys]
+
+    def encode(self, arms: Sequence[str]) -> None:
+        """Encode the media of each setting, before several runs would do it at the same time.
+
+        Raises:
+            UserError: It fails.
+        """
+        device = self.devices.get()
+        for file in dict.fromkeys(config_files(arm)[0] for arm in arms):
+            words = ["-m", "transfusion_mot.data.cache", *self.arguments(file.stem, 0)]
+            self.python.call(words, self.output / f"encode-{file.stem}.log", device)
+        self.devices.put(device)
+
+    def train(self, arm: str, seed: int) -> str | None:
+        """Train an arm, or go on with it => why that failed."""
+        device = self.devices.get()
+        folder = self.folder(arm, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.python.call([str(ROOT / "train.py"), *self.arguments(arm, seed)], folder / "train.log", device)
+        except UserError as error:
+            return str(error)
+        finally:
+            self.devices.put(device)
+        return None
+
+    def log(self, arm: str, seed: int) -> Lines:
+        """What a run has logged."""
+        return read_metrics(self.folder(arm, seed) / METRICS_FILE)
+
+    def compare(self, arm: str, seeds: Sequence[int]) -> None:
+        """Write when an arm reaches the final losses of its dense twin, over all seeds.
+
+        Raises:
+            UserError: It fails.
+        """
+        twin = twin_of(arm)
+        assert twin is not None
+        pairs = [[str(self.folder(name, seed)) for name in (twin, arm)] for seed in seeds]
+        further = [word for pair in pairs[1:] for word in ("--seed", *pair)]
+        words = [str(ROOT / "evaluate" / "steps_to_match.py"), *pairs[0], *further]
+        folder = self.output / "steps_to_match" / arm
+        folder.parent.mkdir(exist_ok=True)
+        self.python.call([*words, "--output", str(folder)], folder.with_suffix(".log"), "")
+
+
+def table(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """A row for each arm: FLOPs of a run and held-out losses of each modality, over seeds."""
+    logs = {arm: [runs.log(arm, seed) for seed in seeds] for arm in arms}
+    losses = list(dict.fromkeys(name for found in logs.values() for log in found for name in loss_units(log)))
+    lines = [f"| arm | TFLOPs | {' | '.join(name.replace('_', ' ') for name in losses)} |"]
+    lines.append(f"| --- |{' ---: |' * (1 + len(losses))}")
+    for arm, found in logs.items():
+        cells = [_mean_and_deviation(found, "flops", 1e12, 0)]
+        cells += [_mean_and_deviation(found, f"{VALIDATION}{name}", 1, 3) for name in losses]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(logs: Sequence[Lines], key: str, unit: float, digits: int) -> str:
+    last = [[line[key] for line in log if key in line][-1:] for log in logs]
+    values = [value / unit for (value,) in filter(None, last)]
+    if not values:
+        return "-"
+    shown = f"{statistics.fmean(values):,.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the arms, as the command line says."""
+    given, keys = parse_arguments(arguments)
+    if given.steps is not None:
+        keys.append(f"--training.num_steps={given.steps}")
+    output = Path(given.output)
+    output.mkdir(parents=True, exist_ok=True)
+    runs = Runs(output, keys, given.jobs)
+    runs.encode(given.arms)
+    wanted = [(arm, seed) for seed in given.seeds for arm in given.arms]
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for (arm, seed), problem in zip(wanted, pool.map(lambda run: runs.train(*run), wanted), strict=True):
+            print(f"{arm}, seed {seed}: {problem or 'trained'}", flush=True)
+            if problem is not None:
+                failed[arm] = problem
+    trained = [arm for arm in given.arms if arm not in failed]
+    (output / "results.md").write_text(table(runs, trained, given.seeds) + "\n")
+    for arm in trained:
+        if twin_of(arm) in trained:
+            runs.compare(arm, given.seeds)
+            print(f"\n{arm}\n\n{(output / 'steps_to_match' / arm / 'steps_to_match.md').read_text()}")
+    print(f"\n{(output / 'results.md').read_text()}\nresults.md and steps_to_match are in {output}")
+    if failed:
+        arm = next(iter(failed))
+        raise UserError(f"{len(failed)} of {len(given.arms)} arms failed, first {arm}: {failed[arm]}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv[1:])

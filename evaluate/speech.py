@@ -1,0 +1,158 @@
+"""Does a model hear what is said, and can one understand what it says?
+
+    python evaluate/speech.py --checkpoint runs/chameleon_speech --output speech.json \\
+      --recordings data/speech/captions data/speech/glosses data/speech/new_voices data/speech/human
+
+A folder of recordings has a metadata.jsonl with the text of each; those that are held out are used. Of each folder:
+word and character error rate (WER, CER) of the model's transcripts, and of what an independent recogniser makes of the
+recordings, of the same through the codec, and of the model's own speech of the same texts. The recogniser errs too:
+compare its three numbers with each other. Recordings longer than any in training are left out. Texts are compared in
+lower case, without punctuation; see docs/speech.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.cli.options import DTYPES
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.command import (
+    add_device,
+    add_output,
+    at_least_one,
+    command_parser,
+    publish,
+    run_command,
+)
+
+_POCKETSPHINX, _NONE = "pocketsphinx", "none"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
+    parser.add_argument(
+        "--recordings", nargs="+", required=True, metavar="FOLDER", help="folders of recordings with a metadata.jsonl"
+    )
+    parser.add_argument(
+        "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
+    )
+    parser.add_argument(
+        "--recogniser",
+        default=_POCKETSPHINX,
+        metavar="NAME",
+        help=f"{_POCKETSPHINX} (default), a model of transformers by name or folder, or {_NONE}",
+    )
+    parser.add_argument(
+        "--losses",
+        action="store_true",
+        help="also the held-out loss of each modality, on the documents of the run's configuration",
+    )
+    parser.add_argument("--config", metavar="FILE", help="configuration that names them (default: the run's)")
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="of its speech (default: the checkpoint's)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of its speech (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="of its speech (default: 1, all codes)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same speech (default: 0)")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, metavar="N", help="at a time (default: 32)")
+    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="of the recogniser")
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="also write what the model says as WAV files, and its transcripts"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
+    add_device(parser)
+    add_output(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from transfusion_mot.cli.loading import load_pipeline
+from transfusion_mot.data.audio import Audio, write_wav
+from transfusion_mot.data.mixture import open_documents, with_encoded
+from transfusion_mot.evaluation.images import pick_device
+from transfusion_mot.evaluation.recognisers import PocketSphinx, Recogniser, TransformersRecogniser
+from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.speech import RecordingSet, at_most, read_recordings
+from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.sampling.held_out_losses import codecs_of
+from transfusion_mot.sampling.held_out_speech import intelligibility_metrics, loss_metrics, transcription_metrics
+from transfusion_mot.training.checkpoint import read_run_config
+
+
+def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    snapshot = find_snapshot(arguments.checkpoint)
+    device = pick_device(arguments.device)
+    config = read_run_config(snapshot, arguments.config, "--config") if arguments.losses else None
+    sets = [read_recordings(folder, arguments.num_recordings) for folder in arguments.recordings]
+    if arguments.save:
+        check_writable_folder(arguments.save, "--save")
+    recogniser = make_recogniser(arguments, sets, str(device))
+    pipeline = load_pipeline(str(snapshot), device, arguments.dtype)
+    if not pipeline.has_audio:
+        raise UserError(f"'{snapshot}' is a model without speech; give one that was trained with audio")
+    speaking = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    _, speaking["guidance_scale"] = pipeline.sampling_settings(None, arguments.guidance_scale)
+    metrics: list[Metric] = []
+    for recordings in (at_most(one, pipeline.config.max_audio_seconds) for one in sets):
+        found, transcripts = transcription_metrics(pipeline, recordings, batch_size=arguments.batch_size)
+        metrics += found
+        spoken: list[tuple[str, Audio]] = []
+        if recogniser is not None:
+            found, spoken = intelligibility_metrics(
+                pipeline,
+                recordings,
+                recogniser,
+                speaking=speaking,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+            )
+            metrics += found
+        if arguments.save:
+            save(Path(arguments.save) / recordings.name, transcripts, spoken)
+    if config is not None:
+        accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+        held_out = open_documents(config.data, "held_out")
+        codecs = codecs_of(pipeline, config, device)
+        sources = with_encoded(held_out, config.data, codecs, config.codecs, accelerator)
+        pipeline.to(torch.float32)
+        metrics += loss_metrics(pipeline, config, sources, accelerator, batch_size=arguments.batch_size)
+    publish(metrics, arguments.output)
+
+
+def make_recogniser(arguments: argparse.Namespace, sets: Sequence[RecordingSet], device: str) -> Recogniser | None:
+    if arguments.recogniser == _NONE:
+        return None
+    if arguments.recogniser == _POCKETSPHINX:
+        return PocketSphinx((text for recordings in sets for text in recordings.texts), arguments.workers)
+    return TransformersRecogniser(arguments.recogniser, device)
+
+
+def save(folder: Path, transcripts: Sequence[tuple[str, str]], spoken: Sequence[tuple[str, Audio]]) -> None:
+    """Write transcripts.jsonl beside the texts, and the speech as an audio folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"text": text, "transcript": transcript} for text, transcript in transcripts]
+    (folder / "transcripts.jsonl").write_text(json_lines(lines), encoding="utf-8")
+    named = [(f"{index:04d}.wav", text, audio) for index, (text, audio) in enumerate(spoken)]
+    for name, _, audio in named:
+        write_wav(audio, folder / name)
+    lines = [{"file_name": name, "text": text} for name, text, _ in named]
+    (folder / "metadata.jsonl").write_text(json_lines(lines), encoding="utf-8")
+
+
+def json_lines(entries: Sequence[dict[str, str]]) -> str:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+if __name__ == "__main__":
+    run_command(main)

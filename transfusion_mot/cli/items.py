@@ -1,0 +1,90 @@
+"""What sample.py is to make: prompts of the command line and of files, and a name and a seed for each result."""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from transfusion_mot.cli.outputs import ResultFolder
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.prompts import derived_seed
+from transfusion_mot.files import lines_of
+
+SLUG_LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Item:
+    """One result to make: its prompt, the seed of its own, and the beginning of the names of its files."""
+
+    prompt: str
+    seed: int
+    name: str
+
+    def generator(self) -> torch.Generator:
+        """Its own randomness, on the CPU, so that every device draws the same."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+# A maker turns some items into the lines that tell of them; files go into the folder.
+Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
+
+
+def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str]:
+    """Prompts of the command line, then those of the file or of standard input.
+
+    Raises:
+        UserError: A prompt is empty, the file cannot be read, or there are none at all.
+    """
+    prompts = [prompt.strip() for prompt in arguments.prompts]
+    if "" in prompts:
+        raise UserError(f"prompt {prompts.index('') + 1} is empty; say what to paint")
+    if arguments.prompts_file is not None:
+        prompts += [line.strip() for line in _lines_of(arguments.prompts_file, state) if line.strip()]
+    if not prompts:
+        raise UserError(
+            "there is nothing to do; give a prompt, --prompts-file with at least one line, --caption IMAGE, or "
+            "--transcribe AUDIO"
+        )
+    return prompts
+
+
+def _lines_of(file: str, state: PartialState) -> list[str]:
+    if file == "-" and state.num_processes > 1:
+        raise UserError("several processes cannot share standard input; write the prompts into a file")
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return lines_of(content.decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
+
+
+def plan(prompts: list[str], num_images: int, seed: int, first: int = 0, *, are_files: bool = False) -> list[Item]:
+    """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting.
+
+    Args:
+        prompts: What to make.
+        num_images: Results of each.
+        seed: Of all of them together.
+        first: Number in the name of the first result.
+        are_files: Whether the prompts are paths; results are then named like the files.
+    """
+    counts: Counter[str] = Counter()
+    digits = max(4, len(str(first + len(prompts) * num_images - 1)))
+    items: list[Item] = []
+    for prompt in prompts:
+        name = Path(prompt).stem if are_files else prompt
+        slug = re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "image"
+        for _ in range(num_images):
+            items.append(
+                Item(prompt, derived_seed(seed, prompt, counts[prompt]), f"{first + len(items):0{digits}d}-{slug}")
+            )
+            counts[prompt] += 1
+    return items

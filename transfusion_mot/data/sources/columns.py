@@ -1,0 +1,86 @@
+"""Which media an item of a source has, and in which columns they are, by the configuration of the source."""
+
+from dataclasses import dataclass
+
+from transfusion_mot.config import SourceConfig
+from transfusion_mot.data.audio import UnreadableAudio
+from transfusion_mot.data.images import UnreadableImage
+from transfusion_mot.data.sources.base import NOUNS, Medium
+from transfusion_mot.errors import UnreadableMedia, UserError
+
+
+@dataclass(frozen=True)
+class MediaColumns:
+    """Columns, fields or extensions of the media of an item.
+
+    Attributes:
+        medium: What its first media are.
+        first: Their column; None if it has a usual name.
+        second: Column of its second media: the image that is edited, or the audio that belongs to an image; None if it
+            has one alone.
+        is_edit: Whether an item is an editing pair.
+    """
+
+    medium: Medium = "image"
+    first: str | None = None
+    second: str | None = None
+    is_edit: bool = False
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether an item has audio."""
+        return self.medium == "audio" or (self.second is not None and not self.is_edit)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the arrays of the second media begin with."""
+        return "source_" if self.is_edit else "audio_"
+
+    @property
+    def second_medium(self) -> Medium:
+        """What its second media are."""
+        return "image" if self.is_edit else "audio"
+
+    @property
+    def second_noun(self) -> str:
+        """What one of its second media is called."""
+        return NOUNS[self.second_medium]
+
+    @property
+    def noun(self) -> str:
+        """What one of its first media is called."""
+        return NOUNS[self.medium]
+
+    @property
+    def usual_texts(self) -> tuple[str, str]:
+        """Names of the column of texts where none is given."""
+        return ("transcription", "text") if self.medium == "audio" else ("text", "caption")
+
+    @property
+    def key(self) -> list[str | bool | None]:
+        """Part of the key of an index."""
+        return [self.medium, self.first, self.second, self.is_edit]
+
+
+IMAGES_ALONE = MediaColumns()
+UNREADABLE: dict[Medium, type[UnreadableMedia]] = {"image": UnreadableImage, "audio": UnreadableAudio}
+
+
+def media_columns(source: SourceConfig) -> MediaColumns:
+    """Of a source.
+
+    Raises:
+        UserError: It asks for editing pairs and for audio.
+    """
+    if source.source_image_column is not None and source.audio_column is not None:
+        raise UserError(
+            f"source '{source.path}' has source_image_column and audio_column; editing pairs have no audio: remove one"
+        )
+    if source.kind == "audiofolder":
+        return MediaColumns("audio", source.audio_column)
+    if source.audio_column is not None and source.image_column is None and source.kind != "imagefolder":
+        return MediaColumns("audio", source.audio_column)
+    is_edit = source.source_image_column is not None
+    return MediaColumns(
+        "image", source.image_column, source.source_image_column if is_edit else source.audio_column, is_edit
+    )

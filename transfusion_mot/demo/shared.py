@@ -1,0 +1,85 @@
+"""What the tabs share: Gradio, where it is installed, limits, uploads and mistakes shown to a visitor."""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+
+from transfusion_mot.data.images import displayed_size, load_image
+from transfusion_mot.errors import UserError
+
+gr: Any = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
+
+MAX_IMAGES = 8
+MAX_STEPS = 250
+MAX_TOP_K = 500
+MAX_TOKENS = 128
+MAX_QUEUE = 16
+MAX_SEED = 2**31
+# What a file is called that a visitor gave.
+UPLOADED = "your file"
+# Gradio keeps a file of each result shown: looked for every hour, removed after a day.
+CACHE_SECONDS = (3600, 86400)
+# What shares one model takes turns.
+MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+
+
+@contextmanager
+def mistakes_shown() -> Iterator[None]:
+    """A `UserError` inside becomes a message on the page."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(f"{error}", print_exception=False) from None
+
+
+def refused(message: str) -> Exception:
+    """What shows a message on the page when it is raised."""
+    error: Exception = gr.Error(message, print_exception=False)
+    return error
+
+
+def add_seed() -> Any:
+    """The field of a seed, with a button that draws one."""
+    draw = gr.Button("Random", size="sm")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=130, buttons=[draw])
+    # In the browser, so that nobody waits for the model.
+    draw.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
+    return seed
+
+
+def add_gallery(element: str, columns: int = 2) -> Any:
+    """Where results appear: as large before as after."""
+    return gr.Gallery(
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        elem_id=element,
+        elem_classes="results",
+        format="png",
+        buttons=["download", "download_all", "fullscreen"],
+    )
+
+
+def add_upload(element: str, height: int = 320) -> Any:
+    """Where a visitor puts a picture."""
+    picture = gr.Image(
+        label="Picture", type="filepath", sources=["upload", "clipboard"], height=height, elem_id=element
+    )
+    # The uploaded file as it is: `load_image` says what is wrong with it, and Gradio would only fail.
+    picture.preprocess = lambda payload: payload and payload.path
+    return picture
+
+
+def uploaded(path: str | None) -> Image.Image:
+    """The picture in an uploaded file.
+
+    Raises:
+        UserError: It is none.
+    """
+    if path is None:
+        raise refused("Give a picture first.")
+    return Image.fromarray(load_image(path, displayed_size(path, UPLOADED), name=UPLOADED))

@@ -1,0 +1,104 @@
+"""Do modalities keep apart in the hidden states of a model? Principal components, and shares of variance.
+
+The states of a layer are compared as the norms of the next layer see them: divided by their root mean square.
+Shapes: N slots, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by every eye, and in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MOST_PANELS = 4
+# Hidden states [N, D] of each modality.
+States = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LayerSpace:
+    """The hidden states behind a layer.
+
+    Attributes:
+        between: Share of their variance, in [0, 1], that lies between the means of the modalities, all of which have
+            the same weight.
+        explained: Shares of their variance along the first two principal components.
+        points: Of each modality, the places of its states on these components, [N, 2].
+    """
+
+    between: float
+    explained: tuple[float, float]
+    points: dict[str, npt.NDArray[np.float32]]
+
+
+def layer_space(states: States) -> LayerSpace:
+    """Where the states of a layer lie; those of a modality are as many as of every other one."""
+    scaled = {name: own / np.sqrt(np.square(own).mean(axis=1, keepdims=True) + 1e-12) for name, own in states.items()}
+    together = np.concatenate(list(scaled.values()))
+    centre = together.mean(axis=0)
+    _, singular, axes = np.linalg.svd(together - centre, full_matrices=False)
+    variances = singular**2 / np.sum(singular**2)
+    means = np.stack([own.mean(axis=0) for own in scaled.values()])
+    counts = np.array([len(own) for own in scaled.values()])
+    between = np.sum(counts[:, None] * (means - centre) ** 2) / np.sum((together - centre) ** 2)
+    points = {name: ((own - centre) @ axes[:2].T).astype(np.float32) for name, own in scaled.items()}
+    return LayerSpace(float(between), (float(variances[0]), float(variances[1])), points)
+
+
+def spaces_table(spaces: dict[str, list[LayerSpace]]) -> str:
+    """A markdown table: a row for each layer, a column for each run."""
+    lines = [f"| layer | {' | '.join(spaces)} |", f"| --- |{' ---: |' * len(spaces)}"]
+    for layer in range(max(map(len, spaces.values()))):
+        cells = [f"{of_run[layer].between:.3f}" if layer < len(of_run) else "-" for of_run in spaces.values()]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spaces_json(spaces: dict[str, list[LayerSpace]]) -> dict[str, Any]:
+    """The numbers of all layers, layer 0 being what goes into the first block."""
+    return {
+        run: [{"between": layer.between, "explained": list(layer.explained)} for layer in layers]
+        for run, layers in spaces.items()
+    }
+
+
+def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
+    """A row of panels for each run, with the states of some layers; below, the shares of all layers."""
+    shown = {run: _spread(len(layers)) for run, layers in spaces.items()}
+    columns = max(map(len, shown.values()))
+    figure = Figure(figsize=(3 * columns, 3 * len(spaces) + 2.6), layout="constrained")
+    grid = figure.add_gridspec(len(spaces) + 1, columns)
+    names = list(dict.fromkeys(name for layers in spaces.values() for name in layers[0].points))
+    for row, (run, layers) in enumerate(spaces.items()):
+        for column, layer in enumerate(shown[run]):
+            axes, space = figure.add_subplot(grid[row, column]), layers[layer]
+            for name, points in space.points.items():
+                colour = _COLOURS[names.index(name) % len(_COLOURS)]
+                axes.plot(*points.T, ".", color=colour, markersize=2, alpha=0.5, label=name)
+            axes.set_title(f"{run}, layer {layer}: {space.between:.2f}", fontsize="medium")
+            axes.set_xlabel(f"{100 * space.explained[0]:.0f} % of variance", fontsize="small")
+            axes.set_ylabel(f"{100 * space.explained[1]:.0f} %", fontsize="small")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == column == 0:
+                axes.legend(markerscale=5, fontsize="small")
+    axes = figure.add_subplot(grid[len(spaces), :])
+    for index, (run, layers) in enumerate(spaces.items()):
+        shares = [layer.between for layer in layers]
+        axes.plot(range(len(shares)), shares, "o-", color=_COLOURS[index % len(_COLOURS)], markersize=4, label=run)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("variance between modalities")
+    axes.grid(color="#e3e6ea")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _spread(count: int) -> Sequence[int]:
+    """Up to four of so many layers, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_PANELS))})

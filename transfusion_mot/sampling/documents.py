@@ -1,0 +1,203 @@
+"""Documents for a model to go on with: texts, pictures and other media, checked and encoded."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from transfusion_mot.config import TEXT
+from transfusion_mot.data.audio import Audio, resample
+from transfusion_mot.data.documents import join_texts
+from transfusion_mot.data.images import to_pixels
+from transfusion_mot.data.layout import Media
+from transfusion_mot.errors import UserError, refuse_surrogates
+from transfusion_mot.models.modalities import TokenModality
+from transfusion_mot.sampling.decoding import Decoding
+from transfusion_mot.sampling.guidance import Guidance
+from transfusion_mot.sampling.sampler import OpenDocument, Sampler
+from transfusion_mot.sampling.sizes import Size, by_size
+from transfusion_mot.sampling.snapshot import SnapshotPipeline
+
+Generators = torch.Generator | list[torch.Generator] | None
+# What a document is made of, as a caller gives it: texts, pictures, audio, and other media as codes or latents.
+Item = str | Image.Image | Audio | Media
+
+
+class DocumentPipeline(SnapshotPipeline):
+    """What all tasks of a `TransfusionPipeline` begin with."""
+
+    def check_prompts(self, prompts: Sequence[str | Audio]) -> None:
+        """Refuse what the model cannot read.
+
+        Raises:
+            UserError: No prompt, something that is neither text nor audio, or a prompt longer than any in training.
+        """
+        if not prompts:
+            raise UserError("there is no prompt; give at least one")
+        for prompt in prompts:
+            if isinstance(prompt, Audio):
+                self.check_audio(prompt)
+                continue
+            if not isinstance(prompt, str):
+                raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
+            refuse_surrogates(prompt, "prompt", "write it in UTF-8")
+            if not self.is_short_enough(prompt):
+                shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
+                raise UserError(
+                    f"the prompt '{shown}' has {len(self.text_tokenizer.encode(prompt))} tokens; the model was trained "
+                    f"on at most {self.config.max_prompt_tokens}: shorten it"
+                )
+
+    def is_short_enough(self, prompt: str) -> bool:
+        """Whether a prompt is no longer than any in training."""
+        limit = self.config.max_prompt_tokens
+        return limit is None or len(self.text_tokenizer.encode(prompt)) <= limit
+
+    def check_audio(self, audio: Audio, name: str = "the audio") -> None:
+        """Refuse audio that the model cannot read.
+
+        Raises:
+            UserError: The model has no speech; it is no `Audio`, empty, not finite, or longer than any in training.
+        """
+        if not isinstance(audio, Audio):
+            raise UserError(f"{name} must be an Audio, as decode_audio of a file gives it, got {type(audio).__name__}")
+        samples, limit = audio.samples, self.config.max_audio_seconds
+        assert self.audio_modality
+        if not isinstance(samples, np.ndarray) or samples.ndim != 1 or not len(samples):
+            raise UserError(f"{name} has samples of the shape {np.shape(samples)}; mono samples [T] are needed")
+        # So that what is no number is refused, too.
+        if not (np.abs(samples) <= 1).all():
+            raise UserError(f"{name} has samples outside of [-1, 1]; divide them by the largest")
+        if limit is not None and audio.seconds > limit:
+            raise UserError(
+                f"{name} lasts {audio.seconds:.1f} seconds; the model was trained on at most {limit:g}: cut it"
+            )
+
+    def _check_items(self, document: Sequence[Item]) -> None:
+        """Refuse a document that is no list of texts, pictures and media that the model can read."""
+        if not isinstance(document, list):
+            raise UserError(f"a document must be a list of texts, pictures and media, got {document!r:.60}")
+        media = [name for name in self.transformer.architecture.made if name != TEXT]
+        for item in document:
+            if isinstance(item, Audio):
+                self.check_audio(item)
+            if isinstance(item, str | Image.Image | Audio):
+                continue
+            if not isinstance(item, Media) or item.modality not in media:
+                what = f"media of '{item.modality}'" if isinstance(item, Media) else type(item).__name__
+                raise UserError(
+                    f"a document is made of texts, PIL images, Audio and Media of {' or '.join(media)}, got {what}"
+                )
+            modality, content = self.transformer.modality(item.modality), item.content
+            if isinstance(modality, TokenModality):
+                is_span = isinstance(content, list) and content[:1] == [modality.start_id]
+                is_span = is_span and len(content) > 2 and content[-1] == modality.end_id
+                if not is_span or not all(0 <= code < modality.start_id for code in content[1:-1]):
+                    raise UserError(
+                        f"Media of '{item.modality}' need a list [{modality.start_id}, codes below that, "
+                        f"{modality.end_id}]"
+                    )
+                continue
+            channels, patch = modality.latent_channels, modality.patch_size
+            shape = list(content.shape) if isinstance(content, Tensor) else []
+            if len(shape) != 3 or shape[0] != channels or shape[1] % patch or shape[2] % patch:
+                raise UserError(
+                    f"Media of '{item.modality}' need latents [{channels}, Y, X], Y and X multiples of {patch}, got "
+                    f"{shape or type(content).__name__}"
+                )
+
+    def _check_document(self, document: Sequence[Item]) -> None:
+        """Refuse a document that is longer than a row of training: the sum of its texts, which are read as one."""
+        parts = join_texts(document)
+        texts = [part for part in parts if isinstance(part, str)]
+        # Each of the media stands between two tokens; beside the longest prompt there is room for those of one.
+        delimiters = 2 * max(0, len(parts) - len(texts) - 1)
+        length = delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
+        limit = self.config.max_prompt_tokens
+        if limit is not None and length > limit:
+            raise UserError(
+                f"the document has {length} tokens in all; the model was trained on at most {limit}: shorten it"
+            )
+
+    def sampling_settings(self, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+        """What a call with these arguments uses: None is replaced by the pipeline's own.
+
+        Raises:
+            UserError: A value is out of its range.
+        """
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        most_steps = self.scheduler.config.num_train_timesteps
+        if not isinstance(steps, int) or not 1 <= steps <= most_steps:
+            raise UserError(f"num_inference_steps is {steps}; it must be a whole number from 1 to {most_steps}")
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        return steps, Guidance(float(scale)).scale
+
+    def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Media]:
+        """Pictures => clean latents or codes of each, at the size of training or another one."""
+        images_uint8 = [self.sizes.read(picture, size) for picture in pictures]
+        codec = self.codec
+
+        def encode(places: list[int], _: Size) -> Sequence[Any]:
+            pixels = to_pixels(np.stack([images_uint8[place] for place in places])).to(self._execution_device)
+            if codec.kind == "latents":
+                return codec.encode(pixels)[0].unbind()
+            tokens = cast(TokenModality, self.transformer.modality(self.image_modality))
+            return [[tokens.start_id, *codes, tokens.end_id] for codes in codec.encode(pixels).flatten(1).tolist()]
+
+        contents = by_size([image.shape[:2] for image in images_uint8], encode)
+        return [Media(self.image_modality, content) for content in contents]
+
+    def encode_audio(self, recordings: Sequence[Audio]) -> list[Media]:
+        """Recordings of any sample rate => their codes.
+
+        Raises:
+            UserError: As of `check_audio`; or one is too short to have codes.
+        """
+        for number, audio in enumerate(recordings, 1):
+            self.check_audio(audio, f"recording {number}" if len(recordings) > 1 else "the audio")
+        codec, tokens = self.audio_codec, cast(TokenModality, self.transformer.modality(self.audio_modality))
+        waveforms = [
+            torch.from_numpy(resample(audio, codec.sample_rate).astype(np.float32)).to(codec.device)
+            for audio in recordings
+        ]
+        codes = [own.tolist() for own in codec.encode(waveforms)]
+        for audio in (audio for audio, own in zip(recordings, codes, strict=True) if not own):
+            raise UserError(f"audio of {audio.seconds:.3f} seconds is too short to have a code; give longer audio")
+        return [Media(self.audio_modality, [tokens.start_id, *own, tokens.end_id]) for own in codes]
+
+    def encode_item(self, item: Item, size: Size | None = None) -> str | Media:
+        """An item of a document as the model reads it; pictures at the size of training, or another one."""
+        if isinstance(item, Image.Image):
+            return self._encode([item], size)[0]
+        return self.encode_audio([item])[0] if isinstance(item, Audio) else item
+
+    def _sampler(self, documents: list[OpenDocument], target: str, **arguments: Any) -> Sampler:
+        return Sampler(
+            self.transformer,
+            self.text_tokenizer,
+            self.workspace,
+            documents,
+            target=target,
+            device=self._execution_device,
+            **arguments,
+        )
+
+    def _write(self, documents: list[OpenDocument], decoding: Decoding, generator: Generators) -> list[str]:
+        generators = one_each(generator, len(documents))
+        self._sampler(documents, TEXT, generators=generators, decoding=decoding).run()
+        self.maybe_free_model_hooks()
+        return ["".join(item for item in document.added if isinstance(item, str)) for document in documents]
+
+
+def one_each(generator: Generators, count: int) -> list[torch.Generator | None]:
+    """A generator for each of `count` rows."""
+    if not isinstance(generator, list):
+        return [generator] * count
+    if len(generator) != count:
+        raise UserError(
+            f"there are {len(generator)} generators for {count} results; give one for each, or a single one"
+        )
+    return list(generator)
