@@ -207,7 +207,11 @@ def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: 
     ("before", "now", "message"),
     [
         ({"path": None, "vocab_size": 300}, {"vocab_size": 300}, None),
-        ({"path": None, "vocab_size": 300}, {"vocab_size": 400}, "tokenizer.vocab_size is 400, and was 300; go on with"),
+        (
+            {"path": None, "vocab_size": 300},
+            {"vocab_size": 400},
+            "tokenizer.vocab_size is 400, and was 300; go on with",
+        ),
         # It is the same, or what it was trained on is, whatever its path; beside one, the size says nothing.
         ({"path": "gone", "vocab_size": 300}, {"path": "gone", "vocab_size": 400}, None),
         ({"path": "gone", "vocab_size": 300}, {"path": "{kept}"}, None),

@@ -305,7 +305,9 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
         held_out_fraction=0.0,
         cache_dir=str(tmp_path / "c"),
     )
-    with pytest.raises(UserError, match=r"no source with image media .* are openmoji, imagefolder, audiofolder, webdataset,"):
+    with pytest.raises(
+        UserError, match=r"no source with image media .* are openmoji, imagefolder, audiofolder, webdataset,"
+    ):
         open_documents(data, "train")
     data.sources.append(SourceConfig("imagefolder", path=str(tmp_path / "images"), use="held_out"))
     (tmp_path / "images").mkdir()

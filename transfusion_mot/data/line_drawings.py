@@ -79,7 +79,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.line_drawings", description=__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write")
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="drawings to train on (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=1000, metavar="N", help="drawings to train on (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
     parser.add_argument(
         "--held-out",
