@@ -26,6 +26,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from benchmarks.arms import arms_parser
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report import read_report
@@ -43,17 +44,7 @@ def arm_names() -> list[str]:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiments",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser = arms_parser("benchmarks.experiments", __doc__, arm_names())
     parser.add_argument(
         "--protocol",
         action="append",

@@ -21,6 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from queue import SimpleQueue
 
+from benchmarks.arms import arms_parser
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parents[1]
@@ -55,17 +56,7 @@ def twin_of(arm: str) -> str | None:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.settings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument("--arms", nargs="+", choices=arm_names(), default=arm_names(), metavar="ARM", help="(all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run of each arm for each (0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps, in place of the configuration's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser = arms_parser("benchmarks.settings", __doc__, arm_names())
     # Behind --arms a key without dashes would be taken for an arm.
     words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in arguments]
     return parser.parse_known_args(words)
