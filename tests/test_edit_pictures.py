@@ -183,7 +183,7 @@ def test_the_page_edits_with_a_model_that_was_trained_to(pipeline, tmp_path) -> 
         [block.label for block in build_page(one).blocks.values() if isinstance(block, gr.Tab)]
         for one in (pipeline, tiny_pipeline())
     ]
-    assert tabs == [["Paint", "Edit", "Caption"], ["Paint", "Caption"]]
+    assert tabs == [["Paint", "Edit", "Repaint", "Caption", "Document"], ["Paint", "Repaint", "Caption", "Document"]]
     pictures(1)[0].save(tmp_path / "before.png")
     tab, path = EditTab(pipeline), str(tmp_path / "before.png")
     *_, (images, line) = tab.edit(path, " sun ", 2, 5, 4, 2.0, 1.5)

@@ -272,7 +272,7 @@ def test_first_gpus_that_multiply_8_bit_numbers(monkeypatch, capability: tuple[i
     monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(float8.torch.cuda, "get_device_name", lambda _: "an A100")
     device = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
-    codecs = {"image": SimpleNamespace(downsampling=4)}
+    codecs = {"image": SimpleNamespace(medium="image", downsampling=4)}
     if fits:
         check_float8(RunConfig(), device, codecs)
     else:
@@ -286,4 +286,4 @@ def test_single_precision_is_refused(monkeypatch) -> None:
     device = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
     config = RunConfig(training=TrainingConfig(mixed_precision="no"))
     with pytest.raises(UserError, match=r"training\.mixed_precision is no; set that to bf16"):
-        check_float8(config, device, {"image": SimpleNamespace(downsampling=4)})
+        check_float8(config, device, {"image": SimpleNamespace(medium="image", downsampling=4)})

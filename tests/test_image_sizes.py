@@ -247,14 +247,15 @@ def test_the_command_paints_and_captions_at_the_sizes_of_the_model(tmp_path, mon
 def test_the_page_offers_the_sizes_of_training(pipeline) -> None:
     if gr is None:
         pytest.skip("the page needs gradio: pip install 'transfusion-mot[demo]'")
-    (choice,) = (
-        block for block in build_page(pipeline).blocks.values() if getattr(block, "label", "") == "Width x height"
-    )
-    assert [name for name, _ in choice.choices] == ["16 x 4", "8 x 8", "4 x 16"]
-    assert choice.value == "8 x 8"
+    sides = {
+        block.label: block
+        for block in build_page(pipeline).blocks.values()
+        if getattr(block, "label", "") in ("Height", "Width")
+    }
+    assert [sides[name].value for name in ("Height", "Width")] == [8, 8]
     drawing = [2, "FlowMatchEulerDiscreteScheduler"]
     tab = PaintTab(pipeline)
-    *_, (paths, *_, history, _) = tab.paint([], "sun", "", 1, 1, "16 x 4", 1.0, 0.0, *drawing)
+    *_, (paths, _, history, *_) = tab.paint([], "sun", "", 1, 1, 4, 16, 1.0, 0.0, *drawing)
     with Image.open(paths[0]) as image:
-        assert size_of(image) == (4, 16)
-    assert "16 x 4" in history[0].settings
+        assert (image.height, image.width) == (4, 16)
+    assert history[0].settings[4:6] == (4, 16)

@@ -502,7 +502,7 @@ TEXT, IMAGE = ModalityConfig("text"), ModalityConfig("image", "diffusion")
         ({"modalities": {"text": TEXT, "image": ModalityConfig("picture")}}, r"image.*'picture'.*text, image"),
         ({"modalities": {"image": ModalityConfig("image"), "speech": TEXT}}, "image, speech.*'text'"),
         ({"modalities": {"text": ModalityConfig("text", "diffusion"), "image": IMAGE}}, "'text' with.*next_token"),
-        ({"modalities": {"text": TEXT, "image": TEXT}}, "image.*no modality uses"),
+        ({"modalities": {"text": TEXT, "image": TEXT}}, "image.*no modality with a loss uses"),
         ({"modalities": {"text": TEXT, "image": ModalityConfig("image", attention="bidirectional")}}, "set attention"),
         *(
             ({"modalities": {"text": TEXT, "image": IMAGE, name: TEXT}}, f"name '{name}'")

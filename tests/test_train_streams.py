@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Units:
 class UnitsCodec:
     """What a run asks of a codec whose codes are there already."""
 
-    kind, codebook_size, downsampling, fingerprint = "codes", NUM_CODES, 1, "units"
+    kind, medium, codebook_size, downsampling, fingerprint = "codes", "units", NUM_CODES, 1, "units"
 
 
 @contextmanager
@@ -81,9 +81,9 @@ def speech() -> Iterator[None]:
     def load(config: CodecConfig, *arguments: Any) -> Any:
         return UnitsCodec() if config.path == "of this test" else load_codec(config, *arguments)
 
-    def open_others(data: DataConfig, split: Split) -> list[Source]:
+    def open_others(data: DataConfig, split: Split, readers: Iterable[str] = ()) -> list[Source]:
         others = {name: slots for name, slots in data.slots.items() if name != "speech"}
-        return [*open_documents(dataclasses.replace(data, slots=others), split), Source(Units(split))]
+        return [*open_documents(dataclasses.replace(data, slots=others), split, readers), Source(Units(split))]
 
     def encode(sources: list[Source], *arguments: Any, all_documents: bool = False) -> Sources:
         *others, units = sources
