@@ -287,5 +287,7 @@ _ADAPTERS: dict[str, Callable[[Any, int], _Parts]] = {
     "HubertUnits": _hubert,
     "MelVQModel": _mel_vq,
 }
+# Asked once, because it takes a fifth of a second; and not `hasattr`, which would import them all.
+_KNOWN = {*dir(transformers), MelVQModel.__name__}
 # By the class that a folder names; some are younger than the oldest transformers that this project runs with.
-CLASSES = [name for name in (*_ADAPTERS, "HubertModel") if name in dir(transformers) or name == MelVQModel.__name__]
+CLASSES = [name for name in (*_ADAPTERS, "HubertModel") if name in _KNOWN]
