@@ -9,25 +9,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, data_config, loader_of, packer_of
+from diffusers import VQModel
 from PIL import Image
 from scene_sprites import make_sprites
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
+from transfusion_mot.codecs.base import Codec
+from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import CodecConfig, DataConfig, SourceConfig
 from transfusion_mot.data import mixture
 from transfusion_mot.data.colours import COLOURS, main_colour, recoloured
 from transfusion_mot.data.emoji_corpus import Icon
+from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_drawing import boxes_of, draw_scene
 from transfusion_mot.data.scene_objects import object_of_drawing, plural_of, scene_objects, with_article
 from transfusion_mot.data.scenes import Group, Place, Scene
+from transfusion_mot.data.sources.base import Split
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.data.sprites import Sprites, drawing_names
@@ -391,10 +397,46 @@ def test_batches_are_encoded_while_training(byte_tokenizer, random_vae: Path, fo
         assert images.mask.any(dim=1).all()
 
 
+@pytest.mark.parametrize("kind", ["codes", "latents"])
+def test_a_number_of_scenes_is_stored_once(kind: str, random_vae: Path, folder: Path, tmp_path: Path) -> None:
+    """What is stored of item i is what the codec makes of its picture; more items add to it."""
+    codec: Codec = Autoencoder.load(str(random_vae), "cpu")
+    if kind == "codes":
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        vq = VQModel(**blocks, block_out_channels=(8, 8, 8), latent_channels=4, num_vq_embeddings=24, norm_num_groups=4)
+        vq.save_pretrained(tmp_path / "vq")
+        codec = load_codec(CodecConfig(str(tmp_path / "vq")), "next_token", torch.device("cpu"))
+
+    def stored(num_items: int, split: Split) -> Any:
+        data = data_of(folder, num_items=num_items, latents="cache", cache_dir=str(tmp_path / "cache"))
+        documents = open_documents(data, split)
+        (source,) = with_encoded(documents, data, {"image": codec}, {"image": CodecConfig()}).sources
+        return source.encoded["image"]
+
+    first = stored(12, "train")
+    scenes = scenes_of(folder, num_items=15)
+    pictures = [scenes.image(number).tobytes() for number in range(15)]
+    assert first.num_encoded == 12
+    for number in (0, 5, 11):
+        pixels = to_pixels(torch.from_numpy(scenes.image(number))[None])
+        if kind == "codes":
+            assert first.span(number) == [24, *codec.encode(pixels).flatten().tolist(), 25]
+        else:
+            mean = codec.encode_fast(pixels, 1, compiled=False)[0][0]
+            assert torch.equal(torch.from_numpy(first.posterior(number)[0].copy()), mean.half())
+    assert stored(12, "train").num_encoded == 0
+    # Of so few drawings two scenes may be the same.
+    assert stored(15, "train").num_encoded == sum(new not in pictures[:12] for new in pictures[12:]) > 0
+    assert stored(12, "held_out").num_encoded == 12
+
+
 def test_what_cannot_be_is_refused(random_vae: Path, folder: Path, tmp_path: Path) -> None:
     autoencoder = Autoencoder.load(str(random_vae), "cpu")
     data = data_of(folder, latents="cache")
-    with pytest.raises(UserError, match=r"'.*sprites' of kind 'scenes' has a new picture.*set data.latents to online"):
+    with pytest.raises(
+        UserError, match=r"'.*sprites' of kind 'scenes' has 10,000,000 pictures, .*set its num_items.*online, not cache"
+    ):
         with_encoded(open_documents(data, "train"), data, {"image": autoencoder}, {"image": CodecConfig()})
     with pytest.raises(UserError, match=r"holds no sprites; give the folder that .*data\.sprites"):
         Sprites(tmp_path)

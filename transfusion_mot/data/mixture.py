@@ -374,14 +374,13 @@ def with_encoded(
 
 def _refuse_cached_scenes(sources: list[Source], data: DataConfig, codecs: dict[str, Codec]) -> None:
     for documents in (source.documents for source in sources if isinstance(source.documents, Scenes)):
-        what = f"the source '{documents.name}' of kind 'scenes' has a new picture for every item"
-        if codecs[documents.modality].kind == "codes":
+        kind = codecs[documents.modality].kind
+        if not documents.is_storable and (kind == "codes" or data.latents != "online"):
+            online = f", or data.latents to online, not {data.latents}" if kind == "latents" else ""
             raise UserError(
-                f"{what}, and the codes of the modality '{documents.modality}' are made before training; scenes need a "
-                "modality with the objective diffusion"
+                f"the source '{documents.name}' of kind 'scenes' has {len(documents):,} pictures, too many to store "
+                f"their {kind}; set its num_items, for example to 300000{online}"
             )
-        if data.latents != "online":
-            raise UserError(f"{what}, which no cache can hold; set data.latents to online, not {data.latents}")
 
 
 def training_texts(sources: list[Source]) -> Iterator[str]:

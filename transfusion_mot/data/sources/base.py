@@ -58,17 +58,20 @@ class _Media(Protocol):
         name: What to call the source in messages and logs.
         fingerprint: Hash of what decides what is encoded: the media's stamps and order; of images also their size,
             buckets and fit; not of captions.
-        stamps: [N, 2] a key of where each lies and when its file was changed: one with the same stamp need not be read
-            to know that it is the same.
         skipped: What was left out while the source was opened: reason to count.
         buckets: [N] index of each image's size in `data.image_sizes`; 0 for audio.
     """
 
     name: str
     fingerprint: str
-    stamps: Keys
     skipped: dict[str, int]
     buckets: npt.NDArray[np.int16]
+
+    @property
+    def stamps(self) -> Keys:
+        """[N, 2] a key of where each lies and when its file was changed: one with the same stamp need not be read to
+        know that it is the same."""
+        ...
 
     def __len__(self) -> int: ...
 

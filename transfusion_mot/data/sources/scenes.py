@@ -1,5 +1,6 @@
-"""Scenes composed when they are asked for: as many items as one wants, none stored."""
+"""Scenes composed when they are asked for: as many items as one wants; their pictures are not stored."""
 
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_drawing import draw_scene
 from transfusion_mot.data.scenes import Scene
 from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, fingerprint_of
-from transfusion_mot.data.sources.keys import Keys
+from transfusion_mot.data.sources.keys import Keys, key_of, keys_from
 from transfusion_mot.data.sprites import Sprites
 
 # Raise it when the same seed and drawings give other scenes.
@@ -23,7 +24,11 @@ _NUM_HELD_OUT = 2048
 
 
 class Scenes:
-    """`CaptionedImages` of one side, item i of which follows from the drawings, `data.split_seed` and i alone."""
+    """`CaptionedImages` of one side, item i of which follows from the drawings, `data.split_seed` and i alone.
+
+    Attributes:
+        is_storable: Whether their latents or codes can be stored: their number is given, and not above 10,000,000.
+    """
 
     is_paired = True
     medium: Literal["image"] = "image"
@@ -50,8 +55,9 @@ class Scenes:
         self.image_size = sizes[bucket]
         # All the same, and so without an array of that length.
         self.buckets: npt.NDArray[np.int16] = np.broadcast_to(np.int16(bucket), self._length)
-        self.stamps: Keys = np.broadcast_to(np.uint64(0), (self._length, 2))
         made_of = repr((_VERSION, self.sprites.fingerprint, data.split_seed, self.composer.fraction, split, source.use))
+        self.is_storable = source.num_items is not None and source.num_items <= _NUM_ITEMS
+        self._key = key_of(made_of.encode())
         self.documents_fingerprint = fingerprint_of(made_of.encode(), str(self._length).encode())
         self.fingerprint = fingerprint_of(self.documents_fingerprint.encode(), repr(self.image_size).encode())
         self.modality = source.modality
@@ -64,6 +70,13 @@ class Scenes:
     def media(self) -> dict[str, MediaSet]:
         """Itself."""
         return {self.modality: self}
+
+    @cached_property
+    def stamps(self) -> Keys:
+        """See `MediaSet`; asked for where latents or codes are stored."""
+        stamps = np.repeat(keys_from(self._key), self._length, axis=0)
+        stamps[:, 1] = np.arange(self._length)
+        return stamps
 
     def scene(self, index: int) -> Scene:
         """The record of an item."""
