@@ -97,7 +97,7 @@ class Scenes:
     def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
         """The picture of one scene; `content` is that picture."""
         if isinstance(content, Image.Image):
-            return np.asarray(content)
+            return np.array(content)
         return draw_scene(self.scene(index), self.sprites, self.image_size)
 
     def where(self, index: int) -> str:
