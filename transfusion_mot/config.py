@@ -279,6 +279,9 @@ class ModalityConfig:
             size and at least one more.
         unet_num_layers: Residual layers in each block of the `unet` adapter.
         tied_embeddings: `next_token` only: embedding and head are one matrix.
+        code_noise_prob: Codes only: chance, below 1, that a code is replaced by a random one where training reads it;
+            what is predicted stays. Without noise the codes before a code say nearly all about it, and the model
+            learns little of its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
         vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
             language models whose vocabulary is padded. Null is as many as there are ids.
         reads: `read` only: the modality whose clean copies (`data.image_context: clean`) and source images of editing
@@ -294,6 +297,7 @@ class ModalityConfig:
     unet_channels: list[int] = field(default_factory=lambda: [128, 256])
     unet_num_layers: int = 2
     tied_embeddings: bool = False
+    code_noise_prob: float = 0.0
     vocab_size: int | None = None
     reads: str | None = None
 
@@ -497,7 +501,7 @@ class TrainingConfig:
         ema_on_cpu: Keep the averaged weights in host memory: 4 bytes a trained parameter less on the GPU, and a copy to
             the host in each update (of every tenth step or so, see `ema_decay`). Not with FSDP2.
         seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of
-            what dropout drops.
+            what dropout drops and noise replaces.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
         cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what

@@ -256,6 +256,16 @@ def check_architecture(config: ModelConfig) -> None:
                 f"model.modalities.{name} has tied_embeddings, and with the objective {modality.objective} it has no "
                 "embeddings; remove that key"
             )
+        if modality.code_noise_prob and (modality.objective != "next_token" or name == "text"):
+            raise UserError(
+                f"model.modalities.{name} has code_noise_prob, which is for codes: another modality than text with the "
+                "objective next_token; remove that key"
+            )
+        if not 0 <= modality.code_noise_prob < 1:
+            raise UserError(
+                f"model.modalities.{name}.code_noise_prob is {modality.code_noise_prob}; it must be at least 0 and "
+                "below 1"
+            )
         if modality.vocab_size is not None and name != "text":
             raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:

@@ -106,7 +106,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             modality = config.modalities[name]
             width = towers[modality.tower].hidden_size
             if modality.objective == "next_token":
-                self.modalities[name] = TokenModality(sizes[name], width, modality.tied_embeddings)
+                self.modalities[name] = TokenModality(
+                    sizes[name], width, modality.tied_embeddings, modality.code_noise_prob
+                )
             elif modality.objective == "read":
                 self.modalities[name] = ReadModality(sizes[config.content_of(name)], width, modality)
             else:

@@ -84,7 +84,7 @@ def train_step(
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
     Each loss is a sum over its own count of the whole global batch, so that the gradient does not depend on how rows
-    are spread over microbatches and ranks, unless a tower has dropout or products have 8 bits.
+    are spread over microbatches and ranks, unless there is dropout or noise of codes, or products have 8 bits.
 
     Args:
         loss_weights: Factor of the mean loss of each modality.
