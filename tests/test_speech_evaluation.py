@@ -101,6 +101,21 @@ def test_pocketsphinx_understands_the_engine_and_no_noise():
         PocketSphinx(["xyzzyx"], workers=1)
 
 
+def test_what_is_heard_does_not_depend_on_what_was_heard_before():
+    words = ("red", "bread", "bed", "head", "dead", "led", "said", "shed", "fed", "wed")
+    texts = [f"{one} {two} {three}" for one, two, three in zip(words, words[3:], words[5:], strict=False)]
+    recogniser = PocketSphinx(texts, workers=1)
+    rng = np.random.default_rng(0)
+    mumbled = []
+    for text in texts * 4:
+        spoken = speak(text, "en-us+steph", words_per_minute=170, pitch=40)
+        noise = rng.standard_normal(len(spoken.samples)) * 10 ** rng.uniform(-3, -1)
+        mumbled.append(Audio((spoken.samples + noise).astype(np.float32), spoken.sample_rate))
+    heard = recogniser.transcribe(mumbled)
+    assert len(set(heard)) > 5
+    assert recogniser.transcribe(mumbled[::-1])[::-1] == heard
+
+
 class Listening:
     """A recogniser that writes down how long things are."""
 

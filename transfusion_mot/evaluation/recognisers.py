@@ -100,15 +100,19 @@ def _load(language: str, dictionary: str) -> None:
     global _decoder
     import pocketsphinx
 
-    # Dither, because the logarithm of the silence between synthetic words is not finite; means of a whole recording.
-    _decoder = pocketsphinx.Decoder(lm=language, dict=dictionary, dither=True, cmn="batch", loglevel="FATAL")
+    # Means of a whole recording.
+    _decoder = pocketsphinx.Decoder(lm=language, dict=dictionary, cmn="batch", loglevel="FATAL")
 
 
 def _recognise(audio: Audio) -> str:
     silence = int(_SILENCE_SECONDS * _SAMPLE_RATE)
     samples = np.pad(resample(audio, _SAMPLE_RATE), silence) if len(audio.samples) else np.zeros(silence)
+    # Dither, because the logarithm of the silence between synthetic words is not finite. The decoder's own dither, and
+    # its estimate of the noise, go on from one recording to the next: a transcript would depend on those before it.
+    dither = np.random.default_rng(0).integers(0, 2, len(samples))
+    _decoder.start_stream()
     _decoder.start_utt()
-    _decoder.process_raw((samples * (2**15 - 1)).astype(np.int16).tobytes(), no_search=False, full_utt=True)
+    _decoder.process_raw((samples * (2**15 - 2) + dither).astype(np.int16).tobytes(), no_search=False, full_utt=True)
     _decoder.end_utt()
     hypothesis = _decoder.hyp()
     return hypothesis.hypstr if hypothesis is not None else ""
