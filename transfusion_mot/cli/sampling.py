@@ -118,7 +118,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
         sheet.save(folder.path / "grid.png")
         said = (
             f"{count} image{plural} and metadata.jsonl in {folder.path}; "
-            f"{'all' if len(shown) == count else f'the first {len(shown)}'} side by side in {folder.path / 'grid.png'}"
+            f"{'an overview' if len(shown) == count else f'the first {len(shown)}'} in {folder.path / 'grid.png'}"
         )
     print(said)
 

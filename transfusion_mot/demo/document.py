@@ -64,7 +64,9 @@ class DocumentTab:
         config = self.pipeline.config
         with gr.Tab("Document"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                text = gr.Textbox(label="Beginning of the document", placeholder="a red apple", lines=2, elem_id="begins")
+                text = gr.Textbox(
+                    label="Beginning of the document", placeholder="a red apple", lines=2, elem_id="begins"
+                )
                 with gr.Accordion("A picture in front of it (optional)", open=False):
                     picture = add_upload("begins-picture", height=220)
                 start = gr.Button("Continue", variant="primary", elem_id="go-on")

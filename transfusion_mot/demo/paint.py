@@ -133,12 +133,11 @@ class PaintTab:
         current = sampler_name(pipeline.scheduler)
         examples = pipeline.config.examples or {}
         prompts = examples.get("prompts") or []
+        example = prompts[0] if prompts else "a red apple"
         default_height, default_width = pipeline.sizes.default
         with gr.Tab("Paint"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(
-                    label="Prompt", placeholder=prompts[0] if prompts else "a red apple", max_lines=4, autofocus=True, elem_id="prompt"
-                )
+                prompt = gr.Textbox(label="Prompt", placeholder=example, max_lines=4, autofocus=True, elem_id="prompt")
                 if beginnings := examples.get("beginnings"):
                     style = gr.Dropdown(
                         ["", *beginnings], value="", label="Style: the words that begin the prompt", elem_id="style"

@@ -91,9 +91,7 @@ class RepaintTab:
                 with gr.Row():
                     start = gr.Button("Repaint", variant="primary", elem_id="repaint", scale=3)
                     stop = gr.Button("Stop", scale=1, min_width=80)
-                strength = gr.Slider(
-                    0.05, 1, DEFAULT_STRENGTH, step=0.05, label="Strength (1 repaints from scratch)"
-                )
+                strength = gr.Slider(0.05, 1, DEFAULT_STRENGTH, step=0.05, label="Strength (1 repaints from scratch)")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                     steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")

@@ -140,7 +140,14 @@ class SpeechTab:
         if paints:
             painted = add_gallery("heard")
             line = gr.Markdown(elem_id="heard-line", elem_classes="told", min_height=24)
-            paint.click(self.paint, [recording, num_images, seed], [painted, line], show_progress="minimal", show_progress_on=painted, **MODEL)
+            paint.click(
+                self.paint,
+                [recording, num_images, seed],
+                [painted, line],
+                show_progress="minimal",
+                show_progress_on=painted,
+                **MODEL,
+            )
 
 
 def _recording(path: str | None) -> Audio:

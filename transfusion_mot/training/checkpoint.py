@@ -123,5 +123,5 @@ def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig
     file = Path(given) if given is not None else run_config_file(snapshot)
     if not file.is_file():
         missing = f"there is no configuration {file}" if given is not None else f"{snapshot} lies in no run folder"
-        raise UserError(f"{missing}; give the configuration that it was trained with, which names its data, by {option}")
+        raise UserError(f"{missing}; give the configuration that it was trained with, to find its data, by {option}")
     return parse_config(RunConfig, ["--config", str(file)], "")
