@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 
 .PHONY: help install lock quickstart demo test test-fast test-gpu lint types
 help:
-	@echo "make quickstart   install, teach checkpoints/emoji to draw in lines, measure it (12 minutes on 2 CPU cores)"
+	@echo "make quickstart   install, teach checkpoints/emoji to draw in lines, measure it (11 minutes on 2 CPU cores)"
 	@echo "make demo         open a page to play with the model of the quickstart"
 	@echo "make test         install and run all tests but those that need a GPU"
 	@echo "make test-fast    those of them that take two minutes together"

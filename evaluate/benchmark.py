@@ -34,6 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
     parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
     add_device(parser)
     given, keys = parser.parse_known_args(arguments)
+    given.checkpoint = find_snapshot(given.checkpoint)
     if given.config is not None:
         keys = ["--config", given.config, *keys]
     return given, read_protocol(keys)
@@ -66,7 +67,7 @@ def main() -> None:
     processes, device = open_processes(arguments.device)
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
-    snapshot = find_snapshot(arguments.checkpoint)
+    snapshot = arguments.checkpoint
     output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
     check_writable_folder(output, "output")
     pipeline = load_pipeline(snapshot, protocol).to(device)

@@ -29,27 +29,35 @@ class Stops:
 
 sys.meta_path.insert(0, Stops())
 outcomes = {}
-for command in json.loads(sys.argv[1]):
-    for word in ("--help", "--no-such-option=1"):
-        sys.argv = [command, word]
-        printed = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                runpy.run_path(command, run_name="__main__")
-            outcome = 0
-        except SystemExit as end:
-            outcome = end.code
-        except RuntimeError as error:
-            outcome = str(error)
-        outcomes[command + " " + word] = [outcome, printed.getvalue()]
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            runpy.run_path(words[0], run_name="__main__")
+        outcome = 0
+    except SystemExit as end:
+        outcome = end.code
+    except RuntimeError as error:
+        outcome = str(error)
+    outcomes[" ".join(words)] = [outcome, printed.getvalue()]
 print(json.dumps(outcomes))
 """
+# What files and options say together.
+MISTAKES = {
+    "sample.py": "there is nothing to do",
+    "sample.py sun --checkpoint nowhere": "there is no folder nowhere",
+    "evaluate/benchmark.py --checkpoint nowhere": "there is no folder nowhere",
+    "train.py --config nowhere.yaml": "there is no configuration file",
+}
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list]:
+    lines = [[command, word] for command in COMMANDS for word in ("--help", "--no-such-option=1")]
+    lines += [mistake.split() for mistake in MISTAKES]
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(COMMANDS)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", RUNNER, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
@@ -71,3 +79,10 @@ def test_a_wrong_option_is_refused_before_pytorch_is_loaded(command: str, outcom
     outcome, printed = outcomes[f"{command} --no-such-option=1"]
     assert outcome == 2, printed
     assert "error: " in printed
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_what_is_missing_is_said_before_pytorch_is_loaded(line: str, outcomes: dict[str, list]) -> None:
+    outcome, printed = outcomes[line]
+    assert outcome == 2, printed
+    assert f"error: {MISTAKES[line]}" in printed

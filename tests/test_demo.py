@@ -293,6 +293,13 @@ def test_the_page_fits_its_window(page, width, columns):
     assert not page.locator("#history").is_visible()
 
 
+@pytest.mark.parametrize(("width", "expected"), [(390, 326), (960, 896), (1920, 1200)])
+def test_the_page_uses_the_width_of_its_window_up_to_1200_pixels(page, width, expected):
+    page.set_viewport_size({"width": width, "height": 900})
+    # A margin of 32 pixels on both sides.
+    assert page.locator("main").bounding_box()["width"] == expected
+
+
 def test_a_seed_is_drawn_in_the_browser(page):
     page.get_by_role("button", name="Random").first.click()
     page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(i => Number(i.value) > 1000)")
@@ -348,7 +355,9 @@ def test_mistakes_are_told_on_the_page(page, tmp_path):
         return text
 
     page.click("#paint")
-    assert "Say what to paint." in told()
+    assert "Write a prompt first." in told()
+    # In one place, not in each of the fields that a painting fills.
+    assert page.locator(".error:visible").count() == 1
     page.fill("#prompt textarea", "octopus " * 9)
     page.click("#paint")
     assert "the model was trained on at most 8: shorten it" in told()

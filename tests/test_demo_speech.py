@@ -107,7 +107,7 @@ def test_mistakes_are_told_on_the_page(page, tmp_path: Path) -> None:
         return text
 
     page.click("#speak")
-    assert "Say what to say, or give a picture." in told()
+    assert "Write a text to say, or give a picture." in told()
     page.click("#transcribe")
     assert "Record something, or give an audio file." in told()
     write_wav(tone(1.5, rate=RATE), tmp_path / "long.wav")

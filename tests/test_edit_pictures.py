@@ -190,7 +190,7 @@ def test_the_page_edits_with_a_model_that_was_trained_to(pipeline, tmp_path) -> 
     expected = pipeline.edit(pictures(1), "sun", 4, 2.0, 1.5, num_images_per_prompt=2, generator=seeds(5, 6)).images
     assert all(np.abs(np.subtract(one, two, dtype=int)).max() <= 1 for one, two in zip(images, expected, strict=True))
     assert line.endswith(" s")
-    for given, message in (((None, "sun"), "Give a picture first"), ((path, " "), "Say what to change")):
+    for given, message in (((None, "sun"), "Give a picture first"), ((path, " "), "Write an instruction")):
         with pytest.raises(gr.Error, match=message):
             list(tab.edit(*given, 1, 0, 4, 2.0, 1.5))
 

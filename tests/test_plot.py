@@ -1,8 +1,10 @@
 """The plot of several runs, from the points it draws and the picture it writes."""
 
 import json
+import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -121,3 +123,21 @@ def test_one_run_is_drawn_once_and_several_against_three_axes(tmp_path: Path) ->
         # Frames are grey lines from top to bottom of a row: the left side of each axes.
         frames = (np.abs(pixels.astype(int) - 0xB9) < 12).mean(axis=0) > 0.5
         assert np.count_nonzero(np.diff(frames.astype(int)) == 1) == axes
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out", "expected"),
+    [
+        (2, False, {"training"}),
+        (2, True, {"training", "held out"}),
+        (60, False, {"training", "training, smoothed"}),
+    ],
+)
+def test_the_legend_names_what_is_drawn(tmp_path: Path, count: int, held_out: bool, expected: set[str]) -> None:
+    lines = [{"step": step, "text_loss": 2.0} for step in range(1, count + 1)]
+    lines += [{"step": count, "validation/text_loss": 2.0}] * held_out
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        main([str(tmp_path), "--output", str(tmp_path / "loss.svg")])
+    texts = set(re.findall(r">([^<>]+)</text>", (tmp_path / "loss.svg").read_text()))
+    assert texts & {"training", "training, smoothed", "held out"} == expected

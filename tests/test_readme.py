@@ -165,7 +165,19 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+def headings(file: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    page = re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL)
+    lines = re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
 def test_links_and_pictures_exist() -> None:
-    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "checkpoints").glob("*/README.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
-            assert target.startswith("https://") or (file.parent / target).exists(), f"{file.name}: {target}"
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for file in [*files, ROOT / "benchmarks" / "README.md", *(ROOT / "checkpoints").glob("*/README.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", file.read_text()):
+            if target.startswith("https://"):
+                continue
+            linked = file.parent / target if target else file
+            assert linked.exists(), f"{file.name}: {target}"
+            assert not anchor or anchor in headings(linked), f"{file.name}: {target}#{anchor}"

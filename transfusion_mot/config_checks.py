@@ -230,6 +230,8 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
         unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
     elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
         unknown = found[1]
+    elif missing := re.search(r"File does not exist: '(.+?)'", sentence):
+        return f"there is no configuration file {missing[1]}; configs/ holds those of this project"
     elif "model.modalities" in sentence and "import path" in sentence:
         return (
             "configuration: a modality in model.modalities is more than the name of its tower in this version; write "

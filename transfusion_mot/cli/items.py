@@ -49,10 +49,7 @@ def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str
     if arguments.prompts_file is not None:
         prompts += [line.strip() for line in _lines_of(arguments.prompts_file, state) if line.strip()]
     if not prompts:
-        raise UserError(
-            "there is nothing to do; give a prompt, --prompts-file with at least one line, --caption IMAGE, or "
-            "--transcribe AUDIO"
-        )
+        raise UserError(f"there is nothing to do: {arguments.prompts_file} has no line with a prompt")
     return prompts
 
 

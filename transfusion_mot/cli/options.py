@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from transfusion_mot.config import DEFAULT_STRENGTH
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.installed import as_called
 
 DTYPES = ("bf16", "fp32")
@@ -182,6 +183,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"both {other} and --{own} are given; give them in two commands")
     if task in files and not files[task]:
         raise UserError(f"--task {task} has nothing to do; give --{task} {'IMAGE' if task == 'caption' else 'AUDIO'}")
+    if not (prompted or any(files.values()) or arguments.speech or (task == SPEAK and arguments.image)):
+        raise UserError(
+            "there is nothing to do; give a prompt, --prompts-file with at least one line, --caption IMAGE, or "
+            "--transcribe AUDIO"
+        )
     if arguments.speech and (prompted or task != PAINT):
         raise UserError(f"both {other} and --speech are given, which paints what is said; give one of them")
     if task == SPEAK and arguments.image and prompted:
@@ -210,3 +216,5 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--height and --width go with --task image, edit or auto, not with {task}")
     if (arguments.strip or arguments.gif) and task not in (PAINT, EDIT):
         raise UserError(f"--strip and --gif go with --task image or edit, not with {task}")
+    if arguments.checkpoint is not None:
+        find_snapshot(arguments.checkpoint)

@@ -109,14 +109,16 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
             )
     if folder is None:
         return
-    said = f"{count} results in {folder.results}"
+    plural = "" if count == 1 else "s"
+    said = f"{count} result{plural} in {folder.results}"
     if task in (PAINT, EDIT):
         images = [Image.open(folder.path / line["file_name"]) for line in shown]
         labels = [line.get("text") or Path(line["audio"]).name for line in shown]
         sheet = grid(images, labels, columns=min(GRID_COLUMNS, len(shown)))
         sheet.save(folder.path / "grid.png")
         said = (
-            f"{count} images and metadata.jsonl in {folder.path}; the first {len(shown)} in {folder.path / 'grid.png'}"
+            f"{count} image{plural} and metadata.jsonl in {folder.path}; "
+            f"{'an overview' if len(shown) == count else f'the first {len(shown)}'} in {folder.path / 'grid.png'}"
         )
     print(said)
 

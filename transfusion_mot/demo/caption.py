@@ -33,5 +33,5 @@ class CaptionTab:
                 with gr.Row():
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature")
                     seed = add_seed()
-                length = gr.Slider(1, MAX_TOKENS, 64, step=1, label="Longest caption, in tokens")
+                length = gr.Slider(1, MAX_TOKENS, 64, step=1, label="Max. tokens")
         describe.click(self.caption, [picture, temperature, seed, length], words, **MODEL)

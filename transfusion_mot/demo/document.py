@@ -64,13 +64,15 @@ class DocumentTab:
         config = self.pipeline.config
         with gr.Tab("Document"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                text = gr.Textbox(label="It begins with", placeholder="a red apple", lines=2, elem_id="begins")
-                with gr.Accordion("And before that a picture", open=False):
+                text = gr.Textbox(
+                    label="Beginning of the document", placeholder="a red apple", lines=2, elem_id="begins"
+                )
+                with gr.Accordion("A picture in front of it (optional)", open=False):
                     picture = add_upload("begins-picture", height=220)
-                start = gr.Button("Go on", variant="primary", elem_id="go-on")
+                start = gr.Button("Continue", variant="primary", elem_id="go-on")
                 with gr.Row():
-                    max_images = gr.Slider(0, MAX_IMAGES, 1, step=1, label="Most pictures")
-                    length = gr.Slider(1, MAX_TOKENS, 64, step=1, label="Most tokens of text")
+                    max_images = gr.Slider(0, MAX_IMAGES, 1, step=1, label="Max. pictures")
+                    length = gr.Slider(1, MAX_TOKENS, 64, step=1, label="Max. text tokens")
                 with gr.Row():
                     steps = gr.State(None)
                     if not self.is_codes:

@@ -43,7 +43,7 @@ class EditTab:
         """An uploaded file and what to do with it => results, and a line about them."""
         instruction = instruction.strip()
         if not instruction:
-            raise refused("Say what to change.")
+            raise refused("Write an instruction first.")
         seeds = [int(seed) + index for index in range(int(num_images))]
 
         def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
@@ -93,6 +93,7 @@ class EditTab:
             [picture, instruction, num_images, seed, steps, scale, image_scale],
             [results, line],
             show_progress="minimal",
+            show_progress_on=results,
             **MODEL,
         )
         stop.click(None, cancels=[editing])

@@ -12,8 +12,10 @@ from transfusion_mot.demo.speech import SpeechTab
 from transfusion_mot.pipeline import TransfusionPipeline
 
 MAX_UPLOAD = "10mb"
-# Results are as large before painting as after it, so that nothing moves. Pictures of the history are small.
+# Results are as large before painting as after it, so that nothing moves. Pictures of the history are small, and their
+# prompts stand below them.
 CSS = """
+.gradio-container > .main {max-width: 1264px !important}
 .gradio-container main {width: 100%; max-width: 1200px !important; margin: 0 auto !important}
 .results {aspect-ratio: 1; height: auto !important; max-height: 640px}
 .results img, #history img {object-fit: contain !important}
@@ -27,6 +29,7 @@ CSS = """
 #title h1 {font-size: 1.5rem; margin: 0}
 #title p, #line, #past, .told {opacity: 0.7; margin: 0}
 #history .caption-label {font-size: 0.65rem; max-width: 100%; padding: 0 4px}
+#history .thumbnail-item img {height: calc(100% - 18px) !important; position: relative; top: -9px}
 footer {display: none !important}
 """
 

@@ -75,7 +75,7 @@ class PaintTab:
         """
         prompt = prompt.strip()
         if not prompt:
-            raise refused("Say what to paint.")
+            raise refused("Write a prompt first.")
         fields = (prompt, negative_prompt, num_images, seed, height, width, scale, rescale, *drawing)
         seeds = [int(seed) + index for index in range(int(num_images))]
         how: dict[str, Any]
@@ -132,15 +132,15 @@ class PaintTab:
         schedulers = [(name.replace("Scheduler", ""), name) for name in fit_samplers(pipeline.scheduler)]
         current = sampler_name(pipeline.scheduler)
         examples = pipeline.config.examples or {}
+        prompts = examples.get("prompts") or []
+        example = prompts[0] if prompts else "a red apple"
         default_height, default_width = pipeline.sizes.default
         with gr.Tab("Paint"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(
-                    label="Prompt", placeholder="a red apple", max_lines=4, autofocus=True, elem_id="prompt"
-                )
+                prompt = gr.Textbox(label="Prompt", placeholder=example, max_lines=4, autofocus=True, elem_id="prompt")
                 if beginnings := examples.get("beginnings"):
                     style = gr.Dropdown(
-                        ["", *beginnings], value="", label="Prompts of training begin with", elem_id="style"
+                        ["", *beginnings], value="", label="Style: the words that begin the prompt", elem_id="style"
                     )
                     style.input(
                         partial(begin_with, beginnings=beginnings),
@@ -152,7 +152,7 @@ class PaintTab:
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", elem_id="paint", scale=3)
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                if prompts := examples.get("prompts"):
+                if prompts:
                     gr.Examples([[text] for text in prompts], prompt, label="Examples", elem_id="examples")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
@@ -208,6 +208,7 @@ class PaintTab:
             [history, *self._fields],
             [*self._results, history, shown, title],
             show_progress="minimal",
+            show_progress_on=self._results[0],
             **MODEL,
         )
         shown.select(_settings_of, history, self._fields, show_progress="hidden")

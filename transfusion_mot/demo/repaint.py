@@ -47,7 +47,7 @@ class RepaintTab:
             raise refused("Give a picture first.")
         prompt = prompt.strip()
         if not prompt:
-            raise refused("Say what to paint.")
+            raise refused("Write a prompt first.")
         picture, mask = on_white(drawn["background"]), mask_of(drawn["layers"])
         seeds = [int(seed) + index for index in range(int(num_images))]
 
@@ -76,7 +76,7 @@ class RepaintTab:
         with gr.Tab("Repaint"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 drawn = gr.ImageEditor(
-                    label="Picture: draw over what shall change",
+                    label="Draw over the part to repaint",
                     type="pil",
                     sources=["upload", "clipboard"],
                     transforms=[],
@@ -91,9 +91,7 @@ class RepaintTab:
                 with gr.Row():
                     start = gr.Button("Repaint", variant="primary", elem_id="repaint", scale=3)
                     stop = gr.Button("Stop", scale=1, min_width=80)
-                strength = gr.Slider(
-                    0.05, 1, DEFAULT_STRENGTH, step=0.05, label="Strength: at 1 nothing of the part is left"
-                )
+                strength = gr.Slider(0.05, 1, DEFAULT_STRENGTH, step=0.05, label="Strength (1 repaints from scratch)")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                     steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
@@ -109,6 +107,7 @@ class RepaintTab:
             [drawn, prompt, strength, num_images, seed, steps, scale],
             [results, line],
             show_progress="minimal",
+            show_progress_on=results,
             **MODEL,
         )
         stop.click(None, cancels=[repainting])

@@ -42,7 +42,7 @@ class SpeechTab:
         """A text, or an uploaded picture if there is no text => sample rate and samples, and a line about them."""
         text = text.strip()
         if not text and path is None:
-            raise refused("Say what to say, or give a picture.")
+            raise refused("Write a text to say, or give a picture.")
         with mistakes_shown():
             (audio,) = self.pipeline.speak(
                 text or uploaded(path),
@@ -106,7 +106,7 @@ class SpeechTab:
             temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
             scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
         with gr.Row():
-            seconds = gr.Slider(0.5, longest, longest, step=0.5, label="Most seconds")
+            seconds = gr.Slider(0.5, longest, longest, step=0.5, label="Max. seconds")
             seed = add_seed()
         gr.on(
             [start.click, text.submit],
@@ -140,7 +140,14 @@ class SpeechTab:
         if paints:
             painted = add_gallery("heard")
             line = gr.Markdown(elem_id="heard-line", elem_classes="told", min_height=24)
-            paint.click(self.paint, [recording, num_images, seed], [painted, line], show_progress="minimal", **MODEL)
+            paint.click(
+                self.paint,
+                [recording, num_images, seed],
+                [painted, line],
+                show_progress="minimal",
+                show_progress_on=painted,
+                **MODEL,
+            )
 
 
 def _recording(path: str | None) -> Audio:

@@ -187,7 +187,7 @@ def _described(
     return (
         f"model: {parameters / 1e6:.1f}M parameters in towers {', '.join(model.architecture.towers)}\n"
         f"{packer.sources}\n"
-        f"held out: {side or 'nothing, so there is no validation'}\n"
+        f"held out: {side or 'nothing, so there is no validation, and only training.sample_prompts are painted'}\n"
         f"batch: {packer.num_lanes} rows of {rows}, on {accelerator.num_processes} x {accelerator.device.type}\n"
         f"{described_length(num_steps, packer)}\n"
         + "\n".join(f"attention: {kernel}, {reason}" for kernel, reason in sorted(kernels))

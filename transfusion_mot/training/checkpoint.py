@@ -122,5 +122,6 @@ def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig
     """
     file = Path(given) if given is not None else run_config_file(snapshot)
     if not file.is_file():
-        raise UserError(f"there is no configuration {file}; give the one that the model was trained with by {option}")
+        missing = f"there is no configuration {file}" if given is not None else f"{snapshot} lies in no run folder"
+        raise UserError(f"{missing}; give the configuration that it was trained with, to find its data, by {option}")
     return parse_config(RunConfig, ["--config", str(file)], "")

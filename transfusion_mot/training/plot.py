@@ -88,11 +88,16 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
         for colour, label in zip(_colours(len(labels)), labels, strict=True)
     ]
     ink = _INK if labels else _COLOURS[0]
-    handles += [
-        Line2D([], [], color=ink, linewidth=0.8, alpha=0.5, label="training"),
-        Line2D([], [], color=ink, linewidth=1.8, label="training, smoothed"),
-        Line2D([], [], color=ink, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="held out"),
-    ]
+    # Only what is drawn: short runs are not smoothed, and not every run holds something out.
+    if any(_smoothing(curve(lines, loss, "step")[1]) > 1 for lines in all_lines.values() for loss in units):
+        handles.append(Line2D([], [], color=ink, linewidth=0.8, alpha=0.5, label="training"))
+        handles.append(Line2D([], [], color=ink, linewidth=1.8, label="training, smoothed"))
+    else:
+        handles.append(Line2D([], [], color=ink, linewidth=1.8, label="training"))
+    if any(f"{VALIDATION}{loss}" in line for line in together for loss in units):
+        handles.append(
+            Line2D([], [], color=ink, linewidth=1.2, linestyle=":", marker="o", markersize=4, label="held out")
+        )
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +117,11 @@ def _unit(axis: str, lines: Lines) -> tuple[float, str]:
     return 1.0, "steps" if axis == "step" else "training FLOPs"
 
 
+def _smoothing(values: list[float]) -> int:
+    """Points of the window that a curve is smoothed with; 1 leaves it as it is."""
+    return len(values) // _SMOOTHED_POINTS * 2 + 1
+
+
 def _colours(count: int) -> list[str]:
     return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
@@ -119,7 +129,7 @@ def _colours(count: int) -> list[str]:
 def _draw(axes: Axes, lines: Lines, loss: str, *, axis: str, scale: float, colour: str) -> None:
     xs, ys = curve(lines, loss, axis)
     xs = [x / scale for x in xs]
-    width = max(1, len(ys) // _SMOOTHED_POINTS * 2 + 1)
+    width = _smoothing(ys)
     if width > 1:
         axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(xs, smoothed(ys, width), color=colour, linewidth=1.8, marker="." if len(ys) < 3 else None)

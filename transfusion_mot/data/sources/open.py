@@ -129,7 +129,10 @@ def _open_media(
     if source.kind in ("imagefolder", "audiofolder", "coco"):
         folder = Path(path)
         if not folder.is_dir():
-            raise UserError(f"{source.kind} source '{path}' is not a folder")
+            raise UserError(
+                f"{source.kind} source '{path}' is not a folder; give one, as seen from the working directory "
+                "(configurations in configs/ say in their first lines how to make their data)"
+            )
         arrays = index_coco(source, data) if source.kind == "coco" else index_folder(source, data, folder, columns)
         return [FileStore(folder, arrays, prefix, unreadable) for prefix, _, unreadable in parts], arrays
     if source.kind == "webdataset":
