@@ -2,8 +2,9 @@
 
     python evaluate/feature_space.py runs/settings/chameleon-dense-seed-0 runs/settings/chameleon-seed-0 --output spaces
 
-For each run and each layer: the share of the variance of hidden states that lies between the means of the modalities
-(0: they are mixed, 1: a state says its modality and nothing else), on the run's held-out documents; latents at t = 0.5.
+For each run and each layer: the share of hidden states that lie nearer to the mean of their own modality than to that
+of any other (1: a state tells its modality; one over the number of modalities: they lie alike), on the run's held-out
+documents; latents at t = 0.5.
 The output folder receives feature_space.json, the table feature_space.md and feature_space.png, with the states of some
 layers on their first two principal components.
 """
@@ -73,7 +74,7 @@ def main() -> None:
         plot_spaces(spaces, output / "feature_space.png")
     except OSError as error:
         raise UserError(f"cannot write to '{output}': {error.strerror}") from None
-    print(f"variance between modalities, by layer; 0 goes into the first block\n\n{table}\n")
+    print(f"states whose nearest mean is that of their modality, by layer; 0 goes into the first block\n\n{table}\n")
     print(f"feature_space.json, .md and .png are in {output}")
 
 

@@ -1,4 +1,4 @@
-"""Shares of variance and principal components of hidden states, and evaluate/feature_space.py on tiny runs."""
+"""Distances to means and principal components of hidden states, and evaluate/feature_space.py on tiny runs."""
 
 import json
 import runpy
@@ -23,15 +23,13 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "evaluate" / "feature_space.py"
 
 
-def test_share_between_and_components_of_a_layer() -> None:
-    """Against a one-way analysis of variance and the eigenvalues of the covariance."""
+def test_components_of_a_layer() -> None:
+    """Against the eigenvalues of the covariance."""
     rng = np.random.default_rng(0)
     states = {name: rng.standard_normal((50, 6)).astype(np.float32) + 2 * place for place, name in enumerate("abc")}
     space = layer_space(states)
     scaled = {name: own / np.sqrt((own**2).mean(axis=1, keepdims=True)) for name, own in states.items()}
     together = np.concatenate(list(scaled.values()))
-    within = sum(((own - own.mean(axis=0)) ** 2).sum() for own in scaled.values())
-    assert space.between == pytest.approx(1 - within / ((together - together.mean(axis=0)) ** 2).sum(), abs=1e-5)
     eigenvalues = np.linalg.eigvalsh(np.cov(together.T))[::-1]
     assert space.explained == pytest.approx(tuple(eigenvalues[:2] / eigenvalues.sum()), abs=1e-5)
     points = np.concatenate(list(space.points.values()))
@@ -39,15 +37,32 @@ def test_share_between_and_components_of_a_layer() -> None:
     np.testing.assert_allclose(np.cov(points.T), np.diag(eigenvalues[:2]), atol=1e-4)
 
 
+def test_share_of_states_whose_nearest_mean_is_their_own() -> None:
+    """State by state, each half judged by the other."""
+    rng = np.random.default_rng(0)
+    states = {
+        name: rng.standard_normal((300, 6)).astype(np.float32) + place / 2 for place, name in enumerate(("a", "b", "c"))
+    }
+    scaled = {name: own / np.sqrt((own**2).mean(axis=1, keepdims=True)) for name, own in states.items()}
+    right = 0
+    for name, own in scaled.items():
+        for place, state in enumerate(own):
+            means = {other: of[1 - place % 2 :: 2].mean(axis=0) for other, of in scaled.items()}
+            right += min(means, key=lambda other: float(np.linalg.norm(state - means[other]))) == name
+    assert layer_space(states).apart == pytest.approx(right / 900, abs=1e-6)
+    assert 0.4 < right / 900 < 0.9
+
+
 def test_modalities_that_are_the_same_or_far_apart() -> None:
     rng = np.random.default_rng(0)
     one, other = rng.standard_normal((2, 2000, 8)).astype(np.float32)
-    assert layer_space({"a": one, "b": other}).between < 0.01
+    # Six deviations of 4,000 guesses.
+    assert layer_space({"a": one, "b": other}).apart == pytest.approx(0.5, abs=0.05)
     shift = np.zeros(8, np.float32)
     shift[0] = 100
-    assert layer_space({"a": one + shift, "b": other - shift}).between > 0.99
+    assert layer_space({"a": one + shift, "b": other - shift}).apart == 1
     # Lengths do not count: the next layer's norm takes them away.
-    assert layer_space({"a": one, "b": 1000 * other}).between < 0.01
+    assert layer_space({"a": one, "b": 1000 * other}).apart == pytest.approx(0.5, abs=0.05)
 
 
 def test_states_are_those_of_filled_slots(byte_tokenizer, accelerator) -> None:
@@ -111,9 +126,9 @@ def test_a_dense_run_beside_one_with_towers(arguments, tmp_path: Path, monkeypat
     assert call(tmp_path / "dense", tmp_path / "mot") == 0
     found = json.loads((output / "feature_space.json").read_text())
     assert {run: len(layers) for run, layers in found.items()} == {"dense": 3, "mot": 3}
-    assert all(0 <= layer["between"] <= 1 for layers in found.values() for layer in layers)
+    assert all(0 <= layer["apart"] <= 1 for layers in found.values() for layer in layers)
     table = capsys.readouterr().out
-    assert f"| 2 | {found['dense'][2]['between']:.3f} | {found['mot'][2]['between']:.3f} |" in table
+    assert f"| 2 | {found['dense'][2]['apart']:.3f} | {found['mot'][2]['apart']:.3f} |" in table
     colours = {tuple(c) for c in np.asarray(Image.open(output / "feature_space.png").convert("RGB")).reshape(-1, 3)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 

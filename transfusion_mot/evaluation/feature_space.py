@@ -1,4 +1,4 @@
-"""Do modalities keep apart in the hidden states of a model? Principal components, and shares of variance.
+"""Do modalities keep apart in the hidden states of a model? Principal components, and distances to means.
 
 The states of a layer are compared as the norms of the next layer see them: divided by their root mean square.
 Shapes: N slots, D width.
@@ -25,13 +25,13 @@ class LayerSpace:
     """The hidden states behind a layer.
 
     Attributes:
-        between: Share of their variance, in [0, 1], that lies between the means of the modalities, all of which have
-            the same weight.
+        apart: Share of the states, in [0, 1], that lie nearer to the mean of their own modality than to that of any
+            other; one over the number of modalities if they lie alike.
         explained: Shares of their variance along the first two principal components.
         points: Of each modality, the places of its states on these components, [N, 2].
     """
 
-    between: float
+    apart: float
     explained: tuple[float, float]
     points: dict[str, npt.NDArray[np.float32]]
 
@@ -43,18 +43,31 @@ def layer_space(states: States) -> LayerSpace:
     centre = together.mean(axis=0)
     _, singular, axes = np.linalg.svd(together - centre, full_matrices=False)
     variances = singular**2 / np.sum(singular**2)
-    means = np.stack([own.mean(axis=0) for own in scaled.values()])
-    counts = np.array([len(own) for own in scaled.values()])
-    between = np.sum(counts[:, None] * (means - centre) ** 2) / np.sum((together - centre) ** 2)
     points = {name: ((own - centre) @ axes[:2].T).astype(np.float32) for name, own in scaled.items()}
-    return LayerSpace(float(between), (float(variances[0]), float(variances[1])), points)
+    return LayerSpace(_apart(list(scaled.values())), (float(variances[0]), float(variances[1])), points)
+
+
+def _apart(states: Sequence[npt.NDArray[np.float32]]) -> float:
+    """Share of the states [N, D] of each modality whose nearest mean is their own.
+
+    The means are those of the states at odd places for the states at even places, and the other way round: a state
+    pulls the mean that it is part of towards itself.
+    """
+    shares = []
+    for first in (0, 1):
+        means = np.stack([own[1 - first :: 2].mean(axis=0) for own in states])
+        for number, own in enumerate(states):
+            # |state - mean|^2 without |state|^2, which is the same for all means.
+            distances = (means**2).sum(axis=1) - 2 * own[first::2] @ means.T
+            shares.append((distances.argmin(axis=1) == number).mean())
+    return float(np.mean(shares))
 
 
 def spaces_table(spaces: dict[str, list[LayerSpace]]) -> str:
     """A markdown table: a row for each layer, a column for each run."""
     lines = [f"| layer | {' | '.join(spaces)} |", f"| --- |{' ---: |' * len(spaces)}"]
     for layer in range(max(map(len, spaces.values()))):
-        cells = [f"{of_run[layer].between:.3f}" if layer < len(of_run) else "-" for of_run in spaces.values()]
+        cells = [f"{of_run[layer].apart:.3f}" if layer < len(of_run) else "-" for of_run in spaces.values()]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -62,7 +75,7 @@ def spaces_table(spaces: dict[str, list[LayerSpace]]) -> str:
 def spaces_json(spaces: dict[str, list[LayerSpace]]) -> dict[str, Any]:
     """The numbers of all layers, layer 0 being what goes into the first block."""
     return {
-        run: [{"between": layer.between, "explained": list(layer.explained)} for layer in layers]
+        run: [{"apart": layer.apart, "explained": list(layer.explained)} for layer in layers]
         for run, layers in spaces.items()
     }
 
@@ -80,20 +93,28 @@ def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
             for name, points in space.points.items():
                 colour = _COLOURS[names.index(name) % len(_COLOURS)]
                 axes.plot(*points.T, ".", color=colour, markersize=2, alpha=0.5, label=name)
-            axes.set_title(f"{run}, layer {layer}: {space.between:.2f}", fontsize="medium")
-            axes.set_xlabel(f"{100 * space.explained[0]:.0f} % of variance", fontsize="small")
-            axes.set_ylabel(f"{100 * space.explained[1]:.0f} %", fontsize="small")
+            axes.set_title(f"layer {layer}: {space.apart:.2f}", fontsize="medium")
+            first, second = (f"{100 * share:.0f} %" for share in space.explained)
+            axes.set_xlabel(f"{first} and {second} of variance", fontsize="small")
+            # A few states far away, of begin tokens, would leave the others a dot.
+            together = np.concatenate(list(space.points.values()))
+            low, high = np.percentile(together, [0.5, 99.5], axis=0)
+            margin = 0.1 * (high - low)
+            axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+            axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+            if column == 0:
+                axes.set_ylabel(run)
             axes.set_xticks([])
             axes.set_yticks([])
             if row == column == 0:
                 axes.legend(markerscale=5, fontsize="small")
     axes = figure.add_subplot(grid[len(spaces), :])
     for index, (run, layers) in enumerate(spaces.items()):
-        shares = [layer.between for layer in layers]
+        shares = [layer.apart for layer in layers]
         axes.plot(range(len(shares)), shares, "o-", color=_COLOURS[index % len(_COLOURS)], markersize=4, label=run)
     axes.set_ylim(0, 1)
     axes.set_xlabel("layer")
-    axes.set_ylabel("variance between modalities")
+    axes.set_ylabel("nearest mean is their own")
     axes.grid(color="#e3e6ea")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
