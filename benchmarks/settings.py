@@ -7,8 +7,8 @@ An arm is a setting of configs/experiments/settings, with `_wide` for the wider 
 share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. Arms are
 trained --jobs at a time, shared out over the GPUs that there are. What is finished is not done again, and what was
 interrupted goes on. The output folder receives a run folder for each arm and seed, results.md with the held-out
-losses of all, and a folder of evaluate/steps_to_match.py for each arm with a dense twin. Further words are keys of
-train.py.
+losses of all, results.png with their curves, and a folder of evaluate/steps_to_match.py for each arm with a dense twin.
+Further words are keys of train.py.
 """
 
 import argparse
@@ -66,6 +66,8 @@ if __name__ == "__main__":
     # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
+
+from matplotlib.figure import Figure
 
 from benchmarks.experiments import Experiments, visible_devices
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
@@ -156,6 +158,39 @@ def table(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def plot(runs: Runs, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
+    """Held-out losses over the steps: a row for each dense arm and what is compared with it, a column a modality."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        groups.setdefault(twin_of(arm) or arm, []).append(arm)
+    logs = {arm: [runs.log(arm, seed) for seed in seeds] for arm in arms}
+    losses = {
+        twin: list(dict.fromkeys(name for arm in group for log in logs[arm] for name in loss_units(log)))
+        for twin, group in groups.items()
+    }
+    columns = max(map(len, losses.values()))
+    figure = Figure(figsize=(4 * columns, 3 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), columns, squeeze=False)
+    for row, (twin, group) in zip(panels, groups.items(), strict=True):
+        for axes in row[len(losses[twin]) :]:
+            axes.set_axis_off()
+        for axes, name in zip(row, losses[twin], strict=False):
+            seen: list[float] = []
+            for number, arm in enumerate(sorted(group, key=lambda arm: arm != twin)):
+                for seed, log in enumerate(logs[arm]):
+                    points = [(line["step"], line[key]) for line in log if (key := f"{VALIDATION}{name}") in line]
+                    label = None if seed else arm
+                    axes.plot(*zip(*points, strict=True), color=f"C{number}", label=label, linewidth=1)
+                    # The fall of the first steps would leave the differences a line.
+                    seen += [loss for step, loss in points if 5 * step >= points[-1][0]]
+            axes.set_ylim(min(seen) - 0.02, max(seen))
+            axes.set_title(f"{name.replace('_', ' ')}, held out", fontsize="medium")
+            axes.set_xlabel("step")
+            axes.grid(color="#e3e6ea")
+        row[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def _mean_and_deviation(logs: Sequence[Lines], key: str, unit: float, digits: int) -> str:
     last = [[line[key] for line in log if key in line][-1:] for log in logs]
     values = [value / unit for (value,) in filter(None, last)]
@@ -183,11 +218,13 @@ def main(arguments: Sequence[str]) -> None:
                 failed[arm] = problem
     trained = [arm for arm in given.arms if arm not in failed]
     (output / "results.md").write_text(table(runs, trained, given.seeds) + "\n")
+    if trained:
+        plot(runs, trained, given.seeds, output / "results.png")
     for arm in trained:
         if twin_of(arm) in trained:
             runs.compare(arm, given.seeds)
             print(f"\n{arm}\n\n{(output / 'steps_to_match' / arm / 'steps_to_match.md').read_text()}")
-    print(f"\n{(output / 'results.md').read_text()}\nresults.md and steps_to_match are in {output}")
+    print(f"\n{(output / 'results.md').read_text()}\nresults.md, results.png and steps_to_match are in {output}")
     if failed:
         arm = next(iter(failed))
         raise UserError(f"{len(failed)} of {len(given.arms)} arms failed, first {arm}: {failed[arm]}")

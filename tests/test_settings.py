@@ -1,12 +1,16 @@
 """The arms of the paper's settings: what they change, what is equal, and that they are run and compared."""
 
+import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_runs import flat
 
-from benchmarks.settings import CONFIGS, SETTINGS, arm_names, config_files, twin_of
+from benchmarks.settings import CONFIGS, SETTINGS, Runs, arm_names, config_files, plot, table, twin_of
 from transfusion_mot.config import RunConfig, parse_config, to_dict
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.models.mot import check_architecture
@@ -80,3 +84,26 @@ def test_the_settings_have_the_objectives_of_the_paper() -> None:
     assert found["chameleon"] == {key: codes[key] for key in ("text", "image")}
     assert found["chameleon_speech"] == codes
     assert found["transfusion_speech"] == codes | {"image": "diffusion"}
+
+
+def test_the_table_and_the_curves_come_from_the_logs(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, [], jobs=1)
+    losses = {"chameleon": (3.0, 2.0), "chameleon_dense": (3.5, 2.5)}
+    for arm, (text, image) in losses.items():
+        for seed in (0, 1):
+            runs.folder(arm, seed).mkdir()
+            lines = [
+                {"step": step, "validation/text_loss": text + 10 / step + seed / 10, "validation/image_loss": image}
+                for step in (10, 20, 100)
+            ]
+            lines.append({"step": 100, "text_loss": 1.0, "image_loss": 1.0, "flops": 5e12})
+            (runs.folder(arm, seed) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = table(runs, list(losses), [0, 1]).splitlines()
+    assert rows[0] == "| arm | TFLOPs | text loss | image loss |"
+    assert rows[2] == "| chameleon | 5 ± 0 | 3.150 ± 0.071 | 2.000 ± 0.000 |"
+    plot(runs, list(losses), [0, 1], tmp_path / "results.png")
+    with Image.open(tmp_path / "results.png") as picture:
+        # A row of two panels, dense in blue and towers in orange.
+        assert picture.size == (880, 330)
+        colours = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    assert {(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)} <= colours

@@ -113,6 +113,7 @@ def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
         shares = [layer.apart for layer in layers]
         axes.plot(range(len(shares)), shares, "o-", color=_COLOURS[index % len(_COLOURS)], markersize=4, label=run)
     axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("nearest mean is their own")
     axes.grid(color="#e3e6ea")
