@@ -4,13 +4,14 @@
     accelerate launch evaluate/fid.py REAL GENERATED --features inception legacy dinov2 clip --cache-dir cache
 
 REAL is a folder, an uncompressed tar file, or an .npz file of statistics (mu, sigma); GENERATED a folder or a tar file.
-Each network needs its weights, downloaded once or given by path:
-    inception     FID in clean-fid's mode clean         --inception-weights inception-2015-12-05.pt
-    legacy        FID in its mode legacy_pytorch        --legacy-weights pt_inception-2015-12-05-6726825d.pth
-    dinov2        FD-DINOv2                             --dinov2-weights model.safetensors
-    clip          CMMD                                  --cmmd-clip FOLDER
-    efficientnet  FD-EfficientNet, no FID; its weights come with a Python package
-    auto          inception if its weights can be had, else efficientnet
+Each network needs its weights, downloaded once or given by path; one of the first two files serves all three FIDs:
+    inception          FID of clean-fid                    --inception-weights inception-2015-12-05.pt
+    legacy             FID of pytorch-fid                  --legacy-weights pt_inception-2015-12-05-6726825d.pth
+    legacy_tensorflow  FID of torch-fidelity               either of the two
+    dinov2             FD-DINOv2                           --dinov2-weights model.safetensors
+    clip               CMMD                                --cmmd-clip FOLDER
+    efficientnet       FD-EfficientNet, no FID; its weights come with a Python package
+    auto               inception if its weights can be had, else efficientnet
 Compare numbers only from as many images, and see docs/evaluation.md for what else has to agree.
 """
 
@@ -43,6 +44,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")
     parser.add_argument("--legacy-weights", metavar="FILE", help="local path of pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument(
+        "--other-weights",
+        action="store_true",
+        help="take other weights of FID's network from these files, too; their numbers are not called FID",
+    )
     parser.add_argument("--dinov2", default=DEFAULT_DINOV2, metavar="NAME", help=f"network of timm ({DEFAULT_DINOV2})")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="local path of its weights")
     parser.add_argument(
@@ -85,6 +91,7 @@ def main() -> None:
         device,
         arguments.inception_weights,
         legacy_weights=arguments.legacy_weights,
+        other_weights=arguments.other_weights,
         dinov2=arguments.dinov2,
         dinov2_weights=arguments.dinov2_weights,
         clip=arguments.cmmd_clip,

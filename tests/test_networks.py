@@ -17,6 +17,7 @@ from PIL import Image
 from process_group import run_processes
 from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import to_tensor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
@@ -58,7 +59,7 @@ def _values(metrics):
 @pytest.fixture
 def legacy_file(tmp_path, monkeypatch):
     """pytorch-fid's network with random weights, under the name of the published file."""
-    path = tmp_path / inception.LEGACY_FILE
+    path = tmp_path / inception.STATE_DICT.name
     torch.manual_seed(0)
     # The network itself writes its file: its own loading is what is left out.
     monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: {})
@@ -71,7 +72,12 @@ def legacy_file(tmp_path, monkeypatch):
             module.momentum = 1.0
     network.train()(torch.randn(4, 3, 299, 299))
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(inception, "LEGACY_SHA256", file_sha256(path)[:8])
+    digest = file_sha256(path)
+    monkeypatch.setattr(
+        inception,
+        "file_sha256",
+        lambda path: inception.STATE_DICT.sha256 if file_sha256(path) == digest else file_sha256(path),
+    )
     return path
 
 
@@ -87,8 +93,52 @@ def test_legacy_features_equal_clean_fid(folders, legacy_file, monkeypatch):
     np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-4)
     assert network.frechet_name == "FID (legacy_pytorch)"
     legacy_file.write_bytes(legacy_file.read_bytes() + b" ")
-    with pytest.raises(UserError, match="not the Inception of FID"):
+    with pytest.raises(UserError, match="not the Inception of FID.*--other-weights"):
         load_feature_network("legacy", CPU, legacy_weights=legacy_file)
+    other = load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
+    assert other.frechet_name == "FD-Inception of other weights (legacy_pytorch)"
+    assert other.name == "Inception, legacy, other weights"
+    legacy_file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="does not hold an Inception"):
+        load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
+
+
+def test_tensorflow_features_equal_torch_fidelity(folders, legacy_file):
+    """Also images of 640 x 427, where the two resizes of the legacy modes differ most."""
+    extractor = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(legacy_file))
+    images = [Image.open(path).convert("RGB") for path in find_images(folders[0])[:2]]
+    images.append(Image.fromarray(np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)))
+    with torch.inference_mode():
+        expected = torch.cat([extractor(torch.tensor(np.array(i)).permute(2, 0, 1)[None])[0] for i in images])
+    network = load_feature_network("legacy_tensorflow", CPU, legacy_weights=legacy_file)
+    np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-4)
+    assert network.frechet_name == "FID (legacy_tensorflow)"
+    other = image_features(images, load_feature_network("legacy", CPU, legacy_weights=legacy_file))
+    assert np.abs(other - expected.numpy()).max() > 0.01
+
+
+def test_either_file_serves_every_mode(folders, legacy_file, tmp_path):
+    """One network in both layouts; each mode prefers the file that its publishers use."""
+    network = inception.legacy_architecture()
+    network.load_state_dict(torch.load(legacy_file))
+    network.dropout = network.fc = torch.nn.Identity()
+    whole = torch.nn.Module()
+    whole.layers = torch.jit.trace(network.eval(), torch.zeros(1, 3, 299, 299), check_trace=False)
+    script = tmp_path / "script.pt"
+    torch.jit.script(whole).save(str(script))
+    image = find_images(folders[0])[:1]
+    for mode in ("inception", "legacy", "legacy_tensorflow"):
+        by_script, by_state = (
+            inception.load_inception(mode, file, CPU, other_weights=True) for file in (script, legacy_file)
+        )
+        ours, theirs = image_features(image, by_script), image_features(image, by_state)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert by_script.resize == by_state.resize
+        assert by_script.weights != by_state.weights
+        assert inception.find_inception(mode, script, None) == script
+        assert inception.find_inception(mode, None, legacy_file) == legacy_file
+        both = inception.find_inception(mode, script, legacy_file)
+        assert both == (script if mode == "inception" else legacy_file)
 
 
 def test_dinov2_from_a_local_file(folders, tmp_path):

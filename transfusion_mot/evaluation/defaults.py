@@ -4,7 +4,7 @@ import multiprocessing
 import os
 from typing import Literal
 
-FeatureChoice = Literal["auto", "inception", "legacy", "dinov2", "clip", "efficientnet"]
+FeatureChoice = Literal["auto", "inception", "legacy", "legacy_tensorflow", "dinov2", "clip", "efficientnet"]
 
 DEFAULT_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 # The one of the CMMD paper.

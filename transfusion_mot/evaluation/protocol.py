@@ -99,10 +99,11 @@ class ProtocolConfig:
         batch_size: Images painted or captioned at a time.
         reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
             perfect model would reach.
-        features: Network of the image distance, or a list of them; this and the next six keys are the options of
+        features: Network of the image distance, or a list of them; this and the next seven keys are the options of
             `evaluate/fid.py`.
         inception_weights: Local path of `inception-2015-12-05.pt`.
-        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`; one of the two files serves every FID.
+        other_weights: Whether these may be other weights of that network; their numbers are not called FID.
         dinov2: Vision transformer by its name in `timm`.
         dinov2_weights: Local path of its weights.
         cmmd_clip: CLIP model of CMMD, a name or a folder.
@@ -137,6 +138,7 @@ class ProtocolConfig:
     features: str | list[str] = "auto"
     inception_weights: str | None = None
     legacy_weights: str | None = None
+    other_weights: bool = False
     dinov2: str = DEFAULT_DINOV2
     dinov2_weights: str | None = None
     cmmd_clip: str = DEFAULT_CMMD_CLIP

@@ -55,6 +55,7 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
         device,
         protocol.inception_weights,
         legacy_weights=protocol.legacy_weights,
+        other_weights=protocol.other_weights,
         dinov2=protocol.dinov2,
         dinov2_weights=protocol.dinov2_weights,
         clip=protocol.cmmd_clip,
