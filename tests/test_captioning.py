@@ -170,7 +170,7 @@ AWKWARD = [
     ("a 1 1/2 inch pipe on a wall", ["a 1 1/2 inch pipe", "a pipe of 1 1/2 inches on a wall"]),
     ("call (202) 555-1234 now please", ["call (202) 555 1234 now", "the number is (202) 555-1234"]),
     ("plan B.", ["plan B. The next"]),
-    ("The cat sits on a mat", ["A cafe\u0301 cat\u2028sits on a mat", "a cat\rsits"]),
+    ("The cat sits on a mat", ["A cafe\u0301 cat\u2028sits on a mat", "a cat\nsits"]),
     ("", ["a dog", "..."]),
     ("two dogs \u2764\ufe0f run home", ["two dogs run \U0001f34e home"]),
 ]
@@ -182,7 +182,7 @@ def test_numbers_equal_cocos_evaluation_from_captions_on(monkeypatch, has_java):
     """Its tokenizer and its scorers, also where a word has a space inside; only Java reads the next caption's begin."""
     pairs = AWKWARD if has_java else [pair for pair in AWKWARD if pair[0] != "plan B."]
     # Line ends inside of captions would shift the lines of its tokenizer.
-    clean = [(a, [b.replace("\u2028", " ").replace("\r", " ") for b in bs]) for a, bs in pairs]
+    clean = [(a, [b.replace("\u2028", " ").replace("\n", " ") for b in bs]) for a, bs in pairs]
     tokenize = PTBTokenizer().tokenize
     results = tokenize({index: [{"caption": a}] for index, (a, _) in enumerate(clean)})
     truths = tokenize({index: [{"caption": b} for b in bs] for index, (_, bs) in enumerate(clean)})
