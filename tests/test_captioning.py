@@ -154,7 +154,7 @@ def test_marks_and_joiners_are_those_of_stanfords_words():
     characters = map(chr, range(0x80, 0x10000))
     marks = [c for c in characters if unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf", "Nl")]
     captions = [f"xa{mark}bx cat" for mark in marks]
-    theirs, name = tokenize_captions(captions)
+    (theirs,), name = tokenize_captions(captions)
     assert name == "PTBTokenizer of CoreNLP 3.4.1"
     assert len(marks) > 1000
     different = [

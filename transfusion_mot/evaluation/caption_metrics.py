@@ -51,9 +51,10 @@ def caption_metrics(
             "the same images (COCO's test split has 5,000)",
             len(candidates),
         )
-    words, tokenizer = tokenize_captions(candidates)
-    flat = iter(tokenize_captions([caption for captions in references for caption in captions])[0])
-    reference_words = [[next(flat) for _ in captions] for captions in references]
+    flat = [caption for captions in references for caption in captions]
+    (words, flat_words), tokenizer = tokenize_captions(candidates, flat)
+    left = iter(flat_words)
+    reference_words = [[next(left) for _ in captions] for captions in references]
     protocol: dict[str, Any] = {
         "images": len(candidates),
         "references": sum(map(len, references)),

@@ -135,17 +135,17 @@ _LINE_ENDS = re.compile(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _logger = logging.getLogger(__name__)
 
 
-def tokenize_captions(captions: Sequence[str]) -> tuple[list[list[str]], str]:
-    """Words of each caption, as COCO's evaluation gets them, and the name of what cut them.
+def tokenize_captions(*lists: Sequence[str]) -> tuple[list[list[list[str]]], str]:
+    """Words of each caption of some lists, as COCO's evaluation gets them, and the name of what cut all of them.
 
     The Java program cuts them where there is Java and pycocoevalcap, which holds it; else `tokenize_caption`. A mixed
     fraction or a telephone number is one word with no-break spaces inside.
     """
     try:
-        return _by_java(captions), "PTBTokenizer of CoreNLP 3.4.1"
+        return [_by_java(captions) for captions in lists], "PTBTokenizer of CoreNLP 3.4.1"
     except JavaMissing as missing:
         _logger.info("captions are cut into words by rules like those of COCO's program: %s", missing)
-        return [tokenize_caption(caption) for caption in captions], "PTB rules of transfusion_mot"
+        return [[tokenize_caption(caption) for caption in captions] for captions in lists], "PTB rules of transfusion_mot"
 
 
 def _by_java(captions: Sequence[str]) -> list[list[str]]:
