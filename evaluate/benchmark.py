@@ -67,7 +67,7 @@ def main() -> None:
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     snapshot = find_snapshot(arguments.checkpoint)
-    output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
+    output = Path(arguments.output or default_output(snapshot))
     check_writable_folder(output, "output")
     pipeline = load_pipeline(snapshot, protocol).to(device)
     networks = load_networks(protocol, device)
@@ -141,6 +141,17 @@ def main() -> None:
     how = f"{protocol.name}, guidance {scale:g}, {len(work.prompts):,} images"
     print(write_report(report, output, own_row(model, how, metrics)))
     print(f"images, captions, report.html, report.json and metrics.md are in {output}")
+
+
+def default_output(snapshot: Path) -> Path:
+    """Beside the snapshots of a run.
+
+    Raises:
+        UserError: The checkpoint is not in a run's folder.
+    """
+    if snapshot.parent.name != "snapshots":
+        raise UserError(f"'{snapshot}' is in no run folder; say where results go with --output")
+    return snapshot.parent.parent / "evaluation" / snapshot.name
 
 
 def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeline:

@@ -1,12 +1,14 @@
 """Captioning metrics of generated captions against reference captions: CIDEr, BLEU-1 to 4, ROUGE-L, METEOR, similarity.
 
     python evaluate/captioning.py CANDIDATES REFERENCES --output metrics.json
+    python evaluate/captioning.py runs/quickstart/evaluation/captions.jsonl
 
 Both files are JSON lines (or a JSON list), one object an image, about the same images:
     candidates  {"file_name": "000.png", "caption": "a red apple"}
     references  {"file_name": "000.png", "captions": ["an apple", "a red apple on a table"]}
 References may also be lines with one "text" each, several for an image, or a COCO annotation file, whose "image_id" the
-candidates then use. CIDEr depends on the set of images; see docs/evaluation.md. Java is needed for METEOR alone, and
+candidates then use. Without a second file they are the "references" in the lines of the first, as evaluate/benchmark.py
+writes them. CIDEr depends on the set of images; see docs/evaluation.md. Java is needed for METEOR, and
 sentence-transformers for the similarity of sentence embeddings; what is missing is left out, and the table says so.
 """
 
@@ -22,7 +24,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("candidates", metavar="CANDIDATES", help="generated captions, one an image")
-    parser.add_argument("references", metavar="REFERENCES", help="reference captions, one or more an image")
+    parser.add_argument(
+        "references",
+        metavar="REFERENCES",
+        nargs="?",
+        help="reference captions, one or more an image (default: those in the lines of CANDIDATES)",
+    )
     parser.add_argument(
         "--sentence-model",
         metavar="NAME_OR_FOLDER",
@@ -38,13 +45,17 @@ if __name__ == "__main__":
         parse_arguments(sys.argv[1:])
 
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.captioning import match_captions, read_captions
+from transfusion_mot.evaluation.captioning import CAPTION_KEYS, REFERENCES_KEY, match_captions, read_captions
 from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
-    candidates, references = match_captions(read_captions(arguments.candidates), read_captions(arguments.references))
+    if arguments.references is None:
+        references = read_captions(arguments.candidates, (REFERENCES_KEY,))
+    else:
+        references = read_captions(arguments.references, (REFERENCES_KEY, *CAPTION_KEYS))
+    candidates, references = match_captions(read_captions(arguments.candidates), references)
     sentence_model = arguments.sentence_model or packaged_sentence_model()
     encoder = load_sentence_encoder(sentence_model) if sentence_model is not None else None
     metrics = caption_metrics(candidates, references, encoder)

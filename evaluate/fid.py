@@ -31,8 +31,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "real",
         metavar="REAL",
-        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg and .webp, in "
-        "subfolders too; a tar file; or statistics (.npz with mu and sigma)",
+        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg, .webp, .bmp and .tiff, "
+        "in subfolders too; a tar file; or statistics (.npz with mu and sigma)",
     )
     parser.add_argument("generated", metavar="GENERATED", help="generated images, as many as possible")
     parser.add_argument(
@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="cut the centre square of every image and resize it to this size first, as training does; without it "
+        help="cut the centre square of every image by whole pixels and resize it to this size first; without it "
         "images are taken as they are, so both sides should be of one size",
     )
     parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")

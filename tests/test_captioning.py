@@ -22,6 +22,7 @@ from transfusion_mot.evaluation import caption_metrics as caption_metrics_module
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
 from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption, tokenize_captions
 from transfusion_mot.evaluation.captioning import (
+    REFERENCES_KEY,
     bleu,
     cider_d,
     match_captions,
@@ -322,6 +323,17 @@ def test_caption_files(tmp_path):
     coco = tmp_path / "coco.json"
     coco.write_text(json.dumps({"annotations": [{"image_id": 0, "caption": "a"}, {"image_id": 0, "caption": "b"}]}))
     assert read_captions(coco) == {"0": ["a", "b"]}
+    # As a benchmark writes them.
+    own = [{"image_id": str(n), "caption": f"a\u2028{n}", "references": [f"b{n}", f"c{n}"]} for n in range(2)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in own), encoding="utf-8-sig")
+    assert read_captions(path) == {"0": ["a\u20280"], "1": ["a\u20281"]}
+    assert read_captions(path, (REFERENCES_KEY,)) == {"0": ["b0", "c0"], "1": ["b1", "c1"]}
+    path.write_text('{"file_name": "a.png", "caption": "a"}')
+    with pytest.raises(UserError, match="needs 'file_name' and 'references'.*or a second file"):
+        read_captions(path, (REFERENCES_KEY,))
+    path.write_bytes(b'{"file_name": "a.png", "caption": "caf\xe9"}')
+    with pytest.raises(UserError, match="not valid JSON lines"):
+        read_captions(path)
     for content, message in (
         ('{"file_name": "a.png"}', "entry 1"),
         ('{"caption": "a"}', "entry 1"),

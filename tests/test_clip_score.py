@@ -148,6 +148,14 @@ def test_long_texts_are_cut_with_a_warning(clip, pairs, caplog):
     assert "1 of 2 texts are longer than 32 tokens" in caplog.text
 
 
+def test_a_text_with_a_special_token_is_read_as_written(clip, pairs):
+    images, _ = pairs
+    texts = ["a <|endoftext|> b", "a", "a <|endoftext|> c"]
+    embeddings = clip_embeddings(images[:3], texts, clip).texts
+    cosines = embeddings @ embeddings.T
+    assert cosines.triu(1).max() < 0.9999
+
+
 def test_mistakes_of_the_user(tiny_clip, clip, pairs, tmp_path, monkeypatch):
     images, texts = pairs
     with pytest.raises(UserError, match="15 images, 1 texts"):

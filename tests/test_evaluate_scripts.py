@@ -11,6 +11,7 @@ from process_group import run_script
 from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.evaluation.caption_metrics import caption_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +90,21 @@ def test_captioning(folders, run, tmp_path):
     assert saved["CIDEr"]["protocol"]["images"] == 5
 
 
+@pytest.mark.usefixtures("without_java")
+def test_captions_of_a_benchmark_bring_their_references(run, tmp_path):
+    pairs = [("two red apples", ["three green pears"]), ("a cat on a mat", ["a dog on a rug", "a cat on a mat"])]
+    lines = [{"image_id": str(n), "caption": a, "references": b} for n, (a, b) in enumerate(pairs)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = []
+    for number, words in enumerate((["captions.jsonl"], ["captions.jsonl", "captions.jsonl"])):
+        assert run("captioning.py", *words, "--output", f"{number}.json")[0] == 0
+        found.append({name: entry["value"] for name, entry in _saved(tmp_path / f"{number}.json").items()})
+    by_hand = {metric.name: metric.value for metric in caption_metrics([a for a, _ in pairs], [b for _, b in pairs])}
+    assert found[0] == found[1]
+    assert {name: found[0][name] for name in by_hand} == by_hand
+    assert found[0]["BLEU-1"] < 0.7
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "benchmark.py"))
 def test_help(run, script):
     status, output, _ = run(script, "--help")
@@ -147,6 +163,9 @@ def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message
 
 def test_a_benchmark_finds_before_the_model_that_its_output_cannot_be_written(run, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
+    status, _, errors = run("benchmark.py", "--checkpoint", ".", "--device", "cpu")
+    assert status == 2
+    assert "is in no run folder; say where results go with --output" in errors
     status, _, errors = run("benchmark.py", "--checkpoint", ".", "--output", "/dev/null/out", "--device", "cpu")
     assert status == 2
     assert "output '/dev/null/out' cannot be written: '/dev/null': Not a directory" in errors

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tarfile
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from cleanfid.features import feature_extractor
 from cleanfid.resize import make_resizer
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.transforms.functional import center_crop
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
@@ -289,6 +291,29 @@ def test_folders(folder, tmp_path):
         pick_device("tpu9000")
 
 
+def test_hidden_and_moving_pictures_are_left_out(tmp_path, caplog):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "more").mkdir()
+    names = ["a.bmp", "b.TIFF", "c.gif", "._d.png", ".ipynb_checkpoints/e.png", "more/f.tif", "g.txt"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    found = find_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.bmp", "b.TIFF", "more/f.tif"]
+    assert "1 .gif files are left out, first c.gif" in caplog.text
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in names:
+            tar.add(tmp_path / name, f"./{name}")
+    assert [image.name for image in find_images(tmp_path / "all.tar")] == ["./a.bmp", "./b.TIFF", "./more/f.tif"]
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (479, 640), (256, 256)])
+def test_centre_squares_are_those_of_torchvision(size):
+    """Whole pixels; 640 x 427 has half a pixel to spare."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    square = center_crop(image, min(size)).resize((256, 256), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(load_rgb(image, 256), np.asarray(square))
+
+
 def test_prompts_of_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"metadata\.jsonl"):
         read_prompts(tmp_path)
@@ -308,6 +333,14 @@ def test_prompts_of_a_folder(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(line)
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path)
+    # What line readers take for line ends, and the mark that some editors put in front.
+    text = "two\u2028cats\x85and\x0ba dog"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path)[1] == [text, text]
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}')
+    with pytest.raises(UserError, match=r"metadata\.jsonl' cannot be read as UTF-8"):
+        read_prompts(tmp_path)
 
 
 def test_pictures_of_any_mode(tmp_path):

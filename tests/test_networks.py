@@ -24,7 +24,7 @@ from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation import inception
 from transfusion_mot.evaluation.clip_score import load_clip
-from transfusion_mot.evaluation.distances import image_distance
+from transfusion_mot.evaluation.distances import image_distance, pairs_device, set_distance
 from transfusion_mot.evaluation.features import feature_set, image_features, open_reference
 from transfusion_mot.evaluation.images import find_images, load_rgb
 from transfusion_mot.evaluation.networks import load_feature_network
@@ -219,6 +219,33 @@ def test_a_tar_file_gives_the_numbers_of_its_folder(folders, efficientnet, tmp_p
         pass
     with pytest.raises(UserError, match="holds no images"):
         find_images(tmp_path / "empty.tar")
+
+
+def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_path):
+    """Also features from a cache, and the file of a cache; a copy of a folder is the same, another picture is not."""
+    real, generated = (find_images(folder)[:2] for folder in folders)
+    for folder in ("real", "copy"):
+        (tmp_path / folder).mkdir()
+        for image in real:
+            shutil.copy(image, tmp_path / folder)
+
+    def named(place, **options):
+        of_real = feature_set(open_reference(place), efficientnet, **options)
+        return set_distance(of_real, of_generated, efficientnet, None)[0].protocol["real images"]
+
+    of_generated = feature_set(generated, efficientnet)
+    expected = named(tmp_path / "real")
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert named(kept) == expected
+    shutil.copy(generated[0], tmp_path / "copy" / real[0].name)
+    assert named(tmp_path / "copy") != expected
+
+
+def test_pairs_are_compared_where_there_is_float64():
+    assert pairs_device(torch.device("mps")) == CPU
+    assert pairs_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_published_statistics(folders, efficientnet, tmp_path):

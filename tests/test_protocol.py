@@ -71,6 +71,7 @@ def test_options_are_keys_with_dashes() -> None:
     [
         (["--num-imags", "3"], "unknown key 'num_imags'.*nearest valid: num_images"),
         (["--num-images", "0"], "num_images is 0; it must be at least 1"),
+        (["--num-images", "1"], "num_images is 1; a distance from real images needs 2"),
         (["--features", "inceptoin"], "features has 'inceptoin'; known: auto, inception"),
         (["--prompts.kind", "coco"], "prompts.kind 'coco' needs prompts.path, a file"),
         (["--prompts.kind", "coco", "--prompts.path", "a"], "needs prompts.images, a folder"),

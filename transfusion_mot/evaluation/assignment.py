@@ -105,7 +105,7 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
         assert prompts_config.path is not None
         assert prompts_config.images is not None
         of = read_coco(prompts_config.path, prompts_config.images)
-        prompts = choose_coco_prompts(of, count, seed)
+        prompts = choose_coco_prompts(of, count, seed, protocol.images_per_prompt)
     else:
         assert prompts_config.path is not None
         if prompts_config.kind == "geneval":

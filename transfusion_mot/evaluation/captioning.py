@@ -21,6 +21,12 @@ Words = Sequence[str]
 _Ngram = tuple[str, ...]
 
 _MAX_ORDER = 4
+CAPTION_KEYS = ("captions", "text", "caption")
+REFERENCES_KEY = "references"
+_EXAMPLE = '{"file_name": "000.png", "caption": "a red apple"}'
+_EXAMPLES = {
+    REFERENCES_KEY: '{"file_name": "000.png", "caption": "an apple", "references": ["a red apple"]}, or a second file'
+}
 
 
 def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
@@ -120,12 +126,13 @@ def _common_subsequence_length(first: Words, second: Words) -> int:
     return lengths[-1]
 
 
-def read_captions(path: str | Path) -> dict[str, list[str]]:
+def read_captions(path: str | Path, keys: Sequence[str] = CAPTION_KEYS) -> dict[str, list[str]]:
     """Captions by image, in the order of the file.
 
     The file is JSON lines or a JSON list of objects with `file_name` (or `image_id`) and `caption`, `text` or
     `captions` (a list); objects of one image are gathered. COCO's annotation files, whose list is under `annotations`,
-    are read too.
+    are read too. Other `keys` are taken in their order, for example the `references` (a list) that stand beside each
+    caption in the captions.jsonl of a benchmark.
 
     Raises:
         UserError: The file cannot be read, is not of that form, or holds no caption.
@@ -135,12 +142,12 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
     for number, entry in enumerate(_read_objects(path), start=1):
         entry = entry if isinstance(entry, dict) else {"": entry}
         image = entry.get("file_name", entry.get("image_id"))
-        found = next((entry[key] for key in ("captions", "caption", "text") if key in entry), None)
+        found = next((entry[key] for key in keys if key in entry), None)
         found = [found] if isinstance(found, str) else found
         if image is None or not isinstance(found, list) or not all(isinstance(caption, str) for caption in found):
             raise UserError(
-                f"{path}: entry {number} is {json.dumps(entry)[:80]}, but needs 'file_name' and 'caption', for example "
-                '{"file_name": "000.png", "caption": "a red apple"}'
+                f"{path}: entry {number} is {json.dumps(entry)[:80]}, but needs 'file_name' and '{keys[-1]}', for "
+                f"example {_EXAMPLES.get(keys[-1], _EXAMPLE)}"
             )
         captions[str(image)] += found
     if not captions:
@@ -150,7 +157,7 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
 
 def _read_objects(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in lines_of(text) if line.strip()]
         content = json.loads(text)

@@ -123,7 +123,9 @@ def clip_embeddings(
         raise UserError(f"a CLIP score needs one text an image, but there are {len(images)} images, {len(texts)} texts")
     texts = [prefix + text for text in texts]
     max_length = clip.model.config.text_config.max_position_embeddings
-    lengths = [len(ids) for ids in clip.processor.tokenizer(texts, truncation=False)["input_ids"]]
+    # Where a text itself holds "<|endoftext|>", it is read as these characters.
+    tokenize = partial(clip.processor.tokenizer, split_special_tokens=True)
+    lengths = [len(ids) for ids in tokenize(texts, truncation=False)["input_ids"]]
     if truncated := sum(length > max_length for length in lengths):
         _logger.warning("%d of %d texts are longer than %d tokens and are cut there", truncated, len(texts), max_length)
     prepare = partial(_preprocess, image_processor=clip.processor.image_processor)
@@ -142,7 +144,7 @@ def clip_embeddings(
         start = 0
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for (pixels,) in part:
-                tokens = clip.processor.tokenizer(
+                tokens = tokenize(
                     own_texts[start : start + len(pixels)],
                     padding=True,
                     truncation=True,

@@ -80,12 +80,13 @@ def set_distance(
         )
     protocol: dict[str, Any] = {
         **({} if real_set.features is None else {"real": len(real_set.features)}),
-        **real_set.protocol,
         "generated": count,
         "features": network.description,
         "weights": network.weights,
         "image size": "as stored" if image_size is None else image_size,
+        **({} if image_size is None else {"crop": "centre square, whole pixels, Lanczos"}),
         "resize": network.resize,
+        **real_set.protocol,
     }
     scores = frechet_scores(real_set.gaussian, generated_set.features)
     distance = float(scores.mean())
@@ -108,6 +109,11 @@ def set_distance(
     return metrics + _pairwise(real_set, generated_set, network, protocol)
 
 
+def pairs_device(device: torch.device) -> torch.device:
+    """Where distances of pairs are computed, which need float64: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _interval(value: float, error: float, lowest: float = -math.inf) -> tuple[float, float]:
     return max(lowest, value - DEVIATIONS * error), value + DEVIATIONS * error
 
@@ -118,8 +124,9 @@ def _pairwise(
     """The numbers that need every image's features."""
     if real_set.features is None:
         return []
-    real = torch.from_numpy(real_set.features).to(network.device)
-    generated = torch.from_numpy(generated_set.features).to(network.device)
+    device = pairs_device(network.device)
+    real = torch.from_numpy(real_set.features).to(device)
+    generated = torch.from_numpy(generated_set.features).to(device)
     kernel = network.kernel(real, generated)
     interval = _interval(kernel.value, kernel.standard_error)
     metrics = [Metric(network.kernel_name, kernel.value, {**protocol, "pairs": "all"}, interval)]

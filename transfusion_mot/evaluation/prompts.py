@@ -124,7 +124,9 @@ def read_coco(annotations: str, images: str) -> list[CaptionedImage]:
     return _all_there(found)
 
 
-def choose_coco_prompts(images: Sequence[CaptionedImage], num_images: int | None, seed: int) -> list[Prompt]:
+def choose_coco_prompts(
+    images: Sequence[CaptionedImage], num_images: int | None, seed: int, images_per_prompt: int = 1
+) -> list[Prompt]:
     """One caption of each of `num_images` distinct images (None: of all), as this module says above.
 
     Raises:
@@ -139,7 +141,7 @@ def choose_coco_prompts(images: Sequence[CaptionedImage], num_images: int | None
 
     chosen = sorted(images, key=lambda image: draw(image.image_id))[:count]
     texts = [image.captions[draw(f"{image.image_id} caption") % len(image.captions)] for image in chosen]
-    return prompts_of(texts, 1, seed, chosen)
+    return prompts_of(texts, images_per_prompt, seed, chosen)
 
 
 def read_karpathy(path: str, images: str, split: str = "test") -> list[CaptionedImage]:

@@ -191,6 +191,11 @@ def check_protocol(protocol: ProtocolConfig) -> None:
         if (given := getattr(protocol, key)) is not None and given < least:
             raise UserError(f"configuration: {key} is {given}; it must be at least {least}")
     prompts, captions = protocol.prompts, protocol.captions
+    painted = protocol.num_images and protocol.num_images * protocol.images_per_prompt
+    if (prompts.kind == "held_out" and protocol.num_images == 1) or (
+        painted == 1 and (prompts.kind == "coco" or protocol.references is not None)
+    ):
+        raise UserError("configuration: num_images is 1; a distance from real images needs 2, so give at least 2")
     needed = {"held_out": (), "coco": ("path", "images"), "text": ("path",), "geneval": ("path",)}[prompts.kind]
     for key in needed:
         if getattr(prompts, key) is None:
