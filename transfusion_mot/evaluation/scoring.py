@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 
-from transfusion_mot.evaluation.clip_score import Clip, load_clip
+from transfusion_mot.evaluation.clip_score import Clip, PreferenceChoice, load_clip
 from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.distances import set_distance
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
@@ -35,12 +35,14 @@ class Networks:
 
     Attributes:
         features: For image distances, at least one.
-        clip: For a CLIP score.
+        clips: For CLIP scores.
+        preferences: For scores of human preference.
         sentences: For the similarity of captions.
     """
 
     features: list[FeatureNetwork]
-    clip: Clip | None
+    clips: list[Clip]
+    preferences: dict[PreferenceChoice, Clip]
     sentences: SentenceEncoder | None
 
 
@@ -65,9 +67,23 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
         sentence_model = sentence_model or packaged_sentence_model()
     return Networks(
         features,
-        load_clip(protocol.clip, device) if protocol.clip is not None else None,
+        [load_clip(name, device) for name in protocol.clips],
+        load_preferences(protocol.pickscore, protocol.hpsv2, device),
         load_sentence_encoder(sentence_model, str(device)) if sentence_model is not None else None,
     )
+
+
+def load_preferences(pickscore: str | None, hpsv2: str | None, device: torch.device) -> dict[PreferenceChoice, Clip]:
+    """The models of human preference that are given, by name or folder.
+
+    Raises:
+        UserError: As of `load_clip`.
+    """
+    given: dict[PreferenceChoice, tuple[str | None, str]] = {
+        "PickScore": (pickscore, "--pickscore"),
+        "HPSv2 x100": (hpsv2, "--hpsv2"),
+    }
+    return {kind: load_clip(name, device, option) for kind, (name, option) in given.items() if name is not None}
 
 
 class Distances:

@@ -20,7 +20,7 @@ from transfusion_mot.config import DataConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.assignment import Work
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.clip_score import clip_scores
+from transfusion_mot.evaluation.clip_score import caption_clip_scores, clip_scores, preference_score, suffixes
 from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
 from transfusion_mot.evaluation.intervals import mean_interval
@@ -147,12 +147,17 @@ class Benchmark:
         return metrics
 
     def _clip_metrics(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Metric]:
-        """CLIP score of images against their prompts, if the protocol has one."""
-        if self.networks.clip is None:
-            return []
-        texts = [prompt.text for prompt in prompts]
-        workers = default_num_workers()
-        return clip_scores(images, texts, self.networks.clip, num_workers=workers, processes=self.processes)
+        """CLIP scores and scores of preference of images for their prompts, those that the protocol has."""
+        texts, clips = [prompt.text for prompt in prompts], self.networks.clips
+        shared: dict[str, Any] = {"num_workers": default_num_workers(), "processes": self.processes}
+        metrics = [
+            metric
+            for clip, suffix in zip(clips, suffixes(clips), strict=True)
+            for metric in clip_scores(images, texts, clip, prefix=self.protocol.clip_prefix, suffix=suffix, **shared)
+        ]
+        return metrics + [
+            preference_score(kind, images, texts, clip, **shared) for kind, clip in self.networks.preferences.items()
+        ]
 
     def _distances_to_own(
         self, painted: Sequence[Path], prompts: Sequence[Prompt], features: FeatureSet | None
@@ -185,7 +190,11 @@ class Benchmark:
             "decoding": "greedy",
             "captioned images": captioned_hash(captioned),
         }
-        metrics = caption_metrics(captions, [item.captions for item in captioned], self.networks.sentences)
+        references = [item.captions for item in captioned]
+        metrics = caption_metrics(captions, references, self.networks.sentences)
+        for clip in self.networks.clips[:1]:
+            images = [item.image for item in captioned]
+            metrics += caption_clip_scores(images, captions, references, clip, num_workers=default_num_workers())
         return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
 
     def _copied_captions(self) -> list[str]:
