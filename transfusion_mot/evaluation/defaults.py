@@ -10,6 +10,8 @@ DEFAULT_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 # The one of the CMMD paper.
 DEFAULT_CMMD_CLIP = "openai/clip-vit-large-patch14-336"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+# GenEval's detector, in transformers.
+DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 # What some published code puts in front of every prompt of a CLIP score.
 CLIP_PREFIX = "A photo depicts "
 # Timesteps at which diffusion losses are measured.

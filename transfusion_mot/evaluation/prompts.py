@@ -224,6 +224,24 @@ def write_geneval_metadata(lines: Sequence[dict[str, Any]], folder: Path) -> Non
         path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_painted(folder: str | Path) -> list[tuple[dict[str, Any], Path]]:
+    """Lines and pictures of a folder as GenEval's evaluation wants it: `00012/metadata.jsonl`, `00012/samples/*.png`.
+
+    Raises:
+        UserError: There are none, or a line is not of GenEval's form.
+    """
+    painted = []
+    for metadata in sorted(Path(folder).glob("*/metadata.jsonl")):
+        (line,) = read_geneval(str(metadata))
+        painted += [(line, picture) for picture in sorted((metadata.parent / "samples").glob("*.png"))]
+    if not painted:
+        raise UserError(
+            f"'{folder}' holds no 00000/metadata.jsonl with 00000/samples/; give the folder generated/ of "
+            "evaluate/benchmark.py --config configs/eval/geneval.yaml, or configs/eval/composition.yaml"
+        )
+    return painted
+
+
 def _all_there(images: list[CaptionedImage]) -> list[CaptionedImage]:
     missing = [image.image for image in images if not image.image.is_file()]
     if missing:
