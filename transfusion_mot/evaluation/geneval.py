@@ -79,30 +79,27 @@ def is_right(line: Line, things: Mapping[str, Sequence[Thing]], name_colours: Na
     """Whether a picture shows what the line of its prompt asks for; other things may be there, too.
 
     Each entry of `include` asks for at least `count` of a `class`, of which only the surest so many are looked at: all of
-    them must have its `color` and stand in its `position`, [relation, number of an entry before], to all of those. An
-    entry that fails has no place for later ones. Each entry of `exclude` forbids `count` or more of a `class`.
+    them must have its `color` and stand in its `position`, [relation, number of an entry before], to all of those. Each
+    entry of `exclude` forbids `count` or more of a `class`.
 
     Args:
         line: Of the prompt.
         things: By class, the surest first.
         name_colours: Tells colours of things.
     """
-    right = True
-    groups: list[Sequence[Thing] | None] = []
+    groups: list[Sequence[Thing]] = []
     for entry in line.get("include", []):
         found = list(things.get(entry["class"], []))[: entry["count"]]
-        fits = len(found) >= entry["count"]
-        if fits and "color" in entry:
-            fits = name_colours(found, entry["class"]).count(entry["color"]) >= entry["count"]
-        if fits and "position" in entry:
+        if len(found) < entry["count"]:
+            return False
+        if "color" in entry and set(name_colours(found, entry["class"])) != {entry["color"]}:
+            return False
+        if "position" in entry:
             relation, other = entry["position"]
-            targets = groups[other]
-            fits = targets is not None and all(
-                relation in relations(thing.box, target.box) for thing in found for target in targets
-            )
-        groups.append(found if fits else None)
-        right &= fits
-    return right and all(len(things.get(e["class"], [])) < e["count"] for e in line.get("exclude", []))
+            if not all(relation in relations(one.box, two.box) for one in found for two in groups[other]):
+                return False
+        groups.append(found)
+    return all(len(things.get(entry["class"], [])) < entry["count"] for entry in line.get("exclude", []))
 
 
 def relations(first: Box, second: Box) -> set[str]:
@@ -207,11 +204,15 @@ class ColourNames:
 
     Args:
         clip: The model.
+
+    Attributes:
+        of_class: Of each class that was asked for, embeddings `[colours, D]`: of each colour the mean over its texts, at
+            length one.
     """
 
     def __init__(self, clip: Clip) -> None:
         self.clip = clip
-        self._embeddings: dict[str, Tensor] = {}
+        self.of_class: dict[str, Tensor] = {}
 
     def of(self, image: Image.Image) -> NameColours:
         """What names the colours of things in an RGB picture."""
@@ -224,16 +225,15 @@ class ColourNames:
         pixels = self.clip.processor.image_processor(images=crops, return_tensors="pt")["pixel_values"]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self.clip.model.get_image_features(pixel_values=pixels.to(self.clip.device)).pooler_output
-        best = (normalize(found, dim=1) @ self._of_class(name).T).argmax(dim=1)
+        best = (normalize(found, dim=1) @ self._texts_of(name).T).argmax(dim=1)
         return [COLOURS[place] for place in best.tolist()]
 
-    def _of_class(self, name: str) -> Tensor:
-        """Embeddings `[colours, D]`: of each colour the mean over its texts, at length one."""
-        if name not in self._embeddings:
+    def _texts_of(self, name: str) -> Tensor:
+        if name not in self.of_class:
             texts = [text.format(colour=colour, name=name) for colour in COLOURS for text in _COLOUR_TEXTS]
             of_texts = text_embeddings(texts, self.clip).unflatten(0, (len(COLOURS), len(_COLOUR_TEXTS)))
-            self._embeddings[name] = normalize(of_texts.mean(dim=1), dim=1)
-        return self._embeddings[name]
+            self.of_class[name] = normalize(of_texts.mean(dim=1), dim=1)
+        return self.of_class[name]
 
 
 def _corners(box: Box) -> tuple[int, int, int, int]:
