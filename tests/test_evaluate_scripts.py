@@ -1,6 +1,8 @@
 """The scripts in evaluate/ as a user runs them: by path, from another folder, with mistakes."""
 
+import dataclasses
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.evaluation.caption_metrics import caption_metrics
+from transfusion_mot.evaluation.protocol import ProtocolConfig
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +130,20 @@ def test_help(run, script):
     status, output, _ = run(script, "--help")
     assert status == 0
     assert f"python evaluate/{script}" in output
+
+
+def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
+    status, output, _ = run("benchmark.py", "--help")
+    assert status == 0
+    keys = output.partition("keys of a protocol")[2]
+    protocol = ProtocolConfig()
+    for section, prefix in ((protocol, ""), (protocol.prompts, "prompts."), (protocol.captions, "captions.")):
+        for field in dataclasses.fields(section):
+            if dataclasses.is_dataclass(getattr(section, field.name)):
+                continue
+            assert re.search(rf"^  --{prefix}{field.name.replace('_', '-')}\n {{8}}\w", keys, re.MULTILINE), field.name
+    assert keys.count("\n  --sweep.") == len(dataclasses.fields(protocol.sweep))
+    assert max(map(len, keys.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(

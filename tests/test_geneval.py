@@ -47,7 +47,8 @@ def test_judgements_are_those_of_the_published_program():
             for entry in found:
                 things[name].append(thing(entry["box"]))
                 colours[id(things[name][-1])] = entry["colour"]
-        assert is_right(case["line"], things, lambda some, _: [colours[id(one)] for one in some]) == case["right"], case
+        judged_right = is_right(case["line"], things, lambda some, _, known=colours: [known[id(one)] for one in some])
+        assert judged_right == case["right"], case
 
 
 def test_places_are_those_of_the_published_program():
@@ -116,13 +117,23 @@ def detector_folder(tmp_path_factory):
     """A Mask2Former of toy size with random weights."""
     torch.manual_seed(0)
     backbone = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 16}
     config = Mask2FormerConfig(
-        backbone_config=backbone, **sizes, dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_queries=5,
-        num_attention_heads=2, num_labels=80,
+        backbone_config=backbone,
+        **sizes,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=5,
+        num_attention_heads=2,
+        num_labels=80,
     )
     folder = tmp_path_factory.mktemp("detector")
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
@@ -168,7 +179,9 @@ def test_the_detectors_input_is_that_of_mmdetection(detector_folder):
     detector = load_detector(str(detector_folder), CPU)
     assert detector.input_sizes == (800, 1333)
     inputs = []
-    detector.model.register_forward_pre_hook(lambda _, a, kwargs: inputs.append(kwargs["pixel_values"]), with_kwargs=True)
+    detector.model.register_forward_pre_hook(
+        lambda _, a, kwargs: inputs.append(kwargs["pixel_values"]), with_kwargs=True
+    )
     for size in ((50, 40), (200, 40)):
         Detector(detector.name, "", detector.model, CPU, (64, 96)).things(Image.new("RGB", size, (10, 200, 30)), 0.3)
     wide, wider = inputs
@@ -189,5 +202,5 @@ def test_mistakes_of_the_user(detector_folder, clip, tmp_path):
     with pytest.raises(UserError, match="knows 3 classes"):
         load_detector(str(tmp_path / "three"), CPU)
     line = {"tag": "counting", "include": [{"class": "waffle", "count": 3}], "prompt": "three waffles"}
-    with pytest.raises(UserError, match="asks for 'waffle'.*evaluate/composition.py"):
+    with pytest.raises(UserError, match=r"asks for 'waffle'.*evaluate/composition\.py"):
         geneval_metrics([(line, Path("a.png"))], load_detector(str(detector_folder), CPU), clip)

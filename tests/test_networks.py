@@ -93,7 +93,7 @@ def test_legacy_features_equal_clean_fid(folders, legacy_file, monkeypatch):
     np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-4)
     assert network.frechet_name == "FID (legacy_pytorch)"
     legacy_file.write_bytes(legacy_file.read_bytes() + b" ")
-    with pytest.raises(UserError, match="not the Inception of FID.*--other-weights"):
+    with pytest.raises(UserError, match=r"not the Inception of FID.*--other-weights"):
         load_feature_network("legacy", CPU, legacy_weights=legacy_file)
     other = load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
     assert other.frechet_name == "FD-Inception of other weights (legacy_pytorch)"
@@ -221,7 +221,7 @@ def test_a_tar_file_gives_the_numbers_of_its_folder(folders, efficientnet, tmp_p
         find_images(tmp_path / "empty.tar")
 
 
-def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_path):
+def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_path, capsys):
     """Also features from a cache, and the file of a cache; a copy of a folder is the same, another picture is not."""
     real, generated = (find_images(folder)[:2] for folder in folders)
     for folder in ("real", "copy"):
@@ -246,6 +246,7 @@ def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_pat
     assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
     shutil.copy(generated[0], tmp_path / "copy" / real[0].name)
     assert named(tmp_path / "copy") != expected
+    assert "EfficientNet: distances" in capsys.readouterr().err
 
 
 def test_pairs_are_compared_where_there_is_float64():

@@ -145,7 +145,9 @@ def tokenize_captions(*lists: Sequence[str]) -> tuple[list[list[list[str]]], str
         return [_by_java(captions) for captions in lists], "PTBTokenizer of CoreNLP 3.4.1"
     except JavaMissing as missing:
         _logger.info("captions are cut into words by rules like those of COCO's program: %s", missing)
-        return [[tokenize_caption(caption) for caption in captions] for captions in lists], "PTB rules of transfusion_mot"
+        return [
+            [tokenize_caption(caption) for caption in captions] for captions in lists
+        ], "PTB rules of transfusion_mot"
 
 
 def _by_java(captions: Sequence[str]) -> list[list[str]]:

@@ -175,7 +175,9 @@ def _tokenize(texts: Sequence[str], clip: Clip, **options: Any) -> Any:
 def _warn_of_long(texts: Sequence[str], clip: Clip) -> None:
     lengths = [len(ids) for ids in _tokenize(texts, clip, truncation=False)["input_ids"]]
     if truncated := sum(length > clip.context for length in lengths):
-        _logger.warning("%d of %d texts are longer than %d tokens and are cut there", truncated, len(texts), clip.context)
+        _logger.warning(
+            "%d of %d texts are longer than %d tokens and are cut there", truncated, len(texts), clip.context
+        )
 
 
 def _embed_texts(texts: Sequence[str], clip: Clip) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 from transfusion_mot.evaluation.feature_network import FeatureNetwork
 from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
@@ -88,7 +89,10 @@ def set_distance(
         "resize": network.resize,
         **real_set.protocol,
     }
+    # Of many features and images each step takes up to minutes.
+    steps: tqdm[Any] = tqdm(total=4, desc=f"{network.name}: distances", unit="step", leave=False)
     scores = frechet_scores(real_set.gaussian, generated_set.features)
+    steps.update()
     distance = float(scores.mean())
     interval = _interval(distance, standard_error(scores), lowest=0.0)
     metrics = [Metric(network.frechet_name, distance, protocol, interval, tuple(scores.tolist()))]
@@ -106,7 +110,10 @@ def set_distance(
         name = f"{network.frechet_name}, infinite N"
         interval = _interval(extrapolated.distance, extrapolated.standard_error)
         metrics.append(Metric(name, extrapolated.distance, {**protocol, "subsets": subsets}, interval))
-    return metrics + _pairwise(real_set, generated_set, network, protocol)
+    steps.update()
+    metrics += _pairwise(real_set, generated_set, network, protocol, steps)
+    steps.close()
+    return metrics
 
 
 def pairs_device(device: torch.device) -> torch.device:
@@ -119,7 +126,11 @@ def _interval(value: float, error: float, lowest: float = -math.inf) -> tuple[fl
 
 
 def _pairwise(
-    real_set: FeatureSet, generated_set: FeatureSet, network: FeatureNetwork, protocol: dict[str, Any]
+    real_set: FeatureSet,
+    generated_set: FeatureSet,
+    network: FeatureNetwork,
+    protocol: dict[str, Any],
+    steps: "tqdm[Any]",
 ) -> list[Metric]:
     """The numbers that need every image's features."""
     if real_set.features is None:
@@ -128,11 +139,13 @@ def _pairwise(
     real = torch.from_numpy(real_set.features).to(device)
     generated = torch.from_numpy(generated_set.features).to(device)
     kernel = network.kernel(real, generated)
+    steps.update()
     interval = _interval(kernel.value, kernel.standard_error)
     metrics = [Metric(network.kernel_name, kernel.value, {**protocol, "pairs": "all"}, interval)]
     if min(len(real), len(generated)) <= DENSITY_NEIGHBOURS:
         return metrics
     scores = manifold_scores(real, generated)
+    steps.update()
     inside = tuple(scores.inside.double().tolist())
     for name, value, neighbours, per_image in (
         ("precision", scores.precision, PRECISION_NEIGHBOURS, inside),

@@ -1,11 +1,12 @@
 """GenEval (arXiv 2310.11513): do photographs show the things, counts, colours and places of their prompts?
 
-The rules are those of github.com/djghosh13/geneval, evaluation/evaluate_images.py: a detector of COCO's 80 classes finds
-things, CLIP names their colours. The detector is a Mask2Former of transformers, whose input and boxes are those of
-mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are another training than
-those of mmdetection, so scores may differ a little from those of the published program.
+The rules are those of github.com/djghosh13/geneval, evaluation/evaluate_images.py: a detector of COCO's 80 classes
+finds things, CLIP names their colours. The detector is a Mask2Former of transformers, whose input and boxes are those
+of mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are of another training
+than those of mmdetection, so scores may differ a little from those of the published program.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,16 @@ from transfusion_mot.evaluation.report import Metric
 from transfusion_mot.evaluation.weights import weights_hash
 
 # COCO's classes in their order, by the names of GenEval's prompts.
-CLASSES = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
-    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
-    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,"
-    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+_CLASS_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, "
+    "book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 )
+CLASSES = tuple(_CLASS_NAMES.split(", "))
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
@@ -78,9 +81,9 @@ NameColours = Callable[[Sequence[Thing], str], list[str]]
 def is_right(line: Line, things: Mapping[str, Sequence[Thing]], name_colours: NameColours) -> bool:
     """Whether a picture shows what the line of its prompt asks for; other things may be there, too.
 
-    Each entry of `include` asks for at least `count` of a `class`, of which only the surest so many are looked at: all of
-    them must have its `color` and stand in its `position`, [relation, number of an entry before], to all of those. Each
-    entry of `exclude` forbids `count` or more of a `class`.
+    Each entry of `include` asks for at least `count` of a `class`, of which only the surest so many are looked at: all
+    of them must have its `color` and stand in its `position`, [relation, number of an entry before], to all of those.
+    Each entry of `exclude` forbids `count` or more of a `class`.
 
     Args:
         line: Of the prompt.
@@ -166,9 +169,7 @@ def things_of(class_logits: Tensor, mask_logits: Tensor, threshold: float) -> di
             rows, columns = (mask.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
             box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
             found[CLASSES[place % len(CLASSES)]].append(Thing(box, score, mask.cpu().numpy()))
-    return {
-        name: sorted(things, key=lambda thing: -thing.score)[:_MOST_OF_A_CLASS] for name, things in found.items()
-    }
+    return {name: sorted(things, key=lambda thing: -thing.score)[:_MOST_OF_A_CLASS] for name, things in found.items()}
 
 
 def load_detector(name_or_path: str, device: torch.device) -> Detector:
@@ -206,8 +207,8 @@ class ColourNames:
         clip: The model.
 
     Attributes:
-        of_class: Of each class that was asked for, embeddings `[colours, D]`: of each colour the mean over its texts, at
-            length one.
+        of_class: Of each class that was asked for, embeddings `[colours, D]`: of each colour the mean over its texts,
+            at length one.
     """
 
     def __init__(self, clip: Clip) -> None:
@@ -272,17 +273,19 @@ def geneval_metrics(painted: Sequence[tuple[Line, Path]], detector: Detector, cl
         "weights": clip.weights,
         "prompts": list_hash((line["tag"], line["prompt"], path.name) for line, path in painted),
     }
-    metrics, shares, variances = [], [], []
+    metrics: list[Metric] = []
+    shares: list[float] = []
+    variances: list[float] = []
     for tag, prompts in tasks.items():
         means = [float(np.mean(values)) for values in prompts.values()]
         pictures = [value for values in prompts.values() for value in values]
         shares.append(float(np.mean(pictures)))
-        variances.append(np.var(means, ddof=1) / len(means) if len(means) > 1 else np.inf)
+        variances.append(float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else math.inf)
         measured = {**protocol, "images": len(pictures), "of prompts": len(means)}
         metrics.append(Metric(f"GenEval, {tag}", shares[-1], measured, mean_interval(means), tuple(pictures)))
     score = float(np.mean(shares))
-    half = DEVIATIONS * float(np.sqrt(np.sum(variances))) / len(shares)
-    interval = (max(0.0, score - half), min(1.0, score + half)) if np.isfinite(half) else None
+    half = DEVIATIONS * math.sqrt(sum(variances)) / len(shares)
+    interval = (max(0.0, score - half), min(1.0, score + half)) if math.isfinite(half) else None
     whole = {**protocol, "images": len(painted), "tasks": len(shares)}
     return [Metric("GenEval", score, whole, interval), *metrics]
 

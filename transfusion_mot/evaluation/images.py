@@ -65,8 +65,8 @@ ImageSource = Path | TarImage | Image.Image
 def find_images(place: str | Path) -> list[Path] | list[TarImage]:
     """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one; or of a tar file.
 
-    Without that file, every .png, .jpg, .jpeg, .webp, .bmp, .tif and .tiff file under the folder. With it, pictures that
-    `sample.py` adds for looking at, such as its grid, are left out. Hidden files are left out, and those in hidden
+    Without that file, every .png, .jpg, .jpeg, .webp, .bmp, .tif and .tiff file under the folder. With it, pictures
+    that `sample.py` adds for looking at, such as its grid, are left out. Hidden files are left out, and those in hidden
     folders, as programs leave them (`._a.png`, `.ipynb_checkpoints/`); GIF files too, of which a warning tells.
 
     Raises:

@@ -3,6 +3,8 @@
 import subprocess
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from transfusion_mot.evaluation.java import JavaMissing, find_jar, find_java
 
 Words = Sequence[str]
@@ -42,7 +44,8 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
             return line
 
         statistics = []
-        for words, captions in zip(candidates, references, strict=True):
+        pairs = zip(candidates, references, strict=True)
+        for words, captions in tqdm(pairs, "METEOR", len(candidates), unit="caption"):
             answer(" ||| ".join(["SCORE", *map(_joined, captions), _joined(words)]))
             statistics.append(read())
         answer(" ||| ".join(["EVAL", *statistics]))

@@ -3,6 +3,9 @@
 `configs/eval/` has a file for each protocol; `parse_config` reads it, and an unknown key is an error.
 """
 
+import inspect
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
@@ -164,6 +167,28 @@ class ProtocolConfig:
     def clips(self) -> list[str]:
         """The models of CLIP scores."""
         return [self.clip] if isinstance(self.clip, str) else self.clip or []
+
+
+_SECTIONS: dict[str, type] = {
+    "": ProtocolConfig,
+    "prompts.": PromptsConfig,
+    "captions.": CaptionsConfig,
+    "sweep.": SweepConfig,
+}
+
+
+def described_keys() -> str:
+    """Every key of a protocol with its meaning, as text for `--help`."""
+    lines = ["keys of a protocol, in a --config file or as options:"]
+    for prefix, section in _SECTIONS.items():
+        of_keys = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2]
+        for found in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", of_keys, flags=re.MULTILINE):
+            if f"{found[1]}." in _SECTIONS:
+                continue
+            text = " ".join(found[2].replace("`", "").split())
+            lines.append(f"  --{prefix}{found[1].replace('_', '-')}")
+            lines += textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
 
 
 def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:

@@ -106,7 +106,7 @@ def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) 
 
 
 def run_config_file(folder: Path) -> Path:
-    """Where the configuration of the run that a snapshot or state is of lies: in an exported snapshot, or in the run."""
+    """Where the configuration of the run of a snapshot or state lies: in its folder if exported, else in the run's."""
     own = folder / _CONFIG
     return own if own.is_file() else folder.parent.parent / _CONFIG
 
