@@ -2,8 +2,8 @@
 
 The rules are those of github.com/djghosh13/geneval, evaluation/evaluate_images.py: a detector of COCO's 80 classes
 finds things, CLIP names their colours. The detector is a Mask2Former of transformers, whose input and boxes are those
-of mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are of another training
-than those of mmdetection, so scores may differ a little from those of the published program.
+of mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are of another
+training than those of mmdetection, so scores may differ a little from those of the published program.
 """
 
 import math

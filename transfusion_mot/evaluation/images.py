@@ -29,7 +29,7 @@ from transfusion_mot.files import lines_of
 
 ImageArray = npt.NDArray[np.uint8]
 
-_METADATA = "metadata.jsonl"
+METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 # Often an animation, of which no one picture is meant.
 _LEFT_OUT = ".gif"
@@ -78,7 +78,7 @@ def find_images(place: str | Path) -> list[Path] | list[TarImage]:
         return _images_in_tar(folder)
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not a folder; give a folder of images, or a tar file of them")
-    if (folder / _METADATA).is_file():
+    if (folder / METADATA).is_file():
         return sorted({image for _, image, _ in _listed_images(folder)})
     found = [path for path in folder.rglob("*") if path.is_file()]
     images = sorted(path for path in found if _is_image(path.relative_to(folder)))
@@ -139,9 +139,9 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
         UserError: The file is missing, a line is not of that form, or an image does not exist.
     """
     folder = Path(folder)
-    if not (folder / _METADATA).is_file():
+    if not (folder / METADATA).is_file():
         raise UserError(
-            f"'{folder / _METADATA}' does not exist; give a folder that holds images and a {_METADATA} of lines like "
+            f"'{folder / METADATA}' does not exist; give a folder that holds images and a {METADATA} of lines like "
             '{"file_name": "000.png", "text": "a red apple"}'
         )
     images, texts = [], []
@@ -156,7 +156,7 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
 
 def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
     """Place, image and content of each line of a folder's metadata."""
-    metadata = folder / _METADATA
+    metadata = folder / METADATA
     listed = []
     try:
         text = metadata.read_text(encoding="utf-8-sig")

@@ -21,13 +21,15 @@ class PromptsConfig:
 
     Attributes:
         kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
-            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval.
-        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`.
+            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval, `dpg` those
+            of DPG-Bench.
+        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`; of
+            `dpg` the folder of text files.
         images: Folder of the images that `path` names (`coco`).
         run_config: Configuration of `train.py` that names the data (`held_out`); null takes that of the checkpoint.
     """
 
-    kind: Literal["held_out", "coco", "text", "geneval"] = "held_out"
+    kind: Literal["held_out", "coco", "text", "geneval", "dpg"] = "held_out"
     path: str | None = None
     images: str | None = None
     run_config: str | None = None
@@ -232,21 +234,26 @@ def check_protocol(protocol: ProtocolConfig) -> None:
         painted == 1 and (prompts.kind == "coco" or protocol.references is not None)
     ):
         raise UserError("configuration: num_images is 1; a distance from real images needs 2, so give at least 2")
-    needed = {"held_out": (), "coco": ("path", "images"), "text": ("path",), "geneval": ("path",)}[prompts.kind]
-    for key in needed:
+    needed = {"held_out": (), "coco": ("path", "images")}
+    for key in needed.get(prompts.kind, ("path",)):
         if getattr(prompts, key) is None:
-            what = "a folder" if key == "images" else "a file"
+            what = "a folder" if key == "images" or prompts.kind == "dpg" else "a file"
             raise UserError(f"configuration: prompts.kind '{prompts.kind}' needs prompts.{key}, {what}")
     unknown = [choice for choice in protocol.feature_choices if choice not in get_args(FeatureChoice)]
     if unknown:
         known = ", ".join(get_args(FeatureChoice))
         raise UserError(f"configuration: features has '{unknown[0]}'; known: {known}")
+    if prompts.kind == "dpg" and protocol.images_per_prompt not in (1, 4):
+        raise UserError(
+            f"configuration: images_per_prompt is {protocol.images_per_prompt}; DPG-Bench reads 1 picture of a prompt, "
+            "or 4 in a square"
+        )
     if captions.kind == "karpathy" and (captions.path is None or captions.images is None):
         raise UserError(
             "configuration: captions.kind 'karpathy' needs captions.path, the file dataset_coco.json, and "
             "captions.images, the folder that holds val2014/"
         )
-    if captions.kind == "prompts" and prompts.kind in ("text", "geneval"):
+    if captions.kind == "prompts" and prompts.kind in ("text", "geneval", "dpg"):
         raise UserError(
             f"configuration: prompts of kind '{prompts.kind}' belong to no images; set captions.kind to 'none'"
         )

@@ -30,7 +30,13 @@ from transfusion_mot.evaluation.memorisation import (
     nearest_captions,
     nearest_training_images,
 )
-from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
+from transfusion_mot.evaluation.prompts import (
+    Prompt,
+    captioned_hash,
+    prompts_hash,
+    write_dpg_pictures,
+    write_geneval_metadata,
+)
 from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint, shown_range
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
@@ -93,6 +99,8 @@ class Benchmark:
         painter.paint(work.prompts, sampling, output / "generated", self.protocol.image_size)
         if work.geneval and self.processes.is_main_process:
             write_geneval_metadata(work.geneval, output / "generated")
+        if self.protocol.prompts.kind == "dpg" and self.processes.is_main_process:
+            write_dpg_pictures(work.prompts, output / "generated", output / "dpg")
         maximum = self.protocol.captions.max_new_tokens
         return painter.caption(work.captioned, maximum, output) if work.captioned else []
 
