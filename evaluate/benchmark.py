@@ -21,8 +21,8 @@ from pathlib import Path
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
-from transfusion_mot.evaluation.protocol import ProtocolConfig, described_keys, read_protocol
-from transfusion_mot.evaluation.report import Report, now, used_versions
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
+from transfusion_mot.evaluation.report.content import Report, now, used_versions
 from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
@@ -47,11 +47,11 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from transfusion_mot.data.mixture import open_documents, with_encoded
-from transfusion_mot.evaluation.assignment import open_work, picture_data
-from transfusion_mot.evaluation.page import write_report
 from transfusion_mot.evaluation.processes import open_processes
-from transfusion_mot.evaluation.prompts import captioned_hash, prompts_hash
-from transfusion_mot.evaluation.published import own_row
+from transfusion_mot.evaluation.protocol.assignment import open_assignment, picture_data
+from transfusion_mot.evaluation.protocol.prompts import captioned_hash, prompts_hash
+from transfusion_mot.evaluation.report.page import write_report
+from transfusion_mot.evaluation.report.published import own_row
 from transfusion_mot.evaluation.scoring import load_networks
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
@@ -77,7 +77,7 @@ def main() -> None:
     if config is not None and data is not None and (protocol.prompts.kind == "held_out" or protocol.loss_documents):
         codecs = codecs_of(pipeline, config, device)
         sources = with_encoded(open_documents(data, "held_out"), data, codecs, config.codecs, accelerator)
-    work = open_work(protocol, sources, data, output)
+    assignment = open_assignment(protocol, sources, data, output)
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
@@ -91,7 +91,9 @@ def main() -> None:
         code_top_k=protocol.code_top_k,
     )
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
-    benchmark = Benchmark(protocol, processes, painter, networks=networks, work=work, data=data, output=output)
+    benchmark = Benchmark(
+        protocol, processes, painter, networks=networks, assignment=assignment, data=data, output=output
+    )
 
     tried = benchmark.settings_to_try(sampling)
     captions = benchmark.paint(sampling)
@@ -109,7 +111,7 @@ def main() -> None:
     if not processes.is_main_process:
         return
     notes += reasons
-    shortened = sum(painter.shortened(prompt.text) != prompt.text for prompt in work.prompts)
+    shortened = sum(painter.shortened(prompt.text) != prompt.text for prompt in assignment.prompts)
     if shortened:
         limit = pipeline.config.max_prompt_tokens
         notes.append(f"{shortened} prompts are longer than the {limit} tokens that the model knows and are cut there.")
@@ -120,8 +122,8 @@ def main() -> None:
         settings={
             "checkpoint": str(snapshot),
             "checkpoint files": painter.checkpoint,
-            "prompts painted": f"{len(work.prompts)}, {prompts_hash(work.prompts)}",
-            "images captioned": f"{len(work.captioned)}, {captioned_hash(work.captioned)}",
+            "prompts painted": f"{len(assignment.prompts)}, {prompts_hash(assignment.prompts)}",
+            "images captioned": f"{len(assignment.captioned)}, {captioned_hash(assignment.captioned)}",
             "device": str(device),
             "processes": processes.num_processes,
             **asdict(protocol),
@@ -138,7 +140,7 @@ def main() -> None:
         notes=notes,
     )
     model = snapshot.parent.parent.name if config is not None else snapshot.name
-    how = f"{protocol.name}, guidance {scale:g}, {len(work.prompts):,} images"
+    how = f"{protocol.name}, guidance {scale:g}, {len(assignment.prompts):,} images"
     print(write_report(report, output, own_row(model, how, metrics)))
     print(f"images, captions, report.html, report.json and metrics.md are in {output}")
 

@@ -52,18 +52,18 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.captioning import (
+from transfusion_mot.evaluation.captions.files import (
     CAPTION_KEYS,
     REFERENCES_KEY,
     find_captioned,
     match_captions,
     read_captions,
 )
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.captions.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 from transfusion_mot.evaluation.clip_score import caption_clip_scores, load_clip
 from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.sentence_similarity import load_sentence_encoder, packaged_sentence_model
 
 
 def main() -> None:

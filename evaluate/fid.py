@@ -23,7 +23,7 @@ from typing import get_args
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,10 +74,10 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.features import open_reference
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features.load import load_feature_networks
+from transfusion_mot.evaluation.features.sets import open_reference
 from transfusion_mot.evaluation.images import find_images
-from transfusion_mot.evaluation.networks import load_feature_networks
 from transfusion_mot.evaluation.processes import open_processes
 
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 from transfusion_mot.evaluation.clip_score import load_clip
 from transfusion_mot.evaluation.geneval import geneval_metrics, load_detector
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.prompts import read_painted
+from transfusion_mot.evaluation.protocol.prompts import read_painted
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
-from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig, read_protocol
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
@@ -32,9 +32,9 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from transfusion_mot.evaluation.assignment import listed_prompts
-from transfusion_mot.evaluation.generation import write_metadata
-from transfusion_mot.evaluation.prompts import prompts_hash
+from transfusion_mot.evaluation.protocol.assignment import listed_prompts
+from transfusion_mot.evaluation.protocol.prompts import prompts_hash
+from transfusion_mot.evaluation.protocol.sample_files import write_metadata
 
 
 def main() -> None:

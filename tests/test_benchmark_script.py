@@ -21,13 +21,13 @@ import train
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import load_image
 from transfusion_mot.evaluation import memorisation
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.images import find_images
-from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.prompts import derived_seed
-from transfusion_mot.evaluation.report import Report, read_report
+from transfusion_mot.evaluation.protocol.prompts import derived_seed
+from transfusion_mot.evaluation.report.content import Report, read_report
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 

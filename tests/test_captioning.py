@@ -18,24 +18,18 @@ from transformers import AutoModel, AutoTokenizer
 
 from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import caption_metrics as caption_metrics_module
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption, tokenize_captions
-from transfusion_mot.evaluation.captioning import (
-    REFERENCES_KEY,
-    bleu,
-    cider_d,
-    match_captions,
-    read_captions,
-    rouge_l,
-)
-from transfusion_mot.evaluation.java import JavaMissing
-from transfusion_mot.evaluation.report import metrics_table
-from transfusion_mot.evaluation.sentence_similarity import (
+from transfusion_mot.evaluation.captions import metrics as caption_metrics_module
+from transfusion_mot.evaluation.captions.files import REFERENCES_KEY, match_captions, read_captions
+from transfusion_mot.evaluation.captions.java import JavaMissing
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.captions.scores import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.sentence_similarity import (
     load_sentence_encoder,
     packaged_sentence_model,
     sentence_similarity,
 )
+from transfusion_mot.evaluation.captions.tokenizer import tokenize_caption, tokenize_captions
+from transfusion_mot.evaluation.report.content import metrics_table
 from transfusion_mot.evaluation.weights import weights_hash
 
 pytest.importorskip("pycocoevalcap")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.comparison import difference
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric, Report, read_report, save_report
+from transfusion_mot.evaluation.report.comparison import difference
+from transfusion_mot.evaluation.report.content import Metric, Report, read_report, save_report
 
 pytest.importorskip("scipy")
 from scipy import stats

@@ -25,8 +25,8 @@ from transfusion_mot.evaluation.composition import (
     is_right,
     parts_of,
 )
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.prompts import read_painted
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.protocol.prompts import read_painted
 
 PROMPTS = Path(__file__).parents[1] / "configs" / "eval" / "composition.jsonl"
 

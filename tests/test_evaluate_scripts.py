@@ -13,8 +13,8 @@ from process_group import run_script
 from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.protocol import ProtocolConfig
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
 
 pytestmark = pytest.mark.slow
 

@@ -19,13 +19,13 @@ from torchvision.transforms.functional import center_crop
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import inception
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.feature_network import clean_resize
-from transfusion_mot.evaluation.features import feature_set, image_features
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features import inception
+from transfusion_mot.evaluation.features.load import load_feature_network, load_feature_networks
+from transfusion_mot.evaluation.features.network import clean_resize
+from transfusion_mot.evaluation.features.sets import feature_set, image_features
 from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
-from transfusion_mot.evaluation.networks import load_feature_network, load_feature_networks
-from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.report.content import metrics_table, save_metrics
 from transfusion_mot.evaluation.weights import file_sha256
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from test_pipeline import tiny_pipeline
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import to_pil
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.generation import claim_folder, write_images
 from transfusion_mot.evaluation.images import load_rgb
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, prompts_of
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt, prompts_of
+from transfusion_mot.evaluation.protocol.sample_files import claim_folder, write_images
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler, sampler_name
 

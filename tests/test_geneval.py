@@ -25,7 +25,7 @@ from transfusion_mot.evaluation.geneval import (
     relations,
     things_of,
 )
-from transfusion_mot.evaluation.prompts import read_painted
+from transfusion_mot.evaluation.protocol.prompts import read_painted
 
 CPU = torch.device("cpu")
 LINES = [

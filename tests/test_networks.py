@@ -22,12 +22,12 @@ from torchvision.transforms.functional import to_tensor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import inception
 from transfusion_mot.evaluation.clip_score import load_clip
-from transfusion_mot.evaluation.distances import image_distance, pairs_device, set_distance
-from transfusion_mot.evaluation.features import feature_set, image_features, open_reference
+from transfusion_mot.evaluation.distances.metrics import image_distance, pairs_device, set_distance
+from transfusion_mot.evaluation.features import inception
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.features.sets import feature_set, image_features, open_reference
 from transfusion_mot.evaluation.images import find_images, load_rgb
-from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.weights import file_sha256
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.prompts import (
+from transfusion_mot.evaluation.protocol.config import read_protocol
+from transfusion_mot.evaluation.protocol.prompts import (
     captioned_hash,
     choose_coco_prompts,
     dpg_prompts,
@@ -25,7 +26,6 @@ from transfusion_mot.evaluation.prompts import (
     write_dpg_pictures,
     write_geneval_metadata,
 )
-from transfusion_mot.evaluation.protocol import read_protocol
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml"))
 

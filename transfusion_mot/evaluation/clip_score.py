@@ -16,12 +16,12 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.blocks import row_blocks
 from transfusion_mot.evaluation.defaults import CLIP_PREFIX
 from transfusion_mot.evaluation.images import ImageArray, ImageSource, device_batches
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
+from transfusion_mot.evaluation.row_blocks import row_blocks
 from transfusion_mot.evaluation.weights import weights_hash
 
 PreferenceChoice = Literal["PickScore", "HPSv2 x100"]

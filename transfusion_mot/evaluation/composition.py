@@ -22,11 +22,11 @@ from transfusion_mot.data.scene_drawing import draw_scene
 from transfusion_mot.data.scene_objects import object_of_drawing
 from transfusion_mot.data.scenes import OPPOSITE, Scene
 from transfusion_mot.data.sprites import Sprites
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureArray, image_features
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureArray, image_features
 from transfusion_mot.evaluation.images import load_rgb
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.scoring import unit_length
 
 # What differs so much from the ground is no ground, of 255.

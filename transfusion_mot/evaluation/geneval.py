@@ -25,8 +25,8 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.clip_score import Clip, text_embeddings
 from transfusion_mot.evaluation.intervals import DEVIATIONS, mean_interval
-from transfusion_mot.evaluation.prompts import list_hash
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.protocol.prompts import list_hash
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.weights import weights_hash
 
 # COCO's classes in their order, by the names of GenEval's prompts.

@@ -10,21 +10,21 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 
-from transfusion_mot.evaluation.clip_score import Clip, PreferenceChoice, load_clip
-from transfusion_mot.evaluation.defaults import default_num_workers
-from transfusion_mot.evaluation.distances import set_distance
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.networks import load_feature_networks
-from transfusion_mot.evaluation.protocol import ProtocolConfig
-from transfusion_mot.evaluation.report import Metric
-from transfusion_mot.evaluation.sentence_similarity import (
+from transfusion_mot.evaluation.captions.sentence_similarity import (
     SentenceEncoder,
     load_sentence_encoder,
     packaged_sentence_model,
 )
+from transfusion_mot.evaluation.clip_score import Clip, PreferenceChoice, load_clip
+from transfusion_mot.evaluation.defaults import default_num_workers
+from transfusion_mot.evaluation.distances.metrics import set_distance
+from transfusion_mot.evaluation.features.load import load_feature_networks
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureArray, FeatureSet, SavedStatistics, feature_set
+from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.intervals import mean_interval
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.evaluation.report.content import Metric
 
 _NEAREST_ROWS = 1024
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import metrics_table, read_report
+from transfusion_mot.evaluation.report.content import metrics_table, read_report
 from transfusion_mot.files import check_writable_folder, find_snapshot
 
 

@@ -18,7 +18,7 @@ from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses

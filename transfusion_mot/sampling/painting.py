@@ -13,7 +13,9 @@ from PIL import Image
 
 from transfusion_mot.codecs.base import reconstruct as reconstruct_pixels
 from transfusion_mot.data.images import ImageArray, to_pil, to_pixels
-from transfusion_mot.evaluation.generation import (
+from transfusion_mot.evaluation.images import METADATA, load_rgb
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
+from transfusion_mot.evaluation.protocol.sample_files import (
     Make,
     caption_all,
     claim_folder,
@@ -22,8 +24,6 @@ from transfusion_mot.evaluation.generation import (
     write_images,
     write_metadata,
 )
-from transfusion_mot.evaluation.images import METADATA, load_rgb
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.sizes import Size, by_size

@@ -16,7 +16,7 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.positions import PositionCounter

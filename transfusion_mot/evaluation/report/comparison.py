@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric, Report, shown_number, value_and_interval
+from transfusion_mot.evaluation.report.content import Metric, Report, shown_number, value_and_interval
 
 Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"]
 

@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.frechet import Gaussian, gaussian_of
+from transfusion_mot.evaluation.distances.frechet import Gaussian, gaussian_of
+from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.images import ImageSource, TarImage, device_batches, find_images, image_list_hash
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.weights import file_sha256

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from transfusion_mot.evaluation.java import JavaMissing, find_jar, find_java
+from transfusion_mot.evaluation.captions.java import JavaMissing, find_jar, find_java
 
 Words = Sequence[str]
 

@@ -13,9 +13,10 @@ from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.data.sources.open import media_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.features import SavedStatistics, open_reference
+from transfusion_mot.evaluation.features.sets import SavedStatistics, open_reference
 from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.prompts import (
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.evaluation.protocol.prompts import (
     CaptionedImage,
     Prompt,
     choose_coco_prompts,
@@ -27,7 +28,6 @@ from transfusion_mot.evaluation.prompts import (
     read_karpathy,
     read_text_prompts,
 )
-from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.installed import shipped
 
 
@@ -50,7 +50,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Work:
+class Assignment:
     """What is to be done.
 
     Attributes:
@@ -78,7 +78,9 @@ def picture_data(data: DataConfig, modality: str) -> DataConfig:
     return replace(data, sources=sources, slots=slots)
 
 
-def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path) -> Work:
+def open_assignment(
+    protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path
+) -> Assignment:
     """Read what a protocol names.
 
     Args:
@@ -108,7 +110,7 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
         references = open_reference(protocol.references)
     first = {prompt.image: prompt for prompt in reversed(prompts) if prompt.image is not None}
     own = [prompt for prompt in prompts if prompt.image is not None and first[prompt.image] is prompt]
-    return Work(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
+    return Assignment(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
 
 
 def listed_prompts(protocol: ProtocolConfig) -> tuple[list[Prompt], list[CaptionedImage], list[dict[str, Any]]]:

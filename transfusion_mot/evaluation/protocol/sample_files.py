@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt
 from transfusion_mot.files import claim
 
 # A batch => a picture of each.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.feature_network import FeatureNetwork, clean_resize, legacy_resize, tensorflow_resize
+from transfusion_mot.evaluation.features.network import FeatureNetwork, clean_resize, legacy_resize, tensorflow_resize
 from transfusion_mot.evaluation.weights import file_sha256
 
 InceptionChoice = Literal["inception", "legacy", "legacy_tensorflow"]

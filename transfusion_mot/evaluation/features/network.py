@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from transfusion_mot.evaluation.kernels import KernelDistance, kernel_distance
+from transfusion_mot.evaluation.distances.mmd import KernelDistance, kernel_distance
 
 
 @dataclass(frozen=True)

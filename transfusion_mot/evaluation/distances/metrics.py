@@ -10,18 +10,18 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.frechet import (
+from transfusion_mot.evaluation.distances.frechet import (
     FEW_EXTRAPOLATED,
     extrapolated_distance,
     frechet_scores,
     standard_error,
 )
+from transfusion_mot.evaluation.distances.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource
 from transfusion_mot.evaluation.intervals import DEVIATIONS
-from transfusion_mot.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 
 _logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
-from transfusion_mot.evaluation.feature_network import FeatureNetwork, Normalised, clean_resize
-from transfusion_mot.evaluation.inception import CannotFetch, find_inception, load_inception
-from transfusion_mot.evaluation.kernels import gaussian_distance
+from transfusion_mot.evaluation.distances.mmd import gaussian_distance
+from transfusion_mot.evaluation.features.inception import CannotFetch, find_inception, load_inception
+from transfusion_mot.evaluation.features.network import FeatureNetwork, Normalised, clean_resize
 from transfusion_mot.evaluation.weights import file_sha256, weights_hash
 
 _DINOV2_SIZE = 224

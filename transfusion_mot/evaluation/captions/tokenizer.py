@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transfusion_mot.evaluation.java import JavaMissing, find_jar, find_java
+from transfusion_mot.evaluation.captions.java import JavaMissing, find_jar, find_java
 
 # A word with one of these keeps the full stop that follows it ...
 _ABBREVIATIONS = (

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_captions
-from transfusion_mot.evaluation.captioning import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.java import JavaMissing
+from transfusion_mot.evaluation.captions.meteor import meteor
+from transfusion_mot.evaluation.captions.scores import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.sentence_similarity import SentenceEncoder, sentence_similarity
+from transfusion_mot.evaluation.captions.tokenizer import tokenize_captions
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.java import JavaMissing
-from transfusion_mot.evaluation.meteor import meteor
-from transfusion_mot.evaluation.report import Metric
-from transfusion_mot.evaluation.sentence_similarity import SentenceEncoder, sentence_similarity
+from transfusion_mot.evaluation.report.content import Metric
 
 _FEW_IMAGES = 1000
 
