@@ -18,7 +18,7 @@ from transfusion_mot import files
 from transfusion_mot.cli import sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.captions.scores import read_captions
+from transfusion_mot.evaluation.captions.files import read_captions
 from transfusion_mot.evaluation.images import read_prompts
 from transfusion_mot.evaluation.protocol.prompts import read_geneval, read_text_prompts
 from transfusion_mot.evaluation.protocol.sample_files import claim_folder
