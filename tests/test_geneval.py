@@ -174,6 +174,21 @@ def test_a_folder_of_pictures_is_scored(detector_folder, clip, tmp_path, monkeyp
     assert metrics["GenEval, single_object"].protocol["of prompts"] == 3
 
 
+def test_a_model_that_is_always_wrong_has_an_interval(detector_folder, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(Detector, "things", lambda self, image, threshold: {})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [
+        {"tag": tag, "include": [{"class": "cat", "count": 1}], "prompt": f"{tag} {number}"}
+        for tag in ("colors", "position")
+        for number in range(10)
+    ]
+    detector = load_detector(str(detector_folder), CPU)
+    whole, *tasks = geneval_metrics([(line, tmp_path / "a.png") for line in lines], detector, clip)
+    # Wilson's of 0 of 10, and half of two of them that are independent.
+    assert [task.interval for task in tasks] == [(0.0, pytest.approx(0.2775, abs=1e-4))] * 2
+    assert (whole.value, whole.interval) == (0.0, (0.0, pytest.approx(0.2775 / 2 / 2**0.5, abs=1e-4)))
+
+
 def test_the_detectors_input_is_that_of_mmdetection(detector_folder):
     """The shorter side as wanted, ImageNet's mean and deviation, filled up with zeros on the right and below."""
     detector = load_detector(str(detector_folder), CPU)

@@ -24,7 +24,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.clip_score import Clip, text_embeddings
-from transfusion_mot.evaluation.intervals import DEVIATIONS, mean_interval
+from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.protocol.prompts import list_hash
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.weights import weights_hash
@@ -275,16 +275,18 @@ def geneval_metrics(painted: Sequence[tuple[Line, Path]], detector: Detector, cl
     }
     metrics: list[Metric] = []
     shares: list[float] = []
-    variances: list[float] = []
+    halves: list[float] = []
     for tag, prompts in tasks.items():
         means = [float(np.mean(values)) for values in prompts.values()]
         pictures = [value for values in prompts.values() for value in values]
         shares.append(float(np.mean(pictures)))
-        variances.append(float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else math.inf)
+        interval = mean_interval(means)
+        halves.append(math.inf if interval is None else (interval[1] - interval[0]) / 2)
         measured = {**protocol, "images": len(pictures), "of prompts": len(means)}
-        metrics.append(Metric(f"GenEval, {tag}", shares[-1], measured, mean_interval(means), tuple(pictures)))
+        metrics.append(Metric(f"GenEval, {tag}", shares[-1], measured, interval, tuple(pictures)))
     score = float(np.mean(shares))
-    half = DEVIATIONS * math.sqrt(sum(variances)) / len(shares)
+    # Of independent tasks; not of their variances, which are 0 where all prompts of a task are right or wrong.
+    half = math.hypot(*halves) / len(shares)
     interval = (max(0.0, score - half), min(1.0, score + half)) if math.isfinite(half) else None
     whole = {**protocol, "images": len(painted), "tasks": len(shares)}
     return [Metric("GenEval", score, whole, interval), *metrics]

@@ -155,17 +155,19 @@ def _by_java(captions: Sequence[str]) -> list[list[str]]:
     command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions"
-        file.write_text("".join(_LINE_ENDS.sub(" ", caption) + "\n" for caption in captions), encoding="utf-8")
+        lines = "".join(_LINE_ENDS.sub(" ", caption) + "\n" for caption in captions)
+        # JSON may hold halves of characters, which UTF-8 cannot.
+        file.write_text(lines, encoding="utf-8", errors="replace")
         # Without the encoding the program takes that of the machine.
         done = subprocess.run(
             [*command, "-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(file)],
             capture_output=True,
             encoding="utf-8",
         )
-    lines = done.stdout.split("\n")[:-1]
-    if done.returncode or len(lines) != len(captions):
-        raise JavaMissing(f"its program gave {len(lines)} lines for {len(captions)} captions: {done.stderr[-200:]}")
-    return [[word for word in line.rstrip().split(" ") if word and word not in _REMOVED] for line in lines]
+    found = done.stdout.split("\n")[:-1]
+    if done.returncode or len(found) != len(captions):
+        raise JavaMissing(f"its program gave {len(found)} lines for {len(captions)} captions: {done.stderr[-200:]}")
+    return [[word for word in line.rstrip().split(" ") if word and word not in _REMOVED] for line in found]
 
 
 def tokenize_caption(caption: str) -> list[str]:
