@@ -29,7 +29,8 @@ from transfusion_mot.evaluation.captions.sentence_similarity import (
     sentence_similarity,
 )
 from transfusion_mot.evaluation.captions.tokenizer import tokenize_caption, tokenize_captions
-from transfusion_mot.evaluation.report.content import metrics_table
+from transfusion_mot.evaluation.report.content import Metric, metrics_table
+from transfusion_mot.evaluation.scoring import named
 from transfusion_mot.evaluation.weights import weights_hash
 
 pytest.importorskip("pycocoevalcap")
@@ -272,6 +273,11 @@ def test_meteor_is_what_pycocoevalcap_computes():
 
 
 @pytest.mark.usefixtures("no_java")
+def test_meteor_has_no_interval_as_it_is_no_mean():
+    meteor = Metric("METEOR", 0.5, {}, None, (0.1, 0.2, 0.9))
+    assert named([meteor], "copied from the nearest training image", {})[0].interval is None
+
+
 def test_without_java_the_table_says_so():
     metrics = caption_metrics(["a cat"], [["a cat"]])
     assert "METEOR" not in [metric.name for metric in metrics]

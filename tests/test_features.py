@@ -14,6 +14,7 @@ from cleanfid import fid as cleanfid
 from cleanfid.features import feature_extractor
 from cleanfid.resize import make_resizer
 from PIL import Image
+from scipy.stats import binomtest
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.transforms.functional import center_crop
 
@@ -26,6 +27,7 @@ from transfusion_mot.evaluation.features.network import clean_resize
 from transfusion_mot.evaluation.features.sets import feature_set, image_features
 from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
 from transfusion_mot.evaluation.report.content import metrics_table, save_metrics
+from transfusion_mot.evaluation.scoring import named
 from transfusion_mot.evaluation.weights import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -216,6 +218,10 @@ def test_distance_equals_torchmetrics(folder, efficientnet):
     assert frechet.protocol["weights"] == "sha256 579344248a93"
     assert precision.name == "precision (EfficientNet)"
     assert precision.protocol["nearest neighbours"] == 3
+    # Wilson's, of the share of the six generated images; the same where a benchmark names them.
+    within = binomtest(round(6 * precision.value), 6).proportion_ci(method="wilson")
+    assert precision.interval == pytest.approx((within.low, within.high), abs=1e-4)
+    assert named([precision], "generated", {})[0].interval == precision.interval
     assert "FID" not in metrics_table(metrics)
     shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
     for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, batch_size=3), strict=True):

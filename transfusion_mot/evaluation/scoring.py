@@ -22,7 +22,6 @@ from transfusion_mot.evaluation.features.load import load_feature_networks
 from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.features.sets import FeatureArray, FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig
 from transfusion_mot.evaluation.report.content import Metric
 
@@ -144,13 +143,12 @@ class Distances:
 
 
 def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> list[Metric]:
-    """The same numbers, saying which images they are of and how those were made; means over images get an interval."""
+    """The same numbers, saying which images they are of and how those were made."""
     return [
         replace(
             metric,
             name=f"{metric.name} ({images})",
             protocol=metric.protocol | protocol,
-            interval=metric.interval or (mean_interval(metric.scores) if metric.scores else None),
         )
         for metric in metrics
     ]

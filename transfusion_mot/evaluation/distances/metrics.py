@@ -20,7 +20,7 @@ from transfusion_mot.evaluation.distances.manifold import DENSITY_NEIGHBOURS, PR
 from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.features.sets import FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.intervals import DEVIATIONS
+from transfusion_mot.evaluation.intervals import DEVIATIONS, mean_interval
 from transfusion_mot.evaluation.report.content import Metric
 
 _logger = logging.getLogger(__name__)
@@ -154,5 +154,6 @@ def _pairwise(
         ("coverage", scores.coverage, DENSITY_NEIGHBOURS, None),
     ):
         measured = {**protocol, "nearest neighbours": neighbours}
-        metrics.append(Metric(f"{name} ({network.name})", value, measured, None, per_image))
+        interval = mean_interval(per_image) if per_image is not None else None
+        metrics.append(Metric(f"{name} ({network.name})", value, measured, interval, per_image))
     return metrics
