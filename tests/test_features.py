@@ -25,7 +25,14 @@ from transfusion_mot.evaluation.features import inception
 from transfusion_mot.evaluation.features.load import load_feature_network, load_feature_networks
 from transfusion_mot.evaluation.features.network import clean_resize
 from transfusion_mot.evaluation.features.sets import feature_set, image_features
-from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
+from transfusion_mot.evaluation.images import (
+    device_batches,
+    find_images,
+    image_list_hash,
+    load_rgb,
+    pick_device,
+    read_prompts,
+)
 from transfusion_mot.evaluation.report.content import metrics_table, save_metrics
 from transfusion_mot.evaluation.scoring import named
 from transfusion_mot.evaluation.weights import file_sha256
@@ -310,6 +317,12 @@ def test_hidden_and_moving_pictures_are_left_out(tmp_path, caplog):
         for name in names:
             tar.add(tmp_path / name, f"./{name}")
     assert [image.name for image in find_images(tmp_path / "all.tar")] == ["./a.bmp", "./b.TIFF", "./more/f.tif"]
+    # References of equal names and sizes are told apart, where sizes say nothing of the content.
+    before = image_list_hash(found)
+    assert image_list_hash(find_images(tmp_path / "all.tar")) == image_list_hash(found[::-1]) == before
+    content = found[0].read_bytes()
+    found[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert image_list_hash(found) != before
 
 
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (479, 640), (256, 256)])

@@ -31,6 +31,7 @@ ImageArray = npt.NDArray[np.uint8]
 
 METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+_UNCOMPRESSED = frozenset({".bmp", ".tif", ".tiff"})
 # Often an animation, of which no one picture is meant.
 _LEFT_OUT = ".gif"
 # Starting a process that holds torch takes as long as decoding tens of images, one after the other. Threads start at
@@ -101,7 +102,11 @@ def _check_found(place: Path, num_images: int, names: Sequence[str]) -> None:
 
 
 def image_list_hash(images: Sequence[ImageSource]) -> str:
-    """Hash of a set of images, in any order: of files by their names and sizes, of pictures by their pixels."""
+    """Hash of a set of images, in any order: of files by their names and sizes, of pictures by their pixels.
+
+    To read all files would take as long as to decode them. Where files are not compressed, sizes say nothing, and so
+    they are read.
+    """
     described = sorted(_described(image) for image in images)
     return f"sha256 {hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]}"
 
@@ -110,7 +115,13 @@ def _described(image: ImageSource) -> tuple[str, int]:
     if isinstance(image, Image.Image):
         return hashlib.sha256(image.tobytes()).hexdigest(), 0
     # A folder and a tar file of it are the same images.
-    return (Path(image.name).name, image.size) if isinstance(image, TarImage) else (image.name, image.stat().st_size)
+    name, size = (
+        (Path(image.name).name, image.size) if isinstance(image, TarImage) else (image.name, image.stat().st_size)
+    )
+    if Path(name).suffix.lower() in _UNCOMPRESSED:
+        content = image.read() if isinstance(image, TarImage) else image.read_bytes()
+        name += f" {hashlib.sha256(content).hexdigest()}"
+    return name, size
 
 
 def _images_in_tar(path: Path) -> list[TarImage]:
