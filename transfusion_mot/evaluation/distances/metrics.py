@@ -154,6 +154,6 @@ def _pairwise(
         ("coverage", scores.coverage, DENSITY_NEIGHBOURS, None),
     ):
         measured = {**protocol, "nearest neighbours": neighbours}
-        interval = mean_interval(per_image) if per_image is not None else None
-        metrics.append(Metric(f"{name} ({network.name})", value, measured, interval, per_image))
+        of_share = mean_interval(per_image) if per_image is not None else None
+        metrics.append(Metric(f"{name} ({network.name})", value, measured, of_share, per_image))
     return metrics
