@@ -105,7 +105,9 @@ def test_legacy_features_equal_clean_fid(folders, legacy_file, monkeypatch):
 def test_tensorflow_features_equal_torch_fidelity(folders, legacy_file):
     """Also images of 640 x 427, where the two resizes of the legacy modes differ most."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    extractor = module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(legacy_file))
+    extractor = module.FeatureExtractorInceptionV3(
+        "inception", ["2048"], feature_extractor_weights_path=str(legacy_file)
+    )
     images = [Image.open(path).convert("RGB") for path in find_images(folders[0])[:2]]
     images.append(Image.fromarray(np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)))
     with torch.inference_mode():
