@@ -39,8 +39,8 @@ from transfusion_mot.data.scene_objects import plural_of, with_article
 from transfusion_mot.data.scenes import NUMBERS
 from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.evaluation.composition import Drawings
+from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.networks import load_feature_network
 
 _PROMPTS_OF_A_KIND = 100
 _MOST_TRIES = 100_000

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import Metric, save_metrics
+from transfusion_mot.evaluation.report.content import Metric, save_metrics
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.arms import arms_parser
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import read_report
+from transfusion_mot.evaluation.report.content import read_report
 from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
 
 ROOT = Path(__file__).parents[1]

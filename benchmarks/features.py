@@ -59,8 +59,10 @@ import torch
 from PIL import Image
 
 from benchmarks.train_step import surroundings, without_output
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import image_features
+from transfusion_mot.evaluation.features.inception import legacy_architecture, load_inception
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import image_features
 from transfusion_mot.evaluation.images import (
     ImageSource,
     default_batch_size,
@@ -68,8 +70,6 @@ from transfusion_mot.evaluation.images import (
     load_rgb,
     pick_device,
 )
-from transfusion_mot.evaluation.inception import legacy_architecture, load_legacy
-from transfusion_mot.evaluation.networks import load_feature_network
 
 TURNS = 3
 # Images that the network alone sees again and again.
@@ -105,7 +105,7 @@ def load_network(name: str, device: torch.device) -> FeatureNetwork:
                 # Or else activations vanish, and numbers near zero take their own time on a CPU.
                 torch.nn.init.kaiming_normal_(module.weight)
         torch.save(network.state_dict(), path)
-        return load_legacy(path, device)
+        return load_inception("legacy", path, device, other_weights=True)
 
 
 def time_network(network: FeatureNetwork, images: Sequence[ImageSource], count: int) -> float:

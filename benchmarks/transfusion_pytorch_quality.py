@@ -21,7 +21,7 @@ from typing import cast
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import metrics_table, read_report, save_metrics
+from transfusion_mot.evaluation.report.content import metrics_table, read_report, save_metrics
 from transfusion_mot.files import lines_of
 
 
@@ -70,9 +70,9 @@ from transfusion_mot.data.images import to_pil, to_pixels
 from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.models.adapters import patchify, unpatchify
 
 _WARMUP_STEPS = 100

@@ -56,7 +56,7 @@ from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.recognisers import PocketSphinx
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.speech import error_rates, normalise, read_recordings
 
 

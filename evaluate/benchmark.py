@@ -21,14 +21,14 @@ from pathlib import Path
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, command_parser, run_command
-from transfusion_mot.evaluation.protocol import ProtocolConfig, read_protocol
-from transfusion_mot.evaluation.report import Report, now, used_versions
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
+from transfusion_mot.evaluation.report.content import Report, now, used_versions
 from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
     parser = command_parser(__doc__)
-    parser.epilog = "Keys of a protocol with their meaning: transfusion_mot/evaluation/protocol.py, docs/evaluation.md."
+    parser.epilog = described_keys()
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
     parser.add_argument("--config", metavar="FILE", help="protocol (default: the held-out documents of the run)")
     parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
@@ -48,11 +48,11 @@ if __name__ == "__main__":
 from accelerate import Accelerator
 
 from transfusion_mot.data.mixture import open_documents, with_encoded
-from transfusion_mot.evaluation.assignment import open_work, picture_data
-from transfusion_mot.evaluation.page import write_report
 from transfusion_mot.evaluation.processes import open_processes
-from transfusion_mot.evaluation.prompts import captioned_hash, prompts_hash
-from transfusion_mot.evaluation.published import own_row
+from transfusion_mot.evaluation.protocol.assignment import open_assignment, picture_data
+from transfusion_mot.evaluation.protocol.prompts import captioned_hash, prompts_hash
+from transfusion_mot.evaluation.report.page import write_report
+from transfusion_mot.evaluation.report.published import own_row
 from transfusion_mot.evaluation.scoring import load_networks
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
@@ -68,7 +68,7 @@ def main() -> None:
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     snapshot = arguments.checkpoint
-    output = Path(arguments.output or snapshot.parent.parent / "evaluation" / snapshot.name)
+    output = Path(arguments.output or default_output(snapshot))
     check_writable_folder(output, "output")
     pipeline = load_pipeline(snapshot, protocol).to(device)
     networks = load_networks(protocol, device)
@@ -78,7 +78,7 @@ def main() -> None:
     if config is not None and data is not None and (protocol.prompts.kind == "held_out" or protocol.loss_documents):
         codecs = codecs_of(pipeline, config, device)
         sources = with_encoded(open_documents(data, "held_out"), data, codecs, config.codecs, accelerator)
-    work = open_work(protocol, sources, data, output)
+    assignment = open_assignment(protocol, sources, data, output)
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
     steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
@@ -92,7 +92,9 @@ def main() -> None:
         code_top_k=protocol.code_top_k,
     )
     painter = Painter(pipeline, files_hash(snapshot), processes, protocol.batch_size)
-    benchmark = Benchmark(protocol, processes, painter, networks=networks, work=work, data=data, output=output)
+    benchmark = Benchmark(
+        protocol, processes, painter, networks=networks, assignment=assignment, data=data, output=output
+    )
 
     tried = benchmark.settings_to_try(sampling)
     captions = benchmark.paint(sampling)
@@ -110,7 +112,7 @@ def main() -> None:
     if not processes.is_main_process:
         return
     notes += reasons
-    shortened = sum(painter.shortened(prompt.text) != prompt.text for prompt in work.prompts)
+    shortened = sum(painter.shortened(prompt.text) != prompt.text for prompt in assignment.prompts)
     if shortened:
         limit = pipeline.config.max_prompt_tokens
         notes.append(f"{shortened} prompts are longer than the {limit} tokens that the model knows and are cut there.")
@@ -121,8 +123,8 @@ def main() -> None:
         settings={
             "checkpoint": str(snapshot),
             "checkpoint files": painter.checkpoint,
-            "prompts painted": f"{len(work.prompts)}, {prompts_hash(work.prompts)}",
-            "images captioned": f"{len(work.captioned)}, {captioned_hash(work.captioned)}",
+            "prompts painted": f"{len(assignment.prompts)}, {prompts_hash(assignment.prompts)}",
+            "images captioned": f"{len(assignment.captioned)}, {captioned_hash(assignment.captioned)}",
             "device": str(device),
             "processes": processes.num_processes,
             **asdict(protocol),
@@ -139,9 +141,20 @@ def main() -> None:
         notes=notes,
     )
     model = snapshot.parent.parent.name if config is not None else snapshot.name
-    how = f"{protocol.name}, guidance {scale:g}, {len(work.prompts):,} images"
+    how = f"{protocol.name}, guidance {scale:g}, {len(assignment.prompts):,} images"
     print(write_report(report, output, own_row(model, how, metrics)))
     print(f"images, captions, report.html, report.json and metrics.md are in {output}")
+
+
+def default_output(snapshot: Path) -> Path:
+    """Beside the snapshots of a run.
+
+    Raises:
+        UserError: The checkpoint is not in a run's folder.
+    """
+    if snapshot.parent.name != "snapshots":
+        raise UserError(f"'{snapshot}' is in no run folder; say where results go with --output")
+    return snapshot.parent.parent / "evaluation" / snapshot.name
 
 
 def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeline:

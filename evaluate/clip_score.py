@@ -1,7 +1,7 @@
 """CLIP score of a folder of generated images: how well each matches the text it was made from.
 
     python evaluate/clip_score.py GENERATED_FOLDER --output metrics.json
-    accelerate launch evaluate/clip_score.py GENERATED_FOLDER --clip openai/clip-vit-base-patch32
+    accelerate launch evaluate/clip_score.py GENERATED_FOLDER --clip openai/clip-vit-base-patch32 --pickscore FOLDER
 
 The folder holds images and a metadata.jsonl with one line an image, as sample.py writes it:
     {"file_name": "000.png", "text": "a red apple"}
@@ -22,7 +22,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="GENERATED_FOLDER", help="images and their metadata.jsonl")
-    parser.add_argument("--clip", default=DEFAULT_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model ({DEFAULT_CLIP})")
+    parser.add_argument(
+        "--clip",
+        nargs="+",
+        metavar="NAME_OR_FOLDER",
+        help=f"CLIP models ({DEFAULT_CLIP}, or none where only scores of preference are asked for)",
+    )
+    parser.add_argument("--pickscore", metavar="NAME_OR_FOLDER", help="also PickScore, for example PickScore_v1")
+    parser.add_argument(
+        "--hpsv2", metavar="FOLDER", help="also HPSv2, of a model in the format of transformers (CLIP ViT-H/14)"
+    )
     parser.add_argument("--prefix", action="store_true", help=f"put '{CLIP_PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
@@ -36,24 +45,27 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.clip_score import clip_scores, load_clip
+from transfusion_mot.evaluation.clip_score import clip_scores, load_clip, preference_score, suffixes
 from transfusion_mot.evaluation.images import read_prompts
 from transfusion_mot.evaluation.processes import open_processes
+from transfusion_mot.evaluation.scoring import load_preferences
 
 
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     images, texts = read_prompts(arguments.folder)
     processes, device = open_processes(arguments.device)
-    metrics = clip_scores(
-        images,
-        texts,
-        load_clip(arguments.clip, device),
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        prefix=CLIP_PREFIX if arguments.prefix else "",
-        processes=processes,
-    )
+    preferences = load_preferences(arguments.pickscore, arguments.hpsv2, device)
+    names = arguments.clip or ([] if preferences else [DEFAULT_CLIP])
+    clips = [load_clip(name, device) for name in names]
+    shared = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, "processes": processes}
+    prefix = CLIP_PREFIX if arguments.prefix else ""
+    metrics = [
+        metric
+        for clip, suffix in zip(clips, suffixes(clips), strict=True)
+        for metric in clip_scores(images, texts, clip, prefix=prefix, suffix=suffix, **shared)
+    ]
+    metrics += [preference_score(kind, images, texts, clip, **shared) for kind, clip in preferences.items()]
     if processes.is_main_process:
         publish(metrics, arguments.output)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
-from transfusion_mot.evaluation.report import read_report
+from transfusion_mot.evaluation.report.content import read_report
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.comparison import comparison_table
+from transfusion_mot.evaluation.report.comparison import comparison_table
 from transfusion_mot.training.plot import labels_of
 
 

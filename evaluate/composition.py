@@ -34,9 +34,10 @@ if __name__ == "__main__":
         parse_arguments(sys.argv[1:])
 
 from transfusion_mot.data.sprites import Sprites
-from transfusion_mot.evaluation.composition import Drawings, composition_metrics, read_painted
+from transfusion_mot.evaluation.composition import Drawings, composition_metrics
+from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.networks import load_feature_network
+from transfusion_mot.evaluation.protocol.prompts import read_painted
 
 
 def main() -> None:

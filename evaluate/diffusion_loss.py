@@ -60,12 +60,12 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     snapshot = find_snapshot(arguments.checkpoint)
     config = read_run_config(snapshot, arguments.config, "--config")
-    if not config.model.of_objective("diffusion"):
-        raise UserError("the model has no modality with the objective diffusion, so it has no diffusion loss")
     processes, device = open_processes(arguments.device)
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
+    if not pipeline.transformer.architecture.of_objective("diffusion"):
+        raise UserError("the model has no modality with the objective diffusion, so it has no diffusion loss")
     held_out = open_documents(config.data, "held_out")
     codecs = codecs_of(pipeline, config, device)
     sources = with_encoded(held_out, config.data, codecs, config.codecs, accelerator)

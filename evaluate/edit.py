@@ -24,7 +24,7 @@ from transfusion_mot.evaluation.command import (
     run_command,
     writable_file,
 )
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -65,8 +65,8 @@ from PIL import Image
 from transfusion_mot.cli.loading import load_pipeline
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources, open_documents
+from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.sampling.held_out_edits import (
     Distances,

@@ -4,13 +4,14 @@
     accelerate launch evaluate/fid.py REAL GENERATED --features inception legacy dinov2 clip --cache-dir cache
 
 REAL is a folder, an uncompressed tar file, or an .npz file of statistics (mu, sigma); GENERATED a folder or a tar file.
-Each network needs its weights, downloaded once or given by path:
-    inception     FID in clean-fid's mode clean         --inception-weights inception-2015-12-05.pt
-    legacy        FID in its mode legacy_pytorch        --legacy-weights pt_inception-2015-12-05-6726825d.pth
-    dinov2        FD-DINOv2                             --dinov2-weights model.safetensors
-    clip          CMMD                                  --cmmd-clip FOLDER
-    efficientnet  FD-EfficientNet, no FID; its weights come with a Python package
-    auto          inception if its weights can be had, else efficientnet
+Each network needs its weights, downloaded once or given by path; one of the first two files serves all three FIDs:
+    inception          FID of clean-fid                    --inception-weights inception-2015-12-05.pt
+    legacy             FID of pytorch-fid                  --legacy-weights pt_inception-2015-12-05-6726825d.pth
+    legacy_tensorflow  FID of torch-fidelity               either of the two
+    dinov2             FD-DINOv2                           --dinov2-weights model.safetensors
+    clip               CMMD                                --cmmd-clip FOLDER
+    efficientnet       FD-EfficientNet, no FID; its weights come with a Python package
+    auto               inception if its weights can be had, else efficientnet
 Compare numbers only from as many images, and see docs/evaluation.md for what else has to agree.
 """
 
@@ -22,7 +23,7 @@ from typing import get_args
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,8 +31,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "real",
         metavar="REAL",
-        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg and .webp, in "
-        "subfolders too; a tar file; or statistics (.npz with mu and sigma)",
+        help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg, .webp, .bmp and "
+        ".tiff, in subfolders too; a tar file; or statistics (.npz with mu and sigma)",
     )
     parser.add_argument("generated", metavar="GENERATED", help="generated images, as many as possible")
     parser.add_argument(
@@ -43,6 +44,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")
     parser.add_argument("--legacy-weights", metavar="FILE", help="local path of pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument(
+        "--other-weights",
+        action="store_true",
+        help="take other weights of FID's network from these files, too; their numbers are not called FID",
+    )
     parser.add_argument("--dinov2", default=DEFAULT_DINOV2, metavar="NAME", help=f"network of timm ({DEFAULT_DINOV2})")
     parser.add_argument("--dinov2-weights", metavar="FILE", help="local path of its weights")
     parser.add_argument(
@@ -52,7 +58,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="cut the centre square of every image and resize it to this size first, as training does; without it "
+        help="cut the centre square of every image by whole pixels and resize it to this size first; without it "
         "images are taken as they are, so both sides should be of one size",
     )
     parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")
@@ -68,10 +74,10 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.features import open_reference
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features.load import load_feature_networks
+from transfusion_mot.evaluation.features.sets import open_reference
 from transfusion_mot.evaluation.images import find_images
-from transfusion_mot.evaluation.networks import load_feature_networks
 from transfusion_mot.evaluation.processes import open_processes
 
 
@@ -85,6 +91,7 @@ def main() -> None:
         device,
         arguments.inception_weights,
         legacy_weights=arguments.legacy_weights,
+        other_weights=arguments.other_weights,
         dinov2=arguments.dinov2,
         dinov2_weights=arguments.dinov2_weights,
         clip=arguments.cmmd_clip,

@@ -81,7 +81,7 @@ from transfusion_mot.data.audio import Audio, write_wav
 from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.recognisers import PocketSphinx, Recogniser, TransformersRecogniser
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.speech import RecordingSet, at_most, read_recordings
 from transfusion_mot.files import check_writable_folder, find_snapshot
 from transfusion_mot.sampling.held_out_losses import codecs_of

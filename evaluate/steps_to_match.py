@@ -46,7 +46,7 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.evaluation.curves import plot_matches
+from transfusion_mot.evaluation.report.curves import plot_matches
 from transfusion_mot.evaluation.steps_to_match import WINDOW, Curve, Match, match, matches_table, window_means
 from transfusion_mot.training.plot import curve, labels_of
 

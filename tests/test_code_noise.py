@@ -75,9 +75,7 @@ def config_with(name: str, prob: float) -> ModelConfig:
 def test_where_it_cannot_be_is_refused() -> None:
     check_architecture(config_with("speech", PROB))
     for name in ("text", "image"):
-        with pytest.raises(
-            UserError, match=rf"model.modalities.{name} has code_noise_prob, which is for codes"
-        ):
+        with pytest.raises(UserError, match=rf"model.modalities.{name} has code_noise_prob, which is for codes"):
             check_architecture(config_with(name, PROB))
     for prob in (1.0, -0.1, float("nan")):
         with pytest.raises(UserError, match=r"speech.code_noise_prob is \S+; it must be at least 0 and below 1"):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.comparison import difference
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric, Report, read_report, save_report
+from transfusion_mot.evaluation.report.comparison import difference
+from transfusion_mot.evaluation.report.content import Metric, Report, read_report, save_report
 
 pytest.importorskip("scipy")
 from scipy import stats
@@ -70,6 +70,16 @@ def test_other_protocols_do_not_compare() -> None:
     found = difference(clip(scores), clip(scores, clip="b", images=5))
     assert found.verdict == "not comparable"
     assert found.reason == "measured with another clip, images"
+
+
+def test_other_references_do_not_compare_and_older_reports_do() -> None:
+    first, other = (clip(np.arange(3.0), **{"real images": name}) for name in ("sha256 a", "sha256 b"))
+    assert difference(first, other).reason == "measured with another real images"
+    assert difference(first, first).verdict == "within noise"
+    older = replace(first, protocol={key: v for key, v in first.protocol.items() if key != "real images"})
+    found = difference(older, other)
+    assert found.verdict == "within noise"
+    assert found.reason.endswith("; one report does not say its real images")
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from transfusion_mot.evaluation.composition import (
     composition_metrics,
     is_right,
     parts_of,
-    read_painted,
 )
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.protocol.prompts import read_painted
 
 PROMPTS = Path(__file__).parents[1] / "configs" / "eval" / "composition.jsonl"
 

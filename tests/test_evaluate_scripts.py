@@ -1,6 +1,8 @@
 """The scripts in evaluate/ as a user runs them: by path, from another folder, with mistakes."""
 
+import dataclasses
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from process_group import run_script
 from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +80,13 @@ def test_clip_score(folders, run, tmp_path):
     saved = _saved(tmp_path / "clip.json")
     assert saved["CLIP score x100"]["value"] == pytest.approx(100 * saved["CLIP cosine"]["value"])
     assert saved["CLIP cosine"]["protocol"]["clip"] == clip
+    other = str(save_tiny_clip(tmp_path / "other"))
+    words = ["--clip", clip, other, "--pickscore", clip, "--hpsv2", clip, "--device", "cpu", "--output", "more.json"]
+    assert run("clip_score.py", folders[1], *words)[0] == 0
+    more = _saved(tmp_path / "more.json")
+    assert {"CLIP cosine", "CLIP cosine, other", "PickScore", "HPSv2 x100"} <= more.keys()
+    assert run("clip_score.py", folders[1], *words[3:])[0] == 0
+    assert set(_saved(tmp_path / "more.json")) == {"PickScore", "HPSv2 x100"}
 
 
 @pytest.mark.usefixtures("without_java")
@@ -89,11 +100,50 @@ def test_captioning(folders, run, tmp_path):
     assert saved["CIDEr"]["protocol"]["images"] == 5
 
 
+@pytest.mark.usefixtures("without_java")
+def test_captions_of_a_benchmark_bring_their_references(run, tmp_path):
+    pairs = [("two red apples", ["three green pears"]), ("a cat on a mat", ["a dog on a rug", "a cat on a mat"])]
+    lines = [{"image_id": str(n), "caption": a, "references": b} for n, (a, b) in enumerate(pairs)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = []
+    for number, words in enumerate((["captions.jsonl"], ["captions.jsonl", "captions.jsonl"])):
+        assert run("captioning.py", *words, "--output", f"{number}.json")[0] == 0
+        found.append({name: entry["value"] for name, entry in _saved(tmp_path / f"{number}.json").items()})
+    by_hand = {metric.name: metric.value for metric in caption_metrics([a for a, _ in pairs], [b for _, b in pairs])}
+    assert found[0] == found[1]
+    assert {name: found[0][name] for name in by_hand} == by_hand
+    assert found[0]["BLEU-1"] < 0.7
+    clip = str(save_tiny_clip(tmp_path / "clip"))
+    words = ["--images", "real", "--clip", clip, "--output", "clip.json"]
+    status, _, errors = run("captioning.py", "captions.jsonl", *words)
+    assert status == 2
+    assert "image 'real/0' does not exist" in errors
+    (tmp_path / "real").mkdir()
+    for number in range(2):
+        Image.new("RGB", (40, 40), ("red", "blue")[number]).save(tmp_path / "real" / str(number), format="PNG")
+    assert run("captioning.py", "captions.jsonl", *words)[0] == 0
+    assert {"CIDEr", "CLIPScore of captions", "RefCLIPScore"} <= _saved(tmp_path / "clip.json").keys()
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py") if path.name != "benchmark.py"))
 def test_help(run, script):
     status, output, _ = run(script, "--help")
     assert status == 0
     assert f"python evaluate/{script}" in output
+
+
+def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
+    status, output, _ = run("benchmark.py", "--help")
+    assert status == 0
+    keys = output.partition("keys of a protocol")[2]
+    protocol = ProtocolConfig()
+    for section, prefix in ((protocol, ""), (protocol.prompts, "prompts."), (protocol.captions, "captions.")):
+        for field in dataclasses.fields(section):
+            if dataclasses.is_dataclass(getattr(section, field.name)):
+                continue
+            assert re.search(rf"^  --{prefix}{field.name.replace('_', '-')}\n {{8}}\w", keys, re.MULTILINE), field.name
+    assert keys.count("\n  --sweep.") == len(dataclasses.fields(protocol.sweep))
+    assert max(map(len, keys.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
@@ -129,6 +179,7 @@ def test_help(run, script):
         (["clip_score.py", "nowhere"], "metadata.jsonl' does not exist"),
         (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
         (["captioning.py", "no.json", "no.json"], "cannot read no.json"),
+        (["captioning.py", "a.jsonl", "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
         (["fid.py"], "the following arguments are required"),
         (["fid.py", "nowhere", "nowhere", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
         (["compare.py", "nowhere", "nowhere", "--output", "."], "output '.' is a folder; give the name of a file"),
@@ -147,6 +198,9 @@ def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message
 
 def test_a_benchmark_finds_before_the_model_that_its_output_cannot_be_written(run, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
+    status, _, errors = run("benchmark.py", "--checkpoint", ".", "--device", "cpu")
+    assert status == 2
+    assert "is in no run folder; say where results go with --output" in errors
     status, _, errors = run("benchmark.py", "--checkpoint", ".", "--output", "/dev/null/out", "--device", "cpu")
     assert status == 2
     assert "output '/dev/null/out' cannot be written: '/dev/null': Not a directory" in errors

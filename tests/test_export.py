@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from test_pipeline import seeds, tiny_pipeline
 
-from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.config import RunConfig, parse_config, save_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export import export, main, with_section
+from transfusion_mot.training.checkpoint import read_run_config
 
 ROOT = Path(__file__).parents[1]
 CARD = """---
@@ -73,6 +75,17 @@ def test_an_exported_snapshot_is_half_as_large_and_paints_the_same(
     assert not list(out.parent.glob(".*"))
 
 
+def test_an_exported_snapshot_brings_the_configuration_of_its_run(snapshot: Path, tmp_path: Path) -> None:
+    """So that an evaluation finds its data; also where it is exported again."""
+    run = tmp_path / "run"
+    shutil.copytree(snapshot, run / "snapshots" / snapshot.name)
+    config = parse_config(RunConfig, ["output_dir=runs/of_another_name"], "")
+    save_config(config, run / "config.yaml")
+    for checkpoint, out in ((run, tmp_path / "out"), (tmp_path / "out", tmp_path / "again")):
+        main(["--checkpoint", str(checkpoint), "--output", str(out)])
+        assert read_run_config(out, None, "--config") == config
+
+
 def test_the_card_says_licences_and_measurements(snapshot: Path, tmp_path: Path) -> None:
     licences = tmp_path / "LICENSES"
     licences.write_text("twemoji/: CC BY 4.0, \\1\n")
@@ -116,6 +129,7 @@ def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> 
     assert json.loads((shipped / "model_index.json").read_text())["image_size"] == config.data.image_size
     with torch.device("meta"):
         model = TransfusionMoT.from_sections(transformer["sizes"], config.model, config.diffusion)
+    assert read_run_config(shipped, None, "--config").data == config.data
     assert sum(parameter.numel() for parameter in model.parameters()) < 28e6
     assert sum(path.stat().st_size for path in shipped.rglob("*.safetensors")) < 63.5e6
 

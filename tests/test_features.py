@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tarfile
 import threading
 
 import numpy as np
@@ -14,16 +15,25 @@ from cleanfid.features import feature_extractor
 from cleanfid.resize import make_resizer
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.transforms.functional import center_crop
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import inception
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.feature_network import clean_resize
-from transfusion_mot.evaluation.features import feature_set, image_features
-from transfusion_mot.evaluation.images import device_batches, find_images, load_rgb, pick_device, read_prompts
-from transfusion_mot.evaluation.networks import load_feature_network, load_feature_networks
-from transfusion_mot.evaluation.report import metrics_table, save_metrics
+from transfusion_mot.evaluation.distances.metrics import image_distance
+from transfusion_mot.evaluation.features import inception
+from transfusion_mot.evaluation.features.load import load_feature_network, load_feature_networks
+from transfusion_mot.evaluation.features.network import clean_resize
+from transfusion_mot.evaluation.features.sets import feature_set, image_features
+from transfusion_mot.evaluation.images import (
+    device_batches,
+    find_images,
+    image_list_hash,
+    load_rgb,
+    pick_device,
+    read_prompts,
+)
+from transfusion_mot.evaluation.report.content import metrics_table, save_metrics
+from transfusion_mot.evaluation.scoring import named
 from transfusion_mot.evaluation.weights import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -71,7 +81,12 @@ def inception_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(Whole()).save(str(path))
-    monkeypatch.setattr(inception, "INCEPTION_SHA256", file_sha256(path))
+    digest = file_sha256(path)
+    monkeypatch.setattr(
+        inception,
+        "file_sha256",
+        lambda path: inception.TORCHSCRIPT.sha256 if file_sha256(path) == digest else file_sha256(path),
+    )
     return path
 
 
@@ -209,6 +224,10 @@ def test_distance_equals_torchmetrics(folder, efficientnet):
     assert frechet.protocol["weights"] == "sha256 579344248a93"
     assert precision.name == "precision (EfficientNet)"
     assert precision.protocol["nearest neighbours"] == 3
+    # Wilson's, of the share of the six generated images; the same where a benchmark names them.
+    within = pytest.importorskip("scipy.stats").binomtest(round(6 * precision.value), 6).proportion_ci(method="wilson")
+    assert precision.interval == pytest.approx((within.low, within.high), abs=1e-4)
+    assert named([precision], "generated", {})[0].interval == precision.interval
     assert "FID" not in metrics_table(metrics)
     shuffled = [images[index] for index in np.random.default_rng(0).permutation(6)]
     for ours, other in zip(metrics, image_distance(shuffled, images[6:], efficientnet, batch_size=3), strict=True):
@@ -284,6 +303,35 @@ def test_folders(folder, tmp_path):
         pick_device("tpu9000")
 
 
+def test_hidden_and_moving_pictures_are_left_out(tmp_path, caplog):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "more").mkdir()
+    names = ["a.bmp", "b.TIFF", "c.gif", "._d.png", ".ipynb_checkpoints/e.png", "more/f.tif", "g.txt"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    found = find_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.bmp", "b.TIFF", "more/f.tif"]
+    assert "1 .gif files are left out, first c.gif" in caplog.text
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in names:
+            tar.add(tmp_path / name, f"./{name}")
+    assert [image.name for image in find_images(tmp_path / "all.tar")] == ["./a.bmp", "./b.TIFF", "./more/f.tif"]
+    # References of equal names and sizes are told apart, where sizes say nothing of the content.
+    before = image_list_hash(found)
+    assert image_list_hash(find_images(tmp_path / "all.tar")) == image_list_hash(found[::-1]) == before
+    content = found[0].read_bytes()
+    found[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert image_list_hash(found) != before
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (479, 640), (256, 256)])
+def test_centre_squares_are_those_of_torchvision(size):
+    """Whole pixels; 640 x 427 has half a pixel to spare."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    square = center_crop(image, min(size)).resize((256, 256), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(load_rgb(image, 256), np.asarray(square))
+
+
 def test_prompts_of_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"metadata\.jsonl"):
         read_prompts(tmp_path)
@@ -303,6 +351,14 @@ def test_prompts_of_a_folder(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(line)
         with pytest.raises(UserError, match=message):
             read_prompts(tmp_path)
+    # What line readers take for line ends, and the mark that some editors put in front.
+    text = "two\u2028cats\x85and\x0ba dog"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path)[1] == [text, text]
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}')
+    with pytest.raises(UserError, match=r"metadata\.jsonl' cannot be read as UTF-8"):
+        read_prompts(tmp_path)
 
 
 def test_pictures_of_any_mode(tmp_path):

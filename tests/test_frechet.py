@@ -7,7 +7,7 @@ from cleanfid import fid as cleanfid
 from torchmetrics.image.fid import _compute_fid
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.frechet import (
+from transfusion_mot.evaluation.distances.frechet import (
     Gaussian,
     GaussianStatistics,
     extrapolated_distance,

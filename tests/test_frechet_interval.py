@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from transfusion_mot.evaluation.comparison import difference
-from transfusion_mot.evaluation.frechet import (
+from transfusion_mot.evaluation.distances.frechet import (
     extrapolated_distance,
     frechet_distance,
     frechet_scores,
     gaussian_of,
     standard_error,
 )
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.comparison import difference
+from transfusion_mot.evaluation.report.content import Metric
 
 NUM_FEATURES = 24
 

@@ -12,9 +12,11 @@ from PIL import Image
 from test_pipeline import tiny_pipeline
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
+from transfusion_mot.data.images import to_pil
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.generation import claim_folder, write_images
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, prompts_of
+from transfusion_mot.evaluation.images import load_rgb
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt, prompts_of
+from transfusion_mot.evaluation.protocol.sample_files import claim_folder, write_images
 from transfusion_mot.sampling.painting import Painter, SamplerSettings
 from transfusion_mot.schedulers import STOCHASTIC_SOLVER, make_sampling_scheduler, sampler_name
 
@@ -152,7 +154,7 @@ def test_captions_are_those_of_the_pipeline_and_gone_on_with(painter: Painter, t
         painter.caption(images, 5, tmp_path / "out")
 
 
-def test_prompts_with_images_are_painted_and_reconstructed_at_their_sizes(tmp_path: Path) -> None:
+def test_prompts_with_images_are_painted_and_reconstructed_at_their_sizes(tmp_path: Path, monkeypatch) -> None:
     pipeline = tiny_pipeline(image_sizes={"trained": [[8, 8], [4, 16]], "fit": "crop"})
     painter = Painter(pipeline, "sha256 0", PartialState(cpu=True), batch_size=3)
     emoji = Image.fromarray(render_emoji("1F34E", 32))
@@ -172,5 +174,13 @@ def test_prompts_with_images_are_painted_and_reconstructed_at_their_sizes(tmp_pa
     painter.reconstruct(prompts, 8, tmp_path / "square-reconstructed")
     for folder in ("square", "square-reconstructed"):
         assert {Image.open(path).size for path in (tmp_path / folder).glob("*.png")} == {(8, 8)}
+    # The square that references are cut to, too: whole pixels, where training cuts at fractions.
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "uneven.png")
+    seen: list[torch.Tensor] = []
+    name = "transfusion_mot.sampling.painting.reconstruct_pixels"
+    monkeypatch.setattr(name, lambda codec, pixels: seen.append(pixels) or pixels)
+    painter.reconstruct([Prompt("0.png", "", 0, tmp_path / "uneven.png")], 8, tmp_path / "uneven")
+    np.testing.assert_array_equal(np.asarray(to_pil(seen[0])[0]), load_rgb(tmp_path / "uneven.png", 8))
     with pytest.raises(UserError, match=r"other settings: image_size \(8 there, None now\)"):
         painter.paint(prompts, settings(painter), tmp_path / "square")

@@ -21,12 +21,12 @@ from torchvision.transforms.functional import to_tensor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import inception
 from transfusion_mot.evaluation.clip_score import load_clip
-from transfusion_mot.evaluation.distances import image_distance
-from transfusion_mot.evaluation.features import feature_set, image_features, open_reference
+from transfusion_mot.evaluation.distances.metrics import image_distance, pairs_device, set_distance
+from transfusion_mot.evaluation.features import inception
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.features.sets import feature_set, image_features, open_reference
 from transfusion_mot.evaluation.images import find_images, load_rgb
-from transfusion_mot.evaluation.networks import load_feature_network
 from transfusion_mot.evaluation.weights import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def _values(metrics):
 @pytest.fixture
 def legacy_file(tmp_path, monkeypatch):
     """pytorch-fid's network with random weights, under the name of the published file."""
-    path = tmp_path / inception.LEGACY_FILE
+    path = tmp_path / inception.STATE_DICT.name
     torch.manual_seed(0)
     # The network itself writes its file: its own loading is what is left out.
     monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda *args, **kwargs: {})
@@ -71,7 +71,12 @@ def legacy_file(tmp_path, monkeypatch):
             module.momentum = 1.0
     network.train()(torch.randn(4, 3, 299, 299))
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(inception, "LEGACY_SHA256", file_sha256(path)[:8])
+    digest = file_sha256(path)
+    monkeypatch.setattr(
+        inception,
+        "file_sha256",
+        lambda path: inception.STATE_DICT.sha256 if file_sha256(path) == digest else file_sha256(path),
+    )
     return path
 
 
@@ -87,8 +92,55 @@ def test_legacy_features_equal_clean_fid(folders, legacy_file, monkeypatch):
     np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-4)
     assert network.frechet_name == "FID (legacy_pytorch)"
     legacy_file.write_bytes(legacy_file.read_bytes() + b" ")
-    with pytest.raises(UserError, match="not the Inception of FID"):
+    with pytest.raises(UserError, match=r"not the Inception of FID.*--other-weights"):
         load_feature_network("legacy", CPU, legacy_weights=legacy_file)
+    other = load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
+    assert other.frechet_name == "FD-Inception of other weights (legacy_pytorch)"
+    assert other.name == "Inception, legacy, other weights"
+    legacy_file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="does not hold an Inception"):
+        load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
+
+
+def test_tensorflow_features_equal_torch_fidelity(folders, legacy_file):
+    """Also images of 640 x 427, where the two resizes of the legacy modes differ most."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    extractor = module.FeatureExtractorInceptionV3(
+        "inception", ["2048"], feature_extractor_weights_path=str(legacy_file)
+    )
+    images = [Image.open(path).convert("RGB") for path in find_images(folders[0])[:2]]
+    images.append(Image.fromarray(np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)))
+    with torch.inference_mode():
+        expected = torch.cat([extractor(torch.tensor(np.array(i)).permute(2, 0, 1)[None])[0] for i in images])
+    network = load_feature_network("legacy_tensorflow", CPU, legacy_weights=legacy_file)
+    np.testing.assert_allclose(image_features(images, network), expected, rtol=1e-4, atol=1e-4)
+    assert network.frechet_name == "FID (legacy_tensorflow)"
+    other = image_features(images, load_feature_network("legacy", CPU, legacy_weights=legacy_file))
+    assert np.abs(other - expected.numpy()).max() > 0.01
+
+
+def test_either_file_serves_every_mode(folders, legacy_file, tmp_path):
+    """One network in both layouts; each mode prefers the file that its publishers use."""
+    network = inception.legacy_architecture()
+    network.load_state_dict(torch.load(legacy_file))
+    network.dropout = network.fc = torch.nn.Identity()
+    whole = torch.nn.Module()
+    whole.layers = torch.jit.trace(network.eval(), torch.zeros(1, 3, 299, 299), check_trace=False)
+    script = tmp_path / "script.pt"
+    torch.jit.script(whole).save(str(script))
+    image = find_images(folders[0])[:1]
+    for mode in ("inception", "legacy", "legacy_tensorflow"):
+        by_script, by_state = (
+            inception.load_inception(mode, file, CPU, other_weights=True) for file in (script, legacy_file)
+        )
+        ours, theirs = image_features(image, by_script), image_features(image, by_state)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert by_script.resize == by_state.resize
+        assert by_script.weights != by_state.weights
+        assert inception.find_inception(mode, script, None) == script
+        assert inception.find_inception(mode, None, legacy_file) == legacy_file
+        both = inception.find_inception(mode, script, legacy_file)
+        assert both == (script if mode == "inception" else legacy_file)
 
 
 def test_dinov2_from_a_local_file(folders, tmp_path):
@@ -169,6 +221,39 @@ def test_a_tar_file_gives_the_numbers_of_its_folder(folders, efficientnet, tmp_p
         pass
     with pytest.raises(UserError, match="holds no images"):
         find_images(tmp_path / "empty.tar")
+
+
+def test_numbers_say_which_references_they_are_of(folders, efficientnet, tmp_path, capsys):
+    """Also features from a cache, and the file of a cache; a copy of a folder is the same, another picture is not."""
+    real, generated = (find_images(folder)[:2] for folder in folders)
+    for folder in ("real", "copy"):
+        (tmp_path / folder).mkdir()
+        for image in real:
+            shutil.copy(image, tmp_path / folder)
+
+    def named(place, **options):
+        of_real = feature_set(open_reference(place), efficientnet, **options)
+        return set_distance(of_real, of_generated, efficientnet, None)[0].protocol["real images"]
+
+    of_generated = feature_set(generated, efficientnet)
+    expected = named(tmp_path / "real")
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert named(kept) == expected
+    # As older versions wrote it.
+    with np.load(kept) as arrays:
+        older = {name: arrays[name] for name in arrays.files if name != "real_images"}
+    np.savez(kept, **older)
+    assert named(tmp_path / "copy", cache_dir=tmp_path / "cache") == expected
+    shutil.copy(generated[0], tmp_path / "copy" / real[0].name)
+    assert named(tmp_path / "copy") != expected
+    assert "EfficientNet: distances" in capsys.readouterr().err
+
+
+def test_pairs_are_compared_where_there_is_float64():
+    assert pairs_device(torch.device("mps")) == CPU
+    assert pairs_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_published_statistics(folders, efficientnet, tmp_path):

@@ -7,10 +7,10 @@ from cleanfid import fid as cleanfid
 from torchmetrics.image.kid import poly_mmd
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation import blocks
+from transfusion_mot.evaluation import row_blocks as blocks
+from transfusion_mot.evaluation.distances.manifold import manifold_scores
+from transfusion_mot.evaluation.distances.mmd import gaussian_distance, kernel_distance
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.kernels import gaussian_distance, kernel_distance
-from transfusion_mot.evaluation.manifold import manifold_scores
 
 pytest.importorskip("scipy")
 pytest.importorskip("prdc")

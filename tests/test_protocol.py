@@ -3,24 +3,29 @@
 import hashlib
 import json
 import random
+import runpy
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.prompts import (
+from transfusion_mot.evaluation.protocol.config import read_protocol
+from transfusion_mot.evaluation.protocol.prompts import (
     captioned_hash,
     choose_coco_prompts,
+    dpg_prompts,
     geneval_prompts,
     prompts_hash,
     read_coco,
     read_geneval,
     read_karpathy,
     read_text_prompts,
+    write_dpg_pictures,
     write_geneval_metadata,
 )
-from transfusion_mot.evaluation.protocol import read_protocol
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml"))
 
@@ -55,7 +60,8 @@ def test_coco_is_what_the_papers_describe() -> None:
     protocol = read_protocol(["--config", str(CONFIGS[0].with_name("coco.yaml"))])
     assert (protocol.num_images, protocol.image_size, protocol.references) == (30_000, 256, None)
     assert (protocol.prompts.kind, protocol.captions.kind) == ("coco", "karpathy")
-    assert (protocol.features, protocol.clip) == ("inception", "openai/clip-vit-large-patch14")
+    assert protocol.feature_choices == ["inception", "legacy", "dinov2", "clip"]
+    assert (protocol.clips, protocol.num_inference_steps) == (["openai/clip-vit-large-patch14"], 250)
 
 
 def test_options_are_keys_with_dashes() -> None:
@@ -64,6 +70,8 @@ def test_options_are_keys_with_dashes() -> None:
     assert protocol.num_images == 3
     assert protocol.sweep.guidance_scale == [1.0, 2.5]
     assert protocol.feature_choices == ["efficientnet", "dinov2"]
+    assert protocol.clips == []
+    assert read_protocol(["clip=[a,b]"]).clips == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,12 @@ def test_options_are_keys_with_dashes() -> None:
     [
         (["--num-imags", "3"], "unknown key 'num_imags'.*nearest valid: num_images"),
         (["--num-images", "0"], "num_images is 0; it must be at least 1"),
+        (["--num-images", "1"], "num_images is 1; a distance from real images needs 2"),
+        (["prompts.kind=dpg", "captions.kind=none"], "prompts.kind 'dpg' needs prompts.path, a folder"),
+        (
+            ["prompts.kind=dpg", "prompts.path=a", "captions.kind=none", "--images-per-prompt", "2"],
+            "images_per_prompt is 2; DPG-Bench reads 1 picture of a prompt, or 4 in a square",
+        ),
         (["--features", "inceptoin"], "features has 'inceptoin'; known: auto, inception"),
         (["--prompts.kind", "coco"], "prompts.kind 'coco' needs prompts.path, a file"),
         (["--prompts.kind", "coco", "--prompts.path", "a"], "needs prompts.images, a folder"),
@@ -94,6 +108,11 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     prompts = choose_coco_prompts(images, 5, seed=7)
     assert [prompt.image_id for prompt in prompts] == [str(number) for number in expected]
     assert [p.text for p in prompts] == [f"picture {n}, caption {w}" for n, w in zip(expected, which, strict=True)]
+    # Several images of a prompt differ in their noise, and the first is the one that there would be alone.
+    twice = choose_coco_prompts(images, 5, seed=7, images_per_prompt=2)
+    assert [(prompt.text, prompt.image_seed) for prompt in twice[::2]] == [(p.text, p.image_seed) for p in prompts]
+    assert [prompt.image for prompt in twice[1::2]] == [prompt.image for prompt in prompts]
+    assert len({prompt.image_seed for prompt in twice}) == len({prompt.file_name for prompt in twice}) == 10
     # More prompts are the same ones and others behind them, and another order of the images changes nothing.
     assert choose_coco_prompts(images[::-1], 9, seed=7)[:5] == prompts
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
@@ -165,6 +184,48 @@ def test_geneval_layout(tmp_path: Path) -> None:
     path.write_text('{"tag": "colors"}\n')
     with pytest.raises(UserError, match="line 1: no JSON object with a 'prompt'"):
         read_geneval(str(path))
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_dpg_bench_reads_squares_by_the_names_of_its_prompts(tmp_path: Path, each: int) -> None:
+    for name, text in (("countbench12", "a long prompt\n"), ("COCOval2014000000000042", "another one")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    prompts = dpg_prompts(str(tmp_path), None, each, seed=0)
+    assert [prompt.text for prompt in prompts] == ["another one"] * each + ["a long prompt"] * each
+    assert prompts[-1].file_name == f"countbench12/{each - 1}.png"
+    for place, prompt in enumerate(prompts):
+        (tmp_path / prompt.file_name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), (place, 0, 0)).save(tmp_path / prompt.file_name)
+    write_dpg_pictures(prompts, tmp_path, tmp_path / "dpg")
+    assert sorted(path.name for path in (tmp_path / "dpg").iterdir()) == [
+        "COCOval2014000000000042.png",
+        "countbench12.png",
+    ]
+    square = np.asarray(Image.open(tmp_path / "dpg" / "countbench12.png"))[..., 0]
+    # As its program cuts them: from left to right, then down.
+    expected = np.array([[4, 5], [6, 7]]) if each == 4 else np.array([[1]])
+    assert (square == np.kron(expected, np.ones((6, 8)))).all()
+    with pytest.raises(UserError, match=r"holds no \.txt files"):
+        dpg_prompts(str(tmp_path / "dpg"), None, each, seed=0)
+
+
+def test_prompts_as_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_coco(tmp_path)
+    config = CONFIGS[0].with_name("coco.yaml")
+    words = ["--config", config, "--prompts.path", tmp_path / "captions.json", "--prompts.images", tmp_path / "val2014"]
+    words += ["--num-images", 5, "--output", tmp_path / "list.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["prompts.py", *map(str, words)])
+    runpy.run_path(str(CONFIGS[0].parents[2] / "evaluate" / "prompts.py"), run_name="__main__")
+    prompts = choose_coco_prompts(read_coco(str(tmp_path / "captions.json"), str(tmp_path / "val2014")), 5, seed=0)
+    lines = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert [(line["text"], line["image_seed"]) for line in lines] == [(p.text, p.image_seed) for p in prompts]
+    assert f"5 prompts of 5 distinct images, {prompts_hash(prompts)}" in capsys.readouterr().out
+    monkeypatch.setattr(
+        sys, "argv", ["prompts.py", "--config", str(CONFIGS[0].with_name("emoji.yaml")), *sys.argv[-2:]]
+    )
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(CONFIGS[0].parents[2] / "evaluate" / "prompts.py"), run_name="__main__")
+    assert "prompts of kind 'held_out' are of a run" in capsys.readouterr().err
 
 
 def test_text_prompts(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
-from transfusion_mot.evaluation.page import PAGE_FILE, embedded, picture_groups, spread, write_report
-from transfusion_mot.evaluation.published import own_row, published_table
-from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, Report, SweepPoint, metrics_table
+from transfusion_mot.evaluation.report.content import Metric, Neighbour, Picture, Report, SweepPoint, metrics_table
+from transfusion_mot.evaluation.report.curves import sweep_figure
+from transfusion_mot.evaluation.report.page import PAGE_FILE, embedded, picture_groups, spread, write_report
+from transfusion_mot.evaluation.report.published import own_row, published_table
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +154,24 @@ def test_grids(report: Report) -> None:
     assert [title for title, _, _ in picture_groups(unscored)] == ["Random"]
     assert spread(report.pictures, 5) == spread(report.pictures, 5)
     assert picture_groups(replace(report, pictures=[])) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "axis"),
+    [
+        (["FD-CLIP", "CLIP-MMD", "precision (CLIP)"], "guidance scale"),
+        (["FD-CLIP", "CLIP-MMD", "CLIP cosine"], "CLIP cosine (generated)"),
+        (["FD-CLIP", "PickScore"], "guidance scale"),
+    ],
+)
+def test_a_distance_in_features_of_clip_is_no_clip_score(report: Report, names: list[str], axis: str) -> None:
+    points = [
+        replace(point, metrics=[Metric(f"{name} (generated)", float(place)) for place, name in enumerate(names)])
+        for point in report.sweep
+    ]
+    figure = sweep_figure(points)
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == axis
 
 
 def test_tables(report: Report, page: Path) -> None:

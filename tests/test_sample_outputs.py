@@ -18,10 +18,10 @@ from transfusion_mot import files
 from transfusion_mot.cli import sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.captioning import read_captions
-from transfusion_mot.evaluation.generation import claim_folder
+from transfusion_mot.evaluation.captions.files import read_captions
 from transfusion_mot.evaluation.images import read_prompts
-from transfusion_mot.evaluation.prompts import read_geneval, read_text_prompts
+from transfusion_mot.evaluation.protocol.prompts import read_geneval, read_text_prompts
+from transfusion_mot.evaluation.protocol.sample_files import claim_folder
 
 # At each of these `str.splitlines` cuts, beside the line feed and the carriage return.
 BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"

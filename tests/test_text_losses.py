@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from conftest import SIZES, tiny_config, tiny_model
 from process_group import run_processes
@@ -159,3 +160,21 @@ def test_diffusion_loss_of_a_run_with_a_clean_context(run_folder, tmp_path):
         _run("evaluate/diffusion_loss.py", words)
         losses.append({name: entry["value"] for name, entry in _saved(tmp_path / "loss.json").items()})
     assert losses[0] == losses[1]
+
+
+def test_losses_are_of_the_checkpoint_whatever_the_configuration_says_of_its_model(run_folder, tmp_path):
+    other = yaml.safe_load((run_folder / "config.yaml").read_text())
+    other["model"]["rope"] = {"1d": "3d", "3d": "1d"}[other["model"]["rope"]]
+    other["model"]["modalities"]["image"]["patch_size"] = 4 // other["model"]["modalities"]["image"]["patch_size"]
+    assert other["diffusion"]["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    other["diffusion"] |= {"scheduler": "DDPMScheduler", "scheduler_args": {"prediction_type": "epsilon"}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    found = []
+    for more in ([], ["--config", tmp_path / "other.yaml"]):
+        losses = {}
+        for script, options in (("text", ["--num-texts", 4]), ("diffusion_loss", ["--bins", 2])):
+            words = ["--checkpoint", run_folder, *options, "--output", tmp_path / "loss.json", *more]
+            _run(f"evaluate/{script}.py", words)
+            losses |= _saved(tmp_path / "loss.json")
+        found.append(losses)
+    assert found[0] == found[1]

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.prompts import derived_seed
+from transfusion_mot.evaluation.protocol.prompts import derived_seed
 from transfusion_mot.files import lines_of
 
 SLUG_LENGTH = 48

@@ -1,11 +1,11 @@
-"""CLIP score: how well images match the texts they were made from, by the cosine of their CLIP embeddings."""
+"""How well images match texts, by the cosine of CLIP embeddings: CLIP score, PickScore, HPSv2, and of captions."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,15 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.blocks import row_blocks
+from transfusion_mot.evaluation.defaults import CLIP_PREFIX
 from transfusion_mot.evaluation.images import ImageArray, ImageSource, device_batches
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
+from transfusion_mot.evaluation.row_blocks import row_blocks
 from transfusion_mot.evaluation.weights import weights_hash
+
+PreferenceChoice = Literal["PickScore", "HPSv2 x100"]
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +46,12 @@ class Clip:
     model: CLIPModel
     processor: CLIPProcessor
     device: torch.device
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a text."""
+        length: int = self.model.config.text_config.max_position_embeddings
+        return length
 
 
 def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -> Clip:
@@ -104,6 +113,7 @@ def clip_embeddings(
     num_workers: int = 0,
     prefix: str = "",
     processes: PartialState | None = None,
+    pad: bool = False,
 ) -> ClipEmbeddings:
     """Embed images and their texts, which are cut where they are longer than the model's context.
 
@@ -115,6 +125,7 @@ def clip_embeddings(
         num_workers: Images decoded and resized at a time, by other processes; with 0 one at a time, by this process.
         prefix: Put in front of every text.
         processes: Share the images among these, which all call this and all receive all embeddings.
+        pad: Bring the longer side of an image to the model's size and fill up with black, instead of cutting.
 
     Raises:
         UserError: There are no images, not as many texts, or an image cannot be read.
@@ -122,11 +133,8 @@ def clip_embeddings(
     if not images or len(images) != len(texts):
         raise UserError(f"a CLIP score needs one text an image, but there are {len(images)} images, {len(texts)} texts")
     texts = [prefix + text for text in texts]
-    max_length = clip.model.config.text_config.max_position_embeddings
-    lengths = [len(ids) for ids in clip.processor.tokenizer(texts, truncation=False)["input_ids"]]
-    if truncated := sum(length > max_length for length in lengths):
-        _logger.warning("%d of %d texts are longer than %d tokens and are cut there", truncated, len(texts), max_length)
-    prepare = partial(_preprocess, image_processor=clip.processor.image_processor)
+    _warn_of_long(texts, clip)
+    prepare = partial(_preprocess, image_processor=clip.processor.image_processor, pad=pad)
 
     def batches(rank: int, world: int) -> Iterator[torch.Tensor]:
         own_texts = texts[rank::world]
@@ -142,28 +150,59 @@ def clip_embeddings(
         start = 0
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for (pixels,) in part:
-                tokens = clip.processor.tokenizer(
-                    own_texts[start : start + len(pixels)],
-                    padding=True,
-                    truncation=True,
-                    max_length=max_length,
-                    return_tensors="pt",
-                ).to(clip.device)
+                of_texts = _embed_texts(own_texts[start : start + len(pixels)], clip)
                 start += len(pixels)
                 of_images = clip.model.get_image_features(pixel_values=pixels).pooler_output
-                of_texts = clip.model.get_text_features(
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-                ).pooler_output
-                yield torch.cat([normalize(of_images, dim=1), normalize(of_texts, dim=1)], dim=1)
+                yield torch.cat([normalize(of_images, dim=1), of_texts], dim=1)
 
     width = clip.model.config.projection_dim
     rows = shared_rows(batches, len(images), 2 * width, clip.device, processes)
     return ClipEmbeddings(rows[:, :width], rows[:, width:])
 
 
-def _preprocess(image: ImageArray, image_processor: Any) -> torch.Tensor:
+@torch.inference_mode()
+def text_embeddings(texts: Sequence[str], clip: Clip) -> torch.Tensor:
+    """Embeddings `[N, D]` of length one of texts, which are cut where they are longer than the model's context."""
+    _warn_of_long(texts, clip)
+    return torch.cat([_embed_texts(texts[start : start + 64], clip) for start in range(0, len(texts), 64)])
+
+
+def _tokenize(texts: Sequence[str], clip: Clip, **options: Any) -> Any:
+    # Where a text itself holds "<|endoftext|>", it is read as these characters.
+    return clip.processor.tokenizer(list(texts), split_special_tokens=True, **options)
+
+
+def _warn_of_long(texts: Sequence[str], clip: Clip) -> None:
+    lengths = [len(ids) for ids in _tokenize(texts, clip, truncation=False)["input_ids"]]
+    if truncated := sum(length > clip.context for length in lengths):
+        _logger.warning(
+            "%d of %d texts are longer than %d tokens and are cut there", truncated, len(texts), clip.context
+        )
+
+
+def _embed_texts(texts: Sequence[str], clip: Clip) -> torch.Tensor:
+    cut = {"padding": True, "truncation": True, "max_length": clip.context}
+    tokens = _tokenize(texts, clip, return_tensors="pt", **cut).to(clip.device)
+    found = clip.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    return normalize(found.pooler_output, dim=1)
+
+
+def _preprocess(image: ImageArray, image_processor: Any, pad: bool) -> torch.Tensor:
+    if pad:
+        image = _padded(image, image_processor.crop_size["height"])
     pixels: torch.Tensor = image_processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
     return pixels
+
+
+def _padded(image: ImageArray, size: int) -> ImageArray:
+    """The longer side brought to `size`, in the middle of black, as HPSv2's own preprocessing has it."""
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    height, width = round(height * scale), round(width * scale)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (size, size))
+    square.paste(resized, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(square)
 
 
 def retrieved(embeddings: ClipEmbeddings, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -188,8 +227,11 @@ def clip_scores(
     num_workers: int = 0,
     prefix: str = "",
     processes: PartialState | None = None,
+    suffix: str = "",
 ) -> list[Metric]:
     """CLIP score on the three scales in use, and how often an image finds its text; as in `clip_embeddings`.
+
+    With a `suffix` behind their names, which tells the numbers of several models apart.
 
     Returns:
         The mean cosine, the same times 100, CLIPScore, the mean of 2.5 max(cosine, 0) (arXiv 2104.08718, eq. 1), and
@@ -199,19 +241,71 @@ def clip_scores(
         images, texts, clip, batch_size=batch_size, num_workers=num_workers, prefix=prefix, processes=processes
     )
     cosines = embeddings.cosines()
-    protocol: dict[str, Any] = {
-        "images": len(images),
-        "clip": clip.name,
-        "weights": clip.weights,
-        "text prefix": prefix or "none",
-    }
+    protocol = {**_protocol(images, clip), "text prefix": prefix or "none"}
     among = {**protocol, "among texts": len(set(texts))}
     return [
-        _mean("CLIP cosine", cosines, protocol),
-        _mean("CLIP score x100", 100 * cosines, protocol),
-        _mean("CLIPScore (2.5 max(cos, 0))", 2.5 * cosines.clip(min=0), protocol),
-        _mean("CLIP R@1 (image to text)", retrieved(embeddings, texts).astype(np.float64), among),
+        _mean(f"CLIP cosine{suffix}", cosines, protocol),
+        _mean(f"CLIP score x100{suffix}", 100 * cosines, protocol),
+        _mean(f"CLIPScore (2.5 max(cos, 0)){suffix}", 2.5 * cosines.clip(min=0), protocol),
+        _mean(f"CLIP R@1 (image to text){suffix}", retrieved(embeddings, texts).astype(np.float64), among),
     ]
+
+
+def suffixes(clips: Sequence[Clip]) -> list[str]:
+    """What tells the numbers of several CLIP models apart: nothing for the first, and the names of the others."""
+    return [f", {Path(clip.name).name}" if place else "" for place, clip in enumerate(clips)]
+
+
+def preference_score(
+    kind: PreferenceChoice,
+    images: Sequence[ImageSource],
+    texts: Sequence[str],
+    clip: Clip,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    processes: PartialState | None = None,
+) -> Metric:
+    """A score by a CLIP model that was trained on human choices between images of one prompt; higher is preferred.
+
+    PickScore (arXiv 2305.01569) is the cosine times the model's own scale, of images whose middle is cut out. HPSv2
+    (arXiv 2306.09341) is the cosine of images that are padded with black, times 100 as its tables have it.
+    """
+    pad = kind == "HPSv2 x100"
+    found = clip_embeddings(
+        images, texts, clip, batch_size=batch_size, num_workers=num_workers, processes=processes, pad=pad
+    )
+    scale = 100.0 if pad else clip.model.logit_scale.exp().item()
+    return _mean(kind, scale * found.cosines(), _protocol(images, clip))
+
+
+def caption_clip_scores(
+    images: Sequence[ImageSource],
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    clip: Clip,
+    *,
+    num_workers: int = 0,
+) -> list[Metric]:
+    """CLIPScore and RefCLIPScore of one caption an image (arXiv 2104.08718, equations 1 and 2).
+
+    RefCLIPScore is the harmonic mean of CLIPScore and of the largest cosine, not below 0, between the caption and a
+    reference. All texts stand behind "A photo depicts ".
+    """
+    embeddings = clip_embeddings(images, captions, clip, num_workers=num_workers, prefix=CLIP_PREFIX)
+    flat = [CLIP_PREFIX + text for texts in references for text in texts]
+    of_references = text_embeddings(flat, clip).split([len(texts) for texts in references])
+    nearest = torch.stack([(own @ text).max() for own, text in zip(of_references, embeddings.texts, strict=True)])
+    to_image, to_texts = 2.5 * embeddings.cosines().clip(min=0), nearest.cpu().double().numpy().clip(min=0)
+    both = to_image + to_texts
+    harmonic = 2 * to_image * to_texts / np.where(both > 0, both, 1)
+    protocol = {**_protocol(images, clip), "text prefix": CLIP_PREFIX}
+    with_references = {**protocol, "references": len(flat)}
+    return [_mean("CLIPScore of captions", to_image, protocol), _mean("RefCLIPScore", harmonic, with_references)]
+
+
+def _protocol(images: Sequence[ImageSource], clip: Clip) -> dict[str, Any]:
+    return {"images": len(images), "clip": clip.name, "weights": clip.weights}
 
 
 def _mean(name: str, scores: npt.NDArray[np.float64], protocol: dict[str, Any]) -> Metric:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import Metric, metrics_table, save_metrics
+from transfusion_mot.evaluation.report.content import Metric, metrics_table, save_metrics
 from transfusion_mot.files import check_writable_file
 from transfusion_mot.installed import as_called, program
 

@@ -6,7 +6,6 @@ where it is white, and each part is compared with every drawing of a folder of s
 network: it is what its nearest drawing is. Colours are counted in pixels.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from transfusion_mot.data.scene_drawing import draw_scene
 from transfusion_mot.data.scene_objects import object_of_drawing
 from transfusion_mot.data.scenes import OPPOSITE, Scene
 from transfusion_mot.data.sprites import Sprites
-from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureArray, image_features
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureArray, image_features
 from transfusion_mot.evaluation.images import load_rgb
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.scoring import unit_length
 
 # What differs so much from the ground is no ground, of 255.
@@ -199,24 +197,6 @@ def is_right(line: Line, found: Sequence[Found]) -> bool:
             if not all(_stands(relation, one.part, two.part) for one in of_it for two in named[other]):
                 return False
     return True
-
-
-def read_painted(folder: str | Path) -> list[tuple[Line, Path]]:
-    """Lines and pictures of a folder as GenEval's evaluation wants it: `00012/metadata.jsonl`, `00012/samples/*.png`.
-
-    Raises:
-        UserError: There are none.
-    """
-    painted = []
-    for metadata in sorted(Path(folder).glob("*/metadata.jsonl")):
-        line = json.loads(metadata.read_text(encoding="utf-8"))
-        painted += [(line, picture) for picture in sorted((metadata.parent / "samples").glob("*.png"))]
-    if not painted:
-        raise UserError(
-            f"'{folder}' holds no 00000/metadata.jsonl with 00000/samples/; give the folder generated/ of "
-            "evaluate/benchmark.py --config configs/eval/composition.yaml"
-        )
-    return painted
 
 
 def composition_metrics(painted: Sequence[tuple[Line, Path]], sprites: Sprites, drawings: Drawings) -> list[Metric]:

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 from typing import Literal
 
-FeatureChoice = Literal["auto", "inception", "legacy", "dinov2", "clip", "efficientnet"]
+FeatureChoice = Literal["auto", "inception", "legacy", "legacy_tensorflow", "dinov2", "clip", "efficientnet"]
 
 DEFAULT_DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 # The one of the CMMD paper.
 DEFAULT_CMMD_CLIP = "openai/clip-vit-large-patch14-336"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+# GenEval's detector, in transformers.
+DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 # What some published code puts in front of every prompt of a CLIP score.
 CLIP_PREFIX = "A photo depicts "
 # Timesteps at which diffusion losses are measured.

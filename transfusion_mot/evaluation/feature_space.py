@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette: told apart by every eye, and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -113,7 +114,7 @@ def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
         shares = [layer.apart for layer in layers]
         axes.plot(range(len(shares)), shares, "o-", color=_COLOURS[index % len(_COLOURS)], markersize=4, label=run)
     axes.set_ylim(0, 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("nearest mean is their own")
     axes.grid(color="#e3e6ea")

@@ -3,9 +3,11 @@
 Generated images and images from disk meet the same code here, at their own size unless one is asked for.
 """
 
+import hashlib
 import io
 import itertools
 import json
+import logging
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,17 +23,22 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from transfusion_mot.data.images import load_image
+from transfusion_mot.data.images import displayed_size, load_image
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import lines_of
 
 ImageArray = npt.NDArray[np.uint8]
 
-_METADATA = "metadata.jsonl"
-_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+METADATA = "metadata.jsonl"
+_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+_UNCOMPRESSED = frozenset({".bmp", ".tif", ".tiff"})
+# Often an animation, of which no one picture is meant.
+_LEFT_OUT = ".gif"
 # Starting a process that holds torch takes as long as decoding tens of images, one after the other. Threads start at
 # once, but Pillow needs Python's lock for an eighth of its time, which many threads would wait for.
 _THREADS = 4
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,9 @@ ImageSource = Path | TarImage | Image.Image
 def find_images(place: str | Path) -> list[Path] | list[TarImage]:
     """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one; or of a tar file.
 
-    Without that file, every .png, .jpg, .jpeg and .webp file under the folder. With it, pictures that `sample.py` adds
-    for looking at, such as its grid, are left out.
+    Without that file, every .png, .jpg, .jpeg, .webp, .bmp, .tif and .tiff file under the folder. With it, pictures
+    that `sample.py` adds for looking at, such as its grid, are left out. Hidden files are left out, and those in hidden
+    folders, as programs leave them (`._a.png`, `.ipynb_checkpoints/`); GIF files too, of which a warning tells.
 
     Raises:
         UserError: The folder does not exist or holds no images, what is listed is missing, or the tar file is damaged
@@ -71,12 +79,49 @@ def find_images(place: str | Path) -> list[Path] | list[TarImage]:
         return _images_in_tar(folder)
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not a folder; give a folder of images, or a tar file of them")
-    if (folder / _METADATA).is_file():
+    if (folder / METADATA).is_file():
         return sorted({image for _, image, _ in _listed_images(folder)})
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS and path.is_file())
-    if not images:
-        raise UserError(f"'{folder}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    images = sorted(path for path in found if _is_image(path.relative_to(folder)))
+    _check_found(folder, len(images), [path.name for path in found])
     return images
+
+
+def _is_image(path: Path) -> bool:
+    """By the path below the folder or tar file that is searched."""
+    is_hidden = any(part.startswith(".") and part != "." for part in path.parts)
+    return path.suffix.lower() in _EXTENSIONS and not is_hidden
+
+
+def _check_found(place: Path, num_images: int, names: Sequence[str]) -> None:
+    animated = [name for name in names if name.lower().endswith(_LEFT_OUT)]
+    if animated:
+        _logger.warning("%s: %d %s files are left out, first %s", place, len(animated), _LEFT_OUT, animated[0])
+    if not num_images:
+        raise UserError(f"'{place}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+
+
+def image_list_hash(images: Sequence[ImageSource]) -> str:
+    """Hash of a set of images, in any order: of files by their names and sizes, of pictures by their pixels.
+
+    To read all files would take as long as to decode them. Where files are not compressed, sizes say nothing, and so
+    they are read.
+    """
+    described = sorted(_described(image) for image in images)
+    return f"sha256 {hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]}"
+
+
+def _described(image: ImageSource) -> tuple[str, int]:
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(image.tobytes()).hexdigest(), 0
+    # A folder and a tar file of it are the same images.
+    name, size = (
+        (Path(image.name).name, image.size) if isinstance(image, TarImage) else (image.name, image.stat().st_size)
+    )
+    if Path(name).suffix.lower() in _UNCOMPRESSED:
+        content = image.read() if isinstance(image, TarImage) else image.read_bytes()
+        name += f" {hashlib.sha256(content).hexdigest()}"
+    return name, size
 
 
 def _images_in_tar(path: Path) -> list[TarImage]:
@@ -90,10 +135,9 @@ def _images_in_tar(path: Path) -> list[TarImage]:
     images = [
         TarImage(path, member.name, member.offset_data, member.size)
         for member in sorted(members, key=lambda member: member.name)
-        if Path(member.name).suffix.lower() in _EXTENSIONS
+        if _is_image(Path(member.name))
     ]
-    if not images:
-        raise UserError(f"'{path}' holds no images ({', '.join(sorted(_EXTENSIONS))})")
+    _check_found(path, len(images), [member.name for member in members])
     return images
 
 
@@ -106,9 +150,9 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
         UserError: The file is missing, a line is not of that form, or an image does not exist.
     """
     folder = Path(folder)
-    if not (folder / _METADATA).is_file():
+    if not (folder / METADATA).is_file():
         raise UserError(
-            f"'{folder / _METADATA}' does not exist; give a folder that holds images and a {_METADATA} of lines like "
+            f"'{folder / METADATA}' does not exist; give a folder that holds images and a {METADATA} of lines like "
             '{"file_name": "000.png", "text": "a red apple"}'
         )
     images, texts = [], []
@@ -123,9 +167,13 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
 
 def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
     """Place, image and content of each line of a folder's metadata."""
-    metadata = folder / _METADATA
+    metadata = folder / METADATA
     listed = []
-    for number, line in enumerate(lines_of(metadata.read_text(encoding="utf-8")), start=1):
+    try:
+        text = metadata.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{metadata}' cannot be read as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines_of(text), start=1):
         if not line.strip():
             continue
         where = f"{metadata}, line {number}"
@@ -145,15 +193,15 @@ def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
 def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
     """A file or picture => RGB `uint8 [H, W, 3]`, transparency laid on white.
 
-    With `image_size` it is brought to that size as training data are (centre square, Lanczos); without, it keeps its
-    size and the orientation in which it is stored, as clean-fid reads it.
+    With `image_size` the centre square is cut out by whole pixels and resized by Lanczos, as published protocols of
+    COCO do; without, it keeps its size and the orientation in which it is stored, as clean-fid reads it.
 
     Raises:
         UserError: The file cannot be read or holds more than 8 bits a channel; the message names it.
     """
     content = source.read() if isinstance(source, TarImage) else source
     if image_size is not None:
-        return load_image(content, image_size, name=None if isinstance(source, Image.Image) else str(source))
+        return _centre_square(content, image_size, None if isinstance(source, Image.Image) else str(source))
     if isinstance(content, Image.Image):
         return _to_rgb(content, "the given picture")
     try:
@@ -166,6 +214,15 @@ def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
     # Pillow raises SyntaxError and ValueError, too, on damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image '{source}' cannot be read: {error}") from None
+
+
+def _centre_square(content: Path | bytes | Image.Image, size: int, name: str | None) -> ImageArray:
+    image = Image.fromarray(load_image(content, displayed_size(content, name), name=name))
+    side = min(image.size)
+    # As torchvision's CenterCrop; training cuts at fractions of a pixel.
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def _to_rgb(image: Image.Image, name: str) -> ImageArray:

@@ -19,10 +19,10 @@ from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.defaults import default_num_workers
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureArray, image_features
-from transfusion_mot.evaluation.prompts import Prompt
-from transfusion_mot.evaluation.report import Neighbour
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureArray, image_features
+from transfusion_mot.evaluation.protocol.prompts import Prompt
+from transfusion_mot.evaluation.report.content import Neighbour
 from transfusion_mot.evaluation.scoring import nearest, unit_length
 
 # Painted images that are looked at.

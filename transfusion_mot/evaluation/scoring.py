@@ -10,21 +10,20 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 
-from transfusion_mot.evaluation.clip_score import Clip, load_clip
-from transfusion_mot.evaluation.defaults import default_num_workers
-from transfusion_mot.evaluation.distances import set_distance
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.networks import load_feature_networks
-from transfusion_mot.evaluation.protocol import ProtocolConfig
-from transfusion_mot.evaluation.report import Metric
-from transfusion_mot.evaluation.sentence_similarity import (
+from transfusion_mot.evaluation.captions.sentence_similarity import (
     SentenceEncoder,
     load_sentence_encoder,
     packaged_sentence_model,
 )
+from transfusion_mot.evaluation.clip_score import Clip, PreferenceChoice, load_clip
+from transfusion_mot.evaluation.defaults import default_num_workers
+from transfusion_mot.evaluation.distances.metrics import set_distance
+from transfusion_mot.evaluation.features.load import load_feature_networks
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureArray, FeatureSet, SavedStatistics, feature_set
+from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.evaluation.report.content import Metric
 
 _NEAREST_ROWS = 1024
 
@@ -35,12 +34,14 @@ class Networks:
 
     Attributes:
         features: For image distances, at least one.
-        clip: For a CLIP score.
+        clips: For CLIP scores.
+        preferences: For scores of human preference.
         sentences: For the similarity of captions.
     """
 
     features: list[FeatureNetwork]
-    clip: Clip | None
+    clips: list[Clip]
+    preferences: dict[PreferenceChoice, Clip]
     sentences: SentenceEncoder | None
 
 
@@ -55,6 +56,7 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
         device,
         protocol.inception_weights,
         legacy_weights=protocol.legacy_weights,
+        other_weights=protocol.other_weights,
         dinov2=protocol.dinov2,
         dinov2_weights=protocol.dinov2_weights,
         clip=protocol.cmmd_clip,
@@ -64,9 +66,23 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
         sentence_model = sentence_model or packaged_sentence_model()
     return Networks(
         features,
-        load_clip(protocol.clip, device) if protocol.clip is not None else None,
+        [load_clip(name, device) for name in protocol.clips],
+        load_preferences(protocol.pickscore, protocol.hpsv2, device),
         load_sentence_encoder(sentence_model, str(device)) if sentence_model is not None else None,
     )
+
+
+def load_preferences(pickscore: str | None, hpsv2: str | None, device: torch.device) -> dict[PreferenceChoice, Clip]:
+    """The models of human preference that are given, by name or folder.
+
+    Raises:
+        UserError: As of `load_clip`.
+    """
+    given: dict[PreferenceChoice, tuple[str | None, str]] = {
+        "PickScore": (pickscore, "--pickscore"),
+        "HPSv2 x100": (hpsv2, "--hpsv2"),
+    }
+    return {kind: load_clip(name, device, option) for kind, (name, option) in given.items() if name is not None}
 
 
 class Distances:
@@ -127,13 +143,12 @@ class Distances:
 
 
 def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> list[Metric]:
-    """The same numbers, saying which images they are of and how those were made; means over images get an interval."""
+    """The same numbers, saying which images they are of and how those were made."""
     return [
         replace(
             metric,
             name=f"{metric.name} ({images})",
             protocol=metric.protocol | protocol,
-            interval=metric.interval or (mean_interval(metric.scores) if metric.scores else None),
         )
         for metric in metrics
     ]

@@ -12,7 +12,7 @@ import numpy as np
 from transfusion_mot.data.audio import Audio, audio_seconds, decode_audio
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.files import lines_of
 
 NORMALISATION = "lower case, letters, digits and apostrophes"

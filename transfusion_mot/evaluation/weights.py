@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from transfusion_mot.errors import UserError
@@ -25,5 +26,6 @@ def weights_hash(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers on the CPU, whatever files they came from."""
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.contiguous().numpy().tobytes())
+        # By its bytes: numpy has no bfloat16.
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"sha256 {digest.hexdigest()[:12]}"

@@ -18,11 +18,10 @@ from diffusers import SchedulerMixin
 
 from transfusion_mot.config import DataConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.assignment import Work
-from transfusion_mot.evaluation.caption_metrics import caption_metrics
-from transfusion_mot.evaluation.clip_score import clip_scores
+from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.clip_score import caption_clip_scores, clip_scores, preference_score, suffixes
 from transfusion_mot.evaluation.defaults import default_num_workers
-from transfusion_mot.evaluation.features import FeatureArray, FeatureSet, image_features
+from transfusion_mot.evaluation.features.sets import FeatureArray, FeatureSet, image_features
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.memorisation import (
     MOST_PAINTED,
@@ -30,9 +29,16 @@ from transfusion_mot.evaluation.memorisation import (
     nearest_captions,
     nearest_training_images,
 )
-from transfusion_mot.evaluation.prompts import Prompt, captioned_hash, prompts_hash, write_geneval_metadata
-from transfusion_mot.evaluation.protocol import ProtocolConfig
-from transfusion_mot.evaluation.report import Metric, Neighbour, Picture, SweepPoint, shown_range
+from transfusion_mot.evaluation.protocol.assignment import Assignment
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.evaluation.protocol.prompts import (
+    Prompt,
+    captioned_hash,
+    prompts_hash,
+    write_dpg_pictures,
+    write_geneval_metadata,
+)
+from transfusion_mot.evaluation.report.content import Metric, Neighbour, Picture, SweepPoint, shown_range
 from transfusion_mot.evaluation.scoring import Distances, Networks, named, unit_length
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.painting import OF_CODES, OF_LATENTS, Painter, SamplerSettings
@@ -53,7 +59,7 @@ class Benchmark:
         processes: Which share the work.
         painter: The model.
         networks: What images are compared and scored with.
-        work: What the protocol names.
+        assignment: What the protocol names.
         data: That the model was trained on, if it is known.
         output: Folder of the results.
     """
@@ -65,12 +71,12 @@ class Benchmark:
         painter: Painter,
         *,
         networks: Networks,
-        work: Work,
+        assignment: Assignment,
         data: DataConfig | None,
         output: Path,
     ) -> None:
         self.protocol, self.processes, self.painter = protocol, processes, painter
-        self.networks, self.work, self.output = networks, work, output
+        self.networks, self.assignment, self.output = networks, assignment, output
         self.training: TrainingImages | None = None
         if data is not None and protocol.training_images:
             size = protocol.image_size
@@ -85,16 +91,18 @@ class Benchmark:
         Raises:
             UserError: The output folder holds those of other settings, or an image cannot be read.
         """
-        work, output, painter = self.work, self.output, self.painter
-        if work.held_out is not None:
-            painter.copy(work.held_out.real, output / "real", work.held_out.make)
-        if self.protocol.reconstructions and work.own:
-            painter.reconstruct(work.own, self.protocol.image_size, output / "reconstructed")
-        painter.paint(work.prompts, sampling, output / "generated", self.protocol.image_size)
-        if work.geneval and self.processes.is_main_process:
-            write_geneval_metadata(work.geneval, output / "generated")
+        assignment, output, painter = self.assignment, self.output, self.painter
+        if assignment.held_out is not None:
+            painter.copy(assignment.held_out.real, output / "real", assignment.held_out.make)
+        if self.protocol.reconstructions and assignment.own:
+            painter.reconstruct(assignment.own, self.protocol.image_size, output / "reconstructed")
+        painter.paint(assignment.prompts, sampling, output / "generated", self.protocol.image_size)
+        if assignment.geneval and self.processes.is_main_process:
+            write_geneval_metadata(assignment.geneval, output / "generated")
+        if self.protocol.prompts.kind == "dpg" and self.processes.is_main_process:
+            write_dpg_pictures(assignment.prompts, output / "generated", output / "dpg")
         maximum = self.protocol.captions.max_new_tokens
-        return painter.caption(work.captioned, maximum, output) if work.captioned else []
+        return painter.caption(assignment.captioned, maximum, output) if assignment.captioned else []
 
     def measure(self, sampling: SamplerSettings, captions: Sequence[str]) -> list[Metric]:
         """All numbers of what `paint` has made.
@@ -106,9 +114,11 @@ class Benchmark:
         Raises:
             UserError: There are too few images, or one cannot be read.
         """
-        if self.work.references is not None:
-            self.distances = Distances(self.work.references, self.networks.features, self.protocol, self.processes)
-        metrics, self.features = self._of_painted(self.work.prompts, sampling, self.output / "generated")
+        if self.assignment.references is not None:
+            self.distances = Distances(
+                self.assignment.references, self.networks.features, self.protocol, self.processes
+            )
+        metrics, self.features = self._of_painted(self.assignment.prompts, sampling, self.output / "generated")
         metrics += self._of_real()
         copied = self._copied_captions()
         if captions and self.processes.is_main_process:
@@ -136,7 +146,7 @@ class Benchmark:
 
     def _of_real(self) -> list[Metric]:
         """What the best possible model would reach: distances of reconstructions, CLIP score of the real images."""
-        own, metrics = self.work.own, []
+        own, metrics = self.assignment.own, []
         if self.protocol.reconstructions and own and self.distances is not None:
             reconstructed = [self.output / "reconstructed" / prompt.file_name for prompt in own]
             found, _ = self.distances.measure(reconstructed, "reconstructed")
@@ -147,12 +157,17 @@ class Benchmark:
         return metrics
 
     def _clip_metrics(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Metric]:
-        """CLIP score of images against their prompts, if the protocol has one."""
-        if self.networks.clip is None:
-            return []
-        texts = [prompt.text for prompt in prompts]
-        workers = default_num_workers()
-        return clip_scores(images, texts, self.networks.clip, num_workers=workers, processes=self.processes)
+        """CLIP scores and scores of preference of images for their prompts, those that the protocol has."""
+        texts, clips = [prompt.text for prompt in prompts], self.networks.clips
+        shared: dict[str, Any] = {"num_workers": default_num_workers(), "processes": self.processes}
+        metrics = [
+            metric
+            for clip, suffix in zip(clips, suffixes(clips), strict=True)
+            for metric in clip_scores(images, texts, clip, prefix=self.protocol.clip_prefix, suffix=suffix, **shared)
+        ]
+        return metrics + [
+            preference_score(kind, images, texts, clip, **shared) for kind, clip in self.networks.preferences.items()
+        ]
 
     def _distances_to_own(
         self, painted: Sequence[Path], prompts: Sequence[Prompt], features: FeatureSet | None
@@ -170,14 +185,14 @@ class Benchmark:
     @functools.cached_property
     def _real_features(self) -> FeatureArray | None:
         """Features of length one [N, D] of the prompts' real images; None if a prompt has none."""
-        real = [prompt.image for prompt in self.work.prompts if prompt.image is not None]
-        if len(real) < len(self.work.prompts):
+        real = [prompt.image for prompt in self.assignment.prompts if prompt.image is not None]
+        if len(real) < len(self.assignment.prompts):
             return None
         of_real = self.distances.real[0] if self.distances is not None else None
         return unit_length(self._features(real, of_real, "real"))
 
     def _of_captions(self, captions: Sequence[str]) -> list[Metric]:
-        captioned = self.work.captioned
+        captioned = self.assignment.captioned
         most = max(len(item.captions) for item in captioned)
         protocol = {
             "images": len(captioned),
@@ -185,7 +200,11 @@ class Benchmark:
             "decoding": "greedy",
             "captioned images": captioned_hash(captioned),
         }
-        metrics = caption_metrics(captions, [item.captions for item in captioned], self.networks.sentences)
+        references = [item.captions for item in captioned]
+        metrics = caption_metrics(captions, references, self.networks.sentences)
+        for clip in self.networks.clips[:1]:
+            images = [item.image for item in captioned]
+            metrics += caption_clip_scores(images, captions, references, clip, num_workers=default_num_workers())
         return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
 
     def _copied_captions(self) -> list[str]:
@@ -193,8 +212,8 @@ class Benchmark:
 
         None where there is no such image; the report says why there are no pairs of images, either.
         """
-        captioned = self.work.captioned
-        if self.training is None or not captioned or self.work.held_out is None:
+        captioned = self.assignment.captioned
+        if self.training is None or not captioned or self.assignment.held_out is None:
             return []
         known = self.distances.real[0] if self.distances is not None else None
         features = self._features([item.image for item in captioned], known, "captioned")
@@ -247,7 +266,7 @@ class Benchmark:
 
     def sweep(self, tried: Sequence[SamplerSettings]) -> list[SweepPoint]:
         """Paint and measure with every setting of `settings_to_try`, after `measure`."""
-        prompts = self.work.prompts[: self.protocol.sweep.num_images]
+        prompts = self.assignment.prompts[: self.protocol.sweep.num_images]
         points = []
         for settings in tried:
             name = _folder_name(self.painter.told(settings))
@@ -261,7 +280,7 @@ class Benchmark:
 
     def pictures(self, metrics: Sequence[Metric]) -> tuple[list[Picture], str]:
         """Painted images with a score each, and its name: CLIP's cosine, or the distance to their real images."""
-        prompts = self.work.prompts
+        prompts = self.assignment.prompts
         paths = self._painted_paths(prompts)
         scores: list[float | None] = [None] * len(prompts)
         name = ""
@@ -285,7 +304,7 @@ class Benchmark:
         """Captioned images with what the model says and what people wrote."""
         return [
             Picture(_below(item.image, self.output), caption, None, None, item.captions)
-            for item, caption in zip(self.work.captioned, captions, strict=True)
+            for item, caption in zip(self.assignment.captioned, captions, strict=True)
         ]
 
     def neighbours(self) -> tuple[list[Neighbour], list[str]]:
@@ -295,7 +314,7 @@ class Benchmark:
         if self.training is None:
             reason = "the checkpoint lies in no run folder that names its data"
             return [], [f"Nearest training images are not shown: {reason}."]
-        prompts = self.work.prompts[:MOST_PAINTED]
+        prompts = self.assignment.prompts[:MOST_PAINTED]
         features = self._features(self._painted_paths(prompts), self.features, "painted")
         try:
             found = nearest_training_images(prompts, self.output / "generated", features, self.training, self.output)

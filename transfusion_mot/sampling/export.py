@@ -13,12 +13,13 @@ With --language-model the folder receives the text tower alone, with its embeddi
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.report import metrics_table, read_report
+from transfusion_mot.evaluation.report.content import metrics_table, read_report
 from transfusion_mot.files import check_writable_folder, find_snapshot
 
 
@@ -61,7 +62,7 @@ from torch import Tensor
 
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export_language_model import export_language_model
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.training.checkpoint import run_config_file, written_aside
 
 
 def export(
@@ -79,7 +80,8 @@ def export(
     Raises:
         UserError: There is no such snapshot, or it is too large.
     """
-    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
+    snapshot = find_snapshot(checkpoint)
+    pipeline = TransfusionPipeline.from_pretrained(snapshot)
     # (`to` of diffusers would warn of what it could do.)
     pipeline.transformer.bfloat16()
     if pipeline.has_images and pipeline.codec.kind == "latents":
@@ -97,6 +99,9 @@ def export(
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as folder:
         pipeline.save_pretrained(folder)
+        if (config := run_config_file(snapshot)).is_file():
+            # For evaluations, which read there what the data of the run are.
+            shutil.copy(config, folder / config.name)
     return {str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*.safetensors"))}
 
 

@@ -15,11 +15,11 @@ from transfusion_mot.data.mixture import Source
 from transfusion_mot.data.sources.base import ImageSet, Text
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import image_features
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import image_features
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.prompts import derived_seed
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.protocol.prompts import derived_seed
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.sizes import Size, by_size
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
-from transfusion_mot.config import TEXT, RunConfig
+from transfusion_mot.config import TEXT, DiffusionConfig, RunConfig
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import Documents, Text
@@ -18,7 +18,7 @@ from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
@@ -27,9 +27,15 @@ from transfusion_mot.training.validation import Validation
 _logger = logging.getLogger(__name__)
 
 
+def of_checkpoint(config: RunConfig, pipeline: TransfusionPipeline) -> RunConfig:
+    """A run's configuration with the model and the diffusion that the checkpoint has, whatever the file says."""
+    transformer = pipeline.transformer
+    return replace(config, model=transformer.architecture, diffusion=DiffusionConfig(**transformer.config.diffusion))
+
+
 def codecs_of(pipeline: TransfusionPipeline, config: RunConfig, device: torch.device) -> dict[str, Codec]:
     """The codec of each modality but text: those of the pipeline, of other modalities those of its run."""
-    own = pipeline.codecs
+    own, config = pipeline.codecs, of_checkpoint(config, pipeline)
     return {
         name: own[name] if name in own else load_codec(config.codecs[name], modality.objective, device)
         for name, modality in config.model.modalities.items()
@@ -50,7 +56,7 @@ def text_metrics(
 
     Args:
         pipeline: The model.
-        config: Of its run.
+        config: Of its run, for the data; the model and its diffusion are those of the checkpoint.
         sources: Held-out documents.
         processes: Which share the texts.
         num_texts: First texts of each source; None is all.
@@ -59,6 +65,7 @@ def text_metrics(
     Returns:
         No numbers where no text is held out.
     """
+    config = of_checkpoint(config, pipeline)
     reader = TextReader(pipeline.text_tokenizer, config.model.rope, config.data.slots[TEXT], batch_size)
     metrics: list[Metric] = []
     for name, ends_in, texts in _held_out_texts(sources):
@@ -104,7 +111,7 @@ def diffusion_metrics(
 
     Args:
         pipeline: The model.
-        config: Of its run.
+        config: Of its run, for the data; the model and its diffusion are those of the checkpoint.
         sources: Held-out documents.
         codecs: From `codecs_of`.
         accelerator: Its processes share the images.
@@ -116,6 +123,7 @@ def diffusion_metrics(
         For each modality of latents, and for `conditional` and `unconditional`, the mean over the timesteps, then each.
         No numbers where no image is held out.
     """
+    config = of_checkpoint(config, pipeline)
     latents = config.model.of_objective("diffusion")
     # Attention is compiled for the rows of each bucket.
     allow_shapes(len(config.data.image_sizes))

@@ -12,9 +12,9 @@ from transfusion_mot.config import RunConfig
 from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.online import OnlineEncoder
-from transfusion_mot.evaluation.prompts import derived_seed
+from transfusion_mot.evaluation.protocol.prompts import derived_seed
 from transfusion_mot.evaluation.recognisers import Recogniser
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.speech import RecordingSet, error_rates, normalise
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import codecs_of

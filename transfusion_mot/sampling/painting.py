@@ -12,8 +12,10 @@ from accelerate import PartialState
 from PIL import Image
 
 from transfusion_mot.codecs.base import reconstruct as reconstruct_pixels
-from transfusion_mot.data.images import ImageArray, load_image, to_pil, to_pixels
-from transfusion_mot.evaluation.generation import (
+from transfusion_mot.data.images import ImageArray, to_pil, to_pixels
+from transfusion_mot.evaluation.images import METADATA, load_rgb
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
+from transfusion_mot.evaluation.protocol.sample_files import (
     Make,
     caption_all,
     claim_folder,
@@ -22,7 +24,6 @@ from transfusion_mot.evaluation.generation import (
     write_images,
     write_metadata,
 )
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt, captioned_hash, prompts_hash
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.sizes import Size, by_size
@@ -176,7 +177,8 @@ class Painter:
         """The image of a prompt, `uint8 [H, W, 3]`."""
         assert prompt.image is not None
         if image_size is not None:
-            return load_image(prompt.image, image_size)
+            # As the references are, for the sake of half a pixel.
+            return load_rgb(prompt.image, image_size)
         return self.pipeline.sizes.read(prompt.image)
 
     def caption(self, images: Sequence[CaptionedImage], max_new_tokens: int, output: Path) -> list[str]:
@@ -223,7 +225,7 @@ class Painter:
             num_ranks=processes.num_processes,
         )
         if processes.is_main_process:
-            write_metadata(prompts, folder)
+            write_metadata(prompts, folder / METADATA)
         processes.wait_for_everyone()
 
     def _claim(self, folder: Path, settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from transfusion_mot.files import flush_to_disk, step_folders, step_number
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
+_CONFIG = "config.yaml"
 
 
 @contextmanager
@@ -105,8 +106,9 @@ def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) 
 
 
 def run_config_file(folder: Path) -> Path:
-    """Where the configuration of the run that a snapshot or state is of lies, if that is still in its run's folder."""
-    return folder.parent.parent / "config.yaml"
+    """Where the configuration of the run of a snapshot or state lies: in its folder if exported, else in the run's."""
+    own = folder / _CONFIG
+    return own if own.is_file() else folder.parent.parent / _CONFIG
 
 
 def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:

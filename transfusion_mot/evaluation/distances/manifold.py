@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.blocks import row_blocks
+from transfusion_mot.evaluation.row_blocks import row_blocks
 
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.report import Metric, Report, shown_number, value_and_interval
+from transfusion_mot.evaluation.report.content import Metric, Report, shown_number, value_and_interval
 
 Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"]
 
@@ -28,6 +28,8 @@ _COMPARED = {
     "prompts",
     "captioned images",
 }
+# What older reports do not say; it must agree where both say it.
+_UNSAID = {"real images"}
 # Images are paired if both numbers are of the same list of prompts or captioned images.
 _LISTS = ("prompts", "captioned images")
 
@@ -56,7 +58,8 @@ def difference(first: Metric, other: Metric) -> Difference:
     Otherwise the two intervals must not overlap, which finds fewer differences.
     """
     value = other.value - first.value
-    keys = (first.protocol.keys() | other.protocol.keys()) - _COMPARED
+    unsaid = _UNSAID & (first.protocol.keys() ^ other.protocol.keys())
+    keys = (first.protocol.keys() | other.protocol.keys()) - _COMPARED - unsaid
     if unequal := sorted(key for key in keys if first.protocol.get(key) != other.protocol.get(key)):
         return Difference(first.name, value, "not comparable", f"measured with another {', '.join(unequal)}")
     same_list = any(first.protocol.get(key) is not None for key in _LISTS) and all(
@@ -74,6 +77,7 @@ def difference(first: Metric, other: Metric) -> Difference:
         reason = f"the intervals {'do not overlap' if differs else 'overlap'}"
     else:
         return Difference(first.name, value, "unknown", "no interval is known")
+    reason += "".join(f"; one report does not say its {key}" for key in sorted(unsaid))
     if not differs:
         return Difference(first.name, value, "within noise", reason)
     better = (value < 0) == is_lower_better(first.name)

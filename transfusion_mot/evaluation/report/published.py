@@ -6,7 +6,7 @@ Transfusion is arXiv 2408.11039, Mixture-of-Transformers is 2411.04996; models h
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transfusion_mot.evaluation.report import Metric, shown_number
+from transfusion_mot.evaluation.report.content import Metric, shown_number
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,14 @@ import torch
 from accelerate import PartialState
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.frechet import Gaussian, gaussian_of
-from transfusion_mot.evaluation.images import ImageSource, TarImage, device_batches, find_images
+from transfusion_mot.evaluation.distances.frechet import Gaussian, gaussian_of
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.images import ImageSource, TarImage, device_batches, find_images, image_list_hash
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.weights import file_sha256
+
+# Says beside a number which references it is of.
+REAL_IMAGES = "real images"
 
 FeatureArray = npt.NDArray[np.float32]
 
@@ -147,7 +150,8 @@ def feature_set(
             path = Path(cache_dir) / f"{_cache_key(files, network, image_size)}.npz"
             if path.is_file():
                 _logger.info("%s: from %s", description, path)
-                return replace(_read_statistics(path, network), images=tuple(files))
+                kept = _read_statistics(path, network)
+                return replace(kept, images=tuple(files), protocol={REAL_IMAGES: image_list_hash(files)})
     features = image_features(
         images,
         network,
@@ -157,7 +161,7 @@ def feature_set(
         description=description,
         processes=processes,
     )
-    result = FeatureSet(gaussian_of(features), features, {}, tuple(images))
+    result = FeatureSet(gaussian_of(features), features, {REAL_IMAGES: image_list_hash(images)}, tuple(images))
     if path is not None and (processes is None or processes.is_main_process):
         _save_statistics(result, network, image_size, path)
         _logger.info("%s: kept in %s", description, path)
@@ -166,6 +170,8 @@ def feature_set(
 
 def _cache_key(images: Sequence[Path | TarImage], network: FeatureNetwork, image_size: int | None) -> str:
     described: list[Any] = [network.description, network.weights, network.resize, image_size]
+    if image_size is not None:
+        described.append("whole pixels")
     tars: dict[Path, os.stat_result] = {}
     for image in images:
         if isinstance(image, TarImage):
@@ -190,6 +196,7 @@ def _save_statistics(features: FeatureSet, network: FeatureNetwork, image_size: 
                 sigma=features.gaussian.covariance,
                 features=features.features,
                 weights=network.weights,
+                real_images=features.protocol[REAL_IMAGES],
                 resize=network.resize,
                 image_size=image_size or 0,
             )
@@ -228,7 +235,9 @@ def _read_statistics(path: Path, network: FeatureNetwork) -> FeatureSet:
             )
     features = content.get("features")
     if features is not None:
-        return FeatureSet(Gaussian(mean, covariance), features, {})
+        # Older ones do not say of which images they are.
+        known = {REAL_IMAGES: str(content["real_images"])} if "real_images" in content else {}
+        return FeatureSet(Gaussian(mean, covariance), features, known)
     return FeatureSet(
         Gaussian(mean, covariance), None, {"real statistics": f"{path.name}, sha256 {file_sha256(path)[:12]}"}
     )

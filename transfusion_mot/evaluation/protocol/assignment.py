@@ -13,12 +13,14 @@ from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.sources.base import CaptionedImages
 from transfusion_mot.data.sources.open import media_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.features import SavedStatistics, open_reference
+from transfusion_mot.evaluation.features.sets import SavedStatistics, open_reference
 from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.prompts import (
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.evaluation.protocol.prompts import (
     CaptionedImage,
     Prompt,
     choose_coco_prompts,
+    dpg_prompts,
     geneval_prompts,
     prompts_of,
     read_coco,
@@ -26,7 +28,6 @@ from transfusion_mot.evaluation.prompts import (
     read_karpathy,
     read_text_prompts,
 )
-from transfusion_mot.evaluation.protocol import ProtocolConfig
 from transfusion_mot.installed import shipped
 
 
@@ -49,7 +50,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Work:
+class Assignment:
     """What is to be done.
 
     Attributes:
@@ -77,7 +78,9 @@ def picture_data(data: DataConfig, modality: str) -> DataConfig:
     return replace(data, sources=sources, slots=slots)
 
 
-def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path) -> Work:
+def open_assignment(
+    protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path
+) -> Assignment:
     """Read what a protocol names.
 
     Args:
@@ -89,37 +92,47 @@ def open_work(protocol: ProtocolConfig, sources: Sources | None, data: DataConfi
     Raises:
         UserError: Something is missing, or there is too little of it.
     """
-    prompts_config, count, seed = protocol.prompts, protocol.num_images, protocol.seed
-    held_out, geneval = None, []
-    of: list[CaptionedImage] = []
-    if prompts_config.kind == "held_out":
+    held_out: HeldOut | None = None
+    geneval: list[dict[str, Any]] = []
+    if protocol.prompts.kind == "held_out":
         assert sources is not None
         assert data is not None
-        held_out = _held_out(sources, data, count, seed)
+        held_out = _held_out(sources, data, protocol.num_images, protocol.seed)
         of = [
             CaptionedImage(output / "real" / prompt.file_name, images.captions(index), prompt.file_name)
             for prompt, (images, index) in zip(held_out.real, held_out.items, strict=True)
         ]
-        prompts = prompts_of([item.captions[0] for item in of], protocol.images_per_prompt, seed, of)
-    elif prompts_config.kind == "coco":
-        assert prompts_config.path is not None
-        assert prompts_config.images is not None
-        of = read_coco(prompts_config.path, prompts_config.images)
-        prompts = choose_coco_prompts(of, count, seed)
+        prompts = prompts_of([item.captions[0] for item in of], protocol.images_per_prompt, protocol.seed, of)
     else:
-        assert prompts_config.path is not None
-        if prompts_config.kind == "geneval":
-            geneval = read_geneval(shipped(prompts_config.path))[:count]
-            prompts = geneval_prompts(geneval, protocol.images_per_prompt, seed)
-        else:
-            texts = read_text_prompts(prompts_config.path)[:count]
-            prompts = prompts_of(texts, protocol.images_per_prompt, seed)
+        prompts, of, geneval = listed_prompts(protocol)
     references: Sequence[ImageSource] | SavedStatistics | None = [item.image for item in of] or None
     if protocol.references is not None:
         references = open_reference(protocol.references)
     first = {prompt.image: prompt for prompt in reversed(prompts) if prompt.image is not None}
     own = [prompt for prompt in prompts if prompt.image is not None and first[prompt.image] is prompt]
-    return Work(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
+    return Assignment(prompts, _captioned(protocol, prompts, of), references, own, geneval, held_out)
+
+
+def listed_prompts(protocol: ProtocolConfig) -> tuple[list[Prompt], list[CaptionedImage], list[dict[str, Any]]]:
+    """Prompts that stand in files, all images that these name, and the lines of GenEval.
+
+    Raises:
+        UserError: They are held-out documents of a run, or a file is missing or of another form.
+    """
+    config, count, seed, each = protocol.prompts, protocol.num_images, protocol.seed, protocol.images_per_prompt
+    if config.kind == "held_out":
+        raise UserError("prompts of kind 'held_out' are of a run; give a protocol whose prompts stand in a file")
+    assert config.path is not None
+    if config.kind == "coco":
+        assert config.images is not None
+        of = read_coco(config.path, config.images)
+        return choose_coco_prompts(of, count, seed, each), of, []
+    if config.kind == "geneval":
+        lines = read_geneval(shipped(config.path))[:count]
+        return geneval_prompts(lines, each, seed), [], lines
+    if config.kind == "dpg":
+        return dpg_prompts(config.path, count, each, seed), [], []
+    return prompts_of(read_text_prompts(config.path)[:count], each, seed), [], []
 
 
 def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) -> HeldOut:

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from transfusion_mot.errors import UserError
 
@@ -116,7 +117,7 @@ def extrapolated_distance(
     sizes = np.linspace(5000 if count >= 10_000 else count // 2, count, num_subsets).astype(int)
     generator = np.random.default_rng(seed)
     distances = []
-    for size in sizes:
+    for size in tqdm(sizes, desc="infinite N", unit="subset", leave=False):
         chosen = features[np.sort(generator.choice(count, size, replace=False))]
         distances.append(frechet_distance(reference, gaussian_of(chosen)))
     (slope, intercept), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)

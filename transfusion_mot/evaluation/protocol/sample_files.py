@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.prompts import CaptionedImage, Prompt
+from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt
 from transfusion_mot.files import claim
 
 # A batch => a picture of each.
@@ -24,7 +24,6 @@ Make = Callable[[Sequence[Prompt]], list[Image.Image]]
 Describe = Callable[[list[Path]], list[str]]
 
 _SETTINGS_FILE = "settings.json"
-_METADATA = "metadata.jsonl"
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -95,14 +94,14 @@ def write_images(
             written.result()
 
 
-def write_metadata(prompts: Sequence[Prompt], folder: Path) -> None:
-    """Write metadata.jsonl, which makes the folder an image folder as the other scripts read it."""
+def write_metadata(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write the lines of metadata.jsonl, which makes its folder an image folder as the other scripts read it."""
     lines = [
         {"file_name": prompt.file_name, "text": prompt.text, "image_seed": prompt.image_seed}
         | ({} if prompt.image_id is None else {"image_id": prompt.image_id})
         for prompt in prompts
     ]
-    _write(folder / _METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def caption_all(

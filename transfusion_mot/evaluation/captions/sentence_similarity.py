@@ -51,7 +51,8 @@ def load_sentence_encoder(name_or_path: str, device: str = "cpu") -> SentenceEnc
             "sentence similarity needs the package sentence-transformers; pip install transfusion-mot[evaluation]"
         ) from None
     try:
-        model = SentenceTransformer(name_or_path, device="cpu")
+        # In float32, whatever its file holds.
+        model = SentenceTransformer(name_or_path, device="cpu").float()
     # Broken files and failed downloads end in whatever their libraries raise.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from transfusion_mot.evaluation.kernels import KernelDistance, kernel_distance
+from transfusion_mot.evaluation.distances.mmd import KernelDistance, kernel_distance
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,19 @@ def legacy_resize(images: Tensor) -> Tensor:
     """The same as clean-fid's `legacy_pytorch`, and so pytorch-fid, does: neighbouring pixels only, to 299 pixels."""
     pixels = images.permute(0, 3, 1, 2).float()
     return interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False).clamp(0, 255)
+
+
+def tensorflow_resize(images: Tensor) -> Tensor:
+    """The same as TensorFlow 1 does (`resize_bilinear`, corners not aligned), and so torch-fidelity and torchmetrics.
+
+    Pixel i of S stands at i * size / S of the image, not at its middle, so that the picture moves up and to the left.
+    """
+    pixels = images.permute(0, 3, 1, 2).float()
+    for dim in (2, 3):
+        size = pixels.shape[dim]
+        places = torch.arange(299, device=pixels.device, dtype=torch.float32) * (size / 299)
+        low = places.long()
+        share = (places - low).view((-1, 1) if dim == 2 else (-1,))
+        first, second = (pixels.index_select(dim, place.clamp(max=size - 1)) for place in (low, low + 1))
+        pixels = first + (second - first) * share
+    return pixels

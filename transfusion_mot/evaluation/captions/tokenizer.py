@@ -1,12 +1,20 @@
-"""Captions cut into words the way COCO's evaluation does it, without Java.
+"""Captions cut into words the way COCO's evaluation does it: by its Java program, or without Java by rules like its.
 
 COCO's captioning numbers are computed on the output of Stanford's Penn Treebank tokenizer (CoreNLP 3.4.1, lower-cased)
 less a list of punctuation marks. The rules here were found by comparing with that program on real sentences. As there,
 at each place the rule that reaches furthest wins, and of equals the first.
 """
 
+import logging
 import re
+import subprocess
+import tempfile
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from transfusion_mot.evaluation.captions.java import JavaMissing, find_jar, find_java
 
 # A word with one of these keeps the full stop that follows it ...
 _ABBREVIATIONS = (
@@ -22,7 +30,24 @@ _NUMBER_ABBREVIATIONS = "no|nos|p|pp|fig|figs|op|art|ca"
 # After an initial, these begin a sentence, so that its full stop ends one: "plan B. The next".
 _SENTENCE_STARTERS = "The|A|An|It|He|She|They|There|This|That|These|In|At|But|Some|One|We|You|What|Her"
 
-_LETTER, _ALNUM, _APOSTROPHE = r"[^\W\d_\u00bc-\u00be]", r"[^\W_\u00bc-\u00be]", r"['\u2019]"
+# Combining marks of these ranges are parts of words.
+_JOINING = (
+    *((0x300, 0x5C7), (0x615, 0x65E), (0x670, 0x7F3), (0x900, 0x903), (0x93C, 0x94E), (0x951, 0x955), (0x962, 0x9E3)),
+    *((0xA01, 0xA4D), (0xA81, 0xACD), (0xB82, 0xBCD), (0xC01, 0xC03), (0xC3E, 0xC56), (0xD3E, 0xD48), (0xE31, 0xECD)),
+    (0x1885, 0x1886),
+)
+_MARKS = "".join(
+    chr(code)
+    for low, high in _JOINING
+    for code in range(low, high + 1)
+    if unicodedata.category(chr(code)) in ("Mn", "Mc")
+)
+# The program drops other marks, and characters of these categories: control, format (BOM, joiners), Roman numerals.
+_DROPPED_CATEGORIES = frozenset({"Cc", "Cf", "Nl", "Mn", "Mc", "Me"})
+
+_FRACTION = r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2153\u2154"
+_LETTER, _ALNUM = rf"(?:[^\W\d_{_FRACTION}]|[{_MARKS}])", rf"(?:[^\W_{_FRACTION}]|[{_MARKS}])"
+_APOSTROPHE = r"['\u2019]"
 _ENDING = rf"(?i:n{_APOSTROPHE}t|'(?:s|m|d|re|ve|ll)(?!{_LETTER})|\u2019(?:s|m|d|re|ve|ll))"
 _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 _URL = r"[^\s\"<>|()]"
@@ -94,7 +119,7 @@ _QUOTES = {"\u2018": "`", "\u201c": "``", "\u00ab": "``", "\u2039": "`"}
 _QUOTES |= {"\u2019": "'", "\u201d": "''", "\u00bb": "''", "\u203a": "'"}
 _REWRITTEN = {
     **_BRACKETS,
-    **{"£": "#", "€": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4"},
+    **{"£": "#", "€": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"},
     **{"&lt;": "<", "&gt;": ">", "&amp;": "&"},
 }
 # COCO's list; a run of dots or dashes is one mark of it, whereas "!!" and "?!" are not on it and stay.
@@ -102,12 +127,55 @@ _PUNCTUATION = re.compile(
     r"\.+|\. \. \.|-{1,4}|[?!,:;'`\"\u00ab\u00bb\u2039\u203a\u2026\u2018\u2019\u201c\u201d\u2013\u2014]|``|''"
     r"|\u2018\u2018|\u2019\u2019|&(?i:quot|apos|nbsp|[mn]dash);"
 )
+# What COCO's evaluation removes from the program's output.
+_REMOVED = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--"))
+_REMOVED |= {"...", ";"}
+_LINE_ENDS = re.compile(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
+_logger = logging.getLogger(__name__)
+
+
+def tokenize_captions(*lists: Sequence[str]) -> tuple[list[list[list[str]]], str]:
+    """Words of each caption of some lists, as COCO's evaluation gets them, and the name of what cut all of them.
+
+    The Java program cuts them where there is Java and pycocoevalcap, which holds it; else `tokenize_caption`. A mixed
+    fraction or a telephone number is one word with no-break spaces inside.
+    """
+    try:
+        return [_by_java(captions) for captions in lists], "PTBTokenizer of CoreNLP 3.4.1"
+    except JavaMissing as missing:
+        _logger.info("captions are cut into words by rules like those of COCO's program: %s", missing)
+        return [
+            [tokenize_caption(caption) for caption in captions] for captions in lists
+        ], "PTB rules of transfusion_mot"
+
+
+def _by_java(captions: Sequence[str]) -> list[list[str]]:
+    jar = find_jar("tokenizer", "stanford-corenlp-3.4.1.jar")
+    command = [find_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "captions"
+        lines = "".join(_LINE_ENDS.sub(" ", caption) + "\n" for caption in captions)
+        # JSON may hold halves of characters, which UTF-8 cannot.
+        file.write_text(lines, encoding="utf-8", errors="replace")
+        # Without the encoding the program takes that of the machine.
+        done = subprocess.run(
+            [*command, "-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(file)],
+            capture_output=True,
+            encoding="utf-8",
+        )
+    found = done.stdout.split("\n")[:-1]
+    if done.returncode or len(found) != len(captions):
+        raise JavaMissing(f"its program gave {len(found)} lines for {len(captions)} captions: {done.stderr[-200:]}")
+    return [[word for word in line.rstrip().split(" ") if word and word not in _REMOVED] for line in found]
 
 
 def tokenize_caption(caption: str) -> list[str]:
     """A caption's words in lower case, without punctuation marks; empty for a caption that has no word."""
     # The Java program reads 16 bits at a time and drops what does not fit, such as emoji.
-    text = re.sub(r"[^\x00-\uffff]", " ", " ".join(caption.split()))
+    text = re.sub(r"[^\x00-\uffff]", " ", " ".join(caption.split()).replace("\u00ad", ""))
+    if not text.isascii():
+        text = "".join(" " if _is_dropped(character) else character for character in text)
     words: list[str] = []
     place = 0
     while place < len(text):
@@ -125,6 +193,10 @@ def tokenize_caption(caption: str) -> list[str]:
         if not _PUNCTUATION.fullmatch(token):
             words.append(_written(token.lower()))
     return words
+
+
+def _is_dropped(character: str) -> bool:
+    return unicodedata.category(character) in _DROPPED_CATEGORIES and character not in _MARKS
 
 
 def _token_end(text: str, place: int) -> int:

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
-from transfusion_mot.evaluation.feature_network import FeatureNetwork
-from transfusion_mot.evaluation.features import FeatureSet, SavedStatistics, feature_set
-from transfusion_mot.evaluation.frechet import (
+from transfusion_mot.evaluation.distances.frechet import (
     FEW_EXTRAPOLATED,
     extrapolated_distance,
     frechet_scores,
     standard_error,
 )
+from transfusion_mot.evaluation.distances.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
+from transfusion_mot.evaluation.features.network import FeatureNetwork
+from transfusion_mot.evaluation.features.sets import FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource
-from transfusion_mot.evaluation.intervals import DEVIATIONS
-from transfusion_mot.evaluation.manifold import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
-from transfusion_mot.evaluation.report import Metric
+from transfusion_mot.evaluation.intervals import DEVIATIONS, mean_interval
+from transfusion_mot.evaluation.report.content import Metric
 
 _logger = logging.getLogger(__name__)
 
@@ -80,14 +81,18 @@ def set_distance(
         )
     protocol: dict[str, Any] = {
         **({} if real_set.features is None else {"real": len(real_set.features)}),
-        **real_set.protocol,
         "generated": count,
         "features": network.description,
         "weights": network.weights,
         "image size": "as stored" if image_size is None else image_size,
+        **({} if image_size is None else {"crop": "centre square, whole pixels, Lanczos"}),
         "resize": network.resize,
+        **real_set.protocol,
     }
+    # Of many features and images each step takes up to minutes.
+    steps: tqdm[Any] = tqdm(total=4, desc=f"{network.name}: distances", unit="step", leave=False)
     scores = frechet_scores(real_set.gaussian, generated_set.features)
+    steps.update()
     distance = float(scores.mean())
     interval = _interval(distance, standard_error(scores), lowest=0.0)
     metrics = [Metric(network.frechet_name, distance, protocol, interval, tuple(scores.tolist()))]
@@ -105,7 +110,15 @@ def set_distance(
         name = f"{network.frechet_name}, infinite N"
         interval = _interval(extrapolated.distance, extrapolated.standard_error)
         metrics.append(Metric(name, extrapolated.distance, {**protocol, "subsets": subsets}, interval))
-    return metrics + _pairwise(real_set, generated_set, network, protocol)
+    steps.update()
+    metrics += _pairwise(real_set, generated_set, network, protocol, steps)
+    steps.close()
+    return metrics
+
+
+def pairs_device(device: torch.device) -> torch.device:
+    """Where distances of pairs are computed, which need float64: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _interval(value: float, error: float, lowest: float = -math.inf) -> tuple[float, float]:
@@ -113,19 +126,26 @@ def _interval(value: float, error: float, lowest: float = -math.inf) -> tuple[fl
 
 
 def _pairwise(
-    real_set: FeatureSet, generated_set: FeatureSet, network: FeatureNetwork, protocol: dict[str, Any]
+    real_set: FeatureSet,
+    generated_set: FeatureSet,
+    network: FeatureNetwork,
+    protocol: dict[str, Any],
+    steps: "tqdm[Any]",
 ) -> list[Metric]:
     """The numbers that need every image's features."""
     if real_set.features is None:
         return []
-    real = torch.from_numpy(real_set.features).to(network.device)
-    generated = torch.from_numpy(generated_set.features).to(network.device)
+    device = pairs_device(network.device)
+    real = torch.from_numpy(real_set.features).to(device)
+    generated = torch.from_numpy(generated_set.features).to(device)
     kernel = network.kernel(real, generated)
+    steps.update()
     interval = _interval(kernel.value, kernel.standard_error)
     metrics = [Metric(network.kernel_name, kernel.value, {**protocol, "pairs": "all"}, interval)]
     if min(len(real), len(generated)) <= DENSITY_NEIGHBOURS:
         return metrics
     scores = manifold_scores(real, generated)
+    steps.update()
     inside = tuple(scores.inside.double().tolist())
     for name, value, neighbours, per_image in (
         ("precision", scores.precision, PRECISION_NEIGHBOURS, inside),
@@ -134,5 +154,6 @@ def _pairwise(
         ("coverage", scores.coverage, DENSITY_NEIGHBOURS, None),
     ):
         measured = {**protocol, "nearest neighbours": neighbours}
-        metrics.append(Metric(f"{name} ({network.name})", value, measured, None, per_image))
+        of_share = mean_interval(per_image) if per_image is not None else None
+        metrics.append(Metric(f"{name} ({network.name})", value, measured, of_share, per_image))
     return metrics

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.blocks import row_blocks
+from transfusion_mot.evaluation.row_blocks import row_blocks
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 

@@ -17,15 +17,9 @@ from torch import Tensor, nn
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.clip_score import Clip, load_clip
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
-from transfusion_mot.evaluation.feature_network import FeatureNetwork, Normalised, clean_resize
-from transfusion_mot.evaluation.inception import (
-    CannotFetch,
-    inception_file,
-    legacy_file,
-    load_inception,
-    load_legacy,
-)
-from transfusion_mot.evaluation.kernels import gaussian_distance
+from transfusion_mot.evaluation.distances.mmd import gaussian_distance
+from transfusion_mot.evaluation.features.inception import CannotFetch, find_inception, load_inception
+from transfusion_mot.evaluation.features.network import FeatureNetwork, Normalised, clean_resize
 from transfusion_mot.evaluation.weights import file_sha256, weights_hash
 
 _DINOV2_SIZE = 224
@@ -39,6 +33,7 @@ def load_feature_network(
     inception_weights: str | Path | None = None,
     *,
     legacy_weights: str | Path | None = None,
+    other_weights: bool = False,
     dinov2: str = DEFAULT_DINOV2,
     dinov2_weights: str | Path | None = None,
     clip: str = DEFAULT_CMMD_CLIP,
@@ -46,13 +41,15 @@ def load_feature_network(
     """Load the network in which images are compared.
 
     Args:
-        choice: `inception` gives FID in clean-fid's mode `clean`, `legacy` in its mode `legacy_pytorch`, `dinov2`
-            FD-DINOv2, `clip` CMMD, `efficientnet` FD-EfficientNet, whose weights come with a Python package; `auto`
-            takes Inception if its weights are given, cached or can be downloaded, else EfficientNet, and logs which
-            and why.
+        choice: `inception` gives FID in clean-fid's mode `clean`, `legacy` in its mode `legacy_pytorch`,
+            `legacy_tensorflow` in the mode of that name, `dinov2` FD-DINOv2, `clip` CMMD, `efficientnet`
+            FD-EfficientNet, whose weights come with a Python package; `auto` takes Inception if its weights are given,
+            cached or can be downloaded, else EfficientNet, and logs which and why.
         device: Where it computes.
         inception_weights: Local path of `inception-2015-12-05.pt`.
-        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`. Each mode of FID takes its own file of the
+            two if it is given, and else the other one.
+        other_weights: Whether these may be other weights of FID's network, whose numbers are not called FID.
         dinov2: Vision transformer by its name in `timm`.
         dinov2_weights: Local path of its weights; null has `timm` download them.
         clip: CLIP model by name or local folder.
@@ -62,21 +59,20 @@ def load_feature_network(
     """
     if choice == "efficientnet":
         return _load_efficientnet(device)
-    if choice == "legacy":
-        return load_legacy(legacy_file(legacy_weights), device)
     if choice == "dinov2":
         return _load_dinov2(dinov2, dinov2_weights, device)
     if choice == "clip":
         return _clip_network(load_clip(clip, device, option="--cmmd-clip"))
+    mode = "inception" if choice == "auto" else choice
     try:
-        path = inception_file(inception_weights)
+        path = find_inception(mode, inception_weights, legacy_weights)
     except CannotFetch as error:
-        if choice == "inception":
+        if choice != "auto":
             raise UserError(str(error)) from None
         _logger.info("features: EfficientNet-Lite0, so this is no FID: %s", error)
         return _load_efficientnet(device)
     _logger.info("features: Inception-v3 from %s", path)
-    return load_inception(path, device)
+    return load_inception(mode, path, device, other_weights=other_weights)
 
 
 def load_feature_networks(
@@ -92,9 +88,10 @@ def load_feature_networks(
     Raises:
         UserError: As for each, or weights are given for a network that is not asked for.
     """
+    of_fid = ("inception", "legacy", "legacy_tensorflow", "auto")
     for option, given, users in (
-        ("inception weights", inception_weights, ("inception", "auto")),
-        ("legacy weights", legacy_weights, ("legacy",)),
+        ("inception weights", inception_weights, of_fid),
+        ("legacy weights", legacy_weights, of_fid),
         ("DINOv2 weights", others.get("dinov2_weights"), ("dinov2",)),
     ):
         if given is not None and not set(users) & set(choices):

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.caption_tokenizer import tokenize_caption
-from transfusion_mot.evaluation.captioning import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.java import JavaMissing
+from transfusion_mot.evaluation.captions.meteor import meteor
+from transfusion_mot.evaluation.captions.scores import bleu, cider_d, rouge_l
+from transfusion_mot.evaluation.captions.sentence_similarity import SentenceEncoder, sentence_similarity
+from transfusion_mot.evaluation.captions.tokenizer import tokenize_captions
 from transfusion_mot.evaluation.intervals import mean_interval
-from transfusion_mot.evaluation.meteor import MeteorMissing, meteor
-from transfusion_mot.evaluation.report import Metric
-from transfusion_mot.evaluation.sentence_similarity import SentenceEncoder, sentence_similarity
+from transfusion_mot.evaluation.report.content import Metric
 
 _FEW_IMAGES = 1000
 
@@ -50,26 +51,30 @@ def caption_metrics(
             "the same images (COCO's test split has 5,000)",
             len(candidates),
         )
-    words = [tokenize_caption(caption) for caption in candidates]
-    reference_words = [[tokenize_caption(caption) for caption in captions] for captions in references]
+    flat = [caption for captions in references for caption in captions]
+    (words, flat_words), tokenizer = tokenize_captions(candidates, flat)
+    left = iter(flat_words)
+    reference_words = [[next(left) for _ in captions] for captions in references]
     protocol: dict[str, Any] = {
         "images": len(candidates),
         "references": sum(map(len, references)),
-        "tokenizer": "PTB rules of transfusion_mot",
+        "tokenizer": tokenizer,
     }
     of_meteor: list[Metric] = []
     try:
         corpus, per_image = meteor(words, reference_words)
         # The corpus's number is no mean of the images', so they give no interval.
         of_meteor.append(Metric("METEOR", corpus, {**protocol, "program": "METEOR 1.5"}, None, tuple(per_image)))
-    except MeteorMissing as missing:
+    except JavaMissing as missing:
         protocol["METEOR"] = f"not measured: {missing}"
     if encoder is None:
         protocol["sentence similarity"] = "not measured: pip install transfusion-mot[evaluation]"
-    cider = np.array(cider_d(words, reference_words))
+    # COCO's scorers of n-grams cut at no-break spaces, too; those of METEOR and ROUGE-L do not.
+    cut, reference_cut = [_cut(w) for w in words], [[_cut(w) for w in captions] for captions in reference_words]
+    cider = np.array(cider_d(cut, reference_cut))
     metrics = [_mean("CIDEr", cider, protocol), _mean("CIDEr x100", 100 * cider, protocol)]
     metrics += [
-        Metric(f"BLEU-{order}", value, protocol) for order, value in enumerate(bleu(words, reference_words), start=1)
+        Metric(f"BLEU-{order}", value, protocol) for order, value in enumerate(bleu(cut, reference_cut), start=1)
     ]
     metrics += [_mean("ROUGE-L", np.array(rouge_l(words, reference_words)), protocol), *of_meteor]
     if encoder is not None:
@@ -77,6 +82,10 @@ def caption_metrics(
         measured = {**protocol, "sentence model": encoder.name, "weights": encoder.weights}
         metrics.append(_mean("sentence similarity", similarity, measured))
     return metrics
+
+
+def _cut(words: Sequence[str]) -> list[str]:
+    return [part for word in words for part in word.split()]
 
 
 def _mean(name: str, scores: np.ndarray[Any, np.dtype[np.float64]], protocol: dict[str, Any]) -> Metric:

@@ -1,0 +1,50 @@
+"""The prompts of a protocol as a file, to paint them with another program from the same list.
+
+    python evaluate/prompts.py --config configs/eval/coco.yaml --output coco_prompts.jsonl
+
+Each line has the text, the seed of its noise, the file name of its picture and, of COCO, the image that it belongs to.
+The hash that is printed stands as "prompts" beside every number of evaluate/benchmark.py with the same protocol. Keys
+of a protocol are options here, too: --num-images 5000.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig, read_protocol
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
+    """The options of the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="protocol whose prompts stand in a file")
+    parser.add_argument("--output", required=True, type=writable_file, metavar="FILE", help="JSON lines to write")
+    given, keys = parser.parse_known_args(arguments)
+    return given, read_protocol(["--config", given.config, *keys])
+
+
+if __name__ == "__main__":
+    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    with exit_on_user_error():
+        parse_arguments(sys.argv[1:])
+
+from pathlib import Path
+
+from transfusion_mot.evaluation.protocol.assignment import listed_prompts
+from transfusion_mot.evaluation.protocol.prompts import prompts_hash
+from transfusion_mot.evaluation.protocol.sample_files import write_metadata
+
+
+def main() -> None:
+    arguments, protocol = parse_arguments(sys.argv[1:])
+    prompts, _, _ = listed_prompts(protocol)
+    write_metadata(prompts, Path(arguments.output))
+    images = {prompt.image_id for prompt in prompts if prompt.image_id is not None}
+    of_images = f" of {len(images):,} distinct images" if images else ""
+    print(f"{len(prompts):,} prompts{of_images}, {prompts_hash(prompts)}, in {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
