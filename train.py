@@ -9,10 +9,14 @@ losses at a time and nothing else but warnings and errors.
 import logging
 import os
 import sys
+from pathlib import Path
 
 from transfusion_mot.cli.train_help import train_help
 from transfusion_mot.config import RunConfig, parse_sections
+from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.hub_names import refuse_missing_start
+from transfusion_mot.training.checkpoint import find_state
 
 
 def main(arguments: list[str]) -> None:
@@ -25,9 +29,13 @@ def main(arguments: list[str]) -> None:
     if quiet:
         # Read by tqdm when it is imported: bars of reading and encoding.
         os.environ["TQDM_DISABLE"] = "1"
-    # PyTorch takes seconds to load. --help and misspelt keys do not wait for it.
+    # PyTorch takes seconds to load. --help, misspelt keys and missing files do not wait for it.
     if "--plan" not in arguments:
-        parse_sections(RunConfig, arguments, "")
+        sections = parse_sections(RunConfig, arguments, "")
+        refuse_missing_sources(sections["data"].sources)
+        is_new = find_state(Path(sections["output_dir"]), sections["resume"]) is None
+        if is_new and sections["init_from"] is not None:
+            refuse_missing_start(sections["init_from"])
     from transfusion_mot.run.train import run
 
     run(arguments, quiet=quiet)

@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_mot.config import DataConfig
+from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.path_options import PathOption
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", required=True, metavar="FOLDER", help="of python -m transfusion_mot.data.sprites")
+    parser.add_argument(
+        "--sprites",
+        action=PathOption,
+        check=Sprites,
+        required=True,
+        metavar="FOLDER",
+        help="of python -m transfusion_mot.data.sprites",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines as GenEval has them")
     return parser.parse_args(arguments)
 
@@ -37,7 +46,6 @@ from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_composer import Composer
 from transfusion_mot.data.scene_objects import plural_of, with_article
 from transfusion_mot.data.scenes import NUMBERS
-from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.evaluation.composition import Drawings
 from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.images import pick_device

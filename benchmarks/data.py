@@ -25,6 +25,7 @@ from pathlib import Path
 from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import Metric, save_metrics
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,7 +41,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--downsampling", type=int, default=8, metavar="F", help="pixels a latent, along a side (8)")
     add("--num-images", type=int, default=2000, metavar="N", help="JPEG files to write (2000)")
     add("--seconds", type=float, default=20.0, metavar="S", help="how long each number is measured (20)")
-    add("--folder", metavar="DIR", help="where the data is written for the time being (default: the system's)")
+    add(
+        "--folder",
+        action=PathOption,
+        check=existing("a folder to write into"),
+        metavar="DIR",
+        help="where the data is written for the time being (default: the system's)",
+    )
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--output", default="benchmarks/results/data.json", metavar="FILE", help="JSON file to write")
     return parser.parse_args(arguments)

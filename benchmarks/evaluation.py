@@ -16,6 +16,8 @@ from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.path_options import PathOption
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = (
@@ -28,7 +30,8 @@ PROMPTS = (
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints" / "emoji"), metavar="FOLDER")
+    shipped = str(ROOT / "checkpoints" / "emoji")
+    parser.add_argument("--checkpoint", action=PathOption, check=find_snapshot, default=shipped, metavar="FOLDER")
     parser.add_argument("--num-images", type=at_least_one, default=30000, metavar="N", help="painted images (30000)")
     parser.add_argument("--steps", type=at_least_one, default=25, metavar="N", help="reverse steps (25)")
     parser.add_argument("--batch-size", type=at_least_one, default=256, metavar="N", help="painted at a time (256)")

@@ -21,6 +21,7 @@ from typing import Any, get_args
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
 from transfusion_mot.evaluation.defaults import FeatureChoice, default_num_workers
+from transfusion_mot.path_options import PathOption, existing
 
 # As fast as the published one, where that cannot be had.
 RANDOM = "random-inception"
@@ -29,7 +30,13 @@ RANDOM = "random-inception"
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("--folder", metavar="FOLDER", help="images (default: PNG files that it writes)")
+    parser.add_argument(
+        "--folder",
+        action=PathOption,
+        check=existing("a folder of images"),
+        metavar="FOLDER",
+        help="images (default: PNG files that it writes)",
+    )
     parser.add_argument(
         "--num-images", type=at_least_one, default=30000, metavar="N", help="most images (30000, as many as papers use)"
     )

@@ -15,12 +15,20 @@ from collections.abc import Sequence
 
 from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.path_options import PathOption, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, or names on the Hugging Face hub")
+    parser.add_argument(
+        "models",
+        action=PathOption,
+        check=existing_or_on_hub("MODEL"),
+        nargs="+",
+        metavar="MODEL",
+        help="folders, or names on the Hugging Face hub",
+    )
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 

@@ -14,6 +14,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
+from transfusion_mot.errors import UserError, exit_on_user_error
+
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"mot": "#e87f2e", "dense": "#3465a4", "gather_scatter": "#888a85", "transfusion_pytorch": "#75507b"}
 
@@ -25,7 +27,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     reports = {file.stem: json.loads(file.read_text()) for file in sorted(options.results.glob("train_step-*.json"))}
     if not reports:
-        raise SystemExit(f"{options.results} holds no train_step-*.json; run python -m benchmarks.train_step first")
+        raise UserError(f"{options.results} holds no train_step-*.json; run python -m benchmarks.train_step first")
     output = options.output or options.results / "train_step.png"
     draw(reports, output)
     print(output)
@@ -77,4 +79,5 @@ def _label(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -23,6 +23,7 @@ from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import metrics_table, read_report, save_metrics
 from transfusion_mot.files import lines_of
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -32,8 +33,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder of train.py")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="what evaluate/benchmark.py made of it (its newest)")
+    parser.add_argument(
+        "--run",
+        action=PathOption,
+        check=existing("a run folder of train.py"),
+        required=True,
+        metavar="FOLDER",
+        help="run folder of train.py",
+    )
+    parser.add_argument(
+        "--evaluation",
+        action=PathOption,
+        check=existing("a folder that evaluate/benchmark.py has written"),
+        metavar="FOLDER",
+        help="what evaluate/benchmark.py made of it (its newest)",
+    )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="receives generated/, captions and metrics.json"
     )

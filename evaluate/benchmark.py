@@ -20,21 +20,27 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.command import add_device, command_parser, run_command
+from transfusion_mot.evaluation.command import add_checkpoint, add_device, command_parser, run_command
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
 from transfusion_mot.evaluation.report.content import Report, now, used_versions
 from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
     parser = command_parser(__doc__)
     parser.epilog = described_keys()
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument("--config", metavar="FILE", help="protocol (default: the held-out documents of the run)")
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--config",
+        action=PathOption,
+        check=existing("a protocol, such as configs/eval/coco.yaml"),
+        metavar="FILE",
+        help="protocol (default: the held-out documents of the run)",
+    )
     parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
     add_device(parser)
     given, keys = parser.parse_known_args(arguments)
-    given.checkpoint = find_snapshot(given.checkpoint)
     if given.config is not None:
         keys = ["--config", given.config, *keys]
     return given, read_protocol(keys)
@@ -67,7 +73,7 @@ def main() -> None:
     processes, device = open_processes(arguments.device)
     # In float32: what the sampler computes with.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
-    snapshot = arguments.checkpoint
+    snapshot = find_snapshot(arguments.checkpoint)
     output = Path(arguments.output or default_output(snapshot))
     check_writable_folder(output, "output")
     pipeline = load_pipeline(snapshot, protocol).to(device)

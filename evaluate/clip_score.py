@@ -16,21 +16,40 @@ from collections.abc import Sequence
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import CLIP_PREFIX, DEFAULT_CLIP, default_num_workers
+from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("folder", metavar="GENERATED_FOLDER", help="images and their metadata.jsonl")
+    parser.add_argument(
+        "folder",
+        action=PathOption,
+        check=existing("a folder with images and a metadata.jsonl, as sample.py writes it"),
+        metavar="GENERATED_FOLDER",
+        help="images and their metadata.jsonl",
+    )
     parser.add_argument(
         "--clip",
+        action=PathOption,
+        check=existing_or_on_hub("--clip"),
         nargs="+",
         metavar="NAME_OR_FOLDER",
         help=f"CLIP models ({DEFAULT_CLIP}, or none where only scores of preference are asked for)",
     )
-    parser.add_argument("--pickscore", metavar="NAME_OR_FOLDER", help="also PickScore, for example PickScore_v1")
     parser.add_argument(
-        "--hpsv2", metavar="FOLDER", help="also HPSv2, of a model in the format of transformers (CLIP ViT-H/14)"
+        "--pickscore",
+        action=PathOption,
+        check=existing_or_on_hub("--pickscore"),
+        metavar="NAME_OR_FOLDER",
+        help="also PickScore, for example PickScore_v1",
+    )
+    parser.add_argument(
+        "--hpsv2",
+        action=PathOption,
+        check=existing_or_on_hub("--hpsv2"),
+        metavar="FOLDER",
+        help="also HPSv2, of a model in the format of transformers (CLIP ViT-H/14)",
     )
     parser.add_argument("--prefix", action="store_true", help=f"put '{CLIP_PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")

@@ -15,12 +15,20 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
 from transfusion_mot.evaluation.report.content import read_report
+from transfusion_mot.path_options import PathOption
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report.json, or the folder that holds it")
+    parser.add_argument(
+        "reports",
+        action=PathOption,
+        check=read_report,
+        nargs="+",
+        metavar="REPORT",
+        help="report.json, or the folder that holds it",
+    )
     parser.add_argument("--output", type=writable_file, metavar="FILE", help="also write the table as markdown")
     given = parser.parse_args(arguments)
     if len(given.reports) < 2:

@@ -12,16 +12,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.command import add_device, add_output, add_painted, command_parser, publish, run_command
+from transfusion_mot.path_options import PathOption
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("folder", metavar="GENERATED_FOLDER", help="pictures and lines, laid out as GenEval's")
+    add_painted(parser)
     parser.add_argument(
-        "--sprites", required=True, metavar="FOLDER", help="drawings, from python -m transfusion_mot.data.sprites"
+        "--sprites",
+        action=PathOption,
+        check=Sprites,
+        required=True,
+        metavar="FOLDER",
+        help="drawings, from python -m transfusion_mot.data.sprites",
     )
     add_device(parser)
     add_output(parser)
@@ -33,7 +40,6 @@ if __name__ == "__main__":
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
-from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.evaluation.composition import Drawings, composition_metrics
 from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.images import pick_device

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
-    add_checkpoint,
     add_device,
     add_output,
+    add_run,
     at_least_one,
     command_parser,
     publish,
@@ -27,7 +27,7 @@ from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_checkpoint(parser)
+    add_run(parser)
     parser.add_argument("--num-images", type=at_least_one, metavar="N", help="held-out images (default: all)")
     parser.add_argument(
         "--bins",

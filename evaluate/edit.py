@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from transfusion_mot.cli.options import DTYPES
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
-    add_checkpoint,
     add_device,
     add_output,
+    add_run,
     at_least_one,
     command_parser,
     publish,
@@ -29,7 +29,7 @@ from transfusion_mot.evaluation.report.content import Metric
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_checkpoint(parser)
+    add_run(parser)
     parser.add_argument(
         "--num-pairs", type=at_least_one, default=256, metavar="N", help="held-out pairs of each source (default: 256)"
     )

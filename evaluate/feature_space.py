@@ -14,16 +14,25 @@ import sys
 from collections.abc import Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser, run_command
+from transfusion_mot.evaluation.command import add_config, add_device, at_least_one, command_parser, run_command
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.path_options import PathOption
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, or snapshots")
+    parser.add_argument(
+        "runs",
+        action=PathOption,
+        check=find_snapshot,
+        nargs="+",
+        metavar="RUN",
+        help="run folders of train.py, or snapshots",
+    )
     parser.add_argument(
         "--output", default="feature_space", metavar="FOLDER", help="where results go (default: feature_space)"
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration that names the data (default: each run's)")
+    add_config(parser, "configuration that names the data (default: each run's)")
     parser.add_argument(
         "--num-documents", type=at_least_one, default=256, metavar="N", help="held-out documents (default: 256)"
     )
@@ -51,7 +60,7 @@ from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.evaluation.feature_space import LayerSpace, layer_space, plot_spaces, spaces_json, spaces_table
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.files import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import codecs_of
 from transfusion_mot.sampling.hidden_states import check_one_width, hidden_states

@@ -24,17 +24,26 @@ from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
 from transfusion_mot.evaluation.report.content import Metric
+from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument(
         "real",
+        action=PathOption,
+        check=existing("a folder of images, a tar file of them, or statistics"),
         metavar="REAL",
         help="real images: of a folder those in its metadata.jsonl, else every .png, .jpg, .jpeg, .webp, .bmp and "
         ".tiff, in subfolders too; a tar file; or statistics (.npz with mu and sigma)",
     )
-    parser.add_argument("generated", metavar="GENERATED", help="generated images, as many as possible")
+    parser.add_argument(
+        "generated",
+        action=PathOption,
+        check=existing("a folder of images, or a tar file of them"),
+        metavar="GENERATED",
+        help="generated images, as many as possible",
+    )
     parser.add_argument(
         "--features",
         nargs="+",
@@ -42,17 +51,40 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=["auto"],
         help="networks to compare images in (auto)",
     )
-    parser.add_argument("--inception-weights", metavar="FILE", help="local path of inception-2015-12-05.pt")
-    parser.add_argument("--legacy-weights", metavar="FILE", help="local path of pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument(
+        "--inception-weights",
+        action=PathOption,
+        check=existing("the file inception-2015-12-05.pt"),
+        metavar="FILE",
+        help="local path of inception-2015-12-05.pt",
+    )
+    parser.add_argument(
+        "--legacy-weights",
+        action=PathOption,
+        check=existing("the file pt_inception-2015-12-05-6726825d.pth"),
+        metavar="FILE",
+        help="local path of pt_inception-2015-12-05-6726825d.pth",
+    )
     parser.add_argument(
         "--other-weights",
         action="store_true",
         help="take other weights of FID's network from these files, too; their numbers are not called FID",
     )
     parser.add_argument("--dinov2", default=DEFAULT_DINOV2, metavar="NAME", help=f"network of timm ({DEFAULT_DINOV2})")
-    parser.add_argument("--dinov2-weights", metavar="FILE", help="local path of its weights")
     parser.add_argument(
-        "--cmmd-clip", default=DEFAULT_CMMD_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model ({DEFAULT_CMMD_CLIP})"
+        "--dinov2-weights",
+        action=PathOption,
+        check=existing("the file of the weights of --dinov2"),
+        metavar="FILE",
+        help="local path of its weights",
+    )
+    parser.add_argument(
+        "--cmmd-clip",
+        action=PathOption,
+        check=existing_or_on_hub("--cmmd-clip"),
+        default=DEFAULT_CMMD_CLIP,
+        metavar="NAME_OR_FOLDER",
+        help=f"CLIP model ({DEFAULT_CMMD_CLIP})",
     )
     parser.add_argument(
         "--image-size",

@@ -13,19 +13,30 @@ import sys
 from collections.abc import Sequence
 
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.command import add_device, add_output, add_painted, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import DEFAULT_CLIP, DEFAULT_DETECTOR
+from transfusion_mot.path_options import PathOption, existing_or_on_hub
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("folder", metavar="GENERATED_FOLDER", help="pictures and lines, laid out as GenEval's")
+    add_painted(parser)
     parser.add_argument(
-        "--detector", default=DEFAULT_DETECTOR, metavar="NAME_OR_FOLDER", help=f"Mask2Former ({DEFAULT_DETECTOR})"
+        "--detector",
+        action=PathOption,
+        check=existing_or_on_hub("--detector"),
+        default=DEFAULT_DETECTOR,
+        metavar="NAME_OR_FOLDER",
+        help=f"Mask2Former ({DEFAULT_DETECTOR})",
     )
     parser.add_argument(
-        "--clip", default=DEFAULT_CLIP, metavar="NAME_OR_FOLDER", help=f"CLIP model that names colours ({DEFAULT_CLIP})"
+        "--clip",
+        action=PathOption,
+        check=existing_or_on_hub("--clip"),
+        default=DEFAULT_CLIP,
+        metavar="NAME_OR_FOLDER",
+        help=f"CLIP model that names colours ({DEFAULT_CLIP})",
     )
     add_device(parser)
     add_output(parser)

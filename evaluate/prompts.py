@@ -14,12 +14,20 @@ from collections.abc import Sequence
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig, read_protocol
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, ProtocolConfig]:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="protocol whose prompts stand in a file")
+    parser.add_argument(
+        "--config",
+        action=PathOption,
+        check=existing("a protocol, such as configs/eval/coco.yaml"),
+        required=True,
+        metavar="FILE",
+        help="protocol whose prompts stand in a file",
+    )
     parser.add_argument("--output", required=True, type=writable_file, metavar="FILE", help="JSON lines to write")
     given, keys = parser.parse_known_args(arguments)
     return given, read_protocol(["--config", given.config, *keys])

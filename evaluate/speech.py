@@ -18,28 +18,32 @@ from collections.abc import Sequence
 from transfusion_mot.cli.options import DTYPES
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
+    add_checkpoint,
+    add_config,
     add_device,
     add_output,
+    add_recordings,
     at_least_one,
     command_parser,
     publish,
     run_command,
 )
+from transfusion_mot.path_options import PathOption, existing_or_on_hub
 
 _POCKETSPHINX, _NONE = "pocketsphinx", "none"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument(
-        "--recordings", nargs="+", required=True, metavar="FOLDER", help="folders of recordings with a metadata.jsonl"
-    )
+    add_checkpoint(parser)
+    add_recordings(parser)
     parser.add_argument(
         "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
     )
     parser.add_argument(
         "--recogniser",
+        action=PathOption,
+        check=existing_or_on_hub("--recogniser"),
         default=_POCKETSPHINX,
         metavar="NAME",
         help=f"{_POCKETSPHINX} (default), a model of transformers by name or folder, or {_NONE}",
@@ -49,7 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="also the held-out loss of each modality, on the documents of the run's configuration",
     )
-    parser.add_argument("--config", metavar="FILE", help="configuration that names them (default: the run's)")
+    add_config(parser, "configuration that names them (default: the run's)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="of its speech (default: the checkpoint's)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of its speech (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="of its speech (default: 1, all codes)")

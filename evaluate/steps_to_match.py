@@ -14,19 +14,23 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command
 from transfusion_mot.files import check_writable_folder
+from transfusion_mot.path_options import PathOption, existing
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("run_a", metavar="RUN_A", help="run folder whose final losses are to be reached")
-    parser.add_argument("run_b", metavar="RUN_B", help="run folder that reaches them")
+    run: dict[str, Any] = {"action": PathOption, "check": existing("a run folder of train.py")}
+    parser.add_argument("run_a", **run, metavar="RUN_A", help="run folder whose final losses are to be reached")
+    parser.add_argument("run_b", **run, metavar="RUN_B", help="run folder that reaches them")
     parser.add_argument(
         "--seed",
         nargs=2,
@@ -38,7 +42,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
     )
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    for path in chain(*given.seed):
+        run["check"](path)
+    return given
 
 
 if __name__ == "__main__":

@@ -14,22 +14,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from transfusion_mot.config import SourceConfig
+from transfusion_mot.data.sources.paths import refuse_missing_files
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
-    add_checkpoint,
     add_device,
     add_output,
+    add_run,
     at_least_one,
     command_parser,
     publish,
     run_command,
 )
+from transfusion_mot.path_options import PathOption
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_checkpoint(parser)
-    parser.add_argument("--texts", nargs="+", metavar="FILE", help="texts to read instead of the run's held-out ones")
+    add_run(parser)
+    parser.add_argument(
+        "--texts",
+        action=PathOption,
+        check=lambda file: refuse_missing_files(file, "text"),
+        nargs="+",
+        metavar="FILE",
+        help="texts to read instead of the run's held-out ones",
+    )
     parser.add_argument("--num-texts", type=at_least_one, metavar="N", help="first texts of each source (default: all)")
     add_device(parser)
     add_output(parser)

@@ -1,6 +1,7 @@
-"""`--help` and mistakes in the options come before PyTorch is loaded, which takes seconds: of every command."""
+"""`--help`, mistakes in the options and files that are not there come before PyTorch is loaded, which takes seconds."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ COMMANDS = sorted(
     for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
     if '\nif __name__ == "__main__":' in path.read_text()
 )
-# Runs each command in turn, and stops each where it asks for a slow package => what came of it, as JSON.
+# Runs each command in turn, and stops each where it asks for a slow package => what came of it, as JSON: its end, what
+# it printed, and the options and arguments that take a text.
 RUNNER = """
-import contextlib, io, json, runpy, sys
+import argparse, contextlib, io, json, pathlib, runpy, shlex, sys
 SLOW = {"torch", "torchvision", "accelerate", "diffusers", "transformers", "datasets", "timm", "gradio"}
 
 class Stops:
@@ -28,9 +30,21 @@ class Stops:
             raise RuntimeError("imports " + name)
 
 sys.meta_path.insert(0, Stops())
+parse, texts = argparse.ArgumentParser.parse_known_args, []
+
+def note_and_parse(self, *given, **how):
+    if not type(self).__module__.startswith("jsonargparse"):
+        texts[:] = [
+            ([*action.option_strings, action.dest][0], action.nargs if isinstance(action.nargs, int) else 1)
+            for action in self._actions
+            if action.type in (None, pathlib.Path) and action.nargs != 0 and action.choices is None
+        ]
+    return parse(self, *given, **how)
+
+argparse.ArgumentParser.parse_known_args = note_and_parse
 outcomes = {}
 for words in json.loads(sys.argv[1]):
-    sys.argv = words
+    sys.argv, texts[:] = words, []
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -38,28 +52,47 @@ for words in json.loads(sys.argv[1]):
         outcome = 0
     except SystemExit as end:
         outcome = end.code
-    except RuntimeError as error:
-        outcome = str(error)
-    outcomes[" ".join(words)] = [outcome, printed.getvalue()]
+    except Exception as error:
+        outcome = repr(error)
+    outcomes[shlex.join(words)] = [outcome, printed.getvalue(), list(texts)]
 print(json.dumps(outcomes))
 """
-# What files and options say together.
+# Texts that name nothing that is read: files to write, devices, prompts, names of other things.
+NOT_READ = {
+    *("--output", "--save", "--picture", "--cache-dir", "--device", "--host", "output", "prompts"),
+    *("--negative-prompt", "--prompt", "--scheduler", "--dinov2", "--protocol", "--held-out"),
+}
+MISSING = "./nowhere/there"
+_SOURCES = shlex.quote(f"data.sources=[{{kind: imagefolder, path: {MISSING}}}]")
+# What options and files say together.
 MISTAKES = {
     "sample.py": "there is nothing to do",
     "sample.py sun --checkpoint nowhere": "there is no folder nowhere",
     "evaluate/benchmark.py --checkpoint nowhere": "there is no folder nowhere",
     "train.py --config nowhere.yaml": "there is no configuration file",
+    f"train.py init_from={MISSING}": f"init_from '{MISSING}' does not exist",
+    **{
+        f"{command} {_SOURCES}": f"imagefolder source '{MISSING}' is not a folder"
+        for command in (
+            "train.py",
+            *(f"transfusion_mot/{name}.py" for name in ("autoencoder", "data/cache", "data/inspect")),
+        )
+    },
 }
+
+
+def run(lines: list[list[str]]) -> dict[str, list]:
+    """Outcomes by command line."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list]:
     lines = [[command, word] for command in COMMANDS for word in ("--help", "--no-such-option=1")]
-    lines += [mistake.split() for mistake in MISTAKES]
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    return run(lines + [shlex.split(mistake) for mistake in MISTAKES])
 
 
 def test_there_are_commands() -> None:
@@ -69,20 +102,41 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_does_not_load_pytorch(command: str, outcomes: dict[str, list]) -> None:
-    outcome, printed = outcomes[f"{command} --help"]
+    outcome, printed, _ = outcomes[f"{command} --help"]
     assert outcome in (0, None), printed
     assert "usage: " in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_option_is_refused_before_pytorch_is_loaded(command: str, outcomes: dict[str, list]) -> None:
-    outcome, printed = outcomes[f"{command} --no-such-option=1"]
+    outcome, printed, _ = outcomes[f"{command} --no-such-option=1"]
     assert outcome == 2, printed
     assert "error: " in printed
 
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_what_is_missing_is_said_before_pytorch_is_loaded(line: str, outcomes: dict[str, list]) -> None:
-    outcome, printed = outcomes[line]
+    outcome, printed, _ = outcomes[line]
     assert outcome == 2, printed
     assert f"error: {MISTAKES[line]}" in printed
+
+
+def test_every_path_that_is_missing_is_said_before_pytorch_is_loaded(outcomes: dict[str, list]) -> None:
+    lines = []
+    for command in COMMANDS:
+        _, _, texts = outcomes[f"{command} --help"]
+        arguments = [name for name, _ in texts if not name.startswith("-")]
+        for name, count in texts:
+            # Those before it are there.
+            before = ["."] * arguments.index(name) if name in arguments else [name]
+            after = [] if name in arguments else ["."] * len(arguments)
+            if name not in NOT_READ:
+                lines.append([command, *before, *[MISSING] * count, *after])
+    assert len(lines) > 50
+    answers = {line: answer for line, (*answer, _) in run(lines).items()}
+    wrong = {
+        line: (outcome, printed)
+        for line, (outcome, printed) in answers.items()
+        if outcome != 2 or not printed.startswith("error: ") or "nowhere" not in printed or printed.count("\n") != 1
+    }
+    assert not wrong, "\n".join(f"{line}: {outcome} {printed}" for line, (outcome, printed) in wrong.items())

@@ -114,11 +114,11 @@ def test_captions_of_a_benchmark_bring_their_references(run, tmp_path):
     assert {name: found[0][name] for name in by_hand} == by_hand
     assert found[0]["BLEU-1"] < 0.7
     clip = str(save_tiny_clip(tmp_path / "clip"))
+    (tmp_path / "real").mkdir()
     words = ["--images", "real", "--clip", clip, "--output", "clip.json"]
     status, _, errors = run("captioning.py", "captions.jsonl", *words)
     assert status == 2
     assert "image 'real/0' does not exist" in errors
-    (tmp_path / "real").mkdir()
     for number in range(2):
         Image.new("RGB", (40, 40), ("red", "blue")[number]).save(tmp_path / "real" / str(number), format="PNG")
     assert run("captioning.py", "captions.jsonl", *words)[0] == 0
@@ -149,8 +149,11 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fid.py", "nowhere", "nowhere"], "'nowhere' is not a folder"),
-        (["fid.py", "REAL", "REAL", "--inception-weights", "no.pt"], "cannot read the weights 'no.pt'"),
+        (["fid.py", "nowhere", "nowhere"], "there is no 'nowhere'; give a folder of images"),
+        (
+            ["fid.py", "REAL", "REAL", "--inception-weights", "no.pt"],
+            "there is no 'no.pt'; give the file inception-2015",
+        ),
         (
             ["fid.py", *PAIR, "--device", "abacus"],
             "device 'abacus' cannot be used",
@@ -169,21 +172,22 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
         ),
         # The network that is missing is found before the other one has computed anything.
         (
-            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "inception", "--inception-weights", "no.pt"],
-            "cannot read the weights 'no.pt'",
+            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "inception", "--inception-weights", __file__],
+            "is not the Inception of FID: its SHA-256 is",
         ),
         (
-            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "--inception-weights", "no.pt"],
-            "inception weights 'no.pt' are given, and the features are efficientnet",
+            ["fid.py", "REAL", "REAL", "--features", "efficientnet", "--inception-weights", __file__],
+            f"inception weights '{__file__}' are given, and the features are efficientnet",
         ),
-        (["clip_score.py", "nowhere"], "metadata.jsonl' does not exist"),
-        (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip"),
-        (["captioning.py", "no.json", "no.json"], "cannot read no.json"),
-        (["captioning.py", "a.jsonl", "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
+        (["clip_score.py", "nowhere"], "there is no 'nowhere'; give a folder with images and a metadata.jsonl"),
+        (["clip_score.py", str(Path(__file__).parent)], "metadata.jsonl' does not exist"),
+        (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip './no/clip' does not exist"),
+        (["captioning.py", "no.json", "no.json"], "there is no 'no.json'; give a file of captions"),
+        (["captioning.py", __file__, "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
         (["fid.py"], "the following arguments are required"),
-        (["fid.py", "nowhere", "nowhere", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
-        (["compare.py", "nowhere", "nowhere", "--output", "."], "output '.' is a folder; give the name of a file"),
-        (["steps_to_match.py", "nowhere", "nowhere", "--output", "/dev/null/out"], "output '/dev/null/out' cannot be"),
+        (["fid.py", ".", ".", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
+        (["compare.py", "--output", ".", "nowhere", "nowhere"], "output '.' is a folder; give the name of a file"),
+        (["steps_to_match.py", ".", ".", "--output", "/dev/null/out"], "output '/dev/null/out' cannot be"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message):

@@ -19,7 +19,7 @@ from PIL import Image
 from process_group import clean_process, run_processes, run_script
 from test_pipeline import IMAGE_SIZE, tiny_pipeline
 
-from transfusion_mot.cli import loading, sampling
+from transfusion_mot.cli import sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.errors import exit_on_user_error
@@ -401,11 +401,11 @@ def test_ten_thousand_prompts_are_painted(sample, tmp_path):
 
 
 def test_a_checkpoint_in_the_repository_is_the_default(sample, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "SHIPPED_CHECKPOINT", tmp_path / "nothing")
+    monkeypatch.setattr("transfusion_mot.cli.options.SHIPPED_CHECKPOINT", tmp_path / "nothing")
     with pytest.raises(SystemExit):
         sample("sun", "--output", tmp_path / "out", checkpoint=None)
     assert capsys.readouterr().err.startswith("error: no --checkpoint is given and checkpoints/emoji does not exist")
-    monkeypatch.setattr(loading, "SHIPPED_CHECKPOINT", run)
+    monkeypatch.setattr("transfusion_mot.cli.options.SHIPPED_CHECKPOINT", run)
     sample("sun", "--output", tmp_path / "out", checkpoint=None)
     assert len(lines(tmp_path / "out")) == 1
 

@@ -131,6 +131,10 @@ def test_mistakes(run, tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", 1.0)
     status, _, errors = run(a, tmp_path / "nothing")
     assert status == 2
+    assert "nothing'; give a run folder of train.py" in errors
+    (tmp_path / "nothing").mkdir()
+    status, _, errors = run(a, tmp_path / "nothing")
+    assert status == 2
     assert "nothing holds no metrics.jsonl with losses" in errors
     assert run("--help")[0] == 0
 

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from transfusion_mot.config import AutoencoderTrainingConfig, parse_config
+from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import exit_on_user_error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train, as the command line says."""
     config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
+    refuse_missing_sources(config.data.sources)
     # PyTorch takes seconds to load. --help and mistakes in the configuration do not wait for it.
     import torch
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +24,22 @@ def lines_of(text: str) -> list[str]:
     U+0085, U+2028 and others.
     """
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file; "-" is standard input.
+
+    Args:
+        what: What the file is, for the message.
+
+    Raises:
+        UserError: It is not there, or no UTF-8.
+    """
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return lines_of(content.decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} '{path}' cannot be read as UTF-8 text: {error}") from None
 
 
 def claim(path: Path, content: dict[str, Any]) -> dict[str, Any]:

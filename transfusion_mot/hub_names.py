@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from transfusion_mot.errors import UserError
 
@@ -32,6 +32,27 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
         )
 
 
+def refuse_missing_start(name: str) -> None:
+    """Refuse an `init_from` that reads like a local path and is none.
+
+    Raises:
+        UserError: As `refuse_missing_path`.
+    """
+    refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
+
+
+def ask_hub(name: str) -> None:
+    """Ask the hub once for a repository that is no local path, before a library asks for each of its files.
+
+    Without a network the libraries try each file again and again, for half a minute.
+
+    Raises:
+        OSError, ValueError: The hub cannot be reached and the repository is not in the cache, or there is none.
+    """
+    if not Path(name).exists():
+        _fetched(name, ["config.json"])
+
+
 def download(name: str, patterns: Sequence[str], what: str) -> Path:
     """A folder with the files of a repository on the hub that match one of the patterns.
 
@@ -44,9 +65,17 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         UserError: It cannot be had.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return _fetched(name, patterns)
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(
             f"{what}={name} is neither a folder nor can it be had from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]})"
         ) from None
+
+
+def _fetched(name: str, patterns: Sequence[str]) -> Path:
+    """`snapshot_download`, with a short message where there is no network."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError:
+        raise OSError("it is not in the cache, and the hub cannot be reached, or HF_HUB_OFFLINE is set") from None

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from transfusion_mot.cli.options import PROMPTS_FILE
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.protocol.prompts import derived_seed
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import read_lines
 
 SLUG_LENGTH = 48
 
@@ -56,11 +56,7 @@ def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str
 def _lines_of(file: str, state: PartialState) -> list[str]:
     if file == "-" and state.num_processes > 1:
         raise UserError("several processes cannot share standard input; write the prompts into a file")
-    try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return lines_of(content.decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts file '{file}' cannot be read as UTF-8 text: {error}") from None
+    return read_lines(file, PROMPTS_FILE)
 
 
 def plan(prompts: list[str], num_images: int, seed: int, first: int = 0, *, are_files: bool = False) -> list[Item]:

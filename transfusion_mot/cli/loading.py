@@ -1,18 +1,14 @@
 """A checkpoint, as a user names it, => a pipeline that is ready on its device."""
 
-from pathlib import Path
-
 import torch
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.pipeline import TransfusionPipeline
 
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
-
 
 def load_pipeline(
-    checkpoint: str | None,
+    checkpoint: str,
     device: str | torch.device,
     dtype: str | None,
     *,
@@ -22,7 +18,7 @@ def load_pipeline(
     """The pipeline of a run or snapshot, with adapters added to its weights.
 
     Args:
-        checkpoint: A run folder or a snapshot; None is the one that comes with the repository.
+        checkpoint: A run folder or a snapshot.
         device: Where it computes.
         dtype: Number format of the transformer, `bf16` or `fp32`; None is `bf16` on CUDA and `fp32` elsewhere.
         lora: The folder of an adapter, or None.
@@ -31,9 +27,7 @@ def load_pipeline(
     Raises:
         UserError: There is no such snapshot, adapter or device.
     """
-    if checkpoint is None and not SHIPPED_CHECKPOINT.exists():
-        raise UserError("no --checkpoint is given and checkpoints/emoji does not exist; give a run folder of train.py")
-    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint or str(SHIPPED_CHECKPOINT)))
+    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
     if lora is not None:
         pipeline.load_lora_weights(lora)
     if pipeline.get_active_adapters():

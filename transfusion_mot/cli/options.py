@@ -1,14 +1,20 @@
 """The options of sample.py, and what does not go together among them."""
 
 import argparse
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from transfusion_mot.config import DEFAULT_STRENGTH
+from transfusion_mot.data.audio import audio_seconds
+from transfusion_mot.data.images import displayed_size
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import find_snapshot
+from transfusion_mot.files import find_snapshot, read_lines
 from transfusion_mot.installed import as_called
+from transfusion_mot.path_options import PathOption, existing_or_on_hub
 
+PROMPTS_FILE = "prompts file"
 DTYPES = ("bf16", "fp32")
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
 # The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
 PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
 TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)
@@ -39,11 +45,15 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--checkpoint",
+        action=PathOption,
+        check=find_snapshot,
         metavar="FOLDER",
         help="a run folder of train.py (its newest snapshot is used), or a snapshot (default: checkpoints/emoji)",
     )
     add(
         "--lora",
+        action=PathOption,
+        check=existing_or_on_hub("--lora"),
         metavar="FOLDER",
         help="a low-rank adapter of the checkpoint: a run with lora, or its snapshots/step-N",
     )
@@ -55,7 +65,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
         "it writes and when it paints, speak, or transcribe audio (default: caption, edit or transcribe if that option "
         "is given, else image)",
     )
-    add("--prompts-file", metavar="FILE", help="a prompt on each line, empty lines are skipped; - is standard input")
+    add(
+        "--prompts-file",
+        action=PathOption,
+        # Standard input can be read once.
+        check=lambda file: file == "-" or read_lines(file, PROMPTS_FILE),
+        metavar="FILE",
+        help="a prompt on each line, empty lines are skipped; - is standard input",
+    )
     add("--num-images", type=int, default=1, metavar="N", help="results of each prompt (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
     add(
@@ -116,7 +133,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--gif", action="store_true", help="also write it as an animation")
 
     add = parser.add_argument_group("editing (of a model that was trained on editing pairs)").add_argument
-    add("--edit", metavar="FILE", help='edit this picture as each prompt says, such as "make it green"')
+    add(
+        "--edit",
+        action=PathOption,
+        check=displayed_size,
+        metavar="FILE",
+        help='edit this picture as each prompt says, such as "make it green"',
+    )
     add(
         "--image-guidance-scale",
         type=float,
@@ -128,6 +151,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add = parser.add_argument_group("variations (of any model)").add_argument
     add(
         "--image",
+        action=PathOption,
+        check=displayed_size,
         metavar="FILE",
         help="paint variations of this picture; with --task auto, what comes first; with --task speech, say what "
         "is in it",
@@ -140,11 +165,18 @@ def parse_arguments(description: str) -> argparse.Namespace:
         help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left "
         f"(default: {DEFAULT_STRENGTH})",
     )
-    add("--mask", metavar="FILE", help="of the size of --image; white is painted anew, black is kept")
+    add(
+        "--mask",
+        action=PathOption,
+        check=displayed_size,
+        metavar="FILE",
+        help="of the size of --image; white is painted anew, black is kept",
+    )
 
     add = parser.add_argument_group("speech (of a model that was trained on audio)").add_argument
-    add("--transcribe", nargs="+", default=[], metavar="AUDIO", help="audio files to write down: WAV, FLAC, Ogg, MP3")
-    add("--speech", nargs="+", default=[], metavar="AUDIO", help="paint what is said in audio files, not prompts")
+    audio: dict[str, Any] = {"action": PathOption, "check": audio_seconds, "nargs": "+", "default": []}
+    add("--transcribe", **audio, metavar="AUDIO", help="audio files to write down: WAV, FLAC, Ogg, MP3")
+    add("--speech", **audio, metavar="AUDIO", help="paint what is said in audio files, not prompts")
     add(
         "--max-seconds",
         type=float,
@@ -153,7 +185,15 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("writing").add_argument
-    add("--caption", nargs="+", default=[], metavar="IMAGE", help="image files to caption")
+    add(
+        "--caption",
+        action=PathOption,
+        check=displayed_size,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="image files to caption",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest text (default: 64)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
@@ -168,7 +208,19 @@ def parse_arguments(description: str) -> argparse.Namespace:
     elif arguments.output is None and arguments.task in _FOLDERS:
         arguments.output = _FOLDERS[arguments.task]
     _check(arguments)
+    arguments.checkpoint = arguments.checkpoint or shipped_checkpoint()
     return arguments
+
+
+def shipped_checkpoint() -> str:
+    """The snapshot that comes with the repository, for commands without --checkpoint.
+
+    Raises:
+        UserError: It is not there: the package was installed without the repository.
+    """
+    if not SHIPPED_CHECKPOINT.exists():
+        raise UserError("no --checkpoint is given and checkpoints/emoji does not exist; give a run folder of train.py")
+    return str(SHIPPED_CHECKPOINT)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -216,5 +268,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--height and --width go with --task image, edit or auto, not with {task}")
     if (arguments.strip or arguments.gif) and task not in (PAINT, EDIT):
         raise UserError(f"--strip and --gif go with --task image or edit, not with {task}")
-    if arguments.checkpoint is not None:
-        find_snapshot(arguments.checkpoint)

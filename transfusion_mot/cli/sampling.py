@@ -19,7 +19,7 @@ from transfusion_mot.cli.options import EDIT, PAINT, SPEAK, TRANSCRIBE
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.cli.speech import speaker, transcriber
 from transfusion_mot.data.audio import decode_audio
-from transfusion_mot.data.images import displayed_size, grid
+from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_file, check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -47,14 +47,11 @@ def sample(
     """Make everything that is asked for, together with the other processes."""
     task = arguments.task
     make_maker, file_name, verb = TASKS[task]
-    # All before the first result, so that a file that cannot be used is found at once.
-    if task == "caption" or (task == SPEAK and arguments.image):
-        for path in prompts:
-            displayed_size(path)
-    elif arguments.speech or task == TRANSCRIBE:
+    # All before the first result, so that what cannot be used is found at once.
+    if arguments.speech or task == TRANSCRIBE:
         for path in prompts:
             pipeline.check_audio(decode_audio(path), f"audio clip '{path}'")
-    else:
+    elif not files_of(arguments):
         pipeline.check_prompts(prompts)
     make, settings = make_maker(pipeline, arguments)
     count = len(prompts) * arguments.num_images

@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import refuse_dangling_links
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.hub_names import ask_hub, refuse_missing_path
 
 _HINT = (
     "give a folder or the name on the Hugging Face hub of a model that diffusers or transformers loads, or train an "
@@ -32,6 +32,7 @@ def class_name_of(path: str) -> str:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"codec path '{path}' has no config.json; {_HINT}")
     try:
+        ask_hub(path)
         file = folder / "config.json" if folder.exists() else Path(hf_hub_download(path, "config.json"))
         config = json.loads(file.read_text())
         name: str = config["_class_name"] if "_class_name" in config else config["architectures"][0]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import exit_on_user_error
 
 
@@ -29,7 +30,9 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    return parse_config(RunConfig, rest, __doc__ or "")
+    config = parse_config(RunConfig, rest, __doc__ or "")
+    refuse_missing_sources(config.data.sources)
+    return config
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.files import check_writable_folder, claim
+from transfusion_mot.path_options import PathOption, existing
 
 KINDS = ("recolour", "mirror", "hat", "style")
 # Those with the most names in common; the three-dimensional ones of `fluent` are drawn twice as large by PNG.
@@ -316,6 +317,8 @@ def main(arguments: Sequence[str]) -> None:
     add("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     add(
         "--emoji",
+        action=PathOption,
+        check=existing("a folder that `python -m transfusion_mot.data.emoji` has written"),
         metavar="DIR",
         help="drawings of `python -m transfusion_mot.data.emoji` (default: data/emojiPX, drawn if it is not there)",
     )

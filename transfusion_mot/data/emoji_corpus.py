@@ -28,6 +28,7 @@ from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder, claim
+from transfusion_mot.path_options import PathOption, existing
 
 # Icon set of the package => the style's name in captions.
 STYLES = {
@@ -234,7 +235,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that draw the emoji of all sets, beside `--output`."""
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument(
-        "--iconify", metavar="PATH", help=f"tarball or folder of npm {_ICONS} (default: npm fetches it)"
+        "--iconify",
+        action=PathOption,
+        check=existing(f"a tarball or folder of npm {_ICONS}"),
+        metavar="PATH",
+        help=f"tarball or folder of npm {_ICONS} (default: npm fetches it)",
     )
     parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
@@ -264,6 +269,8 @@ def main(arguments: Sequence[str]) -> None:
     add_options(parser)
     parser.add_argument(
         "--emojibase",
+        action=PathOption,
+        check=existing(f"a tarball or folder of npm {_TAGS}"),
         metavar="PATH",
         help=f"tarball or folder of npm {_TAGS}, for a second caption with tags (default: fetched if the drawings are)",
     )

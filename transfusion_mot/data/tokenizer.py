@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transfusion_mot.config import TEXT
 from transfusion_mot.errors import UserError
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.hub_names import ask_hub, refuse_missing_path
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 _NUM_BYTES = 256
@@ -134,6 +134,7 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
     """
     refuse_missing_path(path_or_name, "tokenizer path", "; null trains one on the run's own texts")
     try:
+        ask_hub(path_or_name)
         hf = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(

@@ -23,6 +23,7 @@ from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.row_blocks import row_blocks
 from transfusion_mot.evaluation.weights import weights_hash
+from transfusion_mot.hub_names import ask_hub
 
 PreferenceChoice = Literal["PickScore", "HPSv2 x100"]
 
@@ -66,6 +67,7 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
         UserError: It cannot be found or downloaded, is another kind of model, or lacks weights.
     """
     try:
+        ask_hub(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "clip":
             raise UserError(

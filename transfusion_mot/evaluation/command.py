@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import Metric, metrics_table, save_metrics
-from transfusion_mot.files import check_writable_file
+from transfusion_mot.evaluation.speech import read_recordings
+from transfusion_mot.files import check_writable_file, find_snapshot
 from transfusion_mot.installed import as_called, program
+from transfusion_mot.path_options import PathOption, existing
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
@@ -22,9 +24,55 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Option `--checkpoint`."""
+    parser.add_argument(
+        "--checkpoint",
+        action=PathOption,
+        check=find_snapshot,
+        required=True,
+        metavar="FOLDER",
+        help="a run folder of train.py, or a snapshot",
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, what: str) -> None:
+    """Option `--config`.
+
+    Args:
+        what: Its help.
+    """
+    needed = "the configuration that the model was trained with, to find its data"
+    parser.add_argument("--config", action=PathOption, check=existing(needed), metavar="FILE", help=what)
+
+
+def add_recordings(parser: argparse.ArgumentParser) -> None:
+    """Option `--recordings`."""
+    parser.add_argument(
+        "--recordings",
+        action=PathOption,
+        check=lambda folder: read_recordings(folder, 1),
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="folders of recordings with a metadata.jsonl",
+    )
+
+
+def add_painted(parser: argparse.ArgumentParser) -> None:
+    """The folder of pictures that were painted for GenEval's prompts, or such as those."""
+    parser.add_argument(
+        "folder",
+        action=PathOption,
+        check=existing("the folder generated/ of evaluate/benchmark.py"),
+        metavar="GENERATED_FOLDER",
+        help="pictures and lines, laid out as GenEval's",
+    )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
     """Options of what reads the held-out documents of a run: `--checkpoint`, `--config`, `--batch-size`."""
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run folder of train.py, or a snapshot")
-    parser.add_argument("--config", metavar="FILE", help="configuration that names the data (default: the run's)")
+    add_checkpoint(parser)
+    add_config(parser, "configuration that names the data (default: the run's)")
     parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="rows at a time (default: 8)")
 
 

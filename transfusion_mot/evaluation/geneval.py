@@ -28,6 +28,7 @@ from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.protocol.prompts import list_hash
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.weights import weights_hash
+from transfusion_mot.hub_names import ask_hub
 
 # COCO's classes in their order, by the names of GenEval's prompts.
 _CLASS_NAMES = (
@@ -179,6 +180,7 @@ def load_detector(name_or_path: str, device: torch.device) -> Detector:
         UserError: It cannot be found, downloaded or read, or knows other classes.
     """
     try:
+        ask_hub(name_or_path)
         model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True
         )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.speech import normalise
+from transfusion_mot.hub_names import ask_hub
 
 _SAMPLE_RATE = 16_000
 # Silence on both sides, without which the first and last words are often missed.
@@ -134,6 +135,7 @@ class TransformersRecogniser:
 
         self.name = model
         try:
+            ask_hub(model)
             self._pipeline = pipeline("automatic-speech-recognition", model=model, device=device)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(

@@ -18,6 +18,7 @@ from typing import Any
 from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.files import check_writable_folder
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -31,7 +32,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("snapshot", metavar="OLD_SNAPSHOT", help="folder of a snapshot of version 0.1")
+    parser.add_argument(
+        "snapshot",
+        action=PathOption,
+        check=existing("the folder of a snapshot of version 0.1"),
+        metavar="OLD_SNAPSHOT",
+        help="folder of a snapshot of version 0.1",
+    )
     parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to write; what is in it goes")
     parser.add_argument("--in-place", action="store_true", help="write over OLD_SNAPSHOT")
     given = parser.parse_args(arguments)

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.command import add_checkpoint
 from transfusion_mot.evaluation.report.content import metrics_table, read_report
 from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -34,10 +36,22 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="run folder of train.py, or a snapshot")
+    add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
-    parser.add_argument("--licences", metavar="FILE", help="text that the card says of the licences of the data")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="output of evaluate/benchmark.py, whose numbers it says")
+    parser.add_argument(
+        "--licences",
+        action=PathOption,
+        check=existing("a text file"),
+        metavar="FILE",
+        help="text that the card says of the licences of the data",
+    )
+    parser.add_argument(
+        "--evaluation",
+        action=PathOption,
+        check=read_report,
+        metavar="FOLDER",
+        help="output of evaluate/benchmark.py, whose numbers it says",
+    )
     parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
     parser.add_argument(
         "--language-model",

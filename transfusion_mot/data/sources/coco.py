@@ -23,8 +23,6 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
             "a source of kind 'coco' needs 'annotations', a file such as annotations/captions_train2017.json"
         )
     path = Path(source.annotations)
-    if not path.is_file():
-        raise UserError(f"the annotations of coco source '{source.path}' are not there: '{path}' is not a file")
 
     def build(writer: ArrayWriter) -> None:
         annotations = _read(path)

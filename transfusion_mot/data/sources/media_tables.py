@@ -22,7 +22,6 @@ from transfusion_mot.data.sources.tables import (
     texts_in,
 )
 from transfusion_mot.errors import UserError
-from transfusion_mot.hub_names import refuse_missing_path
 
 _ROWS_AT_ONCE = 1024
 
@@ -111,7 +110,6 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
     """
     if source.path is None:
         raise UserError("a source of kind 'datasets' needs 'path', a name or a folder of save_to_disk")
-    refuse_missing_path(source.path, "datasets source")
     try:
         if Path(source.path, "state.json").is_file() or Path(source.path, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source.path)

@@ -13,6 +13,7 @@ from transfusion_mot.data.sources.folders import index_folder
 from transfusion_mot.data.sources.interleaved import open_interleaved
 from transfusion_mot.data.sources.media_tables import index_dataset, index_parquet, open_arrow_files, open_dataset
 from transfusion_mot.data.sources.openmoji import EmojiStore, index_openmoji
+from transfusion_mot.data.sources.paths import refuse_missing_source
 from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.data.sources.stored_audio import StoredSpeech
 from transfusion_mot.data.sources.stored_images import StoredCaptionedImages
@@ -68,6 +69,7 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
         raise UserError(
             f"data.cache_dir, '{data.cache_dir}', cannot be made a folder: {error.strerror}; choose another"
         ) from None
+    refuse_missing_source(source)
     opened = _open(source, data, split)
     if split == "train" and source.use != "held_out" and len(opened) == 0:
         what = "pair" if isinstance(opened, EditPairs) else "document"
@@ -92,8 +94,7 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
 def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
     if source.kind == "openmoji":
         return StoredCaptionedImages("openmoji", EmojiStore(data), index_openmoji(data), source, data, split)
-    if source.path is None:
-        raise UserError(f"a source of kind '{source.kind}' needs 'path'")
+    assert source.path is not None
     if source.kind == "scenes":
         return Scenes(source.path, source, data, split)
     if source.kind == "text":
@@ -128,11 +129,6 @@ def _open_media(
         parts = [second, *parts] if columns.is_edit else [*parts, second]
     if source.kind in ("imagefolder", "audiofolder", "coco"):
         folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(
-                f"{source.kind} source '{path}' is not a folder; give one, as seen from the working directory "
-                "(configurations in configs/ say in their first lines how to make their data)"
-            )
         arrays = index_coco(source, data) if source.kind == "coco" else index_folder(source, data, folder, columns)
         return [FileStore(folder, arrays, prefix, unreadable) for prefix, _, unreadable in parts], arrays
     if source.kind == "webdataset":

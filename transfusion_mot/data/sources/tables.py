@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from transfusion_mot.data.sources.base import SkippedItems, Split, counted
 from transfusion_mot.data.sources.columns import MediaColumns
+from transfusion_mot.data.sources.paths import NUMBERS, refuse_missing_files
 from transfusion_mot.errors import UserError
 
 Row = dict[str, Any]
@@ -20,7 +21,6 @@ _ROWS_AT_ONCE = 1024
 _UNUSABLE = "unusable row"
 # So many without one that can be used are no accident.
 _MOST_UNUSABLE = 1000
-_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TRAIN_NAMES = ("train", "training")
 _HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "dev", "test")
 
@@ -32,6 +32,7 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
     Raises:
         UserError: There are none, or they are of another kind; says what there is.
     """
+    refuse_missing_files(path, kind)
     given = Path(path)
     wanted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
     if given.is_file():
@@ -44,16 +45,14 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
                 f"{kind} source '{path}' is a folder without a {wanted} file: {_compressed(found) or instead}"
             )
         found = [file for file in found if suffix_of(file) in suffixes]
-    elif numbers := _NUMBERS.search(path):
+    elif numbers := NUMBERS.search(path):
         first, last = numbers.groups()
         names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
         parts = [path[: numbers.start()] + name + path[numbers.end() :] for name in names]
         found = [file for part in parts for file in find_files(part, suffixes, kind)]
-    elif "*" in path:
+    else:
         root = Path(given.anchor)
         found = list(root.glob(str(given.relative_to(root))))
-    else:
-        raise UserError(f"{kind} source '{path}' is not a file or folder")
     if not found:
         raise UserError(f"{kind} source '{path}': no file matches the pattern")
     if others := [file for file in found if suffix_of(file) not in suffixes]:

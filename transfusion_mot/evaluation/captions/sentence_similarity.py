@@ -10,6 +10,7 @@ import numpy as np
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.weights import weights_hash
+from transfusion_mot.hub_names import ask_hub
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def load_sentence_encoder(name_or_path: str, device: str = "cpu") -> SentenceEnc
             "sentence similarity needs the package sentence-transformers; pip install transfusion-mot[evaluation]"
         ) from None
     try:
+        # As the library completes names.
+        is_short = "/" not in name_or_path and not Path(name_or_path).exists()
+        ask_hub(f"sentence-transformers/{name_or_path}" if is_short else name_or_path)
         # In float32, whatever its file holds.
         model = SentenceTransformer(name_or_path, device="cpu").float()
     # Broken files and failed downloads end in whatever their libraries raise.

@@ -21,6 +21,7 @@ from transfusion_mot.evaluation.distances.mmd import gaussian_distance
 from transfusion_mot.evaluation.features.inception import CannotFetch, find_inception, load_inception
 from transfusion_mot.evaluation.features.network import FeatureNetwork, Normalised, clean_resize
 from transfusion_mot.evaluation.weights import file_sha256, weights_hash
+from transfusion_mot.hub_names import ask_hub
 
 _DINOV2_SIZE = 224
 
@@ -110,6 +111,8 @@ def _load_dinov2(name: str, weights: str | Path | None, device: torch.device) ->
     if not timm.models.is_model_in_modules(name.split(".")[0], {"vision_transformer"}):
         raise UserError(f"'{name}' is no vision transformer of timm; give one, for example {DEFAULT_DINOV2}")
     try:
+        if weights is None:
+            ask_hub(f"timm/{name}")
         network = timm.create_model(
             name, pretrained=weights is None, num_classes=0, global_pool="token", img_size=_DINOV2_SIZE
         )

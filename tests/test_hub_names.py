@@ -1,0 +1,48 @@
+"""Names on the Hugging Face hub where there is no network: one question, one sentence."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from transfusion_mot.codecs.checkpoint import class_name_of
+from transfusion_mot.data.tokenizer import load_tokenizer
+from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.captions.sentence_similarity import load_sentence_encoder
+from transfusion_mot.evaluation.clip_score import load_clip
+from transfusion_mot.evaluation.features.load import load_feature_network
+from transfusion_mot.evaluation.geneval import load_detector
+from transfusion_mot.evaluation.recognisers import TransformersRecogniser
+from transfusion_mot.models.pretrained import LanguageModel
+
+CPU = torch.device("cpu")
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+LOADERS: dict[str, tuple[Callable[[str], object], str]] = {
+    "CLIP": (lambda name: load_clip(name, CPU), "owner/model"),
+    "detector": (lambda name: load_detector(name, CPU), "owner/model"),
+    "recogniser": (lambda name: TransformersRecogniser(name, "cpu"), "owner/model"),
+    "sentences": (load_sentence_encoder, "owner/model"),
+    "sentences, short name": (lambda name: load_sentence_encoder(name.split("/")[1]), "sentence-transformers/model"),
+    "tokenizer": (lambda name: load_tokenizer(name, ["text"]), "owner/model"),
+    "codec": (class_name_of, "owner/model"),
+    "DINOv2": (lambda name: load_feature_network("dinov2", CPU, dinov2=name.split("/")[1]), f"timm/{DINOV2}"),
+    "language model": (LanguageModel.open, "owner/model"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_hub_is_asked_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind.startswith("sentences"):
+        pytest.importorskip("sentence_transformers")
+    load, asked = LOADERS[kind]
+    names = []
+
+    def unreachable(name: str, **_: object) -> None:
+        names.append(name)
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known. A second sentence.")
+
+    monkeypatch.setattr("transfusion_mot.hub_names.snapshot_download", unreachable)
+    with pytest.raises(UserError, match="it is not in the cache, and the hub cannot be reached, or HF_HUB_OFFLINE is"):
+        load(asked)
+    assert names == [asked]

@@ -1,0 +1,62 @@
+"""Whether the files of data sources are there. Nothing here loads PyTorch or `datasets`, so that it is said at once."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from transfusion_mot.config import SourceConfig
+from transfusion_mot.data.sprites import Sprites
+from transfusion_mot.errors import UserError
+from transfusion_mot.hub_names import refuse_missing_path
+
+# Of a pattern of paths: "{00000..00012}".
+NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_HINT = (
+    "give one, as seen from the working directory (configurations in configs/ say in their first lines how to make "
+    "their data)"
+)
+
+
+def refuse_missing_sources(sources: Sequence[SourceConfig]) -> None:
+    """Refuse sources whose files are not there.
+
+    Raises:
+        UserError: Names the first.
+    """
+    for source in sources:
+        refuse_missing_source(source)
+
+
+def refuse_missing_source(source: SourceConfig) -> None:
+    """Refuse a source whose files are not there.
+
+    Raises:
+        UserError: Names it.
+    """
+    if source.kind == "openmoji":
+        return
+    if source.path is None:
+        raise UserError(f"a source of kind '{source.kind}' needs 'path'")
+    if source.kind == "datasets":
+        refuse_missing_path(source.path, "datasets source")
+    elif source.kind == "scenes":
+        Sprites(source.path)
+    elif source.kind in ("imagefolder", "audiofolder", "coco"):
+        if not Path(source.path).is_dir():
+            raise UserError(f"{source.kind} source '{source.path}' is not a folder; {_HINT}")
+    else:
+        refuse_missing_files(source.path, source.kind)
+    if source.kind == "coco" and source.annotations is not None and not Path(source.annotations).is_file():
+        raise UserError(
+            f"the annotations of coco source '{source.path}' are not there: '{source.annotations}' is not a file"
+        )
+
+
+def refuse_missing_files(path: str, kind: str) -> None:
+    """Refuse a path of a source that is no file, folder or pattern of files.
+
+    Raises:
+        UserError: Names it.
+    """
+    if not Path(path).exists() and "*" not in path and not NUMBERS.search(path):
+        raise UserError(f"{kind} source '{path}' is not a file or folder; {_HINT}")
