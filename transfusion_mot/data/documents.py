@@ -157,8 +157,9 @@ class DocumentReader:
         self.tokenizer = tokenizer
         self.config = config
         self.readers = readers
-        orders = config.orders
-        self._orders = orders and {tuple(order.split()): chance for order, chance in orders.items()}
+        self._orders: dict[tuple[str, ...], float] | None = None
+        if config.orders is not None:
+            self._orders = {tuple(order.split()): chance for order, chance in config.orders.items()}
         self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
@@ -176,23 +177,25 @@ class DocumentReader:
         """Text and media of one thing, in an order that is drawn."""
         config, eos = self.config, self.tokenizer.eos_id
         draws = rng.random(4).tolist()
+        flipped = draws[3] < 0.5
         document = Document()
         if self._orders is None:
+            ordered: list[Text | MediaItem | Media]
             ordered, is_dropped = self._caption_first_or_last(items, draws, rng)
         else:
-            ordered = self._drawn_order(source, items, self._orders, draws[0], document)
-            is_dropped = bool(ordered) and isinstance(ordered[-1], MediaItem) and draws[1] < config.prompt_dropout_prob
+            ordered = self._drawn_order(source, items, self._orders, draws[0], flipped, document)
+            is_dropped = bool(ordered) and not isinstance(ordered[-1], Text) and draws[1] < config.prompt_dropout_prob
             ordered = ordered[-1:] if is_dropped else ordered
         parts: list[Text | Media] = []
         # The last one first, to know whether something stands behind the others.
         for item in reversed(ordered):
-            if isinstance(item, Text):
+            if not isinstance(item, MediaItem):
                 parts.append(item)
                 continue
             # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
             limit = config.image_first_max_timestep if parts and not config.has_copies else 1.0
             copied = config.has_copies and bool(parts)
-            parts += self._media(source, item, draws[3] < 0.5, limit, copied, document)
+            parts += self._media(source, item, flipped, limit, copied, document)
         parts.reverse()
         num_media = sum(isinstance(part, Media) for part in parts)
         if not num_media:
@@ -217,9 +220,9 @@ class DocumentReader:
 
     def _caption_first_or_last(
         self, items: list[Text | MediaItem], draws: list[float], rng: np.random.Generator
-    ) -> tuple[list[Text | MediaItem], bool]:
+    ) -> tuple[list[Text | MediaItem | Media], bool]:
         """All items, the text first or last and the media in any order; and whether the text has been left out."""
-        wanted: list[Text | MediaItem] = [item for item in items if isinstance(item, MediaItem)]
+        wanted: list[MediaItem] = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
         text = [item for item in items if isinstance(item, Text)]
@@ -234,17 +237,20 @@ class DocumentReader:
         items: list[Text | MediaItem],
         orders: Mapping[tuple[str, ...], float],
         draw: float,
+        flipped: bool,
         document: Document,
-    ) -> list[Text | MediaItem]:
-        """The items of one of the orders that the document has all items of; empty if there is none."""
-        by_modality: dict[str, list[Text | MediaItem]] = {}
+    ) -> list[Text | MediaItem | Media]:
+        """The items of one of the orders that the document has all items of, codes read; empty if there is none."""
+        by_modality: dict[str, list[Text | MediaItem | Media]] = {}
         for item in items:
             encoded = source.encoded.get(item.modality) if isinstance(item, MediaItem) else None
             if isinstance(item, Text):
                 by_modality.setdefault(TEXT, []).append(item)
             # Whether latents can be read is not always known before they are asked for, and so it decides nothing.
-            elif encoded is None or encoded.kind != "codes" or self._codes(encoded, item, False, document):
+            elif encoded is None or encoded.kind != "codes":
                 by_modality.setdefault(item.modality, []).append(item)
+            elif (codes := self._codes(encoded, item, flipped and self.config.random_flip, document)) is not None:
+                by_modality.setdefault(item.modality, []).append(codes)
         chances = {order: chance for order, chance in orders.items() if by_modality.keys() >= set(order)}
         if not any(chances.values()):
             return []
