@@ -87,7 +87,8 @@ def main() -> None:
     assignment = open_assignment(protocol, sources, data, output)
     if protocol.cache_dir is None:
         protocol = replace(protocol, cache_dir=str(output / "features"))
-    steps, scale = pipeline.sampling_settings(protocol.num_inference_steps, protocol.guidance_scale)
+    asked = (protocol.num_inference_steps, protocol.guidance_scale)
+    steps, scale = pipeline.sampling_settings(pipeline.image_modality, *asked)
     sampling = SamplerSettings(
         steps,
         scale,

@@ -100,7 +100,9 @@ def main() -> None:
             "no editing pair is held out; raise data.held_out_fraction, or give --config with a source that has "
             "source_image_column"
         )
-    steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
+    steps, scale = pipeline.sampling_settings(
+        pipeline.image_modality, arguments.num_inference_steps, arguments.guidance_scale
+    )
     settings = {
         "num_inference_steps": steps,
         "guidance_scale": scale,

@@ -106,7 +106,8 @@ def main() -> None:
     if not pipeline.has_audio:
         raise UserError(f"'{snapshot}' is a model without speech; give one that was trained with audio")
     speaking = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    _, speaking["guidance_scale"] = pipeline.sampling_settings(None, arguments.guidance_scale)
+    _, scale = pipeline.sampling_settings(pipeline.audio_modality, None, arguments.guidance_scale)
+    speaking["guidance_scale"] = scale
     metrics: list[Metric] = []
     for recordings in (at_most(one, pipeline.config.max_audio_seconds) for one in sets):
         found, transcripts = transcription_metrics(pipeline, recordings, batch_size=arguments.batch_size)

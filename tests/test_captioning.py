@@ -278,6 +278,7 @@ def test_meteor_has_no_interval_as_it_is_no_mean():
     assert named([meteor], "copied from the nearest training image", {})[0].interval is None
 
 
+@pytest.mark.usefixtures("no_java")
 def test_without_java_the_table_says_so():
     metrics = caption_metrics(["a cat"], [["a cat"]])
     assert "METEOR" not in [metric.name for metric in metrics]

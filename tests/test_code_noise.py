@@ -1,10 +1,10 @@
-"""Noise of codes: which are replaced, when, and that it follows from the step."""
+"""Noise of codes: which are replaced, when, and that it follows from the step; guidance of one modality."""
 
 import pytest
 import torch
 from conftest import tiny_config
 
-from transfusion_mot.config import ModalityConfig, ModelConfig
+from transfusion_mot.config import ModalityConfig, ModelConfig, RunConfig, parse_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.inputs import TokenInput
 from transfusion_mot.models.modalities import TokenModality
@@ -99,3 +99,22 @@ def test_every_replay_of_a_recorded_step_has_its_own() -> None:
     first = replay(0)
     assert torch.equal(replay(0), first)
     assert not torch.equal(replay(1), first)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["model.modalities.text.guidance_scale=2"],
+            "model.modalities.text has guidance_scale, and guidance is for media",
+        ),
+        (["model.modalities.image.guidance_scale=-1"], "image.guidance_scale is -1.0; it must be at least 0"),
+        (
+            ["data.prompt_dropout_prob=0", "diffusion.guidance_scale=1", "model.modalities.image.guidance_scale=2"],
+            "image.guidance_scale is 2.0 and data.prompt_dropout_prob is 0",
+        ),
+    ],
+)
+def test_guidance_that_a_modality_cannot_have_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        check_architecture(parse_config(RunConfig, words, "").model)

@@ -288,7 +288,7 @@ def test_the_chameleon_setting_trains_paints_captions_and_is_measured(trained, d
     words = ["--checkpoint", run, "shape 3", "--code-top-k", 9, "--code-temperature", 0.9, "--output", painted]
     run_here("sample.py", *words)
     line = json.loads((painted / "metadata.jsonl").read_text())
-    assert (line["code_top_k"], line["guidance_scale"]) == (9, 3.0)
+    assert (line["code_top_k"], line["guidance_scale"]) == (9, 5.0)
     assert not {"num_inference_steps", "scheduler"} & set(line)
     assert Image.open(painted / line["file_name"]).size == (16, 16)
     with pytest.raises(SystemExit):

@@ -102,6 +102,21 @@ def same(one: list[Audio], two: list[Audio]) -> bool:
     return all(np.array_equal(a.samples, b.samples) for a, b in zip(one, two, strict=True))
 
 
+def test_a_modality_may_have_a_guidance_of_its_own(monkeypatch) -> None:
+    pipeline = speech_pipeline(guidance_scale=3.0)
+    monkeypatch.setattr(pipeline.transformer.architecture.modalities["speech"], "guidance_scale", 1.5)
+    own, given, other = (
+        pipeline.speak("sun", guidance_scale=scale, generator=seeds(1), max_seconds=0.4) for scale in (None, 1.5, 3.0)
+    )
+    assert same(own, given)
+    assert not same(own, other)
+    own, given, other = (
+        pipeline("sun", guidance_scale=scale, generator=seeds(1), output_type="np").images for scale in (None, 3.0, 1.5)
+    )
+    assert np.array_equal(own, given)
+    assert not np.array_equal(own, other)
+
+
 # --- Snapshots. ---
 
 

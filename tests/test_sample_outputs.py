@@ -170,10 +170,11 @@ def test_a_folder_in_which_files_cannot_be_made_is_refused() -> None:
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_model(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["sample.py", "sun", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "a/b")]
-    )
-    (tmp_path / "model_index.json").write_text("{}")
+    # It looks like a snapshot; nothing in it can be loaded.
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model_index.json").touch()
     (tmp_path / "a").touch()
+    words = ["sun", "--checkpoint", str(tmp_path / "snapshot"), "--output", str(tmp_path / "a/b")]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
     with pytest.raises(UserError, match=r"output '.*/a/b' cannot be written"):
         sample.main()

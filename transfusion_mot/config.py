@@ -282,6 +282,8 @@ class ModalityConfig:
         code_noise_prob: Codes only: chance, below 1, that a code is replaced by a random one where training reads it;
             what is predicted stays. Without noise the codes before a code say nearly all about it, and the model
             learns little of its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
+        guidance_scale: Of what is made, not of text: classifier-free guidance that previews and snapshots use for this
+            modality; null is `diffusion.guidance_scale`.
         vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
             language models whose vocabulary is padded. Null is as many as there are ids.
         reads: `read` only: the modality whose clean copies (`data.image_context: clean`) and source images of editing
@@ -298,6 +300,7 @@ class ModalityConfig:
     unet_num_layers: int = 2
     tied_embeddings: bool = False
     code_noise_prob: float = 0.0
+    guidance_scale: float | None = None
     vocab_size: int | None = None
     reads: str | None = None
 
@@ -415,7 +418,7 @@ class DiffusionConfig:
         min_snr_gamma: Weighs the squared errors of training by min(SNR, gamma) of the clean latents, as Min-SNR does
             (arXiv 2303.09556; 5 there); null does not. The losses in the log are without it.
         num_inference_steps: Reverse steps used for samples during training and as the default of a snapshot.
-        guidance_scale: Classifier-free guidance used likewise; 1 is off.
+        guidance_scale: Classifier-free guidance used likewise, also for codes; 1 is off. A modality may have another.
     """
 
     scheduler: str = "FlowMatchEulerDiscreteScheduler"

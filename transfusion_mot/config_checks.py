@@ -107,12 +107,16 @@ def check_ranges(config: Any) -> None:
     ):
         if (given := value(key)) is not None and not given > 0:
             raise UserError(f"configuration: {key} is {given}; it must be above 0")
-    if value("data.prompt_dropout_prob") == 0 and value("diffusion.guidance_scale") not in (None, 1):
-        raise UserError(
-            f"configuration: diffusion.guidance_scale is {config.diffusion.guidance_scale} and "
-            "data.prompt_dropout_prob is 0, so that the model never sees what guidance leads away from, images without "
-            "their prompts; set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0"
-        )
+    scales = {"diffusion.guidance_scale": value("diffusion.guidance_scale")}
+    for name, modality in (value("model.modalities") or {}).items():
+        scales[f"model.modalities.{name}.guidance_scale"] = modality.guidance_scale
+    for key, scale in scales.items():
+        if value("data.prompt_dropout_prob") == 0 and scale not in (None, 1):
+            raise UserError(
+                f"configuration: {key} is {scale} and data.prompt_dropout_prob is 0, so that the model never sees what "
+                f"guidance leads away from, images without their prompts; set {key}=1, or data.prompt_dropout_prob "
+                "above 0"
+            )
     # Without text, `check_architecture` says what is missing.
     if "text" in (modalities := value("model.modalities") or {}):
         _check_modalities(config, modalities)
@@ -151,6 +155,8 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     for name, modality in modalities.items():
         least[f"model.modalities.{name}.loss_weight"] = modality.loss_weight, 0
         least[f"model.modalities.{name}.unet_num_layers"] = modality.unet_num_layers, 1
+        if modality.guidance_scale is not None:
+            least[f"model.modalities.{name}.guidance_scale"] = modality.guidance_scale, 0
     for key, (number, smallest) in least.items():
         if not number >= smallest:
             raise UserError(f"configuration: {key} is {number}; it must be at least {smallest}")

@@ -138,7 +138,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         self._check_document(document)
         if max_images:
             self._check_can_paint()
-        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        steps, scale = self.sampling_settings(self.image_modality, num_inference_steps, guidance_scale)
         decoding = Decoding(max_new_tokens, temperature, top_p, top_k)
         guidance = Guidance(scale)
         # As in training, where all images of a document have the size of its first.
@@ -211,7 +211,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         given = [OpenDocument([self.encode_item(item) for item in document]) for document in documents]
         if target == TEXT:
             return [*self._write(given, Decoding(max_new_tokens, temperature or 0.0, top_p, top_k), generator)]
-        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        steps, scale = self.sampling_settings(target, num_inference_steps, guidance_scale)
         generators = one_each(generator, len(given))
         modality = self.transformer.modality(target)
         decoding = Decoding(max_new_tokens, 1.0 if temperature is None else temperature, top_p, top_k)

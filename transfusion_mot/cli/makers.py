@@ -82,7 +82,8 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
     Raises:
         UserError: A value is out of its range, the scheduler does not fit, or the model has no reverse steps.
     """
-    steps, scale = pipeline.sampling_settings(arguments.num_inference_steps, arguments.guidance_scale)
+    asked = (arguments.num_inference_steps, arguments.guidance_scale)
+    steps, scale = pipeline.sampling_settings(pipeline.image_modality, *asked)
     settings: dict[str, Any] = {"seed": arguments.seed, "guidance_scale": scale}
     if pipeline.codec.kind == "codes":
         for name in ("num_inference_steps", "scheduler"):

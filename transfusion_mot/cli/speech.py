@@ -15,7 +15,7 @@ def speaker(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
     """What says prompts, or what is in a picture, and the settings that it does it with."""
     pipeline.check_can_speak()
     pipeline.most_codes(arguments.max_seconds)
-    _, scale = pipeline.sampling_settings(None, arguments.guidance_scale)
+    _, scale = pipeline.sampling_settings(pipeline.audio_modality, None, arguments.guidance_scale)
     how = {
         "guidance_scale": scale,
         "temperature": arguments.code_temperature,

@@ -1,6 +1,7 @@
 """Colours by name: which one a drawing mostly has, and how its flat areas get another."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ class MainColour:
     value: int
     share: float
 
-    @property
+    @cached_property
     def name(self) -> str | None:
         """What everyone would call it; None where that is not sure, or the drawing has no main colour."""
         if self.share < 0.6:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from transfusion_mot.config import TEXT, DataConfig
+from transfusion_mot.data.draws import weighted_index
 from transfusion_mot.data.encoded_media import EncodedCodes
 from transfusion_mot.data.images import ImageArray, UnreadableImage
 from transfusion_mot.data.layout import Media, Segment
@@ -54,14 +54,14 @@ class Piece(NamedTuple):
     """
 
     segments: list[Segment]
-    slots: Counter[str]
+    slots: dict[str, int]
     next_token: int
     used: int
 
     @property
-    def media(self) -> Counter[str]:
-        """Media of each modality in it; their copies are none."""
-        return Counter(segment.modality for segment in self.segments if isinstance(segment, Media))
+    def media(self) -> list[str]:
+        """Modality of each media in it; their copies are none."""
+        return [segment.modality for segment in self.segments if isinstance(segment, Media)]
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Document:
         It ends between two segments; only tokens that are more than that by themselves are cut inside.
         """
         segments: list[Segment] = []
-        slots: Counter[str] = Counter()
+        slots = {self.stream: 0}
         passed = 0
         for segment in self.segments:
             length = 1 if isinstance(segment, Media) else len(segment)
@@ -99,8 +99,11 @@ class Document:
             if skipped >= length:
                 continue
             if isinstance(segment, Media):
-                # With begin and end token.
-                taken = slots + segment.slots + Counter({self.stream: 2})
+                taken = slots.copy()
+                for name, count in segment.slots.items():
+                    taken[name] = taken.get(name, 0) + count
+                # Begin and end token.
+                taken[self.stream] += 2
                 if any(taken[name] > room[name] for name in taken):
                     return Piece(segments, slots, begin_ids[segment.modality], passed - 1)
                 segments.append(segment)
@@ -154,6 +157,9 @@ class DocumentReader:
         self.tokenizer = tokenizer
         self.config = config
         self.readers = readers
+        self._orders: dict[tuple[str, ...], float] | None = None
+        if config.orders is not None:
+            self._orders = {tuple(order.split()): chance for order, chance in config.orders.items()}
         self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
@@ -170,24 +176,27 @@ class DocumentReader:
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """Text and media of one thing, in an order that is drawn."""
         config, eos = self.config, self.tokenizer.eos_id
-        draws = rng.random(4)
+        draws = rng.random(4).tolist()
+        flipped = draws[3] < 0.5
         document = Document()
-        if config.orders is None:
+        if self._orders is None:
+            ordered: list[Text | MediaItem | Media]
             ordered, is_dropped = self._caption_first_or_last(items, draws, rng)
         else:
-            ordered = self._drawn_order(source, items, config.orders, float(draws[0]), document)
-            is_dropped = bool(ordered) and isinstance(ordered[-1], MediaItem) and draws[1] < config.prompt_dropout_prob
+            ordered = self._drawn_order(source, items, self._orders, draws[0], flipped, document)
+            is_dropped = bool(ordered) and not isinstance(ordered[-1], Text) and draws[1] < config.prompt_dropout_prob
             ordered = ordered[-1:] if is_dropped else ordered
         parts: list[Text | Media] = []
         # The last one first, to know whether something stands behind the others.
         for item in reversed(ordered):
-            if isinstance(item, Text):
-                parts.insert(0, item)
+            if not isinstance(item, MediaItem):
+                parts.append(item)
                 continue
             # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
             limit = config.image_first_max_timestep if parts and not config.has_copies else 1.0
             copied = config.has_copies and bool(parts)
-            parts = [*self._media(source, item, bool(draws[3] < 0.5), limit, copied, document), *parts]
+            parts += self._media(source, item, flipped, limit, copied, document)
+        parts.reverse()
         num_media = sum(isinstance(part, Media) for part in parts)
         if not num_media:
             return document
@@ -210,41 +219,43 @@ class DocumentReader:
         return document
 
     def _caption_first_or_last(
-        self, items: list[Text | MediaItem], draws: npt.NDArray[np.float64], rng: np.random.Generator
-    ) -> tuple[list[Text | MediaItem], bool]:
+        self, items: list[Text | MediaItem], draws: list[float], rng: np.random.Generator
+    ) -> tuple[list[Text | MediaItem | Media], bool]:
         """All items, the text first or last and the media in any order; and whether the text has been left out."""
-        wanted: list[Text | MediaItem] = [item for item in items if isinstance(item, MediaItem)]
+        wanted: list[MediaItem] = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
         text = [item for item in items if isinstance(item, Text)]
         if draws[0] >= self.config.caption_first_prob:
             return [*wanted, *text], False
-        is_dropped = bool(draws[1] < self.config.prompt_dropout_prob)
+        is_dropped = draws[1] < self.config.prompt_dropout_prob
         return [*([] if is_dropped else text), *wanted], is_dropped
 
     def _drawn_order(
         self,
         source: Source,
         items: list[Text | MediaItem],
-        orders: Mapping[str, float],
+        orders: Mapping[tuple[str, ...], float],
         draw: float,
+        flipped: bool,
         document: Document,
-    ) -> list[Text | MediaItem]:
-        """The items of one of the orders that the document has all items of; empty if there is none."""
-        by_modality: dict[str, list[Text | MediaItem]] = {}
+    ) -> list[Text | MediaItem | Media]:
+        """The items of one of the orders that the document has all items of, codes read; empty if there is none."""
+        by_modality: dict[str, list[Text | MediaItem | Media]] = {}
         for item in items:
             encoded = source.encoded.get(item.modality) if isinstance(item, MediaItem) else None
             if isinstance(item, Text):
                 by_modality.setdefault(TEXT, []).append(item)
             # Whether latents can be read is not always known before they are asked for, and so it decides nothing.
-            elif encoded is None or encoded.kind != "codes" or self._codes(encoded, item, False, document):
+            elif encoded is None or encoded.kind != "codes":
                 by_modality.setdefault(item.modality, []).append(item)
-        chances = {order: chance for order, chance in orders.items() if by_modality.keys() >= set(order.split())}
-        cumulative = np.cumsum(list(chances.values()))
-        if not chances or not cumulative[-1]:
+            elif (codes := self._codes(encoded, item, flipped and self.config.random_flip, document)) is not None:
+                by_modality.setdefault(item.modality, []).append(codes)
+        chances = {order: chance for order, chance in orders.items() if by_modality.keys() >= set(order)}
+        if not any(chances.values()):
             return []
-        order = list(chances)[int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))]
-        return [item for name in order.split() for item in by_modality[name]]
+        order = list(chances)[weighted_index(list(chances.values()), draw)]
+        return [item for name in order for item in by_modality[name]]
 
     def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
         """The image that is edited, an instruction, and what comes of it: the only thing that has a loss.
@@ -270,7 +281,9 @@ class DocumentReader:
         # 0: the instruction is left out, 1: the source, 2: both, 3: nothing.
         left_out = np.searchsorted(np.cumsum([dropout.instruction, dropout.source, dropout.both]), draws[2], "right")
         condition = condition if left_out in (0, 3) else []
-        slots = sum((media.slots for media in (*condition, *target)), Counter[str]())
+        slots = Counter[str]()
+        for media in (*condition, *target):
+            slots.update(media.slots)
         if any(count > self.config.slots[name] for name, count in slots.items()):
             document.too_long += 1
             return document

@@ -1,10 +1,18 @@
 """Random choices that follow from a seed, in every process and on every machine."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
+
+
+def weighted_index(weights: Sequence[float], draw: float) -> int:
+    """An index, chosen by weight: what `draw` of [0, 1) falls on."""
+    cumulative = list(accumulate(weights))
+    return bisect_right(cumulative, draw * cumulative[-1])
 
 
 class Draws:

@@ -15,7 +15,6 @@ The label of a token is the token that follows it in its own stream. So no label
 which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,11 +48,14 @@ class Media:
         return isinstance(self.content, list)
 
     @property
-    def slots(self) -> Counter[str]:
+    def slots(self) -> dict[str, int]:
         """Slots that it takes of each modality: codes, or media slots."""
         if self.is_codes:
-            return Counter({self.modality: len(self.content) - 1})
-        return Counter(span.modality for span in self.spans)
+            return {self.modality: len(self.content) - 1}
+        slots: dict[str, int] = {}
+        for span in self.spans:
+            slots[span.modality] = slots.get(span.modality, 0) + 1
+        return slots
 
     @property
     def spans(self) -> list["LatentSpan"]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transfusion_mot.config import TEXT, DataConfig, ModelConfig
 from transfusion_mot.data.batch import Rows
 from transfusion_mot.data.documents import Document, DocumentReader, Piece
+from transfusion_mot.data.draws import weighted_index
 from transfusion_mot.data.lanes import LaneArray, LaneSizes, LaneState, Waiting
 from transfusion_mot.data.mixture import Pool, Sources, counter
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
@@ -87,6 +88,8 @@ class Packer:
             for pools in sources.media_pools
         ]
         self._reader = DocumentReader(tokenizer, config, model.readers)
+        # One for all draws, set anew for each: making one takes eight times as long.
+        self._generator = np.random.Generator(np.random.Philox(0))
         self._round_keys: dict[tuple[int, int], list[int]] = {}
         # Documents that wait or are cut, so that they are not read again for every row.
         self._read: dict[tuple[int, int, int], Document] = {}
@@ -98,7 +101,7 @@ class Packer:
     def bucket(self, step: int) -> int:
         """The bucket of all media of a step."""
         shares = self.sources.bucket_shares
-        return 0 if len(shares) == 1 else _pick(shares, self._rng(0, _BUCKET_DRAWS, step))
+        return 0 if len(shares) == 1 else weighted_index(shares, self._rng(0, _BUCKET_DRAWS, step).random())
 
     def row_shape(self, bucket: int) -> RowShape:
         """Slots of a row with media of a bucket."""
@@ -186,9 +189,9 @@ class Packer:
         source = self.sources.pools[entry.pool].source
         name = self.sources.names[source]
         row.add(piece, document, source)
-        for modality, number in piece.media.items():
-            counts[f"{modality}_items"] += number
-        counts[counter(name, "items")] += piece.media.total()
+        for modality in piece.media:
+            counts[f"{modality}_items"] += 1
+        counts[counter(name, "items")] += len(piece.media)
         counts[counter(name, "tokens")] += piece.slots[document.stream]
         # The token behind a cut is still the label of the last one before it, and the first input of the rest.
         if piece.next_token != IGNORE_INDEX:
@@ -209,8 +212,8 @@ class Packer:
             pool = pools[0]
             if len(pools) > 1:
                 taken = sum(state.taken[pool] for pool in pools)
-                rng = self._rng(lane, _SOURCE_DRAWS, taken, kind)
-                pool = pools[_pick([self.sources.shares[pool] for pool in pools], rng)]
+                draw = self._rng(lane, _SOURCE_DRAWS, taken, kind).random()
+                pool = pools[weighted_index([self.sources.shares[pool] for pool in pools], draw)]
             entry = Waiting(pool, state.taken[pool], 0)
             state.taken[pool] += 1
             name = self.sources.names[self.sources.pools[pool].source]
@@ -254,11 +257,17 @@ class Packer:
         return permuted(position, pool.length, self._round_keys[index, epoch])
 
     def _rng(self, lane: int, purpose: int, number: int = 0, kind: int = 0) -> np.random.Generator:
-        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, lane], counter=[0, number, kind, purpose]))
+        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch.
 
-
-def _pick(weights: list[float], rng: np.random.Generator) -> int:
-    """An index, drawn by weight."""
-    cumulative = np.cumsum(weights)
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        They end with the next call.
+        """
+        self._generator.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": {"key": [self.seed, lane], "counter": [0, number, kind, purpose]},
+            # Nothing is left of earlier draws.
+            "buffer": [0, 0, 0, 0],
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self._generator

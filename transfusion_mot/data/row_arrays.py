@@ -195,6 +195,9 @@ class Row:
         self.free = {name: block.capacity for name, block in arrays.shape.blocks.items()}
         # Source, media, and where each span of them is among the media slots of its modality.
         self._media: dict[str, list[tuple[int, Media, list[int]]]] = {name: [] for name in arrays.noise}
+        # Of each modality of tokens, written at once in the end.
+        self._ids: dict[str, list[int]] = {name: [] for name in arrays.ids}
+        self._labels: dict[str, list[int]] = {name: [] for name in arrays.labels}
         self._documents = 0
 
     def add(self, piece: Piece, document: Document, source: int) -> None:
@@ -211,9 +214,9 @@ class Row:
         )
         for part in laid_out:
             if not isinstance(part, LatentSpan):
-                where = self._take(part.modality, len(part.ids), source, *positions.text(len(part.ids)))
-                self.arrays.ids[part.modality][where] = part.ids
-                self.arrays.labels[part.modality][where] = part.labels
+                self._take(part.modality, len(part.ids), source, *positions.text(len(part.ids)))
+                self._ids[part.modality] += part.ids
+                self._labels[part.modality] += part.labels
                 continue
             name = part.modality
             block = self.arrays.shape.blocks[name]
@@ -237,8 +240,8 @@ class Row:
         source: int,
         order: NDArray[np.int64],
         rope_positions: NDArray[np.int64],
-    ) -> tuple[int, slice]:
-        """Fill the next `count` tokens or media slots of a modality with ids => where they are in its own arrays."""
+    ) -> None:
+        """Say of the next `count` tokens or media slots of a modality what they belong to and where they stand."""
         block = self.arrays.shape.blocks[name]
         used = block.capacity - self.free[name]
         self.free[name] -= count
@@ -248,7 +251,6 @@ class Row:
         arrays.order[where], arrays.rope_positions[where] = order, rope_positions
         arrays.document_ids[where] = self._documents
         arrays.source_ids[where] = source
-        return self.row, slice(used, used + count)
 
     def finish(
         self,
@@ -256,7 +258,10 @@ class Row:
         rng: np.random.Generator,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Draw what is random about the latents, one modality after the other."""
+        """Write the tokens, and draw what is random about the latents, one modality after the other."""
+        for name, ids in self._ids.items():
+            self.arrays.ids[name][self.row, : len(ids)] = ids
+            self.arrays.labels[name][self.row, : len(ids)] = self._labels[name]
         for name, media in self._media.items():
             self._draw(name, media, sources, rng, timesteps_from_uniform)
 

@@ -20,6 +20,8 @@ Region = tuple[float, float, float, float]
 _MARGIN = 0.045
 # Colours that have a light one, called so.
 _LIGHT = ("blue", "green", "purple", "yellow", "pink", "gray")
+_GROUNDS = (*COLOURS, *(f"light {name}" for name in _LIGHT))
+_GREYS = ("black", "gray")
 _WHOLE: Region = (0, 0, 1, 1)
 _ROW_OF_THREE: Sequence[Region] = ((0, 0, 1 / 3, 1), (1 / 3, 0, 2 / 3, 1), (2 / 3, 0, 1, 1))
 _QUARTERS: Sequence[Region] = ((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1))
@@ -238,7 +240,8 @@ class Composer:
     def _background(self, draws: Draws, groups: Sequence[Group]) -> Background:
         if draws.chance(0.5):
             return WHITE
-        names = [name for name in (*COLOURS, *(f"light {name}" for name in _LIGHT)) if self._stands_out(name, groups)]
+        shown = [self._shown_colour(group) for group in groups]
+        names = [name for name in _GROUNDS if _stands_out(name.split()[-1], shown)]
         if not names:
             return WHITE
         first = _paint(draws, draws.pick(names))
@@ -254,21 +257,22 @@ class Composer:
         turn = int(draws.between(0, 3))
         return Background(pattern, (first, second), turn, draws.between(0.1, 0.26))
 
-    def _stands_out(self, name: str, groups: Sequence[Group]) -> bool:
-        """Whether things can be told from a ground of that name."""
-        colour = name.split()[-1]
-        for group in groups:
-            main = self.sprites[group.sprite].main
-            if group.paint is not None:
-                shown, hue = group.paint.name, group.paint.hsv[0]
-            else:
-                shown, hue = self._own_colour(group.sprite) or "", main.hue * 360 / 256
-            is_grey = shown in ("black", "gray") or (group.paint is None and main.share < 0.3)
-            if colour == shown or (colour in ("black", "gray") and is_grey):
-                return False
-            if not is_grey and colour not in ("black", "gray") and not _differs(colour, hue, 32):
-                return False
-        return True
+    def _shown_colour(self, group: Group) -> tuple[str | None, float, bool]:
+        """Name and hue of the colour that things are seen in, and whether that is a grey."""
+        if group.paint is not None:
+            return group.paint.name, group.paint.hsv[0], group.paint.name in _GREYS
+        main, name = self.sprites[group.sprite].main, self._own_colour(group.sprite)
+        return name, main.hue * 360 / 256, name in _GREYS or main.share < 0.3
+
+
+def _stands_out(colour: str, shown: Sequence[tuple[str | None, float, bool]]) -> bool:
+    """Whether things can be told from a ground of that colour, by what `_shown_colour` says of each."""
+    for name, hue, is_grey in shown:
+        if colour == name or (colour in _GREYS and is_grey):
+            return False
+        if not is_grey and colour not in _GREYS and not _differs(colour, hue, 32):
+            return False
+    return True
 
 
 def _halves(relation: Relation, draws: Draws) -> list[Region]:

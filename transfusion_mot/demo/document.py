@@ -62,6 +62,7 @@ class DocumentTab:
     def add(self) -> None:
         """Add the tab to the page that is being built."""
         config = self.pipeline.config
+        own_scale = self.pipeline.guidance_of(self.pipeline.image_modality)
         with gr.Tab("Document"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 text = gr.Textbox(
@@ -77,7 +78,7 @@ class DocumentTab:
                     steps = gr.State(None)
                     if not self.is_codes:
                         steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
-                    scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
+                    scale = gr.Slider(1, 15, own_scale, step=0.1, label="Guidance scale")
                 with gr.Row():
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature")
                     seed = add_seed()

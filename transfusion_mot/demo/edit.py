@@ -68,6 +68,7 @@ class EditTab:
     def add(self) -> None:
         """Add the tab to the page that is being built."""
         config = self.pipeline.config
+        own_scale = self.pipeline.guidance_of(self.pipeline.image_modality)
         with gr.Tab("Edit"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 picture = add_upload("edited")
@@ -78,7 +79,7 @@ class EditTab:
                     start = gr.Button("Edit", variant="primary", elem_id="edit", scale=3)
                     stop = gr.Button("Stop", scale=1, min_width=80)
                 with gr.Row():
-                    scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance by the instruction")
+                    scale = gr.Slider(1, 15, own_scale, step=0.1, label="Guidance by the instruction")
                     image_scale = gr.Slider(1, 5, 1.5, step=0.1, label="Guidance by the picture")
                 with gr.Row():
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")

@@ -132,6 +132,7 @@ class PaintTab:
         schedulers = [(name.replace("Scheduler", ""), name) for name in fit_samplers(pipeline.scheduler)]
         current = sampler_name(pipeline.scheduler)
         examples = pipeline.config.examples or {}
+        own_scale = pipeline.guidance_of(pipeline.image_modality)
         prompts = examples.get("prompts") or []
         example = prompts[0] if prompts else "a red apple"
         default_height, default_width = pipeline.sizes.default
@@ -158,7 +159,7 @@ class PaintTab:
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
                     if not self.is_codes:
                         steps = gr.Slider(1, MAX_STEPS, pipeline.config.num_inference_steps, step=1, label="Steps")
-                scale = gr.Slider(1, 15, pipeline.config.guidance_scale, step=0.1, label="Guidance scale")
+                scale = gr.Slider(1, 15, own_scale, step=0.1, label="Guidance scale")
                 with gr.Row():
                     height = self._add_side("Height", default_height)
                     width = self._add_side("Width", default_width)

@@ -73,6 +73,7 @@ class RepaintTab:
     def add(self) -> None:
         """Add the tab to the page that is being built."""
         config = self.pipeline.config
+        own_scale = self.pipeline.guidance_of(self.pipeline.image_modality)
         with gr.Tab("Repaint"), gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 drawn = gr.ImageEditor(
@@ -96,7 +97,7 @@ class RepaintTab:
                     num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                     steps = gr.Slider(1, MAX_STEPS, config.num_inference_steps, step=1, label="Steps")
                 with gr.Row():
-                    scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
+                    scale = gr.Slider(1, 15, own_scale, step=0.1, label="Guidance scale")
                     seed = add_seed()
             with gr.Column(scale=6, min_width=320):
                 results = add_gallery("repainted")

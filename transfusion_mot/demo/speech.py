@@ -91,8 +91,8 @@ class SpeechTab:
                 self._add_listening()
 
     def _add_speaking(self) -> None:
-        config = self.pipeline.config
-        longest = min(MAX_SECONDS, config.max_audio_seconds or MAX_SECONDS)
+        longest = min(MAX_SECONDS, self.pipeline.config.max_audio_seconds or MAX_SECONDS)
+        own_scale = self.pipeline.guidance_of(self.pipeline.audio_modality)
         text = gr.Textbox(label="Text to say", placeholder="a red apple", max_lines=4, elem_id="said")
         # Of a model without pictures there is none.
         picture = gr.State(None)
@@ -104,7 +104,7 @@ class SpeechTab:
         line = gr.Markdown(elem_id="spoken-line", elem_classes="told", min_height=24)
         with gr.Row():
             temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
-            scale = gr.Slider(1, 15, config.guidance_scale, step=0.1, label="Guidance scale")
+            scale = gr.Slider(1, 15, own_scale, step=0.1, label="Guidance scale")
         with gr.Row():
             seconds = gr.Slider(0.5, longest, longest, step=0.5, label="Max. seconds")
             seed = add_seed()

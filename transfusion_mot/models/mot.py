@@ -266,6 +266,8 @@ def check_architecture(config: ModelConfig) -> None:
                 f"model.modalities.{name}.code_noise_prob is {modality.code_noise_prob}; it must be at least 0 and "
                 "below 1"
             )
+        if modality.guidance_scale is not None and (modality.objective == "read" or name == "text"):
+            raise UserError(f"model.modalities.{name} has guidance_scale, and guidance is for media; remove that key")
         if modality.vocab_size is not None and name != "text":
             raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:

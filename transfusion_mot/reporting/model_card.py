@@ -79,7 +79,7 @@ One transformer over {" and ".join(model.made)} ([Transfusion](https://arxiv.org
 from transfusion_mot.pipeline import TransfusionPipeline
 
 {_loading(base)}
-{_uses(prompt, media, config.diffusion.guidance_scale)}
+{_uses(prompt, media)}
 text = pipeline.complete("Once upon a time")[0]
 ```
 
@@ -123,12 +123,11 @@ def _loading(base: str | None) -> str:
     )
 
 
-def _uses(prompt: str, media: Collection[str], guidance_scale: float) -> str:
+def _uses(prompt: str, media: Collection[str]) -> str:
     """Lines of code that make something of a prompt."""
     quoted, lines = json.dumps(prompt, ensure_ascii=False), []
     if "image" in media:
-        lines += [f"image = pipeline({quoted}, guidance_scale={guidance_scale:g}).images[0]"]
-        lines += ["caption = pipeline.caption(image)[0]"]
+        lines += [f"image = pipeline({quoted}).images[0]", "caption = pipeline.caption(image)[0]"]
     if "audio" in media:
         lines += [f"audio = pipeline.speak({quoted})[0]", "transcript = pipeline.transcribe(audio)[0]"]
     return "\n".join(lines)

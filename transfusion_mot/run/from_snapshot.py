@@ -31,7 +31,12 @@ from transfusion_mot.schedulers import make_scheduler, trained_for
 from transfusion_mot.training.checkpoint import written_aside
 
 # Settings of a model that no weight depends on.
-_FREE = ("towers.*.dropout", "modalities.*.loss_weight", "modalities.*.code_noise_prob")
+_FREE = (
+    "towers.*.dropout",
+    "modalities.*.loss_weight",
+    "modalities.*.code_noise_prob",
+    "modalities.*.guidance_scale",
+)
 # Where a tower's weights came from when the run of the snapshot began.
 _ORIGINS = ("pretrained", "copy_of")
 

@@ -136,7 +136,7 @@ def _settled_model(model: ModelConfig) -> dict[str, Any]:
     for tower in kept["towers"].values():
         del tower["dropout"], tower["pretrained"], tower["copy_of"]
     for modality in kept["modalities"].values():
-        del modality["loss_weight"], modality["code_noise_prob"]
+        del modality["loss_weight"], modality["code_noise_prob"], modality["guidance_scale"]
     _drop(kept, _NEW)
     for section, new in ((kept["towers"], _NEW_IN_TOWERS), (kept["modalities"], _NEW_IN_MODALITIES)):
         for entry in section.values():

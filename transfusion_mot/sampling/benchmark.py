@@ -247,7 +247,8 @@ class Benchmark:
         ]
         for tried in settings:
             with self._scheduler(tried):
-                self.painter.pipeline.sampling_settings(tried.num_inference_steps, tried.guidance_scale)
+                pipeline = self.painter.pipeline
+                pipeline.sampling_settings(pipeline.image_modality, tried.num_inference_steps, tried.guidance_scale)
             Guidance(tried.guidance_scale, interval=cast(tuple[float, float], tuple(tried.guidance_interval)))
             tried.decoding()
         return settings

@@ -122,8 +122,19 @@ class DocumentPipeline(SnapshotPipeline):
                 f"the document has {length} tokens in all; the model was trained on at most {limit}: shorten it"
             )
 
-    def sampling_settings(self, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+    def guidance_of(self, modality: str) -> float:
+        """The guidance with which a modality is made if a call names none."""
+        own: float | None = self.transformer.architecture.modalities[modality].guidance_scale
+        return float(self.config.guidance_scale if own is None else own)
+
+    def sampling_settings(
+        self, modality: str, num_inference_steps: int | None, guidance_scale: float | None
+    ) -> tuple[int, float]:
         """What a call with these arguments uses: None is replaced by the pipeline's own.
+
+        Args:
+            modality: What is made.
+            num_inference_steps, guidance_scale: As in the call.
 
         Raises:
             UserError: A value is out of its range.
@@ -132,7 +143,7 @@ class DocumentPipeline(SnapshotPipeline):
         most_steps = self.scheduler.config.num_train_timesteps
         if not isinstance(steps, int) or not 1 <= steps <= most_steps:
             raise UserError(f"num_inference_steps is {steps}; it must be a whole number from 1 to {most_steps}")
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        scale = self.guidance_of(modality) if guidance_scale is None else guidance_scale
         return steps, Guidance(float(scale)).scale
 
     def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Media]:

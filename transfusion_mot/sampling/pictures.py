@@ -162,7 +162,7 @@ class PicturePipeline(DocumentPipeline):
         prompts = [prompt] if isinstance(prompt, str | Audio) else list(prompt)
         numbers = self._numbers(prompts, num_images_per_prompt)
         negatives = self._negatives(negative_prompt, len(prompts))
-        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        steps, scale = self.sampling_settings(self.image_modality, num_inference_steps, guidance_scale)
         guidance = Guidance(scale, interval=guidance_interval, rescale=guidance_rescale, renorm=guidance_renorm)
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
@@ -260,7 +260,7 @@ class PicturePipeline(DocumentPipeline):
         for text in (*instructions, *negatives):
             # As long as in training, where the result stands behind it.
             self._check_document([pictures[0], text, pictures[0]])
-        steps, scale = self.sampling_settings(num_inference_steps, guidance_scale)
+        steps, scale = self.sampling_settings(self.image_modality, num_inference_steps, guidance_scale)
         guidance = Guidance(
             scale,
             interval=guidance_interval,

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from transfusion_mot.config import TEXT
 from transfusion_mot.data.images import grid
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.pipeline import TransfusionPipeline
@@ -50,7 +51,9 @@ class Previews:
         # Training needs the memory in between.
         pipeline.workspace.records = False
         # What sampling would refuse is refused before training, not after it.
-        pipeline.sampling_settings(None, None)
+        for modality in pipeline.transformer.architecture.made:
+            if modality != TEXT:
+                pipeline.sampling_settings(modality, None, None)
         if prompts:
             pipeline.check_prompts(prompts)
         self.speech = SpeechPreviews(pipeline, prompts, held_out, folder)

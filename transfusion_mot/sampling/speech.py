@@ -86,7 +86,7 @@ class SpeechPipeline(DocumentPipeline):
             raise UserError("there is nothing to say; give a text or a picture")
         most = self.most_codes(max_seconds)
         decoding = Decoding(1, temperature, top_p, top_k)
-        _, scale = self.sampling_settings(None, guidance_scale)
+        _, scale = self.sampling_settings(self.audio_modality, None, guidance_scale)
         documents = [OpenDocument([self.encode_item(item)]) for item in prompts]
         self._sampler(
             documents,
