@@ -82,7 +82,7 @@ def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
     [
         (["--checkpoint", "nothing"], False, "there is no folder nothing"),
         (["--colour"], False, "unrecognized arguments: --colour"),
-        (["--checkpoint", "nothing"], True, r"pip install 'transfusion-mot\[demo\]'"),
+        ([], True, r"pip install 'transfusion-mot\[demo\]'"),
     ],
 )
 def test_mistakes_end_with_one_sentence(monkeypatch, arguments, missing, message):
