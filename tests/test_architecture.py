@@ -29,7 +29,7 @@ LAYERS = [
     ["diffusion", "losses", "codecs"],
     ["schedulers"],
     ["config"],
-    ["config_checks", "files", "hub_names", "installed"],
+    ["config_checks", "files", "hub_names", "installed", "path_options"],
     ["errors", ""],
 ]
 

@@ -92,5 +92,5 @@ def test_results_are_drawn(tmp_path: Path) -> None:
 
 
 def test_nothing_to_draw_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="holds no train_step"):
+    with pytest.raises(UserError, match="holds no train_step"):
         plot.main(["--results", str(tmp_path)])

