@@ -159,16 +159,27 @@ def table(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def plot(runs: Runs, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Held-out losses over the steps: a row for each dense arm and what is compared with it, a column a modality."""
+    """Held-out losses over the steps: a row for each dense arm and what is compared with it, a column a modality.
+
+    Nothing is written where no run has measured any.
+    """
     groups: dict[str, list[str]] = {}
     for arm in arms:
         groups.setdefault(twin_of(arm) or arm, []).append(arm)
     logs = {arm: [runs.log(arm, seed) for seed in seeds] for arm in arms}
+    # Held-out ones alone: with training.validate_every=0 there are none.
     losses = {
-        twin: list(dict.fromkeys(name for arm in group for log in logs[arm] for name in loss_units(log)))
+        twin: [
+            name
+            for name in dict.fromkeys(name for arm in group for log in logs[arm] for name in loss_units(log))
+            if all(any(f"{VALIDATION}{name}" in line for line in log) for arm in group for log in logs[arm])
+        ]
         for twin, group in groups.items()
     }
-    columns = max(map(len, losses.values()))
+    groups = {twin: group for twin, group in groups.items() if losses[twin]}
+    if not groups:
+        return
+    columns = max(len(losses[twin]) for twin in groups)
     figure = Figure(figsize=(4 * columns, 3 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), columns, squeeze=False)
     for row, (twin, group) in zip(panels, groups.items(), strict=True):
@@ -177,9 +188,9 @@ def plot(runs: Runs, arms: Sequence[str], seeds: Sequence[int], path: Path) -> N
         for axes, name in zip(row, losses[twin], strict=False):
             seen: list[float] = []
             for number, arm in enumerate(sorted(group, key=lambda arm: arm != twin)):
-                for seed, log in enumerate(logs[arm]):
+                for place, log in enumerate(logs[arm]):
                     points = [(line["step"], line[key]) for line in log if (key := f"{VALIDATION}{name}") in line]
-                    label = None if seed else arm
+                    label = None if place else arm
                     axes.plot(*zip(*points, strict=True), color=f"C{number}", label=label, linewidth=1)
                     # The fall of the first steps would leave the differences a line.
                     seen += [loss for step, loss in points if 5 * step >= points[-1][0]]

@@ -22,7 +22,7 @@ from scene_sprites import make_sprites
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
-from transfusion_mot.config import CodecConfig, DataConfig, SourceConfig
+from transfusion_mot.config import CodecConfig, DataConfig, RunConfig, SourceConfig, parse_config
 from transfusion_mot.data import mixture
 from transfusion_mot.data.colours import COLOURS, main_colour, recoloured
 from transfusion_mot.data.emoji_corpus import Icon
@@ -443,6 +443,10 @@ def test_what_cannot_be_is_refused(random_vae: Path, folder: Path, tmp_path: Pat
     source = SourceConfig("imagefolder", path=str(tmp_path), num_items=3)
     with pytest.raises(UserError, match="a source of kind 'imagefolder' has no key 'num_items'; scenes have"):
         open_source(source, data, "train")
+    for number in (0, -5):
+        words = [f"data.sources=[{{kind: scenes, path: {folder}, num_items: {number}}}]"]
+        with pytest.raises(UserError, match=f"num_items of {number}; it must be at least 1"):
+            parse_config(RunConfig, words, "")
 
 
 def test_phrases() -> None:

@@ -107,3 +107,13 @@ def test_the_table_and_the_curves_come_from_the_logs(tmp_path: Path) -> None:
         assert picture.size == (880, 330)
         colours = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
     assert {(0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)} <= colours
+
+
+def test_runs_without_held_out_losses_have_no_curves(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, [], jobs=1)
+    for arm in ("chameleon", "chameleon_dense"):
+        runs.folder(arm, 0).mkdir()
+        line = {"step": 1, "text_loss": 1.0, "image_loss": 1.0, "flops": 5e12}
+        (runs.folder(arm, 0) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    plot(runs, ["chameleon", "chameleon_dense"], [0], tmp_path / "results.png")
+    assert not (tmp_path / "results.png").exists()

@@ -132,6 +132,8 @@ def check_ranges(config: Any) -> None:
     for source in value("data.sources") or []:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")
+        if source.num_items is not None and source.num_items < 1:
+            raise UserError(f"configuration: data.sources has num_items of {source.num_items}; it must be at least 1")
     for size in value("data.buckets") or []:
         if len(size) != 2 or min(size) < 8:
             raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
