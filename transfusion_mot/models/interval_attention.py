@@ -83,7 +83,9 @@ def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
             behind the last.
     """
     counts, tiles = _new_lists(ids)
-    interval_triton.list_tiles(ids, counts, tiles)
+    # Here and below: kernels of Triton start on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(ids):
+        interval_triton.list_tiles(ids, counts, tiles)
     return counts, tiles
 
 
@@ -116,7 +118,8 @@ def interval_attention(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     attended, log_sums = _empty_results(q, ids)
-    _kernels(q).forward(q, k, v, attended, log_sums, ids, counts[0], tiles[0])
+    with torch.cuda.device_of(q):
+        _kernels(q).forward(q, k, v, attended, log_sums, ids, counts[0], tiles[0])
     return attended, log_sums
 
 
@@ -148,8 +151,9 @@ def _backward(
     # Sums of upstream * attended of each query, which the first kernel leaves for the second.
     deltas = torch.empty_like(log_sums)
     kernels = _kernels(q)
-    kernels.backward_queries(q, k, v, attended, upstream, dq, log_sums, deltas, ids, counts[0], tiles[0])
-    kernels.backward_keys(q, k, v, upstream, dk, dv, log_sums, deltas, ids, counts[1], tiles[1])
+    with torch.cuda.device_of(q):
+        kernels.backward_queries(q, k, v, attended, upstream, dq, log_sums, deltas, ids, counts[0], tiles[0])
+        kernels.backward_keys(q, k, v, upstream, dk, dv, log_sums, deltas, ids, counts[1], tiles[1])
     return dq, dk, dv
 
 

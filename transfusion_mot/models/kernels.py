@@ -233,21 +233,23 @@ def join_heads(
     first_slot = 0
     for tower, projection in enumerate(qkv):
         slots = projection.shape[1]
-        _join_heads_forward[(triton.cdiv(rows * slots, _SLOTS),)](
-            projection,
-            *_norms_of(tower, projection, q_weights, k_weights, normed),
-            cos,
-            sin,
-            q,
-            k,
-            v,
-            rows * slots,
-            slots,
-            joint_slots,
-            first_slot,
-            eps[tower],
-            **_constants(num_heads, num_kv_heads, half, normed[tower]),
-        )
+        # Kernels of Triton start on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(projection):
+            _join_heads_forward[(triton.cdiv(rows * slots, _SLOTS),)](
+                projection,
+                *_norms_of(tower, projection, q_weights, k_weights, normed),
+                cos,
+                sin,
+                q,
+                k,
+                v,
+                rows * slots,
+                slots,
+                joint_slots,
+                first_slot,
+                eps[tower],
+                **_constants(num_heads, num_kv_heads, half, normed[tower]),
+            )
         first_slot += slots
     return q, k, v
 
@@ -299,26 +301,27 @@ def _join_heads_backward(
         gradient = torch.empty_like(projection)
         programs = triton.cdiv(rows * slots, _SLOTS)
         partial = cos.new_empty(programs, 4 * half)
-        _join_heads_reverse[(programs,)](
-            projection,
-            *_norms_of(tower, projection, q_weights, k_weights, normed),
-            cos,
-            sin,
-            dq,
-            dk,
-            dv,
-            gradient,
-            partial,
-            rows * slots,
-            slots,
-            joint_slots,
-            first_slot,
-            eps[tower],
-            *dq.stride()[:3],
-            *dk.stride()[:3],
-            *dv.stride()[:3],
-            **_constants(num_heads, num_kv_heads, half, normed[tower]),
-        )
+        with torch.cuda.device_of(projection):
+            _join_heads_reverse[(programs,)](
+                projection,
+                *_norms_of(tower, projection, q_weights, k_weights, normed),
+                cos,
+                sin,
+                dq,
+                dk,
+                dv,
+                gradient,
+                partial,
+                rows * slots,
+                slots,
+                joint_slots,
+                first_slot,
+                eps[tower],
+                *dq.stride()[:3],
+                *dk.stride()[:3],
+                *dv.stride()[:3],
+                **_constants(num_heads, num_kv_heads, half, normed[tower]),
+            )
         gradients.append(gradient)
         if normed[tower]:
             weight_gradients.append(partial.sum(0))

@@ -49,14 +49,16 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Run once."""
-        if self._pool is None:
-            return self._run()
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
-        assert self._result is not None
-        self._graph.replay()
-        return self._result
+        # Graphs and kernels of Triton start on the current device, which need not be the model's.
+        with torch.cuda.device_of(next(iter(self.state.values()))):
+            if self._pool is None:
+                return self._run()
+            if self._graph is None:
+                self._record()
+            assert self._graph is not None
+            assert self._result is not None
+            self._graph.replay()
+            return self._result
 
     def _run(self) -> Tensor:
         if self._pool is None or not torch.is_autocast_enabled("cuda"):
