@@ -184,7 +184,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
         Not the whole model: that takes 4 % off a step at 163M, and 100 s instead of 30 to the first one
-        (benchmarks/README.md).
+        (benchmarks/tried.md).
         """
         for block in self.blocks:
             block.forward = _compiled_in_training(block.forward)

@@ -91,5 +91,5 @@ def convert_to_float8(model: TransfusionMoT) -> None:
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    # With a scale for each row a step takes longer than in bfloat16 (benchmarks/README.md).
+    # With a scale for each row a step takes longer than in bfloat16 (benchmarks/tried.md).
     convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name("tensorwise"))
