@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   install, teach checkpoints/emoji to draw in lines, measure it (11 minutes on 2 CPU cores)"
 	@echo "make demo         open a page to play with the model of the quickstart"
 	@echo "make test         install and run all tests but those that need a GPU"
-	@echo "make test-fast    those of them that take two minutes together"
+	@echo "make test-fast    those of them that take three minutes together"
 	@echo "make test-gpu     the tests that need a GPU, some at a time"
 	@echo "make lint types   check style and types"
 	@echo "make lock         renew requirements.lock, the exact versions that all of these install"

@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 
 from transfusion_mot.cli.train_help import train_help
-from transfusion_mot.config import RunConfig, parse_sections
-from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.hub_names import refuse_missing_start
+from transfusion_mot.run.early import checked_sections
 from transfusion_mot.training.checkpoint import find_state
 
 
@@ -31,11 +29,8 @@ def main(arguments: list[str]) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     # PyTorch takes seconds to load. --help, misspelt keys and missing files do not wait for it.
     if "--plan" not in arguments:
-        sections = parse_sections(RunConfig, arguments, "")
-        refuse_missing_sources(sections["data"].sources)
-        is_new = find_state(Path(sections["output_dir"]), sections["resume"]) is None
-        if is_new and sections["init_from"] is not None:
-            refuse_missing_start(sections["init_from"])
+        sections = checked_sections(arguments)
+        find_state(Path(sections["output_dir"]), sections["resume"])
     from transfusion_mot.run.train import run
 
     run(arguments, quiet=quiet)

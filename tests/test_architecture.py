@@ -15,9 +15,11 @@ FILES = sorted(
     for path in (*ROOT.glob("*.py"), *(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "evaluate").rglob("*.py"))
     if "__pycache__" not in path.parts
 )
+# Commands beside the modules that they are about.
+COMMANDS = ("data.inspect", "data.cache")
 # From the top to the ground; each may import what stands below it, and its own layer.
 LAYERS = [
-    ["train", "sample", "evaluate", "demo"],
+    ["train", "sample", "evaluate", "demo", *COMMANDS],
     ["run", "cli"],
     ["pipeline", "sampling"],
     ["training", "reporting"],
@@ -35,7 +37,9 @@ LAYERS = [
 
 
 def part_of(module: str) -> str:
-    """transfusion_mot.data.images => data; train => train; transfusion_mot => ""."""
+    """transfusion_mot.data.images => data; train => train; transfusion_mot => ""; of a command, all of its name."""
+    if (command := module.removeprefix(f"{PACKAGE}.")) in COMMANDS:
+        return command
     names = module.split(".")
     return names[0] if names[0] != PACKAGE else (names[1] if len(names) > 1 else "")
 

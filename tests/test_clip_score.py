@@ -103,6 +103,7 @@ def test_retrieval_among_the_texts(tiny_clip, clip, pairs):
     assert retrieved(own, texts).all()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(tiny_clip, clip, pairs, tmp_path):
     images, texts = pairs
     alone = np.array([metric.scores for metric in clip_scores(images, texts, clip)])

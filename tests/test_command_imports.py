@@ -63,6 +63,8 @@ NOT_READ = {
     *("--negative-prompt", "--prompt", "--scheduler", "--dinov2", "--protocol", "--held-out"),
 }
 MISSING = "./nowhere/there"
+# Commands that take the configuration of a run.
+_OF_A_RUN = ("train.py", "transfusion_mot/data/cache.py", "transfusion_mot/data/inspect.py")
 _SOURCES = shlex.quote(f"data.sources=[{{kind: imagefolder, path: {MISSING}}}]")
 # What options and files say together.
 MISTAKES = {
@@ -70,12 +72,18 @@ MISTAKES = {
     "sample.py sun --checkpoint nowhere": "there is no folder nowhere",
     "evaluate/benchmark.py --checkpoint nowhere": "there is no folder nowhere",
     "train.py --config nowhere.yaml": "there is no configuration file",
-    f"train.py init_from={MISSING}": f"init_from '{MISSING}' does not exist",
     **{
         f"{command} {_SOURCES}": f"imagefolder source '{MISSING}' is not a folder"
-        for command in (
-            "train.py",
-            *(f"transfusion_mot/{name}.py" for name in ("autoencoder", "data/cache", "data/inspect")),
+        for command in ("transfusion_mot/autoencoder.py", *_OF_A_RUN)
+    },
+    **{
+        f"{command} {key}={MISSING}": f"{name} '{MISSING}' does not exist"
+        for command in _OF_A_RUN
+        for key, name in (
+            ("init_from", "init_from"),
+            ("model.towers.text.pretrained", "pretrained"),
+            ("tokenizer.path", "tokenizer path"),
+            ("codecs.image.path", "codec path"),
         )
     },
 }

@@ -242,6 +242,7 @@ def stopped_by(tokenizer, latents: np.ndarray, token: int | None, folder: Path) 
     return str(stop.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("by", ["loss", "gradient"])
 def test_two_processes_name_what_one_names(byte_tokenizer, tmp_path, monkeypatch, environment: dict, by: str) -> None:

@@ -14,8 +14,9 @@ from test_pipeline_codes import SIDE, codes_pipeline
 from training_runs import TOWER, arguments_below, assert_same, final_state
 
 import train
+from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.config_checks import given_values, merged
-from transfusion_mot.data import cache
+from transfusion_mot.data import cache, inspect
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.models.initial_weights import WeightFiles
@@ -305,12 +306,30 @@ def test_what_is_given_is_read_as_the_parser_reads_it(tmp_path: Path) -> None:
 
 
 def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> None:
-    command = given(tmp_path, "after", before)
     with pytest.raises(UserError, match=r"is settled by train\.py; give this command the config.yaml of the run"):
-        cache.main(command)
+        parse_config(RunConfig, given(tmp_path, "after", before), "")
     # Of a run it is settled.
     train.main(given(tmp_path, "run", before, training={"num_steps": 1}))
-    cache.main(["--config", str(tmp_path / "run" / "config.yaml")])
+    parse_config(RunConfig, ["--config", str(tmp_path / "run" / "config.yaml")], "")
+
+
+def test_data_are_inspected_and_encoded_as_the_run_reads_them(before: Path, tmp_path: Path, capsys) -> None:
+    own = {"cache_dir": str(tmp_path / "cache"), "latents": "prepared"}
+    command = given(tmp_path, "after", before, data=own, training={"num_steps": 1})
+    picture = tmp_path / "row.png"
+    inspect.main([*command, "--rows", "8", "--picture", str(picture)])
+    assert picture.is_file()
+    shown = capsys.readouterr().out
+    assert "packed 8 rows of 32 text tokens + 2 image slots of 16 patches" in shown
+    cache.main(command)
+    train.main(command)
+    # A run that has begun needs no snapshot, and has its tokenizer.
+    (before / "snapshots").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    cache.main(command)
+    assert "(train): 33 images, 0 of them new" in capsys.readouterr().out
+    inspect.main([*command, "--rows", "8", "--picture", str(picture)])
+    assert capsys.readouterr().out == shown
 
 
 def test_a_snapshot_whose_pictures_are_codes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,7 @@ def config(folder, data, **changes):
     return AutoencoderTrainingConfig(str(folder), "audio_codes", data=data, audio=audio, **(settings | changes))
 
 
+@pytest.mark.slow
 def test_training_writes_a_codec_that_knows_its_recordings(tmp_path) -> None:
     (tmp_path / "data").mkdir()
     data = recordings(tmp_path / "data")

@@ -379,6 +379,7 @@ def option(**changes: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_its_snapshot_reads_and_paints(arguments, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     whole = arguments("whole", **option(training={"num_steps": 4}))
@@ -408,6 +409,7 @@ def test_a_run_resumes_exactly_and_its_snapshot_reads_and_paints(arguments, tmp_
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.transformer.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_adds_it_to_a_snapshot_that_has_none(arguments, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     train.main(arguments("before", training={"num_steps": 1}))

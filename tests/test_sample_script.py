@@ -328,6 +328,7 @@ def test_a_command_that_runs_twice_at_a_time_names_each_result_once(tmp_path):
     assert {path.name for path in one.path.iterdir()} == {".commands", "metadata.jsonl"}
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_go_on_where_a_killed_one_stopped(sample, run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(WORDS))

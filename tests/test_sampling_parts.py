@@ -138,6 +138,7 @@ def test_steps_are_recorded_only_where_every_forward_is_the_same() -> None:
     assert can_record(model, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [{}, {"rope": "1d", "num_kv_heads": 2}])
 def test_compiled_blocks_sample_the_same(architecture) -> None:
     """`compile_repeated_blocks` of diffusers; texts of all lengths are read uncompiled."""

@@ -76,6 +76,7 @@ def digest(scenes: Scenes, numbers) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.slow
 def test_an_item_follows_from_the_seed_and_its_number_in_every_process(folder: Path) -> None:
     numbers = [*range(12), 9_999_999]
     here = digest(scenes_of(folder), numbers)

@@ -77,6 +77,7 @@ def test_nothing_to_read_is_refused(byte_tokenizer):
         text_losses(torch.nn.Linear(1, 1), [""], "text", _reader(byte_tokenizer))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(byte_tokenizer, tmp_path):
     alone = _values(byte_tokenizer)
     for values in run_processes(_values, 2, {}, tmp_path, byte_tokenizer):
@@ -120,6 +121,7 @@ def _saved(path):
     return {entry["name"]: entry for entry in json.loads(path.read_text())["metrics"]}
 
 
+@pytest.mark.slow
 def test_text_as_a_command(run_folder, picture_folder, tmp_path, capsys):
     _run("evaluate/text.py", ["--checkpoint", run_folder, "--device", "cpu", "--output", tmp_path / "text.json"])
     saved = _saved(tmp_path / "text.json")

@@ -10,15 +10,18 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from process_group import run_processes, run_script
+from test_pipeline_codes import tiny_vq
 from training_runs import assert_same, final_state, load_all
 
 import train
 from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.config_checks import merged
 from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.sources.open import open_source
 from transfusion_mot.data.tokenizer import load_tokenizer
@@ -53,22 +56,37 @@ def interrupt_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(LaneLoader, "__iter__", iterate)
 
 
-@pytest.mark.parametrize(("workers", "image_context"), [(0, "noised"), (2, "clean")])
+def with_noisy_codes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Changes of a run, whose pictures become codes: 64 of each and a start, half of them replaced."""
+    tiny_vq().save_pretrained(folder / "vq")
+    image = IMAGE | {"objective": "next_token", "code_noise_prob": 0.5}
+    return {
+        "data": {"image_size": 16, "slots": {"text": 32, "image": 130}},
+        "codecs": {"image": {"path": str(folder / "vq")}},
+        "model": {"modalities": {"text": {"tower": "text"}, "image": image}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("workers", "image_context", "has_codes"), [(0, "noised", False), (2, "clean", False), (0, "noised", True)]
+)
 def test_three_and_three_steps_equal_six_bit_for_bit(
-    arguments, tmp_path, monkeypatch, workers: int, image_context: str
+    arguments, tmp_path, monkeypatch, workers: int, image_context: str, has_codes: bool
 ) -> None:
-    data = {"num_workers": workers, "image_context": image_context}
-    train.main(arguments("whole", data=data))
+    changes: dict[str, dict[str, Any]] = {"data": {"num_workers": workers, "image_context": image_context}}
+    if has_codes:
+        changes = merged(changes, with_noisy_codes(tmp_path))
+    train.main(arguments("whole", **changes))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             # Validation and samples in between must not touch the run's randomness.
             train.main(
-                arguments("parts", data=data, training={"save_every": 3, "validate_every": 2, "sample_every": 1})
+                arguments("parts", **changes, training={"save_every": 3, "validate_every": 2, "sample_every": 1})
             )
     assert find_state(tmp_path / "parts", "auto").name == "step-0000003"
     before = final_state(tmp_path / "parts")
-    train.main(arguments("parts", data=data))
+    train.main(arguments("parts", **changes))
     whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     assert_same(whole, parts)
     assert not torch.equal(before["model/modalities.text.head.weight"], parts["model/modalities.text.head.weight"])
@@ -387,7 +405,7 @@ def test_run_without_sample_prompts_ends_well(arguments, tmp_path) -> None:
 
 
 def test_folder_in_which_nobody_can_make_a_file_is_refused(arguments, capfd) -> None:
-    sentence = refused([*arguments(codecs={"image": {"path": "no/such/vae"}}), "--output_dir", "/proc"], capfd)
+    sentence = refused([*arguments(codecs={"image": {"path": str(ROOT / "docs")}}), "--output_dir", "/proc"], capfd)
     assert "/proc" in sentence
     assert sentence.endswith("choose another")
 

@@ -8,13 +8,21 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from transfusion_mot.errors import UserError
 
+# What to do, by the setting that names what is not there.
+_HINTS = {
+    "init_from": "; give a snapshot, or a run folder that has saved one",
+    "pretrained": "; give the folder of a language model, or its name on the hub",
+    "tokenizer path": "; null trains one on the run's own texts",
+    "codec path": "; `python -m transfusion_mot.autoencoder` trains one",
+}
+
 
 def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
     """Refuse what reads like a local path and is none, instead of asking the hub for it.
 
     Args:
-        what: What is named, for the message: "autoencoder path".
-        hint: What else to do, behind a semicolon.
+        what: What is named, for the message: "codec path".
+        hint: What to do, behind a semicolon; of the settings of a run it is known.
 
     Raises:
         UserError: It begins like a path, has more parts than a name on the hub, or its folder is there, and it is not.
@@ -28,17 +36,9 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
         while not there.exists():
             there = there.parent
         raise UserError(
-            f"{what} '{name}' does not exist; there is '{there}', but no '{path.relative_to(there)}' in it{hint}"
+            f"{what} '{name}' does not exist; there is '{there}', but no '{path.relative_to(there)}' in it"
+            f"{hint or _HINTS.get(what, '')}"
         )
-
-
-def refuse_missing_start(name: str) -> None:
-    """Refuse an `init_from` that reads like a local path and is none.
-
-    Raises:
-        UserError: As `refuse_missing_path`.
-    """
-    refuse_missing_path(name, "init_from", "; give a snapshot, or a run folder that has saved one")
 
 
 def ask_hub(name: str) -> None:

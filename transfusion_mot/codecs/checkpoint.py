@@ -24,7 +24,7 @@ def class_name_of(path: str) -> str:
     Raises:
         UserError: There is none, or it is only a part of what is there.
     """
-    refuse_missing_path(path, "codec path", "; `python -m transfusion_mot.autoencoder` trains one")
+    refuse_missing_path(path, "codec path")
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         raise UserError(f"codec path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")

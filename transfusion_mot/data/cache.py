@@ -15,13 +15,16 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 
-from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.run.early import checked_sections
 
 
-def parse_arguments(arguments: Sequence[str]) -> RunConfig:
-    """The configuration of the command line."""
+def parse_arguments(arguments: Sequence[str]) -> list[str]:
+    """The settings of train.py on the command line.
+
+    Raises:
+        UserError: There are mistakes in them.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.data.cache",
         usage="%(prog)s [--config FILE] [key=value ...]",
@@ -30,9 +33,8 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    config = parse_config(RunConfig, rest, __doc__ or "")
-    refuse_missing_sources(config.data.sources)
-    return config
+    checked_sections(rest)
+    return rest
 
 
 if __name__ == "__main__":
@@ -49,13 +51,14 @@ from transfusion_mot.data.encoding import check_media_sizes
 from transfusion_mot.data.mixture import open_documents
 from transfusion_mot.data.sources.base import NOUNS, Split, counted
 from transfusion_mot.models.compilation import allow_shapes
+from transfusion_mot.run.begin import settled_config
 
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Encode and report, as the command line says."""
-    config = parse_arguments(arguments)
+    config = settled_config(parse_arguments(arguments))
     # This prepares a run with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
     # Processes that have less to do wait for the others at the end.

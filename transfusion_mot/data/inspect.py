@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig, parse_config
-from transfusion_mot.data.sources.paths import refuse_missing_sources
+from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.run.early import checked_sections
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """The options of the command line, and the configuration behind them.
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the command line, and the settings of train.py behind them.
 
     Raises:
         UserError: There are mistakes in them.
@@ -39,9 +39,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunCo
     given, rest = parser.parse_known_args(arguments)
     if given.rows < 1:
         raise UserError(f"--rows is {given.rows}; it must be at least 1")
-    config = parse_config(RunConfig, rest, __doc__ or "")
-    refuse_missing_sources(config.data.sources)
-    return given, config
+    checked_sections(rest)
+    return given, rest
 
 
 if __name__ == "__main__":
@@ -67,6 +66,7 @@ from transfusion_mot.data.sources.base import Documents, MediaSet, Split, Text, 
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.models.inputs import TokenInput
+from transfusion_mot.run.begin import settled_config
 
 # Documents of a source whose lengths are looked at, evenly spaced.
 _MOST_DOCUMENTS = 20_000
@@ -351,7 +351,8 @@ def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> I
 
 def main(arguments: Sequence[str]) -> None:
     """Print and draw, as the command line says."""
-    given, config = parse_arguments(arguments)
+    given, settings = parse_arguments(arguments)
+    config = settled_config(settings)
     prepare_picture(Path(given.picture))
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources

@@ -132,7 +132,7 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
     Raises:
         UserError: It is not there, cannot be loaded, or has no fast (Rust) implementation.
     """
-    refuse_missing_path(path_or_name, "tokenizer path", "; null trains one on the run's own texts")
+    refuse_missing_path(path_or_name, "tokenizer path")
     try:
         ask_hub(path_or_name)
         hf = AutoTokenizer.from_pretrained(path_or_name)

@@ -210,7 +210,7 @@ def _find(name: str) -> Path:
     """
     folder = Path(name)
     if not folder.exists():
-        refuse_missing_path(name, "pretrained", "; give the folder of a language model, or its name on the hub")
+        refuse_missing_path(name, "pretrained")
         folder = download(name, _PATTERNS, "pretrained")
     if folder.suffix == ".gguf" or (
         folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*.gguf"))

@@ -23,7 +23,7 @@ from transfusion_mot.config import (
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
-from transfusion_mot.hub_names import download, refuse_missing_start
+from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of_version_0_1
@@ -236,7 +236,7 @@ def _find(name: str) -> Path:
                 "whole snapshot (fuse_lora, unload_lora_weights, save_pretrained) and give that"
             )
         return found
-    refuse_missing_start(name)
+    refuse_missing_path(name, "init_from")
     parts = [f"{part}/*" for part in ("tokenizer", *COMPONENT_MODALITIES)]
     found = download(name, ["*.json", "*.txt", *parts], "init_from")
     if not (found / INDEX).is_file():
