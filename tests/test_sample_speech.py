@@ -149,7 +149,7 @@ MISTAKES = [
     (["--task", "speech", "sun", "--output", "x.mp3"], "--output x.mp3 is no WAV file"),
     (
         ["--task", "speech", "sun", "--scheduler", "Euler"],
-        "--scheduler goes with --task image or edit or auto, not with",
+        "--scheduler goes with --task image or edit or auto, not",
     ),
     (["--transcribe", "a.wav", "--guidance-scale", 2], "--guidance-scale goes with --task image or edit or auto or sp"),
 ]

@@ -261,7 +261,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} goes with --task {' or '.join(tasks)}, not with {task}")
     if task == SPEAK and str(arguments.output).lower().endswith(_OTHER_AUDIO):
         raise UserError(
-            f"--output {arguments.output} is no WAV file, and speech is written as WAV; give X.wav or a folder"
+            f"--output {arguments.output} is no WAV file, which speech is written as; give X.wav or a folder"
         )
     if arguments.output_file is not None:
         prompts = len(arguments.prompts) + bool(arguments.image)
