@@ -123,7 +123,7 @@ def test_what_is_no_export_is_not_deleted(snapshot: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match="holds the checkpoint, and what is in it would be deleted"):
             main(["--checkpoint", str(run), "--output", str(output)])
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no export, and would lose them"):
+    with pytest.raises(UserError, match=r"holds files but no model_index\.json, and they would be deleted"):
         main(["--checkpoint", str(run), "--output", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     for _ in range(2):

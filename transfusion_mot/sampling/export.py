@@ -21,7 +21,7 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint
 from transfusion_mot.evaluation.report.content import metrics_table, read_report
-from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.files import check_writable_folder, find_snapshot, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -61,21 +61,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     given = parser.parse_args(arguments)
     check_writable_folder(given.output, "output")
-    _refuse_other_content(Path(given.output), find_snapshot(given.checkpoint), given.language_model is not None)
+    marker = "config.json" if given.language_model is not None else "model_index.json"
+    refuse_other_content(Path(given.output), find_snapshot(given.checkpoint), marker)
     if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
         raise UserError("--language-model writes no model card; leave out the other options")
     return given
-
-
-def _refuse_other_content(output: Path, snapshot: Path, is_language_model: bool) -> None:
-    """Refuse an output that holds the checkpoint or anything but an export, because its content is deleted."""
-    if snapshot.resolve().is_relative_to(output.resolve()):
-        raise UserError(
-            f"--output {output} holds the checkpoint, and what is in it would be deleted; give another folder"
-        )
-    marker = "config.json" if is_language_model else "model_index.json"
-    if output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
-        raise UserError(f"--output {output} holds files that are no export, and would lose them; give another folder")
 
 
 if __name__ == "__main__":
