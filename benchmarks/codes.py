@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.evaluation.command import add_checkpoint
+from transfusion_mot.evaluation.command import add_checkpoint, at_least_one
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codes", description=__doc__)
     add_checkpoint(parser)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
+    parser.add_argument("--batch-sizes", type=at_least_one, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
     parser.add_argument("--prompt", default="noto emoji of octopus", metavar="TEXT")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="calls of which the median is (default: 3)")
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=3, metavar="N", help="calls of which the median is (default: 3)"
+    )
     return parser.parse_args(arguments)
 
 

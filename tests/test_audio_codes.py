@@ -197,6 +197,8 @@ def test_a_folder_remembers_how_many_codebooks_are_used(tmp_path) -> None:
         load_codec(CodecConfig(str(tmp_path), num_codebooks=5), "next_token", "cpu")
     with pytest.raises(UserError, match="is of class MimiModel, and the objective diffusion needs AutoencoderKL;"):
         load_codec(CodecConfig(str(tmp_path)), "diffusion", "cpu")
+    with pytest.raises(UserError, match="is of class MimiModel, and its layer is set, which is for HubertModel;"):
+        load_codec(CodecConfig(str(tmp_path), layer=4), "next_token", "cpu")
 
 
 def test_codes_of_which_loudness_is_apart_are_refused() -> None:

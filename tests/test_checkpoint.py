@@ -167,7 +167,12 @@ def test_run_killed_while_its_first_states_were_written_begins_anew(tmp_path: Pa
         find_state(tmp_path, "auto")
 
 
-MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffusion.scheduler": ["DDPMScheduler", {}]}
+MADE_OF = {
+    "tokenizer": "1a2b",
+    "model": {"num_layers": 2, "rope": "3d"},
+    "diffusion.scheduler": ["DDPMScheduler", {}],
+    "towers": {"image": {"width": 8, "dropout": 0.1}, "text": {"width": 8}},
+}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +191,11 @@ MADE_OF = {"tokenizer": "1a2b", "model": {"num_layers": 2, "rope": "3d"}, "diffu
         (
             MADE_OF | {"model": {"rope": "3d", "gate": True}},
             r"another model: {'num_layers': None, 'gate': True}, and now it is {'num_layers': 2, 'gate': None};",
+        ),
+        # Of what is nested, that alone which differs.
+        (
+            MADE_OF | {"towers": {"image": {"width": 4, "dropout": 0.1}, "text": {"width": 8}}},
+            r"another towers: {'image': {'width': 4}}, and now it is {'image': {'width': 8}};",
         ),
         # What an older version left out, of either kind, and what it wrote in another form.
         (

@@ -117,6 +117,19 @@ def test_too_large_a_model_is_refused(snapshot: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_export_is_not_deleted(snapshot: Path, tmp_path: Path) -> None:
+    run = snapshot.parents[1]
+    for output in (run, snapshot, snapshot / ".."):
+        with pytest.raises(UserError, match="holds the checkpoint, and what is in it would be deleted"):
+            main(["--checkpoint", str(run), "--output", str(output)])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files but no model_index\.json, and they would be deleted"):
+        main(["--checkpoint", str(run), "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    for _ in range(2):
+        main(["--checkpoint", str(run), "--output", str(tmp_path / "again")])
+
+
 def test_the_shipped_model_is_that_of_its_configuration_and_fits_its_limit() -> None:
     """64 MB with the autoencoder, as they are stored."""
     config = parse_config(RunConfig, ["--config", str(ROOT / "configs" / "emoji_128.yaml")], "")

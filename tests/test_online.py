@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from PIL import Image
 from source_files import SIZE, picture, shard, write_tar
 
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
-from transfusion_mot.config import TEXT, CodecConfig, DataConfig, SourceConfig
+from transfusion_mot.config import (
+    TEXT,
+    CodecConfig,
+    DataConfig,
+    ModalityConfig,
+    ModelConfig,
+    SourceConfig,
+    TowerConfig,
+)
 from transfusion_mot.data.batch import Batch, Rows
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.mixture import Sources, counter, open_documents, with_encoded
@@ -233,3 +242,14 @@ def test_document_that_waits_when_its_file_vanishes_is_dropped(byte_tokenizer, t
     rows, _, counts = packer().rows([0], 1, state)
     assert set(rows.media["image"][rows.batch.latents("image").mask][:, 0, 0, 0].tolist()) == set(shown)
     assert counts[counter(opened.names[0], "dropped_documents")] > 0
+
+
+def test_codes_need_no_settings_of_encoding(random_vae: Path) -> None:
+    # Pictures of another run's data, of a model that speaks, too.
+    speech = ModalityConfig(tower="image", objective="next_token")
+    pictures = ModalityConfig(tower="image", objective="diffusion")
+    towers = {name: TowerConfig(8, 16) for name in (TEXT, "image")}
+    model = ModelConfig(towers, {TEXT: ModalityConfig(tower=TEXT), "image": pictures, "speech": speech})
+    codecs = {"image": Autoencoder.load(str(random_vae), CPU), "speech": SimpleNamespace(kind="codes")}
+    encoder = OnlineEncoder.of_model(model, codecs, {"image": CodecConfig(batch_size=3)})
+    assert (encoder.codecs, encoder.batch_sizes) == ({"image": codecs["image"]}, {"image": 3})

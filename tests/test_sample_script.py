@@ -451,6 +451,7 @@ def test_a_snapshot_without_its_vae_ends_with_one_sentence(sample, run, tmp_path
         (["sun", "--num-inference-steps", 0], "num_inference_steps is 0"),
         (["sun", "--num-inference-steps", 1001], "num_inference_steps is 1001"),
         (["sun", "--num-images", 0], "--num-images is 0"),
+        (["sun", "--code-top-k", 5], "--code-top-k is given, and this model paints by diffusion"),
         (["sun", "--batch-size", 0], "--batch-size is 0"),
         (["sun", "--scheduler", "DDPMScheduler"], "fit: FlowMatchEulerDiscreteScheduler"),
         (["sun", "--scheduler", "Euler"], "fit: FlowMatchEulerDiscreteScheduler"),

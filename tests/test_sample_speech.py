@@ -145,6 +145,13 @@ MISTAKES = [
     (["sun", "--max-seconds", 2], "--max-seconds goes with --task speech, not with image"),
     (["--task", "speech", "sun", "--max-seconds", 0], "max_seconds is 0.0; it must be a positive number"),
     (["--task", "speech", "sun", "--code-top-p", 2], "top_p is 2.0"),
+    (["--task", "speech", " "], "prompt 1 is empty; write a text"),
+    (["--task", "speech", "sun", "--output", "x.mp3"], "--output x.mp3 is no WAV file"),
+    (
+        ["--task", "speech", "sun", "--scheduler", "Euler"],
+        "--scheduler goes with --task image or edit or auto, not",
+    ),
+    (["--transcribe", "a.wav", "--guidance-scale", 2], "--guidance-scale goes with --task image or edit or auto or sp"),
 ]
 
 

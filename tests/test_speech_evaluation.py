@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,11 @@ def test_pocketsphinx_understands_the_engine_and_no_noise():
     assert recogniser.transcribe([noise, Audio(np.zeros(0, np.float32), 16000)])[0] not in TEXTS
     with pytest.raises(UserError, match="knows no text"):
         PocketSphinx(["xyzzyx"], workers=1)
+    # Its processes end with it: at the end of the interpreter they would write into closed pipes.
+    children = active_children()
+    assert children
+    del recogniser
+    assert not set(children) & set(active_children())
 
 
 def test_what_is_heard_does_not_depend_on_what_was_heard_before():

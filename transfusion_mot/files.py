@@ -141,6 +141,27 @@ def refuse_dangling_links(folder: Path) -> None:
             )
 
 
+def refuse_other_content(output: Path, checkpoint: Path, marker: str) -> None:
+    """Refuse an output, whose content will be deleted, that holds the checkpoint or files of another kind.
+
+    Args:
+        output: Folder that will be written anew.
+        checkpoint: What is read.
+        marker: File that every such output has.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    if checkpoint.resolve().is_relative_to(output.resolve()):
+        raise UserError(
+            f"the output {output} holds the checkpoint, and what is in it would be deleted; give another folder"
+        )
+    if output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
+        raise UserError(
+            f"the output {output} holds files but no {marker}, and they would be deleted; give another folder"
+        )
+
+
 def find_snapshot(path: str) -> Path:
     """Run folder or snapshot folder => snapshot folder; of a run, the newest one.
 

@@ -41,11 +41,9 @@ def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str
     """Prompts of the command line, then those of the file or of standard input.
 
     Raises:
-        UserError: A prompt is empty, the file cannot be read, or there are none at all.
+        UserError: The file cannot be read, or there are none at all.
     """
     prompts = [prompt.strip() for prompt in arguments.prompts]
-    if "" in prompts:
-        raise UserError(f"prompt {prompts.index('') + 1} is empty; say what to paint")
     if arguments.prompts_file is not None:
         prompts += [line.strip() for line in _lines_of(arguments.prompts_file, state) if line.strip()]
     if not prompts:

@@ -92,6 +92,10 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
                 raise UserError(f"--{option} is given, and this model writes its pictures as codes; leave it out")
         settings |= {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
     else:
+        for name, default in {"code_temperature": 1.0, "code_top_p": 1.0, "code_top_k": 0}.items():
+            if getattr(arguments, name) != default:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is given, and this model paints by diffusion, without codes; leave it out")
         name = arguments.scheduler or sampler_name(pipeline.scheduler)
         if arguments.scheduler is not None:
             pipeline.scheduler = make_sampling_scheduler(pipeline.scheduler, name)

@@ -18,6 +18,15 @@ SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoj
 # The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
 PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
 TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)
+# Options that only some tasks read. Ignored ones would make a wrong command look right.
+_READ_BY = {
+    "num_inference_steps": (PAINT, EDIT, "auto"),
+    "scheduler": (PAINT, EDIT, "auto"),
+    "guidance_scale": (PAINT, EDIT, "auto", SPEAK),
+    "max_seconds": (SPEAK,),
+}
+# Files that somebody may expect speech to be written as.
+_OTHER_AUDIO = (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 
 # Where results with files of their own go.
 _FOLDERS = {PAINT: "samples", EDIT: "samples", "auto": "samples", SPEAK: "samples/speech"}
@@ -229,6 +238,9 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "num_images"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    for index, prompt in enumerate(arguments.prompts):
+        if not prompt.strip():
+            raise UserError(f"prompt {index + 1} is empty; write a text, or leave it out")
     other = "prompts" if prompted else f"--task {task}"
     files = {"caption": arguments.caption, TRANSCRIBE: arguments.transcribe}
     for own in (own for own, given in files.items() if given and (prompted or task != own)):
@@ -244,8 +256,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"both {other} and --speech are given, which paints what is said; give one of them")
     if task == SPEAK and arguments.image and prompted:
         raise UserError("both prompts and --image are given; say them in two commands")
-    if arguments.max_seconds is not None and task != SPEAK:
-        raise UserError(f"--max-seconds goes with --task speech, not with {task}")
+    for name, tasks in _READ_BY.items():
+        if getattr(arguments, name) is not None and task not in tasks:
+            raise UserError(f"--{name.replace('_', '-')} goes with --task {' or '.join(tasks)}, not with {task}")
+    if task == SPEAK and str(arguments.output).lower().endswith(_OTHER_AUDIO):
+        raise UserError(
+            f"--output {arguments.output} is no WAV file, which speech is written as; give X.wav or a folder"
+        )
     if arguments.output_file is not None:
         prompts = len(arguments.prompts) + bool(arguments.image)
         if task != SPEAK or arguments.prompts_file or prompts * arguments.num_images != 1:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from transfusion_mot.cli.items import Maker, plan, read_prompts
 from transfusion_mot.cli.loading import load_pipeline
@@ -71,7 +72,8 @@ def sample(
     items = plan(prompts, arguments.num_images, arguments.seed, first, are_files=bool(files_of(arguments)))
     missing = range(count) if folder is None else folder.missing()
     lines: list[dict[str, Any]] = []
-    with tqdm(total=len(missing), desc=verb, disable=not state.is_main_process) as bar:
+    # Warnings stand in lines of their own, above the bar.
+    with logging_redirect_tqdm(), tqdm(total=len(missing), desc=verb, disable=not state.is_main_process) as bar:
         for start in range(0, len(missing), arguments.batch_size):
             batch = missing[start : start + arguments.batch_size]
             made = make([items[index] for index in batch], folder)

@@ -17,9 +17,15 @@ def load_codec(config: CodecConfig, objective: Objective, device: torch.device |
     """Load a codec in float32: an `AutoencoderKL` for `diffusion`, one that gives codes for `next_token`.
 
     Raises:
-        UserError: There is none at `config.path`, or it does not fit the objective.
+        UserError: There is none at `config.path`, it does not fit the objective, or a key is for another class.
     """
     class_name = class_name_of(config.path)
+    for key, classes in {"layer": ("HubertModel",), "num_codebooks": AUDIO_CLASSES}.items():
+        if getattr(config, key) is not None and class_name not in classes:
+            raise UserError(
+                f"codec path '{config.path}' is of class {class_name}, and its {key} is set, which is for "
+                f"{', '.join(classes)}; remove that key"
+            )
     if class_name == AutoencoderKL.__name__ and objective == "diffusion":
         return Autoencoder.load(config.path, device)
     if class_name in CLASSES and objective == "next_token":

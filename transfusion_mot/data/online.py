@@ -31,13 +31,13 @@ class OnlineEncoder:
         Args:
             model: Its modalities.
             codecs: Of each modality that the model makes, but text.
-            configs: Likewise; how many images they encode at a time.
+            configs: Of each modality of latents; how many images they encode at a time.
         """
         content = {name: model.content_of(name) for name in model.stream_order if name != TEXT}
         latents = {name: codec for name, codec in codecs.items() if codec.kind == "latents"}
         return cls(
             {name: latents[media] for name, media in content.items() if media in latents},
-            {name: configs[media].batch_size for name, media in content.items()},
+            {name: configs[media].batch_size for name, media in content.items() if media in latents},
         )
 
     @torch.no_grad()

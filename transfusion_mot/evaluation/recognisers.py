@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -83,6 +84,8 @@ class PocketSphinx:
             workers, mp_context=get_context("fork"), initializer=_load, initargs=(language, dictionary)
         )
         self._pool.submit(os.getpid).result()
+        # A pool that is merely dropped closes its pipes while the interpreter, at its end, still writes into them.
+        weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
 
     def knows(self, text: str) -> bool:
         """Whether its dictionary has all words of a text."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.files import check_writable_folder, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -44,6 +44,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if (given.output is None) is not given.in_place:
         raise UserError("give either a folder OUTPUT, or --in-place to write over the old snapshot")
+    if given.output is not None:
+        refuse_other_content(Path(given.output), Path(given.snapshot), "model_index.json")
     return given
 
 

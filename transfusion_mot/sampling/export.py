@@ -21,7 +21,7 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint
 from transfusion_mot.evaluation.report.content import metrics_table, read_report
-from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.files import check_writable_folder, find_snapshot, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_checkpoint(parser)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="snapshot to write; what is in it goes")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="what to write; an older export there goes")
     parser.add_argument(
         "--licences",
         action=PathOption,
@@ -61,6 +61,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     given = parser.parse_args(arguments)
     check_writable_folder(given.output, "output")
+    marker = "config.json" if given.language_model is not None else "model_index.json"
+    refuse_other_content(Path(given.output), find_snapshot(given.checkpoint), marker)
     if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
         raise UserError("--language-model writes no model card; leave out the other options")
     return given

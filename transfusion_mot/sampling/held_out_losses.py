@@ -152,7 +152,9 @@ def diffusion_metrics(
                 count = own if num_images is None else max(1, num_images * own // available)
                 readers = config.model.readers
                 each = {name: 1 if dropout or name in readers else media_slots for name in latents}
-                slots = config.data.slots | each | dict.fromkeys(readers.values(), 1)
+                # Of a modality that the pictures' data do not have, such as speech, a slot that stays empty.
+                empty = dict.fromkeys(config.model.made, 1)
+                slots = empty | config.data.slots | each | dict.fromkeys(readers.values(), 1)
                 validation = Validation(
                     held_out,
                     pipeline.text_tokenizer,

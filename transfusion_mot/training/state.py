@@ -197,13 +197,20 @@ def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder
             )
         before = trained_with[part]
         if before != now:
-            if isinstance(before, dict) and isinstance(now, dict):
-                differing = [key for key in now | before if before.get(key) != now.get(key)]
-                before, now = ({key: side.get(key) for key in differing} for side in (before, now))
+            before, now = _differing(before, now)
             raise UserError(
                 f"{folder} was trained with another {part}: {before}, and now it is {now}; "
                 f"go on with its own configuration, --config {run_config_file(folder)}, or use another output_dir"
             )
+
+
+def _differing(before: Any, now: Any) -> tuple[Any, Any]:
+    """Two values => of dictionaries, and of those in them, the entries that differ; of anything else both whole."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return before, now
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    pairs = {name: _differing(before.get(name), now.get(name)) for name in names}
+    return {name: one for name, (one, _) in pairs.items()}, {name: other for name, (_, other) in pairs.items()}
 
 
 def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder: Path) -> None:

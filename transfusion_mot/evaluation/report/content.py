@@ -153,8 +153,10 @@ def value_and_interval(metric: Metric) -> str:
 
 
 def shown_number(value: Any) -> str:
-    """A number to four digits; anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+    """A number to four digits, of large ones all before the point; anything else as it is."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def shown_range(ends: Sequence[float]) -> str:
