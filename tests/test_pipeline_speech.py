@@ -276,7 +276,7 @@ def test_speaking_with_a_cache_equals_forwards_over_whole_documents(pipeline, sc
     cut = sum(len(codes) == most for codes in expected)
     told = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert told == (
-        [f"{cut} of 3 results had not ended after 0.1 seconds and are cut there; give more max_seconds"] * bool(cut)
+        [f"{cut} of 3 results had not ended after 0.1 seconds, the longest allowed, and are cut there"] * bool(cut)
     )
 
     # With room for its end and no more, the shortest is not cut.

@@ -98,7 +98,7 @@ class SpeechPipeline(DocumentPipeline):
         codes = [content[1:-1] for document in documents for content in document.made]
         if cut := sum(len(own) == most for own in codes):
             _logger.warning(
-                "%d of %d results had not ended after %.1f seconds and are cut there; give more max_seconds",
+                "%d of %d results had not ended after %.1f seconds, the longest allowed, and are cut there",
                 cut,
                 len(codes),
                 most / self.audio_codec.codes_per_second,
