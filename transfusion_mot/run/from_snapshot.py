@@ -1,4 +1,4 @@
-"""A snapshot that a run begins with: what it settles of the configuration, and its weights."""
+"""Start a run from a snapshot: settings that follow from it, and its weights."""
 
 import json
 import shutil
@@ -30,25 +30,25 @@ from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of
 from transfusion_mot.schedulers import make_scheduler, trained_for
 from transfusion_mot.training.checkpoint import written_aside
 
-# Settings of a model that no weight depends on.
+# Model settings that no weight depends on.
 _FREE = (
     "towers.*.dropout",
     "modalities.*.loss_weight",
     "modalities.*.code_noise_prob",
     "modalities.*.guidance_scale",
 )
-# Where a tower's weights came from when the run of the snapshot began.
+# Tower settings that only name the initial weights of the snapshot's own run.
 _ORIGINS = ("pretrained", "copy_of")
 
 
 class SnapshotStart:
-    """A snapshot that a run begins with.
+    """A snapshot to start a run from.
 
     Args:
         name: Its folder, a run folder, or a name on the Hugging Face hub.
 
     Raises:
-        UserError: It is not there, is no snapshot, or is one of version 0.1.
+        UserError: It does not exist, is not a snapshot, or is one of version 0.1.
     """
 
     def __init__(self, name: str) -> None:
@@ -72,7 +72,7 @@ class SnapshotStart:
         for key in ("num_inference_steps", "guidance_scale"):
             setattr(self.diffusion, key, self.index.get(key, getattr(self.diffusion, key)))
         media = [modality for modality in self.model.made if modality != TEXT]
-        # Where the codec of each modality lies.
+        # Folder of each modality's codec.
         self.codecs = {
             self.index.get(key) or media[0]: str(self.folder / part)
             for part, key in COMPONENT_MODALITIES.items()
@@ -96,7 +96,7 @@ class SnapshotStart:
         }
 
     def check(self, config: RunConfig) -> None:
-        """Refuse other sizes, another tokenizer or another codec than those that the weights were trained with.
+        """Refuse sizes, a tokenizer or a codec that differ from those of the weights' training.
 
         Raises:
             UserError: Names the keys.
@@ -139,7 +139,7 @@ class SnapshotStart:
                 )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
-        """Put its weights into a model, whole or sharded; called by all processes.
+        """Load its weights into a model, whole or sharded; called by all processes.
 
         Raises:
             UserError: They are damaged, or do not fit.
@@ -154,11 +154,11 @@ class SnapshotStart:
         return report
 
     def _new(self, config: RunConfig) -> list[str]:
-        """Modalities of a run that its model does not have, and that are only read: a way in is all that they add."""
+        """`read` modalities that are new in this run; they add only an input layer."""
         return [name for name in config.model.readers.values() if name not in self.model.modalities]
 
     def weight_files(self) -> WeightFiles:
-        """The weights of its transformer; they are downloaded now if they lie on the hub.
+        """The weight files of its transformer, downloaded if they are on the hub.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -172,7 +172,7 @@ class SnapshotStart:
         return WeightFiles(folder / "transformer", "diffusion_pytorch_model")
 
     def _notes(self, config: RunConfig) -> list[str]:
-        """What of the objective is another than that of the snapshot, in sentences."""
+        """Sentences about differences between this run's objective and the snapshot's."""
         if not config.model.of_objective("diffusion"):
             return []
         before, now = (
@@ -192,12 +192,12 @@ class SnapshotStart:
 
 
 def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Copy the codecs of the snapshot that a run begins with into its folder; called by all processes.
+    """Copy the codecs of the initial snapshot into the run folder; called by all processes.
 
     So the run can be continued without the snapshot.
 
     Returns:
-        The configuration, in which the codecs are the copies.
+        The configuration with the paths of the copies.
     """
     if config.init_from is None:
         return config
@@ -216,7 +216,7 @@ def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 
 
 def _find(name: str) -> Path:
-    """The folder of a snapshot; one on the hub is downloaded without its large weights.
+    """The folder of a snapshot; from the hub it is downloaded without its large weights.
 
     Raises:
         UserError: There is none.
@@ -265,7 +265,7 @@ def _model_config(architecture: dict[str, Any]) -> ModelConfig:
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted key, value before and value now of everything that differs between two nested sections."""
+    """(Dotted key, value before, value now) of all differences between two nested sections."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [(key, before, now)]
     found: list[tuple[str, Any, Any]] = []
