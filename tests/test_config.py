@@ -220,9 +220,12 @@ def test_one_key_of_a_modality_is_changed_with_a_file_and_without(tmp_path: Path
 @pytest.mark.parametrize(
     ("changed", "missing"),
     [
-        ({"data.slots": "{text: 32}"}, "data.slots has text, and the modalities"),
-        ({"codecs": "{}"}, "codecs has nothing, and the modalities"),
-        ({"codecs": "{speech: {path: x}, image: {path: y}}"}, "codecs has speech, image, and the modalities"),
+        ({"data.slots": "{text: 32}"}, "data.slots has text, but needs one entry for each of"),
+        ({"codecs": "{}"}, "codecs has nothing, but needs one entry for each of"),
+        (
+            {"codecs": "{speech: {path: x}, image: {path: y}}"},
+            "codecs has speech, image, but needs one entry for each of",
+        ),
     ],
 )
 def test_each_modality_has_its_slots_and_its_codec(changed: dict[str, str], missing: str) -> None:

@@ -76,7 +76,7 @@ def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
         return [TowerStarts(sections)] if names else []
     if len(names) > 1:
         raise UserError(
-            f"init_from takes all weights of a snapshot, and {min(set(names) - {'init_from'})} those of one tower; "
+            f"both init_from and {min(set(names) - {'init_from'})} are given; init_from already sets all weights: "
             "remove one of them"
         )
     return [SnapshotStart(names["init_from"])]
@@ -103,8 +103,8 @@ def settled_config(arguments: Sequence[str]) -> RunConfig:
             if named_before.get(key) != name:
                 began = f"began with {key}={named_before[key]}" if key in named_before else f"began without {key}"
                 raise UserError(
-                    f"{key} is {name}, and the run in {run} {began}: it goes on with its own weights; remove the key, "
-                    "or choose another output_dir to begin a new run"
+                    f"{key} is {name}, but the run in {run} {began} and continues with its own weights; remove the "
+                    "key, or choose another output_dir to start a new run"
                 )
     else:
         starts = find_starts(given)

@@ -66,8 +66,8 @@ class SnapshotStart:
             self.diffusion = DiffusionConfig(**contents["diffusion"])
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"init_from={name}: transformer/config.json describes no model that this version knows ({error}); it "
-                "needs a snapshot of train.py"
+                f"init_from={name}: this version does not know the model in transformer/config.json ({error}); give a "
+                "snapshot of train.py"
             ) from None
         for key in ("num_inference_steps", "guidance_scale"):
             setattr(self.diffusion, key, self.index.get(key, getattr(self.diffusion, key)))
@@ -109,7 +109,7 @@ class SnapshotStart:
         if differing:
             raise UserError(
                 f"the weights of init_from={self.name} are of another model: {'; '.join(differing)}; remove the keys, "
-                "or begin without init_from"
+                "or train without init_from"
             )
         self._check_tokenizer(config)
         self._check_codecs(config)
@@ -121,8 +121,8 @@ class SnapshotStart:
         names = config.model.made
         if given is None or load_tokenizer(given, names).fingerprint != load_tokenizer(own, names).fingerprint:
             raise UserError(
-                f"tokenizer.path is {given}, and the weights of init_from={self.name} were trained with another "
-                "tokenizer; remove the key to take that"
+                f"tokenizer.path is {given}, but the weights of init_from={self.name} were trained with another "
+                "tokenizer; remove the key to use theirs"
             )
 
     def _check_codecs(self, config: RunConfig) -> None:
@@ -134,8 +134,8 @@ class SnapshotStart:
             fingerprints = {load_codec(codec, objective, "cpu").fingerprint for codec in (CodecConfig(path), given)}
             if len(fingerprints) > 1:
                 raise UserError(
-                    f"codecs.{name}.path is {given.path}, and the weights of init_from={self.name} were trained with "
-                    "another codec; remove the key to take that"
+                    f"codecs.{name}.path is {given.path}, but the weights of init_from={self.name} were trained with "
+                    "another codec; remove the key to use theirs"
                 )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
@@ -149,7 +149,7 @@ class SnapshotStart:
         new = self._new(config)
         for name in (name for name in report.missing if name.startswith("modalities.")):
             if (modality := name.split(".")[1]) in new:
-                report.missing[name] = f"{modality} is new: drawn at random"
+                report.missing[name] = f"{modality} is new, drawn at random"
         report.notes += self._notes(config)
         return report
 
@@ -181,9 +181,9 @@ class SnapshotStart:
         )
         if before["prediction_type"] != now["prediction_type"]:
             return [
-                f"the snapshot was trained to predict {before['prediction_type']}, and this run trains it to predict "
-                f"{now['prediction_type']} (diffusion.scheduler): its first diffusion losses will be those of an "
-                "untrained model, and it needs many more steps"
+                f"the snapshot was trained to predict {before['prediction_type']}, but this run predicts "
+                f"{now['prediction_type']} (diffusion.scheduler): the first diffusion losses will be those of an "
+                "untrained model, and training needs many more steps"
             ]
         if before != now:
             parts = [f"{key} was {before[key]} and is {now.get(key)}" for key in before if before[key] != now.get(key)]
@@ -232,15 +232,15 @@ def _find(name: str) -> Path:
         found = find_snapshot(name)
         if (found / ADAPTER_CONFIG).is_file():
             raise UserError(
-                f"init_from={name} is a low-rank adapter; give the model below it, or save that with the adapter as a "
-                "whole snapshot (fuse_lora, unload_lora_weights, save_pretrained) and give that"
+                f"init_from={name} is a low-rank adapter; give its base model, or a whole snapshot with the fused "
+                "adapter (fuse_lora, unload_lora_weights, save_pretrained)"
             )
         return found
     refuse_missing_start(name)
     parts = [f"{part}/*" for part in ("tokenizer", *COMPONENT_MODALITIES)]
     found = download(name, ["*.json", "*.txt", *parts], "init_from")
     if not (found / INDEX).is_file():
-        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; it needs a snapshot of train.py")
+        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; give a snapshot of train.py")
     return found
 
 

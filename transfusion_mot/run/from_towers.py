@@ -56,7 +56,7 @@ class TowerStarts:
             if origin not in known or origin in self.copies:
                 others = ", ".join(sorted(known - set(self.copies))) or "none"
                 raise UserError(
-                    f"model.towers.{name}.copy_of is {origin}; it must be another tower that is no copy: {others}"
+                    f"model.towers.{name}.copy_of is {origin}; it must be another tower that is not a copy: {others}"
                 )
         self._given = towers
 
@@ -103,8 +103,8 @@ class TowerStarts:
                 if key in ("towers", "modalities") or result["model"].get(key, value) == value:
                     continue
                 raise UserError(
-                    f"model.towers.{name}.pretrained has {key} {value}, and that of another tower "
-                    f"{result['model'][key]}; all towers of a model have the same"
+                    f"model.towers.{name}.pretrained has {key} {value}, but another tower has "
+                    f"{result['model'][key]}; give towers with the same {key}"
                 )
             result = merged(result, own)
         return result
@@ -140,19 +140,19 @@ class TowerStarts:
         model, wanted = config.model, self._wanted
         if set(model.untied) != _COMPONENTS and len(model.towers) > 1:
             raise UserError(
-                f"model.untied is {model.untied}, and a tower with pretrained or copy_of owns all its weights; use "
-                "[norm, qkv, output, ffn]"
+                f"model.untied is {model.untied}, but a tower with pretrained or copy_of must own all its weights; set "
+                "model.untied=[norm, qkv, output, ffn]"
             )
         if self._text_tower != model.modalities[TEXT].tower:
             raise UserError(
-                f"model.modalities.text.tower is {model.modalities[TEXT].tower}, and the language model is that of "
-                f"model.towers.{self._text_tower}; give it to the tower of text"
+                f"model.modalities.text.tower is {model.modalities[TEXT].tower}, but model.towers.{self._text_tower} "
+                "has the language model; give it to the tower of text"
             )
         for key, before, now in _differences(wanted["model"], to_dict(model)):
             tower = key.split(".")[1] if key.startswith("towers.") else next(iter(self.sources))
             raise UserError(
-                f"model.{key} is {now}, and pretrained={self.sources[tower].name} has {before}; remove the key, or "
-                "begin without it"
+                f"model.{key} is {now}, but pretrained={self.sources[tower].name} has {before}; remove one of the "
+                "two keys"
             )
         for name, origin in self.copies.items():
             self._check_copy(name, origin, config)
@@ -163,8 +163,8 @@ class TowerStarts:
         for key in _SIZES:
             if getattr(own, key) != getattr(other, key):
                 raise UserError(
-                    f"model.towers.{name}.{key} is {getattr(own, key)}, and {origin}, of which it is a copy, has "
-                    f"{getattr(other, key)}; give it the same, or remove copy_of to begin at random"
+                    f"model.towers.{name}.{key} is {getattr(own, key)}, but its copy_of, {origin}, has "
+                    f"{getattr(other, key)}; use the same value, or remove copy_of to draw the weights at random"
                 )
 
     def _check_tokenizer(self, config: RunConfig) -> None:
@@ -177,13 +177,12 @@ class TowerStarts:
         rows = source.config.vocab_size
         if path is None or (path != source.name and own is not None and given != own):
             raise UserError(
-                f"tokenizer.path is {path}, and the language model {source.name} has a tokenizer of its own; remove "
-                "the key"
+                f"tokenizer.path is {path}, but the language model {source.name} has its own tokenizer; remove the key"
             )
         if given is not None and given > rows:
             raise UserError(
-                f"the tokenizer {path} has {given} ids, and the language model {source.name} has {rows} rows; give the "
-                "tokenizer that it was trained with"
+                f"the tokenizer {path} has {given} ids, but the language model {source.name} has only {rows} rows; "
+                "give the tokenizer that it was trained with"
             )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
@@ -231,9 +230,9 @@ class TowerStarts:
             modality = name.split(".")[1] if name.startswith("modalities.") else None
             of_tower = tower_of(name, source.model)
             if of_tower != tower:
-                report.unexpected[name] = f"tower {of_tower} of the snapshot is not taken"
+                report.unexpected[name] = f"tower {of_tower} of the snapshot is not used"
             elif modality in source.model.readers.values() and name in base_parameters(model):
-                report.unexpected[name] = f"{modality} of the snapshot is for a tower of another width"
+                report.unexpected[name] = f"{modality} of the snapshot fits a tower of another width"
             else:
                 report.unexpected[name] = f"{modality} of the snapshot is not in this run" if modality else ""
 

@@ -88,8 +88,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
     check_lora(config)
     if config.training.ema_on_cpu and accelerator.is_fsdp2:
         raise UserError(
-            "training.ema_on_cpu is for averages of whole parameters, and FSDP2 shards them; set it to false, or use "
-            "DDP"
+            "training.ema_on_cpu does not work with FSDP2, which shards the averages; set it to false, or use DDP"
         )
     allow_shapes(num_shapes(config, accelerator.num_processes))
     reason = why_not_recorded(accelerator.device.type, accelerator.num_processes)

@@ -51,7 +51,7 @@ def run(arguments: list[str], *, quiet: bool = False) -> None:
     config = with_num_steps(config, data.packer(config))
     num_steps = config.training.num_steps
     if start.step >= num_steps:
-        accelerator.print(f"{folder} has done {start.step} steps; raise training.num_steps to go on with it")
+        accelerator.print(f"{folder} has already done {start.step} steps; raise training.num_steps to continue it")
         return
     if start.state is not None and not quiet:
         accelerator.print(f"resuming {folder} after step {start.step}")
@@ -64,7 +64,7 @@ def run(arguments: list[str], *, quiet: bool = False) -> None:
     if quiet:
         return
     if stopped_by is not None:
-        accelerator.print(f"stopped by {stopped_by} and saved; start again to go on")
+        accelerator.print(f"stopped by {stopped_by} and saved; start again to continue")
         return
     accelerator.print(
         f"{data.sources.report(training.log.seen)}\n"
