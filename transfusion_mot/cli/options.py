@@ -121,7 +121,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
         metavar="X",
         help="share, from 0 to 1, of the contrast added by guidance to remove (default: 0)",
     )
-    add("--guidance-renorm", action="store_true", help="give the guided prediction the norm of the unguided one")
+    add(
+        "--guidance-renorm",
+        action="store_true",
+        help="limit the norm of the guided prediction to that of the conditional one",
+    )
     add("--negative-prompt", metavar="TEXT", help="what the pictures should not show (default: nothing)")
     add(
         "--code-temperature",
