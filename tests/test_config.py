@@ -233,7 +233,7 @@ def test_each_modality_has_its_slots_and_its_codec(changed: dict[str, str], miss
     parse(*(f"{key}={value}" for key, value in whole.items()))
     message = refusal(*(f"{key}={value}" for key, value in (whole | changed).items()))
     assert missing in message
-    assert "give each its own entry" in message
+    assert "(from model.modalities)" in message
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_tower_of_a_modality_alone_is_answered_with_the_new_form() -> None:
 @pytest.mark.parametrize(
     ("modalities", "words"),
     [
-        ({"text": ModalityConfig("a")}, "has text alone"),
+        ({"text": ModalityConfig("a")}, "has only text"),
         ({"text": ModalityConfig("a"), "caption": ModalityConfig("a")}, "has the name 'caption'"),
         ({"text": ModalityConfig("a"), "media": ModalityConfig("a")}, "has the name 'media'"),
     ],

@@ -161,7 +161,7 @@ def test_sample_edits_a_picture_as_the_pipeline_does(sample, pipeline, tmp_path)
     [
         (
             ["--edit", "b.png", "--image", "b.png", "sun"],
-            "--edit changes a picture as a prompt says, and --image varies",
+            "both --edit and --image are given",
         ),
         (["--task", "edit", "sun"], "--task edit has no picture; give --edit FILE"),
         (["--task", "text", "--edit", "b.png", "sun"], "--edit goes with --task edit, not with text"),

@@ -138,7 +138,7 @@ def test_it_is_resumed_without_the_snapshot(before: Path, tmp_path: Path, capsys
     # Nor has the command to name it, and another one is refused.
     command = given(tmp_path, "parts", snapshot, training={"num_steps": 5})
     train.main(command[:2])
-    with pytest.raises(UserError, match=r"init_from is .*moved, and the run in .*parts began with init_from=.*step-"):
+    with pytest.raises(UserError, match=r"init_from is .*moved, but the run in .*parts began with init_from=.*step-"):
         train.main([*command[:2], f"init_from={moved}"])
     with pytest.raises(UserError, match="began without init_from"):
         train.main(given(tmp_path, "before", moved))
@@ -167,7 +167,7 @@ def test_another_objective_is_told(before: Path, tmp_path: Path, capsys) -> None
     other = {"scheduler": "DDPMScheduler", "scheduler_args": {"prediction_type": "v_prediction"}}
     train.main(given(tmp_path, "other", before, diffusion=other, training={"num_steps": 1}))
     shown = capsys.readouterr().out
-    assert "note: the snapshot was trained to predict flow, and this run trains it to predict v_prediction" in shown
+    assert "note: the snapshot was trained to predict flow, but this run predicts v_prediction" in shown
     # The arguments of a scheduler go with it.
     config = settled_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"])
     assert config.diffusion.scheduler_args == {}
@@ -306,7 +306,7 @@ def test_what_is_given_is_read_as_the_parser_reads_it(tmp_path: Path) -> None:
 
 def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> None:
     command = given(tmp_path, "after", before)
-    with pytest.raises(UserError, match=r"is settled by train\.py; give this command the config.yaml of the run"):
+    with pytest.raises(UserError, match=r"works with train\.py only; give this command the config.yaml of the run"):
         cache.main(command)
     # Of a run it is settled.
     train.main(given(tmp_path, "run", before, training={"num_steps": 1}))

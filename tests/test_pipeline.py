@@ -281,9 +281,9 @@ def test_mistakes_in_a_call_are_named(pipeline, call, message):
 
 
 def test_parts_that_do_not_belong_together_are_refused():
-    with pytest.raises(UserError, match="vae has 2 latent channels and the transformer was trained on 3"):
+    with pytest.raises(UserError, match="vae has 2 latent channels, but the transformer was trained on 3"):
         tiny_pipeline(vae=tiny_vae(latent_channels=2))
-    with pytest.raises(UserError, match=r"tokenizer has \d+ ids and the transformer was trained on"):
+    with pytest.raises(UserError, match=r"tokenizer has \d+ ids, but the transformer was trained with"):
         tiny_pipeline(tokenizer=train_tokenizer(["ab"], 262, ("text", "image")).hf)
     with pytest.raises(UserError, match="image_size is 10; it must be a multiple of 4"):
         tiny_pipeline(image_size=10)

@@ -194,14 +194,14 @@ def test_an_index_without_a_size_is_refused(copied) -> None:
     del index["image_size"]
     (copied / "model_index.json").write_text(json.dumps(index))
     for load in LOADERS:
-        with pytest.raises(UserError, match="there is no image_size"):
+        with pytest.raises(UserError, match="the snapshot has no image_size"):
             load(copied)
         assert load(copied, image_size=IMAGE_SIZE).config.image_size == IMAGE_SIZE
 
 
 def test_an_index_that_is_none_is_refused(copied) -> None:
     (copied / "model_index.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no index of a pipeline"):
+    with pytest.raises(UserError, match="is not the index of a pipeline"):
         TransfusionPipeline.from_pretrained(copied)
 
 

@@ -182,11 +182,11 @@ def test_a_snapshot_without_speech_says_so(tmp_path) -> None:
     ("change", "message"),
     [
         ({"audio_modality": "image"}, "the modality 'image' has the objective diffusion; audio needs next_token"),
-        ({"audio_modality": "smell"}, "audio_modality is smell; it must say which modality .*: image, speech"),
-        ({"audio_modality": None}, "audio_modality is None; it must say which modality"),
+        ({"audio_modality": "smell"}, "audio_modality is smell; it must be a modality of .*: image, speech"),
+        ({"audio_modality": None}, "audio_modality is None; it must be a modality"),
         (
             {"audio_tokenizer": tiny_encodec(codebook_size=32, target_bandwidths=[0.5])},
-            "the audio_tokenizer has 32 codes and the transformer was trained on 16",
+            "the audio_tokenizer has 32 codes, but the transformer was trained on 16",
         ),
         ({"audio_tokenizer": torch.nn.Linear(2, 2)}, "the audio_tokenizer is a Linear; one of MimiModel, .* is needed"),
     ],
@@ -224,7 +224,7 @@ def test_units_of_hubert_are_read_and_cannot_be_spoken(tmp_path) -> None:
     assert len(set(media[0].content)) > 5
     assert loaded.encode_audio(recordings) == media
     assert loaded.transcribe(recordings) == pipeline.transcribe(recordings)
-    with pytest.raises(UserError, match="HubertUnits has no decoder, so this model reads audio and cannot speak"):
+    with pytest.raises(UserError, match="HubertUnits has no decoder, so this model reads audio but cannot speak"):
         loaded.speak("sun", max_seconds=1.0)
     with pytest.raises(UserError, match="HubertUnits has no decoder"):
         loaded.generate([["sun"]], "speech")
@@ -276,7 +276,7 @@ def test_speaking_with_a_cache_equals_forwards_over_whole_documents(pipeline, sc
     cut = sum(len(codes) == most for codes in expected)
     told = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert told == (
-        [f"{cut} of 3 results had not ended after 0.1 seconds and are cut there; give more max_seconds"] * bool(cut)
+        [f"{cut} of 3 results are cut after 0.1 seconds; raise max_seconds"] * bool(cut)
     )
 
     # With room for its end and no more, the shortest is not cut.

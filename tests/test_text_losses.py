@@ -73,7 +73,7 @@ def test_losses_equal_those_of_one_text_at_a_time(byte_tokenizer, rope, ends_in)
 
 
 def test_nothing_to_read_is_refused(byte_tokenizer):
-    with pytest.raises(UserError, match="nothing in them"):
+    with pytest.raises(UserError, match="held-out texts are empty"):
         text_losses(torch.nn.Linear(1, 1), [""], "text", _reader(byte_tokenizer))
 
 
