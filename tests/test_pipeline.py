@@ -259,7 +259,7 @@ def test_text_is_continued(pipeline):
         (lambda p: p("sun", guidance_scale=float("inf")), "guidance_scale is inf"),
         (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0"),
         (lambda p: p("sun", generator=seeds(1, 2)), "2 generators for 1"),
-        (lambda p: p("sun", latents=torch.zeros(1, 3, 8, 8)), r"needed is \[1, 3, 4, 4\]"),
+        (lambda p: p("sun", latents=torch.zeros(1, 3, 8, 8)), r"must have \[1, 3, 4, 4\]"),
         (lambda p: p("sun", output_type="jpg"), "known: pil, np, pt, latent"),
         (lambda p: p.caption([]), "no image"),
         (lambda p: p.caption(Image.new("RGB", (8, 8)), top_p=0), "top_p is 0"),
@@ -309,7 +309,7 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
 
     assert "holds no snapshot (neither model_index.json nor snapshots/step-N)" in refusal()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
-    assert "holds a DiTPipeline; a TransfusionPipeline is needed" in refusal()
+    assert "holds a DiTPipeline; give a snapshot of a TransfusionPipeline" in refusal()
     (tmp_path / "model_index.json").write_text("{")
     assert "no pipeline can be loaded" in refusal()
     pipeline.save_pretrained(tmp_path)

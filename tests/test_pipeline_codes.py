@@ -222,7 +222,7 @@ def test_what_cannot_be_generated_is_named(rich) -> None:
         rich.generate([["sun"]], "video")
     with pytest.raises(UserError, match="there is no document"):
         rich.generate([], "speech")
-    with pytest.raises(UserError, match="height and width are None and 2; of 'motion' they count latents"):
+    with pytest.raises(UserError, match="height and width are None and 2; for 'motion' they count latents"):
         rich.generate([["sun"]], "motion", width=2)
 
 

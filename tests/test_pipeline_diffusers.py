@@ -102,7 +102,7 @@ def test_a_callback_gets_the_tensors_it_asks_for(pipeline) -> None:
     seen.clear()
     latents(pipeline, **settings, callback_on_step_end_tensor_inputs=["clean"])
     assert [list(tensors) for tensors in seen] == [["clean"]] * 4
-    with pytest.raises(UserError, match="prompt_embeds; there are latents and clean"):
+    with pytest.raises(UserError, match="prompt_embeds; known: latents and clean"):
         latents(pipeline, **settings, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
@@ -149,10 +149,10 @@ def test_images_may_be_arrays_and_tensors(pipeline, kind) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 3)) - 1, "from 0 to 1"),
+        (np.zeros((4, 4, 3)) - 1, "outside of 0 to 1"),
         (np.zeros((4, 4, 2)), "shape"),
         (torch.zeros(4, 4, 3), "shape"),
-        (torch.full((3, 4, 4), torch.nan), "from 0 to 1"),
+        (torch.full((3, 4, 4), torch.nan), "outside of 0 to 1"),
         ("sun.png", "str"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_snapshot_without_speech_says_so(tmp_path) -> None:
             {"audio_tokenizer": tiny_encodec(codebook_size=32, target_bandwidths=[0.5])},
             "the audio_tokenizer has 32 codes, but the transformer was trained on 16",
         ),
-        ({"audio_tokenizer": torch.nn.Linear(2, 2)}, "the audio_tokenizer is a Linear; one of MimiModel, .* is needed"),
+        ({"audio_tokenizer": torch.nn.Linear(2, 2)}, "the audio_tokenizer is a Linear, not one of MimiModel, .*; use the one"),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(change, message) -> None:

@@ -431,7 +431,7 @@ def test_a_run_adds_it_to_a_snapshot_that_has_none(arguments, tmp_path, monkeypa
         (["data.slots.clean_image=0"], "data.slots.clean_image is 0; it must be at least 1"),
         (
             ["data.caption_first_prob=1"],
-            "reads clean latents of image, and data.caption_first_prob is 1, so that nothing",
+            "reads clean latents of image, but data.caption_first_prob is 1, so nothing",
         ),
         (
             ["data.orders={text image: 1}"],
