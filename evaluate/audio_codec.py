@@ -74,7 +74,9 @@ def main() -> None:
     config = CodecConfig(arguments.codec, num_codebooks=arguments.num_codebooks)
     codec = AudioCodes.load(config, pick_device(arguments.device))
     if not codec.has_decoder:
-        raise UserError(f"the codec {arguments.codec} has no decoder: its codes cannot become sound to listen to")
+        raise UserError(
+            f"the codec {arguments.codec} has no decoder, so its codes cannot be turned into audio; give another codec"
+        )
     metrics: list[Metric] = []
     for recordings in sets:
         said = [one for one in recordings.held_out if normalise(one.text) and recogniser.knows(one.text)]

@@ -160,7 +160,7 @@ def default_output(snapshot: Path) -> Path:
         UserError: The checkpoint is not in a run's folder.
     """
     if snapshot.parent.name != "snapshots":
-        raise UserError(f"'{snapshot}' is in no run folder; say where results go with --output")
+        raise UserError(f"'{snapshot}' is not in a run folder; give the folder of the results with --output")
     return snapshot.parent.parent / "evaluation" / snapshot.name
 
 
@@ -175,7 +175,7 @@ def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeli
         shown = ", ".join(f"{height} x {width}" for height, width in trained)
         other = next((height for height, width in trained if height == width), "null")
         raise UserError(
-            f"the protocol '{protocol.name}' compares images of {size} x {size} pixels and the model paints {shown}; "
+            f"the protocol '{protocol.name}' compares images of {size} x {size} pixels, but the model paints {shown}; "
             f"--image-size {other} measures it as another protocol"
         )
     return pipeline

@@ -1,11 +1,10 @@
-"""How near to the real result a model's edits are: on held-out editing pairs, beside leaving the picture as it is.
+"""Distances of a model's edits to the real results on held-out editing pairs, compared with the unedited picture.
 
     python evaluate/edit.py --checkpoint runs/edit --pictures edits.png --output edits.json
 
-For each source of editing pairs, and for all of them: the distance to the target of the unedited source, of what the
-model makes of it, and of the target itself when it has been encoded and decoded, which is as near as a painting can
-come. Distances are those of pixels (mean absolute difference, from 0 to 1) and of features (1 - cosine), each a mean
-over the pairs with an interval.
+For each source of editing pairs, and for all of them: the distance to the target of the unedited source, of the model's
+edit, and of the encoded and decoded target, which is the limit for any painting. Distances are measured in pixels (mean
+absolute difference, from 0 to 1) and in features (1 - cosine), each a mean over the pairs with an interval.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Do modalities keep apart in the hidden states of models, layer by layer? For example of a dense model and a MoT.
+"""Separation of modalities in the hidden states of models, layer by layer, for example of a dense model and a MoT.
 
     python evaluate/feature_space.py runs/settings/chameleon-dense-seed-0 runs/settings/chameleon-seed-0 --output spaces
 
-For each run and each layer: the share of hidden states that lie nearer to the mean of their own modality than to that
-of any other (1: a state tells its modality; one over the number of modalities: they lie alike), on the run's held-out
-documents; latents at t = 0.5.
-The output folder receives feature_space.json, the table feature_space.md and feature_space.png, with the states of some
+For each run and each layer: the share of hidden states that are closer to the mean of their own modality than to that
+of any other, on the run's held-out documents, with latents at t = 0.5. A share of 1 means that modalities are separate;
+one over the number of modalities means that they are mixed.
+
+The output folder receives feature_space.json, the table feature_space.md, and feature_space.png with the states of some
 layers on their first two principal components.
 """
 
@@ -83,7 +84,10 @@ def main() -> None:
         plot_spaces(spaces, output / "feature_space.png")
     except OSError as error:
         raise UserError(f"cannot write to '{output}': {error.strerror}") from None
-    print(f"states whose nearest mean is that of their modality, by layer; 0 goes into the first block\n\n{table}\n")
+    print(
+        "share of states whose nearest mean is that of their modality, by layer; layer 0 is the input of the first "
+        f"block\n\n{table}\n"
+    )
     print(f"feature_space.json, .md and .png are in {output}")
 
 

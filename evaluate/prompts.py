@@ -1,10 +1,10 @@
-"""The prompts of a protocol as a file, to paint them with another program from the same list.
+"""Write the prompts of a protocol to a file, to paint the same list with another program.
 
     python evaluate/prompts.py --config configs/eval/coco.yaml --output coco_prompts.jsonl
 
-Each line has the text, the seed of its noise, the file name of its picture and, of COCO, the image that it belongs to.
-The hash that is printed stands as "prompts" beside every number of evaluate/benchmark.py with the same protocol. Keys
-of a protocol are options here, too: --num-images 5000.
+Each line has the text, the seed of its noise, the file name of its picture and, for COCO, its image. Every number of
+evaluate/benchmark.py with the same protocol shows the printed hash as "prompts". Keys of a protocol are also options
+here: --num-images 5000.
 """
 
 import argparse

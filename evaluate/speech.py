@@ -1,4 +1,4 @@
-"""Does a model hear what is said, and can one understand what it says?
+"""Word error rates of a model's transcripts, and intelligibility of its speech.
 
     python evaluate/speech.py --checkpoint runs/chameleon_speech --output speech.json \\
       --recordings data/speech/captions data/speech/glosses data/speech/new_voices data/speech/human
@@ -104,7 +104,7 @@ def main() -> None:
     recogniser = make_recogniser(arguments, sets, str(device))
     pipeline = load_pipeline(str(snapshot), device, arguments.dtype)
     if not pipeline.has_audio:
-        raise UserError(f"'{snapshot}' is a model without speech; give one that was trained with audio")
+        raise UserError(f"the model in '{snapshot}' has no speech; give one that was trained on audio")
     speaking = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     _, scale = pipeline.sampling_settings(pipeline.audio_modality, None, arguments.guidance_scale)
     speaking["guidance_scale"] = scale

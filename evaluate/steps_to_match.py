@@ -1,4 +1,4 @@
-"""At which share of steps, FLOPs and wall-clock does a run B reach the final losses of a run A?
+"""The share of run A's steps, FLOPs and wall-clock after which a run B reaches A's final losses.
 
     python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
     python evaluate/steps_to_match.py dense-seed-0 mot-seed-0 --seed dense-seed-1 mot-seed-1

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss and perplexity per token, and bits per byte, of each source.
+"""Loss and perplexity per token, and bits per byte, of held-out text for each source.
 
     python evaluate/text.py --checkpoint runs/quickstart --output text.json
     accelerate launch evaluate/text.py --checkpoint runs/quickstart --texts c4.jsonl wikipedia/*.parquet

@@ -282,7 +282,7 @@ def test_the_tower_of_a_modality_alone_is_answered_with_the_new_form() -> None:
 @pytest.mark.parametrize(
     ("modalities", "words"),
     [
-        ({"text": ModalityConfig("a")}, "has text alone"),
+        ({"text": ModalityConfig("a")}, "has only text; add"),
         ({"text": ModalityConfig("a"), "caption": ModalityConfig("a")}, "has the name 'caption'"),
         ({"text": ModalityConfig("a"), "media": ModalityConfig("a")}, "has the name 'media'"),
     ],

@@ -193,8 +193,8 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"architectures": ["ChameleonForConditionalGeneration"]}, "save the tokenizer of images, its `vqmodel`"),
-        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel,"),
+        ({"architectures": ["ChameleonForConditionalGeneration"]}, "save its image tokenizer, `vqmodel`"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, but the objective next_token needs VQModel,"),
         ({"model_type": "bert"}, "no codec at"),
         ({"architectures": []}, "no codec at"),
         ([], "no codec at"),

@@ -211,7 +211,7 @@ def test_shards_are_read_as_one_file(before: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lacks two\.safetensors, 1 of the 2 files of weights"):
         WeightFiles(folder, "diffusion_pytorch_model")
     (folder / "two.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"two\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=r"two\.safetensors is damaged or not a safetensors file"):
         WeightFiles(folder, "diffusion_pytorch_model")
 
 
@@ -237,7 +237,7 @@ def change_weights(snapshot: Path, change: str) -> None:
         ("missing", "has no weights for .*; give a source whose weights fit"),
         ("unexpected", r"has unknown weights blocks\.9\.weight"),
         ("not finite", "is not finite; use other weights"),
-        ("shape", "its weights for .* have the shape .*, and the model needs"),
+        ("shape", "its weights for .* have the shape .*, but the model needs"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(before: Path, tmp_path: Path, change: str, message: str) -> None:

@@ -174,7 +174,7 @@ def test_of_many_images_that_cannot_be_read_the_first_are_named(byte_tokenizer, 
     with caplog.at_level(logging.WARNING):
         packer.rows([0], 0, packer.initial_state()[None])
     assert len(caplog.messages) == 10
-    assert "more of this source are counted only" in caplog.messages[-1]
+    assert "more items of this source are only counted" in caplog.messages[-1]
 
 
 def test_a_failure_of_the_system_is_no_unreadable_image(byte_tokenizer, tmp_path: Path, monkeypatch) -> None:

@@ -188,7 +188,10 @@ def test_a_snapshot_without_speech_says_so(tmp_path) -> None:
             {"audio_tokenizer": tiny_encodec(codebook_size=32, target_bandwidths=[0.5])},
             "the audio_tokenizer has 32 codes, but the transformer was trained on 16",
         ),
-        ({"audio_tokenizer": torch.nn.Linear(2, 2)}, "the audio_tokenizer is a Linear, not one of MimiModel, .*; use the one"),
+        (
+            {"audio_tokenizer": torch.nn.Linear(2, 2)},
+            "the audio_tokenizer is a Linear, not one of MimiModel, .*; use the one",
+        ),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(change, message) -> None:
@@ -275,9 +278,7 @@ def test_speaking_with_a_cache_equals_forwards_over_whole_documents(pipeline, sc
         assert np.array_equal(audio.samples, decoded)
     cut = sum(len(codes) == most for codes in expected)
     told = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
-    assert told == (
-        [f"{cut} of 3 results are cut after 0.1 seconds; raise max_seconds"] * bool(cut)
-    )
+    assert told == ([f"{cut} of 3 results are cut after 0.1 seconds; raise max_seconds"] * bool(cut))
 
     # With room for its end and no more, the shortest is not cut.
     shortest = min(range(3), key=lambda place: len(expected[place]))

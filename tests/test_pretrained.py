@@ -455,7 +455,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
     for config, words in (
         (GemmaConfig(), "GemmaForCausalLM, which does not fit: its norms multiply by 1"),
-        (Olmo2Config(), "Olmo2ForCausalLM, which does not fit: its norms stand behind"),
+        (Olmo2Config(), "Olmo2ForCausalLM, which does not fit: its norms come after"),
         (LlamaConfig(**SIZES, mlp_bias=True), "it has biases in its feed-forwards"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "it has the activation gelu"),
     ):
@@ -488,7 +488,10 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
             ["model.towers.image.copy_of=text"],
             r"image.hidden_size is 24, but its copy_of, text, has 32",
         ),
-        (["model.towers.image.copy_of=speech"], r"copy_of is speech; it must be another tower that is not a copy: text"),
+        (
+            ["model.towers.image.copy_of=speech"],
+            r"copy_of is speech; it must be another tower that is not a copy: text",
+        ),
         (["model.towers.text.copy_of=image"], r"model.towers.text has both pretrained and copy_of"),
         (["model.untied=[ffn]"], r"must own all its weights; set model.untied=\[norm, qkv, output, ffn\]"),
         (["tokenizer.path=null"], "has its own tokenizer; remove the key"),
@@ -525,7 +528,9 @@ def test_weights_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
         begun(config)
     tokenizer(True, spare=0).save_pretrained(tmp_path)
     edit_config(tmp_path, vocab_size=VOCAB_SIZE - 1)
-    with pytest.raises(UserError, match=r"has 307 ids, but the language model .* has only 306 rows; give the tokenizer"):
+    with pytest.raises(
+        UserError, match=r"has 307 ids, but the language model .* has only 306 rows; give the tokenizer"
+    ):
         configured(tmp_path)
 
 
@@ -535,5 +540,7 @@ def test_rows_beyond_a_window_or_dynamic_scaling_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for case, limit in (("Mistral, window", 128), ("Llama, dynamic", 256)):
         save_language_model(tmp_path / case, case)
-        with pytest.raises(UserError, match=rf"a row has up to 3\d\d rotary positions, and the model has {limit}"):
+        with pytest.raises(
+            UserError, match=rf"a row has up to 3\d\d rotary positions, but its language model supports only {limit}"
+        ):
             train.main([*build(tmp_path / case), f"output_dir={tmp_path / 'run'}", "data.slots.text=320"])

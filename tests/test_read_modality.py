@@ -459,9 +459,9 @@ def test_settings_that_no_run_can_have_are_refused(changes: list[str], message: 
         ({"reads": None}, "clean_image has no reads; it must name a modality with the objective diffusion: image"),
         ({"reads": "sketch"}, "reads sketch, which is no modality; it must name .*: image"),
         ({"reads": "text"}, "reads text, which is codes; it must name a modality with the objective diffusion: image"),
-        ({"objective": "diffusion"}, "has reads: image, and its objective is diffusion; set objective: read"),
-        ({"patch_size": 4}, "patch_size is 4, and image, which it reads, has 2; give it the same"),
-        ({"adapter": "unet"}, "adapter is unet, and what is only read has a linear one; remove it"),
+        ({"objective": "diffusion"}, "has reads: image, but its objective is diffusion; set objective: read"),
+        ({"patch_size": 4}, "patch_size is 4, but image, which it reads, has 2; give both the same"),
+        ({"adapter": "unet"}, "adapter is unet, but a modality that is only read has a linear adapter; remove the key"),
         ({"tied_embeddings": True}, "with the objective read it has no embeddings"),
     ],
 )

@@ -205,14 +205,14 @@ def test_both_images_take_the_bucket_of_the_source(tmp_path) -> None:
     ("kind", "changes", "message"),
     [
         ("imagefolder", {"source_image_column": "before"}, r"metadata.jsonl:1: needs a field 'before'; it has \['file"),
-        ("imagefolder", {"source_image_column": "text", "image_column": "text"}, "and none is there"),
+        ("imagefolder", {"source_image_column": "text", "image_column": "text"}, "but none exists"),
         (
             "parquet",
             {"source_image_column": "before"},
             r"needs a field 'before'; it has \['edit_prompt', 'edited_image",
         ),
         ("datasets", {"source_image_column": "before"}, r"needs a field 'before'; it has \['instruction', 'source_img"),
-        ("datasets", {"image_column": None}, "source_image_column 'source_img' and no image_column; give image_column"),
+        ("datasets", {"image_column": None}, "source_image_column 'source_img' but no image_column; give image_column"),
         ("webdataset", {"source_image_column": "before.png"}, "no pair to train on .*6 samples without a source image"),
     ],
 )

@@ -146,7 +146,7 @@ def test_diffusion_loss_as_a_command(run_folder, picture_folder, tmp_path, capsy
     capsys.readouterr()
     with pytest.raises(SystemExit):
         _run("evaluate/diffusion_loss.py", ["--checkpoint", run_folder, "--bins", 0])
-    assert "--bins: '0' is no whole number of at least 1" in capsys.readouterr().err
+    assert "--bins: '0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_diffusion_loss_of_a_run_with_a_clean_context(run_folder, tmp_path):

@@ -1,7 +1,7 @@
 """Training of an image codec: an `AutoencoderKL`, which gives latents, or a `VQModel`, which gives codes.
 
 Both have the same encoder, decoder and losses, after Esser et al. 2021 (VQGAN) and Rombach et al. 2022, as in
-Transfusion (Zhou et al. 2024), appendix A; they differ in what stands between encoder and decoder.
+Transfusion (Zhou et al. 2024), appendix A; they differ in the bottleneck.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The batch: rows of slots, laid out by modality, with the ids that carry reading order."""
+"""A batch: rows of slots, laid out by modality, with ids for the reading order."""
 
 import dataclasses
 import math

@@ -1,9 +1,9 @@
-"""Encode the media of a configuration's sources to latents or codes, once, on any number of devices.
+"""Encode the media of all sources to latents or codes once, on any number of devices.
 
     accelerate launch -m transfusion_mot.data.cache --config configs/emoji_small.yaml
 
-Takes the configuration of train.py, and fills `data.cache_dir` with what it will read from there. Run it again after an
-interruption: it goes on with what is missing. Any setting that `train.py --help` lists can be given, as key=value.
+It takes the configuration of train.py and fills `data.cache_dir`, from which training reads. Run it again after an
+interruption: it encodes only the missing items. Any setting of `train.py --help` can be given as key=value.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Colours by name: which one a drawing mostly has, and how its flat areas get another."""
+"""Named colours: the main colour of a drawing, and recolouring of its flat areas."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Documents: items of a source => segments, and the pieces of them that fit a row."""
+"""Documents: items of a source => segments, cut into pieces that fit a row."""
 
 import logging
 from collections import Counter
@@ -374,5 +374,5 @@ class DocumentReader:
         named = self._named.setdefault(source, set())
         if problem not in named and len(named) < _NUM_NAMED:
             named.add(problem)
-            more = "; more of this source are counted only" if len(named) == _NUM_NAMED else ""
+            more = "; more items of this source are only counted" if len(named) == _NUM_NAMED else ""
             _logger.warning("%s: skipped an unreadable %s: %s%s", source, modality, problem, more)

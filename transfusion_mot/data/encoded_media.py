@@ -215,7 +215,7 @@ def encoded_media(
     noun = NOUNS[media.medium]
     if codec.medium != media.medium:
         raise UserError(
-            f"the source '{media.name}' has {noun}s of a modality whose codec reads {NOUNS[codec.medium]}s; set "
+            f"the source '{media.name}' has {noun}s, but the codec of their modality reads {NOUNS[codec.medium]}s; set "
             "'modality' or 'audio_modality' of the source to another, or codecs.MODALITY.path to another codec"
         )
     made_with: dict[str, Any] = {
@@ -272,7 +272,7 @@ def encoded_media(
         encoded.count_encoded({str(file) for files in known_files for file in files})
     if len(media) and not encoded.readable.any():
         (example, *_) = index.skipped().examples[f"unreadable {noun}"]
-        raise UserError(f"none of the {len(media)} {noun}s of '{media.name}' can be read; the first: {example}")
+        raise UserError(f"none of the {len(media)} {noun}s of '{media.name}' is readable; the first: {example}")
     return encoded
 
 
@@ -448,7 +448,7 @@ def _write_index(
         return str(error)
     places = _places(media, entries)
     if (places < 0).any():
-        return f"files have vanished from '{folder}' while others were encoded; start again"
+        return f"files were removed from '{folder}' during encoding; start again"
 
     def build(writer: ArrayWriter) -> None:
         shards = np.zeros(len(media), dtype=np.int64)
@@ -472,7 +472,7 @@ def _write_index(
     try:
         stored_arrays(str(folder), _INDEX, key, build)
     except OSError as error:
-        return f"cannot write to '{folder}': {error.strerror}; free or choose a place"
+        return f"cannot write to '{folder}': {error.strerror}; free disk space, or set another data.cache_dir"
     return None
 
 

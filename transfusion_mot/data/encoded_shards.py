@@ -1,4 +1,4 @@
-"""Files of encoded media: written once, whole or not at all, and found by the content of media, not by their place.
+"""Files of encoded media: written atomically, and found by the content of media, not by their path.
 
 A shard is a safetensors file of images of one size, or of audio. It lists the media that a process has worked on:
 `stamps` [N, 2], where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows`
@@ -157,9 +157,7 @@ class ShardEntries:
                     for arrays, name in ((stamps, "stamps"), (contents, "contents"), (rows, "rows")):
                         arrays.append(shard.get_tensor(name))
             except SafetensorError as error:
-                raise UserError(
-                    f"'{file}' is damaged ({error}); remove it, and what it held is encoded again"
-                ) from None
+                raise UserError(f"'{file}' is damaged ({error}); remove it: its items are then encoded again") from None
             self._reasons |= {count + int(entry): reason for entry, reason in reasons.items()}
             lengths.append(len(rows[-1]))
             count += lengths[-1]

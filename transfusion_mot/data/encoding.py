@@ -1,4 +1,4 @@
-"""Media => latents or codes, shard by shard: what is new is encoded, the rest only recognised by its content."""
+"""Media => latents or codes, shard by shard; known content is recognised and not encoded again."""
 
 import math
 import time
@@ -53,7 +53,7 @@ def check_media_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
             needed = 1 + (height // codec.downsampling) * (width // codec.downsampling)
             if data.slots[modality] < needed:
                 raise UserError(
-                    f"data.slots.{modality} is {data.slots[modality]}, and an image of {height} x {width} pixels takes "
+                    f"data.slots.{modality} is {data.slots[modality]}, but an image of {height} x {width} pixels takes "
                     f"{needed} slots as codes; set data.slots.{modality} to {needed} for each image of a row"
                 )
 
@@ -64,7 +64,7 @@ def _check_audio(data: DataConfig, modality: str, codec: AudioCodec) -> None:
     needed = 1 + math.ceil(longest * codec.codes_per_second)
     if slots < needed:
         raise UserError(
-            f"data.slots.{modality} is {slots}, and audio of {longest:g} seconds (data.max_audio_seconds) takes "
+            f"data.slots.{modality} is {slots}, but audio of {longest:g} seconds (data.max_audio_seconds) takes "
             f"{needed} slots as codes; set data.slots.{modality} to {needed}, or data.max_audio_seconds to "
             f"{math.floor(10 * (slots - 1) / codec.codes_per_second) / 10:g}"
         )
@@ -93,8 +93,8 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
         longest += (data.slots[name] + (0 if reader is None else data.slots[reader])) * max(each)
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise UserError(
-            f"a row has up to {longest} rotary positions, and the model has {model.max_position_embeddings}, beyond "
-            "which its language model has a sliding window or other frequencies; make data.slots smaller"
+            f"a row has up to {longest} rotary positions, but its language model supports only "
+            f"{model.max_position_embeddings} (sliding window or other frequencies); make data.slots smaller"
         )
 
 
@@ -151,7 +151,7 @@ class _Decoding(Dataset[_Item]):
             return _Item(content_key(error.reason.encode()), reason=error.reason)
         except FileNotFoundError:
             what = f"{NOUNS[self.media.medium]} '{self.media.where(index)}'"
-            return _Item(b"", failure=f"{what} was there when its source was opened, and is not; start again")
+            return _Item(b"", failure=f"{what} was removed after its source was opened; start again")
         except UserError as error:
             return _Item(b"", failure=str(error))
         key = content_key(content)
@@ -257,7 +257,8 @@ def encode_shards(
                 writer.write(shard.file)
             except OSError as error:
                 raise UserError(
-                    f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free or choose a place"
+                    f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free disk space, or set "
+                    "another data.cache_dir"
                 ) from None
     return decoded_media.waited / (time.perf_counter() - begun)
 

@@ -1,4 +1,4 @@
-"""Image files => uint8 arrays => pixels in [-1, 1], and back to pictures one can look at."""
+"""Image files => uint8 arrays => pixels in [-1, 1], and back to images."""
 
 import errno
 import io

@@ -1,10 +1,10 @@
-"""Look at the data of a configuration before training on it.
+"""Inspect the data of a configuration before training.
 
     python -m transfusion_mot.data.inspect --config configs/emoji_small.yaml --picture row.png
 
-Prints how long the documents of each source are, what packing some hundred rows of the configuration leaves empty,
-cuts and drops, what each source gives to them, and the slots that would fit the documents best; and draws one row.
-Nothing is encoded. Any setting of train.py can be given behind the options, as key=value.
+Packs some hundred rows and prints the lengths of each source's documents, empty slots, cut and dropped documents, the
+share of each source, and the best numbers of slots. With --picture it draws one row. Nothing is encoded. Any setting
+of train.py can be given after the options as key=value.
 """
 
 import argparse
@@ -401,7 +401,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding; filled: {', '.join(full)}")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
-    print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and go on in a later row")
+    print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and continue in a later row")
     print("  " + sources.report(counts).replace("\n", "\n  "))
 
     budget = given.slots or batch.slots.order.shape[1]
@@ -413,7 +413,10 @@ def main(arguments: Sequence[str]) -> None:
     layouts = inspection.suggested(budget, longest, mean, clean_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
     if inspection.has_texts and len(inspection.item_slots) == 1:
-        print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
+        print(
+            "  (texts fill the remaining slots, so nothing is padding; the best layout has about half of the slots "
+            "for media)"
+        )
     columns = [f"data.slots.{name}" for name in shape.blocks]
     width = max(21, *(2 + len(column) for column in columns))
     header = "".join(f"{column:>{width}}" for column in columns)

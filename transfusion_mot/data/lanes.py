@@ -1,4 +1,4 @@
-"""What a lane remembers from one row to the next, as a vector of integers of fixed size."""
+"""State of a lane between rows, as a vector of integers of fixed size."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self

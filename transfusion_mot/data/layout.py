@@ -1,6 +1,6 @@
-"""What a document looks like as slots: the one place where delimiters, labels and clean copies are inserted.
+"""Layout of a document as slots. Only this file inserts delimiters, labels and clean copies.
 
-Training, validation, guards and the sampler all lay documents out here.
+Training, validation, guards and the sampler all use it.
 
 | item | slots |
 | --- | --- |

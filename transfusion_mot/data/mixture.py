@@ -1,4 +1,4 @@
-"""From the configured sources to what rows are filled from: pools of documents, and the chance of each."""
+"""Configured sources => pools of documents, and the chance of each pool."""
 
 import dataclasses
 from collections import Counter
@@ -275,8 +275,8 @@ def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()
             if modality not in media:
                 key = "audio_modality" if medium == "audio" else "modality"
                 raise UserError(
-                    f"a source of kind '{config.kind}' has the modality '{modality}', and model.modalities has "
-                    f"{', '.join(media) or 'none'} beside text; set '{key}' of the source to one of them"
+                    f"a source of kind '{config.kind}' has the modality '{modality}', but model.modalities has only "
+                    f"{', '.join(media) or 'none'} besides text; set '{key}' of the source to one of them"
                 )
     _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
@@ -309,8 +309,8 @@ def _refuse_without_order(sources: list[Source], orders: dict[str, float]) -> No
         has = set(documents.modalities)
         if not any(chance > 0 and set(order.split()) <= has for order, chance in orders.items()):
             raise UserError(
-                f"data.orders has no order for the source '{documents.name}', which has "
-                f"{' and '.join(documents.modalities)} alone; add one, such as '{' '.join(documents.modalities)}'"
+                f"data.orders has no order for the source '{documents.name}', which has only "
+                f"{' and '.join(documents.modalities)}; add one, such as '{' '.join(documents.modalities)}'"
             )
 
 
@@ -323,7 +323,7 @@ def _refuse_two_uses(sources: list[SourceConfig]) -> None:
         if use != source.use:
             raise UserError(
                 f"two sources of kind '{source.kind}' read the same data, '{source.path or source.kind}', with 'use' "
-                f"{use} and {source.use}; what is held out would be trained on: give each its own data, or one entry "
+                f"{use} and {source.use}, so training would see held-out data; give each its own data, or one entry "
                 "with 'use' split"
             )
 

@@ -1,4 +1,4 @@
-"""Documents into full rows: the row of a lane at a step is a pure function of (seed, lane, step, state of the lane).
+"""Pack documents into rows. The row of a lane at a step is a pure function of (seed, lane, step, state of the lane).
 
 Lane r of R takes documents r, r + R, r + 2R, ... of every pool's shuffled sequence, so that all lanes together read
 each document once per epoch.
@@ -226,8 +226,8 @@ class Packer:
             self._drop(lane, entry, counts)
         place = self.sources.sources[self.sources.pools[pool].source].documents.name
         raise UserError(
-            f"nothing of {_MOST_DROPPED} documents in turn can be read, the last of source '{place}'; is its folder "
-            "still there and whole?"
+            f"{_MOST_DROPPED} successive documents have no readable item, the last in source '{place}'; check that "
+            "its folder still exists and is complete"
         )
 
     def _drop(self, lane: int, entry: Waiting, counts: Counter[str]) -> None:

@@ -1,4 +1,4 @@
-"""Rows being filled: the arrays of a batch on the host, and where a document's slots go in them."""
+"""Arrays of a batch on the host, and filling of rows with the slots of documents."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

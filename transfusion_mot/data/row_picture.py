@@ -1,4 +1,4 @@
-"""A picture of one row: what stands in its slots, its documents in reading order, and who attends to whom."""
+"""A picture of one row: its slots, its documents in reading order, and which slots attend to which."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
-"""Scenes as records: which drawings stand where, in which colours, and the words for that.
+"""Scenes as records: drawings with their places and colours, and the caption.
 
-They are composed by `data/scene_composer.py`, told by `data/scene_captions.py` and drawn by `data/scene_drawing.py`.
+`data/scene_composer.py` composes them, `data/scene_captions.py` writes the captions, and `data/scene_drawing.py` draws
+them.
 """
 
 from dataclasses import dataclass

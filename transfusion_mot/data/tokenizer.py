@@ -1,4 +1,4 @@
-"""The text tokenizer, and the one place where the special tokens are named."""
+"""The text tokenizer and its special tokens."""
 
 import hashlib
 import json
@@ -142,10 +142,10 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
             "save_pretrained, or the name of one on the Hugging Face hub"
         ) from None
     if not hf.is_fast:
-        raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
+        raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation; give one that has")
     if not set(hf.get_vocab()) - set(hf.added_tokens_encoder):
         # What transformers makes of a folder with a model's configuration and no file of a tokenizer.
-        raise UserError(f"there are no files of a tokenizer at '{path_or_name}'; give a folder that has them")
+        raise UserError(f"'{path_or_name}' has no tokenizer files; give a folder that has them")
     return TextTokenizer(hf, modalities, of_language_model)
 
 

@@ -1,4 +1,4 @@
-"""The tab that varies a picture, or paints a part of it anew, which the visitor draws; of any model that paints."""
+"""The tab that varies a picture, or repaints a part marked by the visitor, for any model that paints."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the tabs share: Gradio, where it is installed, limits, uploads and mistakes shown to a visitor."""
+"""Shared parts of the tabs: Gradio, if installed, limits, uploads and error messages for visitors."""
 
 import importlib
 import importlib.util

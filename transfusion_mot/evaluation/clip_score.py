@@ -1,4 +1,4 @@
-"""How well images match texts, by the cosine of CLIP embeddings: CLIP score, PickScore, HPSv2, and of captions."""
+"""Match of images and texts by the cosine of CLIP embeddings: CLIP score, PickScore, HPSv2, CLIPScore of captions."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What the commands that print numbers share: options, and where the numbers go."""
+"""Shared options and output of the commands that print numbers."""
 
 import argparse
 import logging
@@ -98,7 +98,7 @@ def at_least_one(text: str) -> int:
         argparse.ArgumentTypeError: It is none.
     """
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
 
 

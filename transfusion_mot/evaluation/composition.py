@@ -1,4 +1,4 @@
-"""Does a picture show the things, counts, colours and places of its prompt? Told by the drawings that it could show.
+"""Does a picture show the things, counts, colours and places of its prompt? Judged by comparison with drawings.
 
 For pictures of drawings on white, as models of `scenes` paint them; the lines of a prompt are those of GenEval
 (arXiv 2310.11513), and so is what is asked of a picture. GenEval's detector knows photographs. Here a picture is cut

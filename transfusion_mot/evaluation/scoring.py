@@ -1,4 +1,4 @@
-"""From painted and real images to the numbers of a report."""
+"""Painted and real images => the numbers of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""How images enter and leave the transformer: latents => patch tokens, and hidden states => prediction.
+"""Input and output layers of images: latents => patch tokens, and hidden states => prediction.
 
 Shapes: I images, C latent channels, Y and X latent height and width, p patch size, P patches, D width.
 """
@@ -64,7 +64,7 @@ class LinearAdapter(nn.Module):
 
 
 class ReadingAdapter(nn.Module):
-    """A linear layer in, for latents that are clean and are only read: there is no timestep, and no way out."""
+    """A linear input layer for clean latents that are only read, without timesteps and without an output layer."""
 
     def __init__(self, latent_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Joint attention: one rule for who attends to whom, three renderers of it, and the cache for sampling.
+"""Joint attention: one rule for the mask, its three implementations, and the cache for sampling.
 
 Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
@@ -47,7 +47,7 @@ _Listed = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SlotIds:
-    """What the mask knows of each slot.
+    """Ids of each slot that decide the mask.
 
     Attributes:
         document_ids: [B, S], the document a slot belongs to. A slot of padding is a document of its own, with a number
@@ -227,18 +227,18 @@ def attention_kernel(
         _check_interval(length, head_dim, dtype)
     if choice != "auto":
         return choice, "as training.attention says"
-    # A row of a part of a block gives FlexAttention nothing to skip. Before PyTorch pull request 185349 it also fails
+    # Rows shorter than one block: FlexAttention has nothing to skip. Before PyTorch pull request 185349 it also fails
     # there with grouped heads.
     if length < _BLOCK:
         return "sdpa", f"rows of {length} slots are shorter than a block of {_BLOCK}"
     if not on_hopper:
-        return "flex", f"blocks of {_BLOCK} in which nobody attends are skipped; interval is measured on Hopper alone"
+        return "flex", f"empty blocks of {_BLOCK} slots are skipped; interval was measured only on Hopper"
     if not suits_hopper_kernels(dtype, length, head_dim) or length > MAX_SLOTS:
         return "flex", (
-            f"blocks of {_BLOCK} in which nobody attends are skipped; interval is faster for heads of 64 or 128 in 16 "
+            f"empty blocks of {_BLOCK} slots are skipped; interval is faster for heads of 64 or 128 in 16 "
             f"bits and rows of a multiple of 64 slots, not for heads of {head_dim} in {dtype} and rows of {length}"
         )
-    return "interval", f"rows of {length} slots on Hopper: tiles of 64 in which nobody attends are skipped"
+    return "interval", f"rows of {length} slots on Hopper: empty tiles of 64 slots are skipped"
 
 
 def _check_interval(length: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -248,18 +248,18 @@ def _check_interval(length: int, head_dim: int, dtype: torch.dtype) -> None:
     widest = MAX_HEAD_DIM if dtype.itemsize == 2 else MAX_HEAD_DIM // 2
     if head_dim > widest:
         raise UserError(
-            f"training.attention is interval, which takes heads of up to {widest} in {dtype}, and model.head_dim is "
+            f"training.attention is interval, which takes heads of up to {widest} in {dtype}, but model.head_dim is "
             f"{head_dim}; use auto"
         )
     if length > MAX_SLOTS:
         raise UserError(
-            f"training.attention is interval, which takes rows of up to {MAX_SLOTS:,} slots, and these have "
+            f"training.attention is interval, which takes rows of up to {MAX_SLOTS:,} slots, but these have "
             f"{length:,}; use auto"
         )
 
 
 def training_mask(slots: SlotIds, kernel: Kernel) -> AttentionMask:
-    """The mask in the form that the kernel takes."""
+    """The mask in the kernel's format."""
     if kernel == "interval":
         return interval_mask(slots)
     return block_mask(slots) if kernel == "flex" else dense_mask(slots, slots)

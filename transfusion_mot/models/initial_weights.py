@@ -1,4 +1,4 @@
-"""Initial weights that come from safetensors files, and a report of what became of each of them."""
+"""Initial weights from safetensors files, and a report of how each of them was used."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ class WeightFiles:
                 shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
                 self._file_of = {name: folder / shard for name, shard in shards.items()}
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is no index of weights ({error}); copy it again") from None
+                raise UserError(f"{index} is not an index of weights ({error}); copy it again") from None
             files = sorted(set(self._file_of.values()))
             if missing := [path.name for path in files if not path.is_file()]:
                 raise UserError(
@@ -51,8 +51,8 @@ class WeightFiles:
                 raise UserError(f"{self._file_of[wrong[0]]} lacks {wrong[0]}, which {index.name} lists; copy it again")
         else:
             raise UserError(
-                f"{folder} has no weights: neither {single.name} nor {index.name}; files of pickles (.bin) are not "
-                "read, as they can run code"
+                f"{folder} has no weights: neither {single.name} nor {index.name}; pickle files (.bin) are not "
+                "read, because they can run code"
             )
 
     @property
@@ -85,7 +85,7 @@ class WeightFiles:
             try:
                 self._open_files[path] = safe_open(path, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+                raise UserError(f"{path} is damaged or not a safetensors file ({error}); copy it again") from None
         return self._open_files[path]
 
 
@@ -118,7 +118,7 @@ class WeightReport:
         """
         if parameter.shape != tensor.shape:
             raise UserError(
-                f"{self.source}: its weights for {name} have the shape {list(tensor.shape)}, and the model needs "
+                f"{self.source}: its weights for {name} have the shape {list(tensor.shape)}, but the model needs "
                 f"{list(parameter.shape)}; its files do not belong together"
             )
         fill(parameter, tensor)

@@ -1,9 +1,9 @@
-"""What the model reads: the slots of each modality, and the ids that carry reading order.
+"""Inputs of the model: the slots of each modality, and ids for the reading order.
 
 Shapes: B rows, T token slots of a modality, K media slots of a modality (images of a row), P patches of one, C latent
 channels, Y and X latent height and width, S all slots of a row.
 
-Tuples and not data classes: what wraps a model (DDP, FSDP2) finds the tensors in them.
+They are tuples, not data classes, so that DDP and FSDP2 find the tensors in them.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the matrices of the blocks, through peft.
 
-The matrix of queries, keys and values stacks three maps. Each of the three has an adapter of its own, as in a model
-with three matrices.
+The matrix of queries, keys and values stacks three maps. Each of them has its own adapter, as in a model with three
+matrices.
 
 Shapes: R rank, I and O columns and rows of a matrix, n adapted maps of a matrix.
 """

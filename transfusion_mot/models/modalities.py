@@ -1,4 +1,4 @@
-"""How each modality enters and leaves the transformer, and its loss.
+"""Input layers, output layers and losses of each modality.
 
 Shapes: B rows, T token slots, K media slots, P patches of one, D width, V vocabulary, C latent channels, Y and X latent
 height and width.

@@ -1,10 +1,10 @@
 """The Mixture-of-Transformers: untied weights per tower, one joint attention (arXiv 2411.04996, algorithm 1).
 
-Hidden states travel as streams: tower name to [B, slots, D]. A tower's slots lie together, so its weights are applied
-by plain dense products; the streams meet, concatenated along the slots, only in the attention. Reading order is no
-matter of layout: the mask and the rotary positions carry it.
+Hidden states are streams: tower name to [B, slots, D]. A tower's slots are contiguous, so its weights are applied by
+plain dense products. The streams are concatenated along the slots only for attention. Reading order is not a matter of
+layout: the mask and the rotary positions encode it.
 
-Norms stand before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
+Norms come before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
 """
 
 import functools
@@ -253,13 +253,13 @@ def check_architecture(config: ModelConfig) -> None:
             )
         if modality.objective != "next_token" and modality.tied_embeddings:
             raise UserError(
-                f"model.modalities.{name} has tied_embeddings, and with the objective {modality.objective} it has no "
+                f"model.modalities.{name} has tied_embeddings, but the objective {modality.objective} has no "
                 "embeddings; remove that key"
             )
         if modality.code_noise_prob and (modality.objective != "next_token" or name == "text"):
             raise UserError(
-                f"model.modalities.{name} has code_noise_prob, which is for codes: another modality than text with the "
-                "objective next_token; remove that key"
+                f"model.modalities.{name} has code_noise_prob, which works only for codes (objective next_token, not "
+                "text); remove that key"
             )
         if not 0 <= modality.code_noise_prob < 1:
             raise UserError(
@@ -267,13 +267,15 @@ def check_architecture(config: ModelConfig) -> None:
                 "below 1"
             )
         if modality.guidance_scale is not None and (modality.objective == "read" or name == "text"):
-            raise UserError(f"model.modalities.{name} has guidance_scale, and guidance is for media; remove that key")
+            raise UserError(
+                f"model.modalities.{name} has guidance_scale, but guidance works only for media; remove that key"
+            )
         if modality.vocab_size is not None and name != "text":
-            raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
+            raise UserError(f"model.modalities.{name} has vocab_size, which works only for text; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:
             raise UserError(
-                f"model.modalities.{name} has the objective next_token and attention: bidirectional, by which a token "
-                "would see the one it predicts; set attention to causal"
+                f"model.modalities.{name} has the objective next_token and bidirectional attention, so a token would "
+                "see the one it predicts; set attention to causal"
             )
     text = config.modalities.get("text")
     if text is None or text.objective != "next_token":
@@ -289,26 +291,27 @@ def check_architecture(config: ModelConfig) -> None:
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
             if not name or "." in name or hasattr(nn.ModuleDict, name):
-                raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
+                raise UserError(
+                    f"model.{key} has the name '{name}', which torch does not allow for weights; give another one"
+                )
     if len(config.made) == 1:
-        raise UserError("model.modalities has text alone; it needs another modality beside it")
+        raise UserError("model.modalities has only text; add another modality")
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
-            f"model.modalities has the name '{min(taken)}', which tensors of a batch or numbers of the log have; give "
-            "another one"
+            f"model.modalities has the name '{min(taken)}', which is reserved for batches and the log; give another one"
         )
     widths = {tower.hidden_size for tower in config.towers.values()}
     if len(widths) > 1 and len(set(config.untied)) < 4:
         raise UserError(
-            f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} can share nothing; "
-            "use [norm, qkv, output, ffn]"
+            f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} cannot share "
+            "weights; use [norm, qkv, output, ffn]"
         )
     _check_shared(config)
     if config.head_dim % 2:
         raise UserError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
     if config.num_heads % (config.num_kv_heads or config.num_heads):
         raise UserError(
-            f"model.num_heads {config.num_heads} is no multiple of model.num_kv_heads {config.num_kv_heads}"
+            f"model.num_heads {config.num_heads} is not a multiple of model.num_kv_heads {config.num_kv_heads}"
         )
     for name, modality in config.modalities.items():
         if modality.objective != "next_token":
@@ -325,7 +328,7 @@ def _check_read(config: ModelConfig) -> None:
         if modality.objective != "read":
             if modality.reads is not None:
                 raise UserError(
-                    f"{key} has reads: {modality.reads}, and its objective is {modality.objective}; set objective: "
+                    f"{key} has reads: {modality.reads}, but its objective is {modality.objective}; set objective: "
                     "read, or remove reads"
                 )
             continue
@@ -341,11 +344,14 @@ def _check_read(config: ModelConfig) -> None:
         patch_size = config.modalities[modality.reads].patch_size
         if modality.patch_size != patch_size:
             raise UserError(
-                f"{key}.patch_size is {modality.patch_size}, and {modality.reads}, which it reads, has {patch_size}; "
-                "give it the same"
+                f"{key}.patch_size is {modality.patch_size}, but {modality.reads}, which it reads, has {patch_size}; "
+                "give both the same"
             )
         if modality.adapter != "linear":
-            raise UserError(f"{key}.adapter is {modality.adapter}, and what is only read has a linear one; remove it")
+            raise UserError(
+                f"{key}.adapter is {modality.adapter}, but a modality that is only read has a linear adapter; remove "
+                "the key"
+            )
 
 
 def _check_shared(config: ModelConfig) -> None:

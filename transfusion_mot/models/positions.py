@@ -1,4 +1,4 @@
-"""Where a slot stands in its document: reading order for the mask, rotary positions for the heads."""
+"""Positions of slots in their documents: reading order for the mask, rotary positions for the heads."""
 
 import functools
 from typing import Literal

@@ -1,7 +1,7 @@
-"""Causal language models of transformers as a tower of text: their sizes, their weights, and the way back.
+"""Causal language models of transformers as the text tower: their sizes, their weights, and the export.
 
-What fits is a Llama and its kin: RMSNorm before attention and feed-forward, rotary positions, a gated feed-forward with
-SiLU. Families that compute something else are refused by name.
+Supported models are like Llama: RMSNorm before attention and feed-forward, rotary positions, a gated feed-forward with
+SiLU. Other families are refused by name.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 _EXPERTS = "its feed-forwards are routed experts"
-_OLMO = "its norms stand behind attention and feed-forward, and those of queries and keys go over all heads"
+_OLMO = "its norms come after attention and feed-forward, and those of queries and keys cover all heads"
 _GEMMA = "its norms multiply by 1 + weight, its feed-forward has GELU, and its embeddings are multiplied by a constant"
 # Why the best known others do not fit. (Phi-3 would, if its fused matrices were cut.)
 _REFUSED = {

@@ -1,4 +1,4 @@
-"""The whole model: slots of every modality in, losses or predictions of each out.
+"""The whole model: slots of every modality => losses or predictions of each.
 
 Shapes: B rows, T token slots of a modality, K images a row, S all slots of a row, D width, V vocabulary, C latent
 channels, Y and X latent height and width.

@@ -1,8 +1,7 @@
 """Memory of a training step, predicted from the sizes of the model and the batch.
 
-It is that of compiled blocks. What a block keeps for its backward pass is what torch's partitioner chooses to keep,
-which a test traces; with the other parts the peaks that were measured on one H100 are met within 2 %
-(docs/scaling.md).
+It assumes compiled blocks. A block keeps for its backward pass what torch's partitioner chooses, which a test traces.
+The prediction is within 2 % of the peaks measured on one H100 (docs/scaling.md).
 """
 
 from collections import Counter

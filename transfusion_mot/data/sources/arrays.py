@@ -1,4 +1,4 @@
-"""What is known about a source, on disk: built once, then mapped by every process and copied into none."""
+"""Index arrays of a source on disk: built once, then memory-mapped by every process without copies."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which media an item of a source has, and in which columns they are, by the configuration of the source."""
+"""Media of a source's items and their columns, from the source's configuration."""
 
 from dataclasses import dataclass
 
@@ -74,7 +74,8 @@ def media_columns(source: SourceConfig) -> MediaColumns:
     """
     if source.source_image_column is not None and source.audio_column is not None:
         raise UserError(
-            f"source '{source.path}' has source_image_column and audio_column; editing pairs have no audio: remove one"
+            f"source '{source.path}' has both source_image_column and audio_column, but editing pairs have no audio; "
+            "remove one"
         )
     if source.kind == "audiofolder":
         return MediaColumns("audio", source.audio_column)

@@ -1,4 +1,4 @@
-"""Files and parts of files, read where they lie; a failure of the system is tried again."""
+"""Reading of files and parts of files; system failures are retried."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Audio clips of one side of a source: how long each lasts, and what is said in it."""
+"""Audio clips of one side of a source: their durations and texts."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Media of one side of a source: which items are on it, their texts, and what their headers say."""
+"""Media of one side of a source: their items, texts and headers."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -167,8 +167,8 @@ class StoredMedia:
         # A few held out of a source may be missing by chance.
         if len(items) and not len(self.items) and is_main_side(source, split):
             raise UserError(
-                f"{source.kind} source '{name}': it lists {counted({store.unreadable.what: len(items)})}, and none is "
-                f"there ({counted(skipped.counts)}), for example '{store.where(int(items[0]))}'; "
+                f"{source.kind} source '{name}': it lists {counted({store.unreadable.what: len(items)})}, but none "
+                f"exists ({counted(skipped.counts)}), for example '{store.where(int(items[0]))}'; "
                 + _CHECK.get(source.kind, "check the path of the source and the names in its metadata")
             )
 

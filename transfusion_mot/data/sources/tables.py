@@ -1,4 +1,4 @@
-"""Rows of .jsonl, .csv and .parquet files, each with its place, and the fields that are asked of them."""
+"""Rows of .jsonl, .csv and .parquet files with their places, and checks of their fields."""
 
 import csv
 import json
@@ -40,9 +40,9 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
     elif given.is_dir():
         found = [file for file in given.rglob("*") if file.is_file()]
         if not any(suffix_of(file) in suffixes for file in found):
-            instead = f"its files are others, such as '{found[0].name}'" if found else "it is empty"
+            instead = f"it has other files, such as '{found[0].name}'" if found else "it is empty"
             raise UserError(
-                f"{kind} source '{path}' is a folder without a {wanted} file: {_compressed(found) or instead}"
+                f"{kind} source '{path}' is a folder without any {wanted} file: {_compressed(found) or instead}"
             )
         found = [file for file in found if suffix_of(file) in suffixes]
     elif numbers := NUMBERS.search(path):

@@ -1,4 +1,4 @@
-"""Tar files, indexed once and read in place: WebDataset shards, and images that other documents name."""
+"""Tar files, indexed once and read in place: WebDataset shards, and images of interleaved documents."""
 
 import os
 import tarfile

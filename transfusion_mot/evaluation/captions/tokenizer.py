@@ -1,4 +1,4 @@
-"""Captions cut into words the way COCO's evaluation does it: by its Java program, or without Java by rules like its.
+"""Captions split into words as in COCO's evaluation: by its Java program, or without Java by similar rules.
 
 COCO's captioning numbers are computed on the output of Stanford's Penn Treebank tokenizer (CoreNLP 3.4.1, lower-cased)
 less a list of punctuation marks. The rules here were found by comparing with that program on real sentences. As there,

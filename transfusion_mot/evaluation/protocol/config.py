@@ -1,4 +1,4 @@
-"""How a model is evaluated, as a typed configuration: what is painted and captioned, with what, and what is measured.
+"""Typed configuration of an evaluation: prompts to paint, images to caption, settings and metrics.
 
 `configs/eval/` has a file for each protocol; `parse_config` reads it, and an unknown key is an error.
 """

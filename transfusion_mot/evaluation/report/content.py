@@ -1,4 +1,4 @@
-"""A measured number with how it was measured, and all numbers of a model as a report; as JSON and as tables."""
+"""Measured numbers with their protocols, and reports of all numbers of a model, as JSON and as tables."""
 
 import datetime
 import json
