@@ -320,8 +320,8 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
 def test_a_source_of_a_modality_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
     sources = [SourceConfig("imagefolder", path=str(tmp_path / "nowhere"), modality="sketch")]
     data = DataConfig(sources=sources, cache_dir=str(tmp_path / "c"))
-    message = r"a source of kind 'imagefolder' has the modality 'sketch', but model\.modalities has only image besides
-    text; set" with pytest.raises(UserError, match=message):
+    message = r"kind 'imagefolder' has the modality 'sketch', but model\.modalities has only image besides text; set"
+    with pytest.raises(UserError, match=message):
         open_documents(data, "train")
     sources[0].modality = "text"
     with pytest.raises(
