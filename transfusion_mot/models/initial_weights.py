@@ -21,8 +21,8 @@ class WeightFiles:
     """The tensors of one safetensors file, or of the shards that an index lists. They are read one at a time.
 
     Args:
-        folder: Where the files lie.
-        stem: Of their names: `diffusion_pytorch_model` in diffusers' folders, `model` in those of transformers.
+        folder: Folder of the files.
+        stem: Stem of their names: `diffusion_pytorch_model` in diffusers' folders, `model` in those of transformers.
 
     Raises:
         UserError: There is no such file, a shard is missing, or a file is damaged.
@@ -57,11 +57,11 @@ class WeightFiles:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Shape of a tensor, without reading it."""
         return tuple(self._opened(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
@@ -91,16 +91,16 @@ class WeightFiles:
 
 @dataclass
 class WeightReport:
-    """What became of the parameters of a model and of the tensors of a source.
+    """A report on the parameters of a model and the tensors of a source.
 
     Attributes:
-        source: Where the tensors come from, for the messages.
-        taken: Parameter to its number of elements and the number format it had, filled from the source.
-        missing: Parameter that the source lacks to the reason why that is right, such as "tower image: drawn at
+        source: Origin of the tensors, for messages.
+        taken: Parameter filled from the source => its number of elements and original number format.
+        missing: Parameter that the source lacks => the reason why that is right, such as "tower image: drawn at
             random"; "" is unexplained.
-        unexpected: Tensor of the source that no parameter takes to the reason why that is right; "" is unexplained.
-        resized: Parameter, taken in another shape than the source's, to the reason and the two shapes.
-        notes: Sentences about what else differs from the source.
+        unexpected: Tensor of the source without a parameter => the reason why that is right; "" is unexplained.
+        resized: Parameter with another shape than in the source => the reason and the two shapes.
+        notes: Sentences about other differences from the source.
     """
 
     source: str
@@ -111,7 +111,7 @@ class WeightReport:
     notes: list[str] = field(default_factory=list)
 
     def take(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """Fill a parameter, or this process's shard of it, and note it down.
+        """Fill a parameter, or this process's shard of it, and record it.
 
         Raises:
             UserError: The shapes differ.
@@ -125,10 +125,10 @@ class WeightReport:
         self.taken[name] = tensor.numel(), str(tensor.dtype).removeprefix("torch.")
 
     def take_rows(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """The same; of text, an embedding or a head for more tokens gets rows appended.
+        """As `take`; a text embedding or head for more tokens gets rows appended.
 
         Raises:
-            UserError: The shapes differ otherwise.
+            UserError: The shapes differ in another way.
         """
         is_of_tokens = name.startswith(f"modalities.{TEXT}.")
         if is_of_tokens and len(tensor) < len(parameter) and tensor.shape[1:] == parameter.shape[1:]:
@@ -137,7 +137,7 @@ class WeightReport:
         self.take(name, parameter, tensor)
 
     def check(self) -> None:
-        """Refuse a report in which anything is unexplained.
+        """Refuse a report with unexplained entries.
 
         Raises:
             UserError: Names the parameters and tensors.
@@ -164,7 +164,7 @@ class WeightReport:
 
 
 def take_all(model: nn.Module, files: WeightFiles, source: str) -> WeightReport:
-    """Fill all parameters of a model from the tensors of the same names; anything left over on either side is noted.
+    """Fill all parameters of a model from the tensors of the same names, and record the rest on both sides.
 
     Raises:
         UserError: A shape differs, or a tensor is not finite.

@@ -31,12 +31,12 @@ if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
 
 Streams = dict[str, Tensor]
-# Tower to which elements are kept [B, slots, D] of what its attention, and its feed-forward, add to the stream.
+# Tower => dropout masks [B, slots, D] of the outputs of its attention and of its feed-forward.
 DropoutMasks = dict[str, tuple[Tensor, Tensor]]
 SHARED = "shared"
 Checkpointing = Literal["none", "selective", "full"]
 
-# Results that cost the most to compute again, under the names they have on each device.
+# The most expensive results to compute again, by their names on each device.
 _EXPENSIVE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -115,14 +115,15 @@ class MoTBlock(nn.Module):
         mask: AttentionMask | None,
         cache: LayerCache | None = None,
     ) -> Streams:
-        """Streams => streams. With a cache, attention reads that and needs no mask."""
+        """Streams => streams. With a cache, attention reads the cache and needs no mask."""
         dropout_masks = self._draw_masks(streams) if self.training and cache is None else {}
         if self.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
             return self._transform(streams, rotary, mask, cache, dropout_masks)
         kept: dict[str, Any] = {}
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        # Inside of what is compiled: the compiler then sees which operations to keep. Nothing is drawn at random in
+        # Inside the compiled function, so that the compiler sees which operations to keep. Nothing is drawn at random
+        # in
         # here: what a compiled block draws again comes from generators of the compiler, which no seed of ours reaches.
         return checkpoint(
             lambda: self._transform(streams, rotary, mask, None, dropout_masks),
@@ -171,7 +172,7 @@ class MoTBlock(nn.Module):
 
     @property
     def num_attentions(self) -> int:
-        """How often attention is computed in training."""
+        """Number of attentions computed in training."""
         return len({self.closed_to(tower) for tower in self.qkv.owner})
 
     def _attend(
@@ -183,11 +184,10 @@ class MoTBlock(nn.Module):
         v_BSMH: Tensor,
         mask: AttentionMask,
     ) -> Streams:
-        """Joint attention => what the slots of each tower have read, [B, slots, N * H].
+        """Joint attention => outputs for the slots of each tower, [B, slots, N * H].
 
-        With insulated towers it is computed several times, with the same result each time. What differs is the keys and
-        values that get a gradient: a tower takes the result in which those of the insulated towers, but for its own, do
-        not.
+        With insulated towers it is computed several times with the same result, but with gradients to different keys
+        and values. Each tower uses the result whose keys and values of the other insulated towers are detached.
         """
         results: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
         attended = {}
@@ -209,7 +209,7 @@ class MoTBlock(nn.Module):
             q_weights = [module.q_norm.weight for module in modules if isinstance(module.q_norm, RMSNorm)]
             k_weights = [module.k_norm.weight for module in modules if isinstance(module.k_norm, RMSNorm)]
             heads, kv_heads, _ = modules[0].heads
-            # Sequential offload brings a weight only where its own module is called; elsewhere it has no values.
+            # Sequential offload loads a weight only while its own module is called; otherwise it has no values.
             if all(weight.device.type != "meta" for weight in q_weights):
                 normed, eps = [isinstance(m.q_norm, RMSNorm) for m in modules], [module.eps for module in modules]
                 return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, normed, eps)
@@ -223,27 +223,27 @@ class MoTBlock(nn.Module):
 
 
 def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:
-    """Only what the mask keeps, scaled so that the mean stays; everything without a mask."""
+    """Apply a dropout mask and rescale to keep the mean; without a mask, return the input."""
     return added if mask is None else added * mask / (1 - rate)
 
 
 def _without_gradient(heads_BSMH: Tensor, towers: list[str], lengths: list[int], closed: tuple[str, ...]) -> Tensor:
-    """The same heads, of which the slots of some towers get no gradient."""
+    """The same heads, detached at the slots of some towers."""
     if not closed:
         return heads_BSMH
     parts = zip(towers, heads_BSMH.split(lengths, dim=1), strict=True)
     return torch.cat([part.detach() if tower in closed else part for tower, part in parts], dim=1)
 
 
-# `slots.order`, `media.NAME`, `caption_loss` and `pad_slots` are of no modality.
+# Names reserved by `slots.order`, `media.NAME`, `caption_loss` and `pad_slots`.
 _TAKEN_NAMES = {"slots", "media", "caption", "pad"}
 
 
 def check_architecture(config: ModelConfig) -> None:
-    """Refuse sizes that do not go together.
+    """Refuse sizes that do not fit together.
 
     Raises:
-        UserError: Names the key, what it holds and what it needs.
+        UserError: Names the key, its value and the valid values.
     """
     for name, modality in config.modalities.items():
         if modality.tower not in config.towers:
@@ -320,7 +320,7 @@ def check_architecture(config: ModelConfig) -> None:
 
 
 def _check_read(config: ModelConfig) -> None:
-    """Refuse modalities that read what is not there, or in another way than it was made."""
+    """Refuse `read` modalities whose source does not exist or has other settings."""
     latents = config.of_objective("diffusion")
     readers: dict[str, str] = {}
     for name, modality in config.modalities.items():
@@ -355,7 +355,7 @@ def _check_read(config: ModelConfig) -> None:
 
 
 def _check_shared(config: ModelConfig) -> None:
-    """Refuse towers that share a component and want different ones."""
+    """Refuse towers that share a component but have different settings for it."""
     of_tower = {
         name: {
             "intermediate_size": ("ffn", tower.intermediate_size),
@@ -374,7 +374,7 @@ def _check_shared(config: ModelConfig) -> None:
 
 
 def _check_rope(config: ModelConfig) -> None:
-    """Refuse rotary positions that no model has."""
+    """Refuse invalid rotary positions."""
     scaling = config.rope_scaling
     if scaling is not None:
         kinds = ("default", "linear", "dynamic", "llama3", "yarn")
