@@ -54,11 +54,11 @@ SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Encode and report, as the command line says."""
+    """Run the command line."""
     config = parse_arguments(arguments)
-    # This prepares a run with `prepared`.
+    # This command encodes for runs with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
-    # Processes that have less to do wait for the others at the end.
+    # Processes with less work wait for the others at the end.
     accelerator = Accelerator(
         mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))]
     )

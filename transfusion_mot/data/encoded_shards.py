@@ -31,20 +31,20 @@ from transfusion_mot.data.sources.reading import tried_again
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import flush_to_disk
 
-# In place of a row.
+# Row number of media without a row.
 ELSEWHERE, UNREADABLE = -1, -2
 
 SUFFIX = ".safetensors"
-# As safetensors calls them.
+# Names of safetensors.
 _DTYPES = {"F16": np.float16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
-# Writing a shard takes seconds: what has not been touched for this long belongs to a run that is dead.
+# Writing a shard takes seconds, so a temporary file that is older than this belongs to a dead run.
 _STALE_SECONDS = 3600
 # Half of what Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
 _MOST_MAPPED = 2**15
 
 
 def content_key(content: bytes | Image.Image) -> bytes:
-    """What tells an encoded image or audio clip, or a picture, from others."""
+    """Key that identifies an encoded image or audio clip."""
     if isinstance(content, bytes):
         return key_of(content)
     return key_of(content.mode.encode(), repr(content.size).encode(), content.tobytes())
@@ -52,7 +52,7 @@ def content_key(content: bytes | Image.Image) -> bytes:
 
 @dataclass
 class ShardWriter:
-    """Gathers a shard of one kind in memory."""
+    """Collects a shard of one kind in memory."""
 
     kind: Literal["latents", "codes"]
     stamps: list[Keys] = field(default_factory=list)
