@@ -36,12 +36,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="an audio codec: a folder, or a name on the hub",
     )
-    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="of several (default: the first)")
+    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="codebooks to use (default: the first)")
     add_recordings(parser)
     parser.add_argument(
-        "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
+        "--num-recordings",
+        type=at_least_one,
+        default=200,
+        metavar="N",
+        help="held-out recordings of each folder (default: 200)",
     )
-    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="of the recogniser")
+    parser.add_argument(
+        "--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="processes of the recogniser"
+    )
     add_device(parser)
     add_output(parser)
     return parser.parse_args(arguments)

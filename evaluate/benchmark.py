@@ -38,7 +38,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
         metavar="FILE",
         help="protocol (default: the held-out documents of the run)",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder of the results (default: evaluation/step-N of the run)"
+    )
     add_device(parser)
     given, keys = parser.parse_known_args(arguments)
     if given.config is not None:

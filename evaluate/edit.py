@@ -36,18 +36,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--num-inference-steps", type=int, metavar="N", help="reverse steps (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="of the instruction (default: the checkpoint's)"
+        "--guidance-scale", type=float, metavar="X", help="guidance by the instruction (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--image-guidance-scale", type=float, default=1.5, metavar="X", help="of the source image (default: 1.5)"
+        "--image-guidance-scale",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="guidance by the source image (default: 1.5)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same results (default: 0)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
     parser.add_argument(
         "--pictures", type=writable_file, metavar="FILE", help="also draw source, result and target of some pairs"
     )
     parser.add_argument(
-        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in it (default: 4)"
+        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in --pictures (default: 4)"
     )
     add_device(parser)
     add_output(parser)

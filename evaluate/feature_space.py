@@ -31,17 +31,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="run folders of train.py, or snapshots",
     )
     parser.add_argument(
-        "--output", default="feature_space", metavar="FOLDER", help="where results go (default: feature_space)"
+        "--output", default="feature_space", metavar="FOLDER", help="folder of the results (default: feature_space)"
     )
     add_config(parser, "configuration that names the data (default: each run's)")
     parser.add_argument(
         "--num-documents", type=at_least_one, default=256, metavar="N", help="held-out documents (default: 256)"
     )
     parser.add_argument(
-        "--num-states", type=at_least_one, default=1000, metavar="N", help="states of a modality (default: 1000)"
+        "--num-states", type=at_least_one, default=1000, metavar="N", help="states of each modality (default: 1000)"
     )
     parser.add_argument("--batch-size", type=at_least_one, default=4, metavar="N", help="rows at a time (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of states (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of states (default: 0)")
     add_device(parser)
     return parser.parse_args(arguments)
 

@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
         check=existing("a protocol, such as configs/eval/coco.yaml"),
         required=True,
         metavar="FILE",
-        help="protocol whose prompts stand in a file",
+        help="protocol whose prompts are in a file",
     )
     parser.add_argument("--output", required=True, type=writable_file, metavar="FILE", help="JSON lines to write")
     given, keys = parser.parse_known_args(arguments)

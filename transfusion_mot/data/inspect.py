@@ -34,8 +34,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunCo
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
-    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
-    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
+    parser.add_argument(
+        "--slots", type=int, metavar="S", help="maximum slots of a row in suggested layouts (default: as configured)"
+    )
+    parser.add_argument(
+        "--picture", default="row.png", metavar="FILE", help="picture of a row to write (default: row.png)"
+    )
     given, rest = parser.parse_known_args(arguments)
     if given.rows < 1:
         raise UserError(f"--rows is {given.rows}; it must be at least 1")

@@ -65,7 +65,7 @@ def add_painted(parser: argparse.ArgumentParser) -> None:
         action=PathOption,
         check=existing("the folder generated/ of evaluate/benchmark.py"),
         metavar="GENERATED_FOLDER",
-        help="pictures and lines, laid out as GenEval's",
+        help="folder of pictures in GenEval's layout",
     )
 
 
@@ -87,7 +87,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=writable_file,
         metavar="FILE",
-        help="also write the numbers as JSON, with how they were measured",
+        help="also write the numbers with their protocols as JSON",
     )
 
 
