@@ -23,7 +23,7 @@ from transfusion_mot.data.sources.base import NOUNS, MediaSet
 from transfusion_mot.data.sources.keys import KeySet
 from transfusion_mot.errors import UnreadableMedia, UserError
 
-# Compiling takes half a minute; fewer images are encoded sooner without.
+# Compiling takes half a minute; fewer images are encoded faster without it.
 _WORTH_COMPILING = 20_000
 
 
@@ -99,7 +99,7 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
 
 
 class Shard(NamedTuple):
-    """What becomes one file: media of one bucket, by their index."""
+    """Media of one file, all of one bucket, by their index."""
 
     file: Path
     bucket: int
@@ -111,9 +111,9 @@ class _Item(NamedTuple):
 
     Attributes:
         content: Hash of its content.
-        decoded: What the codec takes, unless its content is encoded already or it cannot be decoded.
+        decoded: Input of the codec, unless its content is already encoded or it cannot be decoded.
         reason: Why it cannot be decoded.
-        failure: A sentence for the user, which the data loader would bury under a traceback: why it was not read.
+        failure: Why it was not read, as a sentence for the user, which the data loader would hide under a traceback.
     """
 
     content: bytes
@@ -133,12 +133,12 @@ class _Decoded(NamedTuple):
 
 
 class _Decoding(Dataset[_Item]):
-    """Reads, recognises and decodes media for a codec; `known` are the contents of each bucket that are encoded."""
+    """Reads, recognises and decodes media for a codec; `known` are the encoded contents of each bucket."""
 
     def __init__(self, media: MediaSet, codec: Codec, known: Sequence[KeySet]) -> None:
         self.media = media
         self.known = known
-        # Not the codec itself: workers need no weights.
+        # The codec itself is not kept, because workers need no weights.
         self.sample_rate = self.fewest_samples = 0
         if codec.medium == "audio":
             self.sample_rate = codec.sample_rate
@@ -202,7 +202,7 @@ def encode_shards(
     description: str | None,
     refusal: str | None,
 ) -> float:
-    """Write shards of `media`; worker processes read and decode what the codec takes next.
+    """Write shards of `media`; worker processes read and decode ahead of the codec.
 
     A shard is gathered in memory before it is written: its media as latents or codes, and mirrored images.
 
@@ -296,7 +296,7 @@ def _single_thread(worker: int) -> None:
 
 
 class _Timed:
-    """Goes through an iterable once and adds up how long that took."""
+    """Iterates over an iterable once and measures the waiting time."""
 
     def __init__(self, batches: Iterable[_Decoded]) -> None:
         self.batches = batches

@@ -83,7 +83,7 @@ _BAR = 40
 
 
 class _Unencoded:
-    """Stands in for a cache: what packing sees of media is whether they can be read and how many slots they take."""
+    """Replaces a cache, because packing only needs the readability of media and their number of slots."""
 
     def __init__(self, media: MediaSet) -> None:
         self.readable = np.ones(len(media), dtype=np.bool_)
@@ -243,7 +243,7 @@ class Inspection:
         return counts, rows.batch, num_slots
 
     def layout(self, slots: dict[str, int], num_rows: int = _ROWS_PER_LAYOUT) -> Layout:
-        """What packing makes of a layout."""
+        """Pack rows with a layout and measure it."""
         data = dataclasses.replace(self.data, slots=slots)
         counts, batch, num_slots = self.pack(data, num_rows)
         cut = counts["truncated_captions"] / max(1, self.num_captioned(counts))
@@ -263,7 +263,7 @@ class Inspection:
         return slots // 2 if self.data.has_copies and name not in self.config.model.readers else slots
 
     def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
-        """Layouts of at most `budget` slots, the best one first.
+        """Layouts with at most `budget` slots, the best one first.
 
         Of several modalities besides text they are in the proportion in which documents take slots. Of one, with texts,
         which fill what is left, the best is the one whose media take closest to half of the slots (Transfusion, section
@@ -354,7 +354,7 @@ def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> I
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print and draw, as the command line says."""
+    """Run the command line."""
     given, config = parse_arguments(arguments)
     prepare_picture(Path(given.picture))
     inspection = Inspection(config)
