@@ -160,7 +160,7 @@ def test_source_of_which_nothing_can_be_read_ends_with_one_sentence(
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
     sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
     packer = packer_of(sources, byte_tokenizer, data, lanes=2)
-    with pytest.raises(UserError, match=r"nothing of 1000 documents.*images\.tar") as error:
+    with pytest.raises(UserError, match=r"1000 successive documents.*images\.tar") as error:
         next(iter(loader_of(packer, 4, num_workers=workers)))
     assert "Traceback" not in str(error.value)
 

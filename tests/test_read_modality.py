@@ -462,7 +462,7 @@ def test_settings_that_no_run_can_have_are_refused(changes: list[str], message: 
         ({"objective": "diffusion"}, "has reads: image, but its objective is diffusion; set objective: read"),
         ({"patch_size": 4}, "patch_size is 4, but image, which it reads, has 2; give both the same"),
         ({"adapter": "unet"}, "adapter is unet, but a modality that is only read has a linear adapter; remove the key"),
-        ({"tied_embeddings": True}, "with the objective read it has no embeddings"),
+        ({"tied_embeddings": True}, "but the objective read has no embeddings"),
     ],
 )
 def test_models_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

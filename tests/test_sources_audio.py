@@ -318,7 +318,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     refused(
         audio | {"audio_modality": "voice"}, "'voice', but model.modalities has only speech besides .* 'audio_modality'"
     )
-    refused(audio | {"path": tmp_path / "cache"}, r"audio folder '.*' has no audio clips; known are \.wav")
+    refused(audio | {"path": tmp_path / "cache"}, r"audio folder '.*' has no audio clips; known: \.wav")
     refused({"kind": "parquet", "path": tmp_path / "a.parquet", "audio_column": "text2"}, "needs a field 'text2'")
     refused(
         {"kind": "imagefolder", "path": folder, "audio_column": "a", "source_image_column": "b"},

@@ -188,7 +188,7 @@ def test_images_of_other_proportions_are_told_with_an_example(tmp_path, caplog) 
     assert "proportions" not in caplog.text
     pictures(1, (40, 20))[0].save(tmp_path / "pairs" / "before3.png")
     pairs = opened(source, tmp_path)
-    assert f"of {COUNT} pairs looked at, 1 have a source and a target of different proportions" in caplog.text
+    assert f"of {COUNT} pairs checked, 1 have a source and a target of different proportions" in caplog.text
     assert f"before3.png' and its target have 40 x 20 and {IMAGE_SIZE} x {IMAGE_SIZE} pixels" in caplog.text
     assert len(pairs) == COUNT
 
