@@ -260,7 +260,7 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
 
 
 def given_values(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the command line and its configuration files set, nested as in YAML; later ones win.
+    """Values set by the command line and its configuration files, nested as in YAML; later ones win.
 
     Not for checks: unreadable files and values that are not YAML are skipped.
     """

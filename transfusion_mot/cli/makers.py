@@ -146,7 +146,7 @@ def writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
     return write, settings
 
 
-def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+def document_writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
     """A maker that continues a document with texts and pictures, as the model decides, and its settings."""
     painting = painting_settings(pipeline, arguments)
     settings = writing_settings(arguments) | {

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from transfusion_mot.cli.items import Maker, plan, read_prompts
 from transfusion_mot.cli.loading import load_pipeline
-from transfusion_mot.cli.makers import captioner, painter, teller, writer
+from transfusion_mot.cli.makers import captioner, document_writer, painter, writer
 from transfusion_mot.cli.options import EDIT, PAINT, SPEAK, TRANSCRIBE
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.cli.speech import speaker, transcriber
@@ -35,7 +35,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[Maker, dict[str, Any]]], str, str]] =
     EDIT: (painter, "metadata.jsonl", "editing"),
     "caption": (captioner, "captions.jsonl", "captioning"),
     "text": (writer, "texts.jsonl", "writing"),
-    "auto": (teller, "documents.jsonl", "telling"),
+    "auto": (document_writer, "documents.jsonl", "writing"),
     SPEAK: (speaker, "metadata.jsonl", "speaking"),
     TRANSCRIBE: (transcriber, "transcripts.jsonl", "transcribing"),
 }

@@ -21,7 +21,7 @@ _DEAD_AFTER = 100
 
 
 class Passed(NamedTuple):
-    """What a bottleneck lets through.
+    """Output of a bottleneck.
 
     Attributes:
         latents: What the decoder is given.

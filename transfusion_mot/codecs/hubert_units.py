@@ -101,7 +101,7 @@ class HubertUnits(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> Self:
-        """What `save_pretrained` has written."""
+        """Load a folder written by `save_pretrained`."""
         return cls.load(str(folder), None)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:

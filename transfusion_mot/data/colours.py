@@ -57,7 +57,7 @@ class MainColour:
 
     @cached_property
     def name(self) -> str | None:
-        """What everyone would call it; None where that is not sure, or the drawing has no main colour."""
+        """Its unambiguous name; None if it is ambiguous, or the drawing has no main colour."""
         if self.share < 0.6:
             return None
         hue, saturation, value = self.hue * 360 / 256, self.saturation / 255, self.value / 255

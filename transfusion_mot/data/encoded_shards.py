@@ -129,7 +129,7 @@ def remove_partial(folder: Path) -> None:
 
 
 class ShardEntries:
-    """What shards of images of one size list.
+    """Entries of all shards of one image size.
 
     Args:
         files: The shards.
@@ -181,7 +181,7 @@ class ShardEntries:
 
 @lru_cache(maxsize=_MOST_MAPPED)
 def mapped_array(file: str, name: str) -> npt.NDArray[Any]:
-    """What a shard holds under a name, mapped."""
+    """A memory-mapped array of a shard by name."""
     # Neither numpy nor safetensors maps a file without keeping a descriptor for it: a process may have 1,024.
     with tried_again(partial(pa.memory_map, file)) as mapped:
         header_size = int.from_bytes(mapped.read(8), "little")

@@ -123,7 +123,8 @@ class _Item(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What `_Item` says of some media, which of them are new, and these: images as one tensor, audio clips as many."""
+    """Fields of `_Item` for a batch, which items are new, and the decoded new ones: images as one tensor, audio as
+    many."""
 
     contents: list[bytes]
     reasons: list[str]

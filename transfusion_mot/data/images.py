@@ -207,7 +207,7 @@ def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _samples_of(image: Image.Image) -> str:
-    """What Pillow calls the samples of a file that is not decoded yet, for example "I;16B"; "" if it is not known."""
+    """Pillow's name of the sample format of a file that is not decoded yet, such as "I;16B"; "" if unknown."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

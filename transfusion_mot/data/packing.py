@@ -36,7 +36,7 @@ _MOST_DROPPED = 1000
 
 
 def counted_by(model: ModelConfig) -> list[str]:
-    """What rows report besides the counters of sources: documents that filled a stream, slots filled of each modality
+    """Counters of rows besides those of sources: documents that filled a stream, slots filled of each modality
     (those of copies, too), slots left empty, captions cut, and media of each modality."""
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),

@@ -87,7 +87,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the drawings.
+    """The background of the drawings.
 
     Attributes:
         pattern: Of one paint if it is plain, else of two.
@@ -112,7 +112,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """The contents of a picture.
 
     Attributes:
         groups: One to three.

@@ -131,7 +131,7 @@ def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) 
 
 
 def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]:
-    """What is held out, once more, by the voices that do not speak in training."""
+    """The held-out texts again, by voices that do not speak in training."""
     return [
         Utterance(
             "new_voices",

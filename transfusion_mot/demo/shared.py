@@ -37,7 +37,7 @@ def mistakes_shown() -> Iterator[None]:
 
 
 def refused(message: str) -> Exception:
-    """What shows a message on the page when it is raised."""
+    """An exception that shows a message on the page."""
     error: Exception = gr.Error(message, print_exception=False)
     return error
 

@@ -254,7 +254,7 @@ def clip_scores(
 
 
 def suffixes(clips: Sequence[Clip]) -> list[str]:
-    """What tells the numbers of several CLIP models apart: nothing for the first, and the names of the others."""
+    """Suffixes of the numbers of several CLIP models: empty for the first, names for the others."""
     return [f", {Path(clip.name).name}" if place else "" for place, clip in enumerate(clips)]
 
 

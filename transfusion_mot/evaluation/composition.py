@@ -148,7 +148,7 @@ def parts_of(picture: Image.Image) -> list[Part]:
 
 
 def colour_of(pixels: npt.NDArray[np.uint8]) -> str:
-    """What people would call most of `pixels` [N, 3]; dark outlines and white count only where they are most of it."""
+    """Colour name of most of `pixels` [N, 3]; dark outlines and white count only if they dominate."""
     hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"))[0].astype(np.float32)
     hue, saturation, value = hsv[:, 0] * 360 / 256, hsv[:, 1] / 255, hsv[:, 2] / 255
     names = np.select(

@@ -30,7 +30,7 @@ _NEAREST_ROWS = 1024
 
 @dataclass(frozen=True)
 class Networks:
-    """What images are compared and scored with.
+    """Networks that compare and score images.
 
     Attributes:
         features: For image distances, at least one.

@@ -99,7 +99,7 @@ def _first(entry: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def normalise(text: str) -> str:
-    """What of a text is compared: "Login  incorrect." => "login incorrect"."""
+    """The normalised text for comparison: "Login  incorrect." => "login incorrect"."""
     return " ".join(_NO_WORD.sub(" ", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")).split())
 
 

@@ -72,7 +72,7 @@ def places(document_ids: Tensor, order: Tensor, horizon: Tensor, visible_until: 
 
 @torch.library.custom_op("transfusion_mot::interval_tiles", mutates_args=())
 def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What each tile meets, as lists; waits for no device.
+    """Lists of the tiles that each tile attends to, built without waiting for the device.
 
     Args:
         ids: int32 [3, B, n * 64], see `places`.

@@ -33,22 +33,22 @@ class MediaColumns:
 
     @property
     def prefix(self) -> str:
-        """What the names of the arrays of the second media begin with."""
+        """Prefix of the array names of the second media."""
         return "source_" if self.is_edit else "audio_"
 
     @property
     def second_medium(self) -> Medium:
-        """What its second media are."""
+        """The second media."""
         return "image" if self.is_edit else "audio"
 
     @property
     def second_noun(self) -> str:
-        """What one of its second media is called."""
+        """Name of one of the second media, for messages."""
         return NOUNS[self.second_medium]
 
     @property
     def noun(self) -> str:
-        """What one of its first media is called."""
+        """Name of one of the first media, for messages."""
         return NOUNS[self.medium]
 
     @property

@@ -73,7 +73,7 @@ class StoredSpeech(StoredAudio):
         self.media: dict[str, MediaSet] = {self.modality: self}
 
     def document(self, index: int) -> list[Text | MediaItem]:
-        """What is said in one audio clip, if that is known, and the clip."""
+        """The text of one audio clip, if known, and the clip."""
         texts = [Text(self.captions(index))] if self.is_paired else []
         return [*texts, MediaItem(self.modality, index)]
 

@@ -73,7 +73,7 @@ def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split
 
 
 def skipped_on_opening(arrays: StoredArrays, source: SourceConfig, split: Split) -> SkippedItems:
-    """What was left out of the whole source, told on one side only: with the training items, if there are any."""
+    """Skipped items of the whole source, reported on one side only: that of training, if it has items."""
     return arrays.skipped() if is_main_side(source, split) else SkippedItems()
 
 
@@ -147,7 +147,7 @@ class CaptionWriter:
 
 
 class StoredMedia:
-    """What images and audio clips of items of a store have in common.
+    """Shared code for stored images and audio clips.
 
     Raises:
         UserError: There are items on the side, and the media of none is there.
@@ -198,7 +198,7 @@ def from_headers(
     values: Sequence[str],
     read: Callable[[MediaStore, Items], list[tuple[int, ...]]],
 ) -> npt.NDArray[np.int64]:
-    """What the header of each of `media` says, [N, values], kept in `cache_dir`; read only where no stamp tells it.
+    """Header values of `media`, [N, values], cached in `cache_dir`; headers of unchanged files are not read again.
 
     Args:
         name: Of what is kept.

@@ -294,7 +294,7 @@ class ArrowStore:
 
 
 def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, item: int) -> BinaryIO:
-    """What a column of a table holds: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
+    """Open a value of a table column: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
         UnreadableMedia: It is none of them, or null, or there is no such file; names the column and what it holds.

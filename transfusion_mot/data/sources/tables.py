@@ -62,12 +62,12 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
 
 
 def suffix_of(file: Path) -> str:
-    """What the name of a file ends with, in lower case: "A.TAR" => ".tar"."""
+    """The suffix of a file name in lower case: "A.TAR" => ".tar"."""
     return file.suffix.lower()
 
 
 def _compressed(files: Sequence[Path]) -> str:
-    """What to say of compressed tar files, if there are any."""
+    """A message about compressed tar files, if there are any."""
     named = next((file.name for file in files if re.search(r"(?i)\.(tgz|tar\.\w+)$", file.name)), None)
     return f"'{named}' is compressed and cannot be read in any order; uncompress it" if named is not None else ""
 
@@ -193,7 +193,7 @@ def json_object(text: str, where: str) -> Row:
 
 
 def from_json(content: str | bytes, problem: str) -> Any:
-    """What JSON says.
+    """Parse JSON.
 
     Raises:
         UserError: `content` is none: `problem`, and what is wrong with it.

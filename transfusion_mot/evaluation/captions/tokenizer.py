@@ -56,7 +56,7 @@ _MAIL = r"[^\s\"<>|(){}.]"
 
 
 class _Rule(NamedTuple):
-    """What a token looks like, and what must follow it, which counts for how far the rule reaches."""
+    """Pattern of a token, and of the text that must follow it, which counts for the length of the match."""
 
     token: re.Pattern[str]
     followed_by: re.Pattern[str] | None = None

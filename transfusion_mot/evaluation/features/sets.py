@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What a distance needs to know of one side.
+    """Features or statistics of one side of a distance.
 
     Attributes:
         gaussian: Moments of the features.
@@ -61,7 +61,7 @@ class SavedStatistics:
 
 
 def open_reference(place: str | Path) -> Sequence[ImageSource] | SavedStatistics:
-    """What generated images are compared with: a folder of images, a tar file, or saved statistics (.npz).
+    """The reference of generated images: a folder of images, a tar file, or saved statistics (.npz).
 
     Raises:
         UserError: There is nothing of that kind.

@@ -51,7 +51,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is to be done.
+    """The tasks of an evaluation.
 
     Attributes:
         prompts: To paint.
