@@ -336,7 +336,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     model: Any = None
     codecs: Any = {"speech": LevelCodec()}
     check_media_sizes(settings(tmp_path, slots=slots), codecs, model)
-    with pytest.raises(UserError, match=r"is 300, and audio of 30 seconds .* takes 301 slots .* to 301, or .* to 29.9"):
+    with pytest.raises(UserError, match=r"is 300, but audio of 30 seconds .* takes 301 slots .* to 301, or .* to 29.9"):
         check_media_sizes(settings(tmp_path, slots=slots | {"speech": 300}), codecs, model)
 
 
