@@ -2,8 +2,8 @@
 
     python train.py --config configs/emoji_128.yaml output_dir=runs/mine training.num_steps=2000
 
-`--help` says how to begin, `--plan` prints parameters, memory and days instead of training, `--quiet` prints a line of
-losses at a time and nothing else but warnings and errors.
+`--help` says how to begin. `--plan` prints parameters, memory and days instead of training. `--quiet` prints only lines
+of losses, warnings and errors.
 """
 
 import logging
@@ -25,9 +25,9 @@ def main(arguments: list[str]) -> None:
     quiet = "--quiet" in arguments
     arguments = [word for word in arguments if word != "--quiet"]
     if quiet:
-        # Read by tqdm when it is imported: bars of reading and encoding.
+        # tqdm reads it when it is imported: progress bars of reading and encoding.
         os.environ["TQDM_DISABLE"] = "1"
-    # PyTorch takes seconds to load. --help, misspelt keys and missing files do not wait for it.
+    # PyTorch takes seconds to load; --help, misspelt keys and missing files end before it.
     if "--plan" not in arguments:
         sections = checked_sections(arguments)
         find_state(Path(sections["output_dir"]), sections["resume"])

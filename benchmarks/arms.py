@@ -1,4 +1,4 @@
-"""What commands that train several arms share: their options. Nothing here loads PyTorch."""
+"""Shared options of commands that train several arms. Nothing here loads PyTorch."""
 
 import argparse
 from collections.abc import Sequence

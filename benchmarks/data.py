@@ -1,4 +1,4 @@
-"""How fast rows are prepared: from cached latents, and from JPEG files whose images the device would encode.
+"""Speed of the data loader: rows from cached latents, and from JPEG files whose images the device would encode.
 
     python -m benchmarks.data --workers 1 2 4 8 --consumption 250
 

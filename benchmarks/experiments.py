@@ -1,4 +1,4 @@
-"""Train and measure the arms of configs/experiments, and put what came out side by side.
+"""Train and measure the arms of configs/experiments, and compare their results.
 
     python -m benchmarks.experiments --output runs/experiments
     python -m benchmarks.experiments --output runs/experiments --arms base dense --seeds 0 1 2 --steps 1000 --jobs 6

@@ -1,4 +1,4 @@
-"""Where the time of a step on a GPU goes: its kernels, by what they do."""
+"""Time of a GPU step by kind of kernel."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How far a tower that began with a language model is from that model in transformers: logits and continuations.
+"""Compare a tower that was loaded from a language model with that model in transformers: logits and continuations.
 
     python benchmarks/language_models.py Qwen/Qwen2.5-0.5B path/to/another --device cuda
 

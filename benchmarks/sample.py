@@ -1,7 +1,7 @@
-"""Time of sampling, side by side: `python -m benchmarks.sample --size 163m 760m`.
+"""Compare sampling times: `python -m benchmarks.sample --size 163m 760m`.
 
-Everything is measured as a user calls it, through the pipeline: tokenizer, reading of the prompts, solver and all. Only
-the decoding of latents is left out. All painters do the same number of forwards: 25 Euler steps with guidance are 50.
+The whole pipeline call is measured, including tokenizer, reading of the prompts and solver; only the decoding of
+latents is left out. All painters do the same number of forwards: 25 Euler steps with guidance are 50.
 """
 
 import argparse

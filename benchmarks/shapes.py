@@ -1,4 +1,4 @@
-"""Sizes of models and shapes of batches that the benchmarks know by name."""
+"""Named model sizes and batch shapes of the benchmarks."""
 
 from dataclasses import dataclass
 

@@ -2,8 +2,8 @@
 
 Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer,
 averaged weights.
-They take turns, so that a warmer chip or a busier host meets all of them; while one works, the others' weights and
-moments wait in host memory.
+They take turns, so that a warmer chip or a busier host affects all of them equally. While one runs, the others' weights
+and moments are in host memory.
 """
 
 import argparse

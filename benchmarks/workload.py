@@ -1,4 +1,4 @@
-"""What the benchmarks train on: real rows of emoji with their names and of English text, at a given shape."""
+"""Training rows of the benchmarks: emoji with their names and English text, at a given shape."""
 
 import json
 from pathlib import Path

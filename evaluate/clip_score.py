@@ -35,21 +35,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         check=existing_or_on_hub("--clip"),
         nargs="+",
         metavar="NAME_OR_FOLDER",
-        help=f"CLIP models ({DEFAULT_CLIP}, or none where only scores of preference are asked for)",
+        help=f"CLIP models (default: {DEFAULT_CLIP}, or none if only preference scores are given)",
     )
     parser.add_argument(
         "--pickscore",
         action=PathOption,
         check=existing_or_on_hub("--pickscore"),
         metavar="NAME_OR_FOLDER",
-        help="also PickScore, for example PickScore_v1",
+        help="also compute PickScore, for example with PickScore_v1",
     )
     parser.add_argument(
         "--hpsv2",
         action=PathOption,
         check=existing_or_on_hub("--hpsv2"),
         metavar="FOLDER",
-        help="also HPSv2, of a model in the format of transformers (CLIP ViT-H/14)",
+        help="also compute HPSv2, with a model in the format of transformers (CLIP ViT-H/14)",
     )
     parser.add_argument("--prefix", action="store_true", help=f"put '{CLIP_PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")

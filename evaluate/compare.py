@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=writable_file, metavar="FILE", help="also write the table as markdown")
     given = parser.parse_args(arguments)
     if len(given.reports) < 2:
-        raise UserError("one report is given; give at least two, the first of which the others are compared with")
+        raise UserError("only one report is given; give at least two: the others are compared with the first")
     return given
 
 

@@ -1,11 +1,10 @@
-"""How near to the real result a model's edits are: on held-out editing pairs, beside leaving the picture as it is.
+"""Distances of a model's edits to the real results on held-out editing pairs, compared with the unedited picture.
 
     python evaluate/edit.py --checkpoint runs/edit --pictures edits.png --output edits.json
 
-For each source of editing pairs, and for all of them: the distance to the target of the unedited source, of what the
-model makes of it, and of the target itself when it has been encoded and decoded, which is as near as a painting can
-come. Distances are those of pixels (mean absolute difference, from 0 to 1) and of features (1 - cosine), each a mean
-over the pairs with an interval.
+For each source of editing pairs, and for all of them: the distance to the target of the unedited source, of the model's
+edit, and of the encoded and decoded target, which is the limit for any painting. Distances are measured in pixels (mean
+absolute difference, from 0 to 1) and in features (1 - cosine), each a mean over the pairs with an interval.
 """
 
 import argparse
@@ -37,18 +36,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--num-inference-steps", type=int, metavar="N", help="reverse steps (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="of the instruction (default: the checkpoint's)"
+        "--guidance-scale", type=float, metavar="X", help="guidance by the instruction (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--image-guidance-scale", type=float, default=1.5, metavar="X", help="of the source image (default: 1.5)"
+        "--image-guidance-scale",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="guidance by the source image (default: 1.5)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same results (default: 0)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
     parser.add_argument(
         "--pictures", type=writable_file, metavar="FILE", help="also draw source, result and target of some pairs"
     )
     parser.add_argument(
-        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in it (default: 4)"
+        "--shown", type=at_least_one, default=4, metavar="N", help="pairs of each source in --pictures (default: 4)"
     )
     add_device(parser)
     add_output(parser)

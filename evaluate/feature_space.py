@@ -1,11 +1,12 @@
-"""Do modalities keep apart in the hidden states of models, layer by layer? For example of a dense model and a MoT.
+"""Separation of modalities in the hidden states of models, layer by layer, for example of a dense model and a MoT.
 
     python evaluate/feature_space.py runs/settings/chameleon-dense-seed-0 runs/settings/chameleon-seed-0 --output spaces
 
-For each run and each layer: the share of hidden states that lie nearer to the mean of their own modality than to that
-of any other (1: a state tells its modality; one over the number of modalities: they lie alike), on the run's held-out
-documents; latents at t = 0.5.
-The output folder receives feature_space.json, the table feature_space.md and feature_space.png, with the states of some
+For each run and each layer: the share of hidden states that are closer to the mean of their own modality than to that
+of any other, on the run's held-out documents, with latents at t = 0.5. A share of 1 means that modalities are separate;
+one over the number of modalities means that they are mixed.
+
+The output folder receives feature_space.json, the table feature_space.md, and feature_space.png with the states of some
 layers on their first two principal components.
 """
 
@@ -30,17 +31,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="run folders of train.py, or snapshots",
     )
     parser.add_argument(
-        "--output", default="feature_space", metavar="FOLDER", help="where results go (default: feature_space)"
+        "--output", default="feature_space", metavar="FOLDER", help="folder of the results (default: feature_space)"
     )
     add_config(parser, "configuration that names the data (default: each run's)")
     parser.add_argument(
         "--num-documents", type=at_least_one, default=256, metavar="N", help="held-out documents (default: 256)"
     )
     parser.add_argument(
-        "--num-states", type=at_least_one, default=1000, metavar="N", help="states of a modality (default: 1000)"
+        "--num-states", type=at_least_one, default=1000, metavar="N", help="states of each modality (default: 1000)"
     )
     parser.add_argument("--batch-size", type=at_least_one, default=4, metavar="N", help="rows at a time (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of states (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of states (default: 0)")
     add_device(parser)
     return parser.parse_args(arguments)
 
@@ -83,7 +84,10 @@ def main() -> None:
         plot_spaces(spaces, output / "feature_space.png")
     except OSError as error:
         raise UserError(f"cannot write to '{output}': {error.strerror}") from None
-    print(f"states whose nearest mean is that of their modality, by layer; 0 goes into the first block\n\n{table}\n")
+    print(
+        "share of states whose nearest mean is that of their modality, by layer; layer 0 is the input of the first "
+        f"block\n\n{table}\n"
+    )
     print(f"feature_space.json, .md and .png are in {output}")
 
 

@@ -68,7 +68,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--other-weights",
         action="store_true",
-        help="take other weights of FID's network from these files, too; their numbers are not called FID",
+        help="accept files with other weights of FID's network; their numbers are not called FID",
     )
     parser.add_argument("--dinov2", default=DEFAULT_DINOV2, metavar="NAME", help=f"network of timm ({DEFAULT_DINOV2})")
     parser.add_argument(
@@ -90,10 +90,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="cut the centre square of every image by whole pixels and resize it to this size first; without it "
-        "images are taken as they are, so both sides should be of one size",
+        help="first crop every image to its centre square by whole pixels and resize it to this size; without it "
+        "images keep their size, so both sides should have the same size",
     )
-    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep the features of REAL here, and read them again")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="folder in which the features of REAL are cached")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)

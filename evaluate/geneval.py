@@ -1,11 +1,11 @@
-"""GenEval's score of painted pictures: the things, counts, colours and places of 553 prompts.
+"""GenEval's score of painted pictures: things, counts, colours and places of 553 prompts.
 
     python evaluate/benchmark.py --checkpoint runs/mine --config configs/eval/geneval.yaml --output painted
     python evaluate/geneval.py painted/generated --output geneval.json
 
-The folder is laid out as GenEval's evaluation wants it: 00012/metadata.jsonl and 00012/samples/*.png. The rules are
-those of its program, the detector is a Mask2Former of transformers; docs/evaluation.md says where scores may differ.
-Both models are downloaded once from huggingface.co, or taken from local folders.
+The folder has GenEval's layout: 00012/metadata.jsonl and 00012/samples/*.png. The rules are those of its program, the
+detector is a Mask2Former of transformers; docs/evaluation.md says where scores may differ. Both models are downloaded
+once from huggingface.co, or taken from local folders.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The prompts of a protocol as a file, to paint them with another program from the same list.
+"""Write the prompts of a protocol to a file, to paint the same list with another program.
 
     python evaluate/prompts.py --config configs/eval/coco.yaml --output coco_prompts.jsonl
 
-Each line has the text, the seed of its noise, the file name of its picture and, of COCO, the image that it belongs to.
-The hash that is printed stands as "prompts" beside every number of evaluate/benchmark.py with the same protocol. Keys
-of a protocol are options here, too: --num-images 5000.
+Each line has the text, the seed of its noise, the file name of its picture and, for COCO, its image. Every number of
+evaluate/benchmark.py with the same protocol shows the printed hash as "prompts". Keys of a protocol are also options
+here: --num-images 5000.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
         check=existing("a protocol, such as configs/eval/coco.yaml"),
         required=True,
         metavar="FILE",
-        help="protocol whose prompts stand in a file",
+        help="protocol whose prompts are in a file",
     )
     parser.add_argument("--output", required=True, type=writable_file, metavar="FILE", help="JSON lines to write")
     given, keys = parser.parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""Does a model hear what is said, and can one understand what it says?
+"""Word error rates of a model's transcripts, and intelligibility of its speech.
 
     python evaluate/speech.py --checkpoint runs/chameleon_speech --output speech.json \\
       --recordings data/speech/captions data/speech/glosses data/speech/new_voices data/speech/human
@@ -38,7 +38,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_checkpoint(parser)
     add_recordings(parser)
     parser.add_argument(
-        "--num-recordings", type=at_least_one, default=200, metavar="N", help="held-out ones of each (default: 200)"
+        "--num-recordings",
+        type=at_least_one,
+        default=200,
+        metavar="N",
+        help="held-out recordings of each folder (default: 200)",
     )
     parser.add_argument(
         "--recogniser",
@@ -51,17 +55,29 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--losses",
         action="store_true",
-        help="also the held-out loss of each modality, on the documents of the run's configuration",
+        help="also compute the held-out loss of each modality, on the documents of the run's configuration",
     )
     add_config(parser, "configuration that names them (default: the run's)")
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="of its speech (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of its speech (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="of its speech (default: 1, all codes)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same speech (default: 0)")
-    parser.add_argument("--batch-size", type=at_least_one, default=32, metavar="N", help="at a time (default: 32)")
-    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="of the recogniser")
     parser.add_argument(
-        "--save", metavar="FOLDER", help="also write what the model says as WAV files, and its transcripts"
+        "--guidance-scale", type=float, metavar="X", help="guidance of its speech (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="sampling temperature of its speech (default: 1)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="top-p of its speech (default: 1, all codes)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same speech (default: 0)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least_one, default=32, metavar="N", help="recordings at a time (default: 32)"
+    )
+    parser.add_argument(
+        "--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="processes of the recogniser"
+    )
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="also write the model's speech as WAV files, and its transcripts"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA)")
     add_device(parser)
@@ -103,7 +119,7 @@ def main() -> None:
     recogniser = make_recogniser(arguments, sets, str(device))
     pipeline = load_pipeline(str(snapshot), device, arguments.dtype)
     if not pipeline.has_audio:
-        raise UserError(f"'{snapshot}' is a model without speech; give one that was trained with audio")
+        raise UserError(f"the model in '{snapshot}' has no speech; give one that was trained on audio")
     speaking = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     _, scale = pipeline.sampling_settings(pipeline.audio_modality, None, arguments.guidance_scale)
     speaking["guidance_scale"] = scale

@@ -1,4 +1,4 @@
-"""At which share of steps, FLOPs and wall-clock does a run B reach the final losses of a run A?
+"""The share of run A's steps, FLOPs and wall-clock after which a run B reaches A's final losses.
 
     python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
     python evaluate/steps_to_match.py dense-seed-0 mot-seed-0 --seed dense-seed-1 mot-seed-1
@@ -29,18 +29,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = command_parser(__doc__)
     run: dict[str, Any] = {"action": PathOption, "check": existing("a run folder of train.py")}
-    parser.add_argument("run_a", **run, metavar="RUN_A", help="run folder whose final losses are to be reached")
-    parser.add_argument("run_b", **run, metavar="RUN_B", help="run folder that reaches them")
+    parser.add_argument("run_a", **run, metavar="RUN_A", help="run folder whose final losses are the targets")
+    parser.add_argument("run_b", **run, metavar="RUN_B", help="run folder that is compared with the targets")
     parser.add_argument(
         "--seed",
         nargs=2,
         action="append",
         default=[],
         metavar=("RUN_A", "RUN_B"),
-        help="the same two with another seed; any number of times",
+        help="the same two runs with another seed; can be repeated",
     )
     parser.add_argument(
-        "--output", default="steps_to_match", metavar="FOLDER", help="where results go (default: steps_to_match)"
+        "--output", default="steps_to_match", metavar="FOLDER", help="folder of the results (default: steps_to_match)"
     )
     given = parser.parse_args(arguments)
     for path in chain(*given.seed):

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss and perplexity per token, and bits per byte, of each source.
+"""Loss and perplexity per token, and bits per byte, of held-out text for each source.
 
     python evaluate/text.py --checkpoint runs/quickstart --output text.json
     accelerate launch evaluate/text.py --checkpoint runs/quickstart --texts c4.jsonl wikipedia/*.parquet
@@ -39,7 +39,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="texts to read instead of the run's held-out ones",
     )
-    parser.add_argument("--num-texts", type=at_least_one, metavar="N", help="first texts of each source (default: all)")
+    parser.add_argument(
+        "--num-texts", type=at_least_one, metavar="N", help="number of first texts of each source (default: all)"
+    )
     add_device(parser)
     add_output(parser)
     return parser.parse_args(arguments)

@@ -253,7 +253,7 @@ def test_hopper_has_kernels_of_its_own_for_what_they_suit() -> None:
     for other, message in (
         ({"head_dim": 512}, "heads of up to 256 .* model.head_dim is 512"),
         ({"head_dim": 256, "dtype": torch.float32}, "heads of up to 128"),
-        ({"length": 64_000}, "up to 46,340 slots, and these have 64,000"),
+        ({"length": 64_000}, "up to 46,340 slots, but these have 64,000"),
     ):
         with pytest.raises(UserError, match=message):
             chosen(**{"choice": "interval", "device_type": "cuda", "length": 4096, **other})

@@ -170,7 +170,7 @@ def test_generated_codes_need_not_be_whole_frames() -> None:
     right = torch.tensor([3, 16 + 5, 7, 16 + 1])
     # The second code of the first frame is of the first codebook; the last frame has one code.
     torch.testing.assert_close(codec.decode(torch.tensor([3, 5, 7, 16 + 1, 9])), codec.decode(right))
-    with pytest.raises(UserError, match="1 codes are no frame of sound; 2 are needed"):
+    with pytest.raises(UserError, match="1 codes are less than one frame of audio; give at least 2"):
         codec.decode(right[:1])
 
 
@@ -195,7 +195,7 @@ def test_a_folder_remembers_how_many_codebooks_are_used(tmp_path) -> None:
     assert load_codec(CodecConfig(str(tmp_path / "fewer")), "next_token", "cpu").codebook_size == 16
     with pytest.raises(UserError, match="num_codebooks is 5; this MimiModel gives 1 to 4"):
         load_codec(CodecConfig(str(tmp_path), num_codebooks=5), "next_token", "cpu")
-    with pytest.raises(UserError, match="is of class MimiModel, and the objective diffusion needs AutoencoderKL;"):
+    with pytest.raises(UserError, match="is of class MimiModel, but the objective diffusion needs AutoencoderKL;"):
         load_codec(CodecConfig(str(tmp_path)), "diffusion", "cpu")
     with pytest.raises(UserError, match="is of class MimiModel, and its layer is set, which is for HubertModel;"):
         load_codec(CodecConfig(str(tmp_path), layer=4), "next_token", "cpu")

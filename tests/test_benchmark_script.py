@@ -332,7 +332,7 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
     given = ["--config", CONFIGS / "coco.yaml", "--output", tmp_path / "out"]
     status, errors = call_benchmark(*given)
     assert status == 2
-    assert "compares images of 256 x 256 pixels and the model paints 32 x 32; --image-size 32 measures" in errors
+    assert "compares images of 256 x 256 pixels, but the model paints 32 x 32; --image-size 32 measures" in errors
     clip = save_tiny_clip(tmp_path / "clip")
     paths = {
         "prompts.path": "captions.json",

@@ -76,8 +76,8 @@ def test_the_command_encodes_both_splits_with_two_processes_and_once(tmp_path, c
     [
         ("data.image_size=18", "image_size is 18; it must be a multiple of 4"),
         ("data.buckets=[[16, 16], [16, 18]]", "is 18; it must be a multiple of 4"),
-        ("data.cache_dir={file}", "data.cache_dir, '.*metadata.jsonl', cannot be made a folder"),
-        ("data.cache_dir={file}/below", "data.cache_dir, '.*below', cannot be made a folder"),
+        ("data.cache_dir={file}", "cannot make the folder data.cache_dir, '.*metadata.jsonl'"),
+        ("data.cache_dir={file}/below", "cannot make the folder data.cache_dir, '.*below'"),
     ],
 )
 def test_the_command_refuses_before_the_work(tmp_path, setting, message):

@@ -151,7 +151,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(UserError, match=r"step-0000005.*resume=auto"):
         find_state(tmp_path, "never")
-    with pytest.raises(UserError, match="no training state"):
+    with pytest.raises(UserError, match="not a training state"):
         find_state(tmp_path, str(tmp_path / "elsewhere"))
 
 
@@ -180,8 +180,8 @@ MADE_OF = {
     [
         (
             MADE_OF | {"tokenizer": "3c4d"},
-            r"step-5 was trained with another tokenizer: 3c4d, and now it is 1a2b; go on with its own "
-            r"configuration, --config .*config\.yaml, or use another output_dir",
+            r"step-5 was trained with another tokenizer: 3c4d, and now it is 1a2b; continue with "
+            r"--config .*config\.yaml, or use another output_dir",
         ),
         (
             MADE_OF | {"model": {"num_layers": 4, "rope": "3d"}},
@@ -200,7 +200,7 @@ MADE_OF = {
         # What an older version left out, of either kind, and what it wrote in another form.
         (
             {name: part for name, part in MADE_OF.items() if name != "model"},
-            r"step-5 does not say with which model it was trained, so an older version wrote it; go on with that "
+            r"step-5 does not say with which model it was trained, so an older version wrote it; continue with that "
             "version, or use another output_dir",
         ),
         ({}, r"step-5 does not say with which tokenizer it was trained"),
@@ -220,7 +220,7 @@ def test_state_of_another_run_is_refused_in_one_sentence(before: dict, message: 
         (
             {"path": None, "vocab_size": 300},
             {"vocab_size": 400},
-            "tokenizer.vocab_size is 400, and was 300; go on with",
+            "tokenizer.vocab_size is 400, and was 300; continue with",
         ),
         # It is the same, or what it was trained on is, whatever its path; beside one, the size says nothing.
         ({"path": "gone", "vocab_size": 300}, {"path": "gone", "vocab_size": 400}, None),
@@ -270,7 +270,7 @@ def test_damaged_progress_is_refused_by_name(tmp_path: Path) -> None:
     ("number", "words"),
     [
         (None, ["a training state of version 0.1", "python -m transfusion_mot.sampling.convert"]),
-        (99, ["has the format 99, and this version reads 2"]),
+        (99, ["has the format 99, but this version reads 2"]),
     ],
 )
 def test_state_of_another_version_is_refused_in_one_sentence(

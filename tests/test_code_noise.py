@@ -75,7 +75,9 @@ def config_with(name: str, prob: float) -> ModelConfig:
 def test_where_it_cannot_be_is_refused() -> None:
     check_architecture(config_with("speech", PROB))
     for name in ("text", "image"):
-        with pytest.raises(UserError, match=rf"model.modalities.{name} has code_noise_prob, which is for codes"):
+        with pytest.raises(
+            UserError, match=rf"model.modalities.{name} has code_noise_prob, which works only for codes"
+        ):
             check_architecture(config_with(name, PROB))
     for prob in (1.0, -0.1, float("nan")):
         with pytest.raises(UserError, match=r"speech.code_noise_prob is \S+; it must be at least 0 and below 1"):
@@ -106,7 +108,7 @@ def test_every_replay_of_a_recorded_step_has_its_own() -> None:
     [
         (
             ["model.modalities.text.guidance_scale=2"],
-            "model.modalities.text has guidance_scale, and guidance is for media",
+            "model.modalities.text has guidance_scale, but guidance works only for media",
         ),
         (["model.modalities.image.guidance_scale=-1"], "image.guidance_scale is -1.0; it must be at least 0"),
         (

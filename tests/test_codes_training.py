@@ -293,7 +293,7 @@ def test_the_chameleon_setting_trains_paints_captions_and_is_measured(trained, d
     assert Image.open(painted / line["file_name"]).size == (16, 16)
     with pytest.raises(SystemExit):
         run_here("sample.py", *words, "--scheduler", "DDIMScheduler")
-    assert "--scheduler is given, and this model writes its pictures as codes" in capsys.readouterr().err
+    assert "--scheduler is given, but this model writes its pictures as codes" in capsys.readouterr().err
 
     words = ["--checkpoint", run, "--features", "efficientnet", "--batch-size", 8, "training_images=0"]
     words += ["captions.max_new_tokens=4", "code_temperature=0.8", "--output", tmp_path / "measured"]
@@ -303,4 +303,4 @@ def test_the_chameleon_setting_trains_paints_captions_and_is_measured(trained, d
     assert "| 3 | 0.8 | 1 | 5 | " in report
     with pytest.raises(SystemExit):
         run_here("evaluate/benchmark.py", *words, "sweep.num_inference_steps=[3]")
-    assert "sweep.num_inference_steps is given, and it says nothing to this model" in capsys.readouterr().err
+    assert "sweep.num_inference_steps is given, but has no effect on this model" in capsys.readouterr().err

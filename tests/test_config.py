@@ -220,9 +220,12 @@ def test_one_key_of_a_modality_is_changed_with_a_file_and_without(tmp_path: Path
 @pytest.mark.parametrize(
     ("changed", "missing"),
     [
-        ({"data.slots": "{text: 32}"}, "data.slots has text, and the modalities"),
-        ({"codecs": "{}"}, "codecs has nothing, and the modalities"),
-        ({"codecs": "{speech: {path: x}, image: {path: y}}"}, "codecs has speech, image, and the modalities"),
+        ({"data.slots": "{text: 32}"}, "data.slots has text, but needs one entry for each of"),
+        ({"codecs": "{}"}, "codecs has nothing, but needs one entry for each of"),
+        (
+            {"codecs": "{speech: {path: x}, image: {path: y}}"},
+            "codecs has speech, image, but needs one entry for each of",
+        ),
     ],
 )
 def test_each_modality_has_its_slots_and_its_codec(changed: dict[str, str], missing: str) -> None:
@@ -230,7 +233,7 @@ def test_each_modality_has_its_slots_and_its_codec(changed: dict[str, str], miss
     parse(*(f"{key}={value}" for key, value in whole.items()))
     message = refusal(*(f"{key}={value}" for key, value in (whole | changed).items()))
     assert missing in message
-    assert "give each its own entry" in message
+    assert "(from model.modalities)" in message
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_the_tower_of_a_modality_alone_is_answered_with_the_new_form() -> None:
 @pytest.mark.parametrize(
     ("modalities", "words"),
     [
-        ({"text": ModalityConfig("a")}, "has text alone"),
+        ({"text": ModalityConfig("a")}, "has only text; add"),
         ({"text": ModalityConfig("a"), "caption": ModalityConfig("a")}, "has the name 'caption'"),
         ({"text": ModalityConfig("a"), "media": ModalityConfig("a")}, "has the name 'media'"),
     ],

@@ -161,7 +161,7 @@ def test_sample_edits_a_picture_as_the_pipeline_does(sample, pipeline, tmp_path)
     [
         (
             ["--edit", "b.png", "--image", "b.png", "sun"],
-            "--edit changes a picture as a prompt says, and --image varies",
+            "both --edit and --image are given",
         ),
         (["--task", "edit", "sun"], "--task edit has no picture; give --edit FILE"),
         (["--task", "text", "--edit", "b.png", "sun"], "--edit goes with --task edit, not with text"),
@@ -339,7 +339,7 @@ def test_the_same_drawings_give_the_same_pairs_and_names_are_held_out_as_a_whole
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--size", "64"], "holds drawings of 32 px and --size is 64; give --size 32"),
+        (["--size", "64"], "holds drawings of 32 px, but --size is 64; give --size 32"),
         (["--most", "0"], "--most is 0"),
         (
             ["--emoji", "nowhere"],

@@ -182,5 +182,5 @@ def test_the_command_without_npm_says_what_to_do(packages):
     words, log = ["-m", "transfusion_mot.data.emoji", "--output", str(packages / "corpus")], packages / "log"
     assert run_script(words, packages, {"PATH": ""}, log) == 2
     (line,) = log.read_text().splitlines()
-    assert "there is no npm to fetch @iconify/json" in line
+    assert "npm, which downloads @iconify/json, is missing" in line
     assert "--iconify" in line

@@ -177,7 +177,7 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
         ),
         (
             ["fid.py", "REAL", "REAL", "--features", "efficientnet", "--inception-weights", __file__],
-            f"inception weights '{__file__}' are given, and the features are efficientnet",
+            f"inception weights '{__file__}' are given, but the features are efficientnet",
         ),
         (["clip_score.py", "nowhere"], "there is no 'nowhere'; give a folder with images and a metadata.jsonl"),
         (["clip_score.py", str(Path(__file__).parent)], "metadata.jsonl' does not exist"),
@@ -204,7 +204,7 @@ def test_a_benchmark_finds_before_the_model_that_its_output_cannot_be_written(ru
     (tmp_path / "model_index.json").write_text("{}")
     status, _, errors = run("benchmark.py", "--checkpoint", ".", "--device", "cpu")
     assert status == 2
-    assert "is in no run folder; say where results go with --output" in errors
+    assert "is not in a run folder; give the folder of the results with --output" in errors
     status, _, errors = run("benchmark.py", "--checkpoint", ".", "--output", "/dev/null/out", "--device", "cpu")
     assert status == 2
     assert "output '/dev/null/out' cannot be written: '/dev/null': Not a directory" in errors

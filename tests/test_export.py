@@ -112,7 +112,7 @@ def test_sections_of_a_card() -> None:
 
 
 def test_too_large_a_model_is_refused(snapshot: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the weights take 0\.\d MB and at most 0\.001 MB are wanted"):
+    with pytest.raises(UserError, match=r"the weights take 0\.\d MB, more than the 0\.001 MB allowed"):
         export(str(snapshot), tmp_path / "out", licences=None, evaluation=None, max_megabytes=0.001)
     assert not list(tmp_path.iterdir())
 

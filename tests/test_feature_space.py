@@ -136,5 +136,5 @@ def test_a_dense_run_beside_one_with_towers(arguments, tmp_path: Path, monkeypat
 def test_towers_of_two_widths_are_refused() -> None:
     check_one_width(tiny_config())
     uneven = tiny_config(towers={"text": TowerConfig(16, 24), "image": TowerConfig(32, 24)})
-    with pytest.raises(UserError, match="have the widths 16, 32; hidden states can only be compared"):
+    with pytest.raises(UserError, match="have the widths 16, 32; comparing hidden states needs"):
         check_one_width(uneven)

@@ -193,8 +193,8 @@ def test_the_objective_decides_what_a_codec_must_be(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"architectures": ["ChameleonForConditionalGeneration"]}, "save the tokenizer of images, its `vqmodel`"),
-        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, and the objective next_token needs VQModel,"),
+        ({"architectures": ["ChameleonForConditionalGeneration"]}, "save its image tokenizer, `vqmodel`"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel, but the objective next_token needs VQModel,"),
         ({"model_type": "bert"}, "no codec at"),
         ({"architectures": []}, "no codec at"),
         ([], "no codec at"),
@@ -224,7 +224,7 @@ def test_images_must_divide_into_patches_and_codes() -> None:
     slots = {"text": 64, "image": 4, "sketch": 82}
     check_media_sizes(DataConfig(image_size=16, slots=slots), codecs, model)
     with pytest.raises(
-        UserError, match=r"data\.slots\.sketch is 64, and an image of 16 x 16 pixels takes 65 slots as codes"
+        UserError, match=r"data\.slots\.sketch is 64, but an image of 16 x 16 pixels takes 65 slots as codes"
     ):
         check_media_sizes(DataConfig(image_size=16, slots=slots | {"sketch": 64}), codecs, model)
     # Patches of two by two latent pixels, each of two by two pixels.

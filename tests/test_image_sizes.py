@@ -108,7 +108,7 @@ def test_other_sizes_are_painted_with_a_warning_and_patches_stay_whole(caplog) -
         ((name, side),) = sides.items()
         with pytest.raises(UserError, match=f"{name} is {side}; it must be a multiple of 4 pixels, a patch's side"):
             pipeline("sun", **sides)
-    with pytest.raises(UserError, match=r"latents have the shape \[1, 3, 4, 4\]; needed is \[1, 3, 2, 8\]"):
+    with pytest.raises(UserError, match=r"latents have the shape \[1, 3, 4, 4\]; they must have \[1, 3, 2, 8\]"):
         pipeline("sun", height=4, width=16, latents=torch.zeros(1, 3, 4, 4))
 
 

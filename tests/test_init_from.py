@@ -139,7 +139,7 @@ def test_it_is_resumed_without_the_snapshot(before: Path, tmp_path: Path, capsys
     # Nor has the command to name it, and another one is refused.
     command = given(tmp_path, "parts", snapshot, training={"num_steps": 5})
     train.main(command[:2])
-    with pytest.raises(UserError, match=r"init_from is .*moved, and the run in .*parts began with init_from=.*step-"):
+    with pytest.raises(UserError, match=r"init_from is .*moved, but the run in .*parts began with init_from=.*step-"):
         train.main([*command[:2], f"init_from={moved}"])
     with pytest.raises(UserError, match="began without init_from"):
         train.main(given(tmp_path, "before", moved))
@@ -168,7 +168,7 @@ def test_another_objective_is_told(before: Path, tmp_path: Path, capsys) -> None
     other = {"scheduler": "DDPMScheduler", "scheduler_args": {"prediction_type": "v_prediction"}}
     train.main(given(tmp_path, "other", before, diffusion=other, training={"num_steps": 1}))
     shown = capsys.readouterr().out
-    assert "note: the snapshot was trained to predict flow, and this run trains it to predict v_prediction" in shown
+    assert "note: the snapshot was trained to predict flow, but this run predicts v_prediction" in shown
     # The arguments of a scheduler go with it.
     config = settled_config([*given(tmp_path, "ddpm", before), "diffusion.scheduler=DDPMScheduler"])
     assert config.diffusion.scheduler_args == {}
@@ -212,7 +212,7 @@ def test_shards_are_read_as_one_file(before: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lacks two\.safetensors, 1 of the 2 files of weights"):
         WeightFiles(folder, "diffusion_pytorch_model")
     (folder / "two.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"two\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=r"two\.safetensors is damaged or not a safetensors file"):
         WeightFiles(folder, "diffusion_pytorch_model")
 
 
@@ -238,7 +238,7 @@ def change_weights(snapshot: Path, change: str) -> None:
         ("missing", "has no weights for .*; give a source whose weights fit"),
         ("unexpected", r"has unknown weights blocks\.9\.weight"),
         ("not finite", "is not finite; use other weights"),
-        ("shape", "its weights for .* have the shape .*, and the model needs"),
+        ("shape", "its weights for .* have the shape .*, but the model needs"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(before: Path, tmp_path: Path, change: str, message: str) -> None:
@@ -306,7 +306,7 @@ def test_what_is_given_is_read_as_the_parser_reads_it(tmp_path: Path) -> None:
 
 
 def test_commands_that_do_not_settle_it_say_so(before: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is settled by train\.py; give this command the config.yaml of the run"):
+    with pytest.raises(UserError, match=r"works with train\.py only; give this command the config.yaml of the run"):
         parse_config(RunConfig, given(tmp_path, "after", before), "")
     # Of a run it is settled.
     train.main(given(tmp_path, "run", before, training={"num_steps": 1}))

@@ -212,7 +212,7 @@ def test_the_command_says_what_is_held_out_cut_and_why_layouts_have_their_order(
     )
     assert captions > 0
     assert cut > 0
-    assert ("texts fill what is left over, so nothing is padding" in output) == texts
+    assert ("texts fill the remaining slots, so nothing is padding" in output) == texts
 
 
 def test_an_image_size_without_whole_patches_is_refused(folder, random_vae):

@@ -333,7 +333,7 @@ def test_a_file_that_vanishes_while_images_are_encoded_is_told(tmp_path, kind):
     write_images(folder, [(16, 16)] * 7)
     data = config(folder)
     images = EventfulImages(open_images(folder, data), (folder / "5.png").unlink)
-    with pytest.raises(UserError, match=r"5\.png' was there when its source was opened"):
+    with pytest.raises(UserError, match=r"5\.png' was removed after its source was opened"):
         encoded_media(images, build_codec(kind), data, batch_size=1, shard_media=3)
     assert encode(folder, build_codec(kind)).skipped == {"missing file": 1}
 

@@ -38,7 +38,7 @@ def test_what_comes_later_says_how_long_a_run_is(tmp_path: Path) -> None:
 
 def test_two_lengths_in_one_place_are_refused(tmp_path: Path) -> None:
     both = write(tmp_path / "both.yaml", num_steps=7, num_epochs=3)
-    with pytest.raises(UserError, match=r"both\.yaml gives training\.num_steps and training\.num_epochs"):
+    with pytest.raises(UserError, match=r"both\.yaml gives both training\.num_steps and training\.num_epochs"):
         read(both)
     with pytest.raises(UserError, match="the command line gives"):
         read("training.num_steps=7", "training.num_epochs=3")

@@ -49,5 +49,5 @@ def test_folder_holds_the_drawings_of_the_quickstart(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--held-out names unicat, and there is no such drawing"):
+    with pytest.raises(UserError, match="--held-out names unicat, but there is no such drawing"):
         main(["--output", str(tmp_path / "lines"), "--held-out", "unicat"])

@@ -320,13 +320,13 @@ def test_a_source_with_images_is_needed(tmp_path: Path) -> None:
 def test_a_source_of_a_modality_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
     sources = [SourceConfig("imagefolder", path=str(tmp_path / "nowhere"), modality="sketch")]
     data = DataConfig(sources=sources, cache_dir=str(tmp_path / "c"))
-    message = (
-        r"a source of kind 'imagefolder' has the modality 'sketch', and model\.modalities has image beside text; set"
-    )
+    message = r"kind 'imagefolder' has the modality 'sketch', but model\.modalities has only image besides text; set"
     with pytest.raises(UserError, match=message):
         open_documents(data, "train")
     sources[0].modality = "text"
-    with pytest.raises(UserError, match=r"has the modality 'text', and model\.modalities has image beside text; set"):
+    with pytest.raises(
+        UserError, match=r"has the modality 'text', but model\.modalities has only image besides text; set"
+    ):
         open_documents(data, "train")
     # Every modality needs something to train on; texts may be all there is to a model of text.
     (tmp_path / "texts.txt").write_text("words")

@@ -172,7 +172,7 @@ def test_dinov2_from_a_local_file(folders, tmp_path):
             load_feature_network("dinov2", CPU, dinov2=name, dinov2_weights=tmp_path / f"{file}.safetensors")
     with pytest.raises(UserError, match=r"--dinov2-weights"):
         load_feature_network("dinov2", CPU, dinov2=name)
-    with pytest.raises(UserError, match="no vision transformer"):
+    with pytest.raises(UserError, match="not a vision transformer"):
         load_feature_network("dinov2", CPU, dinov2="resnet18", dinov2_weights="any.pth")
     with pytest.raises(UserError, match="does not hold"):
         load_feature_network("dinov2", CPU, dinov2=name, dinov2_weights=tmp_path / "missing.pth")

@@ -169,7 +169,7 @@ def test_source_of_which_nothing_can_be_read_ends_with_one_sentence(
     data = data_of(tmp_path / "images.tar", tmp_path / "cache", latents="online")
     sources = Sources(open_documents(data, "train"), {"image": [(CHANNELS, 4, 4)]})
     packer = packer_of(sources, byte_tokenizer, data, lanes=2)
-    with pytest.raises(UserError, match=r"nothing of 1000 documents.*images\.tar") as error:
+    with pytest.raises(UserError, match=r"1000 successive documents.*images\.tar") as error:
         next(iter(loader_of(packer, 4, num_workers=workers)))
     assert "Traceback" not in str(error.value)
 
@@ -183,7 +183,7 @@ def test_of_many_images_that_cannot_be_read_the_first_are_named(byte_tokenizer, 
     with caplog.at_level(logging.WARNING):
         packer.rows([0], 0, packer.initial_state()[None])
     assert len(caplog.messages) == 10
-    assert "more of this source are counted only" in caplog.messages[-1]
+    assert "more items of this source are only counted" in caplog.messages[-1]
 
 
 def test_a_failure_of_the_system_is_no_unreadable_image(byte_tokenizer, tmp_path: Path, monkeypatch) -> None:

@@ -259,7 +259,7 @@ def test_text_is_continued(pipeline):
         (lambda p: p("sun", guidance_scale=float("inf")), "guidance_scale is inf"),
         (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0"),
         (lambda p: p("sun", generator=seeds(1, 2)), "2 generators for 1"),
-        (lambda p: p("sun", latents=torch.zeros(1, 3, 8, 8)), r"needed is \[1, 3, 4, 4\]"),
+        (lambda p: p("sun", latents=torch.zeros(1, 3, 8, 8)), r"must have \[1, 3, 4, 4\]"),
         (lambda p: p("sun", output_type="jpg"), "known: pil, np, pt, latent"),
         (lambda p: p.caption([]), "no image"),
         (lambda p: p.caption(Image.new("RGB", (8, 8)), top_p=0), "top_p is 0"),
@@ -281,9 +281,9 @@ def test_mistakes_in_a_call_are_named(pipeline, call, message):
 
 
 def test_parts_that_do_not_belong_together_are_refused():
-    with pytest.raises(UserError, match="vae has 2 latent channels and the transformer was trained on 3"):
+    with pytest.raises(UserError, match="vae has 2 latent channels, but the transformer was trained on 3"):
         tiny_pipeline(vae=tiny_vae(latent_channels=2))
-    with pytest.raises(UserError, match=r"tokenizer has \d+ ids and the transformer was trained on"):
+    with pytest.raises(UserError, match=r"tokenizer has \d+ ids, but the transformer was trained with"):
         tiny_pipeline(tokenizer=train_tokenizer(["ab"], 262, ("text", "image")).hf)
     with pytest.raises(UserError, match="image_size is 10; it must be a multiple of 4"):
         tiny_pipeline(image_size=10)
@@ -309,7 +309,7 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
 
     assert "holds no snapshot (neither model_index.json nor snapshots/step-N)" in refusal()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
-    assert "holds a DiTPipeline; a TransfusionPipeline is needed" in refusal()
+    assert "holds a DiTPipeline; give a snapshot of a TransfusionPipeline" in refusal()
     (tmp_path / "model_index.json").write_text("{")
     assert "no pipeline can be loaded" in refusal()
     pipeline.save_pretrained(tmp_path)

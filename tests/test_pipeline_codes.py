@@ -143,7 +143,7 @@ def test_an_exported_snapshot_keeps_its_codes(saved, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": Image.new("RGB", (8, 8))}, "image is given, and this model writes its pictures as codes"),
+        ({"image": Image.new("RGB", (8, 8))}, "image is given, but this model writes its pictures as codes"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, "latents is given"),
         ({"guidance_interval": (0.2, 0.8)}, "guidance_interval is given"),
         ({"callback_on_step_end": lambda *_: {}}, "callback_on_step_end is given"),
@@ -157,11 +157,11 @@ def test_what_codes_cannot_do_is_refused(pipeline, arguments, message) -> None:
 
 
 def test_a_codec_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="the vae has 12 codes and the transformer was trained on 19"):
+    with pytest.raises(UserError, match="the vae has 12 codes, but the transformer was trained on 19"):
         codes_pipeline(vae=tiny_vq(12))
-    with pytest.raises(UserError, match="the vae is a AutoencoderKL, and pictures with the objective next_token need"):
+    with pytest.raises(UserError, match="the vae is a AutoencoderKL, but pictures with the objective next_token need"):
         codes_pipeline(vae=tiny_vae())
-    with pytest.raises(UserError, match="the vae is a VQModel, and pictures with the objective diffusion need Auto"):
+    with pytest.raises(UserError, match="the vae is a VQModel, but pictures with the objective diffusion need Auto"):
         tiny_pipeline(vae=tiny_vq())
 
 
@@ -222,12 +222,12 @@ def test_what_cannot_be_generated_is_named(rich) -> None:
         rich.generate([["sun"]], "video")
     with pytest.raises(UserError, match="there is no document"):
         rich.generate([], "speech")
-    with pytest.raises(UserError, match="height and width are None and 2; of 'motion' they count latents"):
+    with pytest.raises(UserError, match="height and width are None and 2; for 'motion' they count latents"):
         rich.generate([["sun"]], "motion", width=2)
 
 
 def test_which_modality_the_pictures_are_must_be_known(rich) -> None:
-    with pytest.raises(UserError, match=r"image_modality is None; it must say .*: image, motion, speech"):
+    with pytest.raises(UserError, match=r"image_modality is None; it must be a modality of .*: image, motion, speech"):
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE)
     with pytest.raises(UserError, match="image_modality is text"):
         TransfusionPipeline(**rich.components, image_size=IMAGE_SIZE, image_modality="text")
@@ -253,7 +253,7 @@ def test_documents_that_cannot_be_read_are_refused(rich, document, words) -> Non
 
 def test_a_model_whose_codec_has_no_decoder_reads_pictures_and_paints_none(pipeline, monkeypatch) -> None:
     monkeypatch.setattr(ImageCodes, "has_decoder", False)
-    message = "VQModel has no decoder, so this model reads pictures and cannot paint them"
+    message = "VQModel has no decoder, so this model reads pictures but cannot paint them"
     for paint in (
         lambda: pipeline("sun"),
         lambda: pipeline.generate([["sun"]], "image"),

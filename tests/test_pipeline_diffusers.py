@@ -102,7 +102,7 @@ def test_a_callback_gets_the_tensors_it_asks_for(pipeline) -> None:
     seen.clear()
     latents(pipeline, **settings, callback_on_step_end_tensor_inputs=["clean"])
     assert [list(tensors) for tensors in seen] == [["clean"]] * 4
-    with pytest.raises(UserError, match="prompt_embeds; there are latents and clean"):
+    with pytest.raises(UserError, match="prompt_embeds; known: latents and clean"):
         latents(pipeline, **settings, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
@@ -149,10 +149,10 @@ def test_images_may_be_arrays_and_tensors(pipeline, kind) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 3)) - 1, "from 0 to 1"),
+        (np.zeros((4, 4, 3)) - 1, "outside of 0 to 1"),
         (np.zeros((4, 4, 2)), "shape"),
         (torch.zeros(4, 4, 3), "shape"),
-        (torch.full((3, 4, 4), torch.nan), "from 0 to 1"),
+        (torch.full((3, 4, 4), torch.nan), "outside of 0 to 1"),
         ("sun.png", "str"),
     ],
 )
@@ -194,14 +194,14 @@ def test_an_index_without_a_size_is_refused(copied) -> None:
     del index["image_size"]
     (copied / "model_index.json").write_text(json.dumps(index))
     for load in LOADERS:
-        with pytest.raises(UserError, match="there is no image_size"):
+        with pytest.raises(UserError, match="the snapshot has no image_size"):
             load(copied)
         assert load(copied, image_size=IMAGE_SIZE).config.image_size == IMAGE_SIZE
 
 
 def test_an_index_that_is_none_is_refused(copied) -> None:
     (copied / "model_index.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no index of a pipeline"):
+    with pytest.raises(UserError, match="is not the index of a pipeline"):
         TransfusionPipeline.from_pretrained(copied)
 
 

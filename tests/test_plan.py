@@ -144,7 +144,7 @@ def test_frozen_tower_and_muon_are_in_the_plan(tiny_run: RunConfig, tmp_path: Pa
 def test_where_a_step_is_not_recorded_the_plan_says_so() -> None:
     for gpus, is_recorded in (("1", True), ("2", False)):
         shown = plan(["--plan", f"--config={ROOT / 'configs' / 'emoji_128.yaml'}", "--gpus", gpus], settled_config)
-        assert ("cuda_graph is for one CUDA device: on 2 x cuda" not in shown) == is_recorded
+        assert ("cuda_graph works on one CUDA device: on 2 x cuda" not in shown) == is_recorded
 
 
 @pytest.mark.parametrize(

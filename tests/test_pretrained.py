@@ -318,7 +318,7 @@ def test_a_frozen_tower_is_its_source_after_training_and_exports_to_it(
     # It goes on without the language model.
     (tmp_path / "source").rename(tmp_path / "gone")
     train.main([*arguments, f"output_dir={run}", "training.num_steps=21"])
-    with pytest.raises(UserError, match=r"goes on with its own weights"):
+    with pytest.raises(UserError, match=r"continues with its own weights"):
         train.main([*arguments, f"output_dir={run}", f"model.towers.text.pretrained={tmp_path / 'gone'}"])
 
 
@@ -455,7 +455,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
     for config, words in (
         (GemmaConfig(), "GemmaForCausalLM, which does not fit: its norms multiply by 1"),
-        (Olmo2Config(), "Olmo2ForCausalLM, which does not fit: its norms stand behind"),
+        (Olmo2Config(), "Olmo2ForCausalLM, which does not fit: its norms come after"),
         (LlamaConfig(**SIZES, mlp_bias=True), "it has biases in its feed-forwards"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "it has the activation gelu"),
     ):
@@ -472,7 +472,7 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
         LanguageModel.open(str(tmp_path))
     with pytest.raises(UserError, match="has no config"):
         LanguageModel.open(str(tmp_path.parent))
-    with pytest.raises(UserError, match=r"is neither a folder nor can it be had from the Hugging Face hub"):
+    with pytest.raises(UserError, match=r"is not a folder and cannot be downloaded from the Hugging Face hub"):
         LanguageModel.open("nobody/no-such-model")
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is in GGUF"):
@@ -482,21 +482,24 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["model.num_layers=6"], r"model.num_layers is 6, and pretrained=.* has 3; remove the key"),
-        (["model.towers.text.hidden_size=64"], r"model.towers.text.hidden_size is 64, and pretrained=.* has 32"),
+        (["model.num_layers=6"], r"model.num_layers is 6, but pretrained=.* has 3; remove one of the two keys"),
+        (["model.towers.text.hidden_size=64"], r"model.towers.text.hidden_size is 64, but pretrained=.* has 32"),
         (
             ["model.towers.image.copy_of=text"],
-            r"image.hidden_size is 24, and text, of which it is a copy, has 32",
+            r"image.hidden_size is 24, but its copy_of, text, has 32",
         ),
-        (["model.towers.image.copy_of=speech"], r"copy_of is speech; it must be another tower that is no copy: text"),
+        (
+            ["model.towers.image.copy_of=speech"],
+            r"copy_of is speech; it must be another tower that is not a copy: text",
+        ),
         (["model.towers.text.copy_of=image"], r"model.towers.text has both pretrained and copy_of"),
-        (["model.untied=[ffn]"], r"owns all its weights; use \[norm, qkv, output, ffn\]"),
-        (["tokenizer.path=null"], "has a tokenizer of its own; remove the key"),
+        (["model.untied=[ffn]"], r"must own all its weights; set model.untied=\[norm, qkv, output, ffn\]"),
+        (["tokenizer.path=null"], "has its own tokenizer; remove the key"),
         (
             ["init_from=checkpoints/emoji"],
-            "init_from takes all weights of a snapshot, and model.towers.text.pretrained",
+            "both init_from and model.towers.text.pretrained are given",
         ),
-        (["model.rope_scaling={rope_type: linear}"], "model.rope_scaling is .* and pretrained"),
+        (["model.rope_scaling={rope_type: linear}"], "model.rope_scaling is .* but pretrained"),
     ],
 )
 def test_contradictions_are_refused_by_name(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -525,7 +528,9 @@ def test_weights_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
         begun(config)
     tokenizer(True, spare=0).save_pretrained(tmp_path)
     edit_config(tmp_path, vocab_size=VOCAB_SIZE - 1)
-    with pytest.raises(UserError, match=r"has 307 ids, and the language model .* has 306 rows; give the tokenizer"):
+    with pytest.raises(
+        UserError, match=r"has 307 ids, but the language model .* has only 306 rows; give the tokenizer"
+    ):
         configured(tmp_path)
 
 
@@ -535,5 +540,7 @@ def test_rows_beyond_a_window_or_dynamic_scaling_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for case, limit in (("Mistral, window", 128), ("Llama, dynamic", 256)):
         save_language_model(tmp_path / case, case)
-        with pytest.raises(UserError, match=rf"a row has up to 3\d\d rotary positions, and the model has {limit}"):
+        with pytest.raises(
+            UserError, match=rf"a row has up to 3\d\d rotary positions, but its language model supports only {limit}"
+        ):
             train.main([*build(tmp_path / case), f"output_dir={tmp_path / 'run'}", "data.slots.text=320"])

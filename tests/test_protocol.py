@@ -116,7 +116,7 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     # More prompts are the same ones and others behind them, and another order of the images changes nothing.
     assert choose_coco_prompts(images[::-1], 9, seed=7)[:5] == prompts
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
-    with pytest.raises(UserError, match="10 prompts of distinct images are asked for, and there are 9"):
+    with pytest.raises(UserError, match="10 prompts of distinct images are requested, but there are only 9"):
         choose_coco_prompts(images, 10, seed=7)
 
 
@@ -127,7 +127,7 @@ def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:
         read_coco(str(path), str(tmp_path / "val2014"))
     content = json.loads(path.read_text())
     path.write_text(json.dumps({"images": content["images"]}))
-    with pytest.raises(UserError, match="no captions file of COCO"):
+    with pytest.raises(UserError, match="not a captions file of COCO"):
         read_coco(str(path), str(tmp_path / "val2014"))
     path.write_text(path.read_text()[:50])
     with pytest.raises(UserError, match="was it downloaded whole"):
@@ -182,7 +182,7 @@ def test_geneval_layout(tmp_path: Path) -> None:
     write_geneval_metadata(read, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == lines[1]
     path.write_text('{"tag": "colors"}\n')
-    with pytest.raises(UserError, match="line 1: no JSON object with a 'prompt'"):
+    with pytest.raises(UserError, match="line 1: not a JSON object with a 'prompt'"):
         read_geneval(str(path))
 
 
@@ -225,7 +225,7 @@ def test_prompts_as_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
     )
     with pytest.raises(SystemExit):
         runpy.run_path(str(CONFIGS[0].parents[2] / "evaluate" / "prompts.py"), run_name="__main__")
-    assert "prompts of kind 'held_out' are of a run" in capsys.readouterr().err
+    assert "prompts of kind 'held_out' belong to a run" in capsys.readouterr().err
 
 
 def test_text_prompts(tmp_path: Path) -> None:

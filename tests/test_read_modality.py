@@ -416,7 +416,7 @@ def test_a_run_adds_it_to_a_snapshot_that_has_none(arguments, tmp_path, monkeypa
     capsys.readouterr()
     way = {"modalities": {"clean_image": {"tower": "text", "objective": "read", "reads": "image"}}}
     train.main(given(tmp_path, "after", tmp_path / "before", data=option()["data"], model=way))
-    assert "clean_image is new: drawn at random" in capsys.readouterr().out
+    assert "clean_image is new, drawn at random" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -424,20 +424,20 @@ def test_a_run_adds_it_to_a_snapshot_that_has_none(arguments, tmp_path, monkeypa
     [
         (
             ["data.image_context=noised"],
-            "reads clean latents, and with data.image_context=noised captions are read off",
+            "reads clean latents, but with data.image_context=noised captions see",
         ),
         (
             ["data.slots={text: 64, image: 4}"],
-            "data.slots has text, image, and .* need it are clean_image, image, text",
+            "data.slots has text, image, but needs one entry for each of clean_image, image, text",
         ),
         (["data.slots.clean_image=0"], "data.slots.clean_image is 0; it must be at least 1"),
         (
             ["data.caption_first_prob=1"],
-            "reads clean latents of image, and data.caption_first_prob is 1, so that nothing",
+            "reads clean latents of image, but data.caption_first_prob is 1, so nothing",
         ),
         (
             ["data.orders={text image: 1}"],
-            "data.orders has image in the last place alone, so that nothing is ever read",
+            "data.orders has image in the last place only, so nothing follows image",
         ),
         (["data.orders={text clean_image: 1}"], "'clean_image' is not in model.modalities, which has image, text"),
         (["model.modalities.clean_image.attention=causal"], "model.modalities.clean_image.attention is causal"),
@@ -461,10 +461,10 @@ def test_settings_that_no_run_can_have_are_refused(changes: list[str], message: 
         ({"reads": None}, "clean_image has no reads; it must name a modality with the objective diffusion: image"),
         ({"reads": "sketch"}, "reads sketch, which is no modality; it must name .*: image"),
         ({"reads": "text"}, "reads text, which is codes; it must name a modality with the objective diffusion: image"),
-        ({"objective": "diffusion"}, "has reads: image, and its objective is diffusion; set objective: read"),
-        ({"patch_size": 4}, "patch_size is 4, and image, which it reads, has 2; give it the same"),
-        ({"adapter": "unet"}, "adapter is unet, and what is only read has a linear one; remove it"),
-        ({"tied_embeddings": True}, "with the objective read it has no embeddings"),
+        ({"objective": "diffusion"}, "has reads: image, but its objective is diffusion; set objective: read"),
+        ({"patch_size": 4}, "patch_size is 4, but image, which it reads, has 2; give both the same"),
+        ({"adapter": "unet"}, "adapter is unet, but a modality that is only read has a linear adapter; remove the key"),
+        ({"tied_embeddings": True}, "but the objective read has no embeddings"),
     ],
 )
 def test_models_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -98,7 +98,7 @@ def test_results_may_stand_above_folders_of_other_results(tmp_path: Path) -> Non
     assert list(above.read()) == [{"text": "b"}]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0000-sun.png").touch()
-    with pytest.raises(UserError, match=r"mine' holds files that are not of sample\.py; give another --output"):
+    with pytest.raises(UserError, match=r"mine' holds files that sample\.py did not write; give another --output"):
         folder_of(tmp_path / "mine", seed=0)
 
 

@@ -143,7 +143,7 @@ def test_an_old_snapshot_is_answered_with_the_command(old) -> None:
     [
         (["{old}"], "give either a folder OUTPUT, or --in-place"),
         (["{old}", "out", "--in-place"], "give either a folder OUTPUT, or --in-place"),
-        (["{old}/vae", "out"], "is no snapshot"),
+        (["{old}/vae", "out"], "is not a snapshot"),
         (["{old}", "{old}/.."], "holds the checkpoint, and what is in it would be deleted"),
     ],
 )

@@ -104,7 +104,7 @@ PICTURE = Image.new("RGB", (20, 10))
         ({"mask_image": PICTURE}, "mask_image and no image"),
         (
             {"image": PICTURE, "mask_image": Image.new("L", (10, 20), 255)},
-            "mask_image has 10 x 20 pixels and image 20 x",
+            "mask_image has 10 x 20 pixels, but image 20 x",
         ),
         ({"image": PICTURE, "mask_image": Image.new("1", (20, 10))}, "no white pixel"),
         ({"image": PICTURE, "strength": 0.0}, "strength is 0.0; it must be above 0 and at most 1"),

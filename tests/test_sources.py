@@ -326,10 +326,10 @@ def test_folders_that_cannot_be_used(tmp_path):
         open_source(SourceConfig(kind="imagefolder"), DataConfig(), "train")
     with pytest.raises(UserError, match="is not a folder"):
         open_folder(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"has no images; known are \.png"):
+    with pytest.raises(UserError, match=r"has no images; known: \.png"):
         open_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
-    with pytest.raises(UserError, match=r"it lists 1 image, and none is there .*1 missing file.*'.*gone\.png'"):
+    with pytest.raises(UserError, match=r"it lists 1 image, but none exists .*1 missing file.*'.*gone\.png'"):
         open_folder(tmp_path, held_out_fraction=0.0)
     assert len(open_folder(tmp_path, "held_out", held_out_fraction=0.0)) == 0
 

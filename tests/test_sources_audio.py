@@ -315,8 +315,10 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     refused(audio | {"text_column": "said"}, r"needs a field 'said'; it has \['file_name', 'transcription'\]")
     refused(audio | {"audio_column": "wav"}, "needs a field 'wav'")
     refused(audio | {"image_column": "x"}, "kind 'audiofolder' has no key 'image_column'")
-    refused(audio | {"audio_modality": "voice"}, "'voice', and model.modalities has speech beside .* 'audio_modality'")
-    refused(audio | {"path": tmp_path / "cache"}, r"audio folder '.*' has no audio clips; known are \.wav")
+    refused(
+        audio | {"audio_modality": "voice"}, "'voice', but model.modalities has only speech besides .* 'audio_modality'"
+    )
+    refused(audio | {"path": tmp_path / "cache"}, r"audio folder '.*' has no audio clips; known: \.wav")
     refused({"kind": "parquet", "path": tmp_path / "a.parquet", "audio_column": "text2"}, "needs a field 'text2'")
     refused(
         {"kind": "imagefolder", "path": folder, "audio_column": "a", "source_image_column": "b"},
@@ -325,16 +327,16 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
     )
     refused(
         audio,
-        "data.orders has no order for the source '.*', which has text and speech alone; add one, such as 'text speech'",
+        "data.orders has no order for the source '.*', which has only text and speech; add one, such as 'text speech'",
         orders={"text image": 1.0},
     )
     for content in (folder / "0.wav", folder / "1.wav"):
         content.unlink()
-    refused(audio, r"it lists 2 audio clips, and none is there \(2 missing audio files\), for example '.*0\.wav'")
+    refused(audio, r"it lists 2 audio clips, but none exists \(2 missing audio files\), for example '.*0\.wav'")
     model: Any = None
     codecs: Any = {"speech": LevelCodec()}
     check_media_sizes(settings(tmp_path, slots=slots), codecs, model)
-    with pytest.raises(UserError, match=r"is 300, and audio of 30 seconds .* takes 301 slots .* to 301, or .* to 29.9"):
+    with pytest.raises(UserError, match=r"is 300, but audio of 30 seconds .* takes 301 slots .* to 301, or .* to 29.9"):
         check_media_sizes(settings(tmp_path, slots=slots | {"speech": 300}), codecs, model)
 
 
@@ -343,5 +345,7 @@ def test_codecs_of_another_medium_are_refused(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(picture(1))
     images = open_with({"kind": "imagefolder", "path": tmp_path / "a"}, tmp_path / "cache")
-    with pytest.raises(UserError, match="has images of a modality whose codec reads audio clips; set 'modality'"):
+    with pytest.raises(
+        UserError, match="has images, but the codec of their modality reads audio clips; set 'modality'"
+    ):
         encoded_media(images, LevelCodec(), settings(tmp_path), batch_size=1)

@@ -188,7 +188,7 @@ def test_images_of_other_proportions_are_told_with_an_example(tmp_path, caplog) 
     assert "proportions" not in caplog.text
     pictures(1, (40, 20))[0].save(tmp_path / "pairs" / "before3.png")
     pairs = opened(source, tmp_path)
-    assert f"of {COUNT} pairs looked at, 1 have a source and a target of different proportions" in caplog.text
+    assert f"of {COUNT} pairs checked, 1 have a source and a target of different proportions" in caplog.text
     assert f"before3.png' and its target have 40 x 20 and {IMAGE_SIZE} x {IMAGE_SIZE} pixels" in caplog.text
     assert len(pairs) == COUNT
 
@@ -205,14 +205,14 @@ def test_both_images_take_the_bucket_of_the_source(tmp_path) -> None:
     ("kind", "changes", "message"),
     [
         ("imagefolder", {"source_image_column": "before"}, r"metadata.jsonl:1: needs a field 'before'; it has \['file"),
-        ("imagefolder", {"source_image_column": "text", "image_column": "text"}, "and none is there"),
+        ("imagefolder", {"source_image_column": "text", "image_column": "text"}, "but none exists"),
         (
             "parquet",
             {"source_image_column": "before"},
             r"needs a field 'before'; it has \['edit_prompt', 'edited_image",
         ),
         ("datasets", {"source_image_column": "before"}, r"needs a field 'before'; it has \['instruction', 'source_img"),
-        ("datasets", {"image_column": None}, "source_image_column 'source_img' and no image_column; give image_column"),
+        ("datasets", {"image_column": None}, "source_image_column 'source_img' but no image_column; give image_column"),
         ("webdataset", {"source_image_column": "before.png"}, "no pair to train on .*6 samples without a source image"),
     ],
 )

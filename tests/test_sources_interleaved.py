@@ -178,7 +178,7 @@ def test_a_source_of_which_no_image_is_there_is_refused(tmp_path, cache, form: s
     message = {"tars": r"'0\.png'; their members are named like 'images/0\.png'"}.get(
         form, r"wrong/0\.png'; their names"
     )
-    with pytest.raises(UserError, match=rf"interleaved source .*it lists 5 images, and none is .*{message}"):
+    with pytest.raises(UserError, match=rf"interleaved source .*it lists 5 images, but none .*{message}"):
         open_with({**source, "images": tmp_path / "wrong"}, cache)
 
 

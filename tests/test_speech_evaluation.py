@@ -205,7 +205,7 @@ def test_the_script_on_a_tiny_model(run, recordings, tmp_path):
 def test_mistakes(run, recordings, tmp_path):
     status, _, errors = run("--recordings", tmp_path / "nowhere")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "is no folder of recordings with their texts" in errors
+    assert "is not a folder of recordings with their texts" in errors
     status, _, errors = run("--recordings", recordings, "--recogniser", "nobody/nothing")
     assert status == 2
-    assert "is no speech recogniser of transformers" in errors
+    assert "is not a speech recogniser of transformers" in errors

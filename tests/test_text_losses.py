@@ -73,7 +73,7 @@ def test_losses_equal_those_of_one_text_at_a_time(byte_tokenizer, rope, ends_in)
 
 
 def test_nothing_to_read_is_refused(byte_tokenizer):
-    with pytest.raises(UserError, match="nothing in them"):
+    with pytest.raises(UserError, match="held-out texts are empty"):
         text_losses(torch.nn.Linear(1, 1), [""], "text", _reader(byte_tokenizer))
 
 
@@ -148,7 +148,7 @@ def test_diffusion_loss_as_a_command(run_folder, picture_folder, tmp_path, capsy
     capsys.readouterr()
     with pytest.raises(SystemExit):
         _run("evaluate/diffusion_loss.py", ["--checkpoint", run_folder, "--bins", 0])
-    assert "--bins: '0' is no whole number of at least 1" in capsys.readouterr().err
+    assert "--bins: '0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_diffusion_loss_of_a_run_with_a_clean_context(run_folder, tmp_path):

@@ -71,7 +71,7 @@ def test_dropout_may_change_in_a_run(arguments, tmp_path: Path) -> None:
 
 def test_step_that_cannot_be_recorded_is_taken_without(arguments, tmp_path: Path, capsys) -> None:
     train.main(arguments("run", training={"cuda_graph": True, "num_steps": 1}))
-    assert "training.cuda_graph is for one CUDA device: on 1 x cpu steps are taken without" in capsys.readouterr().out
+    assert "training.cuda_graph works on one CUDA device: on 1 x cpu steps are not recorded" in capsys.readouterr().out
     assert find_state(tmp_path / "run", "auto").name == "step-0000001"
 
 

@@ -190,5 +190,5 @@ def test_benchmark_says_why_nothing_is_held_out(files: Path, tmp_path: Path, ran
     given = ["--checkpoint", str(tmp_path / "run"), "--features", "efficientnet", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(script), *given])
     namespace = runpy.run_path(str(script))
-    with pytest.raises(UserError, match=r"^0 captioned images .*held_out_fraction \(.*'use: train' nothing"):
+    with pytest.raises(UserError, match=r"^0 captioned images .*held_out_fraction \(.*'use: split'"):
         namespace["main"]()

@@ -1,8 +1,8 @@
-"""Train a codec: of images an AutoencoderKL, or with kind=codes a VQModel; with kind=audio_codes one of speech.
+"""Train a codec: an AutoencoderKL for images, with kind=codes a VQModel, with kind=audio_codes a speech codec.
 
     python -m transfusion_mot.autoencoder --config configs/codecs/vq-emoji.yaml
 
-The output folder receives the codec, its metrics and a picture of reconstructions; of speech WAV files, too.
+The output folder receives the codec, its metrics and a picture of reconstructions; for speech also WAV files.
 """
 
 import json
@@ -16,10 +16,10 @@ from transfusion_mot.errors import exit_on_user_error
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train, as the command line says."""
+    """Run the command line."""
     config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
     refuse_missing_sources(config.data.sources)
-    # PyTorch takes seconds to load. --help and mistakes in the configuration do not wait for it.
+    # PyTorch takes seconds to load; --help and mistakes in the configuration end before it.
     import torch
 
     from transfusion_mot.codec_training.train import train_codec

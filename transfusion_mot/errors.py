@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and how a command ends on it."""
+"""The exception for user mistakes, and how a command ends on it."""
 
 import sys
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ class NotFiniteError(UserError, FloatingPointError):
 
 
 class UnreadableMedia(UserError):
-    """What lies there is no image or audio that can be used, and will not be one at the next attempt.
+    """A file has no usable image or audio, and reading it again would not help.
 
     Attributes:
-        what: What it should be, for messages.
-        file: What a file of it is called there.
-        reason: What is wrong with it, to be put behind its name.
+        what: What the file should contain, for messages.
+        file: What messages call the file.
+        reason: What is wrong, appended to the file's name.
     """
 
     what: str
     file: str
 
     def __init__(self, name: str, reason: str) -> None:
-        # Both, because an exception goes from one process to another with these arguments.
+        # An exception is pickled between processes by these arguments.
         super().__init__(name, reason)
         self.reason = reason
 
@@ -35,10 +35,10 @@ class UnreadableMedia(UserError):
 
 
 def refuse_surrogates(text: str, what: str, remedy: str) -> None:
-    """Refuse a text with lone surrogates, which Python makes of bytes that are not UTF-8: it cannot be written down.
+    """Refuse a text with lone surrogates. Python makes them from bytes that are not UTF-8, and they cannot be written.
 
     Raises:
-        UserError: It has some; the message names it by `what` and ends with `remedy`.
+        UserError: The text has some; the message names it by `what` and ends with `remedy`.
     """
     shown = text.encode(errors="backslashreplace").decode()
     if shown != text:
@@ -47,7 +47,7 @@ def refuse_surrogates(text: str, what: str, remedy: str) -> None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line on standard error and exit status 2; a defect of ours keeps its stack trace.
+    """Turn a `UserError` into one line on standard error and exit status 2; our own bugs keep their stack trace.
 
     An argument of the command that is not UTF-8 is such an error, too.
     """

@@ -1,4 +1,4 @@
-"""Files that commands read line by line, and the places that they write to."""
+"""Files that commands read line by line, and checks of paths that they write to."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from typing import Any
 
 from transfusion_mot.errors import UserError
 
-# What tells the folder of a low-rank adapter from that of a whole snapshot.
+# This file marks the folder of a low-rank adapter, as opposed to a whole snapshot.
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Another process may be writing a file of a few lines at the moment.
+# How often and after how long to retry while another process writes a short file.
 _ATTEMPTS, _SECONDS_BETWEEN = 20, 0.05
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end with a line feed, or with a carriage return and a line feed.
+    """The lines of a text, split at LF or CRLF.
 
-    `str.splitlines` also cuts at characters that stand inside of prompts and JSON strings: form feeds, vertical tabs,
+    `str.splitlines` also splits at characters that prompts and JSON strings may contain: form feeds, vertical tabs,
     U+0085, U+2028 and others.
     """
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
@@ -33,7 +33,7 @@ def read_lines(path: str | Path, what: str) -> list[str]:
         what: What the file is, for the message.
 
     Raises:
-        UserError: It is not there, or no UTF-8.
+        UserError: The file does not exist or is not UTF-8.
     """
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -43,12 +43,12 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 
 def claim(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write a new JSON file, or read the one that is there => what the file holds.
+    """Write a new JSON file, or read the existing one => the content of the file.
 
-    Of all who ask at the same time, one writes: whose file it is shows by its content.
+    If several processes call it at the same time, one of them writes; the content shows which.
 
     Raises:
-        UserError: The file is there and holds no JSON object.
+        UserError: The file exists and is not a JSON object.
         OSError: The file cannot be written.
     """
     try:
@@ -60,10 +60,10 @@ def claim(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_claim(path: Path) -> dict[str, Any]:
-    """What a file of `claim` holds.
+    """The content of a file of `claim`.
 
     Raises:
-        UserError: The file holds no JSON object.
+        UserError: The file is not a JSON object.
     """
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -79,7 +79,7 @@ def read_claim(path: Path) -> dict[str, Any]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk, where they outlast a machine that fails."""
+    """Wait until a file, or the names in a folder, are on the disk and survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,10 +88,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 def check_writable_folder(path: str | Path, what: str) -> None:
-    """Refuse a folder that cannot be written to, or cannot be made; nothing is left behind.
+    """Refuse a folder that cannot be made or written to; the check leaves no files.
 
     Args:
-        path: The folder, which need not be there.
+        path: The folder; it need not exist.
         what: The folder's name in the message.
 
     Raises:
@@ -101,10 +101,10 @@ def check_writable_folder(path: str | Path, what: str) -> None:
 
 
 def check_writable_file(path: str | Path, what: str) -> None:
-    """Refuse a file that cannot be written; nothing is left behind.
+    """Refuse a file that cannot be written; the check leaves no files.
 
     Raises:
-        UserError: It is a folder, is protected, or its own folder cannot be written to or made.
+        UserError: It is a folder or protected, or its own folder cannot be made or written to.
     """
     file = Path(path)
     if not file.exists():
@@ -120,7 +120,7 @@ def _check_writable(folder: Path, named: str) -> None:
     while not there.exists() and there != there.parent:
         there = there.parent
     try:
-        # Permissions do not tell: of a file system mounted read-only, for example, or of an administrator.
+        # Permission bits are not enough: a file system may be read-only, and root may write anyway.
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -128,16 +128,16 @@ def _check_writable(folder: Path, named: str) -> None:
 
 
 def refuse_dangling_links(folder: Path) -> None:
-    """Refuse a folder of a model that was copied without what its links point to.
+    """Refuse a model folder that was copied without the files behind its links.
 
     Raises:
-        UserError: A file in it is a link to nothing.
+        UserError: A link in it is dangling.
     """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         if path.is_symlink() and not path.exists():
             raise UserError(
-                f"'{path}' is a link to '{path.readlink()}', which is not there; copy the folder again with what its "
-                "links point to: cp -rL"
+                f"'{path}' is a link to '{path.readlink()}', which does not exist; copy the folder again and follow "
+                "its links: cp -rL"
             )
 
 
@@ -163,7 +163,7 @@ def refuse_other_content(output: Path, checkpoint: Path, marker: str) -> None:
 
 
 def find_snapshot(path: str) -> Path:
-    """Run folder or snapshot folder => snapshot folder; of a run, the newest one.
+    """Run folder or snapshot folder => snapshot folder; for a run the newest one.
 
     Raises:
         UserError: There is no snapshot.

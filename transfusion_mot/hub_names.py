@@ -1,4 +1,4 @@
-"""Names that stand for a local path, or else for something on the Hugging Face hub."""
+"""Names that are a local path or a repository on the Hugging Face hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +18,19 @@ _HINTS = {
 
 
 def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
-    """Refuse what reads like a local path and is none, instead of asking the hub for it.
+    """Refuse a missing local path instead of asking the hub for it.
 
     Args:
         what: What is named, for the message: "codec path".
-        hint: What to do, behind a semicolon; of the settings of a run it is known.
+        hint: What to do, after a semicolon; for the settings of a run it is known.
 
     Raises:
-        UserError: It begins like a path, has more parts than a name on the hub, or its folder is there, and it is not.
+        UserError: The path does not exist, and it begins like a path, has more parts than a name on the hub, or lies in
+            an existing folder.
     """
     path = Path(name)
     is_path = name.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
-    # A name on the hub may have an owner, which is no folder here.
+    # The owner in a hub name is not a local folder.
     is_path = is_path or (len(path.parts) == 2 and path.parent.is_dir())
     if is_path and not path.exists():
         there = path.parent
@@ -42,12 +43,12 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
 
 
 def ask_hub(name: str) -> None:
-    """Ask the hub once for a repository that is no local path, before a library asks for each of its files.
+    """Ask the hub once for a repository, before a library asks for each of its files.
 
-    Without a network the libraries try each file again and again, for half a minute.
+    Without a network the libraries retry every file, for half a minute.
 
     Raises:
-        OSError, ValueError: The hub cannot be reached and the repository is not in the cache, or there is none.
+        OSError, ValueError: The repository does not exist, or it is not in the cache and the hub cannot be reached.
     """
     if not Path(name).exists():
         _fetched(name, ["config.json"])
@@ -62,13 +63,13 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         what: The key that names it, for the message.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: It cannot be downloaded.
     """
     try:
         return _fetched(name, patterns)
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(
-            f"{what}={name} is neither a folder nor can it be had from the Hugging Face hub "
+            f"{what}={name} is not a folder and cannot be downloaded from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]})"
         ) from None
 

@@ -1,7 +1,6 @@
 """The commands of an installed package: transfusion-train, transfusion-sample and transfusion-eval.
 
-They run the scripts of the repository, train.py, sample.py and evaluate/NAME.py, which a wheel holds, too, beside the
-configurations in configs/.
+They run train.py, sample.py and evaluate/NAME.py of the repository. A wheel contains these scripts and configs/.
 """
 
 import ast
@@ -13,9 +12,9 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 _PACKAGE = Path(__file__).parent
-# What a wheel holds of the repository beside the package (pyproject.toml). In a clone it is the repository itself.
+# Folder of the repository's scripts in a wheel (pyproject.toml). In a clone it is the repository itself.
 _ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
-# The command that runs; empty where the user has called a script.
+# The installed command that runs; empty if the user called a script.
 _command = ""
 
 
@@ -48,29 +47,29 @@ def evaluate() -> None:
 def _run(name: str, script: Path) -> None:
     global _command
     _command = name
-    # The value alone of what is given as key=value.
+    # Of key=value only the value is a path.
     sys.argv[1:] = [re.sub(r"(?<![^=])configs/.*", lambda found: shipped(found[0]), word) for word in sys.argv[1:]]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def shipped(path: str) -> str:
-    """A path; of a file in configs/ that the user does not have, that of the package's."""
+    """The path itself, or the package's copy of a file in configs/ that the user does not have."""
     is_own = not path.startswith("configs/") or Path(path).exists() or not (_ROOT / path).is_file()
     return path if is_own else str(_ROOT / path)
 
 
 def program() -> str | None:
-    """The name of the command that runs, for its help; None where the user has called a script."""
+    """The name of the installed command that runs, for its help; None if the user called a script."""
     return _command or None
 
 
 def as_called(text: str) -> str:
-    """A help text that names scripts => where an installed command runs, one that names it, and nothing of a clone."""
+    """A help text for scripts => the same text for the installed command, if one runs."""
     if not _command:
         return text
     text = re.sub(r"python (train|sample)\.py", r"transfusion-\1", text)
     text = re.sub(r"python evaluate/(\w+)\.py", r"transfusion-eval \1", text)
-    # accelerate starts a file.
+    # accelerate needs a file.
     text = re.sub(r"accelerate launch (train|sample)\.py", r"accelerate launch $(which transfusion-\1)", text)
     text = re.sub(r"(?m)^ *make .*\n", "", text)
     return text.replace("init_from=checkpoints/emoji", "init_from=SNAPSHOT")

@@ -8,7 +8,7 @@ from torch import Tensor
 # Label of a slot without text loss: padding, the input BOI (Transfusion, footnote 8), the end of a document.
 IGNORE_INDEX = -100
 
-# Logits that exist at a time: 0.5 GiB in bfloat16. The whole of a large vocabulary would be most of a step's memory.
+# Logits in memory at a time: 0.5 GiB in bfloat16. With a large vocabulary, all logits would take most of the memory.
 LOGITS_AT_ONCE = 2**28
 
 
@@ -17,20 +17,20 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of the logits `hidden @ weight.T`, summed over labelled slots.
 
-    The logits of all slots never exist at once, nor does any of them in float32: each chunk of slots becomes its loss
-    and its gradient before the next one is computed, so that there is no more arithmetic than without chunks.
+    Slots are processed in chunks: each chunk becomes its loss and its gradient before the next one is computed. So the
+    logits of all slots are never in memory at once, none are kept in float32, and nothing is computed twice.
 
     Args:
-        hidden: [B, T, D], in the number format of the logits.
+        hidden: [B, T, D]; its number format is that of the logits.
         weight: [V, D], in any number format.
         labels: [B, T], `IGNORE_INDEX` where there is no loss.
-        z_loss_weight: The gradient is that of cross-entropy + weight * log(Z)^2, Z the sum of the exponentiated logits
-            (PaLM, arXiv 2204.02311, section 5). The value stays the cross-entropy, so that it means the same in every
-            run and on held-out text.
+        z_loss_weight: The gradient is that of cross-entropy + weight * log(Z)^2, where Z is the sum of the
+            exponentiated logits (PaLM, arXiv 2204.02311, section 5). The value is the cross-entropy alone, so it
+            compares between runs and with held-out text.
 
     Returns:
-        (sum [], its terms [B, T] to look at, which have no gradient and are 0 without a label), in float32 (float64 if
-        `hidden` is).
+        (sum [], its terms [B, T], without a gradient and 0 where there is no label), in float32 (float64 if `hidden`
+        is).
     """
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -44,14 +44,14 @@ def next_token_loss(
 
 
 def _chunks(hidden: Tensor, labels: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    """Equal parts of the slots (but for the last), each with few enough logits."""
+    """Split the slots into equal parts (except the last) that respect the limit on logits."""
     slots = max(1, LOGITS_AT_ONCE // vocab_size)
     count = -(-len(labels) // slots)
     return list(zip(hidden.chunk(count), labels.chunk(count), strict=True))
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V], labels [N] => cross-entropies [N]; log(Z) [N, 1] and logits [N, V], wide."""
+    """Logits [N, V], labels [N] => cross-entropies [N]; log(Z) [N, 1] and logits [N, V], at least in float32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_sum = wide.logsumexp(dim=-1, keepdim=True)
     losses = log_sum[:, 0] - wide.gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -69,13 +69,15 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor, z_loss_weight: float) -
     return losses, gradient.to(logits.dtype)
 
 
-# On a GPU the softmax is read once for the sum and once for the gradient; eager kernels pass over it nine times.
+# Compiled, the GPU reads the softmax once for the sum and once for the gradient; eager kernels read it nine times.
 _compiled_losses_and_gradient = torch.compile(_losses_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes its gradients in the forward pass, while the logits are there; the loss is a sum, so that all the
-    backward pass has to do is to scale them."""
+    """Computes its gradients in the forward pass, while the logits are in memory.
+
+    The loss is a sum, so the backward pass only scales them.
+    """
 
     @staticmethod
     def forward(
@@ -84,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow = weight.to(hidden.dtype)
         losses_and_gradient = _compiled_losses_and_gradient if hidden.is_cuda else _losses_and_gradient
         parts, hidden_gradients = [], []
-        # A frozen head needs none. FSDP gathers the weight in bfloat16, in which a sum over chunks would lose digits.
+        # A frozen head has no gradient. FSDP gathers the weight in bfloat16, where a sum over chunks would lose
+        # precision.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight_gradient = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
         for part, target in _chunks(hidden, labels, len(weight)):

@@ -1,4 +1,4 @@
-"""Options that name what a command reads: what is not there is refused in one sentence, before PyTorch loads."""
+"""Options for input paths: a missing path is refused in one sentence, before PyTorch loads."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from transfusion_mot.errors import UserError
 
 
 class PathOption(argparse.Action):
-    """Stores a path, or a list of them, that `check` has not refused.
+    """Stores a path, or a list of paths, after `check` has accepted them.
 
     With `type=check` argparse would print the usage and the option's name before the sentence.
 
@@ -34,7 +34,7 @@ class PathOption(argparse.Action):
 
 
 def existing(needed: str) -> Callable[[str], None]:
-    """A check that a file or folder is there.
+    """A check that a file or folder exists.
 
     Args:
         needed: What the option takes, for the message: "a folder of images".
@@ -48,14 +48,14 @@ def existing(needed: str) -> Callable[[str], None]:
 
 
 def existing_or_on_hub(what: str) -> Callable[[str], None]:
-    """A check of a path that may be a name on the Hugging Face hub instead; the hub is not asked.
+    """A check of a path or a name on the Hugging Face hub; the hub is not asked.
 
     Args:
-        what: What names it, for the message: "--clip".
+        what: The option's name, for the message: "--clip".
     """
 
     def check(name: str) -> None:
-        # Loads the client of the hub, which --help need not wait for.
+        # The import loads the client of the hub, so --help must not reach it.
         from transfusion_mot.hub_names import refuse_missing_path
 
         refuse_missing_path(name, what, "; give a folder, or a name on the Hugging Face hub")

@@ -1,4 +1,4 @@
-"""What a training run is for: a diffusers pipeline that paints, describes, speaks, listens and goes on with text."""
+"""A diffusers pipeline of a trained model: it paints, captions, speaks, transcribes and continues text."""
 
 import torch
 from PIL import Image
@@ -16,13 +16,13 @@ from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import AUTO, Making, OpenDocument
 from transfusion_mot.sampling.variations import Pictures, as_pictures
 
-# What is generated: texts, pictures, audio, and of other modalities codes, or latents [C, Y, X].
+# Generated items: texts, pictures, audio; for other modalities codes, or latents [C, Y, X].
 Result = str | Image.Image | Audio | list[int] | Tensor
 
 
-# Classes are not imported by name: diffusers takes a module with two pipeline classes for no custom pipeline.
+# Classes are not imported by name: diffusers rejects a custom-pipeline module with two pipeline classes.
 class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
-    """Text, images and speech to each other, and documents of them, with one transformer.
+    """Generates text, images and speech from each other with one transformer.
 
     `TransfusionPipeline.from_pretrained(snapshot)("a red apple").images[0]` is a picture.
     """
@@ -38,16 +38,16 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         generator: Generators = None,
         top_k: int = 0,
     ) -> list[str]:
-        """Describe pictures of any size and mode; each is brought to one of the model's sizes as in training.
+        """Caption pictures of any size and mode; each is resized to one of the model's sizes as in training.
 
         Args:
             images: One picture or several.
-            prompt: How each caption begins, or one beginning for each; it is not repeated in the result.
-            max_new_tokens: Most tokens of a caption.
+            prompt: The beginning of every caption, or one for each; the result does not repeat it.
+            max_new_tokens: Maximum tokens of a caption.
             temperature: Divides the logits; 0 takes the most probable token.
             top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
             generator: As for images: one for each picture, or one for all.
-            top_k: Tokens are drawn from the so many most probable ones; 0 is all.
+            top_k: Tokens are drawn from this many most probable ones; 0 is all.
 
         Raises:
             UserError: An argument is out of its range, or a picture cannot be used.
@@ -72,10 +72,10 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         generator: Generators = None,
         top_k: int = 0,
     ) -> list[str]:
-        """Go on with one text or several until their end; arguments as for `caption`.
+        """Continue one text or several until their end; arguments as for `caption`.
 
         Returns:
-            What was written, without `text`.
+            The continuations, without `text`.
 
         Raises:
             UserError: An argument is out of its range.
@@ -105,19 +105,19 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         code_top_k: int = 0,
         generator: torch.Generator | None = None,
     ) -> list[str | Image.Image]:
-        """Go on with a document of texts and images; the model decides what follows, and when it is over.
+        """Continue a document of texts and images; the model decides what follows and when the document ends.
 
         Args:
-            document: What it begins with, in reading order; nothing of it is repeated in the result.
-            max_images: Most images painted.
-            max_new_tokens: Most tokens written, in all texts together.
+            document: The beginning, in reading order; the result does not repeat it.
+            max_images: Maximum number of painted images.
+            max_new_tokens: Maximum number of written tokens, over all texts.
             num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
-            guidance_scale: How much a painting follows what is before it, 1 is plainly; None is the pipeline's own. It
-                is led away from an image without any context, which training shows as images without their prompts.
-            height, width: Of all images of the document, as for painting; None is that of the first picture.
-            temperature, top_p, top_k: Of texts, as for `caption`.
-            code_temperature, code_top_p, code_top_k: Of images, as for painting.
-            generator: Of all that is drawn.
+            guidance_scale: How strongly an image follows its context; 1 is off, None is the pipeline's own. The
+                unconditional prediction has no context, as in training where prompts are dropped.
+            height, width: Size of all images of the document; None is that of the first picture.
+            temperature, top_p, top_k: For texts, as for `caption`.
+            code_temperature, code_top_p, code_top_k: For images, as for painting.
+            generator: Randomness of texts and images.
 
         Returns:
             What follows, in reading order.
@@ -170,23 +170,23 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         top_k: int = 0,
         generator: Generators = None,
     ) -> list[Result]:
-        """Go on with documents in any modality of the model.
+        """Continue documents with an item of any modality of the model.
 
         Args:
             documents: Each in reading order: texts, pictures, `Audio`, and `Media` of any modality, whose content is
                 the latents [C, Y, X], or `start`, the codes and `end`.
-            target: The modality of what follows.
-            max_new_tokens: Most tokens of a text, or of codes that are no picture: the model decides where they end.
-            num_inference_steps: Reverse steps of what is made by diffusion; None is the pipeline's own number.
-            guidance_scale: How much media follow what is before them, 1 is plainly; None is the pipeline's own.
-            height: Of pictures, as for painting; of other latents their own height Y.
+            target: The modality of the new item.
+            max_new_tokens: Maximum tokens of a text, or of codes other than pictures; the model decides where they end.
+            num_inference_steps: Reverse steps of diffusion; None is the pipeline's own number.
+            guidance_scale: How strongly media follow their context; 1 is off, None is the pipeline's own.
+            height: For pictures, as for painting; for other latents their height Y.
             width: As `height`.
-            temperature: Divides the logits; 0 takes the most probable token. None is 0 of text, and 1 of codes.
-            top_p, top_k: As for `caption`.
+            temperature: Divides the logits; 0 takes the most probable token. None is 0 for text and 1 for codes. top_p,
+            top_k: As for `caption`.
             generator: One for each document, or one for all.
 
         Returns:
-            Of each document a text, a picture or `Audio`; of modalities without a codec the codes, or the latents
+            For each document a text, a picture or `Audio`; for modalities without a codec the codes, or the latents
             [C, Y, X].
 
         Raises:
@@ -225,7 +225,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
             patch = modality.patch_size
             if height is None or width is None or height % patch or width % patch:
                 raise UserError(
-                    f"height and width are {height} and {width}; of '{target}' they count latents and must be "
+                    f"height and width are {height} and {width}; for '{target}' they count latents and must be "
                     f"multiples of {patch}, a patch's side"
                 )
             denoise = self._denoiser((modality.latent_channels, height, width), steps, generators)

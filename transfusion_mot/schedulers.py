@@ -1,4 +1,4 @@
-"""The diffusers schedulers that train and sample a model: which fit, with which arguments, and one from another."""
+"""The diffusers schedulers that can train and sample a model, their accepted arguments, and conversion between them."""
 
 import inspect
 import math
@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 
 from transfusion_mot.errors import UserError
 
-# What samples a model trained with each kind of noise schedule. The second kind can define a training objective, too.
+# Samplers for each kind of noise schedule. Those of the second kind can also define a training objective.
 FLOW_SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
@@ -28,7 +28,7 @@ VARIANCE_PRESERVING_SCHEDULERS = (
 # SDE-DPM-Solver++, which adds noise in every step: an argument of the class, which a snapshot or a command line names.
 STOCHASTIC_SOLVER = "DPMSolverMultistepScheduler:sde"
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# Arguments of a noise schedule without flow. Of the schedules that diffusers has, every class knows these three.
+# Arguments of a noise schedule without flow. Every class of diffusers knows these three schedules.
 _NOISE_SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -39,8 +39,8 @@ _NOISE_SCHEDULE = (
     "prediction_type",
 )
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# Other arguments, and their values, with which a perfect network is sampled back to the image in any number of steps:
-# a test runs each. Those of diffusers that are not here clip latents, leave noise, begin or end elsewhere, or fail.
+# Other arguments and values with which a perfect network reproduces the image in any number of steps: a test runs each.
+# The missing arguments of diffusers clip latents, leave noise, start or end elsewhere, or fail.
 _ORDERS: dict[str, tuple[Any, ...]] = {"solver_order": (1, 2, 3)}
 _KARRAS: dict[str, tuple[Any, ...]] = {"use_karras_sigmas": (False, True)}
 _SAMPLING_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -64,9 +64,9 @@ _SAMPLING_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
 # precise as the others; that of the cosine schedule (20,000) falls by orders of magnitude in the first step, and a
 # perfect network for normal data of deviation 0.5 is sampled with 5.2 in 10 steps, 1.2 with Karras' noise levels.
 _LARGEST_NOISE_RATIO_OF_HEUN = 200
-# Solvers in the logarithm of alpha / sigma begin where it is at least this: at the end of a cosine schedule it is -10.
+# Solvers in log(alpha / sigma) start where it is at least this; at the end of a cosine schedule it is -10.
 _SMALLEST_LOG_RATIO = -5.1
-# What diffusers' Euler scheduler takes for an alpha^2 of zero.
+# The value that diffusers' Euler scheduler uses for an alpha^2 of zero.
 _SMALLEST_ALPHAS_CUMPROD = 2**-24
 
 
@@ -77,8 +77,8 @@ def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
     sampling steps that start at pure noise (Lin et al., arXiv 2305.08891, section 3.3).
 
     Raises:
-        UserError: An unknown class, an argument that does not keep the conventions of this module, or a noise schedule
-            that is none.
+        UserError: An unknown class, an argument that breaks the conventions of this module, or an invalid noise
+            schedule.
     """
     known = ("FlowMatchEulerDiscreteScheduler", *VARIANCE_PRESERVING_SCHEDULERS)
     if name not in known:
@@ -109,11 +109,11 @@ def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
             raise
         raise UserError(f"diffusion.scheduler_args {arguments} do not make a {name}: {error}") from None
     for key in arguments.keys() - trained.keys() - kept.keys():
-        # One that says what is so anyway does no harm.
+        # An argument that equals the default is harmless.
         if scheduler.config[key] != arguments[key]:
             raise UserError(
-                f"diffusion.scheduler_args: {name} with {key}={arguments[key]!r} does not sample what the model was "
-                f"trained for; leave it out ({taken})"
+                f"diffusion.scheduler_args: {name} with {key}={arguments[key]!r} would make sampling differ from "
+                f"training; leave it out ({taken})"
             )
     if name not in (fit := fit_samplers(scheduler)):
         raise UserError(
@@ -128,7 +128,7 @@ def _listed(sampling: dict[str, tuple[Any, ...]]) -> str:
 
 
 def sampling_arguments(name: str, flow: bool) -> dict[str, tuple[Any, ...]]:
-    """Arguments of a sampler, and their values, with which it samples what a model was trained for.
+    """Arguments and values of a sampler that match the training of a model.
 
     Args:
         name: From `fit_samplers`.
@@ -136,7 +136,7 @@ def sampling_arguments(name: str, flow: bool) -> dict[str, tuple[Any, ...]]:
     """
     known = dict(_SAMPLING_ARGUMENTS[name.partition(":")[0]])
     if flow and not name.startswith("FlowMatch"):
-        # They take Karras' noise levels from a schedule of betas.
+        # These classes compute Karras' noise levels from betas.
         known.pop("use_karras_sigmas", None)
     if name == STOCHASTIC_SOLVER:
         # With order 3 the images have too much contrast, the more the more steps.
@@ -155,11 +155,11 @@ def _check_noise_schedule(scheduler: SchedulerMixin) -> None:
         )
     if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
         raise UserError(
-            "diffusion.scheduler_args: rescale_betas_zero_snr needs prediction_type v_prediction or sample; of pure "
-            "noise, epsilon says nothing of the image (arXiv 2305.08891, section 3.2)"
+            "diffusion.scheduler_args: rescale_betas_zero_snr needs prediction_type v_prediction or sample; at pure "
+            "noise, epsilon has no information about the image (arXiv 2305.08891, section 3.2)"
         )
     alphas_cumprod = scheduler.alphas_cumprod
-    # The last may be zero, or what stands for it.
+    # The last one may be zero, or a small value in place of zero.
     before, last = alphas_cumprod[:-1], alphas_cumprod[-1]
     falls = before[0] < 1 and before[-1] > 0 and (before.diff() < 0).all() and 0 <= last < 1
     if len(alphas_cumprod) != config.num_train_timesteps or not falls:
@@ -175,7 +175,7 @@ def _check_shift(shift: Any) -> None:
 
 
 def trained_for(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Prediction type and noise schedule of a scheduler, which a model is trained for, as JSON holds them."""
+    """Prediction type and noise schedule of a scheduler, as JSON values: what a model is trained for."""
     config = scheduler.config
     if is_flow(scheduler):
         shift = config.get("shift", config.get("flow_shift"))
@@ -188,7 +188,7 @@ def trained_for(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def fit_samplers(trained: SchedulerMixin) -> tuple[str, ...]:
-    """Names that `make_sampling_scheduler` takes for a model trained with the noise schedule of `trained`."""
+    """Names that `make_sampling_scheduler` accepts for a model trained with the noise schedule of `trained`."""
     if is_flow(trained):
         return *FLOW_SCHEDULERS, STOCHASTIC_SOLVER
     more = ("DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", STOCHASTIC_SOLVER)
@@ -197,13 +197,13 @@ def fit_samplers(trained: SchedulerMixin) -> tuple[str, ...]:
     if ((1 - last) / last).sqrt() > _LARGEST_NOISE_RATIO_OF_HEUN:
         unfit.add("HeunDiscreteScheduler")
     if trained.config.get("rescale_betas_zero_snr"):
-        # It has no such argument.
+        # This class has no such argument.
         unfit.add("DPMSolverSinglestepScheduler")
         if before_last <= _SMALLEST_ALPHAS_CUMPROD:
-            # There is less noise at its last timestep than at the one before.
+            # Its last timestep has less noise than the one before.
             unfit.add("EulerDiscreteScheduler")
         if trained.config.prediction_type == "epsilon":
-            # They divide by alpha.
+            # These classes divide by alpha.
             unfit |= {"DDPMScheduler", "DDIMScheduler"}
     return tuple(name for name in (*VARIANCE_PRESERVING_SCHEDULERS, *more) if name not in unfit)
 
@@ -212,8 +212,8 @@ def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixi
     """A scheduler that reverses the noise schedule of `trained`.
 
     Args:
-        trained: The scheduler of training, or one that was made from it here.
-        name: One of `fit_samplers`: a class of diffusers, with `:sde` behind it for its stochastic form.
+        trained: The scheduler of training, or one that this function made from it.
+        name: One of `fit_samplers`: a class of diffusers, with the suffix `:sde` for its stochastic form.
 
     Raises:
         UserError: The class does not fit what the model was trained to predict.
@@ -223,17 +223,17 @@ def make_sampling_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixi
 
 
 def fit_scheduler(scheduler: SchedulerMixin, trained: dict[str, Any]) -> SchedulerMixin:
-    """The scheduler if it reverses what a model was trained for, else one of its class that does.
+    """The scheduler if it fits the model's training, else one of the same class that does.
 
-    `X.from_config(pipeline.scheduler.config)`, as diffusers has it, loses what X names otherwise or has no argument
-    for: it is put back. Other arguments stay, if they keep the conventions.
+    `X.from_config(pipeline.scheduler.config)` loses arguments that X names differently or lacks; they are restored.
+    Other arguments stay if they keep the conventions.
 
     Args:
-        scheduler: Of any class.
+        scheduler: A scheduler of any class.
         trained: From `trained_for`.
 
     Raises:
-        UserError: The class or an argument does not fit; the message lists those that do.
+        UserError: The class or an argument does not fit; the message lists suitable ones.
     """
     flow = trained["prediction_type"] == "flow"
     name = sampler_name(scheduler)
@@ -245,7 +245,7 @@ def fit_scheduler(scheduler: SchedulerMixin, trained: dict[str, Any]) -> Schedul
     for key in accepted.keys() - left_out:
         value = scheduler.config[key]
         if key in ("shift", "flow_shift") and flow:
-            # Where the steps lie, not what the model predicts.
+            # These arguments place the steps; they do not change what the model predicts.
             _check_shift(value)
             kept[key] = value
         elif key in _NOISE_SCHEDULE or np.array_equal(value, plain.config[key]):
@@ -273,7 +273,7 @@ def _refuse_unfit(name: str, trained: SchedulerMixin) -> None:
 
 
 def _build(name: str, trained: dict[str, Any], sampling: dict[str, Any] | None = None) -> SchedulerMixin:
-    """The scheduler of that name for what a model was trained for, with arguments of its class for sampling."""
+    """The scheduler of that name that fits the training of a model, with sampling arguments of its class."""
     class_name, _, form = name.partition(":")
     scheduler_class = getattr(diffusers, class_name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
@@ -282,10 +282,10 @@ def _build(name: str, trained: dict[str, Any], sampling: dict[str, Any] | None =
     if class_name.startswith("DPMSolver"):
         arguments["algorithm_type"] = "sde-dpmsolver++" if form else "dpmsolver++"
     if class_name == "DPMSolverSinglestepScheduler":
-        # Else it says at each of its makings that it turns this on.
+        # Without this argument the class warns each time that it turns it on.
         arguments["lower_order_final"] = True
     if trained["prediction_type"] != "flow":
-        # By name: for what is left at its default, classes have different ones.
+        # All arguments are given by name: classes have different defaults.
         ours = {"clip_sample": False, "timestep_spacing": "trailing", "lambda_min_clipped": _SMALLEST_LOG_RATIO}
         arguments |= {key: value for key, value in ours.items() if key in accepted}
         arguments["prediction_type"] = trained["prediction_type"]
@@ -296,9 +296,9 @@ def _build(name: str, trained: dict[str, Any], sampling: dict[str, Any] | None =
 
 
 def sampler_name(scheduler: SchedulerMixin) -> str:
-    """The name that `make_sampling_scheduler` makes this scheduler from."""
+    """The name from which `make_sampling_scheduler` makes this scheduler."""
     class_name = type(scheduler).__name__
-    # Others may have the algorithm of a scheduler that they were made from: diffusers keeps arguments it cannot use.
+    # Other classes may carry an unused algorithm argument: diffusers keeps arguments of the source scheduler.
     stochastic = class_name.startswith("DPMSolver") and scheduler.config.get("algorithm_type", "").startswith("sde")
     return f"{class_name}:sde" if stochastic else class_name
 

@@ -1,4 +1,4 @@
-"""What sample.py is to make: prompts of the command line and of files, and a name and a seed for each result."""
+"""Items that sample.py makes: prompts from the command line and files, and a name and a seed for each result."""
 
 import argparse
 import re
@@ -22,23 +22,23 @@ SLUG_LENGTH = 48
 
 @dataclass(frozen=True)
 class Item:
-    """One result to make: its prompt, the seed of its own, and the beginning of the names of its files."""
+    """One result to make: its prompt, its own seed, and the prefix of its file names."""
 
     prompt: str
     seed: int
     name: str
 
     def generator(self) -> torch.Generator:
-        """Its own randomness, on the CPU, so that every device draws the same."""
+        """Its own generator, on the CPU, so that every device draws the same numbers."""
         return torch.Generator().manual_seed(self.seed)
 
 
-# A maker turns some items into the lines that tell of them; files go into the folder.
+# A maker writes the files of some items into the folder and returns their metadata lines.
 Maker = Callable[[list[Item], ResultFolder | None], list[dict[str, Any]]]
 
 
 def read_prompts(arguments: argparse.Namespace, state: PartialState) -> list[str]:
-    """Prompts of the command line, then those of the file or of standard input.
+    """Prompts from the command line, then those from the file or standard input.
 
     Raises:
         UserError: The file cannot be read, or there are none at all.
@@ -58,12 +58,12 @@ def _lines_of(file: str, state: PartialState) -> list[str]:
 
 
 def plan(prompts: list[str], num_images: int, seed: int, first: int = 0, *, are_files: bool = False) -> list[Item]:
-    """Everything to make, what belongs to a prompt together; a prompt given twice goes on counting.
+    """All results to make, grouped by prompt; the results of a repeated prompt are numbered on.
 
     Args:
-        prompts: What to make.
-        num_images: Results of each.
-        seed: Of all of them together.
+        prompts: Prompts, or paths of pictures or audio files.
+        num_images: Results for each prompt.
+        seed: Seed of the command.
         first: Number in the name of the first result.
         are_files: Whether the prompts are paths; results are then named like the files.
     """

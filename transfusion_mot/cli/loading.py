@@ -1,4 +1,4 @@
-"""A checkpoint, as a user names it, => a pipeline that is ready on its device."""
+"""A checkpoint named by the user => a pipeline on its device."""
 
 import torch
 
@@ -19,10 +19,10 @@ def load_pipeline(
 
     Args:
         checkpoint: A run folder or a snapshot.
-        device: Where it computes.
+        device: Device of the pipeline.
         dtype: Number format of the transformer, `bf16` or `fp32`; None is `bf16` on CUDA and `fp32` elsewhere.
         lora: The folder of an adapter, or None.
-        lora_scale: How much of it is added.
+        lora_scale: Factor on the adapter.
 
     Raises:
         UserError: There is no such snapshot, adapter or device.
@@ -31,15 +31,15 @@ def load_pipeline(
     if lora is not None:
         pipeline.load_lora_weights(lora)
     if pipeline.get_active_adapters():
-        # In float32, and for the speed of a model without adapters.
+        # Fused in float32 for precision; a fused model is as fast as one without adapters.
         pipeline.fuse_lora(lora_scale=lora_scale)
         pipeline.unload_lora_weights()
     try:
         pipeline.to(torch.device(device))
-    # torch asserts where it was built without CUDA.
+    # A torch built without CUDA raises AssertionError.
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
     if (dtype or ("bf16" if pipeline.device.type == "cuda" else "fp32")) == "bf16":
-        # The autoencoder is a small part of the time, and shows every rounding. (`to` would warn of what it could do.)
+        # The autoencoder stays in float32: it takes little of the time, and its rounding is visible.
         pipeline.transformer.bfloat16()
     return pipeline

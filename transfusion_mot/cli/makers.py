@@ -1,4 +1,4 @@
-"""What makes the results of sample.py: pictures, captions, texts, and documents of text and pictures."""
+"""Makers of the results of sample.py: pictures, captions, texts, and documents of text and pictures."""
 
 import argparse
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
-# Of the settings of painting, the arguments of a call of the pipeline.
+# Painting settings that are arguments of a pipeline call.
 DRAWING = ("num_inference_steps", "guidance_scale", "code_temperature", "code_top_p", "code_top_k")
 
 
 def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What paints prompts or edits a picture as they say, and the settings that it does it with."""
+    """A maker that paints prompts or edits a picture by instruction, and its settings."""
     if arguments.edit:
         pipeline.check_can_edit()
     if (arguments.strip or arguments.gif) and pipeline.codec.kind == "codes":
-        raise UserError("--strip and --gif show denoising, and this model writes its pictures as codes; leave them out")
+        raise UserError("--strip and --gif show denoising, but this model writes its pictures as codes; leave them out")
     settings = painting_settings(pipeline, arguments)
     how = {
         "guidance_interval": tuple(arguments.guidance_interval),
@@ -77,10 +77,10 @@ def painter(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
 
 
 def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The scheduler asked for is put into the pipeline => what each result tells of how it was made.
+    """Set the requested scheduler and return the painting settings, which each result records.
 
     Raises:
-        UserError: A value is out of its range, the scheduler does not fit, or the model has no reverse steps.
+        UserError: A value is out of range, the scheduler does not fit, or the model has no reverse steps.
     """
     asked = (arguments.num_inference_steps, arguments.guidance_scale)
     steps, scale = pipeline.sampling_settings(pipeline.image_modality, *asked)
@@ -89,7 +89,7 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
         for name in ("num_inference_steps", "scheduler"):
             if getattr(arguments, name) is not None:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} is given, and this model writes its pictures as codes; leave it out")
+                raise UserError(f"--{option} is given, but this model writes its pictures as codes; leave it out")
         settings |= {name: getattr(arguments, name) for name in ("code_temperature", "code_top_p", "code_top_k")}
     else:
         for name, default in {"code_temperature": 1.0, "code_top_p": 1.0, "code_top_k": 0}.items():
@@ -104,7 +104,7 @@ def painting_settings(pipeline: TransfusionPipeline, arguments: argparse.Namespa
 
 
 def snapshot_settings(pipeline: TransfusionPipeline) -> dict[str, str]:
-    """Which model makes the results, and in which number format."""
+    """The model that makes the results, and its number format."""
     dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
     return {"dtype": dtype, "checkpoint": str(pipeline.name_or_path)}
 
@@ -112,7 +112,7 @@ def snapshot_settings(pipeline: TransfusionPipeline) -> dict[str, str]:
 def image_size(
     pipeline: TransfusionPipeline, arguments: argparse.Namespace, pictures: list[Image.Image]
 ) -> dict[str, int]:
-    """The sides of the images that are asked for, which are painted from pictures.
+    """Height and width of the requested images, checked before painting.
 
     Raises:
         UserError: They cannot be painted.
@@ -123,7 +123,7 @@ def image_size(
 
 
 def captioner(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What captions image files, and the settings that it does it with."""
+    """A maker that captions image files, and its settings."""
     settings = writing_settings(arguments)
 
     def caption(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def captioner(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> t
 
 
 def writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What goes on with texts, and the settings that it does it with."""
+    """A maker that continues texts, and its settings."""
     settings = writing_settings(arguments)
 
     def write(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
@@ -150,8 +150,8 @@ def writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
     return write, settings
 
 
-def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What goes on with a document in words and pictures, as the model decides, and the settings of it."""
+def document_writer(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
+    """A maker that continues a document with texts and pictures, as the model decides, and its settings."""
     painting = painting_settings(pipeline, arguments)
     settings = writing_settings(arguments) | {
         **{name: painting[name] for name in DRAWING if name in painting},
@@ -181,7 +181,7 @@ def teller(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tupl
 
 
 def writing_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How texts are written."""
+    """Settings of writing texts."""
     return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
 
@@ -189,6 +189,6 @@ def open_picture(path: str) -> Image.Image:
     """A picture in its own size.
 
     Raises:
-        UserError: The file is no picture.
+        UserError: The file is not a picture.
     """
     return Image.fromarray(load_image(path, displayed_size(path)))

@@ -1,4 +1,4 @@
-"""The options of sample.py, and what does not go together among them."""
+"""The options of sample.py, and which of them exclude each other."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from transfusion_mot.path_options import PathOption, existing_or_on_hub
 PROMPTS_FILE = "prompts file"
 DTYPES = ("bf16", "fp32")
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji"
-# The tasks that paint prompts, edit a picture as they say, say them, and write down audio.
+# Names of tasks that other modules refer to.
 PAINT, EDIT, SPEAK, TRANSCRIBE = "image", "edit", "speech", "transcribe"
 TASKS = (PAINT, EDIT, "caption", "text", "auto", SPEAK, TRANSCRIBE)
 # Options that only some tasks read. Ignored ones would make a wrong command look right.
@@ -28,29 +28,29 @@ _READ_BY = {
 # Files that somebody may expect speech to be written as.
 _OTHER_AUDIO = (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 
-# Where results with files of their own go.
+# Default output folders of tasks that write files.
 _FOLDERS = {PAINT: "samples", EDIT: "samples", "auto": "samples", SPEAK: "samples/speech"}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that says in one sentence what is wrong."""
+    """A parser that reports an error in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """The command line => options, with the task chosen.
+    """The command line => options, including the task.
 
     Raises:
-        UserError: Options that do not exist, need another one, or exclude each other.
+        UserError: Options are unknown, need another option, or exclude each other.
     """
     parser = OneLineParser(
         description=as_called(description),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         usage=as_called("python sample.py [--checkpoint FOLDER] [OPTION ...] [PROMPT ...]"),
     )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint or to say, or a text to go on with")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to paint or to say, or a text to continue")
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -66,49 +66,54 @@ def parse_arguments(description: str) -> argparse.Namespace:
         metavar="FOLDER",
         help="a low-rank adapter of the checkpoint: a run with lora, or its snapshots/step-N",
     )
-    add("--lora-scale", type=float, default=1.0, metavar="X", help="how much of the adapter is added (default: 1)")
+    add("--lora-scale", type=float, default=1.0, metavar="X", help="factor on the adapter (default: 1)")
     add(
         "--task",
         choices=TASKS,
-        help="paint prompts, edit a picture as they say, caption images, go on with texts, let the model decide when "
-        "it writes and when it paints, speak, or transcribe audio (default: caption, edit or transcribe if that option "
-        "is given, else image)",
+        help="image: paint prompts; edit: edit a picture by instruction; caption: caption images; text: continue "
+        "texts; auto: the model decides when it writes and when it paints; speech: speak; transcribe: transcribe audio "
+        "(default: caption, edit or transcribe if that option is given, else image)",
     )
     add(
         "--prompts-file",
         action=PathOption,
-        # Standard input can be read once.
+        # Standard input can be read only once.
         check=lambda file: file == "-" or read_lines(file, PROMPTS_FILE),
         metavar="FILE",
-        help="a prompt on each line, empty lines are skipped; - is standard input",
+        help="file with a prompt on each line; empty lines are skipped; - is standard input",
     )
-    add("--num-images", type=int, default=1, metavar="N", help="results of each prompt (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same results (default: 0)")
+    add("--num-images", type=int, default=1, metavar="N", help="results for each prompt (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same results (default: 0)")
     add(
         "--output",
         metavar="FOLDER",
-        help="where results go (default: samples if there are pictures among them, samples/speech of --task speech); "
-        "of one result of --task speech also a file X.wav",
+        help="folder of the results (default: samples for tasks that paint, samples/speech for --task speech); for one "
+        "result of --task speech also a file X.wav",
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="results at a time (default: 16)")
+    add("--batch-size", type=int, default=16, metavar="N", help="results made at a time (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")
 
     add = parser.add_argument_group("painting").add_argument
-    add("--height", type=int, metavar="N", help="of the pictures, in pixels (default: as trained, nearest to a square)")
-    add("--width", type=int, metavar="N", help="likewise; of a model of several sizes, give one of them")
-    add("--num-inference-steps", type=int, metavar="N", help="reverse steps (default: what the checkpoint says)")
+    add(
+        "--height",
+        type=int,
+        metavar="N",
+        help="height of the pictures in pixels (default: the trained size closest to a square)",
+    )
+    add("--width", type=int, metavar="N", help="width in pixels; best is a size that the model was trained on")
+    add("--num-inference-steps", type=int, metavar="N", help="reverse steps (default: those of the checkpoint)")
     add(
         "--scheduler",
         metavar="NAME",
-        help="diffusers scheduler to sample with; one that does not fit is answered with those that do (default: that "
-        "of the checkpoint)",
+        help="diffusers scheduler to sample with; an unsuitable one is refused with a list of suitable ones (default: "
+        "that of the checkpoint)",
     )
     add(
         "--guidance-scale",
         type=float,
         metavar="X",
-        help="how strongly to follow the prompt; 1 is off and takes half the time (default: what the checkpoint says)",
+        help="how strongly to follow the prompt; 1 is off and takes half the time (default: that of the checkpoint)",
     )
     add(
         "--guidance-interval",
@@ -116,62 +121,64 @@ def parse_arguments(description: str) -> argparse.Namespace:
         nargs=2,
         metavar=("FROM", "TO"),
         default=[0.0, 1.0],
-        help="noise levels in [0, 1] at which guidance acts; saves time, too (default: 0 1)",
+        help="noise levels in [0, 1] at which guidance acts; a shorter interval takes less time (default: 0 1)",
     )
     add(
         "--guidance-rescale",
         type=float,
         default=0.0,
         metavar="X",
-        help="0 to 1: how far to undo the contrast that guidance adds (default: 0)",
+        help="share, from 0 to 1, of the contrast added by guidance to remove (default: 0)",
     )
-    add("--guidance-renorm", action="store_true", help="keep the norm of the prediction that guidance changes")
-    add("--negative-prompt", metavar="TEXT", help="what to lead away from (default: from no prompt)")
+    add(
+        "--guidance-renorm",
+        action="store_true",
+        help="limit the norm of the guided prediction to that of the conditional one",
+    )
+    add("--negative-prompt", metavar="TEXT", help="what the pictures should not show (default: nothing)")
     add(
         "--code-temperature",
         type=float,
         default=1.0,
         metavar="X",
-        help="of pictures and speech that are codes; 0 takes the most probable codes (default: 1)",
+        help="sampling temperature of image and speech codes; 0 takes the most probable codes (default: 1)",
     )
-    add("--code-top-p", type=float, default=1.0, metavar="X", help="likewise, share of the probability (default: 1)")
-    add(
-        "--code-top-k", type=int, default=0, metavar="N", help="likewise, most probable codes (default: 0, all of them)"
-    )
-    add("--strip", action="store_true", help="also write each picture's denoising as a strip of pictures")
-    add("--gif", action="store_true", help="also write it as an animation")
+    add("--code-top-p", type=float, default=1.0, metavar="X", help="top-p of image and speech codes (default: 1)")
+    add("--code-top-k", type=int, default=0, metavar="N", help="top-k of image and speech codes (default: 0, all)")
+    add("--strip", action="store_true", help="also write the denoising steps of each picture as a strip")
+    add("--gif", action="store_true", help="also write the denoising steps as an animation")
 
-    add = parser.add_argument_group("editing (of a model that was trained on editing pairs)").add_argument
+    add = parser.add_argument_group("editing (models trained on editing pairs)").add_argument
     add(
         "--edit",
         action=PathOption,
         check=displayed_size,
         metavar="FILE",
-        help='edit this picture as each prompt says, such as "make it green"',
+        help='picture to edit; the prompts are instructions, such as "make it green"',
     )
     add(
         "--image-guidance-scale",
         type=float,
         default=1.5,
         metavar="X",
-        help="how strongly to keep to the picture; --guidance-scale is for the instruction; 1 is off (default: 1.5)",
+        help="how strongly to follow the picture; --guidance-scale is for the instruction; 1 is off (default: 1.5)",
     )
 
-    add = parser.add_argument_group("variations (of any model)").add_argument
+    add = parser.add_argument_group("variations (any model)").add_argument
     add(
         "--image",
         action=PathOption,
         check=displayed_size,
         metavar="FILE",
-        help="paint variations of this picture; with --task auto, what comes first; with --task speech, say what "
-        "is in it",
+        help="picture to vary; with --task auto, the beginning of the document; with --task speech, the picture to "
+        "describe",
     )
     add(
         "--strength",
         type=float,
         default=DEFAULT_STRENGTH,
         metavar="X",
-        help="above 0, to 1: the noise level to start from; at 1 nothing of the picture is left "
+        help="noise level to start from, above 0 and at most 1; 1 replaces the picture completely "
         f"(default: {DEFAULT_STRENGTH})",
     )
     add(
@@ -179,18 +186,18 @@ def parse_arguments(description: str) -> argparse.Namespace:
         action=PathOption,
         check=displayed_size,
         metavar="FILE",
-        help="of the size of --image; white is painted anew, black is kept",
+        help="mask of the size of --image: white is repainted, black is kept",
     )
 
-    add = parser.add_argument_group("speech (of a model that was trained on audio)").add_argument
+    add = parser.add_argument_group("speech (models trained on audio)").add_argument
     audio: dict[str, Any] = {"action": PathOption, "check": audio_seconds, "nargs": "+", "default": []}
-    add("--transcribe", **audio, metavar="AUDIO", help="audio files to write down: WAV, FLAC, Ogg, MP3")
-    add("--speech", **audio, metavar="AUDIO", help="paint what is said in audio files, not prompts")
+    add("--transcribe", **audio, metavar="AUDIO", help="audio files to transcribe: WAV, FLAC, Ogg, MP3")
+    add("--speech", **audio, metavar="AUDIO", help="audio files as prompts: paint what is said")
     add(
         "--max-seconds",
         type=float,
         metavar="X",
-        help="where speech is cut if it has not ended (default: the longest of training)",
+        help="maximum length of speech; longer speech is cut (default: the longest in training)",
     )
 
     add = parser.add_argument_group("writing").add_argument
@@ -203,11 +210,17 @@ def parse_arguments(description: str) -> argparse.Namespace:
         metavar="IMAGE",
         help="image files to caption",
     )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest text (default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable words (default: 0)")
-    add("--top-p", type=float, default=1.0, metavar="X", help="share of the probability to draw from (default: 1)")
-    add("--top-k", type=int, default=0, metavar="N", help="most probable words to draw from (default: 0, all of them)")
-    add("--max-images", type=int, default=1, metavar="N", help="most pictures of a result of --task auto (default: 1)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="maximum number of tokens of a text (default: 64)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable tokens (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="X", help="probability mass to draw tokens from (default: 1)")
+    add("--top-k", type=int, default=0, metavar="N", help="draw from the N most probable tokens (default: 0, all)")
+    add(
+        "--max-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="maximum pictures in a result of --task auto (default: 1)",
+    )
     arguments = parser.parse_intermixed_args()
     implied = {"caption": arguments.caption, EDIT: arguments.edit, TRANSCRIBE: arguments.transcribe}
     arguments.task = arguments.task or next((task for task, given in implied.items() if given), PAINT)
@@ -253,33 +266,31 @@ def _check(arguments: argparse.Namespace) -> None:
             "--transcribe AUDIO"
         )
     if arguments.speech and (prompted or task != PAINT):
-        raise UserError(f"both {other} and --speech are given, which paints what is said; give one of them")
+        raise UserError(f"both {other} and --speech are given; --speech replaces prompts: give one of them")
     if task == SPEAK and arguments.image and prompted:
-        raise UserError("both prompts and --image are given; say them in two commands")
+        raise UserError("both prompts and --image are given; use two commands")
     for name, tasks in _READ_BY.items():
         if getattr(arguments, name) is not None and task not in tasks:
             raise UserError(f"--{name.replace('_', '-')} goes with --task {' or '.join(tasks)}, not with {task}")
     if task == SPEAK and str(arguments.output).lower().endswith(_OTHER_AUDIO):
-        raise UserError(
-            f"--output {arguments.output} is no WAV file, which speech is written as; give X.wav or a folder"
-        )
+        raise UserError(f"--output {arguments.output}: speech is written as WAV files; give X.wav or a folder")
     if arguments.output_file is not None:
         prompts = len(arguments.prompts) + bool(arguments.image)
         if task != SPEAK or arguments.prompts_file or prompts * arguments.num_images != 1:
             raise UserError(
-                f"--output {arguments.output_file} is one file, for one result of --task speech; give a folder for more"
+                f"--output {arguments.output_file} is a file for one result of --task speech; give a folder for more"
             )
     if task == EDIT and not arguments.edit:
         raise UserError("--task edit has no picture; give --edit FILE, and instructions as prompts")
     if arguments.edit and task != EDIT:
         raise UserError(f"--edit goes with --task edit, not with {task}; leave --task out")
     if arguments.edit and arguments.image:
-        raise UserError("--edit changes a picture as a prompt says, and --image varies one; give one of them")
+        raise UserError("both --edit and --image are given; give --edit for instructions, or --image for variations")
     if arguments.mask and not (arguments.image and task == PAINT):
-        raise UserError("--mask is given without a picture to paint into; give --image FILE, and --task image")
+        raise UserError("--mask needs a picture to repaint; give --image FILE, with --task image")
     if arguments.image and task not in (PAINT, "auto", SPEAK):
         raise UserError(
-            f"--image goes with --task image, auto or speech, not with {task}; to caption it give --caption"
+            f"--image goes with --task image, auto or speech, not with {task}; to caption a picture give --caption"
         )
     if (arguments.height is not None or arguments.width is not None) and task not in (PAINT, EDIT, "auto"):
         raise UserError(f"--height and --width go with --task image, edit or auto, not with {task}")

@@ -1,4 +1,4 @@
-"""What sampling commands leave behind: a folder to which each adds its results, and pictures of the denoising."""
+"""Outputs of sampling commands: a folder to which each command adds its results, and pictures of the denoising."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.files import claim, lines_of, read_claim
 from transfusion_mot.pipeline import TransfusionPipeline
 
-# Of every command of a folder: N.json says what it is, N.jsonl holds its lines once it is done, and N.parts those of
-# each process before. N is the number of its first result.
+# For every command in a folder: N.json describes it, N.jsonl holds its lines once it is done, and N.parts those of each
+# process before. N is the number of its first result.
 _COMMANDS = ".commands"
 _STRIP_FRAMES = 8
 _GIF_FRAMES = 24
@@ -28,17 +28,17 @@ _GIF_LAST_MILLISECONDS = 1500
 
 
 class ResultFolder:
-    """Numbered results of commands, each of which any number of processes write together, and which outlive a kill.
+    """Numbered results of commands. Several processes can write one command's results, and a kill loses none of them.
 
-    A command adds its results behind those that are there, with numbers of its own. Each of its processes writes a line
-    for every finished result to a file of its own; `finish` joins them in order. The same command in the same folder
-    goes on with what is missing, also with another number of processes.
+    A command adds its results after the existing ones, with their own numbers. Each of its processes writes a line for
+    every finished result to its own file; `finish` joins them in order. The same command in the same folder makes only
+    the missing results, also with another number of processes.
 
     Args:
-        path: A folder that is new, or holds no files, or results of other commands.
-        command: What the results depend on, as JSON values.
+        path: A folder that is new, has no files, or has results of other commands.
+        command: Everything that the results depend on, as JSON values.
         file_name: JSON Lines file of the results.
-        count: Results of the command.
+        count: Number of results of the command.
         state: The processes that share the work; all of them open the folder.
 
     Attributes:
@@ -54,13 +54,13 @@ class ResultFolder:
         self._commands = self.path / _COMMANDS
         self._state = state
         self._count = count
-        # As it is read back: lists for tuples.
+        # As JSON gives it back: lists for tuples.
         self._claim: dict[str, Any] = json.loads(json.dumps({"results": file_name, "count": count, "command": command}))
-        # Folders in it are results of other commands, such as samples/first in samples.
+        # Subfolders are results of other commands, such as samples/first in samples.
         is_used = self.path.exists() and (not self.path.is_dir() or any(file.is_file() for file in self.path.iterdir()))
         if is_used and not self._commands.is_dir():
             raise UserError(
-                f"output '{self.path}' holds files that are not of sample.py; give another --output, or remove them"
+                f"output '{self.path}' holds files that sample.py did not write; give another --output, or remove them"
             )
         claims = {int(file.stem): read_claim(file) for file in sorted(self._commands.glob("*.json"))}
         same = [first for first, claimed in claims.items() if claimed == self._claim]
@@ -72,17 +72,17 @@ class ResultFolder:
         self._file, self._lines = (self._commands / f"{name}{suffix}" for suffix in (".json", ".jsonl"))
         self._part = self._commands / f"{name}.parts" / f"{state.process_index:05d}.jsonl"
         self._done = {int(line["index"]) for line in self._lines_of_parts()}
-        # Nobody writes before everybody has read.
+        # All processes read before one writes.
         state.wait_for_everyone()
 
     def make(self) -> None:
-        """Make the folder if it is not there; not before the first results are, so that a mistake leaves nothing.
+        """Make the folder if it does not exist. Called with the first results, so that a mistake leaves no folder.
 
         Raises:
-            UserError: It cannot be made, or another command that began at the same time has taken its numbers.
+            UserError: It cannot be made, or a command that began at the same time has taken the numbers.
         """
         try:
-            # Every time: the same command, where it runs twice, removes it when it has finished.
+            # Checked every time: a second run of the same command removes the folder when it has finished.
             self._part.parent.mkdir(parents=True, exist_ok=True)
             if not self._is_claimed and claim(self._file, self._claim) != self._claim:
                 raise UserError(
@@ -103,27 +103,27 @@ class ResultFolder:
                     continue
 
     def missing(self) -> list[int]:
-        """Which of results 0, 1, ... of the command are left for this process."""
+        """Numbers of the command's results that this process still has to make."""
         if self._lines.exists():
             return []
         left = [index for index in range(self._count) if index not in self._done]
         return left[self._state.process_index :: self._state.num_processes]
 
     def add(self, lines: dict[int, dict[str, Any]]) -> None:
-        """Note results of the command by their number in it; whatever files they name are there."""
+        """Record results by their number in the command; the files that they name must exist."""
         self.make()
         with self._part.open("a", encoding="utf-8") as file:
-            # Before and not behind a line: the last one may have been cut off.
+            # The line feed comes first: the last line may have been cut off.
             file.writelines(
                 "\n" + json.dumps({"index": index, **line}, ensure_ascii=False) for index, line in lines.items()
             )
 
     def finish(self) -> None:
-        """Join what all processes have written; called by each of them when it is done."""
+        """Join the lines of all processes; each process calls it when it is done."""
         self._state.wait_for_everyone()
         if self._state.is_main_process:
             if not self._lines.exists():
-                # One for each number: the command may run twice at a time, and then makes the same results twice.
+                # One line for each number: two runs of the command at the same time make the same results twice.
                 lines = {int(line.pop("index")): line for line in self._lines_of_parts()}
                 _write_whole(
                     self._lines, "".join(f"{json.dumps(lines[i], ensure_ascii=False)}\n" for i in sorted(lines))
@@ -143,14 +143,14 @@ class ResultFolder:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half, whoever else writes it, too."""
+    """Write a file atomically, also if another process writes it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def save_png(image: Image.Image, path: Path, details: dict[str, Any]) -> None:
-    """Write a picture with text chunks that say how it was made."""
+    """Write a picture with its settings in PNG text chunks."""
     chunks = PngInfo()
     for key, value in details.items():
         chunks.add_text(key, str(value))
@@ -158,7 +158,7 @@ def save_png(image: Image.Image, path: Path, details: dict[str, Any]) -> None:
 
 
 class Denoising:
-    """A `callback_on_step_end` that keeps what the model takes for the clean images after every step."""
+    """A `callback_on_step_end` that keeps the model's estimate of the clean images after every step."""
 
     def __init__(self) -> None:
         self._clean: list[torch.Tensor] = []
@@ -172,7 +172,7 @@ class Denoising:
     def save(
         self, pipeline: TransfusionPipeline, images: list[Image.Image], paths: list[Path], strip: bool, gif: bool
     ) -> None:
-        """Write PATH.png and PATH.gif of each image, from its first estimate to itself."""
+        """Write PATH.png and PATH.gif of each image, from its first estimate to the final image."""
         steps = np.unique(
             np.linspace(0, len(self._clean) - 1, _GIF_FRAMES if gif else _STRIP_FRAMES).round().astype(int)
         )

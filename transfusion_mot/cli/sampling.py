@@ -1,4 +1,4 @@
-"""What sample.py does once its options are read: it makes the results together with other processes and shows them."""
+"""sample.py after its options are read: make the results, shared with other processes, and show them."""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from transfusion_mot.cli.items import Maker, plan, read_prompts
 from transfusion_mot.cli.loading import load_pipeline
-from transfusion_mot.cli.makers import captioner, painter, teller, writer
+from transfusion_mot.cli.makers import captioner, document_writer, painter, writer
 from transfusion_mot.cli.options import EDIT, PAINT, SPEAK, TRANSCRIBE
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.cli.speech import speaker, transcriber
@@ -27,16 +27,16 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 GRID_IMAGES = 64
 GRID_COLUMNS = 8
-# A process waits at the end for the slowest one.
+# At the end every process waits for the slowest one.
 TIMEOUT = timedelta(hours=24)
 
-# Of each task: its maker, the file that tells of the results, and what it does.
+# For each task: its maker, its metadata file, and a word for the progress bar.
 TASKS: dict[str, tuple[Callable[..., tuple[Maker, dict[str, Any]]], str, str]] = {
     PAINT: (painter, "metadata.jsonl", "painting"),
     EDIT: (painter, "metadata.jsonl", "editing"),
     "caption": (captioner, "captions.jsonl", "captioning"),
     "text": (writer, "texts.jsonl", "writing"),
-    "auto": (teller, "documents.jsonl", "telling"),
+    "auto": (document_writer, "documents.jsonl", "writing"),
     SPEAK: (speaker, "metadata.jsonl", "speaking"),
     TRANSCRIBE: (transcriber, "transcripts.jsonl", "transcribing"),
 }
@@ -45,10 +45,10 @@ TASKS: dict[str, tuple[Callable[..., tuple[Maker, dict[str, Any]]], str, str]] =
 def sample(
     pipeline: TransfusionPipeline, prompts: list[str], arguments: argparse.Namespace, state: PartialState
 ) -> None:
-    """Make everything that is asked for, together with the other processes."""
+    """Make all requested results, shared with the other processes."""
     task = arguments.task
     make_maker, file_name, verb = TASKS[task]
-    # All before the first result, so that what cannot be used is found at once.
+    # All checks come before the first result, so that mistakes are found at once.
     if arguments.speech or task == TRANSCRIBE:
         for path in prompts:
             pipeline.check_audio(decode_audio(path), f"audio clip '{path}'")
@@ -123,14 +123,14 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
 
 
 def files_of(arguments: argparse.Namespace) -> list[str]:
-    """The files that stand in the place of prompts; none if there are prompts."""
+    """The files given in place of prompts; empty if there are prompts."""
     pictures = [arguments.image] if arguments.task == SPEAK and arguments.image else []
     files: list[str] = arguments.caption or arguments.transcribe or arguments.speech or pictures
     return files
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """What sample.py does, with the options that it was given."""
+    """Run sample.py with its options."""
     cpu = arguments.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=TIMEOUT)
     prompts = files_of(arguments) or read_prompts(arguments, state)

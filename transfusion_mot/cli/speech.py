@@ -1,4 +1,4 @@
-"""What makes audio and transcripts of sample.py."""
+"""Makers of the audio and transcripts of sample.py."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 
 def speaker(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What says prompts, or what is in a picture, and the settings that it does it with."""
+    """A maker that speaks prompts or describes a picture aloud, and its settings."""
     pipeline.check_can_speak()
     pipeline.most_codes(arguments.max_seconds)
     _, scale = pipeline.sampling_settings(pipeline.audio_modality, None, arguments.guidance_scale)
@@ -24,7 +24,7 @@ def speaker(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
         "max_seconds": arguments.max_seconds,
     }
     settings = {"seed": arguments.seed, **how, **snapshot_settings(pipeline)}
-    # As the audiofolder of Hugging Face datasets calls what is said; what a picture shows is not known.
+    # The name of the spoken text in Hugging Face's audiofolder; for a picture that text is unknown.
     key = "image" if arguments.image else "transcription"
 
     def speak(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def speaker(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tup
 
 
 def transcriber(pipeline: TransfusionPipeline, arguments: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
-    """What writes down audio files, and the settings that it does it with."""
+    """A maker that transcribes audio files, and its settings."""
     settings = writing_settings(arguments)
 
     def transcribe(items: list[Item], folder: ResultFolder | None) -> list[dict[str, Any]]:

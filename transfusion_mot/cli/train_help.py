@@ -1,4 +1,4 @@
-"""What `train.py --help` prints: how to begin, and the keys of one section of the configuration."""
+"""Text of `train.py --help`: how to begin, and the keys of one section of the configuration."""
 
 import dataclasses
 import textwrap
@@ -21,7 +21,7 @@ Begin with one of these:
       'data.sources=[{kind: imagefolder, path: my-images}]'   your own images
   python train.py --config configs/emoji_128.yaml             from scratch, eight minutes of one H200
 
-The same command again goes on with a run that was interrupted. Keys are read as defaults < FILE < command line.
+To continue an interrupted run, give the same command again. Keys are read as defaults < FILE < command line.
 
 Keys that are changed most:
 """
@@ -40,13 +40,13 @@ _OFTEN = (
 )
 _PLAN = """\
 With training:
-  --quiet                print lines of losses, warnings and errors alone
+  --quiet                print only lines of losses, warnings and errors
 
 Instead of training:
   --plan                 print parameters, memory and days of the run
-    --gpus N             of so many GPUs (default: 8)
-    --gpu NAME           of this kind (default: A100-80GB)
-    --mfu X              at this share of the GPU's peak (default: 0.4)
+    --gpus N             number of GPUs (default: 8)
+    --gpu NAME           kind of GPU (default: A100-80GB)
+    --mfu X              share of the GPU's peak that the run reaches (default: 0.4)
 """
 # Entries of lists and mappings.
 _ENTRIES: dict[str, type] = {
@@ -62,7 +62,7 @@ def train_help(topic: str | None = None) -> str:
     """The help of train.py.
 
     Args:
-        topic: A section such as `data`, or a list or mapping in it such as `data.sources`; None is how to begin.
+        topic: A section such as `data`, or a list or mapping in it such as `data.sources`; None says how to begin.
 
     Raises:
         UserError: There is no such section.
@@ -77,7 +77,7 @@ def train_help(topic: str | None = None) -> str:
     if topic not in topics:
         raise UserError(f"--help {topic}: there is no such section; known: {', '.join(topics)}, all")
     section = topics[topic]
-    # Lists and mappings hold sections, whose keys stand alone.
+    # The keys of sections in lists and mappings are printed without a prefix.
     above = f"{topic}." if topic in _sections() or topic == "lora" else ""
     keys = [_described(f"{above}{field.name}", (section, field)) for field in dataclasses.fields(section)]
     return f"{topic}: {_first_line(section)}\n{''.join(keys)}"
@@ -96,7 +96,7 @@ def _field(key: str) -> tuple[Any, Any]:
 
 
 def _described(key: str, found: tuple[Any, Any]) -> str:
-    """A key with its type, its default and what it is."""
+    """A key with its type, its default and its description."""
     section, field = found
     texts = {parameter.arg_name: parameter.description or "" for parameter in parse(section.__doc__ or "").params}
     text = textwrap.fill(

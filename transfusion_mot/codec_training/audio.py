@@ -1,4 +1,4 @@
-"""Training of a speech codec, a `MelVQModel`: what is particular to sound.
+"""Training of a speech codec, a `MelVQModel`: the parts specific to audio.
 
 Shapes: B segments, M mel bands, F frames, T samples.
 """
@@ -99,8 +99,8 @@ def build_audio(config: AutoencoderTrainingConfig) -> MelVQModel:
     audio = config.audio
     if not audio.hop_length <= audio.window_length:
         raise UserError(
-            f"audio.hop_length {audio.hop_length} is longer than audio.window_length {audio.window_length}, so that "
-            "sound between frames would be lost"
+            f"audio.hop_length {audio.hop_length} is longer than audio.window_length {audio.window_length}, so "
+            "sound between frames would be lost; give a shorter hop_length"
         )
     if config.perceptual_weight:
         raise UserError(f"perceptual_weight is {config.perceptual_weight}; it compares pictures: set it to 0 for sound")

@@ -1,4 +1,4 @@
-"""What stands between encoder and decoder in training: a Gaussian posterior, or the nearest of a set of codes.
+"""Bottlenecks between encoder and decoder in training: a Gaussian posterior, or vector quantisation.
 
 Shapes: B images, C channels of the encoder's output, D channels of a code, Y and X latent height and width, K codes,
 N = B * Y * X.
@@ -21,7 +21,7 @@ _DEAD_AFTER = 100
 
 
 class Passed(NamedTuple):
-    """What a bottleneck lets through.
+    """Output of a bottleneck.
 
     Attributes:
         latents: What the decoder is given.

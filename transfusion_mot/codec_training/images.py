@@ -1,4 +1,4 @@
-"""The images that a codec is trained on, how they are varied, and what is made of held-out ones."""
+"""Training images of a codec, their augmentation, and reconstructions of held-out images."""
 
 import dataclasses
 import os

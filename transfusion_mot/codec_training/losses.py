@@ -1,4 +1,4 @@
-"""The loss on what a codec makes of images: L1 and, if asked for, a perceptual distance and a patch discriminator."""
+"""The reconstruction loss of an image codec: L1, and optionally a perceptual distance and a patch discriminator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The loop of steps that trains a codec, whatever it codes."""
+"""The training loop of all codecs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

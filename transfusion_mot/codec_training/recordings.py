@@ -1,4 +1,4 @@
-"""The recordings that a speech codec is trained on."""
+"""Training recordings of a speech codec."""
 
 import os
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Training of an image codec: an `AutoencoderKL`, which gives latents, or a `VQModel`, which gives codes.
 
 Both have the same encoder, decoder and losses, after Esser et al. 2021 (VQGAN) and Rombach et al. 2022, as in
-Transfusion (Zhou et al. 2024), appendix A; they differ in what stands between encoder and decoder.
+Transfusion (Zhou et al. 2024), appendix A; they differ in the bottleneck.
 """
 
 import json
@@ -223,7 +223,7 @@ def _set_vector_length(model: VQModel, images_uint8: ImageArray, batch_size: int
 
 
 def _of_the_bottleneck(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
-    """What the bottleneck lets through of images: the noise of latents, or the use of codes."""
+    """Statistics of the bottleneck on images: the noise of latents, or the use of codes."""
     batches = [to_pixels(images_uint8[start : start + batch_size]) for start in range(0, len(images_uint8), batch_size)]
     if codec.kind == "latents":
         deviations = [codec.encode(pixels.to(codec.device))[1].mean(dim=(1, 2, 3)) for pixels in batches]

@@ -1,6 +1,6 @@
-"""Sound as integer codes: audio tokenizers of transformers, and this project's own, behind one interface.
+"""Audio as integer codes: one interface for audio tokenizers of transformers and of this project.
 
-They are computed in full float32: less precision flips codes.
+They compute in full float32, because lower precision changes codes.
 
 Shapes: T samples, F frames, Q codebooks, N = F * Q codes.
 """
@@ -133,7 +133,7 @@ class AudioCodes:
                 "or another tokenizer to speak"
             )
         if len(codes) < self.num_codebooks:
-            raise UserError(f"{len(codes)} codes are no frame of sound; {self.num_codebooks} are needed at least")
+            raise UserError(f"{len(codes)} codes are less than one frame of audio; give at least {self.num_codebooks}")
         frames = len(codes) // self.num_codebooks
         frames_QF = codes[: frames * self.num_codebooks].view(frames, self.num_codebooks).T % self._parts.codebook_size
         with full_precision(codes.device):

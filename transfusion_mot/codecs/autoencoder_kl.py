@@ -1,6 +1,6 @@
 """The image autoencoder: pixels => normalised latents => pixels.
 
-Latent scale and shift are applied here and nowhere else: all other code sees latents of about zero mean and unit
+Latent scale and shift are applied only here: all other code sees latents of about zero mean and unit
 variance. `python -m transfusion_mot.autoencoder --config FILE` trains one.
 """
 

@@ -1,7 +1,7 @@
-"""What turns raw media into what the model sees, and back.
+"""Interface of codecs: raw media => latents or codes, and back.
 
 A codec of the kind `latents` gives the mean and standard deviation of normalised latents, for the objective
-`diffusion`; one of the kind `codes` gives integers, for `next_token`. Its medium is what it reads: `image` or `audio`.
+`diffusion`; one of the kind `codes` gives integers, for `next_token`. Its medium is `image` or `audio`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Models of codecs as they lie in a folder of `save_pretrained` or on the Hugging Face hub."""
+"""Loading of codec models from a folder of `save_pretrained` or from the Hugging Face hub."""
 
 import json
 from pathlib import Path

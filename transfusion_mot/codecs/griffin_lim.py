@@ -1,4 +1,4 @@
-"""From the amplitudes of mel bands back to sound: spectrograms, and the algorithm of Griffin and Lim for their phases.
+"""Mel amplitudes => waveforms: spectrograms, and the Griffin-Lim algorithm for their phases.
 
 Shapes: T samples, F frames, L frequencies, M mel bands.
 """

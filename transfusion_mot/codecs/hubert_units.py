@@ -1,7 +1,7 @@
-"""Speech units: the nearest of a set of centroids to the hidden states of a HuBERT model.
+"""Speech units: for each hidden state of a HuBERT model, the nearest of a set of centroids.
 
-They are the discrete units of textless speech models (arXiv 2102.01192): HuBERT (arXiv 2106.07447), and centroids that
-k-means found among its hidden states.
+They are the discrete units of textless speech models (arXiv 2102.01192): HuBERT (arXiv 2106.07447) with k-means
+centroids of its hidden states.
 """
 
 from pathlib import Path
@@ -101,7 +101,7 @@ class HubertUnits(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> Self:
-        """What `save_pretrained` has written."""
+        """Load a folder written by `save_pretrained`."""
         return cls.load(str(folder), None)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:

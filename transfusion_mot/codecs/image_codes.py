@@ -1,6 +1,6 @@
-"""Images as integer codes: VQ tokenizers of diffusers and transformers behind one interface.
+"""Images as integer codes: one interface for VQ tokenizers of diffusers and transformers.
 
-All of them were trained on pixels in [-1, 1]. They are computed in full float32: less precision flips codes.
+All of them were trained on pixels in [-1, 1]. They compute in full float32, because lower precision changes codes.
 """
 
 from collections.abc import Callable

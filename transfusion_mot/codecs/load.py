@@ -39,9 +39,9 @@ def load_codec(config: CodecConfig, objective: Objective, device: torch.device |
     if class_name in (AutoencoderKL.__name__, *CLASSES, *AUDIO_CLASSES):
         hint = f"; give another path, or set the objective to {other}"
     elif class_name.startswith("Hubert"):
-        hint = "; of a whole HuBERT save its `hubert` in a folder of its own, with the centroids of k-means"
+        hint = "; for a whole HuBERT, save its `hubert` in a separate folder with the k-means centroids"
     elif class_name.endswith("ForConditionalGeneration"):
-        hint = "; of a whole model save the tokenizer of images, its `vqmodel`, in a folder of its own"
+        hint = "; for a whole model, save its image tokenizer, `vqmodel`, in a separate folder"
     raise UserError(
-        f"codec path '{config.path}' is of class {class_name}, and the objective {objective} needs {needed}{hint}"
+        f"codec path '{config.path}' is of class {class_name}, but the objective {objective} needs {needed}{hint}"
     )

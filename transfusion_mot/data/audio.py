@@ -13,7 +13,7 @@ import soxr
 
 from transfusion_mot.errors import UnreadableMedia, UserError
 
-# What soundfile opens: a path, a file's content or the file itself.
+# Inputs of soundfile: a path, a file's content or an open file.
 AudioInput = str | Path | bytes | BinaryIO
 
 
@@ -37,7 +37,7 @@ class Audio(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """How long it lasts."""
+        """Duration in seconds."""
         return len(self.samples) / self.sample_rate
 
 
@@ -47,7 +47,7 @@ def decode_audio(content: AudioInput, where: str | None = None) -> Audio:
     Several channels are averaged. Values of floating-point files are clipped to [-1, 1].
 
     Args:
-        where: What to call it in messages, if not by its path.
+        where: Name in messages; None is the path.
 
     Raises:
         UnreadableAudio: The file is missing, no audio, damaged, empty, or holds values that are not finite.
@@ -64,7 +64,7 @@ def decode_audio(content: AudioInput, where: str | None = None) -> Audio:
 
 
 def audio_seconds(content: AudioInput, where: str | None = None) -> float:
-    """How long a file lasts, from its header alone.
+    """Duration of a file in seconds, read only from its header.
 
     Raises:
         UnreadableAudio, UserError: As `decode_audio`, as far as the header tells.
@@ -75,10 +75,10 @@ def audio_seconds(content: AudioInput, where: str | None = None) -> float:
 
 @contextmanager
 def _opened(content: AudioInput, where: str | None) -> Iterator[tuple[soundfile.SoundFile, str]]:
-    """A file that is not decoded yet, with its name; whatever goes wrong with it is a `UserError` that names it."""
+    """A file that is not decoded yet, with its name; all errors become a `UserError` that names it."""
     where = where or (str(content) if isinstance(content, str | Path) else "the given audio")
     try:
-        # Of a path that cannot be opened libsndfile does not say why.
+        # libsndfile gives no reason for a path that cannot be opened.
         content = Path(content).read_bytes() if isinstance(content, str | Path) else content
         with soundfile.SoundFile(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
             yield file, where

@@ -1,4 +1,4 @@
-"""The batch: rows of slots, laid out by modality, with the ids that carry reading order."""
+"""A batch: rows of slots, laid out by modality, with ids for the reading order."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ class Batch:
     """Rows of a training batch.
 
     Attributes:
-        inputs: Of each modality, in the order of `ModelConfig.stream_order`.
+        inputs: Input of each modality, in the order of `ModelConfig.stream_order`.
         slots: Ids of all slots of a row, in the same order.
     """
 
@@ -55,7 +55,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """The batch that `tensors` came from."""
+        """The batch with these `tensors`."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, field = name.rsplit(".", 1)
@@ -65,7 +65,7 @@ class Batch:
         return cls({name: kinds[name](**part) for name, part in parts.items()}, slots)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A function applied to every tensor."""
+        """Apply a function to every tensor."""
         return self.from_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> Self:
@@ -80,14 +80,14 @@ class Batch:
         ]
 
     def emptied(self, first: int = 0) -> Self:
-        """The same with nothing but padding in its rows from `first` on."""
+        """The batch with only padding in its rows from `first` on."""
         empty = torch.arange(self.num_rows, device=self.slots.order.device) >= first
         inputs = {name: given.without_loss(empty) for name, given in self.inputs.items()}
         slots = self.slots._replace(document_ids=self.slots.document_ids.masked_fill(empty[:, None], -1))
         return dataclasses.replace(self, inputs=inputs, slots=slots)
 
     def at(self, timestep: float) -> Self:
-        """The same with all latents at one timestep; copies and conditions stay clean."""
+        """The batch with all latents at one timestep; copies and conditions stay clean."""
         inputs = {
             name: given.at(timestep) if isinstance(given, LatentInput) else given for name, given in self.inputs.items()
         }
@@ -114,11 +114,11 @@ class Batch:
 
 @dataclass
 class Rows:
-    """What is prepared on the host.
+    """Rows as prepared on the host.
 
     Attributes:
-        batch: Rows; where media are encoded on the device, their latents are still the noise of the posterior.
-        media: Of each modality whose media are encoded on the device: uint8 [B, K, H, W, 3], zeros in empty slots.
+        batch: Rows; if media are encoded on the device, their latents are still the noise of the posterior.
+        media: For each modality whose media are encoded on the device: uint8 [B, K, H, W, 3], zeros in empty slots.
     """
 
     batch: Batch
@@ -130,12 +130,12 @@ class Rows:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; media stand behind the batch as `media.NAME`."""
+        """All tensors by name; media follow the batch as `media.NAME`."""
         return self.batch.tensors() | {f"{_MEDIA}{name}": tensor for name, tensor in self.media.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """The rows that `tensors` came from."""
+        """The rows with these `tensors`."""
         batch = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MEDIA)}
         media = {name.removeprefix(_MEDIA): tensor for name, tensor in tensors.items() if name.startswith(_MEDIA)}
         return cls(Batch.from_tensors(batch), media)
@@ -151,7 +151,7 @@ class Rows:
         return cls.from_tensors({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
 
 
-# Where a tensor begins in a run of bytes, its type and its shape.
+# Start of a tensor in the bytes, its type and its shape.
 _Place = tuple[int, torch.dtype, tuple[int, ...]]
 _MEDIA = "media."
 # Kernels read 16 bytes at once where they begin at a multiple.
@@ -162,12 +162,12 @@ _ALIGNMENT = 16
 class PackedRows:
     """Rows of some steps as one tensor.
 
-    Between processes a tensor takes half a millisecond, whatever its size, and the ten of a small batch longer than the
-    step that is trained on them.
+    Sending a tensor between processes takes half a millisecond, independent of its size. The ten tensors of a small
+    batch would take longer than its training step.
 
     Attributes:
         content: uint8 [bytes].
-        layout: Of each step: name of a field => where it is.
+        layout: For each step: name of a field => its place.
     """
 
     content: Tensor
@@ -191,7 +191,7 @@ class PackedRows:
         return packed
 
     def rows(self) -> list[Rows]:
-        """The rows of each step, which share the memory of `content`."""
+        """The rows of each step; they share the memory of `content`."""
         return [Rows.from_tensors(views) for views in self._views()]
 
     def _views(self) -> list[dict[str, Tensor]]:

@@ -1,9 +1,9 @@
-"""Encode the media of a configuration's sources to latents or codes, once, on any number of devices.
+"""Encode the media of all sources to latents or codes once, on any number of devices.
 
     accelerate launch -m transfusion_mot.data.cache --config configs/emoji_small.yaml
 
-Takes the configuration of train.py, and fills `data.cache_dir` with what it will read from there. Run it again after an
-interruption: it goes on with what is missing. Any setting that `train.py --help` lists can be given, as key=value.
+It takes the configuration of train.py and fills `data.cache_dir`, from which training reads. Run it again after an
+interruption: it encodes only the missing items. Any setting of `train.py --help` can be given as key=value.
 """
 
 import argparse
@@ -57,11 +57,11 @@ SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Encode and report, as the command line says."""
+    """Run the command line."""
     config = settled_config(parse_arguments(arguments))
-    # This prepares a run with `prepared`.
+    # This command encodes for runs with `prepared`.
     data = dataclasses.replace(config.data, latents="cache")
-    # Processes that have less to do wait for the others at the end.
+    # Processes with less work wait for the others at the end.
     accelerator = Accelerator(
         mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))]
     )

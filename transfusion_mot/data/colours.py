@@ -1,4 +1,4 @@
-"""Colours by name: which one a drawing mostly has, and how its flat areas get another."""
+"""Named colours: the main colour of a drawing, and recolouring of its flat areas."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +57,7 @@ class MainColour:
 
     @cached_property
     def name(self) -> str | None:
-        """What everyone would call it; None where that is not sure, or the drawing has no main colour."""
+        """Its unambiguous name; None if it is ambiguous, or the drawing has no main colour."""
         if self.share < 0.6:
             return None
         hue, saturation, value = self.hue * 360 / 256, self.saturation / 255, self.value / 255

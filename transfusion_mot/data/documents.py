@@ -1,4 +1,4 @@
-"""Documents: items of a source => segments, and the pieces of them that fit a row."""
+"""Documents: items of a source => segments, cut into pieces that fit a row."""
 
 import logging
 from collections import Counter
@@ -20,7 +20,7 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.losses import IGNORE_INDEX
 
 _logger = logging.getLogger(__name__)
-# Unreadable media of a source that a process names; all are counted.
+# Maximum number of unreadable media of a source that a process names; all are counted.
 _NUM_NAMED = 10
 
 _Item = TypeVar("_Item")
@@ -28,13 +28,13 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class LatentMedia:
-    """Media that are latents: where they come from, and how far they are noised.
+    """Media as latents: their index in the source, and their maximum noise.
 
     Attributes:
-        index: In the media of the source.
+        index: Index in the media of the source.
         flipped: Whether they are mirrored.
-        max_timestep: Highest timestep they are noised to.
-        pixels: `uint8 [H, W, 3]` where they are encoded on the device, else None.
+        max_timestep: Highest timestep to which they are noised.
+        pixels: `uint8 [H, W, 3]` if they are encoded on the device, else None.
     """
 
     index: int
@@ -44,13 +44,13 @@ class LatentMedia:
 
 
 class Piece(NamedTuple):
-    """What a row takes of a document at once: all of it, unless it is too long.
+    """The part of a document in one row: the whole document, unless it is too long.
 
     Attributes:
-        segments: In reading order.
-        slots: Slots that it takes of each modality.
+        segments: Segments in reading order.
+        slots: Number of slots in each modality.
         next_token: First token of the rest, the label of the piece's last token; `IGNORE_INDEX` at the document's end.
-        used: Tokens of text and media of the document in this piece and those before.
+        used: Tokens and media of the document in this piece and the previous ones.
     """
 
     segments: list[Segment]
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
 
     @property
     def media(self) -> list[str]:
-        """Modality of each media in it; their copies are none."""
+        """Modality of each media item, without copies."""
         return [segment.modality for segment in self.segments if isinstance(segment, Media)]
 
 
@@ -69,12 +69,12 @@ class Document:
     """One training item.
 
     Attributes:
-        segments: In reading order; none if nothing of it can be read.
+        segments: Segments in reading order; empty if no item is readable.
         stream: Modality of its tokens outside of media.
-        has_token_loss: Whether these have a loss.
+        has_token_loss: Whether these tokens have a loss.
         caption_cut: Whether its caption or instruction was longer than a row.
-        unreadable: Media of it that cannot be read, and so are left out.
-        too_long: Codes of it that are longer than a row, and so are left out.
+        unreadable: Number of unreadable media, which are left out.
+        too_long: Number of codes longer than a row, which are left out.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -85,9 +85,9 @@ class Document:
     too_long: int = 0
 
     def piece(self, used: int, room: dict[str, int], begin_ids: dict[str, int]) -> Piece:
-        """What fits so many slots of each modality, of the document behind its first `used` tokens and media.
+        """The next piece, after the first `used` tokens and media, that fits this many slots of each modality.
 
-        It ends between two segments; only tokens that are more than that by themselves are cut inside.
+        It ends between two segments; only a segment of tokens that is too long by itself is cut inside.
         """
         segments: list[Segment] = []
         slots = {self.stream: 0}
@@ -121,7 +121,7 @@ class Document:
 
 
 def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
-    """Texts and media => the same with neighbouring texts joined: by a space, unless there is white space already."""
+    """Join neighbouring texts of a list of texts and media, with a space unless there is already white space."""
     joined: list[str | _Item] = []
     for item in items:
         last = joined[-1] if joined else None
@@ -134,7 +134,7 @@ def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
 
 
 class DocumentReader:
-    """Reads documents of sources: their items, put in order by one of six templates.
+    """Reads documents of sources and orders their items by one of six templates.
 
     | template | segments |
     | --- | --- |
@@ -146,9 +146,9 @@ class DocumentReader:
     | edit | `BOS` condition `instruction` media; the condition, the instruction or both may be dropped |
 
     Args:
-        tokenizer: Turns text into ids and knows the special ones.
-        config: Draws that shape documents, and how long a caption may be.
-        readers: Modality to the one in whose slots its clean latents stand, where that is another one.
+        tokenizer: The text tokenizer.
+        config: Chances of the templates, and the maximum length of a caption.
+        readers: Modality => the `read` modality whose slots hold its clean latents, if it has one.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class DocumentReader:
         self._named: dict[str, set[str]] = {}
 
     def read(self, source: Source, index: int, rng: np.random.Generator) -> Document:
-        """A document; what is drawn about its layout comes from `rng`."""
+        """Read a document; its layout is drawn from `rng`."""
         items = source.documents.document(index)
         if source.documents.is_paired:
             return self._paired(source, items, rng)
@@ -174,7 +174,7 @@ class DocumentReader:
         return self._codes_alone(source, items)
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
-        """Text and media of one thing, in an order that is drawn."""
+        """Text and media of one thing, in a random order."""
         config, eos = self.config, self.tokenizer.eos_id
         draws = rng.random(4).tolist()
         flipped = draws[3] < 0.5
@@ -187,12 +187,12 @@ class DocumentReader:
             is_dropped = bool(ordered) and not isinstance(ordered[-1], Text) and draws[1] < config.prompt_dropout_prob
             ordered = ordered[-1:] if is_dropped else ordered
         parts: list[Text | Media] = []
-        # The last one first, to know whether something stands behind the others.
+        # The last item is read first, to know whether an item follows the others.
         for item in reversed(ordered):
             if not isinstance(item, MediaItem):
                 parts.append(item)
                 continue
-            # Noised less where something stands behind it and must be read off it (Transfusion, section 4.3.4).
+            # Less noise if a later item depends on it (Transfusion, section 4.3.4).
             limit = config.image_first_max_timestep if parts and not config.has_copies else 1.0
             copied = config.has_copies and bool(parts)
             parts += self._media(source, item, flipped, limit, copied, document)
@@ -206,7 +206,7 @@ class DocumentReader:
                 segments.append(part)
                 continue
             caption = self.tokenizer.encode(part.choices[int(draws[2] * len(part.choices))])
-            # Begin and end token of each further one.
+            # Begin and end token of each further item.
             most = config.max_caption_tokens - 2 * (num_media - 1)
             document.caption_cut = len(caption) > most
             segments.append(caption[:most])
@@ -221,7 +221,7 @@ class DocumentReader:
     def _caption_first_or_last(
         self, items: list[Text | MediaItem], draws: list[float], rng: np.random.Generator
     ) -> tuple[list[Text | MediaItem | Media], bool]:
-        """All items, the text first or last and the media in any order; and whether the text has been left out."""
+        """All items, with the text first or last and the media in random order; and whether the text was dropped."""
         wanted: list[MediaItem] = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
@@ -240,13 +240,13 @@ class DocumentReader:
         flipped: bool,
         document: Document,
     ) -> list[Text | MediaItem | Media]:
-        """The items of one of the orders that the document has all items of, codes read; empty if there is none."""
+        """The items of a random order that the document has all items of, with codes read; empty if there is none."""
         by_modality: dict[str, list[Text | MediaItem | Media]] = {}
         for item in items:
             encoded = source.encoded.get(item.modality) if isinstance(item, MediaItem) else None
             if isinstance(item, Text):
                 by_modality.setdefault(TEXT, []).append(item)
-            # Whether latents can be read is not always known before they are asked for, and so it decides nothing.
+            # The readability of latents is not always known before they are read, so the choice must not depend on it.
             elif encoded is None or encoded.kind != "codes":
                 by_modality.setdefault(item.modality, []).append(item)
             elif (codes := self._codes(encoded, item, flipped and self.config.random_flip, document)) is not None:
@@ -258,9 +258,9 @@ class DocumentReader:
         return [item for name in order for item in by_modality[name]]
 
     def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
-        """The image that is edited, an instruction, and what comes of it: the only thing that has a loss.
+        """A source image, an instruction, and the target, which alone has a loss.
 
-        Where something is left out, what stands there is what guidance leads away from when sampling.
+        A document with dropped parts trains an unconditional prediction for guidance.
         """
         before, text, after = items
         assert isinstance(before, MediaItem)
@@ -272,7 +272,7 @@ class DocumentReader:
         condition = self._media(source, before, flipped, 0.0, False, document)
         target = self._media(source, after, flipped, 1.0, False, document)
         if not condition or not target:
-            # One of them is of no use.
+            # A single image of a pair is useless.
             return document
         instruction = self.tokenizer.encode(text.choices[int(draws[1] * len(text.choices))])
         # Begin and end token of the condition.
@@ -296,7 +296,7 @@ class DocumentReader:
         return document
 
     def _in_reading_order(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
-        # One for all: the images of a document belong together.
+        # One draw for all images of a document, because they belong together.
         flipped = bool(rng.random() < 0.5)
         document = Document()
         readable: list[str | Media] = []
@@ -318,7 +318,7 @@ class DocumentReader:
         return document
 
     def _codes_alone(self, source: Source, items: list[Text | MediaItem]) -> Document:
-        """Codes that no text belongs to: they fill what is left of their stream, as texts do."""
+        """Codes without a text: they fill the remaining slots of their stream, as texts do."""
         (item,) = items
         assert isinstance(item, MediaItem)
         encoded = source.encoded[item.modality]
@@ -370,9 +370,9 @@ class DocumentReader:
         return codes
 
     def _name(self, source: str, modality: str, problem: str) -> None:
-        """Log that media cannot be read, once: they come again in every epoch."""
+        """Log unreadable media only once, because they come again in every epoch."""
         named = self._named.setdefault(source, set())
         if problem not in named and len(named) < _NUM_NAMED:
             named.add(problem)
-            more = "; more of this source are counted only" if len(named) == _NUM_NAMED else ""
+            more = "; more items of this source are only counted" if len(named) == _NUM_NAMED else ""
             _logger.warning("%s: skipped an unreadable %s: %s%s", source, modality, problem, more)

@@ -1,4 +1,4 @@
-"""Random choices that follow from a seed, in every process and on every machine."""
+"""Random choices that depend only on a seed, in every process and on every machine."""
 
 import random
 from bisect import bisect_right

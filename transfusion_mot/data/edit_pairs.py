@@ -1,9 +1,9 @@
-"""Editing pairs made from emoji, to teach a model to edit.
+"""Make editing pairs from emoji, to teach a model to edit.
 
     python -m transfusion_mot.data.edit_pairs --output data/edits --size 128
 
-Each kind of edit is an image folder of its own, with the source image, the instruction and the target image of each
-pair, so that each can be a source of its own weight:
+Each kind of edit is a separate image folder with the source image, the instruction and the target image of each pair,
+so that each kind can be a source with its own weight:
 
     recolour   "make it green": another hue, or none
     mirror     "mirror it", "turn it upside down"
@@ -260,7 +260,7 @@ def write_pairs(
     before = claim(output / "edits.json", settings)
     if before != settings:
         raise UserError(
-            f"'{output}' holds editing pairs of other drawings ({before}, and {settings} is asked for); give another "
+            f"'{output}' holds editing pairs of other drawings ({before}, but {settings} is requested); give another "
             "--output"
         )
     for folder in {Path(drawing.file_name).parent for drawing in drawings}:
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str]) -> None:
                 f"'{emoji}' has no {name}; draw it by `python -m transfusion_mot.data.emoji --output {emoji}`"
             )
     if (size := _read_json(emoji / "corpus.json").get("size")) != given.size:
-        raise UserError(f"'{emoji}' holds drawings of {size} px and --size is {given.size}; give --size {size}")
+        raise UserError(f"'{emoji}' holds drawings of {size} px, but --size is {given.size}; give --size {size}")
     begun = time.perf_counter()
     counts = write_pairs(
         emoji,

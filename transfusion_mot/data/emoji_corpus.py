@@ -1,8 +1,8 @@
 """The colour emoji of ten styles as an image folder: `python -m transfusion_mot.data.emoji --output DIR`.
 
 The drawings are those of the npm package `@iconify/json`, the tags of a second caption those of `emojibase-data`. A
-caption is "{style} emoji of {name}". Held out are pairs of style and name whose name another style shows in training:
-a model that paints them has put together a style and a name that it knows apart.
+caption is "{style} emoji of {name}". Pairs of style and name
+are held out whose name another style shows in training: to paint them, a model must combine a known style and name.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def write_corpus(
     before = claim(output / "corpus.json", settings)
     if before != settings:
         raise UserError(
-            f"'{output}' holds emoji drawn with {before}, and {settings} is asked for; give another --output"
+            f"'{output}' holds emoji drawn with {before}, but {settings} is requested; give another --output"
         )
     for icon_set in STYLES:
         (output / icon_set).mkdir(exist_ok=True)

@@ -23,10 +23,10 @@ from transfusion_mot.data.sources.base import NOUNS, MediaSet, counted, fingerpr
 from transfusion_mot.data.sources.keys import KeySet, places_of
 from transfusion_mot.errors import UserError
 
-# Raise it when what the files hold changes.
+# Increase it when the contents of the files change.
 _FORMAT = 3
 _SHARD_MEDIA = 4096
-# A network file system may take that long to show one machine what another has written.
+# Seconds until a network file system shows one machine the files of another.
 _VISIBLE_SECONDS = 60
 _INDEX, _ABOUT = "index", "about"
 _PREFIXES = {"latents": "latent-cache", "codes": "code-cache"}
@@ -39,8 +39,8 @@ class EncodedLatents(Protocol):
     """Media of a source as latents.
 
     Attributes:
-        readable: [N] False where they could not be decoded, and have no latents.
-        skipped: What was left out: reason to count.
+        readable: [N] False for media that could not be decoded and have no latents.
+        skipped: Skipped media: reason => count.
     """
 
     kind: Literal["latents"]
@@ -68,14 +68,14 @@ EncodedMedia = EncodedLatents | EncodedCodes
 
 
 class _Cached:
-    """Media of a source as they were encoded.
+    """Encoded media of a source.
 
     Attributes:
         media: The media.
-        folder: Where they are encoded.
-        readable: [N] False where one could not be decoded, and is not there.
-        skipped: What was left out, here and when the source was opened: reason to count.
-        num_encoded: How many of the readable media were encoded to open it.
+        folder: Folder of the encoded media.
+        readable: [N] False for media that could not be decoded and are missing.
+        skipped: Media skipped here and when the source was opened: reason => count.
+        num_encoded: Number of media that were newly encoded.
     """
 
     num_encoded = 0
@@ -99,10 +99,10 @@ class _Cached:
 
     @property
     def num_bytes(self) -> int:
-        """Size of them all."""
+        """Size of all encoded media in bytes."""
         total = 0
         for number, file in enumerate(self._files):
-            # What a source lists several times is there once.
+            # Media that a source lists several times are stored once.
             rows = np.unique(self._rows[(self._shards == number) & self.readable])
             total += self._bytes_in(file, rows) if len(rows) else 0
         return total
@@ -112,7 +112,7 @@ class _Cached:
         raise NotImplementedError
 
     def count_encoded(self, known_files: set[str]) -> None:
-        """Count what is in other shards than those that were there before."""
+        """Count the media in new shards."""
         is_new = np.array([file not in known_files for file in self._files], dtype=np.bool_)
         self.num_encoded = int(is_new[self._shards[self.readable]].sum())
 
@@ -194,28 +194,27 @@ def encoded_media(
 ) -> CachedMedia:
     """The latents or codes of `media`; those that `data.cache_dir` lacks are encoded on the codec's device.
 
-    They are known by the content of a file. Files that were moved or touched are read again, and not encoded again;
-    which files they lie in, what stands beside them and on which side of the held-out split they are makes no
-    difference. A file of the same path, size and time of change is not read again.
+    They are identified by the content of a file. Files that were moved or touched are read again, but not encoded
+    again; their location, their neighbours and their side of the held-out split do not matter. A file with the same
+    path, size and modification time is not read again.
 
-    The folder's name is a hash of the codec and the transform of images, so that what another codec has made is never
-    taken for what this one makes. All processes of `accelerator` must call this together: they share the work, and an
-    interrupted run goes on with the shards that are whole. Of two runs that encode at once both end up with the same.
+    The folder's name is a hash of the codec and the transform of images, so that outputs of different codecs are never
+    mixed. All processes of `accelerator` must call this together and share the work. An interrupted run keeps its
+    complete shards. Two runs that encode at the same time get the same result.
 
     Args:
-        data: The images' transform, the place of the cache, the worker processes that decode, and whether to encode.
+        data: The images' transform, the cache folder, the worker processes that decode, and whether to encode.
         batch_size: Media encoded at a time.
-        shard_media: Media a shard, the least that an interrupted run does again.
+        shard_media: Media in a shard; an interrupted run repeats at most one shard.
 
     Raises:
-        UserError: The codec reads other media; none can be decoded; a file cannot be read; the place cannot be written
-            or is not seen by all processes; or `data.latents` is `prepared` and some are missing: the message says what
-            there is.
+        UserError: The codec reads other media; none is readable; a file cannot be read; the folder cannot be written or
+            is not shared by all processes; or `data.latents` is `prepared` and some media are missing.
     """
     noun = NOUNS[media.medium]
     if codec.medium != media.medium:
         raise UserError(
-            f"the source '{media.name}' has {noun}s of a modality whose codec reads {NOUNS[codec.medium]}s; set "
+            f"the source '{media.name}' has {noun}s, but the codec of their modality reads {NOUNS[codec.medium]}s; set "
             "'modality' or 'audio_modality' of the source to another, or codecs.MODALITY.path to another codec"
         )
     made_with: dict[str, Any] = {
@@ -234,7 +233,7 @@ def encoded_media(
     key = [made_of, media.fingerprint]
     is_main = accelerator is None or accelerator.is_main_process
 
-    # Decided by one: others could see a shard that has been finished a moment later.
+    # One process decides, because another could see a shard that was finished a moment later.
     known_files = None
     if is_main and not _is_indexed(folder, key):
         known_files = [sorted(size.glob(f"*{SUFFIX}")) for size in sizes]
@@ -272,12 +271,12 @@ def encoded_media(
         encoded.count_encoded({str(file) for files in known_files for file in files})
     if len(media) and not encoded.readable.any():
         (example, *_) = index.skipped().examples[f"unreadable {noun}"]
-        raise UserError(f"none of the {len(media)} {noun}s of '{media.name}' can be read; the first: {example}")
+        raise UserError(f"none of the {len(media)} {noun}s of '{media.name}' is readable; the first: {example}")
     return encoded
 
 
 def _about(media: MediaSet, codec: Codec, made_of: dict[str, Any]) -> dict[str, Any]:
-    """What an index says of itself."""
+    """Description that an index stores about itself."""
     about = {"name": media.name, "made_of": made_of}
     if codec.kind == "codes":
         return about | {"codebook_size": codec.codebook_size}
@@ -286,7 +285,7 @@ def _about(media: MediaSet, codec: Codec, made_of: dict[str, Any]) -> dict[str, 
 
 
 def _agreed(value: _Value, accelerator: Accelerator | None) -> _Value:
-    """The main process's value, on all of them."""
+    """The main process's value on all processes."""
     if accelerator is None or accelerator.num_processes == 1:
         return value
     (agreed,) = broadcast_object_list([value])
@@ -294,19 +293,19 @@ def _agreed(value: _Value, accelerator: Accelerator | None) -> _Value:
 
 
 def _is_indexed(folder: Path, key: object) -> bool:
-    """Whether it is written where all media are encoded, and all of that is there."""
+    """Whether the index is complete and all of its shards exist."""
     place = arrays_folder(str(folder), _INDEX, key)
     if not place.is_dir():
         return False
     if all((folder / name).is_file() for name in StoredArrays(place).strings("files")):
         return True
-    # Someone has removed shards.
+    # Shards were removed.
     shutil.rmtree(place, ignore_errors=True)
     return False
 
 
 def _places(media: MediaSet, entries: Sequence[ShardEntries]) -> npt.NDArray[np.int64]:
-    """[N], which entry of its size's shards is that of each; -1 if none is."""
+    """[N], index of each item in the shards of its size; -1 if it has none."""
     places = np.full(len(media), -1, dtype=np.int64)
     for bucket, of_size in enumerate(entries):
         here = media.buckets == bucket
@@ -315,7 +314,7 @@ def _places(media: MediaSet, entries: Sequence[ShardEntries]) -> npt.NDArray[np.
 
 
 def _plan(media: MediaSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path], shard_media: int) -> list[Shard]:
-    """What to encode, as shards; what is listed several times, once of each size."""
+    """Plan the shards to encode; repeated media are encoded once for each size."""
     plan = []
     is_first = np.zeros(len(missing), dtype=np.bool_)
     for bucket in range(len(sizes)):
@@ -331,9 +330,9 @@ def _plan(media: MediaSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path]
             for start in range(0, len(of_bucket), shard_media):
                 indices = of_bucket[start : start + shard_media]
                 if media.medium == "audio":
-                    # So that what is encoded together is of similar length.
+                    # Sorted, so that items of similar length are encoded together.
                     indices = indices[np.argsort(media.seconds[indices], kind="stable")]
-                # Two runs that do the same work write the same files.
+                # Two runs with the same work write the same files.
                 plan.append(Shard(folder / f"{fingerprint_of(media.stamps[indices])}{SUFFIX}", bucket, indices))
     return plan
 
@@ -404,7 +403,7 @@ def _encode(
 def _why_not(
     folder: Path, media: MediaSet, kind: Literal["latents", "codes"], made_of: dict[str, Any], num_missing: int
 ) -> str:
-    """Why the latents or codes that are wanted are not there, in a sentence."""
+    """A sentence about why the needed latents or codes are missing."""
     cache_dir, noun = folder.parent, NOUNS[media.medium]
     old = ""
     if kind == "latents" and any(cache_dir.glob("latents-*/index.json")):
@@ -424,7 +423,7 @@ def _why_not(
     if not others:
         return f"'{cache_dir}' has no {kind} of '{media.name}'{old}"
     _, path, differing, before = min(others, key=lambda other: other[:2])
-    # Other media of the source are no reason: the other side of the split, say.
+    # Other media of the source do not count, such as those of the other side of the split.
     if not differing:
         return f"'{cache_dir}' has no {kind} of these {len(media):,} {noun}s of '{media.name}' yet{old}"
     parts = [
@@ -437,7 +436,7 @@ def _why_not(
 def _write_index(
     folder: Path, key: object, media: MediaSet, *, about: dict[str, Any], files: Sequence[Sequence[Path]]
 ) -> str | None:
-    """Write where all media are encoded => None, or what is wrong."""
+    """Write the index of all encoded media => None, or an error message."""
     entries, noun = [], NOUNS[media.medium]
     try:
         for of_size in files:
@@ -448,7 +447,7 @@ def _write_index(
         return str(error)
     places = _places(media, entries)
     if (places < 0).any():
-        return f"files have vanished from '{folder}' while others were encoded; start again"
+        return f"files were removed from '{folder}' during encoding; start again"
 
     def build(writer: ArrayWriter) -> None:
         shards = np.zeros(len(media), dtype=np.int64)
@@ -472,7 +471,7 @@ def _write_index(
     try:
         stored_arrays(str(folder), _INDEX, key, build)
     except OSError as error:
-        return f"cannot write to '{folder}': {error.strerror}; free or choose a place"
+        return f"cannot write to '{folder}': {error.strerror}; free disk space, or set another data.cache_dir"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Files of encoded media: written once, whole or not at all, and found by the content of media, not by their place.
+"""Files of encoded media: written atomically, and found by the content of media, not by their path.
 
 A shard is a safetensors file of images of one size, or of audio. It lists the media that a process has worked on:
 `stamps` [N, 2], where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows`
@@ -31,20 +31,20 @@ from transfusion_mot.data.sources.reading import tried_again
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import flush_to_disk
 
-# In place of a row.
+# Row number of media without a row.
 ELSEWHERE, UNREADABLE = -1, -2
 
 SUFFIX = ".safetensors"
-# As safetensors calls them.
+# Names of safetensors.
 _DTYPES = {"F16": np.float16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
-# Writing a shard takes seconds: what has not been touched for this long belongs to a run that is dead.
+# Writing a shard takes seconds, so a temporary file that is older than this belongs to a dead run.
 _STALE_SECONDS = 3600
 # Half of what Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
 _MOST_MAPPED = 2**15
 
 
 def content_key(content: bytes | Image.Image) -> bytes:
-    """What tells an encoded image or audio clip, or a picture, from others."""
+    """Key that identifies an encoded image or audio clip."""
     if isinstance(content, bytes):
         return key_of(content)
     return key_of(content.mode.encode(), repr(content.size).encode(), content.tobytes())
@@ -52,7 +52,7 @@ def content_key(content: bytes | Image.Image) -> bytes:
 
 @dataclass
 class ShardWriter:
-    """Gathers a shard of one kind in memory."""
+    """Collects a shard of one kind in memory."""
 
     kind: Literal["latents", "codes"]
     stamps: list[Keys] = field(default_factory=list)
@@ -129,7 +129,7 @@ def remove_partial(folder: Path) -> None:
 
 
 class ShardEntries:
-    """What shards of images of one size list.
+    """Entries of all shards of one image size.
 
     Args:
         files: The shards.
@@ -157,9 +157,7 @@ class ShardEntries:
                     for arrays, name in ((stamps, "stamps"), (contents, "contents"), (rows, "rows")):
                         arrays.append(shard.get_tensor(name))
             except SafetensorError as error:
-                raise UserError(
-                    f"'{file}' is damaged ({error}); remove it, and what it held is encoded again"
-                ) from None
+                raise UserError(f"'{file}' is damaged ({error}); remove it: its items are then encoded again") from None
             self._reasons |= {count + int(entry): reason for entry, reason in reasons.items()}
             lengths.append(len(rows[-1]))
             count += lengths[-1]
@@ -183,7 +181,7 @@ class ShardEntries:
 
 @lru_cache(maxsize=_MOST_MAPPED)
 def mapped_array(file: str, name: str) -> npt.NDArray[Any]:
-    """What a shard holds under a name, mapped."""
+    """A memory-mapped array of a shard by name."""
     # Neither numpy nor safetensors maps a file without keeping a descriptor for it: a process may have 1,024.
     with tried_again(partial(pa.memory_map, file)) as mapped:
         header_size = int.from_bytes(mapped.read(8), "little")

@@ -1,4 +1,4 @@
-"""Media => latents or codes, shard by shard: what is new is encoded, the rest only recognised by its content."""
+"""Media => latents or codes, shard by shard; known content is recognised and not encoded again."""
 
 import math
 import time
@@ -23,7 +23,7 @@ from transfusion_mot.data.sources.base import NOUNS, MediaSet
 from transfusion_mot.data.sources.keys import KeySet
 from transfusion_mot.errors import UnreadableMedia, UserError
 
-# Compiling takes half a minute; fewer images are encoded sooner without.
+# Compiling takes half a minute; fewer images are encoded faster without it.
 _WORTH_COMPILING = 20_000
 
 
@@ -53,7 +53,7 @@ def check_media_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
             needed = 1 + (height // codec.downsampling) * (width // codec.downsampling)
             if data.slots[modality] < needed:
                 raise UserError(
-                    f"data.slots.{modality} is {data.slots[modality]}, and an image of {height} x {width} pixels takes "
+                    f"data.slots.{modality} is {data.slots[modality]}, but an image of {height} x {width} pixels takes "
                     f"{needed} slots as codes; set data.slots.{modality} to {needed} for each image of a row"
                 )
 
@@ -64,7 +64,7 @@ def _check_audio(data: DataConfig, modality: str, codec: AudioCodec) -> None:
     needed = 1 + math.ceil(longest * codec.codes_per_second)
     if slots < needed:
         raise UserError(
-            f"data.slots.{modality} is {slots}, and audio of {longest:g} seconds (data.max_audio_seconds) takes "
+            f"data.slots.{modality} is {slots}, but audio of {longest:g} seconds (data.max_audio_seconds) takes "
             f"{needed} slots as codes; set data.slots.{modality} to {needed}, or data.max_audio_seconds to "
             f"{math.floor(10 * (slots - 1) / codec.codes_per_second) / 10:g}"
         )
@@ -93,13 +93,13 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
         longest += (data.slots[name] + (0 if reader is None else data.slots[reader])) * max(each)
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise UserError(
-            f"a row has up to {longest} rotary positions, and the model has {model.max_position_embeddings}, beyond "
-            "which its language model has a sliding window or other frequencies; make data.slots smaller"
+            f"a row has up to {longest} rotary positions, but its language model supports only "
+            f"{model.max_position_embeddings} (sliding window or other frequencies); make data.slots smaller"
         )
 
 
 class Shard(NamedTuple):
-    """What becomes one file: media of one bucket, by their index."""
+    """Media of one file, all of one bucket, by their index."""
 
     file: Path
     bucket: int
@@ -111,9 +111,9 @@ class _Item(NamedTuple):
 
     Attributes:
         content: Hash of its content.
-        decoded: What the codec takes, unless its content is encoded already or it cannot be decoded.
+        decoded: Input of the codec, unless its content is already encoded or it cannot be decoded.
         reason: Why it cannot be decoded.
-        failure: A sentence for the user, which the data loader would bury under a traceback: why it was not read.
+        failure: Why it was not read, as a sentence for the user, which the data loader would hide under a traceback.
     """
 
     content: bytes
@@ -123,7 +123,8 @@ class _Item(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """What `_Item` says of some media, which of them are new, and these: images as one tensor, audio clips as many."""
+    """Fields of `_Item` for a batch, which items are new, and the decoded new ones: images as one tensor, audio as
+    many."""
 
     contents: list[bytes]
     reasons: list[str]
@@ -133,12 +134,12 @@ class _Decoded(NamedTuple):
 
 
 class _Decoding(Dataset[_Item]):
-    """Reads, recognises and decodes media for a codec; `known` are the contents of each bucket that are encoded."""
+    """Reads, recognises and decodes media for a codec; `known` are the encoded contents of each bucket."""
 
     def __init__(self, media: MediaSet, codec: Codec, known: Sequence[KeySet]) -> None:
         self.media = media
         self.known = known
-        # Not the codec itself: workers need no weights.
+        # The codec itself is not kept, because workers need no weights.
         self.sample_rate = self.fewest_samples = 0
         if codec.medium == "audio":
             self.sample_rate = codec.sample_rate
@@ -151,7 +152,7 @@ class _Decoding(Dataset[_Item]):
             return _Item(content_key(error.reason.encode()), reason=error.reason)
         except FileNotFoundError:
             what = f"{NOUNS[self.media.medium]} '{self.media.where(index)}'"
-            return _Item(b"", failure=f"{what} was there when its source was opened, and is not; start again")
+            return _Item(b"", failure=f"{what} was removed after its source was opened; start again")
         except UserError as error:
             return _Item(b"", failure=str(error))
         key = content_key(content)
@@ -202,7 +203,7 @@ def encode_shards(
     description: str | None,
     refusal: str | None,
 ) -> float:
-    """Write shards of `media`; worker processes read and decode what the codec takes next.
+    """Write shards of `media`; worker processes read and decode ahead of the codec.
 
     A shard is gathered in memory before it is written: its media as latents or codes, and mirrored images.
 
@@ -257,7 +258,8 @@ def encode_shards(
                 writer.write(shard.file)
             except OSError as error:
                 raise UserError(
-                    f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free or choose a place"
+                    f"cannot write {codec.kind} to '{shard.file.parent}': {error.strerror}; free disk space, or set "
+                    "another data.cache_dir"
                 ) from None
     return decoded_media.waited / (time.perf_counter() - begun)
 
@@ -295,7 +297,7 @@ def _single_thread(worker: int) -> None:
 
 
 class _Timed:
-    """Goes through an iterable once and adds up how long that took."""
+    """Iterates over an iterable once and measures the waiting time."""
 
     def __init__(self, batches: Iterable[_Decoded]) -> None:
         self.batches = batches

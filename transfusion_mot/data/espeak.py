@@ -1,6 +1,6 @@
-"""Speech by the engine espeak-ng, which the package `espeakng-loader` carries with its voices.
+"""Speech by the engine espeak-ng from the package `espeakng-loader`, which contains its voices.
 
-The engine's state is global and it is no library for threads: a process speaks one text at a time.
+The engine's state is global and not thread-safe: a process speaks one text at a time.
 """
 
 import ctypes

@@ -96,7 +96,7 @@ def _package_files(path: Path) -> Iterator[tuple[str, bytes]]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}; give the packages {_PACKAGES}") from None
-    refusal = UserError(f"'{path}' is no Debian package; give the packages {_PACKAGES}")
+    refusal = UserError(f"'{path}' is not a Debian package; give the packages {_PACKAGES}")
     if not content.startswith(b"!<arch>\n"):
         raise refusal
     start = 8

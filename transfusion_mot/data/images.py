@@ -1,4 +1,4 @@
-"""Image files => uint8 arrays => pixels in [-1, 1], and back to pictures one can look at."""
+"""Image files => uint8 arrays => pixels in [-1, 1], and back to images."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ImageArray = npt.NDArray[np.uint8]
 ImageFit = Literal["crop", "stretch", "pad"]
-# What Pillow opens: a path, a file's content or the file itself, or a picture.
+# Inputs of Pillow: a path, a file's content, an open file, or a picture.
 ImageInput = str | Path | bytes | BinaryIO | Image.Image
 
 _CELL = 128
@@ -48,14 +48,14 @@ def load_image(
 ) -> ImageArray:
     """A picture of any mode and size => `uint8 [height, width, 3]`, RGB.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit grey is brought to 8 bits, and the picture is
-    brought to its size with antialiased Lanczos. Of an animation the first frame is taken.
+    The EXIF orientation is applied, transparency becomes white, 16-bit grey is reduced to 8 bits, and the picture is
+    resized with antialiased Lanczos. The first frame of an animation is used.
 
     Args:
         source: A file, its path or its content, or a picture.
         image_size: (height, width), or one number for both.
-        fit: `crop` cuts out the centre in the wanted proportions, `stretch` changes the proportions, `pad` adds white.
-        name: What to call the picture in messages, if not by its path.
+        fit: `crop` cuts the edges, `stretch` changes the proportions, `pad` adds white.
+        name: Name of the picture in messages; None is its path.
 
     Raises:
         UnreadableImage: The file is missing, no image, cut off, has more pixels than Pillow's limit against
@@ -71,7 +71,7 @@ def load_image(
 
 
 def displayed_size(source: ImageInput, name: str | None = None) -> tuple[int, int]:
-    """(height, width) of a picture as it is seen, from its header alone.
+    """(height, width) of a picture as displayed, read only from its header.
 
     Raises:
         UnreadableImage, UserError: As `load_image`, as far as the header tells.
@@ -129,7 +129,7 @@ def _read_at(file: BufferedReader, place: int, length: int) -> bytes:
 
 
 def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int16]:
-    """Index of the bucket (height, width) whose proportions are nearest to those of each of `sizes` `[N, 2]`."""
+    """Index of the bucket (height, width) with the closest aspect ratio, for each of `sizes` `[N, 2]`."""
     proportions = np.log(sizes[:, 0] / sizes[:, 1])
     wanted = np.log([height / width for height, width in buckets])
     nearest = np.zeros(len(sizes), dtype=np.int16)
@@ -144,7 +144,7 @@ def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int,
 
 @contextmanager
 def _opened(source: ImageInput, name: str | None) -> Iterator[tuple[Image.Image, str]]:
-    """A picture that is not decoded yet, with its name; whatever goes wrong with it is a `UserError` that names it."""
+    """A picture that is not decoded yet, with its name; all errors become a `UserError` that names it."""
     name = _name_of(source, name)
     with _errors_told(name), ExitStack() as stack:
         if isinstance(source, Image.Image):
@@ -207,7 +207,7 @@ def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _samples_of(image: Image.Image) -> str:
-    """What Pillow calls the samples of a file that is not decoded yet, for example "I;16B"; "" if it is not known."""
+    """Pillow's name of the sample format of a file that is not decoded yet, such as "I;16B"; "" if unknown."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -255,7 +255,7 @@ def draw_svg(svg: str, size: int) -> Image.Image:
 
 
 def draw_transparent_svg(svg: str, size: int) -> Image.Image:
-    """An SVG without a ground => RGBA picture `size` pixels high and wide; needs the package resvg-py."""
+    """An SVG without a background => RGBA picture `size` pixels high and wide; needs the package resvg-py."""
     import resvg_py
 
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))).convert("RGBA")

@@ -1,10 +1,10 @@
-"""Look at the data of a configuration before training on it.
+"""Inspect the data of a configuration before training.
 
     python -m transfusion_mot.data.inspect --config configs/emoji_small.yaml --picture row.png
 
-Prints how long the documents of each source are, what packing some hundred rows of the configuration leaves empty,
-cuts and drops, what each source gives to them, and the slots that would fit the documents best; and draws one row.
-Nothing is encoded. Any setting of train.py can be given behind the options, as key=value.
+Packs some hundred rows and prints the lengths of each source's documents, empty slots, cut and dropped documents, the
+share of each source, and the best numbers of slots. With --picture it draws one row. Nothing is encoded. Any setting
+of train.py can be given after the options as key=value.
 """
 
 import argparse
@@ -34,8 +34,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=int, default=400, metavar="N", help="rows to pack (default: 400)")
-    parser.add_argument("--slots", type=int, metavar="S", help="slots a row may have (default: as configured)")
-    parser.add_argument("--picture", default="row.png", metavar="FILE", help="where to draw a row (default: row.png)")
+    parser.add_argument(
+        "--slots", type=int, metavar="S", help="maximum slots of a row in suggested layouts (default: as configured)"
+    )
+    parser.add_argument(
+        "--picture", default="row.png", metavar="FILE", help="picture of a row to write (default: row.png)"
+    )
     given, rest = parser.parse_known_args(arguments)
     if given.rows < 1:
         raise UserError(f"--rows is {given.rows}; it must be at least 1")
@@ -79,7 +83,7 @@ _BAR = 40
 
 
 class _Unencoded:
-    """Stands in for a cache: what packing sees of media is whether they can be read and how many slots they take."""
+    """Replaces a cache, because packing only needs the readability of media and their number of slots."""
 
     def __init__(self, media: MediaSet) -> None:
         self.readable = np.ones(len(media), dtype=np.bool_)
@@ -239,7 +243,7 @@ class Inspection:
         return counts, rows.batch, num_slots
 
     def layout(self, slots: dict[str, int], num_rows: int = _ROWS_PER_LAYOUT) -> Layout:
-        """What packing makes of a layout."""
+        """Pack rows with a layout and measure it."""
         data = dataclasses.replace(self.data, slots=slots)
         counts, batch, num_slots = self.pack(data, num_rows)
         cut = counts["truncated_captions"] / max(1, self.num_captioned(counts))
@@ -259,7 +263,7 @@ class Inspection:
         return slots // 2 if self.data.has_copies and name not in self.config.model.readers else slots
 
     def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
-        """Layouts of at most `budget` slots, the best one first.
+        """Layouts with at most `budget` slots, the best one first.
 
         Of several modalities besides text they are in the proportion in which documents take slots. Of one, with texts,
         which fill what is left, the best is the one whose media take closest to half of the slots (Transfusion, section
@@ -350,7 +354,7 @@ def histogram(values: npt.NDArray[np.int64], what: str, num_bins: int = 12) -> I
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print and draw, as the command line says."""
+    """Run the command line."""
     given, settings = parse_arguments(arguments)
     config = settled_config(settings)
     prepare_picture(Path(given.picture))
@@ -402,7 +406,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"  {100 * counts['pad_slots'] / num_slots:.2f} % of the slots are padding; filled: {', '.join(full)}")
     print(f"  {counts['truncated_captions']} of {counted({'caption': inspection.num_captioned(counts)})} are cut")
     cut = sum(counts[counter(name, "cut_documents")] for name in sources.names)
-    print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and go on in a later row")
+    print(f"  {counted({'document': cut})} of texts, or of texts and media, are cut and continue in a later row")
     print("  " + sources.report(counts).replace("\n", "\n  "))
 
     budget = given.slots or batch.slots.order.shape[1]
@@ -414,7 +418,10 @@ def main(arguments: Sequence[str]) -> None:
     layouts = inspection.suggested(budget, longest, mean, clean_slots_each)
     print(f"\nlayouts of at most {budget} slots a row, the best first:")
     if inspection.has_texts and len(inspection.item_slots) == 1:
-        print("  (texts fill what is left over, so nothing is padding; best is closest to half of the slots for media)")
+        print(
+            "  (texts fill the remaining slots, so nothing is padding; the best layout has about half of the slots "
+            "for media)"
+        )
     columns = [f"data.slots.{name}" for name in shape.blocks]
     width = max(21, *(2 + len(column) for column in columns))
     header = "".join(f"{column:>{width}}" for column in columns)

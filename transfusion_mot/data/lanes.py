@@ -1,4 +1,4 @@
-"""What a lane remembers from one row to the next, as a vector of integers of fixed size."""
+"""State of a lane between rows, as a vector of integers of fixed size."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -11,12 +11,12 @@ _NOTHING = (-1, -1, -1)
 
 
 class Waiting(NamedTuple):
-    """A document, or what is left of one, that has been taken from its pool and is not (wholly) in a row.
+    """A document, or the rest of one, that was taken from its pool but is not (completely) in a row.
 
     Attributes:
-        pool: Where it was taken from.
-        number: How many documents the lane had taken from the pool before it.
-        used: Tokens of text, codes and media slots of it that are in rows.
+        pool: Pool of the document.
+        number: Number of documents that the lane had taken from the pool before it.
+        used: Its text tokens, codes and media slots that are already in rows.
     """
 
     pool: int
@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
 
 
 class LaneSizes(NamedTuple):
-    """What the length of a lane's state follows from.
+    """Sizes that determine the length of a lane's state.
 
     Attributes:
         pools: Number of pools.
@@ -45,9 +45,9 @@ class LaneState:
     """State of a lane.
 
     Attributes:
-        taken: Documents taken from each pool.
-        begun: Of each modality of tokens, the document that was cut where the last row ended.
-        waiting: Documents with media that had no room, of each bucket; the one that has waited longest comes first.
+        taken: Number of documents taken from each pool.
+        begun: For each modality of tokens, the document that was cut at the end of the last row.
+        waiting: For each bucket, documents with media that had no room; the one that has waited longest comes first.
     """
 
     taken: list[int]
@@ -56,12 +56,12 @@ class LaneState:
 
     @classmethod
     def initial(cls, sizes: LaneSizes) -> Self:
-        """Of a lane that has read nothing."""
+        """State of a lane that has read nothing."""
         return cls([0] * sizes.pools, [None] * sizes.streams, [[] for _ in range(sizes.buckets)])
 
     @classmethod
     def from_array(cls, array: LaneArray, sizes: LaneSizes) -> Self:
-        """The state that `to_array` made `array` of."""
+        """The state from an array of `to_array`."""
         entries = [Waiting(*entry) for entry in array[sizes.pools :].reshape(-1, 3).tolist()]
         starts = range(sizes.streams, len(entries), sizes.lookahead)
         return cls(

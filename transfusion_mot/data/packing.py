@@ -1,4 +1,4 @@
-"""Documents into full rows: the row of a lane at a step is a pure function of (seed, lane, step, state of the lane).
+"""Pack documents into rows. The row of a lane at a step is a pure function of (seed, lane, step, state of the lane).
 
 Lane r of R takes documents r, r + R, r + 2R, ... of every pool's shuffled sequence, so that all lanes together read
 each document once per epoch.
@@ -29,14 +29,14 @@ _SOURCE_DRAWS = 2**62 + 1
 _BUCKET_DRAWS = 2**62 + 2
 _EPOCH_DRAWS = 2**63
 
-# BOS or EOS or a word, begin and end token: nothing with media is shorter.
+# Minimum text tokens of a document with media: BOS, EOS or a word, and begin and end token.
 _SHORTEST_DOCUMENT = 3
-# So many documents in turn without anything readable are no accident.
+# This many successive unreadable documents are not an accident.
 _MOST_DROPPED = 1000
 
 
 def counted_by(model: ModelConfig) -> list[str]:
-    """What rows report besides the counters of sources: documents that filled a stream, slots filled of each modality
+    """Counters of rows besides those of sources: documents that filled a stream, slots filled of each modality
     (those of copies, too), slots left empty, captions cut, and media of each modality."""
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),
@@ -51,12 +51,12 @@ class Packer:
     """Builds rows.
 
     Args:
-        sources: What rows are filled from.
-        tokenizer: Turns text into ids and knows the special ones.
-        config: Slots of a row and the draws that shape documents.
+        sources: Sources of the documents.
+        tokenizer: The text tokenizer.
+        config: Slots of a row, and the chances of document templates.
         model: Modalities, rotary positions and patch sizes.
         num_lanes: Rows R of a global batch.
-        seed: Of the run.
+        seed: The run's seed.
         timesteps_from_uniform: The objective's distribution of timesteps.
     """
 
@@ -88,10 +88,10 @@ class Packer:
             for pools in sources.media_pools
         ]
         self._reader = DocumentReader(tokenizer, config, model.readers)
-        # One for all draws, set anew for each: making one takes eight times as long.
+        # One generator for all draws, which is reseeded: making a new one takes eight times as long.
         self._generator = np.random.Generator(np.random.Philox(0))
         self._round_keys: dict[tuple[int, int], list[int]] = {}
-        # Documents that wait or are cut, so that they are not read again for every row.
+        # Cache of documents that wait or are cut, so that they are not read again for every row.
         self._read: dict[tuple[int, int, int], Document] = {}
 
     def initial_state(self) -> LaneArray:
@@ -114,7 +114,7 @@ class Packer:
     def rows(
         self, lanes: Sequence[int], step: int, states: NDArray[np.int64], bucket: int | None = None
     ) -> tuple[Rows, NDArray[np.int64], Counter[str]]:
-        """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states behind them, what was counted).
+        """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states after them, counters).
 
         Args:
             bucket: Of the media; that of the step if None.
@@ -143,10 +143,10 @@ class Packer:
         return arrays.rows(), new_states, counts
 
     def _add_documents(self, row: Row, lane: int, state: LaneState, bucket: int, counts: Counter[str]) -> None:
-        """Fill the slots of media: first with documents that wait, in the order in which they came, then with new ones.
+        """Fill the slots of media: first with waiting documents in their order, then with new ones.
 
-        What does not fit waits for a later row while others are tried. The first one always fits, and so none waits for
-        ever.
+        A document that does not fit waits for a later row while others are tried. The first one always fits, so none
+        waits forever.
         """
         waiting: list[Waiting] = []
         for entry in state.waiting[bucket]:
@@ -161,11 +161,11 @@ class Packer:
         state.waiting[bucket] = waiting
 
     def _place(self, row: Row, lane: int, entry: Waiting, counts: Counter[str]) -> list[Waiting]:
-        """Add a document, or the next piece of one that is longer than a row, if there is room => what still waits."""
+        """Add a document, or the next piece of one longer than a row, if there is room => the part that still waits."""
         document = self._document(lane, entry)
         piece = document.piece(entry.used, self.config.slots, self.tokenizer.begin_ids)
         if not piece.segments:
-            # Its media could be read when it was taken, and after the run was resumed they cannot.
+            # Its media were readable when it was taken, but not after the run was resumed.
             self._drop(lane, entry, counts)
             return []
         if any(count > row.free[name] for name, count in piece.slots.items()):
@@ -204,9 +204,9 @@ class Packer:
         return []
 
     def _take(self, lane: int, state: LaneState, pools: list[int], kind: int, counts: Counter[str]) -> Waiting:
-        """Take the lane's next document of which something can be read from `pools`, which are numbered `kind`.
+        """Take the lane's next document with a readable item from `pools`, which are numbered `kind`.
 
-        Which pool it comes from is a function of how many documents the lane has taken from them, not of the row.
+        The pool depends on the number of documents that the lane has taken from them, not on the row.
         """
         for _ in range(_MOST_DROPPED):
             pool = pools[0]
@@ -226,8 +226,8 @@ class Packer:
             self._drop(lane, entry, counts)
         place = self.sources.sources[self.sources.pools[pool].source].documents.name
         raise UserError(
-            f"nothing of {_MOST_DROPPED} documents in turn can be read, the last of source '{place}'; is its folder "
-            "still there and whole?"
+            f"{_MOST_DROPPED} successive documents have no readable item, the last in source '{place}'; check that "
+            "its folder still exists and is complete"
         )
 
     def _drop(self, lane: int, entry: Waiting, counts: Counter[str]) -> None:
@@ -235,7 +235,7 @@ class Packer:
         del self._read[lane, entry.pool, entry.number]
 
     def _document(self, lane: int, entry: Waiting) -> Document:
-        """The document; its layout has draws of its own, which do not change while it waits for a row with room."""
+        """The document; its layout has separate draws, which do not change while it waits for a row with room."""
         key = lane, entry.pool, entry.number
         if key not in self._read:
             pool = self.sources.pools[entry.pool]
@@ -245,7 +245,7 @@ class Packer:
         return self._read[key]
 
     def _position(self, pool: Pool, index: int, lane: int, number: int) -> int:
-        """Which item of a pool is the lane's next: one global shuffled order per epoch, dealt out to the lanes."""
+        """Index in a pool of the lane's next item: one global shuffled order per epoch, divided among the lanes."""
         epoch, position = divmod(lane + number * self.num_lanes, pool.length)
         if (index, epoch) not in self._round_keys:
             # Lanes are seldom more than an epoch of a pool apart; what is older can be drawn again.
@@ -257,9 +257,9 @@ class Packer:
         return permuted(position, pool.length, self._round_keys[index, epoch])
 
     def _rng(self, lane: int, purpose: int, number: int = 0, kind: int = 0) -> np.random.Generator:
-        """Draws of their own for every purpose: a step of a row, a layout, a choice of source, an epoch.
+        """A generator with a separate seed for each purpose: a step of a row, a layout, a choice of source, an epoch.
 
-        They end with the next call.
+        It is valid until the next call.
         """
         self._generator.bit_generator.state = {
             "bit_generator": "Philox",

@@ -1,4 +1,4 @@
-"""A shuffled order as a function of the position: no array, however many items there are."""
+"""A shuffled order as a function of the position, without an array, for any number of items."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Rows being filled: the arrays of a batch on the host, and where a document's slots go in them."""
+"""Arrays of a batch on the host, and filling of rows with the slots of documents."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Block:
         capacity: Tokens, or media slots K.
         latent_shape: [C, Y, X] of a media slot; None for tokens.
         grid: Rows and columns of patches of a media slot; (1, 1) for tokens.
-        is_read: Whether its media are those of another modality, clean and without a loss.
+        is_read: Whether it holds clean media of another modality, without a loss.
     """
 
     start: int
@@ -102,7 +102,7 @@ class RowShape:
 
     @property
     def causal_pairs(self) -> float:
-        """Pairs of slots that attend if a row is one document whose spans see all of themselves: the most there are."""
+        """Maximum number of attending pairs of slots: a row is one document with bidirectional spans."""
         inside = sum(b.capacity * b.slots_each * (b.slots_each - 1) / 2 for b in self.blocks.values())
         return self.num_slots * (self.num_slots + 1) / 2 + inside
 
@@ -164,7 +164,7 @@ class RowArrays:
                 self.media[name] = np.zeros((*rows, height, width, 3), dtype=np.uint8)
 
     def rows(self) -> Rows:
-        """As tensors."""
+        """The rows as tensors."""
         inputs: dict[str, ModalityInput] = {}
         for name, block in self.shape.blocks.items():
             if block.latent_shape is None:
@@ -186,7 +186,7 @@ class Row:
     """A row being filled.
 
     Attributes:
-        free: Tokens or media slots that are left, by modality.
+        free: Remaining tokens or media slots, by modality.
     """
 
     def __init__(self, arrays: RowArrays, row: int) -> None:
@@ -241,7 +241,7 @@ class Row:
         order: NDArray[np.int64],
         rope_positions: NDArray[np.int64],
     ) -> None:
-        """Say of the next `count` tokens or media slots of a modality what they belong to and where they stand."""
+        """Set the ids of the next `count` tokens or media slots of a modality."""
         block = self.arrays.shape.blocks[name]
         used = block.capacity - self.free[name]
         self.free[name] -= count
@@ -258,7 +258,7 @@ class Row:
         rng: np.random.Generator,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Write the tokens, and draw what is random about the latents, one modality after the other."""
+        """Write the tokens, and draw noise and timesteps of the latents, one modality after the other."""
         for name, ids in self._ids.items():
             self.arrays.ids[name][self.row, : len(ids)] = ids
             self.arrays.labels[name][self.row, : len(ids)] = self._labels[name]
@@ -282,7 +282,7 @@ class Row:
         rng.standard_normal(dtype=np.float32, out=noise)
         for source, media, slots in placed:
             content: LatentMedia = media.content
-            # What is only read is read as when sampling: without noise, and without a draw from the posterior.
+            # As in sampling, media that are only read have no noise and no draw from the posterior.
             spread = 0.0 if media.is_condition else posterior_noise[slots[0]]
             latents = spread
             encoded = sources.sources[source].encoded.get(name)

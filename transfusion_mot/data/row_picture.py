@@ -1,4 +1,4 @@
-"""A picture of one row: what stands in its slots, its documents in reading order, and who attends to whom."""
+"""A picture of one row: its slots, its documents in reading order, and which slots attend to which."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,7 +308,7 @@ def _draw_documents(
 
 @dataclass(frozen=True)
 class _Word:
-    """What is shown of a document.
+    """The displayed parts of a document.
 
     Attributes:
         text: What to write.
@@ -322,7 +322,7 @@ class _Word:
 
 
 def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word]:
-    """What a document shows from left to right: words, special tokens, media."""
+    """Parts of a document from left to right: words, special tokens, media."""
     special = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
     special |= {token: f"begin of {name}" for name, token in tokenizer.begin_ids.items()}
     special |= {token: f"end of {name}" for name, token in tokenizer.end_ids.items()}

@@ -1,4 +1,4 @@
-"""Captions of scenes, from terse to sentences."""
+"""Captions of scenes, from a few words to sentences."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Scenes without end: scene i of a side is a pure function of the drawings, a seed and i."""
+"""Unlimited scenes: scene i of a side is a pure function of the drawings, a seed and i."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What can stand in a composed scene: things with a drawing, by the words that people use for them."""
+"""Things in composed scenes: their drawings and the nouns for them."""
 
 import re
 from dataclasses import dataclass

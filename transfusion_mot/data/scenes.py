@@ -1,6 +1,7 @@
-"""Scenes as records: which drawings stand where, in which colours, and the words for that.
+"""Scenes as records: drawings with their places and colours, and the caption.
 
-They are composed by `data/scene_composer.py`, told by `data/scene_captions.py` and drawn by `data/scene_drawing.py`.
+`data/scene_composer.py` composes them, `data/scene_captions.py` writes the captions, and `data/scene_drawing.py` draws
+them.
 """
 
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the drawings.
+    """The background of the drawings.
 
     Attributes:
         pattern: Of one paint if it is plain, else of two.
@@ -111,7 +112,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """The contents of a picture.
 
     Attributes:
         groups: One to three.

@@ -1,7 +1,8 @@
-"""Speech of emoji names and of WordNet's definitions: `python -m transfusion_mot.data.speech --output data/speech`.
+"""Make speech of emoji names and of WordNet's definitions: `python -m transfusion_mot.data.speech --output
+data/speech`.
 
-The voices are those of espeak-ng. What is spoken of a picture is its name ("octopus"), without the style of the
-drawing. The output holds four folders, each a source of training or of evaluation:
+The voices are those of espeak-ng. The spoken text of a picture is its name ("octopus"), without the style of the
+drawing. The output has four folders, each a source for training or evaluation:
 
     captions/    emoji names; each line names its picture, too: documents of picture, text and speech
     glosses/     definitions of WordNet: text and speech
@@ -130,7 +131,7 @@ def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) 
 
 
 def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]:
-    """What is held out, once more, by the voices that do not speak in training."""
+    """The held-out texts again, by voices that do not speak in training."""
     return [
         Utterance(
             "new_voices",
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = {"voices": [*VOICES, *NEW_VOICES], "seed": given.seed}
     before = claim(output / "corpus.json", settings)
     if before != settings:
-        raise UserError(f"'{output}' holds speech of {before}, and {settings} is asked for; give another --output")
+        raise UserError(f"'{output}' holds speech of {before}, but {settings} is requested; give another --output")
     lengths = write_corpus(utterances, output, seed=given.seed, workers=given.workers)
     if prompts:
         lengths["human", "held_out"] = write_human(prompts, output)

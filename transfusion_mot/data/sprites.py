@@ -1,4 +1,4 @@
-"""Drawings to compose scenes of, with transparent ground: `python -m transfusion_mot.data.sprites --output DIR`.
+"""Make drawings for scenes, with a transparent background: `python -m transfusion_mot.data.sprites --output DIR`.
 
 The drawings are those of the npm package `@iconify/json`, without the skin tones of people. A folder of them holds
 `sprites.bin`, lossless WebP files one behind the other, and `sprites.jsonl`, a line for each: where it lies, its style
@@ -95,8 +95,8 @@ class Sprites:
         needed = sum(sprite.place[1] for sprite in self.sprites)
         if len(self._pictures) != needed:
             raise UserError(
-                f"'{self.folder / _PICTURES}' has {len(self._pictures):,} bytes, and {needed:,} are listed; write the "
-                "folder anew"
+                f"'{self.folder / _PICTURES}' has {len(self._pictures):,} bytes, but {needed:,} are listed; make the "
+                "folder again"
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The text tokenizer, and the one place where the special tokens are named."""
+"""The text tokenizer and its special tokens."""
 
 import hashlib
 import json
@@ -16,23 +16,23 @@ from transfusion_mot.hub_names import ask_hub, refuse_missing_path
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 _NUM_BYTES = 256
-# In the settings of the tokenizer of a language model: whether its documents begin with the begin of text.
+# Setting of a language model's tokenizer: whether documents begin with the begin of text.
 _BEGINS_WITH_BOS = "documents_begin_with_bos"
 
 
 class TextTokenizer:
     """A Hugging Face tokenizer with the special tokens that documents need.
 
-    The begin and end tokens of each modality are added behind its largest id, as are begin of text, end of text and
-    padding where it has none; existing ids stay what they are.
+    The begin and end tokens of each modality are added after its largest id, and so are begin of text, end of text and
+    padding if they are missing. Existing ids do not change.
 
-    To that of a pretrained language model no begin of text and no padding are added. Documents begin as its texts do:
-    with its begin of text if it puts one before each text, else with their first token.
+    The tokenizer of a pretrained language model gets no begin of text and no padding. Documents begin like its own
+    texts: with its begin of text if it puts one before each text, else with their first token.
 
     Args:
         hf: The tokenizer to wrap.
-        modalities: Those of the model; text, which needs no delimiters, may be among them.
-        of_language_model: It is that of a pretrained language model. Saved tokenizers know it themselves.
+        modalities: Modalities of the model; text needs no delimiters and may be included.
+        of_language_model: Whether it belongs to a pretrained language model. Saved tokenizers store it themselves.
 
     Attributes:
         hf: The wrapped tokenizer.
@@ -40,7 +40,7 @@ class TextTokenizer:
         bos_id, eos_id: Begin of text, which may be missing in that of a language model, and end of a document.
         begin_ids, end_ids: Begin and end token of each modality but text.
         pad_id: Filler of unused text slots.
-        special_ids: All that stand for no text, in order.
+        special_ids: All ids that do not represent text, in order.
         vocab_size: One more than the largest id.
         fingerprint: Hash of everything that decides the ids.
     """
@@ -63,7 +63,7 @@ class TextTokenizer:
         hf.add_tokens([_special(name) for name in delimiters], special_tokens=True)
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
-        # Nothing is learnt of what fills unused slots, and nothing sees it.
+        # Filler of unused slots has no loss, and no slot sees it.
         self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
         begins_with_bos = hf.init_kwargs.get(_BEGINS_WITH_BOS, True)
         self.document_start = [self.bos_id] if begins_with_bos and self.bos_id is not None else []
@@ -82,7 +82,7 @@ class TextTokenizer:
         self._encoder.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens: a "<bos>" that somebody types is five characters, not a command."""
+        """Ids of a text, without special tokens: a typed "<bos>" is five characters, not a special token."""
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -98,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, modalities: Sequence[
     """Train a byte-level BPE: every Unicode text is encoded and decoded without loss.
 
     Args:
-        texts: What the merges are learnt from.
+        texts: Training texts.
         vocab_size: Number of ids, of which 256 are bytes, 3 special tokens, and 2 delimiters of each modality but text;
             fewer come out if `texts` have fewer distinct words.
         modalities: Those of the model.
@@ -142,10 +142,10 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
             "save_pretrained, or the name of one on the Hugging Face hub"
         ) from None
     if not hf.is_fast:
-        raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation, which is needed")
+        raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation; give one that has")
     if not set(hf.get_vocab()) - set(hf.added_tokens_encoder):
-        # What transformers makes of a folder with a model's configuration and no file of a tokenizer.
-        raise UserError(f"there are no files of a tokenizer at '{path_or_name}'; give a folder that has them")
+        # transformers returns this for a folder with a model's configuration but no tokenizer files.
+        raise UserError(f"'{path_or_name}' has no tokenizer files; give a folder that has them")
     return TextTokenizer(hf, modalities, of_language_model)
 
 

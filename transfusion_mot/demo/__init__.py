@@ -1,1 +1,1 @@
-"""A page to play with a trained model, a file for each tab: python -m transfusion_mot.demo --checkpoint runs/emoji"""
+"""A page to try a trained model, with one file for each tab: python -m transfusion_mot.demo --checkpoint runs/emoji"""

@@ -8,7 +8,9 @@ from transfusion_mot.path_options import PathOption
 
 def main() -> None:
     """Serve the page until it is interrupted."""
-    parser = OneLineParser(prog="python -m transfusion_mot.demo", description="A page to play with a trained model.")
+    parser = OneLineParser(
+        prog="python -m transfusion_mot.demo", description="A page to try a trained model in the browser."
+    )
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -1,4 +1,4 @@
-"""The tab of documents: the model goes on with a text, and decides itself when it writes and when it paints."""
+"""The tab of documents: the model continues a text and decides when it writes and when it paints."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""The tab that edits a picture; of models that were trained on editing pairs."""
+"""The tab that edits a picture, for models that were trained on editing pairs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pictures of a painting while it goes on."""
+"""Intermediate pictures during painting."""
 
 import queue
 import threading

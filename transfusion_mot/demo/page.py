@@ -1,4 +1,4 @@
-"""The page: a line about the model, the tabs of what it can do, and the history."""
+"""The page: a line about the model, a tab for each of its tasks, and the history."""
 
 from typing import Any
 

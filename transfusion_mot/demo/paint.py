@@ -190,7 +190,7 @@ class PaintTab:
 
     def add_history(self) -> None:
         """Add the history below the tabs."""
-        title = gr.Markdown("History: a click puts the settings of a picture back", elem_id="past", visible=False)
+        title = gr.Markdown("History: click a picture to restore its settings", elem_id="past", visible=False)
         # Nothing is there before the first picture.
         shown = gr.Gallery(
             show_label=False,

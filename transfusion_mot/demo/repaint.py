@@ -1,4 +1,4 @@
-"""The tab that varies a picture, or paints a part of it anew, which the visitor draws; of any model that paints."""
+"""The tab that varies a picture, or repaints a part marked by the visitor, for any model that paints."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -122,7 +122,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def mask_of(layers: list[Image.Image]) -> Image.Image | None:
-    """What is drawn in layers, as white on black; None if nothing is."""
+    """The drawn layers as white on black; None if they are empty."""
     drawn = [np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in layers]
     white = np.logical_or.reduce(drawn) if drawn else np.zeros(1, bool)
     return Image.fromarray((255 * white).astype(np.uint8)) if white.any() else None

@@ -1,4 +1,4 @@
-"""What the tabs share: Gradio, where it is installed, limits, uploads and mistakes shown to a visitor."""
+"""Shared parts of the tabs: Gradio, if installed, limits, uploads and error messages for visitors."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ def mistakes_shown() -> Iterator[None]:
 
 
 def refused(message: str) -> Exception:
-    """What shows a message on the page when it is raised."""
+    """An exception that shows a message on the page."""
     error: Exception = gr.Error(message, print_exception=False)
     return error
 

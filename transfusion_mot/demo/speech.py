@@ -1,4 +1,4 @@
-"""The tab of audio: text or a picture to speech, and speech to text or pictures; of models with speech."""
+"""The tab of audio, for models with speech: text or a picture to speech, and speech to text or pictures."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

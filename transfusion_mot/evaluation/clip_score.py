@@ -1,4 +1,4 @@
-"""How well images match texts, by the cosine of CLIP embeddings: CLIP score, PickScore, HPSv2, and of captions."""
+"""Match of images and texts by the cosine of CLIP embeddings: CLIP score, PickScore, HPSv2, CLIPScore of captions."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -254,7 +254,7 @@ def clip_scores(
 
 
 def suffixes(clips: Sequence[Clip]) -> list[str]:
-    """What tells the numbers of several CLIP models apart: nothing for the first, and the names of the others."""
+    """Suffixes of the numbers of several CLIP models: empty for the first, names for the others."""
     return [f", {Path(clip.name).name}" if place else "" for place, clip in enumerate(clips)]
 
 

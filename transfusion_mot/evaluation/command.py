@@ -1,4 +1,4 @@
-"""What the commands that print numbers share: options, and where the numbers go."""
+"""Shared options and output of the commands that print numbers."""
 
 import argparse
 import logging
@@ -65,7 +65,7 @@ def add_painted(parser: argparse.ArgumentParser) -> None:
         action=PathOption,
         check=existing("the folder generated/ of evaluate/benchmark.py"),
         metavar="GENERATED_FOLDER",
-        help="pictures and lines, laid out as GenEval's",
+        help="folder of pictures in GenEval's layout",
     )
 
 
@@ -87,7 +87,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=writable_file,
         metavar="FILE",
-        help="also write the numbers as JSON, with how they were measured",
+        help="also write the numbers with their protocols as JSON",
     )
 
 
@@ -98,7 +98,7 @@ def at_least_one(text: str) -> int:
         argparse.ArgumentTypeError: It is none.
     """
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
 
 

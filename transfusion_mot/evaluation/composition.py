@@ -1,4 +1,4 @@
-"""Does a picture show the things, counts, colours and places of its prompt? Told by the drawings that it could show.
+"""Does a picture show the things, counts, colours and places of its prompt? Judged by comparison with drawings.
 
 For pictures of drawings on white, as models of `scenes` paint them; the lines of a prompt are those of GenEval
 (arXiv 2310.11513), and so is what is asked of a picture. GenEval's detector knows photographs. Here a picture is cut
@@ -148,7 +148,7 @@ def parts_of(picture: Image.Image) -> list[Part]:
 
 
 def colour_of(pixels: npt.NDArray[np.uint8]) -> str:
-    """What people would call most of `pixels` [N, 3]; dark outlines and white count only where they are most of it."""
+    """Colour name of most of `pixels` [N, 3]; dark outlines and white count only if they dominate."""
     hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"))[0].astype(np.float32)
     hue, saturation, value = hsv[:, 0] * 360 / 256, hsv[:, 1] / 255, hsv[:, 2] / 255
     names = np.select(

@@ -1,4 +1,4 @@
-"""What an evaluation takes where nothing else is said. Options are made of it, so nothing here loads PyTorch."""
+"""Defaults of evaluations. The options of commands use them, so nothing here loads PyTorch."""
 
 import multiprocessing
 import os

@@ -1,6 +1,6 @@
-"""Do modalities keep apart in the hidden states of a model? Principal components, and distances to means.
+"""Separation of modalities in the hidden states of a model: principal components, and distances to means.
 
-The states of a layer are compared as the norms of the next layer see them: divided by their root mean square.
+The states of a layer are divided by their root mean square, as in the norms of the next layer.
 Shapes: N slots, D width.
 """
 

@@ -218,7 +218,7 @@ class ColourNames:
         self.of_class: dict[str, Tensor] = {}
 
     def of(self, image: Image.Image) -> NameColours:
-        """What names the colours of things in an RGB picture."""
+        """A function that names the colours of things in an RGB picture."""
         return lambda things, name: self._name(image, things, name)
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Images from a folder, a tar file or memory, decoded by threads of worker processes => batches on a device.
 
-Generated images and images from disk meet the same code here, at their own size unless one is asked for.
+Generated images and images from disk use the same code, at their own size unless another is given.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How far a mean over images would move if other images had been drawn."""
+"""Intervals of means over images, for other images of the same kind."""
 
 import math
 from collections.abc import Sequence

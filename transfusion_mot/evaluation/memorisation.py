@@ -1,4 +1,4 @@
-"""Is a painted image a copy? And how good is a caption that is copied? The nearest training images in features."""
+"""Nearest training images in features: to find painted copies, and as a baseline of copied captions."""
 
 import bisect
 import functools

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch` that share an evaluation, or the one there is."""
+"""The processes of `accelerate launch` that share an evaluation, or a single process."""
 
 from collections.abc import Callable, Iterable
 

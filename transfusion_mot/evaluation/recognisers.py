@@ -1,4 +1,4 @@
-"""Speech recognisers that have nothing to do with the model: they judge whether its speech can be understood."""
+"""Speech recognisers that are independent of the model and measure the intelligibility of its speech."""
 
 import os
 import tempfile
@@ -142,8 +142,8 @@ class TransformersRecogniser:
             self._pipeline = pipeline("automatic-speech-recognition", model=model, device=device)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"'{model}' is no speech recogniser of transformers ({str(error).splitlines()[0]}); give a name on the "
-                "hub or a folder, or 'pocketsphinx'"
+                f"'{model}' is not a speech recogniser of transformers ({str(error).splitlines()[0]}); give a name on "
+                "the hub or a folder, or 'pocketsphinx'"
             ) from None
 
     def knows(self, text: str) -> bool:

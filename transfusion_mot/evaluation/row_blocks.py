@@ -1,4 +1,4 @@
-"""Blocks of rows of matrices that are too large to exist at once."""
+"""Blocks of rows of matrices that do not fit in memory."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""From painted and real images to the numbers of a report."""
+"""Painted and real images => the numbers of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ _NEAREST_ROWS = 1024
 
 @dataclass(frozen=True)
 class Networks:
-    """What images are compared and scored with.
+    """Networks that compare and score images.
 
     Attributes:
         features: For image distances, at least one.

@@ -1,4 +1,4 @@
-"""Recordings with their texts, and how far transcripts are from them: word and character error rates."""
+"""Recordings with their texts, and word and character error rates of transcripts."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def read_recordings(folder: str | Path, count: int) -> RecordingSet:
         rows = [(_first(entry, _NAMES), _first(entry, _TEXTS), entry.get("split", _HELD_OUT)) for entry in entries]
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise UserError(
-            f"'{folder}' is no folder of recordings with their texts ({error}); give one with a metadata.jsonl, as "
+            f"'{folder}' is not a folder of recordings with their texts ({error}); give one with a metadata.jsonl, as "
             "`python -m transfusion_mot.data.speech` writes them"
         ) from None
     held_out = [Recording(path.parent / name, text) for name, text, split in rows if split == _HELD_OUT]
@@ -99,7 +99,7 @@ def _first(entry: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def normalise(text: str) -> str:
-    """What of a text is compared: "Login  incorrect." => "login incorrect"."""
+    """The normalised text for comparison: "Login  incorrect." => "login incorrect"."""
     return " ".join(_NO_WORD.sub(" ", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")).split())
 
 

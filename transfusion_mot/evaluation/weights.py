@@ -1,4 +1,4 @@
-"""Hashes that say which weights a number was measured with."""
+"""Hashes that identify the weights of a measurement."""
 
 import hashlib
 from pathlib import Path

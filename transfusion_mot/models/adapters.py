@@ -1,4 +1,4 @@
-"""How images enter and leave the transformer: latents => patch tokens, and hidden states => prediction.
+"""Input and output layers of images: latents => patch tokens, and hidden states => prediction.
 
 Shapes: I images, C latent channels, Y and X latent height and width, p patch size, P patches, D width.
 """
@@ -54,17 +54,17 @@ class LinearAdapter(nn.Module):
         self.output = nn.Linear(hidden_size, patch_elements)
 
     def embed(self, noisy_latents: Tensor, timesteps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Noisy latents [I, C, Y, X], timesteps [I] => (tokens [I, P, D], what `predict` needs beside them)."""
+        """Noisy latents [I, C, Y, X], timesteps [I] => (tokens [I, P, D], context for `predict`)."""
         tokens = self.input(patchify(noisy_latents, self.patch_size))
         return tokens + self.timestep(timesteps)[:, None], ()
 
     def predict(self, hidden: Tensor, kept: tuple[Tensor, ...], height: int, width: int) -> Tensor:
-        """Hidden states [I, P, D], what `embed` kept => prediction [I, C, Y, X]."""
+        """Hidden states [I, P, D], context from `embed` => prediction [I, C, Y, X]."""
         return unpatchify(self.output(hidden), self.patch_size, height, width)
 
 
 class ReadingAdapter(nn.Module):
-    """A linear layer in, for latents that are clean and are only read: there is no timestep, and no way out."""
+    """A linear input layer for clean latents that are only read, without timesteps and without an output layer."""
 
     def __init__(self, latent_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class ReadingAdapter(nn.Module):
 
 
 class UNetAdapter(nn.Module):
-    """U-Net blocks down before the transformer and up behind it, with a long skip from each to its mirror
-    (Transfusion, section 3; LMFusion, arXiv 2412.15188, equations 6 and 14). The blocks are those of diffusers, with
-    plain group norms; the timestep enters their residual layers.
+    """U-Net blocks down before the transformer and up after it, with a long skip from each to its mirror (Transfusion,
+    section 3; LMFusion, arXiv 2412.15188, equations 6 and 14). The blocks are those of diffusers, with plain group
+    norms; the timestep enters their residual layers.
 
     Args:
         channels: Width of each block. The first log2(patch_size) blocks halve the resolution; at least one more

@@ -1,4 +1,4 @@
-"""Joint attention: one rule for who attends to whom, three renderers of it, and the cache for sampling.
+"""Joint attention: one rule for the mask, its three implementations, and the cache for sampling.
 
 Shapes: B rows, S joint slots, N heads, M key/value heads, H head width.
 """
@@ -47,17 +47,17 @@ _Listed = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SlotIds:
-    """What the mask knows of each slot.
+    """Ids of each slot that decide the mask.
 
     Attributes:
-        document_ids: [B, S], the document a slot belongs to. A slot of padding is a document of its own, with a number
-            of its own below 0: it attends to itself alone, so that blocks of padding are skipped, too.
+        document_ids: [B, S], the document of a slot. Each slot of padding is a separate document with a unique negative
+            number: it attends only to itself, so that blocks of padding are skipped, too.
         order: [B, S], reading order inside the document.
-        horizon: [B, S], the reading order up to which a slot sees its document: a token to itself, a patch to the last
-            patch of its image.
-        visible_until: [B, S], the last horizon from which a slot is seen: of a noised patch that of its own image, so
-            that nothing else sees it, and of other slots one that none reaches. None where everything that is read
-            later sees a slot.
+        horizon: [B, S], the reading order up to which a slot sees its document: a token up to itself, a patch up to the
+            last patch of its image.
+        visible_until: [B, S], the last horizon from which a slot is seen. For a noised patch it is the horizon of its
+            own image, so that nothing else sees it; for other slots it is above all horizons. None if all later slots
+            see every slot.
     """
 
     document_ids: Tensor
@@ -72,8 +72,9 @@ class SlotIds:
         Args:
             document_ids, order: [B, S]; -1 is padding.
             span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
-            copies: [B, K] bool, True for images that what follows sees: the other ones are seen by themselves alone.
-                None if all are seen.
+                    copies: [B, K] bool, True for images that later slots see; the other images are seen only by
+                        themselves. None if
+            later slots see all images.
         """
         slots = torch.arange(order.shape[1], device=order.device)
         document_ids = torch.where(document_ids < 0, -1 - slots, document_ids)
@@ -91,8 +92,8 @@ def _may_attend(
 ) -> Tensor:
     """Transfusion, section 3: causal within a document, and bidirectional within an image.
 
-    Between a patch and its horizon lies nothing but its image, so that one comparison says both. A second one hides
-    what is seen by itself alone.
+    Between a patch and its horizon there are only patches of its image, so one comparison covers both cases. A second
+    comparison hides images that are seen only by themselves.
     """
     allowed = (document_q == document_k) & (order_k <= horizon_q)
     return allowed if visible_until_k is None else allowed & (horizon_q <= visible_until_k)
@@ -110,10 +111,10 @@ def dense_mask(queries: SlotIds, keys: SlotIds) -> Tensor:
 
 
 def _listed(blocks: Tensor) -> _Listed:
-    """Bool [..., n] => int32: how many are True [...], and the places of these, then of the others [..., n].
+    """Bool [..., n] => int32: the number of True [...], and the indices of these, then of the others [..., n].
 
-    A stable sort says the same, but PyTorch 2.11 unrolls it: for n = 32 its kernel alone compiles for half a minute.
-    Comparing all places is little beside the pairs of slots, and unlike `cumsum` compiles for any n.
+    A stable sort gives the same, but PyTorch 2.11 unrolls it: for n = 32 its kernel alone compiles for half a minute.
+    Comparing all indices is cheap relative to the pairs of slots, and unlike `cumsum` it compiles for any n.
     """
     places = torch.arange(blocks.shape[-1], device=blocks.device)
     count = blocks.sum(-1, keepdim=True)
@@ -148,7 +149,7 @@ def _attending_blocks(
     def of_keys(ids: Tensor) -> Tensor:
         return ids[:, None, :, None]
 
-    # Behind the end of a row nobody attends: there, queries and keys are of two documents that no slot has.
+    # Beyond the end of a row nothing attends: queries and keys there get document ids that no slot has.
     allowed = _may_attend(
         of_queries(in_blocks(document_ids, -length - 1)),
         of_queries(in_blocks(horizon)),
@@ -170,7 +171,7 @@ _flex_attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def block_mask(slots: SlotIds) -> BlockMask:
-    """FlexAttention's sparse form of the mask, the same for all heads; built once per batch, waits for no device."""
+    """FlexAttention's sparse form of the mask for all heads; built once per batch, without waiting for the device."""
     # The kernel reads them for every pair of slots: 32 bits are half of the bytes and of the instructions.
     document_ids, order, horizon = slots.document_ids.int(), slots.order.int(), slots.horizon.int()
     visible_until = None if slots.visible_until is None else slots.visible_until.int()
@@ -185,7 +186,7 @@ def block_mask(slots: SlotIds) -> BlockMask:
 
 
 def interval_mask(slots: SlotIds) -> IntervalMask:
-    """The mask as intervals and lists of tiles, the same for all heads; built once per batch, waits for no device."""
+    """The mask as intervals and lists of tiles for all heads; built once per batch, without waiting for the device."""
     ids = places(slots.document_ids, slots.order, slots.horizon, slots.visible_until)
     return IntervalMask(ids, *interval_tiles(ids))
 
@@ -195,7 +196,7 @@ KernelChoice = Literal["auto", "interval", "flex", "sdpa"]
 
 
 def runs_on_hopper(device: torch.device) -> bool:
-    """Whether a device has the kernels of `interval_hopper`."""
+    """Whether a device supports the kernels of `interval_hopper`."""
     return HAS_TRITON and has_hopper_kernels(device)
 
 
@@ -205,15 +206,15 @@ def attention_kernel(
     """The kernel for training => (its name, why).
 
     Args:
-        choice: What the configuration says.
-        device_type: Of the model.
+        choice: `training.attention`.
+        device_type: Device type of the model.
         length: Slots of a row.
         head_dim: Width of a head.
         dtype: Number format of queries, keys and values.
         on_hopper: See `runs_on_hopper`.
 
     Raises:
-        UserError: A kernel was asked for where it cannot train.
+        UserError: The chosen kernel cannot train here.
     """
     if choice == "sdpa":
         return "sdpa", "as training.attention says"
@@ -227,39 +228,39 @@ def attention_kernel(
         _check_interval(length, head_dim, dtype)
     if choice != "auto":
         return choice, "as training.attention says"
-    # A row of a part of a block gives FlexAttention nothing to skip. Before PyTorch pull request 185349 it also fails
+    # Rows shorter than one block: FlexAttention has nothing to skip. Before PyTorch pull request 185349 it also fails
     # there with grouped heads.
     if length < _BLOCK:
         return "sdpa", f"rows of {length} slots are shorter than a block of {_BLOCK}"
     if not on_hopper:
-        return "flex", f"blocks of {_BLOCK} in which nobody attends are skipped; interval is measured on Hopper alone"
+        return "flex", f"empty blocks of {_BLOCK} slots are skipped; interval was measured only on Hopper"
     if not suits_hopper_kernels(dtype, length, head_dim) or length > MAX_SLOTS:
         return "flex", (
-            f"blocks of {_BLOCK} in which nobody attends are skipped; interval is faster for heads of 64 or 128 in 16 "
+            f"empty blocks of {_BLOCK} slots are skipped; interval is faster for heads of 64 or 128 in 16 "
             f"bits and rows of a multiple of 64 slots, not for heads of {head_dim} in {dtype} and rows of {length}"
         )
-    return "interval", f"rows of {length} slots on Hopper: tiles of 64 in which nobody attends are skipped"
+    return "interval", f"rows of {length} slots on Hopper: empty tiles of 64 slots are skipped"
 
 
 def _check_interval(length: int, head_dim: int, dtype: torch.dtype) -> None:
-    """Refuse what the kernels of `interval_attention` do not take."""
+    """Refuse heads and rows that the kernels of `interval_attention` do not support."""
     if not HAS_TRITON:
         raise UserError("training.attention is interval, which needs the package triton; install it, or use auto")
     widest = MAX_HEAD_DIM if dtype.itemsize == 2 else MAX_HEAD_DIM // 2
     if head_dim > widest:
         raise UserError(
-            f"training.attention is interval, which takes heads of up to {widest} in {dtype}, and model.head_dim is "
+            f"training.attention is interval, which takes heads of up to {widest} in {dtype}, but model.head_dim is "
             f"{head_dim}; use auto"
         )
     if length > MAX_SLOTS:
         raise UserError(
-            f"training.attention is interval, which takes rows of up to {MAX_SLOTS:,} slots, and these have "
+            f"training.attention is interval, which takes rows of up to {MAX_SLOTS:,} slots, but these have "
             f"{length:,}; use auto"
         )
 
 
 def training_mask(slots: SlotIds, kernel: Kernel) -> AttentionMask:
-    """The mask in the form that the kernel takes."""
+    """The mask in the kernel's format."""
     if kernel == "interval":
         return interval_mask(slots)
     return block_mask(slots) if kernel == "flex" else dense_mask(slots, slots)
@@ -288,15 +289,16 @@ def joint_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, mask: Attent
 
 
 class NewSlots(NamedTuple):
-    """What one forward adds to a `KVCache`, the same for all layers: where it goes and what it sees.
+    """New slots of one forward in a `KVCache`, the same for all layers: their places and what they see.
 
     Attributes:
-        slots: [B * S], their places among the slots of all rows.
+        slots: [B * S], their indices among the slots of all rows.
         rows: [B], their rows of the cache; None for its first B.
-        causal: Whether a slot sees none behind it, as in text; else all new ones of its row, as in an image.
-        mask: [B, 1, 1 or S, end] bool, True = may attend; None where the kernel counts slots itself.
-        bounds: Int32, for that kernel: [B + 1] where the queries of each row begin, [B + 1] where its keys begin, [B]
-            how many keys it has, the new ones included.
+        causal: Whether a new slot sees only earlier ones, as in text; else it sees all new ones of its row, as in an
+            image.
+        mask: [B, 1, 1 or S, end] bool, True = may attend; None if the kernel uses `bounds`.
+        bounds: Int32, for that kernel: [B + 1] starts of each row's queries, [B + 1] starts of its keys, [B] numbers of
+            its keys, including the new ones.
     """
 
     slots: Tensor
@@ -307,7 +309,7 @@ class NewSlots(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer [rows, capacity, M, H], and what a forward adds to them."""
+    """Keys and values of one layer [rows, capacity, M, H], and the new slots of a forward."""
 
     keys: Tensor
     values: Tensor
@@ -315,7 +317,7 @@ class LayerCache(NamedTuple):
 
 
 class CacheWindow(NamedTuple):
-    """Keys and values of all layers [layers, rows, capacity, M, H], and what a forward adds to them."""
+    """Keys and values of all layers [layers, rows, capacity, M, H], and the new slots of a forward."""
 
     keys: Tensor
     values: Tensor
@@ -329,13 +331,13 @@ class CacheWindow(NamedTuple):
 class KVCache:
     """Pre-allocated keys and values of documents, one a row, in reading order: slot i of a row is token or patch i.
 
-    It does not know how much of a row is in use; a forward is told. What it adds is written behind that and seen by
-    itself, and stays if the next one is told so: a denoising step overwrites the patches of the step before.
+    The caller tells each forward how many slots of a row are in use. New slots are written after them. They are kept
+    only if the next forward counts them as used: a denoising step overwrites the patches of the previous step.
 
     Args:
         num_layers, num_kv_heads, head_dim: Shape of the model.
-        rows: Documents.
-        capacity: Slots of a row; one more than it will hold where filler of shorter rows needs a place.
+        rows: Number of documents.
+        capacity: Slots of a row; one more than needed if filler of shorter rows needs a place.
     """
 
     def __init__(
@@ -363,15 +365,15 @@ class KVCache:
     def window(
         self, lengths: Tensor, num_slots: int, causal: bool, rows: Tensor | None = None, end: int | None = None
     ) -> CacheWindow:
-        """What a forward adds behind the first `lengths` [B] slots of rows; waits for no device.
+        """A window for new slots after the first `lengths` [B] slots of rows, without waiting for the device.
 
         Args:
-            lengths: int64 [B]. Slots that would stand beyond a row's capacity, the filler of shorter rows, go to its
+            lengths: int64 [B], used slots. New slots beyond a row's capacity, the filler of shorter rows, go to its
                 last slot.
             num_slots: New slots S of each row.
             causal: See `NewSlots`.
             rows: int64 [B]; None for the first B.
-            end: No row has more slots than this when they are added; the fewer, the less is read.
+            end: Upper bound on the slots of any row after the addition; a smaller bound reads less.
         """
         device, count = lengths.device, lengths.shape[0]
         end = self.capacity if end is None else end
@@ -389,7 +391,7 @@ class KVCache:
 
 
 def cached_attention(q_BSNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, cache: LayerCache) -> Tensor:
-    """Write new keys and values into the cache, and attend to what it holds of each row => [B, S, N, H]."""
+    """Write new keys and values into the cache, and attend to all slots of each row => [B, S, N, H]."""
     keys, values, new = cache
     for held, added in ((keys, k_BSMH), (values, v_BSMH)):
         _words(held.flatten(0, 1)).index_copy_(0, new.slots, _words(added.to(held.dtype).flatten(0, 1)))

@@ -1,14 +1,14 @@
-"""How many shapes the compiler keeps code for."""
+"""The number of shapes for which the compiler keeps code."""
 
 import torch
 
 
 def allow_shapes(count: int) -> None:
-    """Let each compiled function have code for so many more shapes in this process.
+    """Allow each compiled function code for this many more shapes in this process.
 
-    PyTorch allows 8. Behind them it fails where it must compile a whole function, and else computes without compiled
-    code, for good; what it keeps belongs to a function, whichever model calls it. The default stays as a reserve, so
-    that a function that is compiled without end is still noticed.
+    PyTorch's limit is 8, for each function over all models that call it. Beyond it, functions that must be compiled as
+    a whole fail, and others run without compilation from then on. The limit is only raised, so that endless
+    recompilation is still noticed.
     """
     config = torch._dynamo.config
     config.recompile_limit += count

@@ -1,4 +1,4 @@
-"""Initial weights that come from safetensors files, and a report of what became of each of them."""
+"""Initial weights from safetensors files, and a report of how each of them was used."""
 
 import json
 from collections import Counter
@@ -21,8 +21,8 @@ class WeightFiles:
     """The tensors of one safetensors file, or of the shards that an index lists. They are read one at a time.
 
     Args:
-        folder: Where the files lie.
-        stem: Of their names: `diffusion_pytorch_model` in diffusers' folders, `model` in those of transformers.
+        folder: Folder of the files.
+        stem: Stem of their names: `diffusion_pytorch_model` in diffusers' folders, `model` in those of transformers.
 
     Raises:
         UserError: There is no such file, a shard is missing, or a file is damaged.
@@ -39,7 +39,7 @@ class WeightFiles:
                 shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
                 self._file_of = {name: folder / shard for name, shard in shards.items()}
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is no index of weights ({error}); copy it again") from None
+                raise UserError(f"{index} is not an index of weights ({error}); copy it again") from None
             files = sorted(set(self._file_of.values()))
             if missing := [path.name for path in files if not path.is_file()]:
                 raise UserError(
@@ -51,17 +51,17 @@ class WeightFiles:
                 raise UserError(f"{self._file_of[wrong[0]]} lacks {wrong[0]}, which {index.name} lists; copy it again")
         else:
             raise UserError(
-                f"{folder} has no weights: neither {single.name} nor {index.name}; files of pickles (.bin) are not "
-                "read, as they can run code"
+                f"{folder} has no weights: neither {single.name} nor {index.name}; pickle files (.bin) are not "
+                "read, because they can run code"
             )
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Shape of a tensor, without reading it."""
         return tuple(self._opened(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
@@ -85,22 +85,22 @@ class WeightFiles:
             try:
                 self._open_files[path] = safe_open(path, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+                raise UserError(f"{path} is damaged or not a safetensors file ({error}); copy it again") from None
         return self._open_files[path]
 
 
 @dataclass
 class WeightReport:
-    """What became of the parameters of a model and of the tensors of a source.
+    """A report on the parameters of a model and the tensors of a source.
 
     Attributes:
-        source: Where the tensors come from, for the messages.
-        taken: Parameter to its number of elements and the number format it had, filled from the source.
-        missing: Parameter that the source lacks to the reason why that is right, such as "tower image: drawn at
+        source: Origin of the tensors, for messages.
+        taken: Parameter filled from the source => its number of elements and original number format.
+        missing: Parameter that the source lacks => the reason why that is right, such as "tower image: drawn at
             random"; "" is unexplained.
-        unexpected: Tensor of the source that no parameter takes to the reason why that is right; "" is unexplained.
-        resized: Parameter, taken in another shape than the source's, to the reason and the two shapes.
-        notes: Sentences about what else differs from the source.
+        unexpected: Tensor of the source without a parameter => the reason why that is right; "" is unexplained.
+        resized: Parameter with another shape than in the source => the reason and the two shapes.
+        notes: Sentences about other differences from the source.
     """
 
     source: str
@@ -111,24 +111,24 @@ class WeightReport:
     notes: list[str] = field(default_factory=list)
 
     def take(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """Fill a parameter, or this process's shard of it, and note it down.
+        """Fill a parameter, or this process's shard of it, and record it.
 
         Raises:
             UserError: The shapes differ.
         """
         if parameter.shape != tensor.shape:
             raise UserError(
-                f"{self.source}: its weights for {name} have the shape {list(tensor.shape)}, and the model needs "
+                f"{self.source}: its weights for {name} have the shape {list(tensor.shape)}, but the model needs "
                 f"{list(parameter.shape)}; its files do not belong together"
             )
         fill(parameter, tensor)
         self.taken[name] = tensor.numel(), str(tensor.dtype).removeprefix("torch.")
 
     def take_rows(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """The same; of text, an embedding or a head for more tokens gets rows appended.
+        """As `take`; a text embedding or head for more tokens gets rows appended.
 
         Raises:
-            UserError: The shapes differ otherwise.
+            UserError: The shapes differ in another way.
         """
         is_of_tokens = name.startswith(f"modalities.{TEXT}.")
         if is_of_tokens and len(tensor) < len(parameter) and tensor.shape[1:] == parameter.shape[1:]:
@@ -137,7 +137,7 @@ class WeightReport:
         self.take(name, parameter, tensor)
 
     def check(self) -> None:
-        """Refuse a report in which anything is unexplained.
+        """Refuse a report with unexplained entries.
 
         Raises:
             UserError: Names the parameters and tensors.
@@ -164,7 +164,7 @@ class WeightReport:
 
 
 def take_all(model: nn.Module, files: WeightFiles, source: str) -> WeightReport:
-    """Fill all parameters of a model from the tensors of the same names; anything left over on either side is noted.
+    """Fill all parameters of a model from the tensors of the same names, and record the rest on both sides.
 
     Raises:
         UserError: A shape differs, or a tensor is not finite.

@@ -1,9 +1,9 @@
-"""What the model reads: the slots of each modality, and the ids that carry reading order.
+"""Inputs of the model: the slots of each modality, and ids for the reading order.
 
 Shapes: B rows, T token slots of a modality, K media slots of a modality (images of a row), P patches of one, C latent
 channels, Y and X latent height and width, S all slots of a row.
 
-Tuples and not data classes: what wraps a model (DDP, FSDP2) finds the tensors in them.
+They are tuples, not data classes, so that DDP and FSDP2 find the tensors in them.
 """
 
 from typing import NamedTuple
@@ -45,14 +45,14 @@ class LatentInput(NamedTuple):
     """Slots of a modality of continuous latents.
 
     Attributes:
-        latents: [B, K, C, Y, X]; with `noise` they are clean and normalised, without it (sampling) noisy already.
+        latents: [B, K, C, Y, X]; with `noise` they are clean and normalised, without it (sampling) already noisy.
         timesteps: [B, K] one t in [0, 1] for each slot: 0 is clean, 1 is noise.
-        noise: [B, K, C, Y, X] the noise that will be mixed in; None while sampling, and where latents are only read.
+        noise: [B, K, C, Y, X] the noise to mix in; None in sampling, and if latents are only read.
         mask: [B, K] bool, True where a slot has a loss: it holds an image, and neither a copy nor a condition.
         copies: [B, K] bool, True where a slot holds the clean copy of the image in the slot before it, or of one of the
             modality that is read (`data.image_context: clean`); None where there are no copies.
         conditions: [B, K] bool, True where a slot holds a clean image without a loss, such as the source image of an
-            editing pair; None where no source of the data has any.
+            editing pair; None if the data have none.
     """
 
     latents: Tensor
@@ -78,7 +78,7 @@ class LatentInput(NamedTuple):
 
     @property
     def seen_later(self) -> Tensor | None:
-        """[B, K] bool, images that what follows sees, where those that have copies are hidden; None if none are."""
+        """[B, K] bool, images that later slots see; images with copies are hidden. None if none are hidden."""
         if self.copies is None or self.conditions is None:
             return self.copies
         return self.copies | self.conditions
@@ -94,7 +94,7 @@ class LatentInput(NamedTuple):
         return self._replace(mask=self.mask & ~rows[:, None])
 
     def at(self, timestep: float) -> "LatentInput":
-        """The same with every image at one timestep; copies and conditions stay clean."""
+        """The input with every image at one timestep; copies and conditions stay clean."""
         timesteps = torch.full_like(self.timesteps, timestep)
         for clean in (self.copies, self.conditions):
             timesteps = timesteps if clean is None else timesteps.masked_fill(clean, 0.0)
@@ -109,10 +109,10 @@ class Slots(NamedTuple):
 
     Attributes:
         document_ids: [B, S] the document a slot belongs to; -1 is padding.
-        order: [B, S] reading order inside the document; the clean copy of an image is read behind it.
+        order: [B, S] reading order inside the document; the clean copy of an image is read after it.
         span_ids: [B, S] the image a patch belongs to, counted over all modalities of latents of a row; -1 on tokens.
         rope_positions: [B, S] or [B, S, 3] rotary positions.
-        source_ids: [B, S] int16, the source that a slot was filled from; -1 is padding. For the log alone.
+        source_ids: [B, S] int16, the source of a slot; -1 is padding. Used only by the log.
     """
 
     document_ids: Tensor

@@ -1,9 +1,9 @@
-"""Attention in which a key is seen from an interval of places, for CUDA devices.
+"""Attention whose mask gives each key an interval of places from which it is seen, for CUDA devices.
 
-All slots of a row stand on one line, document after document in reading order. A query has one place there: how far it
-sees. A key has an interval: it is seen from its own place up to the last one from which it is not hidden. So the mask
-is two comparisons of three numbers, whatever modalities there are and wherever their slots lie, and copies, causal
-images and padding are no cases of their own.
+All slots of a row are placed on one line, document after document in reading order. A query has one place there: how
+far it sees. A key has an interval: it is seen from its own place up to the last place from which it is not hidden. So
+the mask is two comparisons of three numbers, for any modalities and any order of slots, without special cases for
+copies, causal images and padding.
 
 A row is cut into tiles of 64 slots. Which tiles a tile of queries meets, and which of them it sees in full, is listed
 once for a batch and used by all layers. Two sets of kernels read these lists: those of `interval_hopper` on Hopper,
@@ -72,7 +72,7 @@ def places(document_ids: Tensor, order: Tensor, horizon: Tensor, visible_until: 
 
 @torch.library.custom_op("transfusion_mot::interval_tiles", mutates_args=())
 def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What each tile meets, as lists; waits for no device.
+    """Lists of the tiles that each tile attends to, built without waiting for the device.
 
     Args:
         ids: int32 [3, B, n * 64], see `places`.

@@ -20,7 +20,7 @@ TILE = 64
 
 @triton.jit
 def _interval_lists(ids, counts, tiles, slots, num_tiles, TILE: tl.constexpr):
-    """What tile x of row y meets: tiles of keys for one of queries where z is 0, else the other way round."""
+    """List the tiles of tile x in row y: key tiles of a query tile if z is 0, else query tiles of a key tile."""
     tile, row, by_keys = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     side = tl.num_programs(1) * slots
     ids += row * slots

@@ -1,5 +1,5 @@
-"""One pass over memory where the compiler needs three: the norm of queries and keys, their rotation, and the joining of
-the towers' streams, for CUDA devices. `MoTBlock` says the same in plain torch, which is what runs elsewhere.
+"""Fused CUDA kernel for the norm of queries and keys, their rotation, and the joining of the towers' streams: one pass
+over memory instead of the compiler's three. Elsewhere the equivalent plain torch of `MoTBlock` runs.
 
 On an H100 the compiler's own kernels take 32 ms of a step at width 1536, 24 layers and 32,768 slots, where reading and
 writing every element once takes 12.

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the layers of torch have it."""
+        """Named as in the layers of torch."""
         nn.init.ones_(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -107,24 +107,24 @@ def rotary_angles(
 
 
 def unturned_angles(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The (cos, sin) that turn nothing, for layers without rotary positions."""
+    """(cos, sin) of zero rotation, for layers without rotary positions."""
     return torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
 
 
 def attention_factor(head_dim: int, theta: float, scaling: dict[str, Any]) -> float:
-    """What cos and sin are multiplied by: other than 1 for `yarn` alone."""
+    """Factor on cos and sin; it differs from 1 only for `yarn`."""
     return _of_transformers(head_dim, theta, json.dumps(scaling, sort_keys=True))[1]
 
 
 @functools.cache
 def _scaled_frequencies(head_dim: int, theta: float, scaling: str, device: torch.device) -> Tensor:
-    """[H/2] on a device. Kept there: a copy from the host would make it wait, and cannot be recorded."""
+    """Frequencies [H/2] on a device. Cached there, because a copy would make the host wait and cannot be recorded."""
     return _of_transformers(head_dim, theta, scaling)[0].to(device)
 
 
 @functools.cache
 def _of_transformers(head_dim: int, theta: float, scaling: str) -> tuple[Tensor, float]:
-    """Frequencies [H/2] and attention factor as transformers computes them, to the last bit."""
+    """Frequencies [H/2] and attention factor of transformers, to the last bit."""
     parameters = {**json.loads(scaling), "rope_theta": theta}
     with torch.device("cpu"):
         if parameters["rope_type"] == "default":

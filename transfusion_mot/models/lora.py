@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the matrices of the blocks, through peft.
 
-The matrix of queries, keys and values stacks three maps. Each of the three has an adapter of its own, as in a model
-with three matrices.
+The matrix of queries, keys and values stacks three maps. Each of them has its own adapter, as in a model with three
+matrices.
 
 Shapes: R rank, I and O columns and rows of a matrix, n adapted maps of a matrix.
 """
@@ -23,17 +23,17 @@ from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_
 
 # Name of the adapter that is trained.
 TRAINED = "default"
-# Numbers of a tensor that a fingerprint looks at.
+# Elements of a tensor that a fingerprint reads.
 _LOOKED_AT = 1024
 
 
 class StackedUp(nn.Module):
-    """The matrices B of the adapted maps, one below the other: [rows of these, R].
+    """The stacked matrices B of the adapted maps: [their rows, R].
 
     Args:
         rank: R.
-        parts: Every map of the layer with its rows.
-        adapted: The maps that are adapted.
+        parts: Every map of the layer with its number of rows.
+        adapted: The adapted maps.
     """
 
     def __init__(self, rank: int, parts: dict[str, int], adapted: list[str], **like: Any) -> None:
@@ -44,11 +44,11 @@ class StackedUp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """An adapter begins without changing anything."""
+        """Zero, so that a new adapter changes nothing."""
         nn.init.zeros_(self.weight)
 
     def forward(self, down: Tensor, result: Tensor, scale: float) -> Tensor:
-        """Add scale * B of what the matrices A gave, [..., n * R], to the result of the layer, [..., O]."""
+        """Add scale * B * (outputs of the matrices A, [..., n * R]) to the output of the layer, [..., O]."""
         pieces = dict(zip(self.parts, result.flatten(0, -2).split(list(self.parts.values()), dim=1), strict=True))
         downs = down.flatten(0, -2).chunk(len(self.adapted), dim=1)
         for part, own, weight in zip(self.adapted, downs, self.weight.split(self.rows), strict=True):
@@ -58,7 +58,7 @@ class StackedUp(nn.Module):
         return _joined(list(pieces.values()), dim=1).view(result.shape)
 
     def whole(self, down: Tensor) -> Tensor:
-        """B A, where the maps that are not adapted are zero: A [n * R, I] => [O, I]."""
+        """B A, with zeros for maps without an adapter: A [n * R, I] => [O, I]."""
         # Half precision is slow on CPUs.
         wide = torch.promote_types(down.dtype, torch.float32)
         found = zip(self.weight.to(wide).split(self.rows), down.to(wide).chunk(len(self.rows)), strict=True)
@@ -68,13 +68,13 @@ class StackedUp(nn.Module):
 
 
 class LoraLinear(PeftLinear):
-    """A matrix with adapters, in place of peft's layer of one map.
+    """A linear layer of stacked maps with adapters; peft's own layer supports only one map.
 
     Args:
-        base_layer: The matrix.
-        adapter_name: Of its first adapter.
-        parts: Name of each map that it stacks to its rows.
-        adapted: Name of an adapter to the maps that it changes.
+        base_layer: The linear layer.
+        adapter_name: Name of its first adapter.
+        parts: Name of each stacked map => its number of rows.
+        adapted: Name of an adapter => the maps that it changes.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LoraLinear(PeftLinear):
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, *_: Any, **__: Any) -> None:
-        """Add an adapter, in the number format of the matrix; B is zero, so that it changes nothing yet."""
+        """Add an adapter in the number format of the matrix; B is zero, so it changes nothing yet."""
         matrix, adapted = cast(nn.Linear, self.get_base_layer()), self.adapted[adapter_name]
         like: dict[str, Any] = {"device": matrix.weight.device, "dtype": matrix.weight.dtype}
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, lora_alpha / r
@@ -103,7 +103,7 @@ class LoraLinear(PeftLinear):
         self.set_adapter(self.active_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the matrix [O, I]."""
+        """The change of the matrix [O, I] by an adapter."""
         down = cast(nn.Linear, self.lora_A[adapter]).weight
         return (cast(StackedUp, self.lora_B[adapter]).whole(down) * self.scaling[adapter]).to(down.dtype)
 
@@ -142,7 +142,7 @@ def _matrices(model: TransfusionMoT) -> Iterator[tuple[str, str, nn.Linear | Lor
 
 
 def add_adapter(model: TransfusionMoT, lora: LoraConfig, name: str = TRAINED) -> None:
-    """Give a model an adapter that changes nothing yet. Parameters that are not the adapter's need no gradient then."""
+    """Add an adapter that changes nothing yet to a model. All other parameters then need no gradient."""
     targets = []
     shapes: dict[nn.Module, tuple[dict[str, int], dict[str, list[str]]]] = {}
     for tower, target, matrix, parts in _matrices(model):
@@ -167,17 +167,17 @@ def add_adapter(model: TransfusionMoT, lora: LoraConfig, name: str = TRAINED) ->
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the model without its adapters, by the names that they have there."""
+    """Parameters of the base model, by their names without adapters."""
     return {base_name(name): value for name, value in model.named_parameters() if not is_of_adapter(name)}
 
 
 def file_name(name: str, adapter: str = TRAINED) -> str:
-    """Name of a parameter of an adapter, or of a model with one, in the files of the adapter."""
+    """Name in the adapter's files of a parameter of an adapter or of a model with one."""
     return base_name(name).replace(f".{adapter}.", ".") if is_of_adapter(name) else base_name(name)
 
 
 def adapter_state(model: TransfusionMoT) -> Hashable:
-    """What decides, besides its weights, what the adapters of a model do: which are at work and how strongly."""
+    """Active adapters of a model and their scales: the state besides weights that decides their effect."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         return ()
     return tuple(
@@ -189,9 +189,9 @@ def adapter_state(model: TransfusionMoT) -> Hashable:
 
 @torch.no_grad()
 def digests(model: TransfusionMoT) -> dict[str, str]:
-    """Of each tensor below the adapters, in bfloat16: the same whether it is kept in that format or in float32.
+    """Digest of each base tensor in bfloat16, which is the same for weights stored in bfloat16 or float32.
 
-    A thousand numbers of each are looked at. Called by all processes where weights are sharded.
+    It reads a thousand elements of each. Called by all processes if weights are sharded.
     """
     found = {}
     for name, parameter in base_parameters(model).items():
@@ -204,6 +204,6 @@ def digests(model: TransfusionMoT) -> dict[str, str]:
 
 
 def fingerprint(of_tensors: dict[str, str], without: set[str]) -> str:
-    """Of a model below an adapter, from the digests of its tensors, but for those that the adapter writes over."""
+    """Fingerprint of a base model from the digests of its tensors, except those that the adapter replaces."""
     lines = [f"{name} {digest}" for name, digest in sorted(of_tensors.items()) if name not in without]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

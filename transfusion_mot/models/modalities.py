@@ -1,4 +1,4 @@
-"""How each modality enters and leaves the transformer, and its loss.
+"""Input layers, output layers and losses of each modality.
 
 Shapes: B rows, T token slots, K media slots, P patches of one, D width, V vocabulary, C latent channels, Y and X latent
 height and width.
@@ -39,7 +39,7 @@ class Terms(NamedTuple):
 class TiedEmbedding(nn.Embedding):
     """One matrix [V, D] that is embedding and head: token ids => hidden states, hidden states => logits.
 
-    Both ways are its own forward, so that whatever brings weights from elsewhere (FSDP, offloading) brings them here.
+    Both uses go through its own forward, so that FSDP and offloading load its weights in both.
     """
 
     def forward(self, given: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ class TokenModality(nn.Module):
     """Discrete tokens with a next-token loss. Its vocabulary is its own: no softmax goes over another modality.
 
     Args:
-        vocab_size: Token ids V, special and spare ones included.
+        vocab_size: Number of token ids V, including special and spare ones.
         hidden_size: Width D of its tower.
-        tied: Embedding and head are one matrix; there is no `head` then.
+        tied: Embedding and head are one matrix; then there is no `head`.
         code_noise_prob: See `ModalityConfig`.
     """
 
@@ -73,12 +73,12 @@ class TokenModality(nn.Module):
 
     @property
     def start_id(self) -> int:
-        """Of codes: what their span begins with. The two ids behind the codebook are `start` and `end`."""
+        """For codes: the id that starts their span. The two ids after the codebook are `start` and `end`."""
         return self.vocab_size - 2
 
     @property
     def end_id(self) -> int:
-        """Of codes: the label of the last one."""
+        """For codes: the label of the last one."""
         return self.vocab_size - 1
 
     def embed(self, given: TokenInput) -> tuple[Tensor, None]:
@@ -87,12 +87,12 @@ class TokenModality(nn.Module):
         return self.embedding(self._with_noise(given.ids) if has_noise else given.ids), None
 
     def _with_noise(self, ids: Tensor) -> Tensor:
-        """Codes [B, T], some of them replaced by random ones; `start` stays."""
+        """Codes [B, T] with some replaced by random ones; `start` is kept."""
         is_replaced = (torch.rand(ids.shape, device=ids.device) < self.code_noise_prob) & (ids < self.start_id)
         return torch.where(is_replaced, torch.randint_like(ids, self.start_id), ids)
 
     def loss(self, hidden: Tensor, given: TokenInput, kept: None, z_loss_weight: float) -> Terms:
-        """Hidden states [B, T, D] behind the last norm => cross-entropies; all logits never exist at once."""
+        """Hidden states [B, T, D] after the last norm => cross-entropies, without keeping all logits in memory."""
         assert given.labels is not None
         return Terms(*next_token_loss(hidden, self.head_weight, given.labels, z_loss_weight))
 
@@ -126,12 +126,12 @@ class DiffusionModality(nn.Module):
         )
         # Training starts from the mean prediction.
         self.initial_values: Mapping[str, InitialValues] = {f"adapter.{self.adapter.last_layer}": "zero"}
-        # The model may be built on `meta`; the noise schedule is needed in numbers.
+        # The model may be built on `meta`, but the noise schedule needs real numbers.
         with torch.device("cpu"):
             self.diffusion = Diffusion.from_config(diffusion)
 
     def embed(self, given: LatentInput) -> tuple[Tensor, Any]:
-        """Latents => (hidden states [B, K * P, D], what `predict` needs beside them); clean ones are noised first."""
+        """Latents => (hidden states [B, K * P, D], context for `predict`); clean latents are noised first."""
         latents = given.latents
         if given.noise is not None:
             latents = self.diffusion.add_noise(latents, given.noise, given.timesteps)
@@ -139,7 +139,7 @@ class DiffusionModality(nn.Module):
         return tokens.unflatten(0, latents.shape[:2]).flatten(1, 2), kept
 
     def loss(self, hidden: Tensor, given: LatentInput, kept: Any, z_loss_weight: float) -> Terms:
-        """Hidden states [B, K * P, D] behind the last norm => squared errors of the prediction."""
+        """Hidden states [B, K * P, D] after the last norm => squared errors of the prediction."""
         assert given.noise is not None
         assert given.mask is not None
         prediction = self.predict(hidden, given, kept)
@@ -150,13 +150,13 @@ class DiffusionModality(nn.Module):
         return Terms(weighted.sum(), losses.detach())
 
     def predict(self, hidden: Tensor, given: LatentInput, kept: Any) -> Tensor:
-        """Hidden states [B, K * P, D] => the network's side of the diffusion loss [B, K, C, Y, X]."""
+        """Hidden states [B, K * P, D] => the network's prediction [B, K, C, Y, X]."""
         images = hidden.unflatten(1, (given.latents.shape[1], -1)).flatten(0, 1)
         return self.adapter.predict(images, kept, *given.latents.shape[-2:]).view(given.latents.shape)
 
 
 class ReadModality(nn.Module):
-    """Clean latents of another modality, cut into patches; they are read, and nothing is predicted of them.
+    """Clean latents of another modality, cut into patches, which are only read and have no prediction.
 
     Args:
         latent_channels: Channels C of the codec's latents.
@@ -177,5 +177,5 @@ class ReadModality(nn.Module):
         return tokens.unflatten(0, given.latents.shape[:2]).flatten(1, 2), None
 
 
-# Those that the model makes.
+# Modalities that the model generates.
 Modality = TokenModality | DiffusionModality

@@ -1,10 +1,10 @@
 """The Mixture-of-Transformers: untied weights per tower, one joint attention (arXiv 2411.04996, algorithm 1).
 
-Hidden states travel as streams: tower name to [B, slots, D]. A tower's slots lie together, so its weights are applied
-by plain dense products; the streams meet, concatenated along the slots, only in the attention. Reading order is no
-matter of layout: the mask and the rotary positions carry it.
+Hidden states are streams: tower name to [B, slots, D]. A tower's slots are contiguous, so its weights are applied by
+plain dense products. The streams are concatenated along the slots only for attention. Reading order is not a matter of
+layout: the mask and the rotary positions encode it.
 
-Norms stand before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
+Norms come before attention and feed-forward, as in Llama, which the papers' Transfusion setting follows.
 """
 
 import functools
@@ -31,12 +31,12 @@ if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
 
 Streams = dict[str, Tensor]
-# Tower to which elements are kept [B, slots, D] of what its attention, and its feed-forward, add to the stream.
+# Tower => dropout masks [B, slots, D] of the outputs of its attention and of its feed-forward.
 DropoutMasks = dict[str, tuple[Tensor, Tensor]]
 SHARED = "shared"
 Checkpointing = Literal["none", "selective", "full"]
 
-# Results that cost the most to compute again, under the names they have on each device.
+# The most expensive results to compute again, by their names on each device.
 _EXPENSIVE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -115,14 +115,15 @@ class MoTBlock(nn.Module):
         mask: AttentionMask | None,
         cache: LayerCache | None = None,
     ) -> Streams:
-        """Streams => streams. With a cache, attention reads that and needs no mask."""
+        """Streams => streams. With a cache, attention reads the cache and needs no mask."""
         dropout_masks = self._draw_masks(streams) if self.training and cache is None else {}
         if self.checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
             return self._transform(streams, rotary, mask, cache, dropout_masks)
         kept: dict[str, Any] = {}
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        # Inside of what is compiled: the compiler then sees which operations to keep. Nothing is drawn at random in
+        # Inside the compiled function, so that the compiler sees which operations to keep. Nothing is drawn at random
+        # in
         # here: what a compiled block draws again comes from generators of the compiler, which no seed of ours reaches.
         return checkpoint(
             lambda: self._transform(streams, rotary, mask, None, dropout_masks),
@@ -171,7 +172,7 @@ class MoTBlock(nn.Module):
 
     @property
     def num_attentions(self) -> int:
-        """How often attention is computed in training."""
+        """Number of attentions computed in training."""
         return len({self.closed_to(tower) for tower in self.qkv.owner})
 
     def _attend(
@@ -183,11 +184,10 @@ class MoTBlock(nn.Module):
         v_BSMH: Tensor,
         mask: AttentionMask,
     ) -> Streams:
-        """Joint attention => what the slots of each tower have read, [B, slots, N * H].
+        """Joint attention => outputs for the slots of each tower, [B, slots, N * H].
 
-        With insulated towers it is computed several times, with the same result each time. What differs is the keys and
-        values that get a gradient: a tower takes the result in which those of the insulated towers, but for its own, do
-        not.
+        With insulated towers it is computed several times with the same result, but with gradients to different keys
+        and values. Each tower uses the result whose keys and values of the other insulated towers are detached.
         """
         results: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
         attended = {}
@@ -209,7 +209,7 @@ class MoTBlock(nn.Module):
             q_weights = [module.q_norm.weight for module in modules if isinstance(module.q_norm, RMSNorm)]
             k_weights = [module.k_norm.weight for module in modules if isinstance(module.k_norm, RMSNorm)]
             heads, kv_heads, _ = modules[0].heads
-            # Sequential offload brings a weight only where its own module is called; elsewhere it has no values.
+            # Sequential offload loads a weight only while its own module is called; otherwise it has no values.
             if all(weight.device.type != "meta" for weight in q_weights):
                 normed, eps = [isinstance(m.q_norm, RMSNorm) for m in modules], [module.eps for module in modules]
                 return join_heads(projected, q_weights, k_weights, *rotary, heads, kv_heads, normed, eps)
@@ -223,27 +223,27 @@ class MoTBlock(nn.Module):
 
 
 def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:
-    """Only what the mask keeps, scaled so that the mean stays; everything without a mask."""
+    """Apply a dropout mask and rescale to keep the mean; without a mask, return the input."""
     return added if mask is None else added * mask / (1 - rate)
 
 
 def _without_gradient(heads_BSMH: Tensor, towers: list[str], lengths: list[int], closed: tuple[str, ...]) -> Tensor:
-    """The same heads, of which the slots of some towers get no gradient."""
+    """The same heads, detached at the slots of some towers."""
     if not closed:
         return heads_BSMH
     parts = zip(towers, heads_BSMH.split(lengths, dim=1), strict=True)
     return torch.cat([part.detach() if tower in closed else part for tower, part in parts], dim=1)
 
 
-# `slots.order`, `media.NAME`, `caption_loss` and `pad_slots` are of no modality.
+# Names reserved by `slots.order`, `media.NAME`, `caption_loss` and `pad_slots`.
 _TAKEN_NAMES = {"slots", "media", "caption", "pad"}
 
 
 def check_architecture(config: ModelConfig) -> None:
-    """Refuse sizes that do not go together.
+    """Refuse sizes that do not fit together.
 
     Raises:
-        UserError: Names the key, what it holds and what it needs.
+        UserError: Names the key, its value and the valid values.
     """
     for name, modality in config.modalities.items():
         if modality.tower not in config.towers:
@@ -253,13 +253,13 @@ def check_architecture(config: ModelConfig) -> None:
             )
         if modality.objective != "next_token" and modality.tied_embeddings:
             raise UserError(
-                f"model.modalities.{name} has tied_embeddings, and with the objective {modality.objective} it has no "
+                f"model.modalities.{name} has tied_embeddings, but the objective {modality.objective} has no "
                 "embeddings; remove that key"
             )
         if modality.code_noise_prob and (modality.objective != "next_token" or name == "text"):
             raise UserError(
-                f"model.modalities.{name} has code_noise_prob, which is for codes: another modality than text with the "
-                "objective next_token; remove that key"
+                f"model.modalities.{name} has code_noise_prob, which works only for codes (objective next_token, not "
+                "text); remove that key"
             )
         if not 0 <= modality.code_noise_prob < 1:
             raise UserError(
@@ -267,13 +267,15 @@ def check_architecture(config: ModelConfig) -> None:
                 "below 1"
             )
         if modality.guidance_scale is not None and (modality.objective == "read" or name == "text"):
-            raise UserError(f"model.modalities.{name} has guidance_scale, and guidance is for media; remove that key")
+            raise UserError(
+                f"model.modalities.{name} has guidance_scale, but guidance works only for media; remove that key"
+            )
         if modality.vocab_size is not None and name != "text":
-            raise UserError(f"model.modalities.{name} has vocab_size, which is for text alone; remove that key")
+            raise UserError(f"model.modalities.{name} has vocab_size, which works only for text; remove that key")
         if modality.objective == "next_token" and modality.is_bidirectional:
             raise UserError(
-                f"model.modalities.{name} has the objective next_token and attention: bidirectional, by which a token "
-                "would see the one it predicts; set attention to causal"
+                f"model.modalities.{name} has the objective next_token and bidirectional attention, so a token would "
+                "see the one it predicts; set attention to causal"
             )
     text = config.modalities.get("text")
     if text is None or text.objective != "next_token":
@@ -289,26 +291,27 @@ def check_architecture(config: ModelConfig) -> None:
     for key, names in (("towers", config.towers), ("modalities", config.modalities)):
         for name in names:
             if not name or "." in name or hasattr(nn.ModuleDict, name):
-                raise UserError(f"model.{key} has the name '{name}', which torch gives to no weights; give another one")
+                raise UserError(
+                    f"model.{key} has the name '{name}', which torch does not allow for weights; give another one"
+                )
     if len(config.made) == 1:
-        raise UserError("model.modalities has text alone; it needs another modality beside it")
+        raise UserError("model.modalities has only text; add another modality")
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
-            f"model.modalities has the name '{min(taken)}', which tensors of a batch or numbers of the log have; give "
-            "another one"
+            f"model.modalities has the name '{min(taken)}', which is reserved for batches and the log; give another one"
         )
     widths = {tower.hidden_size for tower in config.towers.values()}
     if len(widths) > 1 and len(set(config.untied)) < 4:
         raise UserError(
-            f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} can share nothing; "
-            "use [norm, qkv, output, ffn]"
+            f"model.untied is {config.untied}, but towers of different hidden_size {sorted(widths)} cannot share "
+            "weights; use [norm, qkv, output, ffn]"
         )
     _check_shared(config)
     if config.head_dim % 2:
         raise UserError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
     if config.num_heads % (config.num_kv_heads or config.num_heads):
         raise UserError(
-            f"model.num_heads {config.num_heads} is no multiple of model.num_kv_heads {config.num_kv_heads}"
+            f"model.num_heads {config.num_heads} is not a multiple of model.num_kv_heads {config.num_kv_heads}"
         )
     for name, modality in config.modalities.items():
         if modality.objective != "next_token":
@@ -317,7 +320,7 @@ def check_architecture(config: ModelConfig) -> None:
 
 
 def _check_read(config: ModelConfig) -> None:
-    """Refuse modalities that read what is not there, or in another way than it was made."""
+    """Refuse `read` modalities whose source does not exist or has other settings."""
     latents = config.of_objective("diffusion")
     readers: dict[str, str] = {}
     for name, modality in config.modalities.items():
@@ -325,7 +328,7 @@ def _check_read(config: ModelConfig) -> None:
         if modality.objective != "read":
             if modality.reads is not None:
                 raise UserError(
-                    f"{key} has reads: {modality.reads}, and its objective is {modality.objective}; set objective: "
+                    f"{key} has reads: {modality.reads}, but its objective is {modality.objective}; set objective: "
                     "read, or remove reads"
                 )
             continue
@@ -341,15 +344,18 @@ def _check_read(config: ModelConfig) -> None:
         patch_size = config.modalities[modality.reads].patch_size
         if modality.patch_size != patch_size:
             raise UserError(
-                f"{key}.patch_size is {modality.patch_size}, and {modality.reads}, which it reads, has {patch_size}; "
-                "give it the same"
+                f"{key}.patch_size is {modality.patch_size}, but {modality.reads}, which it reads, has {patch_size}; "
+                "give both the same"
             )
         if modality.adapter != "linear":
-            raise UserError(f"{key}.adapter is {modality.adapter}, and what is only read has a linear one; remove it")
+            raise UserError(
+                f"{key}.adapter is {modality.adapter}, but a modality that is only read has a linear adapter; remove "
+                "the key"
+            )
 
 
 def _check_shared(config: ModelConfig) -> None:
-    """Refuse towers that share a component and want different ones."""
+    """Refuse towers that share a component but have different settings for it."""
     of_tower = {
         name: {
             "intermediate_size": ("ffn", tower.intermediate_size),
@@ -368,7 +374,7 @@ def _check_shared(config: ModelConfig) -> None:
 
 
 def _check_rope(config: ModelConfig) -> None:
-    """Refuse rotary positions that no model has."""
+    """Refuse invalid rotary positions."""
     scaling = config.rope_scaling
     if scaling is not None:
         kinds = ("default", "linear", "dynamic", "llama3", "yarn")

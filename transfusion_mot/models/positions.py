@@ -1,4 +1,4 @@
-"""Where a slot stands in its document: reading order for the mask, rotary positions for the heads."""
+"""Positions of slots in their documents: reading order for the mask, rotary positions for the heads."""
 
 import functools
 from typing import Literal
@@ -10,7 +10,7 @@ Positions = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class PositionCounter:
-    """Counts the slots of one document, segment after segment; training and sampling both ask it.
+    """Counts the slots of one document, segment after segment, in training and sampling.
 
     With `1d` rotary positions every slot advances by one, patches left to right and top to bottom (Transfusion,
     section 3). With `3d` a token at p has (p, p, p), the patch in row y and column x of an image that begins at p has
@@ -41,7 +41,7 @@ class PositionCounter:
         return self.take_order(patches), start + _grid(rows, columns)
 
     def take_order(self, length: int) -> NDArray[np.int64]:
-        """Order [length] of slots that are read next and have rotary positions from elsewhere."""
+        """Order [length] of the next slots, whose rotary positions are given elsewhere."""
         order = self.order + np.arange(length)
         self.order += length
         return order

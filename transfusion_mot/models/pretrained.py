@@ -1,7 +1,7 @@
-"""Causal language models of transformers as a tower of text: their sizes, their weights, and the way back.
+"""Causal language models of transformers as the text tower: their sizes, their weights, and the export.
 
-What fits is a Llama and its kin: RMSNorm before attention and feed-forward, rotary positions, a gated feed-forward with
-SiLU. Families that compute something else are refused by name.
+Supported models are like Llama: RMSNorm before attention and feed-forward, rotary positions, a gated feed-forward with
+SiLU. Other families are refused by name.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 _EXPERTS = "its feed-forwards are routed experts"
-_OLMO = "its norms stand behind attention and feed-forward, and those of queries and keys go over all heads"
+_OLMO = "its norms come after attention and feed-forward, and those of queries and keys cover all heads"
 _GEMMA = "its norms multiply by 1 + weight, its feed-forward has GELU, and its embeddings are multiplied by a constant"
-# Why the best known others do not fit. (Phi-3 would, if its fused matrices were cut.)
+# Why the best-known other families do not fit. (Phi-3 would fit if its fused matrices were split.)
 _REFUSED = {
     "GemmaForCausalLM": _GEMMA,
     "Gemma2ForCausalLM": f"{_GEMMA}; it also has norms behind each layer, sliding windows and capped logits",
@@ -45,8 +45,8 @@ class LanguageModel:
     """A causal language model of transformers.
 
     Attributes:
-        name: As it was given: a folder, or a name on the Hugging Face hub.
-        folder: Where its files are.
+        name: The given folder or name on the Hugging Face hub.
+        folder: Folder of its files.
         family: Its class in transformers.
         config: Its configuration.
     """
@@ -61,7 +61,7 @@ class LanguageModel:
         """Find a model and read its configuration.
 
         Raises:
-            UserError: It is not there, is no language model, or is one that computes something else than a tower.
+            UserError: It does not exist, is not a language model, or is not equivalent to a tower.
         """
         folder = _find(name)
         try:
@@ -76,7 +76,7 @@ class LanguageModel:
         return cls(name, folder, family, config)
 
     def sections(self, tower: str) -> dict[str, Any]:
-        """What it settles of a run's configuration, nested as in YAML.
+        """Sections of a run's configuration that follow from it, nested as in YAML.
 
         Args:
             tower: The tower of text.
@@ -124,7 +124,7 @@ class LanguageModel:
         return own or self.config.hidden_size // self.config.num_attention_heads
 
     def _longest(self) -> int | None:
-        """Rotary positions up to which it reads everything in one way; None is no limit."""
+        """Maximum rotary positions without a sliding window or changed frequencies; None is no limit."""
         config = self.config
         limits = []
         # Those of Mistral have no kinds of layers: all have the window.
@@ -136,7 +136,7 @@ class LanguageModel:
         return min(limits, default=None)
 
     def fill(self, model: TransfusionMoT, tower: str, report: WeightReport) -> None:
-        """Put its weights into a tower, whole or sharded, one tensor after the other; called by all processes.
+        """Load its weights into a tower, whole or sharded, one tensor after the other; called by all processes.
 
         Raises:
             UserError: A file is missing or damaged, or its weights do not fit its own configuration.
@@ -170,7 +170,7 @@ class LanguageModel:
 
 
 def tensor_names(config: ModelConfig, tower: str) -> dict[str, list[str]]:
-    """Parameters of a tower and of text => the tensors of a language model that each is made of, one below the other.
+    """Parameters of a tower and of text => the tensors of a language model that each of them stacks.
 
     Args:
         config: Of the model.
@@ -226,7 +226,7 @@ def _find(name: str) -> Path:
 
 
 def _check(name: str, family: str, config: PreTrainedConfig) -> None:
-    """Refuse models that compute something else than a tower does.
+    """Refuse models that are not equivalent to a tower.
 
     Raises:
         UserError: Names what it is.

@@ -1,4 +1,4 @@
-"""The whole model: slots of every modality in, losses or predictions of each out.
+"""The whole model: slots of every modality => losses or predictions of each.
 
 Shapes: B rows, T token slots of a modality, K images a row, S all slots of a row, D width, V vocabulary, C latent
 channels, Y and X latent height and width.
@@ -64,12 +64,11 @@ _GLOBAL_GENERATOR = threading.Lock()
 
 
 class TransfusionOutput(NamedTuple):
-    """What the model says, by modality.
+    """Outputs of the model, by modality.
 
     Attributes:
         terms: Losses of the modalities whose input has labels or noise.
-        predictions: Of the others: logits [B, T, V] of the next token, or the network's side of the diffusion loss
-            [B, K, C, Y, X].
+        predictions: For the others: logits [B, T, V] of the next token, or the diffusion prediction [B, K, C, Y, X].
     """
 
     terms: dict[str, Terms]
@@ -80,18 +79,18 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """One transformer over several modalities, each with a tower of weights, an objective and codes or latents.
 
     Args:
-        sizes: Of each modality that the model makes, what its codec or tokenizer says: the vocabulary size
-            (`next_token`) or the number of latent channels (`diffusion`).
+        sizes: For each generated modality the size from its codec or tokenizer: the vocabulary size (`next_token`) or
+            the number of latent channels (`diffusion`).
         architecture: The fields of `ModelConfig`.
         diffusion: The fields of `DiffusionConfig`, the objective of the modalities with `diffusion`.
     """
 
-    # Which kernel computes attention in training; all give the same numbers, so it is no part of the architecture.
+    # The attention kernel of training. All kernels give the same numbers, so it is not part of the architecture.
     attention: KernelChoice = "auto"
 
-    # Where accelerate cuts the model to shard it, and diffusers to spread it over devices.
+    # The units by which accelerate shards the model and diffusers distributes it over devices.
     _no_split_modules = ["MoTBlock"]  # noqa: RUF012
-    # What `compile_repeated_blocks` of diffusers compiles, for sampling.
+    # The blocks that `compile_repeated_blocks` of diffusers compiles for sampling.
     _repeated_blocks = ["MoTBlock"]  # noqa: RUF012
 
     @register_to_config
@@ -117,7 +116,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.final_norm = TowerModules(
             config, "norm", lambda tower: RMSNorm(towers[tower].hidden_size, config.norm_eps_of(tower))
         )
-        # Drawn on the CPU whatever torch's default device is.
+        # Drawn on the CPU, with any default device of torch.
         self.initialise(int(torch.randint(2**62, (), device="cpu")))
 
     @classmethod
@@ -126,7 +125,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sizes = {**sizes, TEXT: max(sizes[TEXT], model.modalities[TEXT].vocab_size or 0)}
         architecture = to_dict(model)
         for tower in architecture["towers"].values():
-            # Where weights came from is nothing that the model is.
+            # The origin of weights is not part of the model.
             tower["pretrained"] = tower["copy_of"] = None
         return cls(sizes=sizes, architecture=architecture, diffusion=to_dict(diffusion))
 
@@ -145,7 +144,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return super().from_config(config, **kwargs)
 
     def modality(self, name: str) -> Modality:
-        """The module of a modality that the model makes."""
+        """The module of a generated modality."""
         return cast(Modality, self.modalities[name])
 
     @classmethod
@@ -170,27 +169,29 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return (model, info) if wants_info else model
 
     def checkpoint_activations(self, checkpointing: Checkpointing) -> None:
-        """Say what the backward pass of a block finds: everything, the results of matrix products and attention
-        (`selective`), or the block's input alone (`full`). The rest it computes again. Before `compile_blocks`."""
+        """Set what a block keeps for its backward pass: everything, the results of matrix products and attention
+        (`selective`), or only the block's input (`full`). The rest is computed again. Call it before
+        `compile_blocks`."""
         for block in self.blocks:
             cast(MoTBlock, block).checkpointing = checkpointing
 
     def insulate(self, towers: Sequence[str]) -> None:
-        """Let the other towers read the keys and values of these without sending gradients. Before `compile_blocks`."""
+        """Let other towers read these towers' keys and values without sending gradients. Call before
+        `compile_blocks`."""
         for block in self.blocks:
             cast(MoTBlock, block).insulated = tuple(towers)
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks in place, once for all of them; for CUDA devices.
 
-        Not the whole model: that takes 4 % off a step at 163M, and 100 s instead of 30 to the first one
+        Compiling the whole model would save 4 % of a step at 163M, but the first step would take 100 s instead of 30
         (benchmarks/tried.md).
         """
         for block in self.blocks:
             block.forward = _compiled_in_training(block.forward)
 
     def kernel(self, device: torch.device, num_slots: int) -> tuple[Kernel, str]:
-        """The kernel of attention without a cache for rows of so many slots, and why; depends on autocast.
+        """The attention kernel without a cache for rows of this length, and the reason; depends on autocast.
 
         Raises:
             UserError: See `attention_kernel`.
@@ -203,8 +204,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def initialise(self, seed: int) -> None:
         """Draw all weights.
 
-        A module's come from the seed and its name, and are drawn on the CPU, a few modules at a time: they are the same
-        on every device and however they are sharded, and no process ever holds all that are sharded.
+        The weights of a module depend on the seed and its name, and are drawn on the CPU, a few modules at a time. So
+        they are the same on every device and for any sharding, and no process holds all sharded weights.
         """
         if next(self.parameters()).is_meta:
             return
@@ -268,12 +269,12 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Predict the next token of every token slot and the diffusion target of every image.
 
         Args:
-            inputs: By modality; one that is missing has no slots.
+            inputs: Inputs by modality; a missing modality has no slots.
             slots: Ids of all slots, [B, S], in the order of `ModelConfig.stream_order`. None with a cache.
-            cache: While sampling, what earlier calls left; new slots, of one modality in each call, attend to it too.
-                Of tokens there are then only the logits of the last slot, [B, 1, V].
+            cache: In sampling, the slots of earlier calls; the new slots, of one modality in each call, attend to them,
+                too. For tokens the output then has only the logits of the last slot, [B, 1, V].
             rope_positions: With a cache, those of the new slots: [B, S] or [B, S, 3].
-            z_loss_weight: Of the gradient of every next-token loss, see `next_token_loss`.
+            z_loss_weight: Weight of the z-loss in every next-token loss, see `next_token_loss`.
         """
         config = self.architecture
         embedded: dict[str, Tensor] = {}
@@ -311,7 +312,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return TransfusionOutput(terms, predictions)
 
     def slot_ids(self, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
-        """What the attention mask knows of each slot; spans whose attention is causal are none."""
+        """Ids of each slot for the attention mask; spans with causal attention do not count as spans."""
         latents = [given for given in inputs.values() if isinstance(given, LatentInput)]
         seen = [images for images in (given.seen_later for given in latents) if images is not None]
         # Spans are counted over all latents of a row.
@@ -357,10 +358,10 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Streams]:
-    """The forward of a block, compiled where gradients are asked for.
+    """The forward of a block, compiled if gradients are needed.
 
-    Its forward alone: the hooks around it, with which FSDP gathers weights, are not for the compiler. Sampling has a
-    shape for every length, each of which would be compiled anew.
+    Only the forward is compiled, because the hooks with which FSDP gathers weights must stay outside. Sampling is not
+    compiled, because every length is a new shape.
     """
     compiled = torch.compile(forward, fullgraph=True, dynamic=False)
 
@@ -372,12 +373,12 @@ def _compiled_in_training(forward: Callable[..., Streams]) -> Callable[..., Stre
 
 
 def base_name(name: str) -> str:
-    """Name of a module or parameter in the model without low-rank adapters; peft puts a layer around each matrix."""
+    """Name of a module or parameter without low-rank adapters; peft wraps a layer around each matrix."""
     return name.replace(".base_layer", "")
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a module or parameter is one of a low-rank adapter."""
+    """Whether a module or parameter belongs to a low-rank adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -385,7 +386,7 @@ def is_of_adapter(name: str) -> bool:
 def fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy a tensor, or this process's shard of it, into a parameter."""
     if isinstance(parameter, DTensor):
-        # Each process has drawn the same: nothing has to be sent.
+        # All processes have drawn the same values, so nothing is sent.
         mesh, placements = parameter.device_mesh, parameter.placements
         shards = distribute_tensor(whole.detach().to(parameter.device), mesh, placements, src_data_rank=None)
         parameter.to_local().copy_(shards.to_local())

@@ -1,4 +1,4 @@
-"""What a step of the model costs in FLOPs, and what GPUs can do."""
+"""FLOPs of a step of the model, and peak FLOPs of GPUs."""
 
 from collections import Counter
 from typing import cast

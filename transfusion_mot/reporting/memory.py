@@ -1,8 +1,7 @@
 """Memory of a training step, predicted from the sizes of the model and the batch.
 
-It is that of compiled blocks. What a block keeps for its backward pass is what torch's partitioner chooses to keep,
-which a test traces; with the other parts the peaks that were measured on one H100 are met within 2 %
-(docs/scaling.md).
+It assumes compiled blocks. A block keeps for its backward pass what torch's partitioner chooses, which a test traces.
+The prediction is within 2 % of the peaks measured on one H100 (docs/scaling.md).
 """
 
 from collections import Counter
@@ -67,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Learning:
-    """What of a tower's part of a block is trained: the backward pass needs the inputs of such matrices.
+    """Trained parts of a tower in a block: the backward pass needs the inputs of their matrices.
 
     Attributes:
         qkv, output, ffn_in, ffn_out: Of the projections and of the feed-forward, weights or adapters are trained.
@@ -84,7 +83,7 @@ class Learning:
 
     @classmethod
     def of(cls, block: MoTBlock, tower: str) -> Self:
-        """What of a block is trained."""
+        """Trained parts of a block."""
         ffn = cast(SwiGLU, block.ffn[tower])
         parts = (block.qkv[tower], block.output[tower], nn.ModuleList([ffn.gate, ffn.up]), ffn.down)
         matrices = [
@@ -235,7 +234,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
 
 
 def bytes_of_moments(parameter: Tensor, optimizer: str, in_block: bool) -> float:
-    """What an optimizer keeps of a parameter that it trains."""
+    """Bytes of optimizer state for a trained parameter."""
     if optimizer == "adamw_8bit" and has_codes(parameter):
         return 2 * parameter.numel() * (1 + 4 / BLOCK)
     return parameter.numel() * (4 if optimizer == "muon" and in_block else 8)

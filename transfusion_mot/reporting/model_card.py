@@ -1,4 +1,4 @@
-"""The README of a snapshot: what the model is, what it was trained on, how good it is, and how to use it."""
+"""The README of a snapshot: its model, training data, quality and use."""
 
 import json
 from collections.abc import Collection

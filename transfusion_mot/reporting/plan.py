@@ -1,4 +1,4 @@
-"""What a run needs, computed without a GPU: `python train.py --plan --config FILE --gpus 8 --gpu A100-80GB`."""
+"""Resources of a run, computed without a GPU: `python train.py --plan --config FILE --gpus 8 --gpu A100-80GB`."""
 
 import argparse
 import math

@@ -1,6 +1,6 @@
-"""What a new run begins with, settled while its configuration is read: a snapshot, or nothing.
+"""The initial weights of a new run, and the settings that follow from them when its configuration is read.
 
-A start gives sections of the configuration. They stand between the defaults and what the user gives:
+A start (a snapshot or pretrained towers) gives sections of the configuration. The order of precedence is
 defaults < start < YAML file < command line.
 """
 
@@ -21,18 +21,18 @@ from transfusion_mot.run.from_snapshot import SnapshotStart
 from transfusion_mot.run.from_towers import TowerStarts
 from transfusion_mot.training.checkpoint import find_state, run_config_file
 
-# Mappings whose entries the user may give in part: the start has the rest.
+# Mappings whose entries the user may give partly: the start gives the rest.
 _MAPPINGS = (("model", "towers"), ("model", "modalities"), ("codecs",))
-# Of a run that is continued, what its start had given.
+# Settings that a continued run has from its start.
 _SETTLED = ("tokenizer", "codecs", "model", "diffusion")
 _SETTLED_DATA = ("image_size", "buckets", "image_fit", "max_audio_seconds")
 
 
 class InitialWeights(Protocol):
-    """Something that a run begins with."""
+    """A source of initial weights."""
 
     def sections(self) -> dict[str, Any]:
-        """What it says about the configuration, nested as in YAML."""
+        """Sections of the configuration that follow from it, nested as in YAML."""
         ...
 
     def check(self, config: RunConfig) -> None:
@@ -53,7 +53,7 @@ class InitialWeights(Protocol):
 
 
 def named_starts(sections: dict[str, Any]) -> dict[str, str]:
-    """Dotted keys of a configuration that name a start, and what they name."""
+    """Dotted keys of a configuration that name a start => the names."""
     named = {"init_from": str(sections["init_from"])} if sections.get("init_from") is not None else {}
     for name, tower in _at(sections, ("model", "towers")).items():
         for key in ("pretrained", "copy_of"):
@@ -66,29 +66,29 @@ def find_starts(sections: dict[str, Any]) -> list[InitialWeights]:
     """The starts that a configuration names.
 
     Args:
-        sections: Of the configuration, nested as in YAML; as far as they are given.
+        sections: Sections of the configuration that are given, nested as in YAML.
 
     Raises:
-        UserError: One is not there or cannot be used, or they exclude each other.
+        UserError: A start does not exist or cannot be used, or two starts exclude each other.
     """
     names = named_starts(sections)
     if "init_from" not in names:
         return [TowerStarts(sections)] if names else []
     if len(names) > 1:
         raise UserError(
-            f"init_from takes all weights of a snapshot, and {min(set(names) - {'init_from'})} those of one tower; "
+            f"both init_from and {min(set(names) - {'init_from'})} are given; init_from already sets all weights: "
             "remove one of them"
         )
     return [SnapshotStart(names["init_from"])]
 
 
 def settled_config(arguments: Sequence[str]) -> RunConfig:
-    """Read the configuration of a run, with what its start says; see `parse_config`.
+    """Read the configuration of a run, including the settings from its start; see `parse_config`.
 
-    A run that is continued needs its start no more: what it said is in the `config.yaml` of the run folder.
+    A continued run does not need its start: the settings are in `config.yaml` of the run folder.
 
     Raises:
-        UserError: A mistake in the configuration, a start that cannot be used, or one that it contradicts.
+        UserError: A mistake in the configuration, an unusable start, or a start that contradicts the configuration.
     """
     given = given_values(arguments)
     run, resume = Path(str(given.get("output_dir", RunConfig.output_dir))), str(given.get("resume", RunConfig.resume))
@@ -103,16 +103,16 @@ def settled_config(arguments: Sequence[str]) -> RunConfig:
             if named_before.get(key) != name:
                 began = f"began with {key}={named_before[key]}" if key in named_before else f"began without {key}"
                 raise UserError(
-                    f"{key} is {name}, and the run in {run} {began}: it goes on with its own weights; remove the key, "
-                    "or choose another output_dir to begin a new run"
+                    f"{key} is {name}, but the run in {run} {began} and continues with its own weights; remove the "
+                    "key, or choose another output_dir to start a new run"
                 )
     else:
         starts = find_starts(given)
         sections = {}
         for start in starts:
             sections = merged(sections, start.sections())
-        # Buckets come before an image size: those of the start would hide the one that is given. Arguments are those of
-        # their scheduler.
+        # Buckets override an image size: those of the start would hide a given image size. Arguments are those of their
+        # scheduler.
         for section, key, goes in (("data", "image_size", "buckets"), ("diffusion", "scheduler", "scheduler_args")):
             if key in (given.get(section) or {}):
                 sections.get(section, {}).pop(goes, None)
@@ -123,15 +123,15 @@ def settled_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def fill_initial_weights(model: TransfusionMoT, config: RunConfig, accelerator: Accelerator) -> bool:
-    """Put the weights of the starts that the configuration names into a model, and print a table of each.
+    """Load the weights of the configured starts into a model, and print a table for each.
 
-    Called by all processes, with a model whose weights are drawn and lie where they will be.
+    Called by all processes. The model's weights are already drawn on their final device.
 
     Returns:
         Whether there was any start.
 
     Raises:
-        UserError: Weights are damaged, do not fit, or something in the table is unexplained.
+        UserError: Weights are damaged, do not fit, or are left over without a reason.
     """
     starts = find_starts(to_dict(config))
     for start in starts:
@@ -142,7 +142,7 @@ def fill_initial_weights(model: TransfusionMoT, config: RunConfig, accelerator: 
 
 
 def _config_before(run: Path, resume: str) -> dict[str, Any]:
-    """`config.yaml` of the run that would be continued; empty if there is none."""
+    """`config.yaml` of the run to continue; empty if there is none."""
     file = run / "config.yaml" if resume in ("auto", "never") else run_config_file(Path(resume))
     try:
         content = yaml.safe_load(file.read_text())
@@ -152,16 +152,16 @@ def _config_before(run: Path, resume: str) -> dict[str, Any]:
 
 
 def _sections_of(before: dict[str, Any]) -> dict[str, Any]:
-    """What the start of a run had settled, from the `config.yaml` of the run."""
+    """Settings that a run has from its start, read from its `config.yaml`."""
     sections = {key: before[key] for key in (*named_starts(before), *_SETTLED) if key in before}
     return sections | {"data": {key: value for key, value in before["data"].items() if key in _SETTLED_DATA}}
 
 
 def _with_sections(arguments: Sequence[str], sections: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """Arguments in which what a start says stands below what the user gives.
+    """Arguments in which the user's settings override those of a start.
 
-    The parser merges the keys of an entry of a mapping, and drops entries that a file does not have. So those of the
-    start are given again behind each file, without the keys that the user sets.
+    The parser merges the keys of a mapping's entries, but drops entries that a file lacks. So the entries of the start
+    are repeated after each file, without the keys that the user sets.
     """
     again = []
     for path in _MAPPINGS:
@@ -172,7 +172,7 @@ def _with_sections(arguments: Sequence[str], sections: dict[str, Any], given: di
                 for name in own | users
             }
             again.append(f"--{'.'.join(path)}={json.dumps(entries)}")
-    # The parser takes a string as it stands.
+    # The parser takes strings without quotes.
     result = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in _flat(sections)]
     for position, word in enumerate(arguments):
         result.append(word)
@@ -189,7 +189,7 @@ def _at(sections: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _flat(sections: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
-    """Dotted keys and values. Mappings with names of the user's own are values."""
+    """Dotted keys and values. Mappings with user-defined names are values."""
     result: list[tuple[str, Any]] = []
     for key, value in sections.items():
         path = (*above, key)

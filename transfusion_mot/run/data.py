@@ -1,4 +1,4 @@
-"""What a run reads: codecs, tokenizer, and the sources to train on and to hold out."""
+"""The data of a run: codecs, tokenizer, training sources and held-out sources."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ from transfusion_mot.training.state import refuse_other_tokenizer
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
-        codecs: Of each modality but text.
-        tokenizer: Of texts.
-        sources: To train on, with their media encoded.
-        held_out: Of the same sources, what is never trained on.
-        encoder: Encodes latents that no cache has.
+        codecs: Codec of each modality but text.
+        tokenizer: The text tokenizer.
+        sources: Training documents, with encoded media.
+        held_out: Documents of the same sources that are never trained on.
+        encoder: Encodes latents that are not cached.
     """
 
     codecs: dict[str, Codec]
@@ -41,16 +41,17 @@ class RunData:
     def open(cls, config: RunConfig, accelerator: Accelerator, state: Path | None) -> Self:
         """Open everything; called by all processes.
 
-        The main process indexes sources and trains the tokenizer, and the others then find them; all encode media
-        together.
+                The main process indexes the sources and trains the tokenizer; then the others load both. All processes
+                share the
+        encoding of media.
 
         Args:
-            config: Of the run.
-            accelerator: Of the run.
-            state: Training state that is gone on from.
+            config: The run's configuration.
+            accelerator: The run's accelerator.
+            state: Training state to resume from, or None.
 
         Raises:
-            UserError: Something cannot be read, or does not fit the rest.
+            UserError: A source, codec or tokenizer cannot be read, or does not fit the configuration.
         """
         codecs = {
             name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
@@ -74,7 +75,7 @@ class RunData:
         )
 
     def packer(self, config: RunConfig) -> Packer:
-        """What builds the rows of the run."""
+        """The packer that builds the rows of the run."""
         return Packer(
             self.sources,
             self.tokenizer,
@@ -87,8 +88,8 @@ class RunData:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of each modality: size of the vocabulary, or channels of the latents."""
-        # Behind the codes stand the start and end of a span.
+        """Vocabulary size or latent channels of each modality."""
+        # The ids after the codes are the start and the end of a span.
         media = {
             name: codec.latent_channels if codec.kind == "latents" else codec.codebook_size + 2
             for name, codec in self.codecs.items()
@@ -99,9 +100,9 @@ class RunData:
 def open_tokenizer(
     config: RunConfig, documents: list[Source], *, state: Path | None, is_main_process: bool
 ) -> TextTokenizer:
-    """The tokenizer of the run that is gone on with, else the configured one, else a newly trained one.
+    """The tokenizer of the resumed run, else the configured one, else a newly trained one.
 
-    The main process saves it into the run folder; the others, which come later, find it there.
+    The main process saves it into the run folder first; the others load it from there.
     """
     folder, modalities = Path(config.output_dir) / "tokenizer", config.model.made
     if not is_main_process:

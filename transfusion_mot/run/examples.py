@@ -1,4 +1,4 @@
-"""What a snapshot says of its prompts: some of them, and how captions begin, where they begin in a few ways."""
+"""Example prompts of a snapshot, and the common beginnings of its captions, if there are any."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ from transfusion_mot.run.data import RunData
 from transfusion_mot.sampling.held_out_items import captions_of
 
 _NUM_PROMPTS, _NUM_READ = 6, 2000
-# Beginnings are of at most so many words. There are few of them, none is rare, and nearly all captions have one.
+# Maximum words of a beginning; maximum number of beginnings; minimum share of one, and of all together.
 _MOST_WORDS, _MOST_BEGINNINGS = 4, 24
 _LEAST_SHARE, _LEAST_COVERED = 0.01, 0.9
 
@@ -15,8 +15,8 @@ def examples_of(data: RunData, modality: str) -> dict[str, list[str]]:
     """Prompts and beginnings of captions for `SnapshotPipeline.config.examples`.
 
     Args:
-        data: Of the run. Prompts are held out, if something is.
-        modality: What is captioned.
+        data: The data of the run. Prompts are held-out captions if there are any.
+        modality: The captioned modality.
     """
     held_out = captions_of(data.held_out, modality, _NUM_PROMPTS)
     return {
@@ -26,9 +26,9 @@ def examples_of(data: RunData, modality: str) -> dict[str, list[str]]:
 
 
 def beginnings(captions: list[str]) -> list[str]:
-    """How captions begin, the longest way that a few of them share: "noto emoji of", "twemoji emoji of".
+    """The longest common beginnings of captions: "noto emoji of", "twemoji emoji of".
 
-    Nothing if there is one beginning, or are many: free text has none.
+    Empty if there is only one beginning, or too many: free text has none.
     """
     words = [caption.split() for caption in captions]
     for length in range(_MOST_WORDS, 0, -1):
@@ -41,9 +41,9 @@ def beginnings(captions: list[str]) -> list[str]:
 
 
 def _lengthened(start: tuple[str, ...], words: list[list[str]]) -> tuple[str, ...]:
-    """A beginning with the words that always follow it."""
+    """A beginning extended by the words that always follow it."""
     having = [parts for parts in words if tuple(parts[: len(start)]) == start and len(parts) > len(start)]
     following = {parts[len(start)] for parts in having}
-    # The last word of a caption says what is seen.
+    # The last word of a caption names its content.
     is_last = any(len(parts) == len(start) + 1 for parts in having)
     return start if len(following) != 1 or is_last else _lengthened((*start, *following), words)

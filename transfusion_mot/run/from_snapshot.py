@@ -1,4 +1,4 @@
-"""A snapshot that a run begins with: what it settles of the configuration, and its weights."""
+"""Start a run from a snapshot: settings that follow from it, and its weights."""
 
 import json
 import shutil
@@ -30,25 +30,25 @@ from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of
 from transfusion_mot.schedulers import make_scheduler, trained_for
 from transfusion_mot.training.checkpoint import written_aside
 
-# Settings of a model that no weight depends on.
+# Model settings that no weight depends on.
 _FREE = (
     "towers.*.dropout",
     "modalities.*.loss_weight",
     "modalities.*.code_noise_prob",
     "modalities.*.guidance_scale",
 )
-# Where a tower's weights came from when the run of the snapshot began.
+# Tower settings that only name the initial weights of the snapshot's own run.
 _ORIGINS = ("pretrained", "copy_of")
 
 
 class SnapshotStart:
-    """A snapshot that a run begins with.
+    """A snapshot to start a run from.
 
     Args:
         name: Its folder, a run folder, or a name on the Hugging Face hub.
 
     Raises:
-        UserError: It is not there, is no snapshot, or is one of version 0.1.
+        UserError: It does not exist, is not a snapshot, or is one of version 0.1.
     """
 
     def __init__(self, name: str) -> None:
@@ -66,13 +66,13 @@ class SnapshotStart:
             self.diffusion = DiffusionConfig(**contents["diffusion"])
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"init_from={name}: transformer/config.json describes no model that this version knows ({error}); it "
-                "needs a snapshot of train.py"
+                f"init_from={name}: this version does not know the model in transformer/config.json ({error}); give a "
+                "snapshot of train.py"
             ) from None
         for key in ("num_inference_steps", "guidance_scale"):
             setattr(self.diffusion, key, self.index.get(key, getattr(self.diffusion, key)))
         media = [modality for modality in self.model.made if modality != TEXT]
-        # Where the codec of each modality lies.
+        # Folder of each modality's codec.
         self.codecs = {
             self.index.get(key) or media[0]: str(self.folder / part)
             for part, key in COMPONENT_MODALITIES.items()
@@ -96,7 +96,7 @@ class SnapshotStart:
         }
 
     def check(self, config: RunConfig) -> None:
-        """Refuse other sizes, another tokenizer or another codec than those that the weights were trained with.
+        """Refuse sizes, a tokenizer or a codec that differ from those of the weights' training.
 
         Raises:
             UserError: Names the keys.
@@ -109,7 +109,7 @@ class SnapshotStart:
         if differing:
             raise UserError(
                 f"the weights of init_from={self.name} are of another model: {'; '.join(differing)}; remove the keys, "
-                "or begin without init_from"
+                "or train without init_from"
             )
         self._check_tokenizer(config)
         self._check_codecs(config)
@@ -121,8 +121,8 @@ class SnapshotStart:
         names = config.model.made
         if given is None or load_tokenizer(given, names).fingerprint != load_tokenizer(own, names).fingerprint:
             raise UserError(
-                f"tokenizer.path is {given}, and the weights of init_from={self.name} were trained with another "
-                "tokenizer; remove the key to take that"
+                f"tokenizer.path is {given}, but the weights of init_from={self.name} were trained with another "
+                "tokenizer; remove the key to use theirs"
             )
 
     def _check_codecs(self, config: RunConfig) -> None:
@@ -134,12 +134,12 @@ class SnapshotStart:
             fingerprints = {load_codec(codec, objective, "cpu").fingerprint for codec in (CodecConfig(path), given)}
             if len(fingerprints) > 1:
                 raise UserError(
-                    f"codecs.{name}.path is {given.path}, and the weights of init_from={self.name} were trained with "
-                    "another codec; remove the key to take that"
+                    f"codecs.{name}.path is {given.path}, but the weights of init_from={self.name} were trained with "
+                    "another codec; remove the key to use theirs"
                 )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
-        """Put its weights into a model, whole or sharded; called by all processes.
+        """Load its weights into a model, whole or sharded; called by all processes.
 
         Raises:
             UserError: They are damaged, or do not fit.
@@ -149,16 +149,16 @@ class SnapshotStart:
         new = self._new(config)
         for name in (name for name in report.missing if name.startswith("modalities.")):
             if (modality := name.split(".")[1]) in new:
-                report.missing[name] = f"{modality} is new: drawn at random"
+                report.missing[name] = f"{modality} is new, drawn at random"
         report.notes += self._notes(config)
         return report
 
     def _new(self, config: RunConfig) -> list[str]:
-        """Modalities of a run that its model does not have, and that are only read: a way in is all that they add."""
+        """`read` modalities that are new in this run; they add only an input layer."""
         return [name for name in config.model.readers.values() if name not in self.model.modalities]
 
     def weight_files(self) -> WeightFiles:
-        """The weights of its transformer; they are downloaded now if they lie on the hub.
+        """The weight files of its transformer, downloaded if they are on the hub.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -172,7 +172,7 @@ class SnapshotStart:
         return WeightFiles(folder / "transformer", "diffusion_pytorch_model")
 
     def _notes(self, config: RunConfig) -> list[str]:
-        """What of the objective is another than that of the snapshot, in sentences."""
+        """Sentences about differences between this run's objective and the snapshot's."""
         if not config.model.of_objective("diffusion"):
             return []
         before, now = (
@@ -181,9 +181,9 @@ class SnapshotStart:
         )
         if before["prediction_type"] != now["prediction_type"]:
             return [
-                f"the snapshot was trained to predict {before['prediction_type']}, and this run trains it to predict "
-                f"{now['prediction_type']} (diffusion.scheduler): its first diffusion losses will be those of an "
-                "untrained model, and it needs many more steps"
+                f"the snapshot was trained to predict {before['prediction_type']}, but this run predicts "
+                f"{now['prediction_type']} (diffusion.scheduler): the first diffusion losses will be those of an "
+                "untrained model, and training needs many more steps"
             ]
         if before != now:
             parts = [f"{key} was {before[key]} and is {now.get(key)}" for key in before if before[key] != now.get(key)]
@@ -192,12 +192,12 @@ class SnapshotStart:
 
 
 def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Copy the codecs of the snapshot that a run begins with into its folder; called by all processes.
+    """Copy the codecs of the initial snapshot into the run folder; called by all processes.
 
     So the run can be continued without the snapshot.
 
     Returns:
-        The configuration, in which the codecs are the copies.
+        The configuration with the paths of the copies.
     """
     if config.init_from is None:
         return config
@@ -216,7 +216,7 @@ def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 
 
 def _find(name: str) -> Path:
-    """The folder of a snapshot; one on the hub is downloaded without its large weights.
+    """The folder of a snapshot; from the hub it is downloaded without its large weights.
 
     Raises:
         UserError: There is none.
@@ -232,15 +232,15 @@ def _find(name: str) -> Path:
         found = find_snapshot(name)
         if (found / ADAPTER_CONFIG).is_file():
             raise UserError(
-                f"init_from={name} is a low-rank adapter; give the model below it, or save that with the adapter as a "
-                "whole snapshot (fuse_lora, unload_lora_weights, save_pretrained) and give that"
+                f"init_from={name} is a low-rank adapter; give its base model, or a whole snapshot with the fused "
+                "adapter (fuse_lora, unload_lora_weights, save_pretrained)"
             )
         return found
     refuse_missing_path(name, "init_from")
     parts = [f"{part}/*" for part in ("tokenizer", *COMPONENT_MODALITIES)]
     found = download(name, ["*.json", "*.txt", *parts], "init_from")
     if not (found / INDEX).is_file():
-        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; it needs a snapshot of train.py")
+        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; give a snapshot of train.py")
     return found
 
 
@@ -265,7 +265,7 @@ def _model_config(architecture: dict[str, Any]) -> ModelConfig:
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted key, value before and value now of everything that differs between two nested sections."""
+    """(Dotted key, value before, value now) of all differences between two nested sections."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [(key, before, now)]
     found: list[tuple[str, Any, Any]] = []

@@ -1,4 +1,4 @@
-"""Towers that a run begins with: a language model, towers of snapshots, and copies of other towers."""
+"""Pretrained towers of a new run: a language model, towers of snapshots, and copies of other towers."""
 
 from functools import cached_property
 from pathlib import Path
@@ -19,27 +19,27 @@ from transfusion_mot.run.from_snapshot import SnapshotStart
 from transfusion_mot.sampling.snapshot import INDEX
 from transfusion_mot.training.towers import tower_of
 
-# What a copy has in common with the tower that it is of.
+# Settings that a copy shares with its original tower.
 _SIZES = ("hidden_size", "intermediate_size", "norm_eps", "qk_norm", "qkv_bias", "output_bias")
 _COMPONENTS = {"norm", "qkv", "output", "ffn"}
-# Settings of a snapshot's model that no weight depends on, or that say where its weights came from.
+# Settings of a snapshot's model that no weight depends on, or that only name its initial weights.
 _FREE_OF_TOWER = ("dropout", "pretrained", "copy_of")
 
 
 class TowerStarts:
-    """The towers of a configuration that do not begin at random.
+    """The towers of a configuration with pretrained or copied weights.
 
     Args:
-        sections: Of the configuration, nested as in YAML; as far as they are given.
+        sections: Sections of the configuration that are given, nested as in YAML.
 
     Raises:
-        UserError: A source is not there, or does not fit.
+        UserError: A source does not exist, or does not fit.
     """
 
     def __init__(self, sections: dict[str, Any]) -> None:
         model = sections.get("model") or {}
         towers: dict[str, dict[str, Any]] = {name: fields or {} for name, fields in (model.get("towers") or {}).items()}
-        # As the parser has it: what is given takes the place of the default.
+        # As in the parser, a given mapping replaces the default.
         modalities = model.get("modalities") or to_dict(ModelConfig())["modalities"]
         self._modalities: dict[str, dict[str, Any]] = {name: fields or {} for name, fields in modalities.items()}
         self._text_tower = str((modalities.get(TEXT) or {}).get("tower", TEXT))
@@ -56,7 +56,7 @@ class TowerStarts:
             if origin not in known or origin in self.copies:
                 others = ", ".join(sorted(known - set(self.copies))) or "none"
                 raise UserError(
-                    f"model.towers.{name}.copy_of is {origin}; it must be another tower that is no copy: {others}"
+                    f"model.towers.{name}.copy_of is {origin}; it must be another tower that is not a copy: {others}"
                 )
         self._given = towers
 
@@ -82,7 +82,7 @@ class TowerStarts:
     def sections(self) -> dict[str, Any]:
         """Sizes, norms, biases and rotary positions of the towers, and the tokenizer of text.
 
-        With all modalities and towers of the run: a mapping takes the place of the default.
+        All modalities and towers of the run are listed, because a given mapping replaces the default.
         """
         modalities = merged(self._modalities, self._wanted["model"].get("modalities", {}))
         names = {modality.get("tower", name) for name, modality in modalities.items()}
@@ -95,7 +95,7 @@ class TowerStarts:
 
     @cached_property
     def _wanted(self) -> dict[str, Any]:
-        """What the sources say, and nothing else."""
+        """Only the settings that follow from the sources."""
         result: dict[str, Any] = {"model": {}}
         for name, source in self.sources.items():
             own = source.sections(name) if isinstance(source, LanguageModel) else self._of_snapshot(name, source)
@@ -103,8 +103,8 @@ class TowerStarts:
                 if key in ("towers", "modalities") or result["model"].get(key, value) == value:
                     continue
                 raise UserError(
-                    f"model.towers.{name}.pretrained has {key} {value}, and that of another tower "
-                    f"{result['model'][key]}; all towers of a model have the same"
+                    f"model.towers.{name}.pretrained has {key} {value}, but another tower has "
+                    f"{result['model'][key]}; give towers with the same {key}"
                 )
             result = merged(result, own)
         return result
@@ -118,7 +118,7 @@ class TowerStarts:
             if fields["tower"] == tower and name in source.model.made
         }
         own = {key: value for key, value in model["towers"][tower].items() if key not in _FREE_OF_TOWER}
-        # What the tower left to the model's own settings.
+        # Settings that the tower inherited from its model.
         own |= {"norm_eps": source.model.norm_eps_of(tower), "qk_norm": source.model.has_qk_norm(tower)}
         shared: tuple[str, ...] = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling")
         shared += ("layers_without_rope", "max_position_embeddings")
@@ -140,19 +140,19 @@ class TowerStarts:
         model, wanted = config.model, self._wanted
         if set(model.untied) != _COMPONENTS and len(model.towers) > 1:
             raise UserError(
-                f"model.untied is {model.untied}, and a tower with pretrained or copy_of owns all its weights; use "
-                "[norm, qkv, output, ffn]"
+                f"model.untied is {model.untied}, but a tower with pretrained or copy_of must own all its weights; set "
+                "model.untied=[norm, qkv, output, ffn]"
             )
         if self._text_tower != model.modalities[TEXT].tower:
             raise UserError(
-                f"model.modalities.text.tower is {model.modalities[TEXT].tower}, and the language model is that of "
-                f"model.towers.{self._text_tower}; give it to the tower of text"
+                f"model.modalities.text.tower is {model.modalities[TEXT].tower}, but model.towers.{self._text_tower} "
+                "has the language model; give it to the tower of text"
             )
         for key, before, now in _differences(wanted["model"], to_dict(model)):
             tower = key.split(".")[1] if key.startswith("towers.") else next(iter(self.sources))
             raise UserError(
-                f"model.{key} is {now}, and pretrained={self.sources[tower].name} has {before}; remove the key, or "
-                "begin without it"
+                f"model.{key} is {now}, but pretrained={self.sources[tower].name} has {before}; remove one of the "
+                "two keys"
             )
         for name, origin in self.copies.items():
             self._check_copy(name, origin, config)
@@ -163,12 +163,12 @@ class TowerStarts:
         for key in _SIZES:
             if getattr(own, key) != getattr(other, key):
                 raise UserError(
-                    f"model.towers.{name}.{key} is {getattr(own, key)}, and {origin}, of which it is a copy, has "
-                    f"{getattr(other, key)}; give it the same, or remove copy_of to begin at random"
+                    f"model.towers.{name}.{key} is {getattr(own, key)}, but its copy_of, {origin}, has "
+                    f"{getattr(other, key)}; use the same value, or remove copy_of to draw the weights at random"
                 )
 
     def _check_tokenizer(self, config: RunConfig) -> None:
-        """Refuse a tokenizer with more ids than the language model has rows, or another one than its own."""
+        """Refuse a tokenizer with more ids than the language model's embedding has rows, or one that is not its own."""
         source, path = self.sources.get(self._text_tower), config.tokenizer.path
         if not isinstance(source, LanguageModel):
             return
@@ -177,17 +177,16 @@ class TowerStarts:
         rows = source.config.vocab_size
         if path is None or (path != source.name and own is not None and given != own):
             raise UserError(
-                f"tokenizer.path is {path}, and the language model {source.name} has a tokenizer of its own; remove "
-                "the key"
+                f"tokenizer.path is {path}, but the language model {source.name} has its own tokenizer; remove the key"
             )
         if given is not None and given > rows:
             raise UserError(
-                f"the tokenizer {path} has {given} ids, and the language model {source.name} has {rows} rows; give the "
-                "tokenizer that it was trained with"
+                f"the tokenizer {path} has {given} ids, but the language model {source.name} has only {rows} rows; "
+                "give the tokenizer that it was trained with"
             )
 
     def fill(self, model: TransfusionMoT, config: RunConfig) -> WeightReport:
-        """Put the weights of the sources into a model, whole or sharded; called by all processes.
+        """Load the weights of the sources into a model, whole or sharded; called by all processes.
 
         Raises:
             UserError: They are damaged, or do not fit.
@@ -220,7 +219,7 @@ class TowerStarts:
         for name, parameter in base_parameters(model).items():
             if tower_of(name, model.architecture) != tower:
                 continue
-            # An adapter of what is only read fits the tower that reads.
+            # The adapter of a `read` modality belongs to the tower that reads.
             is_read = name.startswith("modalities.") and name.split(".")[1] not in model.architecture.made
             if name in known and not (is_read and files.shape(name) != parameter.shape):
                 report.take_rows(name, parameter, files.read(name))
@@ -231,16 +230,16 @@ class TowerStarts:
             modality = name.split(".")[1] if name.startswith("modalities.") else None
             of_tower = tower_of(name, source.model)
             if of_tower != tower:
-                report.unexpected[name] = f"tower {of_tower} of the snapshot is not taken"
+                report.unexpected[name] = f"tower {of_tower} of the snapshot is not used"
             elif modality in source.model.readers.values() and name in base_parameters(model):
-                report.unexpected[name] = f"{modality} of the snapshot is for a tower of another width"
+                report.unexpected[name] = f"{modality} of the snapshot fits a tower of another width"
             else:
                 report.unexpected[name] = f"{modality} of the snapshot is not in this run" if modality else ""
 
 
 @torch.no_grad()
 def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
-    """Give a tower the weights of another one of the same sizes => how many parameters."""
+    """Copy the weights of a tower to another one of the same sizes => number of parameters."""
     parameters, copied = base_parameters(model), 0
     for name, parameter in parameters.items():
         if f".owned.{tower}." not in name:
@@ -254,7 +253,7 @@ def _copy_tower(model: TransfusionMoT, tower: str, origin: str) -> int:
 
 
 def _tokenizer_size(path: str) -> int | None:
-    """One more than the largest id of a tokenizer; None if it cannot be read, which is told where it is needed."""
+    """One more than the largest id of a tokenizer; None if it cannot be read, which is reported where it is used."""
     try:
         return load_tokenizer(path, (), of_language_model=True).vocab_size
     except UserError:
@@ -262,7 +261,7 @@ def _tokenizer_size(path: str) -> int | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted key, wanted value and given value of all that is wanted and is not so."""
+    """(Dotted key, wanted value, given value) of all given values that differ from the wanted ones."""
     found: list[tuple[str, Any, Any]] = []
     for name, value in before.items():
         inner, given = f"{key}.{name}" if key else name, now.get(name)

@@ -1,4 +1,4 @@
-"""How long a run is: steps that the configuration gives, or as many as some epochs of the data take."""
+"""Length of a run: steps from the configuration, or computed from a number of epochs."""
 
 import math
 from collections import Counter
@@ -10,15 +10,15 @@ from transfusion_mot.config import RunConfig
 from transfusion_mot.data.mixture import counter
 from transfusion_mot.data.packing import Packer
 
-# So often that a held-out loss has risen long before.
+# Beyond this number of epochs a held-out loss has usually started to rise long ago.
 _MANY_EPOCHS = 1000
-# Rows that are packed to see how many documents they take; as many before them are not counted, because the first rows
-# also take the documents that wait for later ones.
+# Rows that are packed to count their documents. The same number of rows before them is not counted, because the first
+# rows also take documents that wait for later rows.
 _MEASURED_ROWS = 64
 
 
 def with_num_steps(config: RunConfig, packer: Packer) -> RunConfig:
-    """The configuration with `num_steps` in place of `num_epochs`, if it has that."""
+    """The configuration with `num_steps` in place of `num_epochs`, if `num_epochs` is given."""
     epochs = config.training.num_epochs
     if epochs is None:
         return config
@@ -27,15 +27,15 @@ def with_num_steps(config: RunConfig, packer: Packer) -> RunConfig:
 
 
 def described_length(num_steps: int, packer: Packer) -> str:
-    """Steps and epochs of a run, with a warning where there are very many."""
+    """Steps and epochs of a run in words, with a warning about very many epochs."""
     documents = packer.sources.num_documents()
     epochs = num_steps * epochs_per_step(packer)
-    warning = "; that many teach it the data by heart: set fewer training.num_steps" if epochs >= _MANY_EPOCHS else ""
+    warning = "; so many epochs memorise the data: set fewer training.num_steps" if epochs >= _MANY_EPOCHS else ""
     return f"steps: {num_steps}, about {epochs:.3g} epochs of {documents:,} documents{warning}"
 
 
 def epochs_per_step(packer: Packer) -> float:
-    """Share of all documents that a step takes: the mean over rows that are packed on trial."""
+    """Share of all documents that a step takes: the mean over trial rows."""
     lanes = range(min(packer.num_lanes, _MEASURED_ROWS))
     states = np.tile(packer.initial_state(), (len(lanes), 1))
     num_steps = math.ceil(_MEASURED_ROWS / len(lanes))

@@ -1,4 +1,4 @@
-"""What a run saves: a snapshot to use, and a training state to go on from."""
+"""Saving a run: a snapshot to use, and a training state to resume from."""
 
 from pathlib import Path
 from typing import Self
@@ -14,13 +14,13 @@ from transfusion_mot.training.state import StateWriter, state_tensors
 
 
 class RunSaver:
-    """Saves a run; a context, which ends when the last state is on the disk. All processes call each of its methods.
+    """Saves a run. As a context manager it ends when the last state is on the disk. All processes call each method.
 
     Args:
-        accelerator: Of the run.
-        config: Of the run.
-        data: Of the run.
-        training: What is saved.
+        accelerator: The run's accelerator.
+        config: The run's configuration.
+        data: The run's data.
+        training: Model, averages, optimizer and log to save.
     """
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, data: RunData, training: Training) -> None:
@@ -43,7 +43,7 @@ class RunSaver:
         """Save the run after `step` steps; the state is written while training goes on.
 
         Raises:
-            UserError: The state before could not be written.
+            UserError: The previous state could not be written.
         """
         model, ema, optimizer, log = (
             self.training.model,

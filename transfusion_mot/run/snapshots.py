@@ -30,7 +30,8 @@ from transfusion_mot.training.plot import plot_runs
 
 
 def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> TransfusionPipeline:
-    """What samples, and what a snapshot is. Of `codecs` it has the first of pictures and the first of audio."""
+    """The pipeline that samples and is saved as a snapshot. It takes the first image codec and the first audio
+    codec."""
     first = {codec.medium: name for name, codec in reversed(data.codecs.items())}
     images, audio = first.get(Autoencoder.medium), first.get(AudioCodes.medium)
     return TransfusionPipeline(
@@ -53,12 +54,12 @@ def make_pipeline(model: TransfusionMoT, config: RunConfig, data: RunData) -> Tr
 
 
 def _model_in(codec: Codec) -> torch.nn.Module:
-    """What `save_pretrained` of a pipeline saves of a codec."""
+    """The model of a codec that `save_pretrained` of a pipeline saves."""
     return codec.vae if isinstance(codec, Autoencoder) else cast(ImageCodes | AudioCodes, codec).model
 
 
 def averaged_model(model: TransfusionMoT, ema: EMA, *, is_main_process: bool) -> TransfusionMoT | None:
-    """A model of its own, on the CPU, with the averaged weights and without adapters; on the main process alone."""
+    """A new CPU model with the averaged weights and without adapters; on the main process only."""
     weights = ema.gathered(model, is_main_process)
     if not is_main_process:
         return None
@@ -70,9 +71,9 @@ def averaged_model(model: TransfusionMoT, ema: EMA, *, is_main_process: bool) ->
 
 
 def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: RunData) -> AdapterInfo | None:
-    """What the adapters of a run are and what they are adapters of; None for a run without. Called by all processes.
+    """Description of the run's adapters and their base model; None without adapters. Called by all processes.
 
-    The model below them is the snapshot that the run began with. A run that began with none keeps its own in `base`.
+    The base model is the snapshot of `init_from`; a run without `init_from` saves its own in `base`.
     """
     if config.lora is None:
         return None
@@ -82,7 +83,7 @@ def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: R
     if config.init_from is not None and not any(tower.pretrained or tower.copy_of for tower in towers):
         base = config.init_from
         if earlier := sorted((run / "snapshots").glob(f"step-*/{ADAPTER_CONFIG}")):
-            # A run folder has other snapshots by now.
+            # A run folder may have newer snapshots by now.
             base = AdapterInfo.read(earlier[-1].parent).base_model_name_or_path
         elif Path(base).exists():
             base = str(find_snapshot(base))
@@ -97,7 +98,7 @@ def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: R
 
 
 def _example_prompt(config: RunConfig, data: RunData) -> str:
-    """Something that a model of the run can be asked for."""
+    """An example prompt for a model of the run."""
     if config.training.sample_prompts:
         return config.training.sample_prompts[0]
     return next(iter(captions_of(data.held_out, next(iter(data.codecs)), 1)), "a red apple")
@@ -118,10 +119,10 @@ def save_snapshot(
     Args:
         model: The model.
         ema: Its averaged weights.
-        config: Of the run.
-        data: Of the run.
-        adapter: Of a run with adapters: these are the snapshot, without the model below them.
-        log: Of the run; everything up to `step` is written.
+        config: The run's configuration.
+        data: The run's data.
+        adapter: Description of the adapters, or None. A snapshot of adapters does not contain their base model.
+        log: The run's log, written up to `step`.
         step: Steps done.
     """
     is_main_process = PartialState().is_main_process

@@ -1,4 +1,4 @@
-"""Where a run begins: with its first step, or behind a training state, which must be of the same run."""
+"""Where a run starts: at its first step, or after a training state of the same run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,13 @@ from transfusion_mot.training.towers import check_towers
 
 @dataclass(frozen=True)
 class Start:
-    """Steps that are done when a run begins or goes on.
+    """The start of a new or resumed run.
 
     Attributes:
-        state: Training state to go on from; None begins a run.
+        state: Training state to resume from; None for a new run.
         step: Steps done.
         seen: Counters of those steps, over all processes.
-        made_of: What they were trained with, see the function `made_of`.
+        made_of: Fingerprint of the settings of those steps, see the function `made_of`.
     """
 
     state: Path | None = None
@@ -42,7 +42,7 @@ class Start:
         """The start that `resume` asks for.
 
         Raises:
-            UserError: There is no such state, or it cannot be resumed.
+            UserError: The state does not exist or cannot be resumed.
         """
         state = find_state(Path(config.output_dir), config.resume)
         if state is None:
@@ -52,30 +52,30 @@ class Start:
 
     @property
     def run(self) -> Path | None:
-        """Folder of the run that is gone on with."""
+        """Folder of the resumed run."""
         return None if self.state is None else self.state.parent.parent
 
     @property
     def history(self) -> Path | None:
-        """Metrics of the steps done."""
+        """Metrics file of the steps done."""
         return None if self.run is None else self.run / METRICS_FILE
 
     def check(self, config: RunConfig, data: RunData) -> None:
-        """Refuse to go on with another configuration or data than those of the steps done.
+        """Refuse a configuration or data that differ from those of the steps done.
 
         Raises:
             UserError: Names what differs.
         """
         if self.state is not None:
-            # Older states know of no adapters.
+            # Older states do not mention adapters.
             refuse_other_run({"lora": None, **self.made_of}, made_of(config, data), self.state)
 
 
 def check_run(config: RunConfig, accelerator: Accelerator) -> None:
-    """Make the folders of a run, and refuse settings that need no data to be seen through; called by all processes.
+    """Make the folders of a run, and check the settings that need no data; called by all processes.
 
     Raises:
-        UserError: Names what is in the way.
+        UserError: Names the problem.
     """
     try:
         for folder in (config.output_dir, config.data.cache_dir):
@@ -88,8 +88,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
     check_lora(config)
     if config.training.ema_on_cpu and accelerator.is_fsdp2:
         raise UserError(
-            "training.ema_on_cpu is for averages of whole parameters, and FSDP2 shards them; set it to false, or use "
-            "DDP"
+            "training.ema_on_cpu does not work with FSDP2, which shards the averages; set it to false, or use DDP"
         )
     allow_shapes(num_shapes(config, accelerator.num_processes))
     reason = why_not_recorded(accelerator.device.type, accelerator.num_processes)
@@ -98,7 +97,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
-    """What a run must find again to go on, by name."""
+    """Settings and fingerprints that must not change when a run is resumed, by name."""
     return {
         "model": _settled_model(config.model),
         **{f"codec of {name}": codec.fingerprint for name, codec in data.codecs.items()},
@@ -108,13 +107,13 @@ def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
         "training.seed": config.training.seed,
         "optimizer.name": config.optimizer.name,
         "lora": None if config.lora is None else to_dict(config.lora),
-        # By what is in them, not where they lie: a run may move to another machine.
+        # Sources are compared by content, not by path: a run may move to another machine.
         "list of data.sources": data.sources.contents(),
         "data": _settled_data(config.data),
     }
 
 
-# Keys that states of earlier versions do not have, and what that means.
+# Keys that states of earlier versions lack, with their values.
 _NEW: dict[str, Any] = {"rope_scaling": None, "layers_without_rope": [], "max_position_embeddings": None}
 _NEW_IN_TOWERS = {"norm_eps": None, "qk_norm": None, "qkv_bias": False, "output_bias": False}
 _NEW_IN_MODALITIES = {"tied_embeddings": False, "vocab_size": None}
@@ -131,7 +130,7 @@ def _settled_data(data: DataConfig) -> dict[str, Any]:
 
 
 def _settled_model(model: ModelConfig) -> dict[str, Any]:
-    """Settings of the model that must not change when a run is resumed: those that its weights are trained for."""
+    """Model settings that must not change when a run is resumed: its weights depend on them."""
     kept = to_dict(model)
     for tower in kept["towers"].values():
         del tower["dropout"], tower["pretrained"], tower["copy_of"]

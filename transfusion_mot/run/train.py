@@ -25,14 +25,14 @@ from transfusion_mot.training.watchdog import Watchdog
 
 
 def run(arguments: list[str], *, quiet: bool = False) -> None:
-    """What train.py does with these arguments.
+    """Run train.py with these arguments.
 
     Args:
         arguments: The command line.
-        quiet: Print lines of losses, warnings and errors alone.
+        quiet: Print only lines of losses, warnings and errors.
 
     Raises:
-        UserError: A mistake of the user, told in one sentence.
+        UserError: A user mistake, described in one sentence.
     """
     if "--plan" in arguments:
         print(plan(arguments, settled_config))
@@ -51,11 +51,11 @@ def run(arguments: list[str], *, quiet: bool = False) -> None:
     config = with_num_steps(config, data.packer(config))
     num_steps = config.training.num_steps
     if start.step >= num_steps:
-        accelerator.print(f"{folder} has done {start.step} steps; raise training.num_steps to go on with it")
+        accelerator.print(f"{folder} has already done {start.step} steps; raise training.num_steps to continue it")
         return
     if start.state is not None and not quiet:
         accelerator.print(f"resuming {folder} after step {start.step}")
-    # It prints what it has built; warnings are on standard error.
+    # Building prints to standard output; warnings go to standard error.
     with redirect_stdout(io.StringIO()) if quiet else nullcontext():
         training = Training.build(config, accelerator, data, start)
     saver = RunSaver(accelerator, config, data, training)
@@ -64,7 +64,7 @@ def run(arguments: list[str], *, quiet: bool = False) -> None:
     if quiet:
         return
     if stopped_by is not None:
-        accelerator.print(f"stopped by {stopped_by} and saved; start again to go on")
+        accelerator.print(f"stopped by {stopped_by} and saved; start again to continue")
         return
     accelerator.print(
         f"{data.sources.report(training.log.seen)}\n"
@@ -82,10 +82,10 @@ def take_steps(
     started: float,
     quiet: bool,
 ) -> str | None:
-    """Take all steps from `first_step` on, unless the run is stopped => what stopped it and when, in words."""
+    """Take all steps from `first_step` on => a sentence about what stopped the run early and when, or None."""
     model, ema, log, settings = training.model, training.ema, training.log, config.training
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    # Where nobody watches, lines are enough: None is no bar unless standard error is a terminal.
+    # None shows the bar only if standard error is a terminal.
     no_bar = None if accelerator.is_main_process and not quiet else True
     progress = tqdm(total=settings.num_steps, initial=first_step, unit="step", disable=no_bar)
 
@@ -125,7 +125,7 @@ def take_steps(
             samples = is_due(done, settings.sample_every) or is_last
             saves = is_due(done, settings.save_every) or is_last
             if done == 1 or is_due(done, settings.log_every) or saves or stops:
-                # Before anything is saved, because it stops at what is not finite.
+                # The check comes before saving, because it stops at losses that are not finite.
                 interval = log.collect()
                 tell(log.write(interval, lr, training.guards.check(interval.steps)))
             if validates or saves or samples or stops:
@@ -143,5 +143,5 @@ def take_steps(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
+    """Whether an action that is due every `every` steps (0: never) is due after this one."""
     return every > 0 and step % every == 0

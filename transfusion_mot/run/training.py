@@ -1,4 +1,4 @@
-"""What is trained, and what goes with it: built once, before the first step."""
+"""Model, optimizer, data loader and log of a run, built once before the first step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,19 +39,19 @@ from transfusion_mot.training.validation import Validation
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and what goes with it.
+    """Model, optimizer, data loader and log of a run.
 
     Attributes:
-        model: The bare model, without what keeps it equal on all processes.
+        model: The model without the wrapper of DDP.
         ema: Its averaged weights.
-        optimizer: Of its weights.
+        optimizer: Optimizer of its weights.
         loader: Rows of this process, step after step.
         take_step: Forward, backward and update on a batch.
-        log: Of losses, speed and counters.
-        guards: Watch the steps.
-        validation: None if nothing is held out.
+        log: Losses, speed and counters.
+        guards: Checks of the steps.
+        validation: Held-out losses; None if nothing is held out.
         previews: Samples during training.
-        is_random: Whether the weights were drawn, neither taken from a start nor from a training state.
+        is_random: Whether the weights were drawn at random, not loaded from a start or a training state.
     """
 
     model: TransfusionMoT
@@ -67,20 +67,21 @@ class Training:
 
     @classmethod
     def build(cls, config: RunConfig, accelerator: Accelerator, data: RunData, start: Start) -> Self:
-        """Draw the weights or read those of a start or a training state, and build the rest; called by all processes.
+        """Draw the weights, or load them from a start or a training state, and build the rest; called by all processes.
 
         Raises:
             UserError: A setting does not fit the model, or a file of the state is damaged.
         """
         training, run = config.training, Path(config.output_dir)
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        # Weights are drawn, or read, where they will be, by each process its own if they are sharded.
+        # Weights are drawn or loaded on their final device; if they are sharded, each process does so for its own
+        # shard.
         set_seed(training.seed)
         with torch.device("meta"):
             model = TransfusionMoT.from_sections(data.sizes, config.model, config.diffusion)
             choose_trained(model, config)
         place(model, accelerator, training.seed)
-        # Before the averages are made, which begin with the same weights.
+        # The averages are made afterwards, because they start with the same weights.
         is_random = start.state is None and not fill_initial_weights(model, config, accelerator)
         model.attention = training.attention
         if training.float8:
@@ -95,7 +96,7 @@ class Training:
         model.insulate(training.insulated_towers)
         if training.compile and accelerator.device.type == "cuda":
             model.compile_blocks()
-        # What a step calls; the model itself is what is averaged, saved and sampled.
+        # A step calls the wrapper; the bare model is averaged, saved and sampled.
         wrapped = wrap(model, accelerator)
 
         packer = data.packer(config)
@@ -132,7 +133,7 @@ class Training:
             )
         pipeline = make_pipeline(model, config, data)
         previews = Previews(pipeline, training.sample_prompts, data.held_out, run / "samples")
-        # From here on the run folder is changed: nothing above is refused after it.
+        # From here on the run folder changes: all refusals come before.
         if accelerator.is_main_process:
             save_config(config, run / "config.yaml")
             clear_behind(run, start.step)
@@ -174,7 +175,7 @@ class Training:
 def _described(
     accelerator: Accelerator, model: TransfusionMoT, packer: Packer, held_out: Sources, num_steps: int
 ) -> str:
-    """What is about to be trained on what, and what of it was left out."""
+    """Summary of the model, the data, the held-out part and the batch, printed before training."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buckets = range(len(packer.sources.media_pools))
     rows = " or ".join(dict.fromkeys(str(packer.row_shape(bucket)) for bucket in buckets))

@@ -1,6 +1,6 @@
-"""A benchmark of a model: what it paints and captions, the numbers, scored pictures, nearest training images.
+"""A benchmark of a model: its pictures and captions, their metrics, scored pictures, nearest training images.
 
-Every method is called by all processes, which share the images; the main one receives the numbers.
+All processes call every method and share the images; the main process receives the numbers.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.painting import OF_CODES, OF_LATENTS, Painter, SamplerSettings
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 
-# From the one that changes least often in a sweep to the one that changes from each setting to the next.
+# In a sweep the first one changes least often, the last one from each setting to the next.
 _SWEEP_ORDER = ["scheduler", "num_inference_steps", *OF_CODES, "guidance_interval", "guidance_scale"]
 DISTANCE_TO_REFERENCE = "feature distance to its real image"
 
@@ -55,12 +55,12 @@ class Benchmark:
     """A model on a protocol.
 
     Args:
-        protocol: What is asked for.
-        processes: Which share the work.
+        protocol: The protocol.
+        processes: Processes that share the work.
         painter: The model.
-        networks: What images are compared and scored with.
-        assignment: What the protocol names.
-        data: That the model was trained on, if it is known.
+        networks: Networks that compare and score images.
+        assignment: Prompts and images of the protocol.
+        data: Training data of the model, if known.
         output: Folder of the results.
     """
 
@@ -82,14 +82,14 @@ class Benchmark:
             size = protocol.image_size
             self.training = TrainingImages(data, protocol.training_images, networks.features[0], size, processes)
         self.distances: Distances | None = None
-        # Of the images of the protocol itself, in the first network.
+        # Features of the protocol's own images, in the first network.
         self.features: FeatureSet | None = None
 
     def paint(self, sampling: SamplerSettings) -> list[str]:
         """Write real images, reconstructions, painted images and captions => the captions.
 
         Raises:
-            UserError: The output folder holds those of other settings, or an image cannot be read.
+            UserError: The output folder holds results of other settings, or an image cannot be read.
         """
         assignment, output, painter = self.assignment, self.output, self.painter
         if assignment.held_out is not None:
@@ -105,11 +105,11 @@ class Benchmark:
         return painter.caption(assignment.captioned, maximum, output) if assignment.captioned else []
 
     def measure(self, sampling: SamplerSettings, captions: Sequence[str]) -> list[Metric]:
-        """All numbers of what `paint` has made.
+        """All metrics of the results of `paint`.
 
         Args:
-            sampling: How it was painted.
-            captions: What `paint` gave.
+            sampling: Settings of painting.
+            captions: Captions from `paint`.
 
         Raises:
             UserError: There are too few images, or one cannot be read.
@@ -145,7 +145,7 @@ class Benchmark:
         return named(metrics, "generated", protocol), features
 
     def _of_real(self) -> list[Metric]:
-        """What the best possible model would reach: distances of reconstructions, CLIP score of the real images."""
+        """Limits for any model: distances of reconstructions, CLIP score of the real images."""
         own, metrics = self.assignment.own, []
         if self.protocol.reconstructions and own and self.distances is not None:
             reconstructed = [self.output / "reconstructed" / prompt.file_name for prompt in own]
@@ -157,7 +157,7 @@ class Benchmark:
         return metrics
 
     def _clip_metrics(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Metric]:
-        """CLIP scores and scores of preference of images for their prompts, those that the protocol has."""
+        """CLIP scores and preference scores of images for their prompts, as far as the protocol has them."""
         texts, clips = [prompt.text for prompt in prompts], self.networks.clips
         shared: dict[str, Any] = {"num_workers": default_num_workers(), "processes": self.processes}
         metrics = [
@@ -172,11 +172,11 @@ class Benchmark:
     def _distances_to_own(
         self, painted: Sequence[Path], prompts: Sequence[Prompt], features: FeatureSet | None
     ) -> list[Metric]:
-        """How far painted images are from the real ones of their prompts, if they have one: 1 - cosine of features."""
+        """Distances of painted images to the real images of their prompts, if there are any: 1 - cosine of features."""
         if self._real_features is None:
             return []
         ours = unit_length(self._features(painted, features, "painted"))
-        # A sweep paints the first of the prompts.
+        # A sweep paints only the first prompts.
         scores = 1 - np.einsum("nd,nd->n", ours, self._real_features[: len(prompts)]).astype(np.float64)
         protocol = {"features": self.networks.features[0].description}
         interval = mean_interval(scores)
@@ -208,9 +208,9 @@ class Benchmark:
         return [replace(metric, protocol=metric.protocol | protocol) for metric in metrics]
 
     def _copied_captions(self) -> list[str]:
-        """The caption of the training image nearest to each captioned one: what a model has to beat.
+        """The caption of the training image nearest to each captioned one: a baseline for the model.
 
-        None where there is no such image; the report says why there are no pairs of images, either.
+        None if there are no training images; the report gives the reason.
         """
         captioned = self.assignment.captioned
         if self.training is None or not captioned or self.assignment.held_out is None:
@@ -225,7 +225,7 @@ class Benchmark:
             return []
 
     def settings_to_try(self, sampling: SamplerSettings) -> list[SamplerSettings]:
-        """All settings of the sweep; to be asked before hours of painting, as it finds what is wrong in them.
+        """All settings of the sweep. Call it before painting, because it checks them.
 
         Raises:
             UserError: A setting does not fit the model.
@@ -236,10 +236,10 @@ class Benchmark:
             return []
         if refused := [name for name in self.painter.idle if name in given]:
             raise UserError(
-                f"configuration: sweep.{refused[0]} is given, and it says nothing to this model, which makes its "
-                f"pictures {'from codes' if self.painter.idle == OF_LATENTS else 'by diffusion'}; leave it out"
+                f"configuration: sweep.{refused[0]} is given, but has no effect on this model, which paints "
+                f"{'by writing codes' if self.painter.idle == OF_LATENTS else 'by diffusion'}; leave it out"
             )
-        # The last name runs fastest.
+        # The last name changes fastest.
         names = sorted(given, key=_SWEEP_ORDER.index)
         settings = [
             replace(sampling, **dict(zip(names, values, strict=True)))
@@ -275,12 +275,12 @@ class Benchmark:
             with self._scheduler(settings):
                 self.painter.paint(prompts, settings, folder, self.protocol.image_size)
             metrics, _ = self._of_painted(prompts, settings, folder)
-            # Of a sweep only the numbers are kept, not a score of every image.
+            # A sweep keeps only the metrics, not the score of every image.
             points.append(SweepPoint(self.painter.told(settings), [replace(metric, scores=None) for metric in metrics]))
         return points
 
     def pictures(self, metrics: Sequence[Metric]) -> tuple[list[Picture], str]:
-        """Painted images with a score each, and its name: CLIP's cosine, or the distance to their real images."""
+        """Painted images with their scores, and the name of the score: CLIP cosine, or distance to the real images."""
         prompts = self.assignment.prompts
         paths = self._painted_paths(prompts)
         scores: list[float | None] = [None] * len(prompts)
@@ -302,18 +302,18 @@ class Benchmark:
         return pictures, name
 
     def captioned_pictures(self, captions: Sequence[str]) -> list[Picture]:
-        """Captioned images with what the model says and what people wrote."""
+        """Captioned images with the model's captions and the references."""
         return [
             Picture(_below(item.image, self.output), caption, None, None, item.captions)
             for item, caption in zip(self.assignment.captioned, captions, strict=True)
         ]
 
     def neighbours(self) -> tuple[list[Neighbour], list[str]]:
-        """The painted images that are nearest to a training image, or notes on why there are none."""
+        """The painted images nearest to a training image, or notes on why there are none."""
         if not self.protocol.training_images:
             return [], []
         if self.training is None:
-            reason = "the checkpoint lies in no run folder that names its data"
+            reason = "the checkpoint is not in a run folder that names its data"
             return [], [f"Nearest training images are not shown: {reason}."]
         prompts = self.assignment.prompts[:MOST_PAINTED]
         features = self._features(self._painted_paths(prompts), self.features, "painted")
@@ -327,7 +327,7 @@ class Benchmark:
         return [self.output / "generated" / prompt.file_name for prompt in prompts]
 
     def _features(self, images: Sequence[Path], known: FeatureSet | None, what: str) -> FeatureArray:
-        """Features in the first network: those that are known, or else computed."""
+        """Features in the first network, from memory or computed."""
         found = known.of(images) if known is not None else None
         if found is not None:
             return found

@@ -1,10 +1,10 @@
-"""A snapshot of version 0.1 in the form of this one.
+"""Convert a snapshot of version 0.1 to the format of this version.
 
     python -m transfusion_mot.sampling.convert OLD_SNAPSHOT OUTPUT
     python -m transfusion_mot.sampling.convert OLD_SNAPSHOT --in-place
 
-Weights keep their values; only the names of some change, and what the configuration says of modalities. The model card
-and all other files are copied as they are.
+Weights keep their values. Only the names of some weights and the modalities in the configuration change. The model card
+and all other files are copied unchanged.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line.
 
     Raises:
-        UserError: They say nothing, or two things, of where the new snapshot goes.
+        UserError: Neither or both of OUTPUT and --in-place are given.
     """
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.sampling.convert",
@@ -39,18 +39,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="OLD_SNAPSHOT",
         help="folder of a snapshot of version 0.1",
     )
-    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to write; what is in it goes")
+    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to write; its contents are replaced")
     parser.add_argument("--in-place", action="store_true", help="write over OLD_SNAPSHOT")
     given = parser.parse_args(arguments)
     if (given.output is None) is not given.in_place:
-        raise UserError("give either a folder OUTPUT, or --in-place to write over the old snapshot")
+        raise UserError("give either a folder OUTPUT, or --in-place to overwrite the old snapshot")
     if given.output is not None:
         refuse_other_content(Path(given.output), Path(given.snapshot), "model_index.json")
     return given
 
 
 if __name__ == "__main__":
-    # Before PyTorch loads, which takes seconds: --help, and mistakes in the options.
+    # PyTorch takes seconds to load; --help and mistakes in the options end before it.
     with exit_on_user_error():
         parse_arguments(sys.argv[1:])
 
@@ -74,23 +74,23 @@ _TOKENS = {"<boi>": f"<begin_of_{_IMAGE}>", "<eoi>": f"<end_of_{_IMAGE}>"}
 
 
 def convert(snapshot: Path, output: Path) -> None:
-    """Write a snapshot of version 0.1 in the form of this one.
+    """Convert a snapshot of version 0.1 to the format of this version.
 
     Args:
-        snapshot: Folder of the old one.
-        output: Folder that receives the new one, which may be the same; what is in it goes.
+        snapshot: Folder of the old snapshot.
+        output: Folder of the new snapshot, possibly the same; its contents are replaced.
 
     Raises:
-        UserError: It is no snapshot of version 0.1, or its weights are not safetensors.
+        UserError: It is not a snapshot of version 0.1, or its weights are not safetensors.
     """
     if not (snapshot / INDEX).is_file():
-        raise UserError(f"{snapshot} is no snapshot: it has no {INDEX}; give a folder snapshots/step-N")
+        raise UserError(f"{snapshot} is not a snapshot: it has no {INDEX}; give a folder snapshots/step-N")
     if not is_of_version_0_1(snapshot):
         raise UserError(f"{snapshot} is not of version 0.1; it can be used as it is")
     if not list((snapshot / "transformer").glob("*.safetensors")):
         raise UserError(f"{snapshot}/transformer has no safetensors file; save the model in this format first")
     with written_aside(output) as folder:
-        # Links stay links where the new snapshot takes the place of the old one.
+        # If the new snapshot replaces the old one, links stay links.
         shutil.copytree(snapshot, folder, symlinks=output.resolve() == snapshot.resolve(), dirs_exist_ok=True)
         _convert_config(folder)
         for path in (folder / "transformer").iterdir():
@@ -117,8 +117,8 @@ def _convert_config(folder: Path) -> None:
 
 
 def new_architecture(old: dict[str, Any]) -> ModelConfig:
-    """The section `model` of version 0.1 => that of this one; the weight of the image loss, which it does not say, is
-    the default."""
+    """The section `model` of version 0.1 => that of this version. It lacks the weight of the image loss: the default is
+    set."""
     old = dict(old)
     towers = {name: TowerConfig(**fields) for name, fields in old.pop("towers").items()}
     tower_of = old.pop("modalities")
@@ -129,7 +129,7 @@ def new_architecture(old: dict[str, Any]) -> ModelConfig:
         "unet_num_layers": "unet_num_layers",
     }
     fields = {new: old.pop(name) for name, new in names.items() if name in old}
-    # The default is bidirectional now as then, and has no name.
+    # The default is bidirectional in both versions and need not be written.
     fields["attention"] = "causal" if old.pop("image_attention", None) == "causal" else None
     loss_weight = ModelConfig().modalities[_IMAGE].loss_weight
     modalities = {
@@ -140,7 +140,7 @@ def new_architecture(old: dict[str, Any]) -> ModelConfig:
 
 
 def _diffusion(folder: Path) -> DiffusionConfig:
-    """What the pipeline says of training; how timesteps were drawn it does not say."""
+    """The diffusion settings that the pipeline stores; the distribution of timesteps is not among them."""
     index: dict[str, Any] = json.loads((folder / INDEX).read_text())
     trained = index.get("trained_for")
     if trained is None:
@@ -167,12 +167,12 @@ def _renamed(name: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Convert, as the command line says."""
+    """Run the command line."""
     given = parse_arguments(arguments)
     output = given.output or given.snapshot
     check_writable_folder(output, "output")
     convert(Path(given.snapshot), Path(output))
-    print(f"the snapshot in its new form is in {output}")
+    print(f"the converted snapshot is in {output}")
 
 
 if __name__ == "__main__":

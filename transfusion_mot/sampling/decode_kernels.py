@@ -1,9 +1,9 @@
 """The kernels of `decode_step`, for CUDA: products of a few vectors with matrices, and attention of one slot a row.
 
-Weights are most of what a decoding step reads, so each kernel is a pass over some of them that does at once what comes
-before and after: a norm, the gate, the sum with the residual stream. With `early` a kernel begins before the last one
-has ended (programmatic dependent launch, from Hopper on): its weights, or its keys and values, are under way by the
-time that its vectors are there. What other kernels of the step write is read or overwritten only after the wait.
+A decoding step mostly reads weights. So each kernel is one pass over some of them and includes the operations around
+the product: a norm, the gate, the sum with the residual stream. With `early` a kernel starts before the previous one
+has ended (programmatic dependent launch, from Hopper on) and already loads its weights, or its keys and values. It
+reads or overwrites results of other kernels only after the wait.
 
 Shapes: B rows, D inputs, N query heads, M key/value heads, H head width.
 """
@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program takes matrix rows of about so many bytes, and fewer where that leaves a multiprocessor of an H100 with fewer
-# programs than it needs to hide the latency of memory: 132 have 4 each. On an H200 a token of 760m takes 592 us, and
-# 692 us with half of these two.
+# A program takes matrix rows of about this many bytes, or fewer if a multiprocessor would have too few programs to hide
+# the latency of memory: 4 on each of the 132 of an H100. On an H200 a token of 760m takes 592 us, and 692 us with half
+# of these two numbers.
 _BYTES = 16384
 _PROGRAMS = 528
-# Inputs that a thread takes of each matrix row: four loads of 16 bytes in bfloat16.
+# Inputs of each matrix row that a thread reads: four loads of 16 bytes in bfloat16.
 _INPUTS = 32
-# Keys that a program takes at once, and programs that share a head.
+# Keys that a program reads at once, and programs that share a head.
 _KEYS = 16
 _SPLITS = 32
 _WARPS = 1
@@ -65,11 +65,11 @@ def _decode_products(
     next_x = tl.load(vectors + i, inside, other=0.0)
     for row in tl.static_range(ROWS):
         x = next_x.to(tl.float32)
-        if row + 1 < ROWS:  # Under way before the sums, for which the threads wait for each other.
+        if row + 1 < ROWS:  # Loaded before the sums, for which the threads wait for each other.
             next_x = tl.load(vectors + (row + 1) * INPUTS + i, i < tl.where(rows > row + 1, INPUTS, 0), other=0.0)
         scale = 1.0
         if NORM:
-            # One number for all inputs, so the product need not wait for it.
+            # The norm is one factor for all inputs, so the product need not wait for it.
             scale = tl.rsqrt(tl.sum(x * x, 0) / INPUTS + eps)
             x *= w_norm
         result = tl.sum(w.to(tl.float32) * x[None], 1) * scale
@@ -84,7 +84,7 @@ def _decode_products(
 
 @triton.jit
 def _halves(vector, half, HALF: tl.constexpr):
-    """A head [H] in memory => its two halves, which rotary positions turn against each other."""
+    """A head [H] in memory => its two halves, which rotary positions rotate together."""
     first = tl.load(vector + half, half < HALF, other=0.0).to(tl.float32)
     return first, tl.load(vector + HALF + half, half < HALF, other=0.0).to(tl.float32)
 
@@ -126,7 +126,7 @@ def _decode_attention(
     INDEXED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Every `SPLITS`th block of the keys of a head; whoever is the last to end sums up.
+    """Attend to every `SPLITS`th block of the keys of a head; the last program to finish sums all parts.
 
     Scores are in powers of two. The new slot belongs to the first split, which writes it into the cache.
     """
@@ -163,7 +163,7 @@ def _decode_attention(
     q1, q2 = _normed_and_turned(q1, q2, q_w1, q_w2, c, s, eps, HALF, NORM)
     q1, q2 = q1 * scale, q2 * scale
     new_k1, new_k2 = _normed_and_turned(new_k1, new_k2, k_w1, k_w2, c, s, eps, HALF, NORM)
-    # As they are in the cache.
+    # Rounded as in the cache.
     held_k1, held_k2 = new_k1.to(keys.dtype.element_ty), new_k2.to(keys.dtype.element_ty)
     writes = half < tl.where((split == 0) & (head % group == 0), HALF, 0)
     new = place.to(tl.int64) * stride + half
@@ -191,18 +191,18 @@ def _decode_attention(
         k1, k2 = tl.load(keys + offsets, mask, other=0.0), tl.load(keys + offsets + HALF, mask, other=0.0)
         v1, v2 = tl.load(values + offsets, mask, other=0.0), tl.load(values + offsets + HALF, mask, other=0.0)
 
-    # Of each split: the sums [H], the total and the largest score.
+    # For each split: the sums [H], the total and the largest score.
     query = row * HEADS + head
     share = partial + (query * SPLITS + split) * (width + 2)
     tl.store(share + half, sum1, inside)
     tl.store(share + HALF + half, sum2, inside)
     tl.store(share + width, total)
     tl.store(share + width + 1, largest)
-    tl.debug_barrier()  # The arrival of one thread tells of what all have stored.
+    tl.debug_barrier()  # One thread reports the arrival after all threads have stored.
     if tl.atomic_add(arrived + query, 1, sem="acq_rel") == SPLITS - 1:
         shares = partial + (query * SPLITS + tl.arange(0, SPLITS)) * (width + 2)
         each = shares[:, None] + half[None]
-        # Past the cache of the multiprocessor, which others' stores do not reach.
+        # Bypass the multiprocessor's cache, which does not see stores of other multiprocessors.
         of_all = tl.load(shares + width + 1, cache_modifier=".cg")
         parts = tl.exp2(of_all - tl.max(of_all, 0))
         parts /= tl.sum(tl.load(shares + width, cache_modifier=".cg") * parts, 0)
@@ -228,9 +228,9 @@ def products(
     Args:
         vectors, matrix: Contiguous.
         up: [outputs, D]; the result is then SiLU(product with `matrix`) * product with `up`.
-        norm: Weight [D] and epsilon of an RMSNorm of the vectors, which comes first.
+        norm: Weight [D] and epsilon of an RMSNorm that is applied to the vectors first.
         add_to: [B, outputs], to which the products are added, in place.
-        early: Begin before the last kernel has ended; see above.
+        early: Start before the previous kernel has ended; see above.
     """
     rows, inputs = vectors.shape
     outputs = matrix.shape[0]
@@ -276,12 +276,12 @@ def attention(
     Args:
         qkv: [B, (N + 2M) * H], the projections of one new slot of each row, contiguous.
         norms: Weights [H] of the norms of queries and of keys.
-        eps: Of these norms.
-        keys, values: Of a layer [rows, capacity, M, H]; what would stand beyond the capacity goes to the last slot.
+        eps: Epsilon of these norms.
+        keys, values: Cache of a layer [rows, capacity, M, H]; a slot beyond the capacity is written to the last slot.
         state: `step` int64 [1]; `lengths` int64 [B], slots that the rows held before step 0, to which each step added
             one; `cos` and `sin` of all steps, float32 [B, steps, 1, H/2]; `arrived` int32 [B * N], zeros, which they
             are again afterwards; `rows` int64 [B] of the cache, where they are not its first B.
-        early: Begin before the last kernel has ended; see above.
+        early: Start before the previous kernel has ended; see above.
     """
     _, capacity, kv_heads, head_dim = keys.shape
     count = qkv.shape[0]

@@ -1,4 +1,4 @@
-"""A decoding step of few rows by kernels that are a pass over the weights each: five a layer.
+"""A decoding step of few rows with kernels that each read some weights once: five a layer.
 
 Shapes: B rows, D width, N query heads, M key/value heads, H head width, V vocabulary.
 """
@@ -18,13 +18,13 @@ from transfusion_mot.sampling.workspace import can_record
 if HAS_TRITON:
     from transfusion_mot.sampling.decode_kernels import attention, products
 
-# With more, matrix products that use tensor cores are faster: at 760m on an H200, 8 rows take 2.5 ms a token here and
-# 2.2 ms there, 4 rows 1.6 ms and 2.2 ms.
+# Maximum rows. With more, tensor cores are faster: at 760m on an H200, 8 rows take 2.5 ms a token here and 2.2 ms
+# there, 4 rows 1.6 ms and 2.2 ms.
 _MOST_ROWS = 4
 
 
 class _Layer(NamedTuple):
-    """The modules of a block that a tower's tokens meet."""
+    """The modules of a block that a tower's tokens pass through."""
 
     attention_norm: RMSNorm
     qkv: QKVProjection
@@ -33,7 +33,7 @@ class _Layer(NamedTuple):
     ffn: SwiGLU
 
     def linears(self) -> list[nn.Linear]:
-        """All its matrices."""
+        """All its linear layers."""
         return [self.qkv.linear, self.output, self.ffn.gate, self.ffn.up, self.ffn.down]
 
 
@@ -50,12 +50,12 @@ def _is_plain(matrix: nn.Module, dtype: torch.dtype) -> bool:
 
 
 class FewRows:
-    """Decoding steps of a model by the kernels of `decode_kernels`; `serves` says where they can be used.
+    """Decoding steps of a model with the kernels of `decode_kernels`; `serves` says where they can be used.
 
     Args:
-        model: Gives the weights, which are read where they are.
-        cache: To read and to write.
-        modality: Whose tokens are decoded.
+        model: The model; its weights are read in place.
+        cache: Cache to read and write.
+        modality: Modality of the decoded tokens.
     """
 
     def __init__(self, model: TransfusionMoT, cache: KVCache, modality: str) -> None:
@@ -66,15 +66,15 @@ class FewRows:
         self._layers = [_layer(cast(MoTBlock, block), tower) for block in model.blocks]
         self._final_norm = cast(RMSNorm, model.final_norm[tower])
         device = cache.keys.device
-        # From Hopper on a kernel can begin before the last one has ended.
+        # From Hopper on a kernel can start before the previous one has ended.
         self._early = (
             device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
         )
 
     def serves(self, rows: int) -> bool:
-        """Whether so many rows are decoded by the kernels: few rows of a whole model, as it was built, on CUDA.
+        """Whether the kernels decode this number of rows: few rows of an unmodified model on CUDA.
 
-        Not of one that is sharded, hooked, quantised, has other layers in place of its own, or runs under autocast.
+        Models that are sharded, hooked or quantised, have replaced layers, or run under autocast are not served.
         """
         cache, model = self.cache.keys, self.model
         matrices: list[nn.Module] = [self.tokens.embedding, self.tokens.head or self.tokens.embedding]
@@ -89,7 +89,7 @@ class FewRows:
         )
 
     def state(self, positions: Tensor, steps: int) -> dict[str, Tensor]:
-        """What `logits` needs besides its rows, for rows whose next tokens have these rotary positions [B]."""
+        """The tensors that `logits` needs besides its rows; the next tokens have these rotary positions [B]."""
         config = self.model.architecture
         # All axes of a token have the same position.
         every_step = positions[:, None] + torch.arange(steps, device=positions.device)
@@ -105,8 +105,8 @@ class FewRows:
 
         Args:
             tokens: [B].
-            state: What `state` gave; `lengths` [B], slots of the rows before step 0; `step` [1]; `rows` [B], where they
-                are not the first B of the cache.
+            state: Result of `state`; `lengths` [B], slots of the rows before step 0; `step` [1]; `rows` [B], if they
+                are not the first B rows of the cache.
         """
         early, keys, values = self._early, self.cache.keys, self.cache.values
         without_rope = self.model.architecture.layers_without_rope

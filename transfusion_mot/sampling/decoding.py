@@ -1,4 +1,4 @@
-"""How the next token is chosen.
+"""Choice of the next token.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,14 +14,14 @@ from transfusion_mot.errors import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen.
+    """Settings for choosing tokens.
 
     Attributes:
-        max_new_tokens: Most tokens written, the end of the text included.
+        max_new_tokens: Maximum number of written tokens, including the end of the text.
         temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Tokens are drawn from the so many most probable ones; 0 is all.
+        top_k: Tokens are drawn from this many most probable ones; 0 is all.
         top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1] (nucleus sampling,
-            arXiv 1904.09751), as they are after `temperature` and before `top_k`.
+            arXiv 1904.09751), after `temperature` and before `top_k`.
 
     Raises:
         UserError: A value is out of its range.

@@ -1,4 +1,4 @@
-"""Documents for a model to go on with: texts, pictures and other media, checked and encoded."""
+"""Documents for a model to continue: texts, pictures and other media, checked and encoded."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -22,18 +22,18 @@ from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.snapshot import SnapshotPipeline
 
 Generators = torch.Generator | list[torch.Generator] | None
-# What a document is made of, as a caller gives it: texts, pictures, audio, and other media as codes or latents.
+# Items of a document given by a caller: texts, pictures, audio, and other media as codes or latents.
 Item = str | Image.Image | Audio | Media
 
 
 class DocumentPipeline(SnapshotPipeline):
-    """What all tasks of a `TransfusionPipeline` begin with."""
+    """Checks and encoding of inputs, shared by all tasks of a `TransfusionPipeline`."""
 
     def check_prompts(self, prompts: Sequence[str | Audio]) -> None:
-        """Refuse what the model cannot read.
+        """Refuse prompts that the model cannot read.
 
         Raises:
-            UserError: No prompt, something that is neither text nor audio, or a prompt longer than any in training.
+            UserError: There is no prompt, or one is neither text nor audio, or longer than any in training.
         """
         if not prompts:
             raise UserError("there is no prompt; give at least one")
@@ -60,15 +60,18 @@ class DocumentPipeline(SnapshotPipeline):
         """Refuse audio that the model cannot read.
 
         Raises:
-            UserError: The model has no speech; it is no `Audio`, empty, not finite, or longer than any in training.
+            UserError: The model has no speech; or the audio is not an `Audio`, empty, not finite, or longer than any in
+                training.
         """
         if not isinstance(audio, Audio):
-            raise UserError(f"{name} must be an Audio, as decode_audio of a file gives it, got {type(audio).__name__}")
+            raise UserError(
+                f"{name} must be an Audio, such as decode_audio returns for a file, got {type(audio).__name__}"
+            )
         samples, limit = audio.samples, self.config.max_audio_seconds
         assert self.audio_modality
         if not isinstance(samples, np.ndarray) or samples.ndim != 1 or not len(samples):
-            raise UserError(f"{name} has samples of the shape {np.shape(samples)}; mono samples [T] are needed")
-        # So that what is no number is refused, too.
+            raise UserError(f"{name} has samples of the shape {np.shape(samples)}; give mono samples [T]")
+        # This form also refuses NaN.
         if not (np.abs(samples) <= 1).all():
             raise UserError(f"{name} has samples outside of [-1, 1]; divide them by the largest")
         if limit is not None and audio.seconds > limit:
@@ -77,7 +80,7 @@ class DocumentPipeline(SnapshotPipeline):
             )
 
     def _check_items(self, document: Sequence[Item]) -> None:
-        """Refuse a document that is no list of texts, pictures and media that the model can read."""
+        """Refuse a document that is not a list of texts, pictures and media that the model can read."""
         if not isinstance(document, list):
             raise UserError(f"a document must be a list of texts, pictures and media, got {document!r:.60}")
         media = [name for name in self.transformer.architecture.made if name != TEXT]
@@ -110,10 +113,10 @@ class DocumentPipeline(SnapshotPipeline):
                 )
 
     def _check_document(self, document: Sequence[Item]) -> None:
-        """Refuse a document that is longer than a row of training: the sum of its texts, which are read as one."""
+        """Refuse a document whose texts together are longer than a row of training."""
         parts = join_texts(document)
         texts = [part for part in parts if isinstance(part, str)]
-        # Each of the media stands between two tokens; beside the longest prompt there is room for those of one.
+        # Each media item adds two tokens; the limit for prompts already includes those of one item.
         delimiters = 2 * max(0, len(parts) - len(texts) - 1)
         length = delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
         limit = self.config.max_prompt_tokens
@@ -123,18 +126,18 @@ class DocumentPipeline(SnapshotPipeline):
             )
 
     def guidance_of(self, modality: str) -> float:
-        """The guidance with which a modality is made if a call names none."""
+        """The default guidance scale of a modality."""
         own: float | None = self.transformer.architecture.modalities[modality].guidance_scale
         return float(self.config.guidance_scale if own is None else own)
 
     def sampling_settings(
         self, modality: str, num_inference_steps: int | None, guidance_scale: float | None
     ) -> tuple[int, float]:
-        """What a call with these arguments uses: None is replaced by the pipeline's own.
+        """Settings of a call, with None replaced by the pipeline's defaults.
 
         Args:
-            modality: What is made.
-            num_inference_steps, guidance_scale: As in the call.
+            modality: The generated modality.
+            num_inference_steps, guidance_scale: Arguments of the call.
 
         Raises:
             UserError: A value is out of its range.
@@ -147,7 +150,7 @@ class DocumentPipeline(SnapshotPipeline):
         return steps, Guidance(float(scale)).scale
 
     def _encode(self, pictures: list[Image.Image], size: Size | None = None) -> list[Media]:
-        """Pictures => clean latents or codes of each, at the size of training or another one."""
+        """Pictures => clean latents or codes of each, at the size of training or a given one."""
         images_uint8 = [self.sizes.read(picture, size) for picture in pictures]
         codec = self.codec
 
@@ -165,7 +168,7 @@ class DocumentPipeline(SnapshotPipeline):
         """Recordings of any sample rate => their codes.
 
         Raises:
-            UserError: As of `check_audio`; or one is too short to have codes.
+            UserError: As `check_audio`; or a recording is too short to have codes.
         """
         for number, audio in enumerate(recordings, 1):
             self.check_audio(audio, f"recording {number}" if len(recordings) > 1 else "the audio")
@@ -180,7 +183,7 @@ class DocumentPipeline(SnapshotPipeline):
         return [Media(self.audio_modality, [tokens.start_id, *own, tokens.end_id]) for own in codes]
 
     def encode_item(self, item: Item, size: Size | None = None) -> str | Media:
-        """An item of a document as the model reads it; pictures at the size of training, or another one."""
+        """Encode an item of a document for the model; pictures at the size of training, or a given one."""
         if isinstance(item, Image.Image):
             return self._encode([item], size)[0]
         return self.encode_audio([item])[0] if isinstance(item, Audio) else item

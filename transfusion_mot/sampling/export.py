@@ -1,14 +1,14 @@
-"""A snapshot in half as many bytes, to give to others; or its text tower as a language model.
+"""Export a snapshot at half its size, or its text tower as a language model.
 
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
     python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
-Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; both are float32 again when
-they are loaded. Tokenizers of images and audio keep their weights: rounded ones give other codes. The model card comes
-along, with the licences of the data and the numbers of an evaluation if they are given.
+Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; loading converts both to
+float32. Tokenizers of images and audio keep their weights, because rounded ones give other codes. The model card is
+exported, too, with the given licences of the data and numbers of an evaluation.
 
-With --language-model the folder receives the text tower alone, with its embedding, head and tokenizer, as
-`AutoModelForCausalLM` of transformers loads it.
+With --language-model the folder receives only the text tower with its embedding, head and tokenizer, in the format of
+`AutoModelForCausalLM` of transformers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line.
 
     Raises:
-        UserError: The output cannot be written, or options do not go together.
+        UserError: The output cannot be written, or options exclude each other.
     """
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.sampling.export",
@@ -37,22 +37,26 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_checkpoint(parser)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="what to write; an older export there goes")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder to write; an older export in it is replaced"
+    )
     parser.add_argument(
         "--licences",
         action=PathOption,
         check=existing("a text file"),
         metavar="FILE",
-        help="text that the card says of the licences of the data",
+        help="file with the card's text on the licences of the data",
     )
     parser.add_argument(
         "--evaluation",
         action=PathOption,
         check=read_report,
         metavar="FOLDER",
-        help="output of evaluate/benchmark.py, whose numbers it says",
+        help="output of evaluate/benchmark.py, whose numbers the card shows",
     )
-    parser.add_argument("--max-megabytes", type=float, metavar="N", help="refuse more weights than that (10^6 bytes)")
+    parser.add_argument(
+        "--max-megabytes", type=float, metavar="N", help="maximum size of the weights in MB (10^6 bytes)"
+    )
     parser.add_argument(
         "--language-model",
         choices=["float32", "bfloat16"],
@@ -88,17 +92,17 @@ def export(
 
     Args:
         checkpoint: A run folder or a snapshot.
-        output: Folder that receives the snapshot; what is in it goes.
-        licences: What the card says of licences, in place of what it said.
-        evaluation: Markdown that the card says of measurements, below the losses of training.
-        max_megabytes: Refuse, and write nothing, if the weights take more.
+        output: Folder of the new snapshot; its contents are replaced.
+        licences: Text on licences that replaces that of the card.
+        evaluation: Markdown with measurements for the card, placed after the losses of training.
+        max_megabytes: If the weights take more, nothing is written.
 
     Raises:
         UserError: There is no such snapshot, or it is too large.
     """
     snapshot = find_snapshot(checkpoint)
     pipeline = TransfusionPipeline.from_pretrained(snapshot)
-    # (`to` of diffusers would warn of what it could do.)
+    # Not `to` of diffusers, which would print a warning about half precision.
     pipeline.transformer.bfloat16()
     if pipeline.has_images and pipeline.codec.kind == "latents":
         pipeline.vae.half()
@@ -110,13 +114,13 @@ def export(
     megabytes = sum(part.numel() * part.element_size() for part in _weights(pipeline)) / 1e6
     if max_megabytes is not None and megabytes > max_megabytes:
         raise UserError(
-            f"the weights take {megabytes:.1f} MB and at most {max_megabytes:g} MB are wanted; train a smaller model"
+            f"the weights take {megabytes:.1f} MB, more than the {max_megabytes:g} MB allowed; train a smaller model"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as folder:
         pipeline.save_pretrained(folder)
         if (config := run_config_file(snapshot)).is_file():
-            # For evaluations, which read there what the data of the run are.
+            # Evaluations read the data of the run from it.
             shutil.copy(config, folder / config.name)
     return {str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*.safetensors"))}
 
@@ -127,7 +131,7 @@ def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """A model card whose section of that title says `text`; a new section stands before that of the configuration."""
+    """A model card whose section of that title has `text`; a new section is inserted before the configuration."""
     section = f"## {title}\n\n{text.strip()}\n\n"
     pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
     if re.search(pattern, card, flags=re.MULTILINE | re.DOTALL):
@@ -137,7 +141,7 @@ def with_section(card: str, title: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Export, as the command line says."""
+    """Run the command line."""
     given = parse_arguments(arguments)
     if given.language_model is not None:
         sizes = export_language_model(given.checkpoint, Path(given.output), getattr(torch, given.language_model))

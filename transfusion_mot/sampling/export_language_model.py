@@ -1,4 +1,4 @@
-"""The tower of text of a snapshot as a causal language model of transformers."""
+"""Export the text tower of a snapshot as a causal language model of transformers."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.checkpoint import written_aside
 
-# What tokenizers without a longest text say.
+# The value of tokenizers without a maximum length.
 _NO_LENGTH = 10**9
 
 
@@ -35,15 +35,15 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
 
     Args:
         checkpoint: A run folder or a snapshot.
-        output: Folder that receives the model; what is in it goes.
+        output: Folder of the new model; its contents are replaced.
         dtype: Number format of the weights.
 
     Raises:
-        UserError: There is no such snapshot, or transformers has no model that computes what the tower does.
+        UserError: There is no such snapshot, or transformers has no equivalent model.
     """
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
     if pipeline.get_active_adapters():
-        # What they change becomes part of the weights.
+        # Adapters become part of the weights.
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     tokenizer = pipeline.text_tokenizer
@@ -68,7 +68,7 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
 
 
 def tensors_of(model: TransfusionMoT) -> dict[str, Tensor]:
-    """The tensors of the text tower, under the names of transformers; they share their memory with the model's."""
+    """The tensors of the text tower under the names of transformers; they share memory with the model's tensors."""
     config, parameters = model.architecture, base_parameters(model)
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
     sizes = [config.head_dim * count for count in (heads, kv_heads, kv_heads)]
@@ -80,7 +80,7 @@ def tensors_of(model: TransfusionMoT) -> dict[str, Tensor]:
 
 
 def language_model_config(model: TransfusionMoT) -> PreTrainedConfig:
-    """The configuration of transformers whose model computes what the text tower does on texts.
+    """The transformers configuration of a model that is equivalent to the text tower on texts.
 
     Raises:
         UserError: There is none.
@@ -89,7 +89,9 @@ def language_model_config(model: TransfusionMoT) -> PreTrainedConfig:
     tower = config.modalities[TEXT].tower
     settings = config.towers[tower]
     if len(set(config.untied)) < 4 and len(config.towers) > 1:
-        raise UserError(f"the towers share weights (model.untied is {config.untied}); a language model owns all of its")
+        raise UserError(
+            f"the towers share weights (model.untied is {config.untied}), but a language model needs its own"
+        )
     config_class, fields = _family(config, tower)
     if config.max_position_embeddings is not None:
         fields["max_position_embeddings"] = config.max_position_embeddings
@@ -109,7 +111,7 @@ def language_model_config(model: TransfusionMoT) -> PreTrainedConfig:
 
 
 def _family(config: ModelConfig, tower: str) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
-    """The class of transformers for a tower, and fields that others do not have."""
+    """The transformers class for a tower, and its special fields."""
     settings, without_rope = config.towers[tower], config.layers_without_rope
     both = settings.qkv_bias == settings.output_bias
     biases = {"attention_bias": settings.output_bias}
@@ -122,14 +124,14 @@ def _family(config: ModelConfig, tower: str) -> tuple[type[PreTrainedConfig], di
         if settings.qkv_bias and not settings.output_bias and not without_rope:
             return Qwen2Config, {}
         if both and not without_rope:
-            # A Llama's width is a multiple of its heads.
+            # The width of a Llama must be a multiple of its number of heads.
             is_llama = settings.hidden_size % config.num_heads == 0
             if is_llama:
                 return LlamaConfig, biases
             if not settings.qkv_bias:
                 return MistralConfig, {"sliding_window": None}
     raise UserError(
-        "transformers has no language model with what the text tower has: "
+        "transformers has no language model with the features of the text tower: "
         f"qk_norm={config.has_qk_norm(tower)}, qkv_bias={settings.qkv_bias}, output_bias={settings.output_bias}, "
         f"layers_without_rope={without_rope}, hidden_size={settings.hidden_size} and {config.num_heads} heads"
     )

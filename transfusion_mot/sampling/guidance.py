@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what the model predicts without a prompt, or without the image that it edits.
+"""Classifier-free guidance by the prompt and, for edits, by the source image.
 
 Shapes: B documents, C latent channels, Y and X latent height and width.
 """
@@ -14,16 +14,16 @@ from transfusion_mot.errors import UserError
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the predictions with and without context become one; it acts on all channels.
+    """Combines predictions with and without context; it acts on all channels.
 
     Attributes:
         scale: uncond + scale * (cond - uncond) (Ho & Salimans, arXiv 2207.12598); 1 is off.
         interval: Lowest and highest timestep of guidance (Kynkäänniemi et al., arXiv 2404.07724); outside of it only
             the conditional forward is run.
-        rescale: Share of the result that is brought to the standard deviation of the conditional prediction (Lin et
+        rescale: Share of the result that is rescaled to the standard deviation of the conditional prediction (Lin et
             al., arXiv 2305.08891, section 3.4).
-        renorm: Bring the result to the norm of the conditional prediction where it is longer (BAGEL, arXiv 2505.14683).
-        image_scale: Of edits, how much the result follows the source image, and `scale` how much the instruction:
+        renorm: Limit the norm of the result to that of the conditional prediction (BAGEL, arXiv 2505.14683).
+        image_scale: For edits: guidance by the source image, with `scale` for the instruction:
             uncond + image_scale * (image - uncond) + scale * (cond - image), where `image` is predicted from the source
             without the instruction (InstructPix2Pix, arXiv 2211.09800, equation 3). None is guidance without a source.
 
@@ -52,7 +52,7 @@ class Guidance:
 
     @property
     def _scales(self) -> list[float]:
-        """Of the way from each prediction to the one with more context, the last of them without any context."""
+        """Factors on the difference between each prediction and the next one with less context."""
         scales = [self.scale] if self.image_scale is None else [self.scale, self.image_scale]
         # With a scale of 1 the prediction with less context cancels out.
         while scales and scales[-1] == 1:
@@ -61,19 +61,19 @@ class Guidance:
 
     @property
     def branches(self) -> int:
-        """Predictions it needs: with the context, of edits with the source image alone, and without anything."""
+        """Number of predictions: with the context, for edits with the source image alone, and without context."""
         return 1 + len(self._scales)
 
     def has_source(self, branch: int) -> bool:
-        """Whether the context of a branch holds the source image."""
+        """Whether the context of a branch contains the source image."""
         return branch == 0 or (self.image_scale is not None and branch == 1)
 
     def at(self, timestep: float) -> bool:
-        """Whether there is guidance at that timestep."""
+        """Whether guidance is active at that timestep."""
         return self.branches > 1 and self.interval[0] <= timestep <= self.interval[1]
 
     def combine(self, predictions: Sequence[Tensor]) -> Tensor:
-        """The predictions of `branches`, each [B, ...], in its order => the guided one: latents or logits."""
+        """The predictions of `branches` in order, each [B, ...] => the guided prediction: latents or logits."""
         whole, guided = predictions[0], predictions[-1]
         for scale, more, less in reversed(list(zip(self._scales, predictions[:-1], predictions[1:], strict=True))):
             guided = guided + scale * (more - less)

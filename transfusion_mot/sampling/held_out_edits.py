@@ -1,4 +1,4 @@
-"""What a model makes of held-out editing pairs, and how far that is from what should come of them."""
+"""Edits of held-out pairs, and their distances to the targets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.sizes import Size, by_size
 
-# Of each kind of image that is compared with the targets, the distances [N].
+# Kind of image that is compared with the targets => distances [N].
 Distances = dict[str, npt.NDArray[np.float64]]
-# Distances [N] between images that belong together.
+# Distances [N] between paired images.
 Distance = Callable[[list[Image.Image], list[Image.Image]], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class HeldOutEdits:
-    """Held-out pairs of a source, all images at the size that the model reads them at.
+    """Held-out pairs of a source, with all images at the size at which the model reads them.
 
     Attributes:
-        name: Of the source.
-        before: The images that are edited.
-        instructions: Of each.
-        after: What should come of each.
+        name: Name of the source.
+        before: Source images.
+        instructions: Instruction of each pair.
+        after: Target images.
     """
 
     name: str
@@ -47,16 +47,15 @@ class HeldOutEdits:
 
 
 def held_out_edits(name: str, source: Source, count: int | None) -> HeldOutEdits | None:
-    """Evenly spaced held-out pairs of a source, with the first of their instructions; those that cannot be read are
-    left out.
+    """Evenly spaced held-out pairs of a source, with their first instructions; unreadable pairs are skipped.
 
     Args:
-        name: Of the source.
-        source: Of one side.
-        count: Most pairs; None is all.
+        name: Name of the source.
+        source: The held-out side of the source.
+        count: Maximum number of pairs; None is all.
 
     Returns:
-        None if it is a source of something else.
+        None if the source has no pairs.
     """
     pairs = source.documents
     if not isinstance(pairs, EditPairs):
@@ -81,9 +80,9 @@ def held_out_edits(name: str, source: Source, count: int | None) -> HeldOutEdits
 def edited(
     pipeline: TransfusionPipeline, edits: HeldOutEdits, *, batch_size: int, seed: int, **settings: Any
 ) -> list[Image.Image]:
-    """What the model makes of each; a result depends on its pair and the seed alone."""
+    """The model's edit of each pair; it depends only on the pair and the seed."""
     seeds = [derived_seed(seed, f"{edits.name} {text}", number) for number, text in enumerate(edits.instructions)]
-    # Shown where it takes long.
+    # Progress is shown if it takes long.
     with tqdm(total=len(seeds), desc=f"editing {edits.name}", unit="image", delay=2) as bar:
 
         def of_size(places: list[int], _: Size) -> list[Image.Image]:
@@ -103,7 +102,7 @@ def edited(
 
 
 def through_codec(pipeline: TransfusionPipeline, images: list[Image.Image], batch_size: int) -> list[Image.Image]:
-    """What is left of images that the codec has encoded: no painting is nearer to them."""
+    """Images encoded and decoded by the codec: the limit for any painting."""
 
     def of_size(places: list[int], _: Size) -> list[Image.Image]:
         results: list[Image.Image] = []
@@ -144,10 +143,11 @@ def edit_metrics(name: str, distances: Distances, measure: str, protocol: dict[s
     """Numbers of one source and measure, each with an interval over the pairs.
 
     Args:
-        name: Of the source, or of all of them.
-        distances: [N] to the target, of `unedited` sources, of `edited` ones, and of the target `through the codec`.
-        measure: For example "pixel distance".
-        protocol: How it was measured.
+        name: Name of the source, or of all together.
+        distances: Distances [N] to the target: of `unedited` sources, of `edited` ones, and of the target `through the
+            codec`.
+        measure: Name of the distance, such as "pixel distance".
+        protocol: Conditions of the measurement.
     """
     about = {"pairs": len(distances["edited"]), **protocol}
     metrics = [
@@ -170,5 +170,5 @@ def edit_metrics(name: str, distances: Distances, measure: str, protocol: dict[s
 
 
 def joined(parts: Sequence[Distances]) -> Distances:
-    """The distances of several sources as one."""
+    """The concatenated distances of several sources."""
     return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}

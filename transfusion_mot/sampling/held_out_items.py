@@ -1,4 +1,4 @@
-"""Items of sources to show: evenly spaced media with their texts."""
+"""Example items of sources: evenly spaced media with their texts."""
 
 from typing import cast
 
@@ -11,8 +11,8 @@ from transfusion_mot.errors import UserError
 
 
 def pictures_of(sources: Sources, modality: str, count: int) -> tuple[list[Image.Image], list[str]]:
-    """Evenly spaced captioned images of a modality, as the model sees them, and the first caption of each; fewer if
-    some are gone."""
+    """Evenly spaced captioned images of a modality, as the model sees them, with their first captions. Missing files
+    are skipped."""
     pictures, captions = [], []
     for media, index, caption in evenly_spaced(sources, modality, count):
         try:
@@ -45,7 +45,7 @@ def evenly_spaced(sources: Sources, modality: str, count: int) -> list[tuple[Med
         own = documents[which]
         items = own.document(place - int(ends[which]) + len(own))
         text = next((item for item in items if isinstance(item, Text)), None)
-        # Of several media of one thing a document may lack some.
+        # A document with several media may lack some of them.
         media = next((item for item in items if isinstance(item, MediaItem) and item.modality == modality), None)
         if text is not None and media is not None:
             found.append((own.media[modality], media.index, text.choices[0]))
@@ -53,5 +53,5 @@ def evenly_spaced(sources: Sources, modality: str, count: int) -> list[tuple[Med
 
 
 def printable(text: str) -> str:
-    """What a model has written, which early in a run are any bytes, as something that can be shown."""
+    """A printable form of a model's text, which may have arbitrary bytes early in a run."""
     return "".join(character if character.isprintable() else "?" for character in text) or "(nothing)"

@@ -28,13 +28,13 @@ _logger = logging.getLogger(__name__)
 
 
 def of_checkpoint(config: RunConfig, pipeline: TransfusionPipeline) -> RunConfig:
-    """A run's configuration with the model and the diffusion that the checkpoint has, whatever the file says."""
+    """A run's configuration with the model and the diffusion settings of the checkpoint."""
     transformer = pipeline.transformer
     return replace(config, model=transformer.architecture, diffusion=DiffusionConfig(**transformer.config.diffusion))
 
 
 def codecs_of(pipeline: TransfusionPipeline, config: RunConfig, device: torch.device) -> dict[str, Codec]:
-    """The codec of each modality but text: those of the pipeline, of other modalities those of its run."""
+    """The codec of each modality but text: from the pipeline, or else from its run."""
     own, config = pipeline.codecs, of_checkpoint(config, pipeline)
     return {
         name: own[name] if name in own else load_codec(config.codecs[name], modality.objective, device)
@@ -56,14 +56,14 @@ def text_metrics(
 
     Args:
         pipeline: The model.
-        config: Of its run, for the data; the model and its diffusion are those of the checkpoint.
+        config: Configuration of its run, with the model and diffusion settings of the checkpoint.
         sources: Held-out documents.
-        processes: Which share the texts.
-        num_texts: First texts of each source; None is all.
+        processes: Processes that share the texts.
+        num_texts: Number of first texts of each source; None is all.
         batch_size: Rows of a forward.
 
     Returns:
-        No numbers where no text is held out.
+        The metrics; empty if no text is held out.
     """
     config = of_checkpoint(config, pipeline)
     reader = TextReader(pipeline.text_tokenizer, config.model.rope, config.data.slots[TEXT], batch_size)
@@ -75,7 +75,7 @@ def text_metrics(
 
 
 def _held_out_texts(sources: Sources) -> list[tuple[str, str, list[str]]]:
-    """(name, modality of what follows a text, texts) of each source: texts, and all captions of media."""
+    """(name, modality after a text, texts) of each source: texts, and all captions of media."""
     found: list[tuple[str, str, list[str]]] = []
     for name, source in zip(sources.names, sources.sources, strict=True):
         documents = source.documents
@@ -111,27 +111,27 @@ def diffusion_metrics(
 
     Args:
         pipeline: The model.
-        config: Of its run, for the data; the model and its diffusion are those of the checkpoint.
+        config: Configuration of its run, with the model and diffusion settings of the checkpoint.
         sources: Held-out documents.
-        codecs: From `codecs_of`.
+        codecs: Result of `codecs_of`.
         accelerator: Its processes share the images.
         num_images: Held-out images of each modality of latents; None is all.
         bins: Number of timesteps.
         batch_size: Rows of a forward.
 
     Returns:
-        For each modality of latents, and for `conditional` and `unconditional`, the mean over the timesteps, then each.
-        No numbers where no image is held out.
+        For each modality of latents, and for `conditional` and `unconditional`: the mean over the timesteps, then each
+        timestep. Empty if no image is held out.
     """
     config = of_checkpoint(config, pipeline)
     latents = config.model.of_objective("diffusion")
-    # Attention is compiled for the rows of each bucket.
+    # Attention is compiled for the row shape of each bucket.
     allow_shapes(len(config.data.image_sizes))
     encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
-    # An image a row: every one is measured, and with the same noise, whatever its caption takes of a row. There is no
-    # image before it, so it needs no clean copy of one, for which the row would have no slot either. Only before the
+    # One image a row, so that every image is measured with the same noise, whatever the length of its caption. There is
+    # no image before it, so it needs no clean copy of one, for which the row would have no slot either. Only before the
     # result of an edit there is its source.
     data = replace(config.data, image_context="noised")
     metrics: list[Metric] = []
@@ -161,7 +161,7 @@ def diffusion_metrics(
                     replace(
                         config,
                         training=replace(config.training, num_validation_documents=count),
-                        # Captions alone stand before them.
+                        # Only captions stand before them.
                         data=replace(data, slots=slots, orders=data.orders and {f"{TEXT} {modality}": 1.0}),
                     ),
                     encoder=encoder,

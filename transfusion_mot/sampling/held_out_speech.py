@@ -1,4 +1,4 @@
-"""What a model hears and says of held-out recordings, as word and character error rates."""
+"""Word and character error rates of a model's transcripts and speech for held-out recordings."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ def transcription_metrics(
 
     Args:
         pipeline: The model.
-        recordings: Those that are held out are transcribed, by the most probable words.
+        recordings: Held-out recordings, transcribed greedily.
         batch_size: Recordings at a time.
     """
     said = [one for one in recordings.held_out if normalise(one.text)]
@@ -49,16 +49,18 @@ def intelligibility_metrics(
     seed: int,
     batch_size: int,
 ) -> tuple[list[Metric], list[tuple[str, Audio]]]:
-    """Error rates of a recogniser on the recordings, on the same encoded and decoded, and on the model's own speech of
-    the same texts; and pairs of a text and that speech.
+    """Error rates of a recogniser on recordings, on their reconstructions, and on the model's speech of the same texts.
 
     Args:
         pipeline: The model.
-        recordings: Those that are held out, but for texts with words that the recogniser does not know.
-        recogniser: Which knows nothing of the model.
+        recordings: Held-out recordings, without texts whose words the recogniser does not know.
+        recogniser: A recogniser that is independent of the model.
         speaking: Keyword arguments of `TransfusionPipeline.speak`.
-        seed: The audio of a text is drawn by it and the text alone.
+        seed: The audio of a text depends only on the seed and the text.
         batch_size: Texts at a time.
+
+    Returns:
+        The error rates, and pairs of a text and the model's speech.
     """
     said = [one for one in recordings.held_out if normalise(one.text) and recogniser.knows(one.text)]
     if not said:
@@ -82,7 +84,7 @@ def intelligibility_metrics(
 
 
 def through_codec(pipeline: TransfusionPipeline, audio: Audio) -> Audio:
-    """Audio, encoded and decoded: as near as speech of the model can come."""
+    """Audio encoded and decoded by the codec: the limit for the model's speech."""
     (media,) = pipeline.encode_audio([audio])
     return pipeline.decode_audio(media.content[1:-1])
 
@@ -94,9 +96,9 @@ def loss_metrics(
 
     Args:
         pipeline: The model.
-        config: Of its run.
+        config: Configuration of its run.
         sources: Held-out documents.
-        accelerator: In float32.
+        accelerator: An accelerator in float32.
         batch_size: Rows of a forward.
     """
     encoder = OnlineEncoder.of_model(config.model, codecs_of(pipeline, config, accelerator.device), config.codecs)

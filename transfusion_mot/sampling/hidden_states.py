@@ -1,4 +1,4 @@
-"""Hidden states of a model behind each of its blocks, on held-out rows."""
+"""Hidden states of a model after each of its blocks, on held-out rows."""
 
 from typing import Any
 
@@ -13,38 +13,38 @@ from transfusion_mot.evaluation.feature_space import States
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.validation import Validation
 
-# Of latents: half noise.
+# Timestep of latents: half noise.
 TIMESTEP = 0.5
 
 
 def check_one_width(model: ModelConfig) -> None:
-    """Refuse towers of several widths: only states with the same components can be compared.
+    """Refuse towers of different widths: their hidden states cannot be compared.
 
     Raises:
-        UserError: There are.
+        UserError: The widths differ.
     """
     widths = {tower.hidden_size for tower in model.towers.values()}
     if len(widths) > 1:
         raise UserError(
-            f"the towers of the model have the widths {', '.join(map(str, sorted(widths)))}; hidden states can only be "
-            "compared where all have the same"
+            f"the towers of the model have the widths {', '.join(map(str, sorted(widths)))}; comparing hidden states "
+            "needs a model with one width"
         )
 
 
 def hidden_states(
     model: TransfusionMoT, validation: Validation, accelerator: Accelerator, *, most: int, seed: int
 ) -> list[States]:
-    """The states of filled slots, of every modality as many: what goes into the first block, then behind each block.
+    """Hidden states of filled slots, equally many of every modality: before the first block, then after each block.
 
     Args:
-        model: With towers of one width, see `check_one_width`.
-        validation: Its rows are read.
-        accelerator: On one process.
-        most: States of a modality.
-        seed: Of the choice.
+        model: A model with towers of one width, see `check_one_width`.
+        validation: Validation whose rows are read.
+        accelerator: An accelerator with one process.
+        most: Maximum number of states of a modality.
+        seed: Seed of the choice of states.
 
     Raises:
-        UserError: Nothing that is held out has one of the modalities.
+        UserError: No held-out document has one of the modalities.
     """
     config = model.architecture
     layers: list[dict[str, Tensor]] = []
@@ -70,7 +70,7 @@ def hidden_states(
     count = min(most, *(len(states) for states in together[0].values()))
     if not count:
         empty = [name for name, states in together[0].items() if not len(states)]
-        raise UserError(f"nothing that is held out has {', '.join(empty)}; raise --num-documents, or hold out more")
+        raise UserError(f"no held-out document has {', '.join(empty)}; raise --num-documents, or hold out more")
     generator = np.random.default_rng(seed)
     drawn = {name: generator.permutation(len(states))[:count] for name, states in together[0].items()}
     return [{name: states[drawn[name]] for name, states in of_layer.items()} for of_layer in together]

@@ -1,7 +1,7 @@
-"""Folders of low-rank adapters, and what a pipeline does with them: names and behaviour as in diffusers.
+"""Folders of low-rank adapters, and their use in a pipeline; names and behaviour are those of diffusers.
 
-A folder has the adapter and all that was trained beside it (`adapter_model.safetensors`), and what it is an adapter of
-(`adapter_config.json`).
+A folder has the adapter with all weights trained beside it (`adapter_model.safetensors`), and a description of its base
+model (`adapter_config.json`).
 """
 
 import json
@@ -26,20 +26,20 @@ from transfusion_mot.models.lora import add_adapter, base_parameters, digests, f
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Sizes that an adapter fits or does not.
+# Sizes of the base model that an adapter depends on.
 _SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter is, and what it is an adapter of.
+    """Description of an adapter and its base model.
 
     Attributes:
         lora: The fields of its `LoraConfig`.
-        base_model_name_or_path: The snapshot below it: a name on the hub, a path, or one relative to the adapter's
+        base_model_name_or_path: The base snapshot: a name on the hub, a path, or a path relative to the adapter's
             folder.
-        base_sizes: Sizes of the model below it, by name.
-        base_fingerprint: Of the weights below it, see `fingerprint`.
+        base_sizes: Sizes of the base model, by name.
+        base_fingerprint: Fingerprint of the base weights, see `fingerprint`.
         trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
     """
 
@@ -51,10 +51,10 @@ class AdapterInfo:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """From an adapter's folder.
+        """Read it from an adapter's folder.
 
         Raises:
-            UserError: It has none, or none of this project.
+            UserError: The folder has no adapter, or none of this project.
         """
         file = folder / ADAPTER_CONFIG
         if not file.is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
@@ -70,18 +70,18 @@ class AdapterInfo:
             return info
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file} describes no adapter of this project ({type(error).__name__}: {error}); give a folder that "
-                "train.py has written with lora"
+                f"{file} does not describe an adapter of this project ({type(error).__name__}: {error}); give a folder "
+                "that train.py wrote with lora"
             ) from None
 
     def base(self, folder: Path) -> str:
-        """The snapshot below the adapter in a folder."""
+        """The base snapshot of the adapter in a folder."""
         beside = folder / self.base_model_name_or_path
         return str(beside.resolve()) if beside.is_dir() else self.base_model_name_or_path
 
 
 def sizes_of(model: TransfusionMoT) -> dict[str, Any]:
-    """Sizes that an adapter fits or does not, by name."""
+    """Sizes of a base model that an adapter depends on, by name."""
     architecture = model.architecture
     towers = {name: [tower.hidden_size, tower.intermediate_size] for name, tower in architecture.towers.items()}
     widths = {f"widths of tower {name}": widths for name, widths in towers.items()}
@@ -92,9 +92,9 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], info: AdapterInfo) ->
     """Write an adapter.
 
     Args:
-        folder: Where to; it exists.
-        tensors: By names of parameters of the model with the adapter.
-        info: About it.
+        folder: Existing folder to write to.
+        tensors: Tensors by parameter names of the model with the adapter.
+        info: Description of the adapter.
     """
     save_file({file_name(name): tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(asdict(info), indent=2, sort_keys=True) + "\n")
@@ -103,14 +103,14 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], info: AdapterInfo) ->
 class LoraPipeline(LoraBaseMixin):
     """Loads, scales, fuses and unloads adapters; for a pipeline with a `transformer` and a `workspace`.
 
-    What an adapter has trained as a whole (`lora.also_train`) is at work whenever it is, and has no scale.
+    Fully trained weights of an adapter (`lora.also_train`) are active whenever the adapter is, and have no scale.
     """
 
     _lora_loadable_modules = ["transformer"]  # noqa: RUF012
     transformer: TransfusionMoT
-    # Adapter to the whole tensors that are kept for it: its own while it rests, those that it replaces while it works.
+    # Adapter => whole tensors stored for it: its own while it is inactive, those that it replaces while it is active.
     _adapters: dict[str, dict[str, Tensor]]
-    # Adapters that work.
+    # Active adapters.
     _put_in: set[str]
     # Digests of the model's tensors before any adapter.
     _pristine: dict[str, str] | None
@@ -118,7 +118,7 @@ class LoraPipeline(LoraBaseMixin):
     def load_lora_weights(
         self, pretrained_model_name_or_path: str | os.PathLike[str], adapter_name: str | None = None
     ) -> None:
-        """Add an adapter and let it, with those before, be at work.
+        """Add an adapter and activate it beside those already active.
 
         Args:
             pretrained_model_name_or_path: Its folder, a run folder of `train.py` with `lora` (its newest adapter), or
@@ -138,8 +138,7 @@ class LoraPipeline(LoraBaseMixin):
         self._check_base(folder, info, set(whole))
         if clash := next((other for other, kept in self._adapters.items() if kept.keys() & whole.keys()), None):
             raise UserError(
-                f"{folder} replaces weights that the adapter '{clash}' replaces, too; unload that with "
-                "unload_lora_weights() before"
+                f"{folder} replaces the same weights as the adapter '{clash}'; call unload_lora_weights() first"
             )
         active = self.get_active_adapters()
         add_adapter(self.transformer, LoraConfig(**info.lora), name)
@@ -150,11 +149,13 @@ class LoraPipeline(LoraBaseMixin):
         }
         if of_adapter.keys() != tensors.keys() - whole.keys():
             self.transformer.delete_adapters(name)
-            raise UserError(f"{folder}: {ADAPTER_WEIGHTS} does not have what {ADAPTER_CONFIG} says; copy it again")
+            raise UserError(
+                f"{folder}: the tensors of {ADAPTER_WEIGHTS} do not match {ADAPTER_CONFIG}; copy the folder again"
+            )
         with torch.no_grad():
             for key, parameter in of_adapter.items():
                 parameter.copy_(tensors[key])
-        # Until they are put in, what is kept of an adapter is its own.
+        # Before activation, the stored tensors are the adapter's own.
         self._adapters[name] = whole
         if info.trained_on_edits:
             self.register_to_config(trained_on_edits=True)
@@ -166,21 +167,21 @@ class LoraPipeline(LoraBaseMixin):
             if own.get(key) != info.base_sizes.get(key):
                 raise UserError(
                     f"{folder} is an adapter of another model, {info.base_model_name_or_path}: its {key} is "
-                    f"{info.base_sizes.get(key)}, and that of this model {own.get(key)}"
+                    f"{info.base_sizes.get(key)}, but this model has {own.get(key)}"
                 )
         if self._pristine is None:
-            # Before an adapter is fused into the weights.
+            # Taken before an adapter is fused into the weights.
             self._pristine = digests(self.transformer)
-        # Half precision of another kind rounds in another way.
+        # bfloat16 and float16 round differently.
         is_comparable = self.transformer.dtype in (torch.float32, torch.bfloat16)
         if is_comparable and fingerprint(self._pristine, without) != info.base_fingerprint:
             raise UserError(
-                f"{folder} is an adapter of another model of the same sizes, {info.base_model_name_or_path}: the "
-                "weights are not those that it was trained on; load it into that one"
+                f"{folder} is an adapter of another model of the same sizes, {info.base_model_name_or_path}; load "
+                "it into that model"
             )
 
     def _scale(self, adapter: str) -> float:
-        """What `set_adapters` has given an adapter."""
+        """The scale of an adapter from `set_adapters`."""
         for module in self.transformer.modules():
             if adapter in getattr(module, "scaling", {}):
                 return module.scaling[adapter] / (module.lora_alpha[adapter] / module.r[adapter])
@@ -188,7 +189,7 @@ class LoraPipeline(LoraBaseMixin):
 
     @torch.no_grad()
     def _use(self, active: set[str]) -> None:
-        """Let the whole tensors of some adapters, and of no others, be in the model."""
+        """Put the whole tensors of these adapters, and no others, into the model."""
         parameters = base_parameters(self.transformer)
         for name in (active & self._adapters.keys()) ^ self._put_in:
             for key, kept in self._adapters[name].items():
@@ -198,7 +199,8 @@ class LoraPipeline(LoraBaseMixin):
         self._put_in = active & self._adapters.keys()
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Let these adapters be at work, each with its scale (`adapter_weights`, 1 if not given); the others rest."""
+        """Activate these adapters, each with its scale (`adapter_weights`, 1 if not given), and deactivate the
+        others."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if unknown := [name for name in names if name not in self._adapters]:
             raise UserError(f"there is no adapter '{unknown[0]}'; loaded: {', '.join(self._adapters) or 'none'}")
@@ -213,28 +215,28 @@ class LoraPipeline(LoraBaseMixin):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add what the adapters at work change to the weights, for the speed of a model without adapters.
+        """Add the active adapters to the weights, so that the model is as fast as one without adapters.
 
-        With `unload_lora_weights` behind it the model stays what it is then, and can be saved.
+        Call `unload_lora_weights` afterwards to make the change permanent, so that the model can be saved.
         """
         super().fuse_lora(components or ["transformer"], lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Take it out of the weights again, up to rounding."""
+        """Subtract fused adapters from the weights, up to rounding."""
         super().unfuse_lora(components or ["transformer"], **kwargs)
 
     def disable_lora(self) -> None:
-        """Let all adapters rest."""
+        """Deactivate all adapters."""
         super().disable_lora()
         self._use(set())
 
     def enable_lora(self) -> None:
-        """Let those work again that did."""
+        """Activate the previously active adapters again."""
         super().enable_lora()
         self._use(set(self.get_active_adapters()))
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. What has been fused stays."""
+        """Remove all adapters. Fused weights stay."""
         self._use(self.fused_loras & self._adapters.keys())
         super().unload_lora_weights()
         self._adapters.clear()
@@ -250,14 +252,14 @@ class LoraPipeline(LoraBaseMixin):
 
 
 def find_adapter(name: str | os.PathLike[str]) -> Path:
-    """The folder of an adapter, as a user names it; one on the hub is downloaded.
+    """The folder of an adapter named by the user; one on the hub is downloaded.
 
     Raises:
         UserError: There is none.
     """
     folder = Path(name)
     if folder.is_dir():
-        # Of what is neither an adapter nor a run, `AdapterInfo.read` says so.
+        # `AdapterInfo.read` refuses a folder that is neither an adapter nor a run.
         steps = {path: path.name[5:] for path in folder.glob("snapshots/step-*") if path.name[5:].isdigit()}
         return max(steps, key=lambda path: int(steps[path]), default=folder)
     refuse_missing_path(str(name), "adapter")
@@ -265,7 +267,7 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
     except (OSError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"adapter {name} is neither a folder nor on the Hugging Face hub ({reason})") from None
+        raise UserError(f"adapter {name} is not a folder and not on the Hugging Face hub ({reason})") from None
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

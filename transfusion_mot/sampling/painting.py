@@ -1,4 +1,4 @@
-"""Paint, reconstruct and caption many images, by all processes, into folders that a later attempt goes on with."""
+"""Paint, reconstruct and caption many images with several processes, into folders that a later attempt continues."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.schedulers import sampler_name
 
-# Settings of one kind of pictures alone.
+# Settings that apply to only one kind of model.
 OF_CODES = ("code_temperature", "code_top_p", "code_top_k")
 OF_LATENTS = ("num_inference_steps", "guidance_interval", "scheduler")
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are painted; the names are those of the pipeline's arguments."""
+    """Settings of painting, named like the pipeline's arguments."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -47,7 +47,7 @@ class SamplerSettings:
     code_top_k: int = 0
 
     def decoding(self) -> Decoding:
-        """How codes are drawn.
+        """Settings for drawing codes.
 
         Raises:
             UserError: A value is out of its range.
@@ -62,8 +62,8 @@ class Painter:
     Attributes:
         pipeline: The model.
         checkpoint: Hash of its files.
-        processes: Which share the images.
-        batch_size: Images of a batch.
+        processes: Processes that share the images.
+        batch_size: Images in a batch.
     """
 
     pipeline: TransfusionPipeline
@@ -76,12 +76,12 @@ class Painter:
     ) -> None:
         """Paint prompts with the pipeline's scheduler, which must be the one of `sampling`.
 
-        A prompt that is longer than the model's longest is read without its last words; see `shortened`.
+        A prompt beyond the model's maximum length is read without its last words; see `shortened`.
 
         Args:
-            prompts: To paint; their real images, if there are any, lie there already.
-            sampling: How.
-            folder: That receives the images.
+            prompts: Prompts to paint; their real images, if any, are already stored.
+            sampling: Settings of painting.
+            folder: Folder of the images.
             image_size: Height and width; None paints each prompt at the size at which training would read its real
                 image, or at the default size.
 
@@ -121,16 +121,16 @@ class Painter:
         self._write(prompts, folder, make, description="painting", settings=settings)
 
     def told(self, sampling: SamplerSettings) -> dict[str, Any]:
-        """The settings that the model uses: of reverse steps, or of drawing codes."""
+        """The settings that the model uses: those of reverse steps, or those of drawing codes."""
         return {name: value for name, value in vars(sampling).items() if name not in self.idle}
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Names of the settings that say nothing to the model."""
+        """Names of the settings that have no effect on the model."""
         return OF_LATENTS if self.pipeline.codec.kind == "codes" else OF_CODES
 
     def shortened(self, text: str) -> str:
-        """A prompt without the last words that are too many for the model."""
+        """A prompt cut after the last word that fits the model."""
         limit = self.pipeline.config.max_prompt_tokens
         words = text.split(" ")
         while (
@@ -140,7 +140,7 @@ class Painter:
         return " ".join(words)
 
     def copy(self, prompts: Sequence[Prompt], folder: Path, make: Make) -> None:
-        """Write images that are there already, such as those of a data set.
+        """Write existing images, such as those of a data set.
 
         Raises:
             UserError: The folder holds other images.
@@ -149,12 +149,12 @@ class Painter:
         self._write(prompts, folder, make, description="real images", settings=settings)
 
     def reconstruct(self, prompts: Sequence[Prompt], image_size: int | None, folder: Path) -> None:
-        """Write the real images of prompts after they went through the codec.
+        """Write the real images of prompts, encoded and decoded by the codec.
 
         Args:
-            prompts: Each has an image.
-            image_size: Bring the images to it first; None brings each to the size at which training would read it.
-            folder: That receives them, under the file names of the prompts.
+            prompts: Prompts that each have an image.
+            image_size: Size of the images; None is the size at which training would read each of them.
+            folder: Folder of the results, under the file names of the prompts.
 
         Raises:
             UserError: An image cannot be read, or the folder holds others.
@@ -177,12 +177,12 @@ class Painter:
         """The image of a prompt, `uint8 [H, W, 3]`."""
         assert prompt.image is not None
         if image_size is not None:
-            # As the references are, for the sake of half a pixel.
+            # Cropped like the references, which differ by half a pixel otherwise.
             return load_rgb(prompt.image, image_size)
         return self.pipeline.sizes.read(prompt.image)
 
     def caption(self, images: Sequence[CaptionedImage], max_new_tokens: int, output: Path) -> list[str]:
-        """Caption images greedily => their captions, which are also written to `captions.jsonl` in `output`.
+        """Caption images greedily => their captions, also written to `captions.jsonl` in `output`.
 
         Raises:
             UserError: An image cannot be read, or `output` holds captions of other settings.
@@ -229,7 +229,7 @@ class Painter:
         processes.wait_for_everyone()
 
     def _claim(self, folder: Path, settings: dict[str, Any]) -> None:
-        # What is computed in other batches, or on another kind of device, differs in rounding.
+        # Results of other batches, or of another kind of device, differ by rounding.
         more = {"batch_size": self.batch_size, "device": self.pipeline.device.type}
         with self.processes.main_process_first():
             claim_folder(folder, settings | more)

@@ -1,4 +1,4 @@
-"""One tensor for rows that each have something of their own."""
+"""Tensors with different lengths or random generators for each row."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def padded(rows: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:
-    """Arrays of different lengths => one tensor [B, longest, ...], filled up with zeros on the right."""
+    """Arrays of different lengths => one tensor [B, longest, ...], padded with zeros on the right."""
     longest = max(len(row) for row in rows)
     result = np.zeros((len(rows), longest, *rows[0].shape[1:]), dtype=np.int64)
     for index, row in enumerate(rows):
@@ -22,9 +22,9 @@ def random_rows(
 ) -> Tensor:
     """One draw of `shape` per generator (`torch.randn` or `torch.rand`) => float32 [B, *shape].
 
-    Each row has a draw of its own, on its generator's device and always in float32: with CPU generators the same seed
-    gives the same numbers whatever the batch size, the device of the model and its number format. Without a generator
-    torch's global CPU generator is used.
+    Each row is drawn separately, on its generator's device and in float32. So with CPU generators a seed gives the same
+    numbers for any batch size, device and number format of the model. Without a generator, torch's global CPU generator
+    is used.
     """
     rows = [
         draw(shape, generator=generator, device=generator.device if generator else "cpu", dtype=torch.float32)

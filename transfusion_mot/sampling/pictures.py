@@ -24,40 +24,40 @@ from transfusion_mot.sampling.variations import Original, Pictures, load_origina
 
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# A decoder's hidden images are a hundred times as large as its output: so many pixels are decoded at once.
+# Pixels that are decoded at once: a decoder's hidden images are a hundred times as large as its output.
 _PIXELS_AT_ONCE = 2**21
 
 
 class PicturePipeline(DocumentPipeline):
-    """What a `TransfusionPipeline` does to paint."""
+    """Painting methods of a `TransfusionPipeline`."""
 
     _callback_tensor_inputs = ["latents", "clean"]  # noqa: RUF012
     _interrupt = False
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked for the end of the painting that is under way."""
+        """Whether a callback has asked to stop the current painting."""
         return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
-        """Calls of the model for the pictures that are painted, or were painted last; for callbacks of diffusers."""
+        """Calls of the model for the current or last painting; for callbacks of diffusers."""
         return self._num_timesteps
 
     @property
     def can_paint(self) -> bool:
-        """Whether its codec makes pictures; `ChameleonVQVAE` only reads them."""
+        """Whether its codec can decode pictures; `ChameleonVQVAE` only encodes them."""
         return self.has_images and (self.codec.kind == "latents" or self.codec.has_decoder)
 
     def _check_can_paint(self) -> None:
         if self.image_modality and not self.can_paint:
             raise UserError(
-                f"{type(self.vae).__name__} has no decoder, so this model reads pictures and cannot paint them; "
+                f"{type(self.vae).__name__} has no decoder, so this model reads pictures but cannot paint them; "
                 "caption or complete with it, or train with another codec"
             )
 
     def enable_vae_slicing(self) -> None:
-        """Decode one image at a time, for little memory.
+        """Decode one image at a time, which needs less memory.
 
         Raises:
             UserError: The codec cannot.
@@ -65,11 +65,11 @@ class PicturePipeline(DocumentPipeline):
         self._tell_vae("enable_slicing")
 
     def disable_vae_slicing(self) -> None:
-        """Decode many images at once again."""
+        """Decode many images at once again (the default)."""
         self._tell_vae("disable_slicing")
 
     def enable_vae_tiling(self) -> None:
-        """Decode large images in tiles that overlap, for little memory; the result is not quite the same.
+        """Decode large images in overlapping tiles, which needs less memory; the result differs slightly.
 
         Raises:
             UserError: The codec cannot.
@@ -77,7 +77,7 @@ class PicturePipeline(DocumentPipeline):
         self._tell_vae("enable_tiling")
 
     def disable_vae_tiling(self) -> None:
-        """Decode images as a whole again."""
+        """Decode images as a whole again (the default)."""
         self._tell_vae("disable_tiling")
 
     def _tell_vae(self, method: str) -> None:
@@ -115,43 +115,43 @@ class PicturePipeline(DocumentPipeline):
     ) -> Any:
         """Paint prompts, by diffusion or by writing codes, as the model was trained.
 
-        What is about reverse steps (`num_inference_steps`) does nothing where pictures are codes; `guidance_interval`,
-        `latents`, `image`, `mask_image` and callbacks are refused.
+        If pictures are codes, `num_inference_steps` has no effect, and `guidance_interval`, `latents`, `image`,
+        `mask_image` and callbacks are refused.
 
         Args:
             prompt: One prompt or several, each a text or a recording of speech; an empty text paints without prompt.
             num_inference_steps: Reverse steps; None is the pipeline's own number.
             guidance_scale: Classifier-free guidance, 1 is off; None is the pipeline's own.
-            num_images_per_prompt: Images of each prompt; they stand together in the result.
-            height: Of the images, in pixels; a multiple of a patch's side. None is that at which training would read
-                `image`, or else that of the trained size nearest to a square. Of sizes that the model was not trained
-                on there is a warning.
+            num_images_per_prompt: Images for each prompt; they are adjacent in the result.
+            height: Height of the images in pixels, a multiple of a patch's side. None is the height at which training
+                would read `image`, or else that of the trained size closest to a square. Untrained sizes give a
+                warning.
             width: As `height`.
-            negative_prompt: What guidance leads away from, in place of no prompt; one, or one for each prompt.
-            guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance;
-                outside of it a step costs half.
-            guidance_rescale: From 0 to 1, how far guidance is kept from raising the contrast (arXiv 2305.08891).
-            guidance_renorm: Whether a guided prediction is kept as short as the one with the prompt.
-            generator: A list has one generator per image, and each draws for its image alone: with CPU generators the
-                same seed gives the same image, up to rounding, whatever else is in the batch and on every device. A
-                single generator draws for all images, one after the other. None is torch's global generator.
+            negative_prompt: Replaces the empty prompt of the unconditional prediction; one, or one for each prompt.
+            guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise); outside of it a
+                step takes half the time.
+            guidance_rescale: From 0 to 1, share of the contrast added by guidance to remove (arXiv 2305.08891).
+            guidance_renorm: Limit the norm of the guided prediction to that of the conditional one.
+            generator: A list has one generator for each image. With CPU generators the same seed then gives the same
+                image, up to rounding, in any batch and on any device. A single generator draws for all images, one
+                after the other. None is torch's global generator.
             latents: Initial noise [B, C, Y, X] in place of a draw; standard normal.
-            image: A picture to vary, or one for each prompt, of any size: it is brought to that of the painting, as in
+            image: A picture to vary, or one for each prompt, of any size; it is resized to the painting's size as in
                 training.
-            strength: The noise it begins with, above 0 (the image itself) up to 1 (nothing of it).
-            mask_image: Of the image's size: what is white is repainted, what is black stays, pixel by pixel.
-            code_temperature: Of codes: divides the logits; 0 takes the most probable code.
+            strength: Noise level to start from, above 0 (the image is kept) and at most 1 (the image is replaced).
+            mask_image: A mask of the image's size: white is repainted, black is kept, pixel by pixel.
+            code_temperature: For codes: divides the logits; 0 takes the most probable code.
             code_top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
-            code_top_k: Codes are drawn from the so many most probable ones; 0 is all.
+            code_top_k: Codes are drawn from this many most probable ones; 0 is all.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X], or codes [B, Y, X]).
             return_dict: False returns a tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after every reverse step; a function, or
-                a `PipelineCallback` or `MultiPipelineCallbacks` of diffusers. Of the tensors [B, C, Y, X], `latents`
-                are the current ones, and `clean` those without noise that the model expects, for `decode_latents`;
-                `latents` in what it returns take the place of the current ones. If it sets `pipeline._interrupt`,
-                painting ends there, and the latents are decoded as they are.
-            callback_on_step_end_tensor_inputs: Which of them it is given.
+                a `PipelineCallback` or `MultiPipelineCallbacks` of diffusers. The tensors are [B, C, Y, X]: `latents`
+                are the current ones, `clean` the model's estimate without noise, for `decode_latents`. If the callback
+                returns `latents`, they replace the current ones. If it sets `pipeline._interrupt`, painting stops, and
+                the current latents are decoded.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it receives.
 
         Returns:
             An `ImagePipelineOutput` whose `images` has one for each prompt and each of `num_images_per_prompt`.
@@ -226,25 +226,25 @@ class PicturePipeline(DocumentPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "clean"),
     ) -> Any:
-        """Edit pictures as instructions say, with a model that was trained on editing pairs.
+        """Edit pictures by instruction, with a model that was trained on editing pairs.
 
-        The model sees the whole picture and paints another one. (`image` of a call varies a picture with any model: it
-        begins with the picture's noise.)
+        The model reads the whole picture and paints a new one. (The argument `image` of painting works with any model:
+        it starts from the noised picture.)
 
         Args:
             image: The picture to edit, of any size, or one for each instruction; each is read as in training.
             instruction: One instruction or several.
             num_inference_steps: As for painting.
-            guidance_scale: How much the result follows the instruction, 1 is plainly; None is the pipeline's own.
-            image_guidance_scale: How much it follows the picture, 1 is plainly (InstructPix2Pix, arXiv 2211.09800,
-                equation 3). With both guidances a step costs three forwards.
-            num_images_per_prompt: Results of each instruction; they stand together.
-            height, width: Of the result, in pixels; None is the size at which training would read the picture.
-            negative_prompt: What the guidance by the instruction leads away from, in place of no instruction.
+            guidance_scale: How strongly the result follows the instruction; 1 is off, None is the pipeline's own.
+            image_guidance_scale: How strongly it follows the picture; 1 is off (InstructPix2Pix, arXiv 2211.09800,
+                equation 3). With both guidances a step takes three forwards.
+            num_images_per_prompt: Results for each instruction; they are adjacent.
+            height, width: Size of the result in pixels; None is the size at which training would read the picture.
+            negative_prompt: Replaces the empty instruction of the prediction from the picture alone.
             guidance_interval, guidance_rescale, guidance_renorm: As for painting.
             generator, latents: As for painting.
-            code_temperature, code_top_p, code_top_k: Of codes, as for painting.
-            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: As for painting.
+            code_temperature, code_top_p, code_top_k: For codes, as for painting. output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs: As for painting.
 
         Returns:
             An `ImagePipelineOutput` whose `images` has one for each instruction and each of `num_images_per_prompt`.
@@ -258,7 +258,7 @@ class PicturePipeline(DocumentPipeline):
         negatives = self._negatives(negative_prompt, len(instructions))
         pictures = one_a_prompt(image, "image", len(instructions))
         for text in (*instructions, *negatives):
-            # As long as in training, where the result stands behind it.
+            # The limit of training, where the result follows the instruction.
             self._check_document([pictures[0], text, pictures[0]])
         steps, scale = self.sampling_settings(self.image_modality, num_inference_steps, guidance_scale)
         guidance = Guidance(
@@ -285,31 +285,31 @@ class PicturePipeline(DocumentPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_can_edit(self) -> None:
-        """Refuse to edit with a model that has never seen an edit.
+        """Refuse to edit with a model that was not trained on editing pairs.
 
         Raises:
             UserError: It was not trained on editing pairs.
         """
         if not self.config.trained_on_edits:
             raise UserError(
-                "this model was not trained on editing pairs, so it would not follow an instruction; train it on some "
-                "(source_image_column of a source), or vary the picture with image and strength"
+                "this model was not trained on editing pairs; train it on some (source_image_column of a source), or "
+                "vary the picture with image and strength"
             )
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Normalised latents [B, C, Y, X] or codes [B, Y, X] => pictures, as of a callback's `clean`."""
+        """Normalised latents [B, C, Y, X], such as a callback's `clean`, or codes [B, Y, X] => pictures."""
         return to_pil(self._decode(latents))
 
     def _numbers(self, prompts: Sequence[str | Audio], num_images_per_prompt: int) -> list[int]:
-        """The number of the prompt of each result, of prompts that the model can read."""
+        """Check the prompts => the index of the prompt of each result."""
         self.check_prompts(prompts)
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
         return [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
 
     def _negatives(self, negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:
-        """The negative prompt of each prompt, of those that the model can read."""
+        """Check the negative prompts => one for each prompt."""
         negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
         if len(negatives) not in (1, num_prompts):
             raise UserError(
@@ -320,7 +320,7 @@ class PicturePipeline(DocumentPipeline):
 
     def _refuse_for_codes(self, what: str) -> None:
         if self.codec.kind == "codes":
-            raise UserError(f"{what} is given, and this model writes its pictures as codes; leave it out")
+            raise UserError(f"{what} is given, but this model writes its pictures as codes; leave it out")
 
     def _paint(
         self,
@@ -338,7 +338,7 @@ class PicturePipeline(DocumentPipeline):
         original: Original | None = None,
         strength: float = 1.0,
     ) -> Any:
-        """Paint what comes next in each document, and give it in the form that is asked for."""
+        """Paint the next picture of each document and return it in the requested form."""
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is '{output_type}'; known: {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent":
@@ -347,7 +347,7 @@ class PicturePipeline(DocumentPipeline):
             callback_tensors = callback.tensor_inputs
         if unknown := sorted(set(callback_tensors) - set(self._callback_tensor_inputs)):
             raise UserError(
-                f"callback_on_step_end asks for the tensors {', '.join(unknown)}; there are "
+                f"callback_on_step_end asks for the tensors {', '.join(unknown)}; known: "
                 f"{' and '.join(self._callback_tensor_inputs)}"
             )
         by_diffusion = {
@@ -384,7 +384,8 @@ class PicturePipeline(DocumentPipeline):
         return images
 
     def _picture_making(self, size: Size, most: int, denoise: Denoise | None, decoding: Decoding) -> dict[str, Making]:
-        """How at most so many pictures of a document are made: by `denoise`, or where it is None by writing codes."""
+        """Settings for making a maximum number of pictures of a document: by `denoise`, or if it is None by writing
+        codes."""
         if not most:
             return {}
         rows, columns = self.grid(size)
@@ -396,7 +397,7 @@ class PicturePipeline(DocumentPipeline):
     def _denoiser(
         self, shape: tuple[int, int, int], num_inference_steps: int, generators: list[torch.Generator | None]
     ) -> Denoise:
-        """What makes latents of a shape [C, Y, X] in documents that have these generators."""
+        """A function that makes latents of a shape [C, Y, X] in documents with these generators."""
 
         def denoise(predict: Predict, rows: list[int]) -> Tensor:
             own = [generators[row] for row in rows]
@@ -417,11 +418,11 @@ class PicturePipeline(DocumentPipeline):
         callback_tensors: Sequence[str] = (),
     ) -> Tensor:
         """The reverse process with its progress bar and callback: noise => clean latents [B, C, Y, X]."""
-        # What diffusers' callbacks ask and set.
+        # Attributes that diffusers' callbacks read and set.
         self._interrupt = False
         diffusion = Diffusion(self.scheduler)
         times = diffusion.inference_timesteps(num_inference_steps, noise.device)
-        # More than the steps, where a solver calls the model twice in a step.
+        # More than the number of steps if a solver calls the model twice in a step.
         calls = len(times) - (0 if variation is None else variation.first_step(times))
         self._num_timesteps = calls
         with self.progress_bar(total=calls) as bar:
@@ -447,10 +448,10 @@ class PicturePipeline(DocumentPipeline):
         return codes.view(len(contents), *self.grid(size))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents, or codes, => pixels [B, 3, H, W] in [-1, 1], some images at a time.
+        """Latents or codes => pixels [B, 3, H, W] in [-1, 1], some images at a time.
 
         Raises:
-            UserError: They are not finite: black pictures would hide it.
+            UserError: The latents are not finite. Decoded, they would be black pictures.
         """
         codec = self.codec
         if not latents.isfinite().all():
@@ -464,12 +465,12 @@ class PicturePipeline(DocumentPipeline):
     def _initial_noise(
         self, latents: Tensor | None, generators: Sequence[torch.Generator | None], latent_shape: tuple[int, int, int]
     ) -> Tensor:
-        """Initial noise in float32, or float64 for a model in float64; a solver's steps are too small for less."""
+        """Initial noise in float32, or float64 for a model in float64; a solver's steps need this precision."""
         shape = (len(generators), *latent_shape)
         if latents is None:
             latents = random_rows(torch.randn, latent_shape, generators)
         elif latents.shape != shape:
-            raise UserError(f"latents have the shape {list(latents.shape)}; needed is {list(shape)}")
+            raise UserError(f"latents have the shape {list(latents.shape)}; they must have {list(shape)}")
         return latents.to(torch.promote_types(self.transformer.dtype, torch.float32))
 
     def _finish(self, latents: Tensor, output_type: str, original: Original | None) -> Any:

@@ -1,4 +1,4 @@
-"""What a run shows of its model as it goes: pictures of prompts, captions and edits of held-out pictures, speech."""
+"""Previews of a model during training: pictures of prompts, captions and edits of held-out pictures, speech."""
 
 from pathlib import Path
 
@@ -17,27 +17,26 @@ from transfusion_mot.sampling.sizes import Size, by_size
 from transfusion_mot.sampling.speech_previews import SpeechPreviews
 
 _NUM_CAPTIONED, _NUM_PAINTED = 8, 4
-# Of each source of editing pairs.
+# Edits of each source of editing pairs.
 _NUM_EDITED = 4
 _COLUMNS = 4
-# Pictures of the weights that a run began with, and the grid that shows them beside later ones.
+# Pictures of the initial weights of a run, and the grid that shows them beside the newest ones.
 BEFORE, BEFORE_AND_AFTER = "before", "before-and-after.png"
-# Between two pictures, in pixels.
+# Gap between two pictures, in pixels.
 _LINE, _LINE_COLOUR = 2, "#999999"
 
 
 class Previews:
-    """Labelled grids in a folder, and in TensorBoard where that is the tracker, and speech, of models that have it.
+    """Labelled grids, and speech if the model has it, in a folder and, if that is the tracker, in TensorBoard.
 
-    Prompts are painted at all sizes of training in turn. Where there are pictures of before the first step, as of a
-    run that fine-tunes a model, a grid shows them beside the newest ones.
+    Prompts are painted at all sizes of training in turn. If there are pictures from before the first step, as in a
+    fine-tuning run, a grid shows them beside the newest ones.
 
     Args:
-        pipeline: Paints and captions, with the weights that its transformer has at the time.
-        prompts: To paint and to say; may be empty. None takes captions of held-out images, and of held-out audio.
-        held_out: Pictures to caption are evenly spaced ones of its captioned images, and those to edit of its editing
-            pairs.
-        folder: Where the grids go.
+        pipeline: Paints and captions with the current weights of its transformer.
+        prompts: Prompts to paint and to say; may be empty. None takes captions of held-out images and audio.
+        held_out: Held-out documents: evenly spaced images are captioned, evenly spaced pairs are edited.
+        folder: Folder of the grids.
 
     Raises:
         UserError: A prompt is longer than any in training.
@@ -48,9 +47,9 @@ class Previews:
     ) -> None:
         self.pipeline = pipeline
         self.folder = folder
-        # Training needs the memory in between.
+        # Training needs the memory between previews.
         pipeline.workspace.records = False
-        # What sampling would refuse is refused before training, not after it.
+        # Prompts that sampling would refuse are refused before training.
         for modality in pipeline.transformer.architecture.made:
             if modality != TEXT:
                 pipeline.sampling_settings(modality, None, None)
@@ -65,7 +64,7 @@ class Previews:
             return
         if prompts is None:
             captions = captions_of(held_out, pipeline.image_modality, _NUM_PAINTED)
-            # Training cuts captions that are too long for a row; a prompt may not be.
+            # Training cuts captions that are too long for a row; sampling refuses such prompts.
             prompts = [caption for caption in captions if pipeline.is_short_enough(caption)]
         self.prompts = prompts
         self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
@@ -101,7 +100,7 @@ class Previews:
         return self.speech.make(step, accelerator)
 
     def _compare(self, images: list[Image.Image], step: int) -> None:
-        """Keep pictures of before the first step; show later ones beside them."""
+        """Keep the pictures from before the first step, and show later ones beside them."""
         files = [self.folder / BEFORE / f"{place}.png" for place in range(len(images))]
         if step == 0:
             (self.folder / BEFORE).mkdir(exist_ok=True)

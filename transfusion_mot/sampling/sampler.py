@@ -1,4 +1,4 @@
-"""One way through every task: documents are read, then text is written and media are made until they end.
+"""One sampler for every task: documents are read, then text is written and media are made until they end.
 
 Shapes: B documents, C latent channels, Y and X latent height and width, V vocabulary.
 """
@@ -30,12 +30,12 @@ Denoise = Callable[[Predict, list[int]], Tensor]
 
 @dataclass
 class OpenDocument:
-    """What is given of a document, and what the model adds to it, in reading order.
+    """A document during sampling: the given items and those that the model adds, in reading order.
 
     Attributes:
-        given: What it begins with: texts, and media whose content is clean latents [C, Y, X] or codes.
-        negative: Text that guidance leads away from, in place of no text.
-        added: What follows.
+        given: Initial items: texts, and media whose content is clean latents [C, Y, X] or codes.
+        negative: Text that replaces the empty text of the unconditional prediction.
+        added: Items added by the model.
     """
 
     given: list[str | Media]
@@ -44,20 +44,21 @@ class OpenDocument:
 
     @property
     def made(self) -> list[Any]:
-        """Contents of the media that were added."""
+        """Contents of the added media."""
         return [item.content for item in self.added if isinstance(item, Media)]
 
 
 class Making(NamedTuple):
-    """How media of one modality are made.
+    """Settings for making media of one modality.
 
     Attributes:
-        most: Most of them in a document.
-        num_slots: Slots that one takes: patches, or `start` and codes; at most where the model decides.
-        denoise: Of latents: (predict, numbers of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy
-            latents [B, C, Y, X], timestep []) => guided prediction; a timestep on the CPU waits for no device.
-        decoding: Of codes.
-        is_ragged: Of codes: whether the model decides how many there are.
+        most: Maximum number in a document.
+        num_slots: Slots of one item: patches, or `start` and codes; a maximum if the model decides the length.
+        denoise: For latents: (predict, indices of B documents) => clean latents [B, C, Y, X]. `predict` is (noisy
+            latents [B, C, Y, X], timestep []) => guided prediction; the timestep is on the CPU, so that no step waits
+            for the device.
+        decoding: For codes: how they are chosen.
+        is_ragged: For codes: whether the model decides how many there are.
     """
 
     most: int
@@ -68,11 +69,11 @@ class Making(NamedTuple):
 
 
 class Sampler:
-    """Goes on with documents until each of them ends.
+    """Continues documents until each of them ends.
 
-    Each is in the phase of one modality, and those in the same phase go on together: token modalities write, diffusion
-    modalities denoise. In text, a begin token changes the phase, and the end of media returns to text. The target
-    decides what follows:
+    Each document is in the phase of one modality, and those in the same phase are processed together: token modalities
+    write, diffusion modalities denoise. In text, a begin token changes the phase; the end of media returns to text. The
+    target decides what follows:
 
     | target | what follows |
     | --- | --- |
@@ -80,20 +81,20 @@ class Sampler:
     | `text` | text until `EOS`; behind media that is their caption |
     | `auto` | text until `EOS` or a begin token, as the model decides; behind that media, their end token, text again |
 
-    For guidance, a document has a second row, in which its next media stand alone, behind no text or the negative one:
-    the only context that training drops to, whatever is before them. Edits have a third one between these, in which the
-    text is left out, or the negative one, and the source image stays.
+    For guidance, a document has a second row with its next media alone, after no text or the negative text. That is the
+    only unconditional context of training. Edits have another row between these two, with the source image and without
+    the text, or with the negative one.
 
     Args:
-        model, tokenizer: Of the pipeline.
-        workspace: Memory that stays for the next sampler.
-        documents: Of any lengths.
+        model, tokenizer: Model and tokenizer of the pipeline.
+        workspace: Memory that is kept for the next sampler.
+        documents: Documents of any lengths.
         target: See above.
-        device: Where the model is.
-        generators: One for each document, for what is drawn in writing text and codes.
-        decoding: Of text; its number of tokens is for all texts of a document together.
-        making: How media of each modality are made; a modality that is missing is not made.
-        guidance: Of media.
+        device: Device of the model.
+        generators: One for each document, for drawing text tokens and codes.
+        decoding: Choice of text tokens; the maximum number of tokens covers all texts of a document together.
+        making: Settings for making media of each modality; modalities that are missing here are not made.
+        guidance: Guidance of media.
     """
 
     def __init__(
@@ -125,19 +126,17 @@ class Sampler:
         self._text_vocab_size = cast(TokenModality, model.modality(TEXT)).vocab_size
         self._tokens_left = [max_new_tokens] * count
         self._media_left = {name: [making.most] * count for name, making in self.making.items()}
-        # All at once, so that a document's numbers do not depend on when others end.
+        # Drawn in advance, so that a document's random numbers do not depend on when others end.
         self._uniform = torch.zeros(count, max_new_tokens)
         if decoding is not None and decoding.temperature > 0:
             self._uniform = random_rows(torch.rand, (max_new_tokens,), generators)
 
         rows = [self._laid_out(document.given) for document in documents]
         if target in (TEXT, AUTO) and not all(rows):
-            raise UserError(
-                "there is nothing to go on with: this model's tokenizer has no begin of text; give a prompt"
-            )
+            raise UserError("there is nothing to continue: this model's tokenizer has no begin of text; give a prompt")
         less = [self._context(row) for row in range(count, count * self.branches)]
         longest = max(sum(map(self._num_slots, row)) for row in (*rows, *less))
-        # Each comes with its begin and end token.
+        # Each item has a begin and an end token.
         media = sum(making.most * (making.num_slots + 2) for making in self.making.values())
         capacity = longest + max_new_tokens + media
         self.session = Session(model, workspace, rows=count * self.branches, capacity=capacity, device=device)
@@ -145,8 +144,8 @@ class Sampler:
             self.session.feed(row, *parts)
 
     def run(self) -> None:
-        """Write and make media; what is added stands in the documents."""
-        # The modality that each document goes on with.
+        """Write texts and make media, and add them to the documents."""
+        # The modality with which each document continues.
         phases = dict.fromkeys(range(len(self.documents)), TEXT if self.target == AUTO else self.target)
         while phases:
             for name in [TEXT, *self.making]:
@@ -160,7 +159,7 @@ class Sampler:
         self.workspace.finish()
 
     def _write_text(self, rows: list[int]) -> dict[int, str]:
-        """Write in these documents => the modality with which each of them goes on, of those that do."""
+        """Write in these documents => the modality with which each of them continues, unless it has ended."""
         assert self.decoding is not None
         eos, begins = self.tokenizer.eos_id, {self.tokenizer.begin_ids[name]: name for name in self.making}
         may_begin = {
@@ -168,7 +167,7 @@ class Sampler:
             for name, left in self._media_left.items()
         }
         steps = max(self._tokens_left[row] for row in rows)
-        # Each goes on with its numbers where it stopped; what is written beyond the tokens it has left is cut off.
+        # Each document continues its own random numbers; tokens beyond its remaining number are cut off.
         used = [self.decoding.max_new_tokens - self._tokens_left[row] for row in rows]
         uniform = torch.stack([self._uniform[row].roll(-first)[:steps] for row, first in zip(rows, used, strict=True)])
         written = self.session.write(
@@ -190,7 +189,7 @@ class Sampler:
         return following
 
     def _make(self, name: str, rows: list[int]) -> dict[int, str]:
-        """Make one of the media of a modality in each of these documents => those that go on with text."""
+        """Make one item of a modality in each of these documents => the documents that continue with text."""
         session, making = self.session, self.making[name]
         count = len(self.documents)
         branches = [[branch * count + row for row in rows] for branch in range(self.branches)]
@@ -212,14 +211,14 @@ class Sampler:
             self.documents[row].added.append(media)
             self._media_left[name][row] -= 1
             if goes_on:
-                # Codes have been fed as they were written.
+                # Codes were fed while they were written.
                 if making.denoise is not None:
                     session.feed(row, LatentSpan(media, is_copy=False))
                 session.feed(row, TokenRun(TEXT, [self.tokenizer.end_ids[name]], []))
         return {row: TEXT for row in rows if goes_on and self._tokens_left[row]}
 
     def _write_codes(self, name: str, branches: list[list[int]]) -> list[list[int]]:
-        """Codes of one of the media for each document of the first branch, `start` and `end` included."""
+        """Write the codes of one item for each document of the first branch, including `start` and `end`."""
         making, modality = self.making[name], cast(TokenModality, self.model.modality(name))
         assert making.decoding is not None
         start, end = modality.start_id, modality.end_id
@@ -244,7 +243,7 @@ class Sampler:
         )
         for row, ids in zip(rows, written, strict=True):
             if ids[-1] != end:
-                # Written, and not read yet.
+                # Written, but not read yet.
                 self.session.feed(row, TokenRun(name, ids[-1:], []))
         return [[start, *(ids if ids[-1] != end else ids[:-1]), end] for ids in written]
 
@@ -264,7 +263,7 @@ class Sampler:
         return predict
 
     def _context(self, row: int) -> list[TokenRun | LatentSpan]:
-        """What stands before the next media in a row that guidance leads away from."""
+        """The context of the next media in an unconditional row."""
         branch, number = divmod(row, len(self.documents))
         document = self.documents[number]
         kept = [item for item in document.given if isinstance(item, Media)] if self.guidance.has_source(branch) else []
@@ -283,15 +282,15 @@ class Sampler:
 
 
 def forbidden_tokens(tokenizer: TextTokenizer, vocab_size: int, count: int, may_begin: dict[str, Tensor]) -> Tensor:
-    """Which special tokens rows may not write: all but the end of the text, and begin tokens where they may be.
+    """Tokens that rows may not write: special tokens, and ids that the tokenizer does not know.
 
-    Nor may they write what the tokenizer does not know.
+    Allowed special tokens are the end of the text, and the begin tokens in `may_begin`.
 
     Args:
-        tokenizer: Of the model.
-        vocab_size: Of the model.
+        tokenizer: The model's tokenizer.
+        vocab_size: The model's vocabulary size.
         count: Number of rows B.
-        may_begin: Bool [B] of each modality whose media may begin.
+        may_begin: For each modality whose media may begin: bool [B], the rows in which they may.
 
     Returns:
         Bool [B, V].

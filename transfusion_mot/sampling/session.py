@@ -27,23 +27,23 @@ from transfusion_mot.sampling.workspace import Workspace
 
 # A modality with token ids, or with clean latents [C, Y, X].
 Fed = tuple[str, list[int] | Tensor]
-# A model under way never waits for the device but once in so many tokens, to see whether all rows have ended.
+# The host waits for the device only once in this many tokens, to see whether all rows have ended.
 _TOKENS_BETWEEN_CHECKS = 16
 
 
 class Session:
-    """Rows of documents that grow segment by segment, each at its own pace.
+    """Rows of documents that grow segment by segment, independently of each other.
 
-    A segment is fed to a row first and read later, together with those of other rows. The model reads a document in
-    reading order and with the positions of training; latents that are context are clean (t = 0), the end of the noise
-    that they have in training.
+    A segment is first fed to a row and later read, together with those of other rows. The model reads a document in
+    reading order and with the positions of training. Latents in the context are clean (t = 0), the lower end of their
+    noise range in training.
 
     Args:
-        model: Reads and predicts.
-        workspace: Memory.
-        rows: Documents.
-        capacity: Most slots of one.
-        device: Where the model is.
+        model: The model.
+        workspace: Memory for cache and steps.
+        rows: Number of documents.
+        capacity: Maximum number of slots of a document.
+        device: Device of the model.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Session:
         self.device = device
         self.cache = workspace.cache(model, rows, capacity, device)
         self._counters = [PositionCounter(model.architecture.rope) for _ in range(rows)]
-        # What is fed is clean.
+        # Fed latents are clean.
         self._readers = model.architecture.readers
         self._fed: list[list[Fed]] = [[] for _ in range(rows)]
 
@@ -64,7 +64,7 @@ class Session:
         self._fed[row] = []
 
     def feed(self, row: int, *parts: TokenRun | LatentSpan) -> None:
-        """What comes next in a document."""
+        """Feed the next segment of a document."""
         fed = self._fed[row]
         for part in parts:
             if isinstance(part, LatentSpan):
@@ -77,7 +77,7 @@ class Session:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> None:
-        """Read all that was fed to these rows: tokens of one modality together, latents of one modality and size."""
+        """Read all fed segments of these rows, batched by modality and, for latents, by size."""
         while waiting := [row for row in rows if self._fed[row]]:
             groups: dict[tuple[str, torch.Size | None], dict[int, list[int] | Tensor]] = {}
             for row in waiting:
@@ -95,14 +95,14 @@ class Session:
         lengths = self._lengths(rows)
         positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
         self._check_positions(rows)
-        # A filler is seen by no token of its row, and written over by what comes next.
+        # No token of a row sees its filler, and the next segment overwrites it.
         ids, rope_positions = padded(tokens, self.device), padded(positions, self.device)
         window = self.cache.window(lengths, ids.shape[1], causal=True, rows=self._index(rows), end=self._longest(rows))
         with self._uncompiled():
             self.model({modality: TokenInput(ids)}, cache=window, rope_positions=rope_positions)
 
     def read_latents(self, modality: str, rows: list[int], latents: Tensor, *, timestep: float) -> None:
-        """Read latents into each of the rows: [B, C, Y, X] with the noise of that timestep."""
+        """Read latents [B, C, Y, X] with the noise of that timestep into the rows."""
         lengths = self._lengths(rows)
         rope_positions = self._patch_positions(modality, [self._counters[row] for row in rows], latents.shape)
         patches = rope_positions.shape[1]
@@ -114,20 +114,19 @@ class Session:
             self.model({modality: given}, cache=window, rope_positions=rope_positions)
 
     def denoiser(self, modality: str, rows: list[int], noisy_latents: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """The next latents of these rows, as a function: noisy latents [B, C, Y, X], timestep => prediction.
+        """A function (noisy latents [B, C, Y, X], timestep) => prediction for the next latents of these rows.
 
         The prediction is [len(rows), C, Y, X]: for all B latents with the first B rows, then with the next B and so on.
-
-        Each call forwards the patches alone, and writes them over those of the last call: nothing is read by it.
+        Each call forwards only the patches and overwrites those of the last call, so the context does not change.
 
         Args:
-            modality: Of the latents.
-            rows: Whose next latents they are; all that was fed to them has been read.
-            noisy_latents: Of the shape and number format of those to come.
+            modality: Modality of the latents.
+            rows: Rows that the latents belong to; all of their fed segments have been read.
+            noisy_latents: Example with the shape and number format of the latents.
         """
         model, cache, causal = self.model, self.cache, self._is_causal(modality)
         lengths, index = self._lengths(rows), self._index(rows)
-        # Copies: the latents are not in the document yet.
+        # Copies, because the latents are not in the document yet.
         counters = [copy.copy(self._counters[row]) for row in rows]
         rope_positions = self._patch_positions(modality, counters, noisy_latents.shape)
         patches = rope_positions.shape[1]
@@ -154,7 +153,7 @@ class Session:
         @torch.no_grad()
         def predict(noisy_latents: Tensor, timestep: float) -> Tensor:
             step.fill(noisy_latents=noisy_latents, timestep=timestep)
-            # A solver may keep predictions; the next call writes over this one.
+            # A clone, because a solver may keep predictions and the next call overwrites this one.
             return step().clone()
 
         return predict
@@ -171,18 +170,17 @@ class Session:
         uniform: Tensor,
         guidance: Guidance | None = None,
     ) -> list[list[int]]:
-        """Write tokens of a modality into rows, each until one of `ends` => what was written, with what ended it.
+        """Write tokens of a modality into rows, each until one of `ends` => the written tokens, including the end.
 
         Args:
-            modality: Whose tokens they are.
+            modality: Modality of the tokens.
             branches: Rows to write in, and for guidance other versions of the same documents, in the same order.
-                Something must have been fed to each since it was last read.
+                Each row must have a fed segment that was not read yet.
             forbidden: Bool [B, V], tokens that a row may not write.
-            ends: Tokens behind which a row goes on in another way, or not at all; they are not read. Without any, all
-                rows are as long as `uniform`.
-            decoding: How tokens are chosen.
-            uniform: [B, steps] numbers in [0, 1), of which a row uses one for each token; so many are written at most.
-            guidance: Makes one of the logits of several branches.
+            ends: Tokens that end a row; they are not read. Without any, all rows are as long as `uniform`.
+            decoding: Settings for choosing tokens.
+            uniform: [B, steps] numbers in [0, 1); a row uses one for each token, so it has at most this many tokens.
+            guidance: Combines the logits of several branches.
         """
         model, cache = self.model, self.cache
         rows = [row for branch in branches for row in branch]
@@ -195,7 +193,7 @@ class Session:
             "lengths": self._lengths(rows),
             "positions": torch.tensor([self._counters[row].position for row in rows], device=self.device),
             "step": torch.zeros(1, dtype=torch.long, device=self.device),
-            # Behind the token that is read first; -1 where nothing is written yet.
+            # After the token that is read first; -1 where nothing is written yet.
             "written": torch.full((len(rows), 1 + steps), -1, device=self.device),
             "uniform": uniform.to(self.device),
             "forbidden": forbidden.to(self.device),
@@ -224,7 +222,7 @@ class Session:
             logits = logits if guidance is None else guidance.combine(logits.chunk(len(branches)))
             logits = logits.masked_fill(state["forbidden"], -math.inf)
             chosen = choose_tokens(logits, decoding, state["uniform"].index_select(1, state["step"])[:, 0])
-            # Rows that have ended go on, too: what they write is cut off, and where they do, nobody reads.
+            # Ended rows continue, too: their tokens are cut off, and nothing reads their slots.
             state["step"].add_(1)
             # All branches of a document read the same.
             state["written"].index_copy_(1, state["step"], chosen.repeat(len(branches))[:, None])
@@ -245,7 +243,7 @@ class Session:
         return written[: len(branches[0])]
 
     def _hold_back(self, row: int) -> int:
-        """The last token fed to a row, which is read when the next one is written."""
+        """Take back the last token fed to a row; it is read when the next one is written."""
         modality, last = self._fed[row][-1]
         assert isinstance(last, list)
         *before, token = last
@@ -256,18 +254,18 @@ class Session:
         return not self.model.architecture.modalities[modality].is_bidirectional
 
     def _patch_positions(self, modality: str, counters: list[PositionCounter], latents: torch.Size) -> Tensor:
-        """Rotary positions of the next latents of each document; the counters pass them."""
+        """Rotary positions of the next latents of each document; advances the counters."""
         patch_size = self.model.architecture.modalities[modality].patch_size
         height, width = latents[-2] // patch_size, latents[-1] // patch_size
         return padded([counter.image(height, width)[1] for counter in counters], self.device)
 
     def _check_positions(self, rows: list[int], more: int = 0) -> None:
-        """Refuse documents with more rotary positions than the model may have, `more` of them to come."""
+        """Refuse documents that with `more` slots would exceed the model's maximum of rotary positions."""
         longest = max(self._counters[row].position for row in rows) + more
         limit = self.model.architecture.max_position_embeddings
         if limit is not None and longest > limit:
             raise UserError(
-                f"a document has up to {longest} rotary positions, and the model has {limit}; give a shorter one, or "
+                f"a document needs up to {longest} rotary positions, but the model has {limit}; give a shorter one, or "
                 "fewer tokens to write"
             )
 
@@ -281,6 +279,6 @@ class Session:
         return max(self._counters[row].order for row in rows)
 
     def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
-        """For what is read once: its shapes are many, and each would be compiled anew."""
+        """Context for reading without compilation: the segments have many shapes, and each would be compiled."""
         compiled = self.model.blocks[0]._compiled_call_impl is not None
         return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The sizes of images that a model was trained on: the one a picture is read at, and those that can be painted."""
+"""Image sizes of a model: the size at which a picture is read, and those that can be painted."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ class ImageSizes:
     """Sizes of images, all of one model.
 
     Args:
-        multiple: Pixels of a patch's side, of which heights and widths are multiples.
+        multiple: Side of a patch in pixels; heights and widths are multiples of it.
         trained: Sizes that the model was trained on.
-        fit: What brought pictures of other proportions to them, as in `load_image`.
+        fit: How pictures of other proportions are fitted, as in `load_image`.
 
     Raises:
         UserError: A side is not a multiple, or the fit is unknown.
@@ -43,46 +43,46 @@ class ImageSizes:
 
     @property
     def default(self) -> Size:
-        """What is painted if no size is asked for: the trained size nearest to a square, of several the first."""
+        """The default size of painting: the trained size closest to a square; of several the first."""
         return self._nearest((1, 1))
 
     def of(self, picture: str | Path | bytes | Image.Image, name: str | None = None) -> Size:
         """The size at which training would read a picture.
 
         Raises:
-            UserError: As of `displayed_size`.
+            UserError: As `displayed_size`.
         """
         return self.trained[0] if len(self.trained) == 1 else self._nearest(displayed_size(picture, name))
 
     def read(self, picture: str | Path | bytes | Image.Image, size: Size | None = None) -> ImageArray:
-        """A picture as training would read it, `uint8 [H, W, 3]`; at its own size, or at another.
+        """A picture as training would read it, `uint8 [H, W, 3]`, at its own size or at a given one.
 
         Raises:
-            UserError: As of `load_image`.
+            UserError: As `load_image`.
         """
         return load_image(picture, size or self.of(picture), self.fit)
 
     def painted(self, height: int | None, width: int | None, pictures: Sequence[Image.Image] = ()) -> Size:
         """The size of images to paint.
 
-        Any size of whole patches can be painted, as in the pipelines of diffusers; of one that is not among the trained
-        sizes there is a warning, once.
+        Any size of whole patches can be painted, as in the pipelines of diffusers. An untrained size gives a warning,
+        once.
 
         Args:
             height: In pixels; None is that of the pictures, or the default.
             width: As `height`.
-            pictures: What images are painted from.
+            pictures: Pictures that are varied or edited.
 
         Raises:
-            UserError: A side is no multiple of a patch's, or the pictures are read at different sizes.
+            UserError: A side is not a multiple of a patch's, or the pictures are read at different sizes.
         """
         if height is None or width is None:
             found = {self.of(picture) for picture in pictures} or {self.default}
             if len(found) > 1:
                 shown = "; ".join(f"height {size[0]}, width {size[1]}" for size in sorted(found))
                 raise UserError(
-                    f"the pictures have different proportions, for which the model has different sizes ({shown}); give "
-                    "height and width, or one call for each"
+                    f"the pictures have different proportions, so the model reads them at different sizes ({shown}); "
+                    "give height and width, or use one call for each"
                 )
             ((own_height, own_width),) = found
             height = own_height if height is None else height
@@ -105,11 +105,11 @@ class ImageSizes:
 
 
 def by_size(sizes: Sequence[Size], make: Callable[[list[int], Size], Sequence[Result]]) -> list[Result]:
-    """Results for items of different sizes, in their order.
+    """Make results for items of different sizes, batched by size => the results in order.
 
     Args:
-        sizes: Of the items.
-        make: Places of all items of one size, and that size => a result of each.
+        sizes: Size of each item.
+        make: (Indices of all items of one size, that size) => a result for each.
     """
     places: dict[Size, list[int]] = {}
     for place, size in enumerate(sizes):

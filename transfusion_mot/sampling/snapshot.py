@@ -28,11 +28,11 @@ from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
 
 MODEL_CARD, INDEX = "README.md", "model_index.json"
-# Components that are codecs, and the setting that says whose.
+# Components that are codecs, and the setting that names their modality.
 COMPONENT_MODALITIES = {"vae": "image_modality", "audio_tokenizer": "audio_modality"}
 _NO_IMAGES = "this model has no pictures: its snapshot has no vae; use one that was trained on images"
 _NO_AUDIO = "this model has no speech: its snapshot has no audio_tokenizer; use one that was trained on audio"
-# What diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.
+# Code that diffusers' own `DiffusionPipeline.from_pretrained` runs to find the class of a snapshot.
 _SHIM_MODULE = "pipeline"
 _SHIM = '''\
 """Lets diffusers' `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` find the class of this model.
@@ -51,28 +51,28 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     Args:
         transformer: The model.
-        scheduler: diffusers scheduler that samples. Another one may be assigned later, as of
-            `X.from_config(pipeline.scheduler.config)`: it is adapted to what the model was trained for, or refused.
+        scheduler: diffusers scheduler for sampling. Another one may be assigned later, such as
+            `X.from_config(pipeline.scheduler.config)`: it is adapted to the model's training, or refused.
         tokenizer: Its tokenizer, `TextTokenizer.hf`.
-        vae: The codec of its pictures: `AutoencoderKL`, or where they are codes one of `codecs.image_codes.CLASSES`.
-            None of a model without pictures.
-        audio_tokenizer: The model inside the codec of its audio. None of a model without audio.
+        vae: The codec of its pictures: `AutoencoderKL`, or for codes one of `codecs.image_codes.CLASSES`. None for a
+            model without pictures.
+        audio_tokenizer: The model inside the codec of its audio. None for a model without audio.
         image_size: Height and width in pixels of the images it was trained on, if there are no `image_sizes`.
-        max_prompt_tokens: Longest prompt it can have seen, without special tokens; None is no limit.
-        num_inference_steps: Reverse steps if a call names none.
-        guidance_scale: Classifier-free guidance if a call names none; 1 is off.
-        image_sizes: All sizes of images that it was trained on, `{"trained": [[height, width], ...], "fit": "crop"}`;
-            see `ImageSizes`. (A list would be taken for a component by diffusers.)
+        max_prompt_tokens: Longest prompt of training, without special tokens; None is no limit.
+        num_inference_steps: Default reverse steps of a call.
+        guidance_scale: Default classifier-free guidance of a call; 1 is off.
+        image_sizes: All image sizes of training, `{"trained": [[height, width], ...], "fit": "crop"}`; see
+            `ImageSizes`. (diffusers would take a list for a component.)
         trained_for: Prediction type and noise schedule of training, from `transfusion_mot.schedulers.trained_for`; None
             takes those of `scheduler`.
-        image_modality: The modality of the pictures; None is the one beside text, if there is only one.
+        image_modality: The modality of the pictures; None is the only modality besides text.
         trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
         audio_modality: The modality of the audio, likewise.
-        max_audio_seconds: Longest audio it can have seen; None is no limit.
-        examples: For a page: some `prompts`, and the `beginnings` of its captions where there are a few.
+        max_audio_seconds: Longest audio of training; None is no limit.
+        examples: For the demo page: some `prompts`, and common `beginnings` of its captions, if there are any.
 
     Attributes:
-        workspace: Memory that a call leaves for the next one of the same shape; `workspace.release()` gives it back.
+        workspace: Memory kept for the next call of the same shape; `workspace.release()` frees it.
 
     Raises:
         UserError: The parts do not belong together.
@@ -80,10 +80,10 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "audio_tokenizer"]  # noqa: RUF012
-    # Models of transformers are called by `encode` and `decode`, which no hook of accelerate sees.
+    # Hooks of accelerate act on `forward`, but models of transformers are called by `encode` and `decode`.
     _exclude_from_cpu_offload = ["audio_tokenizer"]  # noqa: RUF012
 
-    # diffusers takes arguments without a default for components: every setting needs one.
+    # diffusers takes arguments without a default for components, so every setting needs a default.
     def __init__(
         self,
         transformer: TransfusionMoT,
@@ -105,7 +105,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
     ) -> None:
         super().__init__()
         self._adapters, self._put_in, self._pristine = {}, set(), None
-        # Before the scheduler, which must fit it.
+        # Set before the scheduler, which must fit it.
         self.register_to_config(trained_for=trained_for or schedulers.trained_for(scheduler))
         self.register_modules(
             transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, vae=vae, audio_tokenizer=audio_tokenizer
@@ -125,7 +125,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         architecture = transformer.architecture
         self.text_tokenizer = TextTokenizer(tokenizer, architecture.made)
         self.workspace = Workspace()
-        # Text of the README.md that goes with it.
+        # Text of its README.md.
         self.model_card: str | None = None
         self._images = _modality_of(architecture.made, "image_modality", image_modality, vae)
         self._audio = _modality_of(architecture.made, "audio_modality", audio_modality, audio_tokenizer)
@@ -191,39 +191,39 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     def _check_tokenizer(self) -> None:
         size, ids = self.transformer.config.sizes[TEXT], self.text_tokenizer.vocab_size
-        # Behind its ids a language model can have spare rows.
+        # A language model can have spare rows after its ids.
         has_spare = self.transformer.architecture.modalities[TEXT].vocab_size is not None
         if ids > size or (ids < size and not has_spare):
             raise UserError(
-                f"the tokenizer has {ids} ids and the transformer was trained on {size}; use the tokenizer that the "
-                "transformer was trained with"
+                f"the tokenizer has {ids} ids, but the transformer was trained with {size}; use the tokenizer of its "
+                "training"
             )
 
     def _check_vae(self) -> None:
         _refuse_missing_weights(self.vae, "vae")
         if self.config.image_size is None:
             raise UserError(
-                f"there is no image_size, so nobody knows at what size to paint; write it into {INDEX} of the "
-                "snapshot, or give image_size=PIXELS"
+                f"the snapshot has no image_size, the size of its pictures; write it into {INDEX}, or give "
+                "image_size=PIXELS"
             )
         vae_class, size = type(self.vae).__name__, self.transformer.config.sizes[self.image_modality]
         objective = self.transformer.architecture.modalities[self.image_modality].objective
         known = [AutoencoderKL.__name__] if objective == "diffusion" else list(CLASSES)
         if vae_class not in known:
             raise UserError(
-                f"the vae is a {vae_class}, and pictures with the objective {objective} need {' or '.join(known)}; use "
+                f"the vae is a {vae_class}, but pictures with the objective {objective} need {' or '.join(known)}; use "
                 "the vae that the transformer was trained with"
             )
         codec = self.codec
         if codec.kind == "latents" and codec.latent_channels != size:
             raise UserError(
-                f"the vae has {codec.latent_channels} latent channels and the transformer was trained on {size}; use "
+                f"the vae has {codec.latent_channels} latent channels, but the transformer was trained on {size}; use "
                 "the vae that the transformer was trained with"
             )
-        # Two ids more are the start and end of a span.
+        # Two more ids are the start and end of a span.
         if codec.kind == "codes" and codec.codebook_size != size - 2:
             raise UserError(
-                f"the vae has {codec.codebook_size} codes and the transformer was trained on {size - 2}; use the vae "
+                f"the vae has {codec.codebook_size} codes, but the transformer was trained on {size - 2}; use the vae "
                 "that the transformer was trained with"
             )
 
@@ -236,13 +236,13 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         known = [HubertUnits.__name__ if model == HubertModel.__name__ else model for model in AUDIO_CLASSES]
         if tokenizer_class not in known:
             raise UserError(
-                f"the audio_tokenizer is a {tokenizer_class}; one of {', '.join(known)} is needed: use that which the "
+                f"the audio_tokenizer is a {tokenizer_class}, not one of {', '.join(known)}; use the one that the "
                 "transformer was trained with"
             )
         size = self.transformer.config.sizes[name] - 2
         if (codes := self.audio_codec.codebook_size) != size:
             raise UserError(
-                f"the audio_tokenizer has {codes} codes and the transformer was trained on {size}; use the one that "
+                f"the audio_tokenizer has {codes} codes, but the transformer was trained on {size}; use the one that "
                 "the transformer was trained with"
             )
 
@@ -250,13 +250,14 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a snapshot, the newest one of a run folder, or a pipeline of that name from the Hugging Face hub.
 
-        Arguments are those of diffusers. Of the folder of a low-rank adapter the snapshot below it is loaded, and the
-        adapter into that.
+        Arguments are those of diffusers. For the folder of a low-rank adapter, its base snapshot is loaded with the
+        adapter.
 
-        Weights are read from safetensors files alone, unless `use_safetensors=None` is given: a pickle can run code.
+        Weights are read only from safetensors files, unless `use_safetensors=None` is given, because a pickle can run
+        code.
 
         Raises:
-            UserError: It is not there, is another pipeline, is incomplete, or its parts do not belong together.
+            UserError: It does not exist, is another pipeline, is incomplete, or its parts do not belong together.
         """
         path = pretrained_model_name_or_path
         if os.path.isdir(path):
@@ -274,19 +275,19 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         try:
             contents = json.loads(index.read_text()) if index.is_file() else {}
             if not isinstance(contents, dict):
-                raise UserError(f"{index} holds no index of a pipeline; give a whole snapshot")
+                raise UserError(f"{index} is not the index of a pipeline; give a whole snapshot")
             contents = _with_plain_class(contents)
             if (class_name := contents.get("_class_name", cls.__name__)) != cls.__name__:
-                raise UserError(f"{path} holds a {class_name}; a {cls.__name__} is needed")
+                raise UserError(f"{path} holds a {class_name}; give a snapshot of a {cls.__name__}")
             audio_tokenizer = Path(path) / "audio_tokenizer"
             if "audio_tokenizer" not in kwargs and audio_tokenizer.is_dir():
-                # Not by diffusers, which fills up missing weights with random ones.
+                # diffusers would replace missing weights by random ones.
                 kwargs["audio_tokenizer"] = AudioCodes.load(CodecConfig(str(audio_tokenizer)), "cpu").model
             for name, part in contents.items():
                 is_part = isinstance(part, list) and part[0] is not None
                 if is_part and name not in kwargs and not (Path(path) / name).is_dir():
                     raise FileNotFoundError(f"its part '{name}' is missing; give a whole snapshot")
-            # What an older snapshot was trained for is known by its own scheduler alone.
+            # Only its own scheduler tells what an older snapshot was trained for.
             is_known = "trained_for" in {**contents, **kwargs}
             scheduler = None if is_known else kwargs.pop("scheduler", None)
             pipeline = super().from_pretrained(path, **kwargs)
@@ -311,27 +312,27 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             pipeline = cls.from_pretrained(base, **kwargs)
         except UserError as error:
             raise UserError(
-                f"{folder} is an adapter of {base}, which cannot be loaded ({error}); load that model from where it "
-                "is, and then the adapter: pipeline.load_lora_weights, or --lora"
+                f"{folder} is an adapter of {base}, which cannot be loaded ({error}); load that model first, and then "
+                "the adapter with pipeline.load_lora_weights or --lora"
             ) from None
         pipeline.load_lora_weights(folder)
         return pipeline
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> Any:
-        """What diffusers reads of model_index.json; this class needs no code from the folder to be found."""
+        """model_index.json as read by diffusers; this class is found without code from the folder."""
         return _with_plain_class(super()._dict_from_json_file(*args, **kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with the model card and what lets diffusers' generic loader find this class.
+        """As in diffusers, with the model card and the code with which diffusers' generic loader finds this class.
 
         Raises:
             UserError: Adapters are loaded.
         """
         if self._adapters:
             raise UserError(
-                f"the adapters {', '.join(self._adapters)} are loaded, of which a snapshot knows nothing: call "
-                "fuse_lora() and unload_lora_weights() to save the model with them, or unload_lora_weights() alone"
+                f"the adapters {', '.join(self._adapters)} are loaded, but a snapshot cannot contain adapters: call "
+                "fuse_lora() and unload_lora_weights() to save the model with them, or only unload_lora_weights()"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
         index, shim = (Path(save_directory) / name for name in (INDEX, f"{_SHIM_MODULE}.py"))
@@ -343,28 +344,28 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             (Path(save_directory) / MODEL_CARD).write_text(self.model_card)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """What `push_to_hub` of diffusers ends with."""
+        """The last step of diffusers' `push_to_hub`."""
         card = Path(working_dir) / MODEL_CARD
-        # diffusers has written over ours: with the card that the repository has, which stays, or with one of its own
-        # that says nothing.
+        # diffusers has overwritten our card: with the repository's card, which stays, or with its own card, which says
+        # nothing.
         if self.model_card is not None and "automatically generated" in card.read_text():
             card.write_text(self.model_card)
         return super()._upload_folder(working_dir, *args, **kwargs)
 
     @property
     def _execution_device(self) -> torch.device:
-        """Where a call runs. diffusers searches all modules for hooks, which takes milliseconds of every call."""
+        """The device of a call. diffusers searches all modules for hooks, which takes milliseconds in every call."""
         device = next(self.transformer.parameters()).device
-        # Weights on an accelerator are used there, whatever brought them.
+        # Weights on an accelerator are used there, with or without hooks.
         return super()._execution_device if device.type in ("cpu", "meta") else device
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """[C, Y, X] of an image of so many pixels, of a model with latents."""
+        """Latent shape [C, Y, X] of an image of this size, for a model with latents."""
         assert self.codec.kind == "latents"
         return self.codec.latent_channels, *self.grid(size)
 
     def grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of latents or codes of an image of so many pixels."""
+        """Rows and columns of the latents or codes of an image of this size."""
         height, width = size
         return height // self.codec.downsampling, width // self.codec.downsampling
 
@@ -379,7 +380,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             raise UserError(_NO_IMAGES)
         if isinstance(self.vae, AutoencoderKL):
             return Autoencoder(self.vae)
-        # Whatever the number format of the pipeline: half precision flips codes.
+        # In float32 for any number format of the pipeline, because half precision changes codes.
         return ImageCodes(self.vae if self.vae.dtype == torch.float32 else self.vae.float())
 
     @property
@@ -395,7 +396,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
     @property
     def codecs(self) -> dict[str, Codec]:
-        """Of each modality that has one."""
+        """Codec of each modality that has one."""
         codecs: dict[str, Codec] = {}
         if self.has_images:
             codecs[self.image_modality] = self.codec
@@ -405,16 +406,16 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
 
 
 def _modality_of(media: Sequence[str], key: str, given: str | None, codec: Any) -> str | None:
-    """The modality that a codec belongs to, None if there is no codec.
+    """The modality of a codec; None if there is no codec.
 
     Args:
-        media: Modalities of the model, text among them.
-        key: Name of the setting that says it.
-        given: What it says.
+        media: Modalities of the model, including text.
+        key: Name of the setting.
+        given: Value of the setting.
         codec: A component, or None.
 
     Raises:
-        UserError: There is none of that name, or none is named and there are several.
+        UserError: The model has no modality of that name, or the setting is empty and there are several.
     """
     media = [name for name in media if name != TEXT]
     if codec is None:
@@ -423,8 +424,7 @@ def _modality_of(media: Sequence[str], key: str, given: str | None, codec: Any) 
         return media[0]
     if given not in media:
         raise UserError(
-            f"{key} is {given}; it must say which modality of the transformer that is: "
-            f"{', '.join(media) or 'but it has text alone'}"
+            f"{key} is {given}; it must be a modality of the transformer: {', '.join(media) or 'but it has only text'}"
         )
     return given
 
@@ -437,7 +437,7 @@ def is_of_version_0_1(snapshot: Path) -> bool:
 
 
 def _with_plain_class(contents: dict[str, Any]) -> dict[str, Any]:
-    """model_index.json with the name of the class alone, without the file that leads diffusers to it."""
+    """model_index.json with only the name of the class, without the file of the generic loader."""
     class_name = contents.get("_class_name")
     return {**contents, "_class_name": class_name[-1]} if isinstance(class_name, list) else contents
 
@@ -455,6 +455,7 @@ def _refuse_bad_weights(model: torch.nn.Module, what: str) -> None:
 
 
 def _refuse_missing_weights(model: torch.nn.Module, name: str) -> None:
-    # Here, as diffusers' generic loader passes nothing else of ours. The transformer looks for its own weights.
+    # Checked here, because diffusers' generic loader runs none of our other code. The transformer checks its own
+    # weights.
     if missing := [parameter for parameter, weight in model.named_parameters() if weight.is_meta]:
         raise UserError(f"the {name} has no weights for {', '.join(missing[:5])}; use a whole snapshot")

@@ -1,4 +1,4 @@
-"""Speaking and listening: texts and pictures to audio, audio to texts."""
+"""Speaking and transcribing: texts and pictures to audio, audio to texts."""
 
 import logging
 from collections.abc import Sequence
@@ -17,30 +17,30 @@ _logger = logging.getLogger(__name__)
 
 
 class SpeechPipeline(DocumentPipeline):
-    """What a `TransfusionPipeline` does with audio."""
+    """Audio methods of a `TransfusionPipeline`."""
 
     @property
     def can_speak(self) -> bool:
-        """Whether its codes can become audio; k-means units of HuBERT are only read."""
+        """Whether its codes can be decoded to audio; k-means units of HuBERT are only read."""
         return self.has_audio and self.audio_codec.has_decoder
 
     def check_can_speak(self) -> None:
-        """Refuse to make audio with a model that has none, or that only reads it.
+        """Refuse to make audio with a model that has no audio or only reads it.
 
         Raises:
             UserError: It cannot.
         """
         if not self.audio_codec.has_decoder:
             raise UserError(
-                f"{type(self.audio_tokenizer).__name__} has no decoder, so this model reads audio and cannot speak; "
+                f"{type(self.audio_tokenizer).__name__} has no decoder, so this model reads audio but cannot speak; "
                 "transcribe with it, or train with another codec"
             )
 
     def most_codes(self, max_seconds: float | None) -> int:
-        """Codes of audio that lasts so long; None is as long as any in training.
+        """Number of codes of audio of this duration; None is the longest of training.
 
         Raises:
-            UserError: That is no time.
+            UserError: It is not a positive number.
         """
         seconds = self.config.max_audio_seconds if max_seconds is None else max_seconds
         if seconds is None:
@@ -61,15 +61,15 @@ class SpeechPipeline(DocumentPipeline):
         max_seconds: float | None = None,
         generator: Generators = None,
     ) -> list[Audio]:
-        """Say texts, or what is in pictures. The model decides how long it speaks.
+        """Speak texts, or describe pictures aloud. The model decides how long it speaks.
 
         Args:
             prompt: One prompt or several: a text, or a picture of any size.
             temperature: Divides the logits; 0 takes the most probable code.
-            top_k: Codes are drawn from the so many most probable ones; 0 is all.
+            top_k: Codes are drawn from this many most probable ones; 0 is all.
             top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
             guidance_scale: Classifier-free guidance of the logits, 1 is off; None is the pipeline's own.
-            max_seconds: Where speech is cut if it has not ended, with a warning; None is the longest of training.
+            max_seconds: Maximum duration; longer speech is cut with a warning. None is the longest of training.
             generator: As for images: one for each prompt, or one for all.
 
         Returns:
@@ -98,7 +98,7 @@ class SpeechPipeline(DocumentPipeline):
         codes = [content[1:-1] for document in documents for content in document.made]
         if cut := sum(len(own) == most for own in codes):
             _logger.warning(
-                "%d of %d results had not ended after %.1f seconds, the longest allowed, and are cut there",
+                "%d of %d results are cut after %.1f seconds, the longest allowed",
                 cut,
                 len(codes),
                 most / self.audio_codec.codes_per_second,
@@ -117,12 +117,12 @@ class SpeechPipeline(DocumentPipeline):
         generator: Generators = None,
         top_k: int = 0,
     ) -> list[str]:
-        """Write down what is said.
+        """Transcribe recordings.
 
         Args:
             audio: One recording or several, of any sample rate; `decode_audio` reads files.
-            prompt: How each transcript begins, or one beginning for each; it is not repeated in the result.
-            max_new_tokens, temperature, top_p, generator, top_k: As for `caption`.
+            prompt: The beginning of every transcript, or one for each; the result does not repeat it. max_new_tokens,
+            temperature, top_p, generator, top_k: As for `caption`.
 
         Raises:
             UserError: The model has no speech, an argument is out of its range, or a recording cannot be used.
@@ -141,7 +141,7 @@ class SpeechPipeline(DocumentPipeline):
         return self._write(documents, Decoding(max_new_tokens, temperature, top_p, top_k), generator)
 
     def decode_audio(self, codes: Sequence[int]) -> Audio:
-        """Codes => audio; none are silence of no length."""
+        """Codes => audio; no codes give empty audio."""
         codec = self.audio_codec
         if not codes:
             return Audio(torch.zeros(0).numpy(), codec.sample_rate)

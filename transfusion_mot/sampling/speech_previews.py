@@ -17,23 +17,23 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_items import captions_of, evenly_spaced, printable
 
 _NUM_SPOKEN, _NUM_TRANSCRIBED = 4, 4
-# A model that has not learnt to end would go on for as long as it may.
+# Maximum seconds: a model that has not learnt to stop would fill the maximum length.
 _MOST_SECONDS = 10.0
 _MAX_NEW_TOKENS = 64
 _COLUMNS = 2
-# Of a spectrogram, in seconds.
+# Window of a spectrogram, in seconds.
 _WINDOW = 0.025
 _SLUG_LENGTH = 48
 
 
 class SpeechPreviews:
-    """Speech in a folder for each step, and in TensorBoard where that is the tracker; nothing of models without it.
+    """Speech in a folder for each step and, if that is the tracker, in TensorBoard; nothing for models without speech.
 
     Args:
-        pipeline: Speaks and transcribes, with the weights that its transformer has at the time.
-        prompts: To say; may be empty. None takes captions of held-out audio.
-        held_out: What is transcribed are evenly spaced recordings of its audio with texts.
-        folder: Where the files go.
+        pipeline: Speaks and transcribes with the current weights of its transformer.
+        prompts: Prompts to say; may be empty. None takes captions of held-out audio.
+        held_out: Held-out documents; evenly spaced recordings with texts are transcribed.
+        folder: Folder of the files.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SpeechPreviews:
 
 
 def spectrograms(spoken: list[Audio], titles: list[str]) -> Figure:
-    """Spectrograms one below the other in columns, each under its title: seconds to the right, kHz upwards, in dB."""
+    """A grid of spectrograms in dB, each under its title: seconds to the right, kHz upwards."""
     rows = -(-len(spoken) // _COLUMNS)
     figure = Figure(figsize=(6 * _COLUMNS, 2.4 * rows), layout="constrained")
     for place, (audio, title) in enumerate(zip(spoken, titles, strict=True)):
@@ -99,7 +99,7 @@ def spectrograms(spoken: list[Audio], titles: list[str]) -> Figure:
             axes.set_axis_off()
             continue
         window = max(16, round(_WINDOW * audio.sample_rate))
-        # At least two windows; silence has no logarithm.
+        # Pad to at least two windows; a floor, because silence has no logarithm.
         samples = np.pad(audio.samples, (0, max(0, 2 * window - len(audio.samples)))) + 1e-5
         axes.specgram(
             samples, NFFT=window, noverlap=window // 2, Fs=audio.sample_rate / 1000, cmap="magma", vmin=-120, vmax=-20
@@ -110,14 +110,14 @@ def spectrograms(spoken: list[Audio], titles: list[str]) -> Figure:
 
 
 def _seconds(length: float) -> tuple[list[float], list[str]]:
-    """Places and labels of ticks, of which the axis counts milliseconds."""
+    """Positions (in milliseconds) and labels of ticks."""
     step = next(step for step in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, length) if length / step <= 8)
     ticks = np.arange(0, length, step)
     return [1000 * tick for tick in ticks], [f"{tick:g} s" for tick in ticks]
 
 
 def recordings_of(sources: Sources, modality: str, count: int) -> tuple[list[Audio], list[str]]:
-    """Evenly spaced recordings of a modality, and what is said in each; fewer if some are gone."""
+    """Evenly spaced recordings of a modality with their texts; missing files are skipped."""
     recordings, texts = [], []
     for media, index, text in evenly_spaced(sources, modality, count):
         try:

@@ -1,4 +1,4 @@
-"""Pictures to begin with: variations of an image, and painting in a part of it, without training for either."""
+"""Variations of an image, and repainting of a part of it; neither needs training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ Pictures = Picture | Sequence[Picture]
 
 
 class Original(NamedTuple):
-    """The picture that is varied.
+    """The picture to vary.
 
     Attributes:
         pixels: [B, 3, H, W] in [-1, 1].
-        repaint: Bool [B, 1, H, W], where the painting shows; None is everywhere.
+        repaint: Bool [B, 1, H, W], True where it is repainted; None is everywhere.
     """
 
     pixels: Tensor
@@ -37,7 +37,7 @@ class Original(NamedTuple):
         return self.pixels.shape[2], self.pixels.shape[3]
 
     def put_back(self, painted: Tensor) -> Tensor:
-        """Pixels of the painting [B, 3, H, W], with those of the picture where it was not to be repainted."""
+        """Pixels of the painting [B, 3, H, W], with those of the picture outside of the mask."""
         return painted if self.repaint is None else torch.where(self.repaint, painted, self.pixels)
 
 
@@ -51,19 +51,19 @@ def load_original(
     repeats: Sequence[int],
     device: torch.device,
 ) -> Original:
-    """Pictures and masks of any size, brought to that of the painting as in training.
+    """Pictures and masks of any size, resized to the painting's size as in training.
 
     Args:
         image: One picture for all results, or one for each prompt.
-        mask_image: As `image`, of the same sizes; what is white is repainted.
-        sizes: Of the model's images.
-        height: Of the painting, in pixels; None is that at which training would read the pictures.
+        mask_image: As `image`, of the same sizes; white is repainted.
+        sizes: Sizes of the model's images.
+        height: Height of the painting in pixels; None is that at which training would read the pictures.
         width: As `height`.
-        repeats: The number of the prompt of each result.
-        device: Where the result goes.
+        repeats: Index of the prompt of each result.
+        device: Device of the result.
 
     Raises:
-        UserError: They are not as many as the prompts, of different sizes, or nothing is white; and as of
+        UserError: The numbers of pictures and prompts differ, sizes differ, or nothing is white; also as
             `ImageSizes.painted`.
     """
     num_prompts = repeats[-1] + 1
@@ -76,19 +76,19 @@ def load_original(
     for picture, mask in zip(pictures, masks, strict=True):
         if picture.size != mask.size:
             raise UserError(
-                f"mask_image has {mask.width} x {mask.height} pixels and image {picture.width} x {picture.height}; "
+                f"mask_image has {mask.width} x {mask.height} pixels, but image {picture.width} x {picture.height}; "
                 "give a mask of the image's size"
             )
-    # Inverted, because what is added at the sides is white, and stays as it is.
+    # Inverted, because padding is white and must not be repainted.
     black = [ImageOps.invert(Image.fromarray(load_image(mask, (mask.height, mask.width)))) for mask in masks]
     white = np.stack([sizes.read(mask, size).mean(axis=-1) < 127.5 for mask in black])
     if not white.any(axis=(1, 2)).all():
-        raise UserError("mask_image has no white pixel; white is what is repainted")
+        raise UserError("mask_image has no white pixel; make the part to repaint white")
     return Original(pixels, torch.from_numpy(white)[list(repeats), None].to(device))
 
 
 def make_variation(original: Original, strength: float, codec: LatentCodec, dtype: torch.dtype) -> Variation:
-    """The same in latents [B, C, Y, X]; a latent is repainted if any of its pixels is."""
+    """`Original` in latents [B, C, Y, X]; a latent is repainted if any of its pixels is."""
     clean = codec.encode(original.pixels)[0].to(dtype)
     if original.repaint is None:
         return Variation(clean, strength)
@@ -96,10 +96,10 @@ def make_variation(original: Original, strength: float, codec: LatentCodec, dtyp
 
 
 def one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.Image]:
-    """A picture for each prompt: the given ones, or the only one for all.
+    """A picture for each prompt: the given ones, or a single one for all.
 
     Raises:
-        UserError: They are neither.
+        UserError: Their number is neither 1 nor that of the prompts.
     """
     given = as_pictures(pictures, name)
     if len(given) not in (1, num_prompts):
@@ -108,15 +108,15 @@ def one_a_prompt(pictures: Pictures, name: str, num_prompts: int) -> list[Image.
 
 
 def as_pictures(given: Pictures, what: str) -> list[Image.Image]:
-    """PIL images from whatever diffusers takes for images; values become 8 bits.
+    """Convert all image types of diffusers to PIL images; values become 8 bits.
 
     Args:
         given: PIL images; arrays [H, W], [H, W, C] or [B, H, W, C]; tensors [H, W], [C, H, W] or [B, C, H, W]; of 1 or
             3 channels, in [0, 1] or, if their type is `uint8`, from 0 to 255; one, or a sequence of them.
-        what: What they are called in messages.
+        what: Their name in messages.
 
     Raises:
-        UserError: It is something else, of another shape, or out of its range.
+        UserError: The type, the shape or a value is invalid.
     """
     if isinstance(given, Image.Image):
         return [given]
@@ -137,9 +137,9 @@ def _pictures_of(given: Tensor | NDArray[Any], what: str) -> list[Image.Image]:
         order = "[C, H, W] or [B, C, H, W]" if isinstance(given, Tensor) else "[H, W, C] or [B, H, W, C]"
         raise UserError(f"{what} has the shape {list(given.shape)}; it must be {order}, with 1 or 3 channels C")
     if values.dtype != np.uint8:
-        # So that what is no number is refused, too.
+        # This form also refuses NaN.
         if not ((values >= 0) & (values <= 1)).all():
-            raise UserError(f"{what} has values that are not from 0 to 1; only an array of uint8 is from 0 to 255")
+            raise UserError(f"{what} has values outside of 0 to 1; scale them, or give uint8 values from 0 to 255")
         values = (values.astype(np.float64) * 255).round().astype(np.uint8)
     images = np.broadcast_to(values, (*values.shape[:-1], 3)).reshape(-1, *values.shape[-3:-1], 3)
     return [Image.fromarray(image) for image in images]

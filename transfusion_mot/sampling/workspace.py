@@ -1,4 +1,4 @@
-"""What sampling keeps from one call to the next: the cache, and its steps as CUDA graphs."""
+"""Memory that sampling keeps between calls: the cache, and steps recorded as CUDA graphs."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -14,17 +14,17 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 # Capacities are multiples of this, so that prompts of about the same length share a cache and its graphs.
 _GRANULARITY = 64
-# Recorded at most for a cache: denoising with and without guidance, and writing, of all rows and of some.
+# Maximum recorded steps for a cache: denoising with and without guidance, and writing, of all rows and of some.
 _MOST_STEPS = 6
-# What accelerate and diffusers leave at a module whose weights they bring from elsewhere.
+# Attributes that accelerate and diffusers set on a module whose weights they load from elsewhere.
 _HOOKS = {"_hf_hook", "_diffusers_hook"}
 
 
 class Step:
     """A function of tensors of fixed shapes that is called many times.
 
-    It reads and writes the tensors in `state` and no others that change. On CUDA its kernels are recorded once and then
-    started all together, which takes the host a few microseconds instead of milliseconds.
+    It reads and writes no changing tensors except those in `state`. On CUDA its kernels are recorded once and then
+    launched together, which takes the host a few microseconds instead of milliseconds.
 
     Args:
         body: The function: `state` => a tensor, which the next call overwrites.
@@ -63,7 +63,7 @@ class Step:
     def _run(self) -> Tensor:
         if self._pool is None or not torch.is_autocast_enabled("cuda"):
             return self.body(self.state)
-        # Its cache of cast weights is freed when autocast ends, and the graph would read them later.
+        # Without this, autocast would free its cache of cast weights at its end, and the graph would read them later.
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
             return self.body(self.state)
 
@@ -72,13 +72,13 @@ class Step:
         stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # The first calls compile kernels, allocate workspaces and wait for the device, which a recording must not.
+            # The first calls compile kernels, allocate workspaces and wait for the device, which a recording cannot do.
             for _ in range(2):
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
         self.fill(**before)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, of a web page or a loader, may use the device meanwhile.
+        # Other threads, of a web page or a loader, may use the device at the same time.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._result = self._run()
         self._graph = graph
@@ -86,18 +86,18 @@ class Step:
 
 @functools.cache
 def _warm_up_stream(device: int) -> torch.cuda.Stream:
-    """Where steps run before they are recorded: one for all, as cuBLAS keeps memory for each stream it has seen."""
+    """The stream of steps before recording; there is only one, because cuBLAS keeps memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 class Workspace:
-    """The memory of a sampler, used again by calls of the same shape: many images take no more than the first.
+    """The memory of a sampler, reused by calls of the same shape, so that many images take no more than the first.
 
-    Only the last shape is kept. A pipeline has one; it must not be used by two threads at once.
+    Only the last shape is kept. A pipeline has one workspace, which two threads must not use at once.
 
     Attributes:
-        records: Whether steps become CUDA graphs where they can. Turn it off where a model is sampled now and then, and
-            the memory is needed for other things: then nothing is kept.
+        records: Whether steps are recorded as CUDA graphs where possible. Turn it off if a model is rarely sampled and
+            the memory is needed otherwise: then nothing is kept.
     """
 
     def __init__(self) -> None:
@@ -105,20 +105,20 @@ class Workspace:
         self.release()
 
     def release(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._key: Hashable = None
         self._cache: KVCache | None = None
         self._steps: dict[Hashable, Step] = {}
         self._pool: Any = None
 
     def cache(self, model: TransfusionMoT, rows: int, capacity: int, device: torch.device) -> KVCache:
-        """A cache of at least that capacity, with anything in it."""
+        """A cache of at least that capacity, with arbitrary contents."""
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
-        # One slot more, for the filler of shorter rows.
+        # One more slot, for the filler of shorter rows.
         capacity = (capacity // _GRANULARITY + 1) * _GRANULARITY
         records = self.records and can_record(model, device)
-        # Graphs hold the addresses of the weights and the scales of adapters: other ones are another shape.
+        # Graphs contain the addresses of weights and the scales of adapters, so these are part of the shape.
         weights = tuple(parameter.data_ptr() for parameter in model.parameters()) if records else ()
         key = (rows, capacity, device, dtype, autocast, records, weights, _compiled(model), adapter_state(model))
         if self._cache is None or key != self._key:
@@ -131,14 +131,14 @@ class Workspace:
         return self._cache
 
     def end(self, used: int) -> int | None:
-        """How much of each row a step has to read, where no row has more than `used` slots; None is all.
+        """Number of slots of each row that a step must read if no row has more than `used`; None is all.
 
         A recorded step reads the same amount in every call.
         """
         return used if self._pool is None else None
 
     def step(self, key: Hashable, body: Callable[[dict[str, Tensor]], Tensor], state: dict[str, Tensor]) -> Step:
-        """The step of that key, made of `body` and `state` if there is none yet: they must be the same for one key."""
+        """The step of that key, made from `body` and `state` if it is new; they must be the same for one key."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in state.items())
         if self._pool is None:
             return Step(body, state, None)
@@ -159,8 +159,8 @@ class Workspace:
 
 
 def can_record(model: TransfusionMoT, device: torch.device) -> bool:
-    """Whether a forward is the same kernels each time: not where hooks or sharding bring weights from elsewhere."""
-    # Asked in every call, of a thousand modules: one walk, without what each `hasattr` and `parameters()` would add.
+    """Whether a forward runs the same kernels each time, which is not so with hooks or sharded weights."""
+    # Checked in every call on a thousand modules, so one loop without the overhead of `hasattr` and `parameters()`.
     return device.type == "cuda" and not any(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,8 +1,8 @@
-"""AdamW whose moments are 8-bit numbers (arXiv 2110.02861): `optimizer.name: adamw_8bit`.
+"""AdamW with 8-bit moments (arXiv 2110.02861): `optimizer.name: adamw_8bit`.
 
-What an update computes is that of `torchao.optim.AdamW8bit`, with its number format. Here gradients are divided, and a
-step is skipped, by the device, as in a fused optimizer of torch. With torchao's own the host would have to wait to know
-whether the gradient is finite. The state is plain tensors, which a training state holds as they are.
+Updates and number format are those of `torchao.optim.AdamW8bit`. As in a fused optimizer of torch, the device divides
+gradients and skips steps; with torchao's optimizer the host would have to wait to know whether the gradient is finite.
+The state is plain tensors, which a training state can store.
 """
 
 import importlib.util
@@ -16,15 +16,15 @@ from torch.optim import Optimizer
 
 from transfusion_mot.errors import UserError
 
-# Numbers that share a scale, and numbers of the smallest tensor whose moments have 8 bits, as in torchao.
+# Elements that share a scale, and elements of the smallest tensor with 8-bit moments, as in torchao.
 BLOCK, _FEWEST = 256, 4096
 
 
 class AdamW8bit(Optimizer):
-    """AdamW; of tensors of at least 4096 numbers, a multiple of 256, it keeps both moments as codes and scales.
+    """AdamW. Tensors of at least 4096 elements, a multiple of 256, have both moments stored as codes and scales.
 
     Args:
-        groups: Of (name, parameter), each with its `weight_decay`.
+        groups: Groups of (name, parameter), each with its `weight_decay`.
         lr: Learning rate.
         betas: Decay rates of the moments.
         eps: Denominator constant.
@@ -40,14 +40,14 @@ class AdamW8bit(Optimizer):
             )
         if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
             raise UserError(
-                "optimizer.name is adamw_8bit, which is for whole parameters, and they are sharded over GPUs; use "
-                "adamw with FSDP, or adamw_8bit with DDP"
+                "optimizer.name is adamw_8bit, which needs whole parameters, but FSDP shards them; use adamw with "
+                "FSDP, or adamw_8bit with DDP"
             )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         for group in self.param_groups:
-            # Where compiled code reads it: a number would be a part of the code.
+            # A tensor, because the compiler would make a Python number part of the code.
             group["lr"] = torch.tensor(float(lr), device=group["params"][0].device)
-        # It can divide gradients and skip a step by itself.
+        # The optimizer itself divides gradients and skips steps.
         self._step_supports_amp_scaling = True
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -89,7 +89,7 @@ class AdamW8bit(Optimizer):
 
 
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Values [256] of the codes of the first moment, which has a sign, and of the second."""
+    """Values [256] of the codes of the first moment (signed) and of the second moment."""
     from torchao.optim.quant_utils import create_dynamic_map
 
     with torch.device("cpu"):
@@ -98,7 +98,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def has_codes(parameter: Tensor) -> bool:
-    """Whether the moments of a parameter are kept as codes."""
+    """Whether the moments of a parameter are stored as codes."""
     return parameter.numel() >= _FEWEST and parameter.numel() % BLOCK == 0
 
 
@@ -169,7 +169,7 @@ def _update_coded(
     found_inf: Tensor,
     **settings: Any,
 ) -> None:
-    """The same of rows [n, 256], whose moments are codes [n, 256] and scales [n]."""
+    """`_adamw` for rows [n, 256] whose moments are codes [n, 256] and scales [n]."""
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 
     good = found_inf == 0
@@ -188,7 +188,7 @@ def _update_coded(
     step.copy_(torch.where(good, step + 1, step))
 
 
-# One kernel for tensors of every size: the number of rows is no part of the code.
+# Dynamic rows: one kernel serves tensors of every size.
 _compiled = {
     function: torch.compile(function, fullgraph=True, dynamic=True) for function in (_update_plain, _update_coded)
 }

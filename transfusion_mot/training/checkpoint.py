@@ -1,4 +1,4 @@
-"""The folders a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
+"""Folders of a run: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import flush_to_disk, step_folders, step_number
 
-# What of a training state is no tensor.
+# The part of a training state that is not tensors.
 PROGRESS_FILE = "progress.json"
 _CONFIG = "config.yaml"
 
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` once the block ends without an error.
+    """A temporary folder that replaces `folder` when the block ends without an error.
 
-    A crash in the middle leaves what was there before.
+    A crash in between leaves the previous folder unchanged.
     """
     aside = begin_aside(folder)
     yield aside
@@ -26,12 +26,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where `folder` is written."""
+    """The temporary folder in which `folder` is written."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def begin_aside(folder: Path) -> Path:
-    """The same, empty."""
+    """The temporary folder, emptied."""
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -39,7 +39,7 @@ def begin_aside(folder: Path) -> Path:
 
 
 def put_in_place(folder: Path) -> None:
-    """Let what was written aside take the place of `folder`, once it is on the disk."""
+    """Replace `folder` by the temporary folder, once that is on the disk."""
     aside = aside_of(folder)
     for path in [*aside.rglob("*"), aside]:
         flush_to_disk(path)
@@ -49,10 +49,10 @@ def put_in_place(folder: Path) -> None:
 
 
 def find_state(run: Path, resume: str) -> Path | None:
-    """The training state that `resume` (`auto`, `never` or a path) asks for, or None to begin.
+    """The training state selected by `resume` (`auto`, `never` or a path), or None for a new run.
 
     Raises:
-        UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
+        UserError: There is none at the path, or `never` is given and the folder holds a run.
     """
     states, snapshots = step_folders(run / "state"), step_folders(run / "snapshots")
     if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
@@ -72,23 +72,23 @@ def find_state(run: Path, resume: str) -> Path | None:
     folder = Path(resume)
     if not (folder / PROGRESS_FILE).is_file():
         raise UserError(
-            f"resume={resume} is no training state; it needs a folder state/step-N that holds {PROGRESS_FILE}"
+            f"resume={resume} is not a training state; give a folder state/step-N that holds {PROGRESS_FILE}"
         )
     return folder
 
 
 def _was_killed_before_a_state(run: Path, snapshots: list[Path]) -> bool:
-    """Whether the state of each snapshot was begun and never ended: then there is nothing to go on from.
+    """Whether the state of every snapshot was begun but not finished, so that there is no state to resume from.
 
-    There are two where the first state took longer to write than the steps up to the second save.
+    There can be two snapshots if the first state took longer to write than the steps up to the second save.
     """
     return all(aside_of(run / "state" / snapshot.name).is_dir() for snapshot in snapshots)
 
 
 def clear_behind(run: Path, step: int) -> None:
-    """Remove the states and snapshots behind a step: a run that goes on from there would be mistaken for them.
+    """Remove the states and snapshots after a step, so that they are not mistaken for those of the resumed run.
 
-    What was being written when the run was killed goes, too.
+    Folders that were being written when the run was killed are removed, too.
     """
     for folder in (run / "state", run / "snapshots"):
         behind = [path for path in step_folders(folder) if step_number(path) > step]
@@ -106,24 +106,24 @@ def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) 
 
 
 def run_config_file(folder: Path) -> Path:
-    """Where the configuration of the run of a snapshot or state lies: in its folder if exported, else in the run's."""
+    """Configuration file of the run of a snapshot or state: in its own folder if exported, else in the run folder."""
     own = folder / _CONFIG
     return own if own.is_file() else folder.parent.parent / _CONFIG
 
 
 def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:
-    """The configuration of the run that a snapshot is of, or the one that is given instead.
+    """The configuration of a snapshot's run, or the given one.
 
     Args:
-        snapshot: Of the run.
+        snapshot: A snapshot of the run.
         given: Path of a configuration, or None.
-        option: What gives it on the command line; for the message.
+        option: The command-line option of that path, for the message.
 
     Raises:
-        UserError: There is none, or it is no configuration of train.py.
+        UserError: There is no configuration, or it is not one of train.py.
     """
     file = Path(given) if given is not None else run_config_file(snapshot)
     if not file.is_file():
         missing = f"there is no configuration {file}" if given is not None else f"{snapshot} lies in no run folder"
-        raise UserError(f"{missing}; give the configuration that it was trained with, to find its data, by {option}")
+        raise UserError(f"{missing}; give the configuration of its training by {option}, to find its data")
     return parse_config(RunConfig, ["--config", str(file)], "")

@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-# Most steps between two updates, and most as a share of the 1 / (1 - decay) steps that the averages reach back.
+# Maximum steps between two updates, and the same as a share of the 1 / (1 - decay) steps that the average spans.
 _MOST_STEPS, _SHARE = 16, 0.01
 
 
 class EMA:
     """The exponential moving average of a model's parameters.
 
-    An update reads all weights, 4 of 300 ms of a step with 1.5 billion. So it is not made in every step: for a decay of
-    0.999 in every tenth, with 0.999 ** 10. The averages are then of every tenth step's weights, over as many steps.
+    An update reads all weights, which takes 4 ms of a step of 300 ms with 1.5 billion parameters. So not every step has
+    an update: with a decay of 0.999 every tenth step updates with 0.999 ** 10. The average spans the same steps.
 
     Args:
-        model: The model; `self.weights` has a tensor beside each parameter that is trained, by name. Those that need no
-            gradient stay what they are and have none.
+        model: The model; `self.weights` has a tensor for each trained parameter, by name. Parameters without a gradient
+            do not change and have none.
         decay: Weight of the past after each step; early in a run it is (1 + step) / (10 + step), so that the random
             start is forgotten.
-        on_cpu: Keep the averages in host memory. An update waits for the weights to get there.
+        on_cpu: Keep the averages in host memory. An update waits for the copy of the weights.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, on_cpu: bool = False) -> None:
@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move the averages towards the parameters after optimizer step `step` (0, 1, ...), if it is time for it."""
+        """Move the averages towards the parameters after optimizer step `step` (0, 1, ...), if an update is due."""
         if not self._is_due(step):
             return
         decay = self._decay_of(step)
@@ -54,14 +54,14 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     def _is_due(self, step: int) -> bool:
-        """Whether there is an update after a step: a function of the step, so that a resumed run does the same."""
+        """Whether an update is due after a step. It depends on the step alone, so that a resumed run does the same."""
         forgotten = 1 - self._decay_of(step)
         every = _MOST_STEPS if forgotten * _MOST_STEPS <= _SHARE else max(1, int(_SHARE / forgotten))
         return (1 + step) % every == 0
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model computes with the averages; nothing is trained there. Called by all ranks."""
+        """Context in which the model computes with the averages, without training. Called by all ranks."""
         self._swap(model)
         model.eval()
         try:
@@ -74,18 +74,18 @@ class EMA:
     def _swap(self, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # Its root keeps its weights gathered after a forward without backward.
+                # FSDP's root module keeps its weights gathered after a forward without backward.
                 module.reshard()
-        # One at a time: there is no room for another copy of all.
+        # One tensor at a time, because a second copy of all might not fit.
         for average, weight in zip(_local(self.weights.values()), _local(_trained(model).values()), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
 
     def gathered(self, model: nn.Module, keep: bool, *, with_frozen: bool = True) -> dict[str, Tensor]:
-        """The averages, and beside them the parameters that are not trained: whole, in float32 and on the CPU, by name.
+        """The averages and the untrained parameters by name: whole, in float32, on the CPU.
 
-        Called by all ranks; empty on those that do not keep them.
+        Called by all ranks; empty on ranks that do not keep them.
         """
         result = {}
         for name, parameter in model.named_parameters():
@@ -104,5 +104,5 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards, which share their memory with the tensors."""
+    """This rank's shards; they share memory with the tensors."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

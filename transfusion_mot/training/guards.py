@@ -1,4 +1,4 @@
-"""What watches the steps of a run: mis-wired starts, losses and gradients that are not finite, and spikes."""
+"""Checks of the steps of a run: wrong first losses, losses and gradients that are not finite, and spikes."""
 
 import math
 import statistics
@@ -22,31 +22,31 @@ from transfusion_mot.models.transfusion import INIT_STD
 from transfusion_mot.training.log import StepRecord
 from transfusion_mot.training.step import loss_terms
 
-# Steps that a spike is compared with, fewest of them, and how many deviations it is above their median.
+# Steps before a spike that it is compared with, their minimum number, and the deviations above their median.
 _WINDOW, _FEWEST, _DEVIATIONS = 200, 50, 10.0
-# Rows and documents that are named at most; steps that are skipped in turn before a run is given up.
+# Maximum number of named rows and documents; maximum number of successive skipped steps.
 _MOST_NAMED = 3
 _MOST_SKIPPED = 20
 _TEXT_SHOWN = 80
-# How far the first losses may be from what a new model has: nats, and share of the diffusion loss.
+# Tolerance of the first losses of a new model: in nats, and as a share of the diffusion loss.
 _TOKEN_BAND, _DIFFUSION_BAND = 0.5, 0.05
-# Mean square of latents: normalised ones have 1.
+# Accepted mean square of latents; normalised ones have 1.
 _LATENT_BAND = (0.1, 10.0)
 
 
 class SpikeDetector:
-    """Finds values far above those before them: above the median + 10 times the median absolute deviation."""
+    """Finds values above the previous values' median + 10 times their median absolute deviation."""
 
     def __init__(self) -> None:
         self.window: deque[float] = deque(maxlen=_WINDOW)
 
     def median_if_spike(self, value: float) -> float | None:
-        """The median of the values before, if this one is far above it; takes the value in."""
+        """Add a value => the median of the previous values, if this one is far above it; else None."""
         found = None
         if len(self.window) >= _FEWEST:
             median = statistics.median(self.window)
             deviation = statistics.median(abs(before - median) for before in self.window)
-            # Values that hardly differ at all would make a spike of nothing.
+            # A minimum deviation: otherwise a tiny change among equal values would be a spike.
             if value > median + _DEVIATIONS * max(deviation, 0.01 * abs(median)):
                 found = median
         self.window.append(value)
@@ -54,17 +54,17 @@ class SpikeDetector:
 
 
 class Guards:
-    """Checks the steps of a run, from what the log has collected of them; called by all ranks.
+    """Checks the steps of a run, using the values that the log has collected; called by all ranks.
 
     Args:
-        accelerator: Of the run.
-        model: As prepared for training.
-        modalities: Of the bare model.
-        packer: Of the run: it makes the rows of a step again to name what is in them.
-        encoder: Of the run.
-        lanes: Those of this rank.
-        config: Of the run.
-        is_new: Whether the model starts from its initialisation, and so with losses that are known.
+        accelerator: The run's accelerator.
+        model: The model as prepared for training.
+        modalities: Modalities of the bare model.
+        packer: The run's packer, which makes the rows of a step again to name their documents.
+        encoder: The run's encoder.
+        lanes: Lanes of this rank.
+        config: The run's configuration.
+        is_new: Whether the model is randomly initialised, so that its first losses are known.
     """
 
     def __init__(
@@ -87,25 +87,25 @@ class Guards:
         self.lanes = lanes
         self.config = config.training
         self.loss_weights = {name: config.model.modalities[name].loss_weight for name in modalities}
-        # Of random logits: ln V of equal chances, and half the variance of a sum of `hidden_size` normal weights.
+        # Loss of random logits: ln V, plus half the variance of a sum of `hidden_size` normal weights.
         self.first_losses = {
             name: math.log(modality.vocab_size) + modality.embedding.embedding_dim * INIT_STD**2 / 2
             for name, modality in modalities.items()
             if isinstance(modality, TokenModality)
         }
         self.is_new = is_new
-        # Of each modality of latents: summed squares of the targets and of the latents.
+        # For each modality of latents: summed squares of the targets and of the latents.
         self._first_squares: dict[str, Tensor] = {}
         self._states: dict[int, Tensor] = {}
         self._skipped_in_turn = 0
         self._spikes = {"loss": SpikeDetector(), "gradient norm": SpikeDetector()}
 
     def add(self, step: int, batch: Batch, states_before: Tensor) -> None:
-        """Remember what step 1, 2, ... was made of, without waiting for the device.
+        """Remember the rows of step 1, 2, ..., without waiting for the device.
 
         Args:
             batch: Rows of this rank.
-            states_before: Of this rank's lanes, before the step.
+            states_before: States of this rank's lanes before the step.
         """
         self._states[step] = states_before
         if self.is_new and step == 1:
@@ -122,10 +122,11 @@ class Guards:
                     self._first_squares[name] = self.accelerator.reduce(torch.stack(squares), reduction="sum")
 
     def check(self, steps: list[StepRecord]) -> Counter[str]:
-        """Look at the steps since the last call => how many were skipped, and how many were spikes.
+        """Check the steps since the last call => numbers of skipped steps and of spikes.
 
         Raises:
-            NotFiniteError: A loss or gradient is not finite and `on_non_finite` is `stop`, or too many were in turn.
+            NotFiniteError: A loss or gradient is not finite, and `on_non_finite` is `stop` or too many steps in
+                succession were skipped.
             UserError: The first losses are not those of a new model.
         """
         noticed: Counter[str] = Counter(skipped_steps=0, spikes=0)
@@ -138,34 +139,34 @@ class Guards:
                 continue
             noticed["skipped_steps"] += 1
             self._skipped_in_turn += 1
-            # Looking for rows costs a step for each of them: once is enough to see what is wrong.
+            # Finding the rows costs a backward pass for each of them, so it is done only once.
             told = self._describe(record, find_rows=noticed["skipped_steps"] == 1)
             if self.config.on_non_finite == "stop":
                 raise NotFiniteError(
-                    f"{told}. No parameter was changed by it; go on from the last saved state with a lower "
+                    f"{told}. The step changed no parameter; resume from the last saved state with a lower "
                     "optimizer.lr or without these documents, or set training.on_non_finite=skip"
                 )
             if self._skipped_in_turn == _MOST_SKIPPED:
                 raise NotFiniteError(
-                    f"{told}; the last {_MOST_SKIPPED} steps were skipped for the like. Go on from an earlier state in "
-                    "state/ with a lower optimizer.lr"
+                    f"{told}; the last {_MOST_SKIPPED} steps were skipped for the same reason. Resume from an earlier "
+                    "state in state/ with a lower optimizer.lr"
                 )
             self.accelerator.print(f"warning: {told}; skipped")
         self._states.clear()
         return noticed
 
     def _check_first(self, record: StepRecord) -> None:
-        """Refuse a start whose losses are not those of a new model.
+        """Refuse first losses that are not those of a new model.
 
-        Logits are nearly equal, and the last layer of a patch adapter is zero: it predicts nothing, and the loss is the
-        mean square of its target.
+        The logits of a new model are nearly equal. The last layer of its patch adapter is zero, so it predicts zero,
+        and the loss is the mean square of its target.
         """
         for name, expected in self.first_losses.items():
             if record.counts[name] and abs(record.loss(name) - expected) > _TOKEN_BAND:
                 raise UserError(
-                    f"the {name} loss of the first step is {record.loss(name):.3f}, and that of a new model with this "
-                    f"vocabulary is about {expected:.3f}: the tokenizer or codec, the head of the model or the "
-                    "initialisation is mis-wired"
+                    f"the {name} loss of the first step is {record.loss(name):.3f}, but a new model with this "
+                    f"vocabulary should have about {expected:.3f}: check the tokenizer or codec, the head of the "
+                    "model and the initialisation"
                 )
         for name, squares in self._first_squares.items():
             if not record.counts[name]:
@@ -173,15 +174,15 @@ class Guards:
             expected, latents = (squares / record.counts[name]).tolist()
             if not _LATENT_BAND[0] < latents < _LATENT_BAND[1]:
                 raise UserError(
-                    f"the {name} latents of the first step have a mean square of {latents:.3g}, and those that the "
-                    "codec has normalised have about 1: its scaling factor, or the mean and deviation of its latents, "
-                    "does not fit these media"
+                    f"the {name} latents of the first step have a mean square of {latents:.3g}, but normalised latents "
+                    "have about 1: the codec's scaling factor, or the mean and deviation of its latents, does not fit "
+                    "these media"
                 )
             if abs(record.loss(name) - expected) > _DIFFUSION_BAND * expected:
                 raise UserError(
-                    f"the {name} loss of the first step is {record.loss(name):.4f}, and that of a new model, which "
-                    f"predicts zero, is {expected:.4f}, the mean square of its target: the patch adapter is not "
-                    "initialised to zero, or predictions and targets do not belong together"
+                    f"the {name} loss of the first step is {record.loss(name):.4f}, but a new model predicts zero and "
+                    f"should have {expected:.4f}, the mean square of its target: the patch adapter is not initialised "
+                    "to zero, or predictions and targets do not belong together"
                 )
 
     def _warn_of_spike(self, record: StepRecord) -> bool:
@@ -205,12 +206,12 @@ class Guards:
         return bool(found)
 
     def _describe(self, record: StepRecord, find_rows: bool) -> str:
-        """What of a step is not finite, and which rows and documents it comes from."""
+        """The losses and gradients of a step that are not finite, and their rows and documents."""
         losses = "".join(f"{name} loss {record.loss(name):.4g}, " for name in record.by_row)
         told = f"step {record.step} is not finite ({losses}gradient norm {record.grad_norm:.4g})"
         num_rows = self.packer.num_lanes
         rows = []
-        # With 8-bit products the rows of a microbatch share scales: one that is not finite makes all of them so.
+        # With 8-bit products the rows of a microbatch share scales: one non-finite row makes all of them non-finite.
         if not self.config.float8:
             sums = zip(*record.by_row.values(), strict=True)
             rows = [row for row, losses_of_row in enumerate(sums) if not math.isfinite(sum(losses_of_row))]
@@ -219,7 +220,7 @@ class Guards:
         if not rows:
             return told
         if len(rows) == num_rows > 1:
-            return f"{told} in every row: it is the weights or the learning rate, not the data"
+            return f"{told} in every row: the weights or the learning rate are the reason, not the data"
         named = [
             f"row {row}: {text}"
             for row in rows[:_MOST_NAMED]
@@ -229,13 +230,13 @@ class Guards:
         return f"{told} in {'; '.join(named)}{more}"
 
     def _rows_again(self, step: int, lanes: range) -> Batch:
-        """Rows of this rank as they were in a step."""
+        """Make the rows of this rank in a step again."""
         states = self._states[step][lanes.start - self.lanes.start : lanes.stop - self.lanes.start]
         rows, _, _ = self.packer.rows(lanes, step - 1, np.asarray(states))
         return self.encoder(rows.to(self.accelerator.device))
 
     def _documents(self, step: int, row: int) -> list[str]:
-        """One line that says what is in a row of this rank."""
+        """One line about the documents in a row of this rank."""
         batch = self._rows_again(step, range(row, row + 1))
         slots, block = batch.slots, RowShape.of_batch(self.packer.model, batch).blocks[TEXT]
         text_of = slice(block.start, block.start + block.num_slots)
@@ -251,11 +252,11 @@ class Guards:
     def _rows_of_bad_gradient(self, record: StepRecord) -> list[int]:
         """Rows whose own gradient is not finite, found by one backward pass for each.
 
-        A backward pass is one of all ranks together. So every row has its turn, while the other ranks take an empty
-        one, and all ranks learn of it.
+        All ranks take part in every backward pass. So for each row the other ranks compute an empty row, and all ranks
+        get the result.
         """
         mine = self._rows_again(record.step, self.lanes).split(1)
-        # What is not finite would stay so without a loss: zero times infinity.
+        # Without a loss, non-finite values would stay: zero times infinity is not zero.
         empty = mine[0].emptied().map(lambda tensor: tensor.nan_to_num(0.0, 0.0, 0.0))
         processes = self.accelerator.num_processes
         scales = {

@@ -1,7 +1,8 @@
-"""Environment variables that accelerate reads beside what a run's configuration says.
+"""Environment variables of accelerate that could contradict a run's configuration.
 
-Its launcher sets them from its options and its configuration file, and a shell may have some. Each is either what
-`make_accelerator` passes on, or changes nothing at the values listed here and is refused at others.
+accelerate's launcher sets them from its options and its configuration file; a shell may also set some.
+`make_accelerator` passes some of them on. The others must have one of the harmless values listed here; other values are
+refused.
 """
 
 import os
@@ -13,7 +14,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 
 class _Setting(NamedTuple):
-    """A variable, the values at which it changes nothing (in lower case), what to do about others, and its default."""
+    """A variable, its harmless values (in lower case), what to do about other values, and its default."""
 
     variable: str
     harmless: tuple[str, ...]
@@ -21,7 +22,7 @@ class _Setting(NamedTuple):
     default: str = ""
 
 
-# As accelerate spells "no"; an empty value is none.
+# accelerate's spellings of "no"; an empty value means unset.
 _OFF = ("0", "n", "no", "f", "false", "off")
 _SHARD = "launch with configs/accelerate/fsdp2.yaml to shard a model"
 _CHECKPOINTING = "use training.activation_checkpointing instead"
@@ -47,33 +48,33 @@ _WITH_FSDP = (
         "train.py shards block by block",
     ),
     _Setting("FSDP_IGNORED_MODULES", (), "train.py shards all weights"),
-    # Version 2 has another word for it.
+    # FSDP version 2 has another name for it.
     _Setting("FSDP_SHARDING_STRATEGY", ("full_shard", "1"), "use fsdp_reshard_after_forward instead"),
     _Setting("FSDP_FORWARD_PREFETCH", _OFF, "FSDP2 fetches ahead by itself"),
 )
 
 
 def uses_fsdp() -> bool:
-    """Whether parameters are to be sharded."""
+    """Whether the launcher asks for sharded parameters."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("", *_OFF)
 
 
 def check_launcher(training: TrainingConfig) -> None:
-    """Refuse what would change training behind the configuration, or be ignored.
+    """Refuse variables that would override the configuration or be ignored.
 
     Raises:
-        UserError: Names the variable, its value and what takes its place.
+        UserError: Names the variable, its value and what to use instead.
     """
     precision = _Setting(
         "ACCELERATE_MIXED_PRECISION",
-        # The launcher's default, which it always says.
+        # The launcher always sets its default.
         ("no", training.mixed_precision),
-        f"training.mixed_precision decides, and is {training.mixed_precision}: set one of the two",
+        f"training.mixed_precision is {training.mixed_precision}: give both the same value",
     )
     for setting in (precision, *_SETTINGS, *(_WITH_FSDP if uses_fsdp() else _WITHOUT_FSDP)):
         given = os.environ.get(setting.variable) or setting.default
         if given and given.lower() not in setting.harmless:
             raise UserError(
-                f"{setting.variable} is {given}, by an option or the configuration file of accelerate's launcher or by "
-                f"the shell: {setting.instead}"
+                f"{setting.variable} is {given} (set by accelerate's launcher, its configuration file or the shell): "
+                f"{setting.instead}"
             )

@@ -1,4 +1,4 @@
-"""What a run reports of its steps: losses, speed and counts, in `metrics.jsonl`, a tracker and on the console."""
+"""The log of a run: losses, speed and counts, in `metrics.jsonl`, a tracker and on the console."""
 
 import math
 import time
@@ -26,22 +26,22 @@ from transfusion_mot.reporting.flops import attending_pairs, flops_per_pair, pea
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, loss_name, read_metrics, write_metrics
 from transfusion_mot.training.step import StepResult
 
-# Equal parts of the timesteps (0, 1] whose diffusion losses are shown apart.
+# Number of equal bins of the timesteps (0, 1] with separate diffusion losses.
 TIMESTEP_BINS = 10
-# What goes on counting when a run is resumed, and is no part of what is trained.
+# Counters that continue when a run is resumed and do not affect training.
 _RUNNING = ("seconds", "flops", "skipped_steps", "spikes")
 _HELD_OUT = f"{VALIDATION}loss"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known of one step, over all ranks.
+    """Losses and gradient norm of one step, over all ranks.
 
     Attributes:
         step: 1 is the first step of a run.
-        by_row: Of each modality, the summed loss of every row of the global batch.
-        counts: Of each modality, labelled tokens or elements of the step.
-        grad_norm: Before clipping.
+        by_row: For each modality, the summed loss of every row of the global batch.
+        counts: For each modality, labelled tokens or elements of the step.
+        grad_norm: Gradient norm before clipping.
     """
 
     step: int
@@ -64,14 +64,14 @@ class Interval:
     """The steps since the last line of the log, over all ranks.
 
     Attributes:
-        steps: Each of them.
-        seconds: They took, on this rank.
-        slots, flops: Slots of all rows, and what the model cost on them.
+        steps: Record of each step.
+        seconds: Duration of the steps on this rank.
+        slots, flops: Slots of all rows, and FLOPs of the model for them.
         counted: Documents, tokens and slots, by counter.
-        by_source: Of each modality of tokens, (sum, count) of its loss of every source.
-        by_timestep: Of each modality of latents, (sum, count) of its loss of every bin of timesteps.
+        by_source: For each modality of tokens, (sum, count) of its loss for every source.
+        by_timestep: For each modality of latents, (sum, count) of its loss for every bin of timesteps.
         waited: Seconds that each rank waited for its rows.
-        memory_gib: Most that each rank's device has held so far.
+        memory_gib: Peak memory of each rank's device so far.
     """
 
     steps: list[StepRecord]
@@ -107,17 +107,17 @@ def _sums_by(group: Tensor, num_groups: int, values: Tensor, mask: Tensor) -> Te
 
 
 class RunLog:
-    """Collects what steps leave and writes it to `metrics.jsonl` and the tracker.
+    """Collects the results of steps and writes them to `metrics.jsonl` and the tracker.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
         run: Run folder.
-        config: Of the run.
+        config: The run's configuration.
         model: The bare model, for its FLOPs.
-        sources: Of the run.
+        sources: The run's sources.
         first_step: Steps done before; later lines of an earlier attempt are dropped.
         seen: Documents, tokens and slots of those steps, over all ranks.
-        history: Metrics file of the run that those steps were done in, if that is another one.
+        history: Metrics file of those steps, if they were done in another run folder.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class RunLog:
         self._flops_per_row: dict[tuple[tuple[str, Block], ...], int] = {}
         earlier = read_metrics(history or self.path) if first_step else []
         kept = [line for line in earlier if line["step"] <= first_step]
-        # Before the first step there is no snapshot to keep.
+        # There is no snapshot to keep before the first step.
         held_out = [(line[_HELD_OUT], line["step"]) for line in kept if _HELD_OUT in line and line["step"]]
-        # The lowest held-out loss so far, and the step it was reached at.
+        # The lowest held-out loss so far, and its step.
         self.best: tuple[float, int] | None = min(held_out, default=None)
         self.running = {name: next((line[name] for line in reversed(kept) if name in line), 0) for name in _RUNNING}
-        # Before the file changes, which other processes read too.
+        # Read before the file changes, because all processes read it.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_metrics(self.path, kept, "w")
@@ -184,13 +184,13 @@ class RunLog:
         self._of_step: list[Tensor] = []
 
     def add(self, result: StepResult, batch: Batch, counts: Counter[str], seconds_waited: float = 0.0) -> None:
-        """Take a step in, without waiting for the device."""
+        """Add a step, without waiting for the device."""
         # [modalities, rows]
         by_row = torch.stack([losses.sum(dim=1) for losses in result.losses.values()])
         self._by_row.append(by_row)
         self._of_step.append(torch.cat([result.counts, result.grad_norm.double()[None]]))
         self._tower_grad_norms = result.tower_grad_norms
-        # What is not finite would hide the losses of the steps beside it.
+        # Non-finite losses would hide those of the other steps.
         finite = result.grad_norm.isfinite() & by_row.isfinite().all()
         shape = RowShape.of_batch(self.config.model, batch)
         for name, losses in result.losses.items():
@@ -203,7 +203,7 @@ class RunLog:
                 self.by_timestep[name] += torch.where(finite, loss_by_timestep(losses, given), 0.0)
         self.interval.update(counts)
         self.waited += seconds_waited
-        # Buckets differ in their patches.
+        # Buckets differ in their number of patches.
         self.slots += batch.slots.order.numel() * self.accelerator.num_processes
         key = tuple(shape.blocks.items())
         if key not in self._flops_per_row:
@@ -212,13 +212,13 @@ class RunLog:
         self.pairs += attending_pairs(batch, self.model)
 
     def collect(self) -> Interval:
-        """What the steps since the last line left; called by all ranks.
+        """Results of the steps since the last line; called by all ranks.
 
-        The one place where the host waits for the device, and the ranks for each other: everything is in one sum.
+        Only here does the host wait for the device, and each rank for the others: one all-reduce sums everything.
         """
         ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
         by_row = torch.stack(self._by_row).double()
-        # What a rank does not know it leaves at zero, so that the sum puts the ranks side by side.
+        # A rank leaves the entries of other ranks at zero, so that the sum concatenates all ranks.
         all_rows = by_row.new_zeros(*by_row.shape[:2], ranks, by_row.shape[2])
         all_rows[:, :, rank] = by_row
         memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
@@ -235,7 +235,7 @@ class RunLog:
         sums_by_source = {name: next(pieces).tolist() for name in self.by_source}
         sums_by_timestep = {name: next(pieces).tolist() for name in self.by_timestep}
         of_ranks, pairs, counted, all_rows = pieces
-        # The same on all ranks.
+        # Equal on all ranks.
         of_step = torch.stack(self._of_step).tolist()
         steps = [
             StepRecord(
@@ -261,9 +261,9 @@ class RunLog:
         """Write the means of an interval => a line for the console.
 
         Args:
-            interval: From `collect`.
+            interval: Result of `collect`.
             lr: Learning rate of its last step.
-            noticed: What the guards found in it: `skipped_steps` and `spikes`.
+            noticed: Counts from the guards: `skipped_steps` and `spikes`.
         """
         self.seen.update(interval.counted)
         seconds, counted, finite = interval.seconds, interval.counted, [s for s in interval.steps if s.is_finite]
@@ -304,7 +304,7 @@ class RunLog:
         }
         shown = [
             f"step {step:>{len(str(self.config.training.num_steps))}}",
-            # A loss of latents is about one.
+            # A loss of latents is about 1, so it needs more digits.
             *(f"{name} {losses[name]:6.{4 if name in self.by_timestep else 3}f}" for name in self.modalities),
             f"norm {values['grad_norm']:5.2f}",
             f"lr {lr:.1e}",
@@ -338,7 +338,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is not training: its time counts in no speed."""
+        """Context whose time does not count as training."""
         begun = time.perf_counter()
         yield
         self.started += time.perf_counter() - begun
@@ -350,18 +350,18 @@ class RunLog:
 
 
 def _mean(parts: list[tuple[float, float]]) -> float:
-    """Sum of sums over sum of counts."""
+    """Total sum divided by total count."""
     return sum(total for total, _ in parts) / max(1.0, sum(count for _, count in parts))
 
 
 def _shown_epochs(epochs: list[float]) -> str:
-    """How often the sources have been read: of several, from the least to the most."""
+    """Epochs of the sources in words; for several the range from fewest to most."""
     least, most = min(epochs), max(epochs)
     return f"epoch {most:.2f}" if most - least < 0.005 else f"epoch {least:.2f}-{most:.2f}"
 
 
 def _shown_time(seconds: float) -> str:
-    """A duration in the two units that matter."""
+    """A duration in its two largest units."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

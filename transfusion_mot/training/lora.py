@@ -1,4 +1,4 @@
-"""Which parameters a run trains: all, all but some towers', or low-rank adapters and what is named beside them."""
+"""Parameters that a run trains: all, all except those of frozen towers, or adapters and `lora.also_train`."""
 
 import torch
 
@@ -11,10 +11,10 @@ from transfusion_mot.training.towers import freeze_towers, tower_of
 
 
 def check_lora(config: RunConfig) -> None:
-    """Refuse adapters that the model cannot have, and settings that do not go with them.
+    """Refuse adapters that the model cannot have, and settings that exclude adapters.
 
     Raises:
-        UserError: Names the key, what it holds and what it needs.
+        UserError: Names the key, its value and the valid values.
     """
     lora, model = config.lora, config.model
     if lora is None:
@@ -37,22 +37,22 @@ def check_lora(config: RunConfig) -> None:
         for part in lora.also_train:
             if part in (tower, *(f"{tower}.{component}" for component in ("qkv", "output", "ffn"))):
                 raise UserError(
-                    f"lora.also_train names {part}, whose matrices have adapters (lora.towers); train the weights or "
-                    "adapters of them"
+                    f"lora.also_train names {part}, whose matrices have adapters (lora.towers); train either its "
+                    "weights or its adapters"
                 )
     if config.training.frozen_towers:
         raise UserError(
-            f"training.frozen_towers is {config.training.frozen_towers}, and lora trains nothing but adapters and "
+            f"training.frozen_towers is {config.training.frozen_towers}, but lora trains only adapters and "
             "lora.also_train; remove frozen_towers, and name the towers with adapters in lora.towers"
         )
     if config.optimizer.name == "muon":
-        raise UserError("optimizer.name is muon, which is for whole matrices and not for adapters; use adamw with lora")
+        raise UserError("optimizer.name is muon, which does not work with adapters; use adamw with lora")
     if config.training.float8:
         raise UserError("training.float8 has not been tried with lora; set training.float8 to false")
 
 
 def trainable_parts(model: ModelConfig) -> list[str]:
-    """Names that `lora.also_train` takes."""
+    """Names that `lora.also_train` accepts."""
     owners = [*model.towers, *([SHARED] if len(set(model.untied)) < 4 else [])]
     names = []
     for owner in owners:
@@ -71,11 +71,11 @@ def trainable_parts(model: ModelConfig) -> list[str]:
 
 
 def parts_of(name: str, config: ModelConfig) -> set[str]:
-    """Names in `trainable_parts` of what a parameter belongs to.
+    """Names in `trainable_parts` that a parameter belongs to.
 
     Args:
-        name: Of a parameter of the model without adapters.
-        config: Of the model.
+        name: Name of a parameter of the model without adapters.
+        config: The model's configuration.
     """
     tower, words = tower_of(name, config), name.split(".")
     if name.startswith("modalities."):
@@ -88,10 +88,10 @@ def parts_of(name: str, config: ModelConfig) -> set[str]:
 
 
 def choose_trained(model: TransfusionMoT, config: RunConfig) -> None:
-    """Say which parameters need a gradient, and give the model its adapters; while it is on `meta`.
+    """Set which parameters need a gradient, and add the adapters, while the model is on `meta`.
 
-    In bfloat16 runs the matrices that are not trained are kept in bfloat16: every product rounds them to it anyway.
-    Norms and biases, which are computed with in float32, stay what they are.
+    In bfloat16 runs, untrained matrices are stored in bfloat16, because every product rounds them to it anyway. Norms
+    and biases are used in float32 and keep their number format.
     """
     if config.lora is None:
         freeze_towers(model, config.training.frozen_towers)

@@ -1,4 +1,4 @@
-"""The file `metrics.jsonl` of a run: one line of JSON for every entry of the log."""
+"""The file `metrics.jsonl` of a run: one JSON line for every entry of the log."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "validation/"
-# Held out alone: captions behind their media.
+# Only in validation: captions after their media.
 CAPTION_LOSS = "caption_loss"
 TOKEN_UNIT, LATENT_UNIT = "nats per token", "squared error per element"
 
 Lines = list[dict[str, Any]]
 
-# Version 0.1 knew one modality of latents, and called its loss by the objective.
+# Version 0.1 had one modality of latents, and named its loss after the objective.
 _LOSS_OF_VERSION_0_1 = re.compile(r"^(validation/)?diffusion_loss(?=$|/)")
 
 
@@ -23,9 +23,9 @@ def loss_name(modality: str) -> str:
 
 
 def loss_units(lines: Lines) -> dict[str, str]:
-    """The losses of all modalities that a run has, in the order of its log, and in what they are measured."""
+    """Names of the losses of a run, in the order of its log => their units."""
     keys = dict.fromkeys(key for line in lines for key in line)
-    # Of latents alone there are losses by timestep.
+    # Only latents have losses by timestep.
     by_timestep = {key.removeprefix(VALIDATION).split("/t=")[0] for key in keys if "/t=" in key}
     return {
         key: LATENT_UNIT if key in by_timestep else TOKEN_UNIT
@@ -35,9 +35,9 @@ def loss_units(lines: Lines) -> dict[str, str]:
 
 
 def read_metrics(path: Path) -> Lines:
-    """The lines of a metrics file, without one that a crash cut off.
+    """The lines of a metrics file, without a last line that a crash cut off.
 
-    What version 0.1 wrote as `diffusion_loss` is read as the `image_loss` that it is called now.
+    `diffusion_loss` of version 0.1 is read as `image_loss`.
     """
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -50,6 +50,6 @@ def read_metrics(path: Path) -> Lines:
 
 
 def write_metrics(path: Path, lines: Lines, mode: str) -> None:
-    """Write lines; `mode` is that of `open`: `w` for a new file, `a` to go on with it."""
+    """Write lines; `mode` is that of `open`: `w` for a new file, `a` to append."""
     with path.open(mode) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -11,36 +11,36 @@ from torch.optim import AdamW, Optimizer
 
 from transfusion_mot.errors import UserError
 
-# Matrices of one shape are multiplied together, so many elements at a time at most: what is computed of them takes
-# twenty-four bytes an element.
+# Matrices of one shape are multiplied together, up to this many elements at a time: temporary values take twenty-four
+# bytes an element.
 _ELEMENTS_AT_A_TIME = 2**26
 _MOMENTUM = 0.95
-# Of the quintic Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon, five times.
+# Coefficients and steps of the quintic Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon.
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _EPS = 1e-7
 
 
 class StackedMuon(Optimizer):
-    """Muon, which makes the update of a matrix orthogonal, with an update as large as AdamW's (arXiv 2502.16982,
-    equation 4), for many matrices at once and for stacked ones.
+    """Muon with orthogonal updates scaled to the size of AdamW's (arXiv 2502.16982, equation 4).
 
-    A group's `row_splits` are the rows of each part of a stacked matrix. Queries, keys and values are three maps that
-    share a product for speed alone. Made orthogonal as one, the values, whose gradient is the largest, would take most
-    of the update from the others (https://kellerjordan.github.io/posts/muon: better apart).
+    A group's `row_splits` are the rows of each part of a stacked matrix. Queries, keys and values are stacked only for
+    speed and are made orthogonal separately. Otherwise the values, whose gradient is the largest, would take most of
+    the update (https://kellerjordan.github.io/posts/muon recommends separate updates).
 
-    torch.optim.Muon updates one matrix after the other and reads the learning rate on the host. Here all of a shape
-    share a product, a tenth of the kernels, and the rate may be a tensor on the device, so that a step can be recorded.
+    torch.optim.Muon updates one matrix after the other and reads the learning rate on the host. Here all matrices of
+    one shape share a product, which needs a tenth of the kernels, and the learning rate may be a tensor on the device,
+    so that a step can be recorded.
 
     Args:
-        groups: Of parameters, each with its `weight_decay` and `row_splits`.
+        groups: Groups of parameters, each with its `weight_decay` and `row_splits`.
         lr: Learning rate.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, {"lr": lr})
-        # What a gradient scaler says to a fused optimizer: what gradients are to be divided by, and whether, as 1 or 0,
-        # one of them is not finite, in which case nothing changes.
+        # A gradient scaler sets these in a fused optimizer: the divisor of gradients, and whether, as 1 or 0, one of
+        # them is not finite, in which case nothing changes.
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
 
@@ -72,7 +72,7 @@ class StackedMuon(Optimizer):
         if self.grad_scale is not None:
             grad /= self.grad_scale
         momentum = before.lerp(grad, 1 - _MOMENTUM)
-        # Nesterov's.
+        # Nesterov momentum.
         direction = _orthogonal(grad.lerp_(momentum, _MOMENTUM)).type_as(grad)
         update = direction * (group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape)))
         decay = group["lr"] * group["weight_decay"]
@@ -87,11 +87,11 @@ class StackedMuon(Optimizer):
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
-    """[n, R, C] => the nearest orthogonal ones, roughly, in bfloat16: singular values of about 0.7 to 1.2."""
+    """[n, R, C] => approximately the nearest orthogonal matrices, in bfloat16: singular values of about 0.7 to 1.2."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     result = matrices.bfloat16()
     if is_tall:
-        # The smaller side is squared.
+        # The Gram matrix of the smaller side is cheaper.
         result = result.mT
     result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     for _ in range(_ITERATIONS):
@@ -122,13 +122,13 @@ class MuonAdamW(Optimizer):
     ) -> None:
         if any(isinstance(parameter, DTensor) for group in muon_groups for _, parameter in group["params"]):
             raise UserError(
-                "optimizer.name is muon, which needs whole matrices, and the parameters are sharded over GPUs; "
-                "use adamw with FSDP, or muon with DDP"
+                "optimizer.name is muon, which needs whole matrices, but FSDP shards them; use adamw with FSDP, or "
+                "muon with DDP"
             )
-        # One learning rate and weight decay serve both.
+        # Both share the learning rate and weight decay.
         self.muon = StackedMuon(muon_groups, lr)
         self.adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=True)
-        # Both can divide gradients and skip a step by themselves.
+        # Both optimizers divide gradients and skip steps themselves.
         self._step_supports_amp_scaling = True
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
@@ -140,13 +140,13 @@ class MuonAdamW(Optimizer):
         self.muon.state = self.adamw.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What `load_state_dict` ends with; it makes new groups and a new state."""
+        """Called at the end of `load_state_dict`, which makes new groups and a new state."""
         super().__setstate__(state)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Both steps."""
+        """Step both optimizers."""
         for name in ("grad_scale", "found_inf"):
             for part in (self.muon, self.adamw):
                 setattr(part, name, getattr(self, name, None))

@@ -16,11 +16,11 @@ from transfusion_mot.training.towers import tower_of
 def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
     """The optimizer of the parameters that need a gradient.
 
-    Matrices and convolutions decay, norms, biases and embeddings do not. A group holds parameters of one tower and
-    knows its `tower` and `lr_scale`, and the names of its parameters, so that a saved state finds them again.
+    Matrices and convolutions have weight decay; norms, biases and embeddings have none. A group has the parameters of
+    one tower with its `tower` and `lr_scale`, and their names, so that a saved state can be matched.
 
     Raises:
-        UserError: Muon or 8-bit moments are asked for where parameters are sharded, or torchao is missing.
+        UserError: Muon or 8-bit moments are configured with sharded parameters, or torchao is missing.
     """
     architecture = model.architecture
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -73,11 +73,11 @@ def lr_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 def set_lr(optimizer: Optimizer, config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Set the learning rate of step 0, 1, ..., which is a function of the step alone => the rate, before `lr_scale`."""
+    """Set the learning rate of step 0, 1, ..., which depends on the step alone => the rate before `lr_scale`."""
     lr = config.lr * lr_factor(step, num_steps, config)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            # Where a recorded step reads it.
+            # A recorded step reads this tensor.
             group["lr"].fill_(lr * group["lr_scale"])
         else:
             group["lr"] = lr * group["lr_scale"]

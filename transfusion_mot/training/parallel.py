@@ -1,4 +1,4 @@
-"""Where a run runs: accelerate set up for one device, DDP or FSDP2, and the model put there."""
+"""accelerate set-up for one device, DDP or FSDP2, and placement of the model."""
 
 import os
 import warnings
@@ -26,26 +26,26 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.launcher import check_launcher, uses_fsdp
 
-# Before training, ranks wait while the first one reads the sources and while others encode more images than they.
-# In training one that is so late hangs; the longest that the others wait for is the first one's snapshots and samples.
+# Timeouts. Before training, ranks wait while the first one reads the sources and others encode more images than they.
+# In training they wait for the first one's snapshots and samples at most; a rank that is later hangs.
 _PREPARING = timedelta(hours=12)
 _TRAINING = timedelta(minutes=30)
 
-# Gradients that DDP exchanges at a time: 25 MB, its default, and of large models a part. Of 5.8 GB, 200 MB at a time
-# made a step on two H200 0.9 and 2.1 % shorter than 25 (docs/scaling.md).
+# Size of DDP's gradient buckets: 25 MB, its default, or for large models a share. With 5.8 GB, 200 MB at a time made a
+# step on two H200 0.9 and 2.1 % shorter than 25 (docs/scaling.md).
 _BUCKET_MEGABYTES, _BUCKETS = 25, 30
 
-# The prediction is one; nothing is computed in place on it.
+# The prediction is a view, and nothing modifies it in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-# accelerate's way to its mesh.
+# accelerate builds its mesh in this way.
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
 
 
 def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
-    """accelerate, as its launcher was configured.
+    """An accelerator with the launcher's configuration.
 
     Raises:
-        UserError: It is configured for something that is not offered.
+        UserError: The launcher is configured for something unsupported.
     """
     check_launcher(training)
     try:
@@ -53,7 +53,7 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
         if plugin is not None and parse_flag_from_env("ACCELERATE_USE_CPU"):
             state = PartialState(cpu=True, timeout=_PREPARING)
             if state.distributed_type == DistributedType.MULTI_CPU:
-                # accelerate shards over GPUs alone, by the same code that serves CPUs.
+                # accelerate shards only on GPUs, although the same code works on CPUs.
                 state.distributed_type = DistributedType.MULTI_GPU
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
@@ -61,7 +61,7 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
             project_config=ProjectConfiguration(str(run), logging_dir=str(run / "tracker")),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=_PREPARING),
-                # Else every gradient exists twice.
+                # Otherwise every gradient is stored twice.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
             fsdp_plugin=plugin,
@@ -82,30 +82,31 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
     world_size = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
     if world_size != "1" and accelerator.num_processes == 1:
         raise UserError(
-            f"WORLD_SIZE is {world_size}, but accelerate finds no GPUs to join the processes on, so that each would "
-            "train alone; launch one process, or set ACCELERATE_USE_CPU=true for several on CPUs"
+            f"WORLD_SIZE is {world_size}, but accelerate finds no GPUs, so each process would train alone; launch one "
+            "process, or set ACCELERATE_USE_CPU=true for several on CPUs"
         )
     if training.num_rows % accelerator.num_processes:
         raise UserError(
-            f"training.num_rows is {training.num_rows}, which the {accelerator.num_processes} processes cannot share "
-            "evenly; give a multiple of their number"
+            f"training.num_rows is {training.num_rows}, which {accelerator.num_processes} processes cannot share "
+            "evenly; give a multiple of the number of processes"
         )
     return accelerator
 
 
 def _fsdp_plugin(training: TrainingConfig) -> FullyShardedDataParallelPlugin:
-    """FSDP2 with a shard for each block; whether weights are dropped after a forward is what the launcher says."""
+    """FSDP2, sharded block by block; the launcher decides whether weights are freed after a forward."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if training.mixed_precision == "bf16" else None,
         reduce_dtype=torch.float32,
-        # Autocast decides what is computed in bfloat16; timesteps and rotary angles are not.
+        # Inputs are not cast: autocast decides what is computed in bfloat16; timesteps and rotary angles stay in
+        # float32.
         cast_forward_inputs=False,
     )
     return FullyShardedDataParallelPlugin(
         mixed_precision_policy=policy,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=TransfusionMoT._no_split_modules,
-        # Weights are drawn where they belong.
+        # Weights are drawn on their final device.
         cpu_ram_efficient_loading=False,
     )
 
@@ -113,8 +114,8 @@ def _fsdp_plugin(training: TrainingConfig) -> FullyShardedDataParallelPlugin:
 def place(model: TransfusionMoT, accelerator: Accelerator, seed: int) -> None:
     """Shard a model that is on `meta` (FSDP2), give it memory on this rank's device and draw its weights.
 
-    accelerate would do it beside the optimizer, whose parameters it finds again by their addresses: on `meta` all have
-    the same one, as have all empty shards. Here the optimizer is made afterwards.
+    accelerate would shard the optimizer at the same time and match its parameters by their addresses, which are equal
+    for all parameters on `meta` and for all empty shards. Here the optimizer is made afterwards.
     """
     if accelerator.is_fsdp2:
         fsdp2_prepare_model(accelerator, model)
@@ -123,7 +124,7 @@ def place(model: TransfusionMoT, accelerator: Accelerator, seed: int) -> None:
 
 
 def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """What a training step calls: the model, or what keeps its gradients equal on all ranks (DDP)."""
+    """The module that a training step calls: the model, or its DDP wrapper."""
     if accelerator.is_fsdp2:
         return model
     if accelerator.ddp_handler is not None:
@@ -133,20 +134,20 @@ def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def end_preparing(accelerator: Accelerator) -> None:
-    """From here on a rank that others wait for longer than half an hour ends the run; called by all ranks."""
+    """Set the timeout of collectives to that of training; called by all ranks."""
     if not dist.is_initialized():
         return
-    # Nobody is left waiting for a rank that still prepares.
+    # All ranks have finished preparing before the timeout changes.
     accelerator.wait_for_everyone()
     mesh = accelerator.torch_device_mesh
-    # PyTorch 2.11 has it under this name alone.
+    # PyTorch 2.11 has only this private name.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
         set_timeout(_TRAINING, group)
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """A new group of all ranks that talk from host to host, beside what their devices do; None for a single process."""
+    """A new process group of all hosts, independent of the devices; None for a single process."""
     if not dist.is_initialized():
         return None
     return cast(dist.ProcessGroup, dist.new_group(timeout=_TRAINING, backend="gloo"))

@@ -1,6 +1,6 @@
-"""Loss curves of runs side by side: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
+"""Compare loss curves of runs: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
-The loss of each modality: of one run against its steps, of several against steps, FLOPs and seconds of training.
+Draws the loss of each modality: for one run against steps, for several against steps, FLOPs and seconds of training.
 Held-out losses are dotted lines with points.
 """
 
@@ -19,16 +19,17 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
 
 _AXES = ("step", "flops", "seconds")
-# Okabe and Ito's palette: told apart by every eye, and in grey.
+# Okabe and Ito's palette: distinguishable with colour blindness and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _INK, _GRID = "#2b2f36", "#e3e6ea"
-# Points of a smoothed curve; the raw one stays visible behind it.
+# Points of a smoothed curve; the raw curve stays visible behind it.
 _SMOOTHED_POINTS = 30
 _UNITS = ((3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training"))
 
 
 def curve(lines: Lines, loss: str, axis: str) -> tuple[list[float], list[float]]:
-    """(x, y) of a loss against `step`, `flops` or `seconds`; validations lie where the training before them ended."""
+    """(x, y) of a loss against `step`, `flops` or `seconds`; a validation takes x from the end of the training before
+    it."""
     xs, ys = [], []
     latest = None
     for line in lines:
@@ -44,7 +45,7 @@ def smoothed(values: list[float], width: int) -> list[float]:
     half = width // 2
     means = []
     for index in range(len(values)):
-        # As many on both sides, so that the ends of a falling curve stay where they are.
+        # Symmetric windows, so that the ends of a falling curve are not shifted.
         side = min(half, index, len(values) - 1 - index)
         window = values[index - side : index + side + 1]
         means.append(sum(window) / len(window))
@@ -66,9 +67,9 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
         if not any(line.get(loss) for line in lines for loss in loss_units(lines)):
             raise UserError(f"{runs[label]} holds no losses; give run folders of train.py that have trained")
     together = [line for lines in all_lines.values() for line in lines]
-    # One that is always zero is of a modality without labels, such as the instructions of editing pairs.
+    # A loss that is always zero belongs to a modality without labels, such as the instructions of editing pairs.
     units = {loss: unit for loss, unit in loss_units(together).items() if any(line.get(loss) for line in together)}
-    # FLOPs and seconds compare runs; of one run they would show the same curve three times.
+    # For one run, FLOPs and seconds would show the same curve again.
     shown = _AXES if len(runs) > 1 else ("step",)
     figure = Figure(figsize=(9 if len(shown) == 1 else 15, 0.6 + 3.8 * len(units)), layout="constrained")
     grid = figure.subplots(len(units), len(shown), sharey="row", squeeze=False)
@@ -88,7 +89,7 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
         for colour, label in zip(_colours(len(labels)), labels, strict=True)
     ]
     ink = _INK if labels else _COLOURS[0]
-    # Only what is drawn: short runs are not smoothed, and not every run holds something out.
+    # The legend lists only what is drawn: short runs are not smoothed, and some runs have no held-out losses.
     if any(_smoothing(curve(lines, loss, "step")[1]) > 1 for lines in all_lines.values() for loss in units):
         handles.append(Line2D([], [], color=ink, linewidth=0.8, alpha=0.5, label="training"))
         handles.append(Line2D([], [], color=ink, linewidth=1.8, label="training, smoothed"))
@@ -107,7 +108,7 @@ def plot_runs(runs: dict[str, Path], output: Path) -> None:
 
 
 def _unit(axis: str, lines: Lines) -> tuple[float, str]:
-    """In what an axis is numbered, and what it is called."""
+    """Unit and label of an axis."""
     longest = max((line.get(axis, 0.0) for line in lines), default=0.0)
     if axis == "seconds":
         return next(((unit, name) for unit, name in _UNITS if longest >= unit), _UNITS[-1])
@@ -118,7 +119,7 @@ def _unit(axis: str, lines: Lines) -> tuple[float, str]:
 
 
 def _smoothing(values: list[float]) -> int:
-    """Points of the window that a curve is smoothed with; 1 leaves it as it is."""
+    """Number of points of the smoothing window; 1 is no smoothing."""
     return len(values) // _SMOOTHED_POINTS * 2 + 1
 
 
@@ -139,7 +140,7 @@ def _draw(axes: Axes, lines: Lines, loss: str, *, axis: str, scale: float, colou
 
 
 class _PlainLogFormatter(LogFormatter):
-    """Numbers between powers of ten, as they are written in text."""
+    """Plain numbers at ticks between powers of ten."""
 
     def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
         return f"{x:g}"
@@ -161,7 +162,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw, as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.training.plot",
         description=__doc__,
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def labels_of(runs: list[Path]) -> list[str]:
-    """The last names of run folders, with as many parents as it takes to tell them apart."""
+    """The names of run folders, with as many parent folders as are needed to distinguish them."""
     parts = [run.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(names[-depth:]) for names in parts]

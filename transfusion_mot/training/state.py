@@ -1,7 +1,7 @@
-"""Training states: everything a run goes on from, written by torch.distributed.checkpoint, each rank its share.
+"""Training states: everything that resumes a run, written by torch.distributed.checkpoint, each rank its share.
 
-Tensors have names, not places: any number of ranks reads them, sharded or not. There is no state of random generators:
-every draw comes from the seed, the step, and the row or process.
+Tensors are stored by name, so any number of ranks can read them, sharded or not. No state of random generators is
+saved, because every draw depends only on the seed, the step, and the row or process.
 """
 
 import json
@@ -37,30 +37,30 @@ from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.parallel import host_group
 
 LANES = "lanes"
-# Raise it when names of parameters or what a lane remembers change. States of version 0.1 have no number.
+# Increase it when parameter names or lane states change. States of version 0.1 have no number.
 _FORMAT = 2
 
-# One process is not worth a warning.
+# The warning about a single process is not useful.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class StateWriter:
     """Writes training states while training goes on, and removes old states and snapshots.
 
-    `save` copies what is to be written to the CPU and returns; the next `save` waits for the one before, and the end of
-    the `with` block for the last. All ranks call each of these.
+    `save` copies the state to the CPU and returns. The next `save` waits for the previous one, and the end of the
+    `with` block waits for the last. All ranks call each method.
 
     Args:
         run: Run folder.
-        keep_last: How many of the newest states and of the newest snapshots are kept.
-        keep_every: Those of every so many steps are kept, too; 0 is none.
+        keep_last: Number of newest states and of newest snapshots to keep.
+        keep_every: Also keep those of every multiple of this number of steps; 0 is none.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:
         self.run = run
         self.keep_last = keep_last
         self.keep_every = keep_every
-        # Of its own: the thread that writes talks to other ranks while training does.
+        # A separate group, because the writing thread communicates with other ranks during training.
         self.group = host_group()
         self.rank = dist.get_rank() if self.group is not None else 0
         self.world_size = dist.get_world_size() if self.group is not None else 1
@@ -75,9 +75,10 @@ class StateWriter:
         self.thread.shutdown()
 
     def begin(self, step: int) -> None:
-        """Leave word that the state after `step` steps will be written, before the snapshot of that step is.
+        """Mark that the state after `step` steps will be written, before the snapshot of that step is.
 
-        By it a run that is killed between the two in its first save is told from one whose states were removed.
+        The mark distinguishes a run that was killed between the two in its first save from one whose states were
+        removed.
         """
         if self.rank == 0:
             begin_aside(self._folder(step))
@@ -91,12 +92,12 @@ class StateWriter:
         """Begin to write the training state after `step` steps.
 
         Args:
-            tensors: Of `state_tensors`; equal on all ranks where they are not sharded.
-            progress: Anything that JSON holds.
-            best_step: The step whose snapshot is kept whatever comes after it.
+            tensors: Result of `state_tensors`; unsharded tensors are equal on all ranks.
+            progress: JSON values.
+            best_step: The step whose snapshot is always kept.
 
         Raises:
-            UserError: The state before could not be written.
+            UserError: The previous state could not be written.
         """
         self.wait()
         folder = self._folder(step)
@@ -106,7 +107,7 @@ class StateWriter:
             (aside / PROGRESS_FILE).write_text(json.dumps({"format": _FORMAT, **progress}))
         if self.group is not None:
             dist.barrier(self.group)
-        # What every rank has is shared out, so that none copies and writes all of it.
+        # Tensors that every rank has are divided among the ranks, so that none copies and writes all of them.
         mine = {
             name: tensor
             for number, (name, tensor) in enumerate(tensors.items())
@@ -126,7 +127,7 @@ class StateWriter:
             prune(self.run / "snapshots", self.keep_last, self.keep_every, best_step)
 
     def wait(self) -> None:
-        """Return when the last state is on the disk.
+        """Wait until the last state is on the disk.
 
         Raises:
             UserError: It could not be written.
@@ -137,8 +138,8 @@ class StateWriter:
                 pending.result()
         except (CheckpointException, OSError) as error:
             raise UserError(
-                f"a training state could not be written below {self.run / 'state'} ({_reason(error)}); states saved "
-                "before are unharmed: make room, and start again to go on from the newest"
+                f"a training state could not be written below {self.run / 'state'} ({_reason(error)}); earlier states "
+                "are intact: free disk space, and start again to resume from the newest"
             ) from None
 
 
@@ -155,7 +156,7 @@ def state_tensors(model: nn.Module, ema: EMA, optimizer: Optimizer, lanes: Tenso
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
-    """What a training state holds besides tensors.
+    """The part of a training state that is not tensors.
 
     Raises:
         UserError: The file is damaged, or another version wrote it.
@@ -172,8 +173,8 @@ def load_progress(folder: Path) -> dict[str, Any]:
         )
     if progress["format"] != _FORMAT:
         raise UserError(
-            f"{folder} has the format {progress['format']}, and this version reads {_FORMAT}: go on with the version "
-            "that wrote it, or use another output_dir"
+            f"{folder} has the format {progress['format']}, but this version reads {_FORMAT}: continue with the "
+            "version that wrote it, or use another output_dir"
         )
     return progress
 
@@ -182,8 +183,8 @@ def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder
     """Refuse to resume with another model, codec, tokenizer or number of rows.
 
     Args:
-        trained_with: What the state says, by name.
-        given: What there is now.
+        trained_with: Settings stored in the state, by name.
+        given: Settings now.
         folder: The training state.
 
     Raises:
@@ -193,14 +194,14 @@ def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder
         if part not in trained_with:
             raise UserError(
                 f"{folder} does not say with which {part} it was trained, so an older version wrote it; "
-                "go on with that version, or use another output_dir"
+                "continue with that version, or use another output_dir"
             )
         before = trained_with[part]
         if before != now:
             before, now = _differing(before, now)
             raise UserError(
-                f"{folder} was trained with another {part}: {before}, and now it is {now}; "
-                f"go on with its own configuration, --config {run_config_file(folder)}, or use another output_dir"
+                f"{folder} was trained with another {part}: {before}, and now it is {now}; continue with "
+                f"--config {run_config_file(folder)}, or use another output_dir"
             )
 
 
@@ -218,7 +219,7 @@ def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder:
 
     Args:
         config: Settings now.
-        kept: Of the run that is resumed.
+        kept: Settings of the resumed run.
         folder: Its training state.
 
     Raises:
@@ -228,8 +229,8 @@ def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder:
     try:
         before = TokenizerConfig(**yaml.safe_load(file.read_text())["tokenizer"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
-        before = None  # The user has removed it, or writes it by hand.
-    # With a path, `vocab_size` says nothing.
+        before = None  # The file is missing or was edited by hand.
+    # With a path, `vocab_size` has no effect.
     if before is not None and before.path == config.path and (config.path or before.vocab_size == config.vocab_size):
         return
     if config.path is not None:
@@ -243,16 +244,16 @@ def refuse_other_tokenizer(config: TokenizerConfig, kept: TextTokenizer, folder:
     else:
         given = f"tokenizer.vocab_size is {config.vocab_size}, and was {before.vocab_size}"
     raise UserError(
-        f"{folder} was trained with another tokenizer: {given}; go on with its own configuration, --config {file}, or "
-        "use another output_dir"
+        f"{folder} was trained with another tokenizer: {given}; continue with --config {file}, or use another "
+        "output_dir"
     )
 
 
 def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer) -> Tensor:
     """Read a training state into a model, its averages and its optimizer => the states of all lanes [rows, n].
 
-    Of the optimizer, the moments come back; betas, epsilon and weight decay stay those of the configuration. A
-    parameter that was not trained before starts without moments, and its average with what it is.
+    Only the moments of the optimizer are restored; betas, epsilon and weight decay are those of the configuration. A
+    parameter that was not trained before starts without moments, and its average starts at its value.
 
     Raises:
         UserError: A file is damaged.
@@ -272,7 +273,7 @@ def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer)
         for full_name in [full_name for full_name in saved if full_name.startswith(prefix)]:
             if id(parameter) in trained:
                 like = saved[full_name]
-                # Sharded as the parameter, unless it is a number.
+                # Moments are sharded like the parameter; scalars are not.
                 whole = like.shape == parameter.shape
                 of_form = parameter.detach() if whole else like
                 moment = torch.zeros_like(of_form, dtype=like.dtype, device=parameter.device)
@@ -286,7 +287,7 @@ def load_tensors(folder: Path, model: nn.Module, ema: EMA, optimizer: Optimizer)
 
 
 def _saved_tensors(folder: Path) -> dict[str, Tensor]:
-    """Tensors as they were saved, still empty."""
+    """Empty tensors with the saved shapes and dtypes."""
     try:
         entries = FileSystemReader(folder).read_metadata().state_dict_metadata
         return {
@@ -294,7 +295,7 @@ def _saved_tensors(folder: Path) -> dict[str, Tensor]:
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-    except Exception as error:  # Whatever unpickling finds in a damaged file.
+    except Exception as error:  # Unpickling a damaged file can raise any exception.
         raise _unreadable(folder, error) from None
 
 
@@ -310,7 +311,7 @@ def _unreadable(folder: Path, error: BaseException) -> UserError:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of an error on several ranks, that of the first."""
+    """An error in one line; for an error on several ranks, that of the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

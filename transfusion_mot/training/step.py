@@ -16,13 +16,13 @@ from transfusion_mot.training.towers import grad_norms
 
 
 class StepResult(NamedTuple):
-    """What a step leaves for the log; all on the device, so that nothing waits for it.
+    """Results of a step for the log. All tensors are on the device, so nothing waits for it.
 
     Attributes:
-        losses: Of each modality, the unweighted losses of this rank's slots, see `Terms`: [rows, T] or [rows, K].
+        losses: For each modality, the unweighted losses of this rank's slots, see `Terms`: [rows, T] or [rows, K].
         counts: [modalities], labelled tokens or elements of all ranks.
-        grad_norm: [], before clipping. Where it is not finite, no parameter has changed.
-        tower_grad_norms: [] each, likewise; of the towers that are trained.
+        grad_norm: [], before clipping. If it is not finite, no parameter has changed.
+        tower_grad_norms: [] each, before clipping, for the trained towers.
     """
 
     losses: dict[str, Tensor]
@@ -37,32 +37,32 @@ def loss_terms(model: nn.Module, batch: Batch, z_loss_weight: float = 0.0) -> di
 
 
 def clipped_step(optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float) -> None:
-    """Update with gradients clipped to a global norm, which is `grad_norm` before.
+    """Update with gradients clipped to a global norm; `grad_norm` is their norm before clipping.
 
-    If it is not finite nothing changes; the host does not wait to know.
+    If it is not finite, the device changes nothing; the host does not wait for the result.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper passes no attributes on
     assert getattr(optimizer, "_step_supports_amp_scaling", False)
-    # What a gradient scaler would say: gradients are divided where they are read anyway, not in a pass of its own.
+    # As with a gradient scaler: the optimizer divides gradients while it reads them, without a separate pass.
     vars(optimizer)["found_inf"] = (~grad_norm.isfinite()).float()
     vars(optimizer)["grad_scale"] = (grad_norm / max_grad_norm).clamp(min=1.0).float()
     optimizer.step()
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:
-    """Let all that a step draws at random, the masks of dropout, follow from the step and the process alone.
+    """Seed the random draws of a step (dropout masks) so that they depend only on seed, step and process.
 
-    Only generators on the host are set, from which each kernel takes its seed; a CUDA graph does so at each replay.
+    Only host generators are seeded. Each kernel takes its seed from them, and a CUDA graph does so at each replay.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1, np.uint64)[0]))
 
 
 def num_shapes(config: RunConfig, num_processes: int) -> int:
-    """At least as many as the forms of input that a function which is compiled by shape meets in a run.
+    """Upper bound on the number of input shapes that a compiled function sees in a run.
 
-    Rows come in microbatches, of which the last may be smaller, alone where the guards look for one, and as many at a
-    time as validation takes; images in the sizes of the buckets. Inputs of a function have no gradient in validation,
-    or, where a tower is frozen, in the first block alone.
+    Rows come in full microbatches, in a smaller last one, one by one in the guards, and in batches of validation;
+    images come in the sizes of the buckets. Inputs have no gradient in validation and, with a frozen tower, in the
+    first block.
     """
     own = config.training.num_rows // num_processes
     at_once = config.training.microbatch_rows or own
@@ -83,21 +83,21 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
-    Each loss is a sum over its own count of the whole global batch, so that the gradient does not depend on how rows
-    are spread over microbatches and ranks, unless there is dropout or noise of codes, or products have 8 bits.
+    Each loss is a sum divided by its count over the global batch. So the gradient does not depend on how rows are split
+    into microbatches and ranks, unless there is dropout, code noise or 8-bit products.
 
     Args:
         loss_weights: Factor of the mean loss of each modality.
     """
     counts = accelerator.reduce(batch.counts(), reduction="sum")
-    # Data parallelism averages over ranks what must be a sum.
+    # Data parallelism averages gradients over ranks, but they must be summed.
     scales = dict(zip(batch.with_loss, (accelerator.num_processes / counts.clamp(min=1)).float().unbind(), strict=True))
     losses: dict[str, list[Tensor]] = {name: [] for name in batch.with_loss}
     microbatches = batch.split(microbatch_rows)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            # Around everything: FSDP's weights are in bfloat16 already where the forward begins.
+            # Autocast surrounds the whole forward, because FSDP's weights are already in bfloat16 at its start.
             with accelerator.autocast():
                 terms = loss_terms(model, microbatch, z_loss_weight)
             total = sum(loss_weights[name] * term.loss * scales[name] for name, term in terms.items())

@@ -1,4 +1,4 @@
-"""Ending a run before its last step: when asked by a signal, or when its time is over."""
+"""Stopping a run early: on a signal, or when its time is over."""
 
 import signal
 import time
@@ -14,15 +14,15 @@ from transfusion_mot.training.parallel import host_group
 class Stop:
     """Notices SIGTERM, SIGINT and the end of the time, and lets all ranks agree on the step after which they stop.
 
-    What a rank has noticed reaches the others by an all-reduce of one number between hosts, begun in one step and read
-    in the next: no step waits for a device. A second signal ends the process at once.
+    Ranks agree by an all-reduce of one number between hosts, which is started in one step and read in the next, so that
+    no step waits for a device. A second signal ends the process at once.
 
-    So does any before the first step is done, when there is nothing to save. That step compiles, in processes of the
-    compiler that the same signal may have ended: it might never be done.
+    Before the end of the first step, any signal ends the process at once: there is nothing to save, and the same signal
+    may have ended compiler processes that the step would wait for.
 
     Args:
-        started: `time.monotonic()` when the time began.
-        max_minutes: The time; 0 is no limit.
+        started: `time.monotonic()` at the start of the time.
+        max_minutes: Maximum minutes; 0 is no limit.
     """
 
     def __init__(self, started: float, max_minutes: float) -> None:
@@ -44,7 +44,7 @@ class Stop:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Let signals do what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in (self.before or {}).items():
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""Losses of a model on whole held-out texts, each read once: per token, and per byte, which no tokenizer changes."""
+"""Losses of a model on whole held-out texts, per token and per byte. Losses per byte do not depend on the tokenizer."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.training.step import loss_terms
 
-# Documents that are packed together.
+# Number of documents that are packed together.
 _GROUP = 256
 
 
@@ -31,9 +31,9 @@ class TextReader:
     """How texts are laid out in rows, as in training.
 
     Attributes:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         rope: Kind of rotary positions.
-        text_slots: Of a row; a longer text is cut, and its rest read on without what is before the cut.
+        text_slots: Text slots of a row; a longer text is cut, and the rest is read without the part before the cut.
         rows_at_once: Rows of one forward.
     """
 
@@ -45,7 +45,7 @@ class TextReader:
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens that are read together: inputs, the tokens that follow them, and whose they are."""
+    """Tokens that are read together: input ids, label ids, and the index of their document."""
 
     inputs: list[int]
     labels: list[int]
@@ -61,24 +61,24 @@ def text_losses(
 ) -> list[Metric]:
     """Mean loss and perplexity of the tokens of texts, and bits per byte of UTF-8; called by all processes.
 
-    Loss and perplexity include the token behind a text, as in training: end of text, or the begin token of the media
-    that a caption stands before. Bits per byte leave it out.
+    Loss and perplexity include the token after a text, as in training: end of text, or after a caption the begin token
+    of its media. Bits per byte do not include it.
 
     Args:
-        model: With all its weights on the device.
-        texts: To read.
-        ends_in: Modality of what stands behind each: `text` is nothing.
-        reader: Of the model.
-        processes: Which share the texts.
+        model: The model, with all weights on the device.
+        texts: Texts to read.
+        ends_in: Modality of the item after each text; `text` means none.
+        reader: Row layout for the model.
+        processes: Processes that share the texts.
 
     Raises:
-        UserError: The texts have no byte.
+        UserError: All texts are empty.
     """
     tokenizer = reader.tokenizer
     end = tokenizer.eos_id if ends_in == TEXT else tokenizer.begin_ids[ends_in]
     sizes = np.array([len(text.encode()) for text in texts])
     if not sizes.sum():
-        raise UserError(f"{len(texts)} held-out texts have nothing in them; bits per byte need some text")
+        raise UserError(f"all {len(texts)} held-out texts are empty; bits per byte need some text")
     device = next(model.parameters()).device
 
     def batches(rank: int, world: int) -> Iterator[Tensor]:
@@ -109,8 +109,8 @@ def text_losses(
 
 @torch.no_grad()
 def _document_losses(model: nn.Module, documents: list[list[int]], reader: TextReader, device: torch.device) -> Tensor:
-    """[N, 3]: summed loss of each document's tokens, loss of its last, and number of tokens."""
-    # On the CPU: not every GPU has float64.
+    """[N, 3]: summed loss of each document's tokens, loss of its last token, and number of tokens."""
+    # On the CPU, because not every device has float64.
     result = torch.zeros(len(documents), 3, dtype=torch.float64)
     result[:, 2] = torch.tensor([len(tokens) - 1 for tokens in documents])
     rows = _packed(documents, reader.text_slots)
@@ -122,14 +122,14 @@ def _document_losses(model: nn.Module, documents: list[list[int]], reader: TextR
             for window in windows:
                 end = place + len(window.inputs)
                 result[window.document, 0] += losses[row, place:end].sum()
-                # A document's windows come in order, so what stays is of its last token.
+                # A document's windows come in order, so the remaining value is that of its last token.
                 result[window.document, 1] = losses[row, end - 1]
                 place = end
     return result
 
 
 def _packed(documents: list[list[int]], slots: int) -> list[list[_Window]]:
-    """Documents, cut to `slots`, one after the other into rows."""
+    """Cut documents to `slots` and pack them into rows, one after the other."""
     rows: list[list[_Window]] = []
     free = 0
     for document, tokens in enumerate(documents):
@@ -145,7 +145,7 @@ def _packed(documents: list[list[int]], slots: int) -> list[list[_Window]]:
 
 
 def _batch(rows: list[list[_Window]], reader: TextReader) -> Batch:
-    """Rows of text alone: other modalities have no slots."""
+    """A batch of text-only rows: other modalities have no slots."""
     shape = len(rows), reader.text_slots
     ids = torch.full(shape, reader.tokenizer.pad_id)
     labels = torch.full(shape, IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Which tower a parameter belongs to, and what training does by tower: freezing, gradient norms."""
+"""The tower of each parameter, frozen towers, and gradient norms of towers."""
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 
 
 def tower_of(name: str, config: ModelConfig) -> str:
-    """Tower of a parameter of `TransfusionMoT`: its owner in the blocks, else that of its modality.
+    """Tower of a parameter of `TransfusionMoT`: its owner in the blocks, else the tower of its modality.
 
-    What towers share belongs to `shared`. The adapter of latents that are only read belongs to the tower of the
-    modality that they are of: it begins at random and must learn also where the tower that reads is frozen.
+    Shared parameters belong to `shared`. The adapter of a `read` modality belongs to the tower of the modality that it
+    reads: it starts at random and must learn even if the reading tower is frozen.
     """
     if name.startswith("modalities."):
         return config.modalities[config.content_of(name.split(".")[1])].tower
@@ -26,7 +26,7 @@ def check_towers(config: RunConfig) -> None:
     """Refuse settings of towers that the model does not have.
 
     Raises:
-        UserError: Names the key, what it holds and what it needs.
+        UserError: Names the key, its value and the valid values.
     """
     known = [*config.model.towers, *([SHARED] if len(set(config.model.untied)) < 4 else [])]
     frozen, scales = config.training.frozen_towers, config.optimizer.tower_lr_scale
@@ -40,19 +40,19 @@ def check_towers(config: RunConfig) -> None:
             raise UserError(f"{key} names {unknown}; the model has {', '.join(dict.fromkeys(known))}")
     if insulated and (SHARED in known or len(config.model.towers) == 1):
         raise UserError(
-            f"training.insulated_towers is {insulated}, which is for towers that share no weights; use more than one "
+            f"training.insulated_towers is {insulated}, but insulated towers must not share weights; use more than one "
             "tower and model.untied=[norm, qkv, output, ffn]"
         )
     if set(frozen) == set(known):
-        raise UserError(f"training.frozen_towers is {frozen}, which is the whole model; leave a tower to train")
+        raise UserError(f"training.frozen_towers is {frozen}, which freezes the whole model; leave a tower to train")
     if too_low := {tower: scale for tower, scale in scales.items() if scale <= 0}:
         raise UserError(
-            f"optimizer.tower_lr_scale has {too_low}; it must be above 0 (training.frozen_towers stops a tower)"
+            f"optimizer.tower_lr_scale has {too_low}; it must be above 0 (training.frozen_towers freezes a tower)"
         )
 
 
 def freeze_towers(model: TransfusionMoT, towers: list[str]) -> None:
-    """Let the parameters of some towers need no gradient; before the optimizer and the parallel wrapper are made."""
+    """Freeze the parameters of some towers, before the optimizer and the parallel wrapper are made."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(tower_of(name, model.architecture) not in towers)
 
@@ -62,7 +62,7 @@ def grad_norms(optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
     """Norm [] of all gradients, and [] of each tower's; the host does not wait for them.
 
     Args:
-        optimizer: Made by `make_optimizer`: its groups know their towers.
+        optimizer: From `make_optimizer`; its groups have the names of their towers.
     """
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
@@ -74,5 +74,5 @@ def grad_norms(optimizer: Optimizer) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _whole(norm: Tensor) -> Tensor:
-    """The norm over all ranks where gradients are sharded."""
+    """The norm over all ranks if gradients are sharded."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,4 +1,4 @@
-"""Losses on held-out documents, at fixed timesteps and with fixed noise, so that runs and steps compare."""
+"""Losses on held-out documents at fixed timesteps and with fixed noise, so that runs and steps are comparable."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ from transfusion_mot.training.metrics import CAPTION_LOSS, loss_name
 from transfusion_mot.training.step import loss_terms
 
 # Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
-# (bucket, what builds rows of it).
+# (bucket, packer of its rows).
 _Packers = list[tuple[int, Packer]]
 
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -38,21 +38,21 @@ SEED = 0
 class Validation:
     """Held-out rows, and the losses of a model on them.
 
-    Captions stand before their media for the loss of each modality (`text_loss`: of all text; of media: given what
-    stands before them), and behind clean media for `caption_loss`. A loss is missing where nothing that is held out has
-    it. Without media there are rows of texts, or of codes, alone.
+    For the loss of each modality, captions stand before their media: `text_loss` covers all text, a loss of media is
+    conditional on the items before them. For `caption_loss`, captions stand after clean media. Losses without held-out
+    documents are missing. Without media there are only rows of texts or codes.
 
-    With `data.orders` there are rows for each order, each of documents that have its items. The loss of a modality is
-    over the rows of all orders, of latents over those that they end; and the last item of each order has a loss of its
-    own, such as `speech_loss/text-speech`. There is no `caption_loss`.
+    With `data.orders` there are rows for each order, with documents that have its items. The loss of a token modality
+    covers the rows of all orders; a loss of latents covers the orders that end with them. The last item of each order
+    has its own loss, such as `speech_loss/text-speech`. There is no `caption_loss`.
 
     Args:
         sources: Held-out sources, at least one.
-        tokenizer: Of the run.
-        config: Of the run.
+        tokenizer: The run's tokenizer.
+        config: The run's configuration.
         encoder: Encodes media that have no cached latents.
         rows_at_once: Rows of one forward.
-        prompt_dropout_prob: Share of the media in front of which nothing stands, neither captions nor what is edited.
+        prompt_dropout_prob: Share of the media without anything before them (neither caption nor source image).
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class Validation:
             )
 
         def packers(sources: Sources, layout: dict[str, Any], order: Sequence[str] | None = None) -> _Packers:
-            """(bucket, packer) of every bucket that has media; a lane each row, so that no media come twice."""
+            """(bucket, packer) of every bucket with media; one lane for each row, so that no media come twice."""
             result = []
             for bucket, pools in enumerate(sources.media_pools):
                 if not pools:
                     continue
                 available = sum(sources.pools[pool].length for pool in pools)
-                # Something stands behind media.
+                # The order has an item after the media.
                 is_copied = order is not None or layout.get("caption_first_prob") == 0
                 most = most_in_a_row(
                     sources, bucket, config, is_copied=config.data.has_copies and is_copied, order=order
@@ -112,7 +112,7 @@ class Validation:
         others = sources.only(lambda documents: not documents.is_paired) if orders else sources
         self.caption_first: _Packers = packers(others, caption_first) if others.sources else []
         if others.sources and not self.caption_first:
-            # Documents of tokens alone lie in rows of the first bucket, whose media slots stay empty.
+            # Token-only documents fill rows of the first bucket, whose media slots stay empty.
             self.caption_first = [(0, packer(others, caption_first, token_rows(others, tokenizer, config)))]
         self.media_first: _Packers = []
         if not orders:
@@ -131,7 +131,7 @@ class Validation:
         """Mean losses over all held-out rows, by name; called by all ranks, which share the rows."""
         timesteps = TIMESTEPS if self.latents else ()
         names = model.architecture.made
-        # Rows of each kind, and the timesteps at which their latents are noised.
+        # Rows of each kind, and the timesteps of their latents.
         kinds: list[tuple[_Packers, Sequence[float]]] = [(self.media_first, ()), (self.caption_first, timesteps)]
         kinds += [(rows, timesteps if last_of(order) in self.latents else ()) for order, rows in self.orders.items()]
         # Without noise, and at each timestep.
@@ -142,7 +142,7 @@ class Validation:
                     for index, timestep in enumerate((0.0, *noised_at)):
                         sums[kind, index] += _sums_and_counts(model, batch.at(timestep))
         sums = accelerator.reduce(sums, reduction="sum")
-        # Captions behind their media are a loss of their own.
+        # Captions after their media have their own loss.
         losses = self._means(sums[1:].sum(0), names)
         if TEXT in names and loss_name(TEXT) in losses and self.media_first:
             losses[CAPTION_LOSS] = self._means(sums[0], names)[loss_name(TEXT)]
@@ -154,7 +154,7 @@ class Validation:
         return losses
 
     def _means(self, sums: Tensor, names: Sequence[str]) -> dict[str, float]:
-        """Sums and counts [1 + timesteps, modalities, 2] => mean losses, of latents over the timesteps and at each."""
+        """Sums and counts [1 + timesteps, modalities, 2] => mean losses; for latents the mean and each timestep."""
         means, counts = (sums[..., 0] / sums[..., 1].clamp(min=1)).tolist(), sums[..., 1].tolist()
         losses = {}
         for place, name in enumerate(names):
@@ -189,11 +189,12 @@ class Validation:
         return torch.cat(gathered)
 
     def batches(self, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
-        """This rank's rows of what `losses` measures of each modality: captions in front of media, or all orders."""
+        """This rank's rows for the losses of each modality: captions before media, or all orders."""
         return self._batches([*self.caption_first, *itertools.chain(*self.orders.values())], model, accelerator)
 
     def _batches(self, packers: _Packers, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
-        """This rank's rows; as many batches on every rank, because they forward a sharded model together."""
+        """This rank's rows; every rank has the same number of batches, because all ranks forward a sharded model
+        together."""
         device = _device(model)
         for bucket, packer in packers:
             is_compiled = is_compiled_for_shape(model, device, packer.num_slots(bucket))
@@ -222,7 +223,7 @@ def _sums_and_counts(model: TransfusionMoT, batch: Batch) -> Tensor:
 
 
 def is_compiled_for_shape(model: TransfusionMoT, device: torch.device, num_slots: int) -> bool:
-    """Whether attention over such rows is compiled anew for every number of them."""
+    """Whether attention over these rows is compiled again for each number of rows."""
     return model.kernel(device, num_slots)[0] == "flex"
 
 
@@ -238,11 +239,11 @@ def last_of(order: str) -> str:
 def most_in_a_row(
     sources: Sources, bucket: int, config: RunConfig, *, is_copied: bool, order: Sequence[str] | None = None
 ) -> int:
-    """Most documents with media of a bucket that a row has room for; their texts are taken to be short.
+    """Maximum number of documents with media of a bucket in a row, if their texts are short.
 
     Args:
-        is_copied: Whether latents have a clean copy, which takes a slot too.
-        order: The modalities that documents consist of; None is all that they have.
+        is_copied: Whether latents have a clean copy, which also takes a slot.
+        order: The modalities of the documents; None is all that they have.
     """
     shortest: dict[str, int] = {}
     for pool in (sources.pools[index] for index in sources.media_pools[bucket]):
@@ -262,13 +263,12 @@ def most_in_a_row(
                 taken += media.slots
             shortest |= {name: min(length, shortest.get(name, length)) for name, length in taken.items()}
     room = [config.data.slots[name] // length for name, length in shortest.items()]
-    # A document may have one of its modalities alone; one of an order has all.
+    # A document may have only one of its modalities; a document of an order has all of them.
     return max(1, sum(room) if order is None else min(room, default=1))
 
 
 def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
-    """Rows that about as many documents of tokens alone fill as a validation uses, or all held-out ones if they are
-    fewer."""
+    """Number of rows for the token-only documents of a validation, or for all held-out ones if there are fewer."""
     most, reader = (
         config.training.num_validation_documents,
         DocumentReader(tokenizer, config.data, config.model.readers),

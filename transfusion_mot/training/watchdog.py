@@ -10,20 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-# A process whose file is this much older than the others' period has ended, or is frozen.
+# A process whose file is older than this many periods has ended or is frozen.
 _PERIODS_SILENT = 4
 
 
 class Watchdog:
-    """Every process writes where it stands to a file of its own; the main one reads them all when nothing moves.
+    """Every process writes its progress to its own file; the main process reads all of them if a run stands still.
 
-    The loop only sets a few attributes. The files lie in the run folder, which all machines must share to be seen. As a
-    context, it watches until its end.
+    The training loop only sets a few attributes. The files are in the run folder, which all machines must share. Used
+    as a context manager, it watches until the context ends.
 
     Args:
-        folder: Where the files go.
-        rank, world_size: This process and their number.
-        minutes: Without progress, after which the late process is named, again and again; 0 watches nothing.
+        folder: Folder of the files.
+        rank, world_size: This process and the number of processes.
+        minutes: Time without progress after which the late process is named, repeatedly; 0 is off.
     """
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, minutes: float) -> None:
@@ -52,7 +52,7 @@ class Watchdog:
                 self.folder.rmdir()
 
     def at(self, step: int, doing: str) -> None:
-        """Say what this process begins to do, and in which step."""
+        """Record what this process starts to do, and in which step."""
         self._step, self._doing, self._since = step, doing, time.time()
 
     def _path(self, rank: int) -> Path:
@@ -84,14 +84,14 @@ class Watchdog:
                 print(f"\nwarning: the watchdog cannot use {self.folder}: {error}", file=sys.stderr, flush=True)
 
     def report(self) -> str:
-        """Where every process stands, the late ones first by name."""
+        """Progress of every process; late processes are named first."""
         now, states = time.time(), [self._read(rank) for rank in range(self.world_size)]
         missing = [rank for rank, state in enumerate(states) if state is None]
         known = {rank: state for rank, state in enumerate(states) if state is not None}
         silent = {
             rank: state for rank, state in known.items() if now - state["written"] > _PERIODS_SILENT * self.period
         }
-        # The others have gone as far as they can without the late one: it began what it does before all of them.
+        # The other processes wait for the late one, which started its work before all of them.
         moving = {rank: state for rank, state in known.items() if rank not in silent}
         first = min((state["step"], state["since"]) for state in moving.values()) if moving else None
         behind = {rank: s for rank, s in moving.items() if (s["step"], s["since"]) == first}

@@ -1,4 +1,4 @@
-"""What is known about a source, on disk: built once, then mapped by every process and copied into none."""
+"""Index arrays of a source on disk: built once, then memory-mapped by every process without copies."""
 
 import hashlib
 import json
@@ -155,7 +155,7 @@ class StoredArrays:
         return self.strings(name)[start : int(self[ends][index])]
 
     def skipped(self) -> SkippedItems:
-        """What was left out while the arrays were built; a copy of its own, to add to."""
+        """Items skipped while the arrays were built; a copy that can be changed."""
         return SkippedItems(**cast(dict[str, Any], json.loads(json.dumps(self._skipped))))
 
     def __reduce__(self) -> tuple[type["StoredArrays"], tuple[Path]]:
@@ -194,7 +194,7 @@ def arrays_folder(cache_dir: str, name: str, key: object) -> Path:
 
 
 def file_stamp(path: Path) -> list[Any]:
-    """What tells a file from another or an edited one without reading it: path, size and time of change.
+    """Stamp that identifies an unchanged file without reading it: path, size and modification time.
 
     Raises:
         OSError: The file is not there.

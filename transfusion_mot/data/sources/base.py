@@ -1,4 +1,4 @@
-"""What a source gives: documents of texts and media, of one side of the held-out split."""
+"""Interface of sources: documents of texts and media on one side of the held-out split."""
 
 import hashlib
 import logging

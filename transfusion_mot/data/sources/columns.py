@@ -1,4 +1,4 @@
-"""Which media an item of a source has, and in which columns they are, by the configuration of the source."""
+"""Media of a source's items and their columns, from the source's configuration."""
 
 from dataclasses import dataclass
 
@@ -33,22 +33,22 @@ class MediaColumns:
 
     @property
     def prefix(self) -> str:
-        """What the names of the arrays of the second media begin with."""
+        """Prefix of the array names of the second media."""
         return "source_" if self.is_edit else "audio_"
 
     @property
     def second_medium(self) -> Medium:
-        """What its second media are."""
+        """The second media."""
         return "image" if self.is_edit else "audio"
 
     @property
     def second_noun(self) -> str:
-        """What one of its second media is called."""
+        """Name of one of the second media, for messages."""
         return NOUNS[self.second_medium]
 
     @property
     def noun(self) -> str:
-        """What one of its first media is called."""
+        """Name of one of the first media, for messages."""
         return NOUNS[self.medium]
 
     @property
@@ -74,7 +74,8 @@ def media_columns(source: SourceConfig) -> MediaColumns:
     """
     if source.source_image_column is not None and source.audio_column is not None:
         raise UserError(
-            f"source '{source.path}' has source_image_column and audio_column; editing pairs have no audio: remove one"
+            f"source '{source.path}' has both source_image_column and audio_column, but editing pairs have no audio; "
+            "remove one"
         )
     if source.kind == "audiofolder":
         return MediaColumns("audio", source.audio_column)

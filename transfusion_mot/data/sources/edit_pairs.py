@@ -1,4 +1,4 @@
-"""Editing pairs: a source image, an instruction, and the target image that comes of it."""
+"""Editing pairs: a source image, an instruction, and the target image."""
 
 import logging
 from typing import BinaryIO
@@ -121,8 +121,8 @@ def _compare_proportions(name: str, store: PairStore, pairs: Items) -> None:
             example = example or f"'{store.where(2 * pair)}' and its target have {shown} pixels"
     if different:
         _logger.warning(
-            "%s: of %s looked at, %d have a source and a target of different proportions (%s); data.image_fit brings "
-            "both to one size, and what lies in the same place may then differ: give pairs of equal proportions",
+            "%s: of %s checked, %d have a source and a target of different proportions (%s); data.image_fit gives "
+            "both one size, so their contents may not be aligned: give pairs of equal proportions",
             name,
             counted({"pair": len(some)}),
             different,

@@ -98,7 +98,7 @@ def _index_bare_folder(source: SourceConfig, data: DataConfig, folder: Path, col
     suffixes = _SUFFIXES[columns.medium]
     media = [path for path in files if path.suffix.lower() in suffixes]
     if not media:
-        raise UserError(f"{columns.medium} folder '{folder}' has no {columns.noun}s; known are {', '.join(suffixes)}")
+        raise UserError(f"{columns.medium} folder '{folder}' has no {columns.noun}s; known: {', '.join(suffixes)}")
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
 
     def build(writer: ArrayWriter) -> None:
@@ -110,15 +110,15 @@ def _index_bare_folder(source: SourceConfig, data: DataConfig, folder: Path, col
                 try:
                     caption = " ".join(text.read_text(encoding="utf-8-sig").split())
                 except UnicodeDecodeError as error:
-                    raise UserError(f"'{text}' is no UTF-8 text ({error}); save it as UTF-8") from None
+                    raise UserError(f"'{text}' is not UTF-8 text ({error}); save it as UTF-8") from None
             elif columns.medium == "audio":
                 caption = ""
             elif path.parent != folder:
                 caption = " ".join(re.split(r"[\s_-]+", path.parent.name)).strip()
             else:
                 raise UserError(
-                    f"'{path}' has no caption: there is no {_METADATA[0]}, no '{path.stem}.txt' beside it, and it is "
-                    f"in no subfolder whose name says what it shows; write {_METADATA[0]}, with {example}"
+                    f"'{path}' has no caption: there is no {_METADATA[0]}, no '{path.stem}.txt' beside it, and no "
+                    f"subfolder named by its caption; write {_METADATA[0]}, with {example}"
                 )
             items.add(name, [caption] if caption else [], str(text or path))
 

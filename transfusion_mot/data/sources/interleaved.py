@@ -261,7 +261,7 @@ def _write_with_tars(
     missing = writer.skipped.counts.get(_MISSING, 0)
     if missing and not documents.num_images:
         raise UserError(
-            f"interleaved source '{source.path}': it lists {counted({'image': missing})}, and none is in the tar files "
+            f"interleaved source '{source.path}': it lists {counted({'image': missing})}, but none is in the tar files "
             f"of '{source.images}', for example '{writer.skipped.examples[_MISSING][0]}'; "
             + (f"their members are named like '{next(iter(members))}'" if members else "they are empty")
         )
@@ -299,8 +299,8 @@ def _segments(row: Row, source: SourceConfig, where: str) -> Iterator[_Segment]:
     texts, images = _list_in(row, text_column, where), _list_in(row, image_column, where)
     if len(texts) != len(images):
         raise UserError(
-            f"{where}: '{text_column}' has {len(texts)} entries and '{image_column}' {len(images)}; they must have as "
-            "many, with null in one where the other has an entry"
+            f"{where}: '{text_column}' has {len(texts)} entries and '{image_column}' {len(images)}; give "
+            "them equal lengths, with null in one where the other has an entry"
         )
     for text, image in zip(texts, images, strict=True):
         if image is not None:

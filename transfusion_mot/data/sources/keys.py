@@ -1,4 +1,4 @@
-"""Keys of 128 bits: hashes by which images are told apart, many at a time."""
+"""Keys of 128 bits: hashes that identify images, computed for many at a time."""
 
 import hashlib
 

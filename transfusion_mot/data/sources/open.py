@@ -1,4 +1,4 @@
-"""From the configuration of a source to its documents."""
+"""Configuration of a source => its documents."""
 
 import logging
 from pathlib import Path
@@ -67,7 +67,7 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
         Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir, '{data.cache_dir}', cannot be made a folder: {error.strerror}; choose another"
+            f"cannot make the folder data.cache_dir, '{data.cache_dir}': {error.strerror}; choose another"
         ) from None
     refuse_missing_source(source)
     opened = _open(source, data, split)
@@ -83,7 +83,7 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
         )
     if split == "held_out" and source.use == "split" and data.held_out_fraction > 0 and len(opened) == 0:
         _logger.warning(
-            "%s: nothing is held out, and all of it is trained on: it has too few items for data.held_out_fraction %g, "
+            "%s: nothing is held out, so all of it is trained on: it has too few items for data.held_out_fraction %g, "
             "or its field 'split' says so",
             opened.name,
             data.held_out_fraction,
@@ -104,8 +104,8 @@ def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
     if not media_of(source):
         if source.source_image_column is not None:
             raise UserError(
-                f"source '{source.path}' has source_image_column '{source.source_image_column}' and no image_column; "
-                "give image_column, the column of the results of the edits"
+                f"source '{source.path}' has source_image_column '{source.source_image_column}' but no image_column; "
+                "give image_column, the column of the edited images"
             )
         return open_dataset_texts(source, data, split, open_dataset(source), source.path)
     columns = media_columns(source)
@@ -141,7 +141,7 @@ def _open_media(
             first, arrays = index_parquet(source, data, files, columns)
             return [ParquetStore(files, column or first, arrays, unreadable) for _, column, unreadable in parts], arrays
         if any(suffix_of(file) == ".parquet" for file in files):
-            raise UserError(f"parquet source '{path}' holds .parquet and .arrow files; make two sources of them")
+            raise UserError(f"parquet source '{path}' has both .parquet and .arrow files; make two sources of them")
         dataset = open_arrow_files(files)
     else:
         dataset = open_dataset(source)

@@ -1,4 +1,4 @@
-"""Whether the files of data sources are there. Nothing here loads PyTorch or `datasets`, so that it is said at once."""
+"""Checks that the files of data sources exist, without loading PyTorch or `datasets`, so that they are fast."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ from transfusion_mot.hub_names import refuse_missing_path
 # Of a pattern of paths: "{00000..00012}".
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HINT = (
-    "give one, as seen from the working directory (configurations in configs/ say in their first lines how to make "
-    "their data)"
+    "give a path relative to the working directory (the first lines of each file in configs/ say how to make its data)"
 )
 
 
@@ -48,7 +47,7 @@ def refuse_missing_source(source: SourceConfig) -> None:
         refuse_missing_files(source.path, source.kind)
     if source.kind == "coco" and source.annotations is not None and not Path(source.annotations).is_file():
         raise UserError(
-            f"the annotations of coco source '{source.path}' are not there: '{source.annotations}' is not a file"
+            f"the annotations of coco source '{source.path}' are missing: '{source.annotations}' is not a file"
         )
 
 

@@ -1,4 +1,4 @@
-"""Files and parts of files, read where they lie; a failure of the system is tried again."""
+"""Reading of files and parts of files; system failures are retried."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ _Value = TypeVar("_Value")
 
 
 def tried_again(read: Callable[[], _Value]) -> _Value:
-    """What `read` returns, after a pause if the system fails: too many open files, a network that is away, a bad disk.
+    """Call `read`, again after a pause if the system fails: too many open files, no network, a bad disk.
 
     Raises:
         OSError: Of the last attempt, or of the first if another could not end in another way.

@@ -1,4 +1,4 @@
-"""Scenes composed when they are asked for: as many items as one wants; their pictures are not stored."""
+"""Scenes composed on demand: any number of items, whose pictures are not stored."""
 
 from functools import cached_property
 from typing import Literal

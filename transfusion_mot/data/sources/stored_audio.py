@@ -1,4 +1,4 @@
-"""Audio clips of one side of a source: how long each lasts, and what is said in it."""
+"""Audio clips of one side of a source: their durations and texts."""
 
 from typing import Literal
 
@@ -73,7 +73,7 @@ class StoredSpeech(StoredAudio):
         self.media: dict[str, MediaSet] = {self.modality: self}
 
     def document(self, index: int) -> list[Text | MediaItem]:
-        """What is said in one audio clip, if that is known, and the clip."""
+        """The text of one audio clip, if known, and the clip."""
         texts = [Text(self.captions(index))] if self.is_paired else []
         return [*texts, MediaItem(self.modality, index)]
 

@@ -1,4 +1,4 @@
-"""Images of one side of a source: which bucket each takes, and their captions."""
+"""Images of one side of a source: their buckets and captions."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Media of one side of a source: which items are on it, their texts, and what their headers say."""
+"""Media of one side of a source: their items, texts and headers."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split
 
 
 def skipped_on_opening(arrays: StoredArrays, source: SourceConfig, split: Split) -> SkippedItems:
-    """What was left out of the whole source, told on one side only: with the training items, if there are any."""
+    """Skipped items of the whole source, reported on one side only: that of training, if it has items."""
     return arrays.skipped() if is_main_side(source, split) else SkippedItems()
 
 
@@ -147,7 +147,7 @@ class CaptionWriter:
 
 
 class StoredMedia:
-    """What images and audio clips of items of a store have in common.
+    """Shared code for stored images and audio clips.
 
     Raises:
         UserError: There are items on the side, and the media of none is there.
@@ -167,8 +167,8 @@ class StoredMedia:
         # A few held out of a source may be missing by chance.
         if len(items) and not len(self.items) and is_main_side(source, split):
             raise UserError(
-                f"{source.kind} source '{name}': it lists {counted({store.unreadable.what: len(items)})}, and none is "
-                f"there ({counted(skipped.counts)}), for example '{store.where(int(items[0]))}'; "
+                f"{source.kind} source '{name}': it lists {counted({store.unreadable.what: len(items)})}, but none "
+                f"exists ({counted(skipped.counts)}), for example '{store.where(int(items[0]))}'; "
                 + _CHECK.get(source.kind, "check the path of the source and the names in its metadata")
             )
 
@@ -198,7 +198,7 @@ def from_headers(
     values: Sequence[str],
     read: Callable[[MediaStore, Items], list[tuple[int, ...]]],
 ) -> npt.NDArray[np.int64]:
-    """What the header of each of `media` says, [N, values], kept in `cache_dir`; read only where no stamp tells it.
+    """Header values of `media`, [N, values], cached in `cache_dir`; headers of unchanged files are not read again.
 
     Args:
         name: Of what is kept.

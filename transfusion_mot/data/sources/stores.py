@@ -1,4 +1,4 @@
-"""Where the media of a source lie: in files, tar files, parquet files or Arrow tables; read one by one."""
+"""Stores of a source's media: files, tar files, parquet files or Arrow tables, read one item at a time."""
 
 import errno
 import io
@@ -78,7 +78,7 @@ def content_of(store: MediaStore, item: int) -> bytes | Image.Image:
     except EOFError as error:
         raise UserError(
             f"{store.unreadable.what} '{store.where(item)}' is cut off: {error}; its file has changed since it was "
-            "indexed, start again"
+            "indexed: start again"
         ) from None
     except OSError as error:
         raise UserError(
@@ -294,7 +294,7 @@ class ArrowStore:
 
 
 def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, item: int) -> BinaryIO:
-    """What a column of a table holds: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
+    """Open a value of a table column: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
         UnreadableMedia: It is none of them, or null, or there is no such file; names the column and what it holds.
@@ -309,5 +309,5 @@ def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, it
         reason = f"is missing: the column '{store.column}' is empty there"
     else:
         what = "file" if isinstance(value, str) else store.unreadable.what
-        reason = f"cannot be read: the column '{store.column}' holds {value!r:.80}, which is no {what}"
+        reason = f"cannot be read: the column '{store.column}' holds {value!r:.80}, which is not a valid {what}"
     raise store.unreadable(store.where(item), reason)

@@ -1,4 +1,4 @@
-"""Rows of .jsonl, .csv and .parquet files, each with its place, and the fields that are asked of them."""
+"""Rows of .jsonl, .csv and .parquet files with their places, and checks of their fields."""
 
 import csv
 import json
@@ -40,9 +40,9 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
     elif given.is_dir():
         found = [file for file in given.rglob("*") if file.is_file()]
         if not any(suffix_of(file) in suffixes for file in found):
-            instead = f"its files are others, such as '{found[0].name}'" if found else "it is empty"
+            instead = f"it has other files, such as '{found[0].name}'" if found else "it is empty"
             raise UserError(
-                f"{kind} source '{path}' is a folder without a {wanted} file: {_compressed(found) or instead}"
+                f"{kind} source '{path}' is a folder without any {wanted} file: {_compressed(found) or instead}"
             )
         found = [file for file in found if suffix_of(file) in suffixes]
     elif numbers := NUMBERS.search(path):
@@ -62,12 +62,12 @@ def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
 
 
 def suffix_of(file: Path) -> str:
-    """What the name of a file ends with, in lower case: "A.TAR" => ".tar"."""
+    """The suffix of a file name in lower case: "A.TAR" => ".tar"."""
     return file.suffix.lower()
 
 
 def _compressed(files: Sequence[Path]) -> str:
-    """What to say of compressed tar files, if there are any."""
+    """A message about compressed tar files, if there are any."""
     named = next((file.name for file in files if re.search(r"(?i)\.(tgz|tar\.\w+)$", file.name)), None)
     return f"'{named}' is compressed and cannot be read in any order; uncompress it" if named is not None else ""
 
@@ -193,7 +193,7 @@ def json_object(text: str, where: str) -> Row:
 
 
 def from_json(content: str | bytes, problem: str) -> Any:
-    """What JSON says.
+    """Parse JSON.
 
     Raises:
         UserError: `content` is none: `problem`, and what is wrong with it.

@@ -1,4 +1,4 @@
-"""Tar files, indexed once and read in place: WebDataset shards, and images that other documents name."""
+"""Tar files, indexed once and read in place: WebDataset shards, and images of interleaved documents."""
 
 import os
 import tarfile
@@ -44,7 +44,7 @@ class _Sample:
 
 @dataclass
 class _Shard:
-    """What a tar file holds: samples; what is left out, by reason; (reason, problem) of what cannot be understood."""
+    """Contents of a tar file: samples; skipped members by reason; (reason, problem) of invalid members."""
 
     samples: list[_Sample] = field(default_factory=list)
     skipped: SkippedItems = field(default_factory=SkippedItems)

@@ -1,4 +1,4 @@
-"""Files of captions: read, and brought together by the images that they are of."""
+"""Reading of caption files, and matching of captions by image."""
 
 import json
 from collections import defaultdict

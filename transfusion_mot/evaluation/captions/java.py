@@ -1,4 +1,4 @@
-"""Java, and the Java programs of COCO's captioning evaluation, which pycocoevalcap holds."""
+"""Java, and the Java programs of COCO's captioning evaluation in pycocoevalcap."""
 
 import importlib.util
 import shutil

@@ -1,4 +1,4 @@
-"""How near a caption's meaning is to its references', by the cosine of sentence embeddings."""
+"""Similarity in meaning of a caption and its references, by the cosine of sentence embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Captions cut into words the way COCO's evaluation does it: by its Java program, or without Java by rules like its.
+"""Captions split into words as in COCO's evaluation: by its Java program, or without Java by similar rules.
 
 COCO's captioning numbers are computed on the output of Stanford's Penn Treebank tokenizer (CoreNLP 3.4.1, lower-cased)
 less a list of punctuation marks. The rules here were found by comparing with that program on real sentences. As there,
@@ -56,7 +56,7 @@ _MAIL = r"[^\s\"<>|(){}.]"
 
 
 class _Rule(NamedTuple):
-    """What a token looks like, and what must follow it, which counts for how far the rule reaches."""
+    """Pattern of a token, and of the text that must follow it, which counts for the length of the match."""
 
     token: re.Pattern[str]
     followed_by: re.Pattern[str] | None = None

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to two sets of feature vectors, and what it is for infinitely many."""
+"""Frechet distance between Gaussians fitted to two sets of feature vectors, also extrapolated to infinite N."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""How two sets of feature vectors cover each other: precision, recall, density, coverage.
+"""Overlap of two sets of feature vectors: precision, recall, density, coverage.
 
 A set's manifold is the union of balls around its vectors that reach to their k-th nearest neighbour.
 """

@@ -1,7 +1,7 @@
 """Feature networks in which images are compared.
 
-FID is a Frechet distance in the features of one network, Inception-v3 in the weights of 2015-12-05, fed with images
-that were resized in one way. Anything else is another number, so it has another name here.
+FID is a Frechet distance in the features of one network, Inception-v3 with the weights of 2015-12-05, and with one way
+of resizing images. Anything else is a different number and has a different name here.
 """
 
 import logging
@@ -97,7 +97,7 @@ def load_feature_networks(
     ):
         if given is not None and not set(users) & set(choices):
             raise UserError(
-                f"{option} '{given}' are given, and the features are {', '.join(choices)}; add {users[0]} to them or "
+                f"{option} '{given}' are given, but the features are {', '.join(choices)}; add {users[0]} to them or "
                 "leave the weights out"
             )
     return [
@@ -109,7 +109,7 @@ def load_feature_networks(
 def _load_dinov2(name: str, weights: str | Path | None, device: torch.device) -> FeatureNetwork:
     """A vision transformer of `timm` at 224 pixels, its class token (as in arXiv 2306.04675)."""
     if not timm.models.is_model_in_modules(name.split(".")[0], {"vision_transformer"}):
-        raise UserError(f"'{name}' is no vision transformer of timm; give one, for example {DEFAULT_DINOV2}")
+        raise UserError(f"'{name}' is not a vision transformer of timm; give one, for example {DEFAULT_DINOV2}")
     try:
         if weights is None:
             ask_hub(f"timm/{name}")

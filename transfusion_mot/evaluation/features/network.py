@@ -1,6 +1,6 @@
-"""What a feature network is, and how images are brought to its input size.
+"""Interface of feature networks, and resizing of images to their input size.
 
-Images are resized on the device of the network: on a processor's cores that takes longer than to decode them.
+Images are resized on the network's device, because resizing on CPU cores takes longer than decoding.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Features of images: computed, kept in a cache, or read as statistics that somebody saved."""
+"""Features of images: computed, cached, or read as saved statistics."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What a distance needs to know of one side.
+    """Features or statistics of one side of a distance.
 
     Attributes:
         gaussian: Moments of the features.
@@ -61,7 +61,7 @@ class SavedStatistics:
 
 
 def open_reference(place: str | Path) -> Sequence[ImageSource] | SavedStatistics:
-    """What generated images are compared with: a folder of images, a tar file, or saved statistics (.npz).
+    """The reference of generated images: a folder of images, a tar file, or saved statistics (.npz).
 
     Raises:
         UserError: There is nothing of that kind.
@@ -217,7 +217,7 @@ def _read_statistics(path: Path, network: FeatureNetwork) -> FeatureSet:
     except Exception as error:
         reason = f"no array {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"'{path}' is no file of statistics ({reason}); give an .npz with mu [D] and sigma [D, D]"
+            f"'{path}' is not a file of statistics ({reason}); give an .npz with mu [D] and sigma [D, D]"
         ) from None
     size = network.num_features
     if mean.shape != (size,) or covariance.shape != (size, size):

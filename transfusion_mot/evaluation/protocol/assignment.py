@@ -1,4 +1,4 @@
-"""What a protocol asks of a model: the prompts to paint, the images to caption, and the real images to compare with."""
+"""The tasks of a protocol: prompts to paint, images to caption, and real images to compare with."""
 
 import hashlib
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is to be done.
+    """The tasks of an evaluation.
 
     Attributes:
         prompts: To paint.
@@ -121,7 +121,7 @@ def listed_prompts(protocol: ProtocolConfig) -> tuple[list[Prompt], list[Caption
     """
     config, count, seed, each = protocol.prompts, protocol.num_images, protocol.seed, protocol.images_per_prompt
     if config.kind == "held_out":
-        raise UserError("prompts of kind 'held_out' are of a run; give a protocol whose prompts stand in a file")
+        raise UserError("prompts of kind 'held_out' belong to a run; give a protocol whose prompts are in a file")
     assert config.path is not None
     if config.kind == "coco":
         assert config.images is not None
@@ -149,9 +149,9 @@ def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) 
         items = [items[place] for place in sorted(chosen)]
     if len(items) < 2:
         raise UserError(
-            f"{len(items)} captioned images are held out, and 2 are needed; of a source with 'use: split' the share "
-            f"data.held_out_fraction ({data.held_out_fraction}), of one with 'use: train' nothing, of one with "
-            "'use: held_out' everything: raise the fraction, change 'use', or give other data by --prompts.run_config"
+            f"{len(items)} captioned images are held out, but 2 are needed; raise data.held_out_fraction "
+            f"({data.held_out_fraction}, for sources with 'use: split'), set 'use' of a source to split or held_out, "
+            "or give other data by --prompts.run_config"
         )
     real = [
         Prompt(f"{place:05d}.png", images.captions(index)[0], 0, image_id=f"{images.fingerprint} {index}")

@@ -1,4 +1,4 @@
-"""How a model is evaluated, as a typed configuration: what is painted and captioned, with what, and what is measured.
+"""Typed configuration of an evaluation: prompts to paint, images to caption, settings and metrics.
 
 `configs/eval/` has a file for each protocol; `parse_config` reads it, and an unknown key is an error.
 """
@@ -17,7 +17,7 @@ from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV
 
 @dataclass
 class PromptsConfig:
-    """What is painted.
+    """The prompts to paint.
 
     Attributes:
         kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
@@ -84,7 +84,7 @@ class ProtocolConfig:
 
     Attributes:
         name: What the report is called.
-        prompts: What is painted.
+        prompts: The prompts to paint.
         captions: Which images are captioned.
         references: Real images that the painted ones are compared with: a folder, a tar file, or saved statistics
             (.npz); null takes the images of the prompts' data set, all of them.

@@ -1,6 +1,6 @@
-"""What is painted and captioned: prompts of COCO, of GenEval or of a text file, and images with reference captions.
+"""Prompts of COCO, of GenEval or of a text file, and images with reference captions.
 
-Which prompts are chosen depends on a seed and on the data alone, not on the order of a file or on a random generator:
+The choice of prompts depends only on a seed and on the data, not on the order of a file or on a random generator:
 the images of COCO are ordered by sha256("{seed} {image id}") and the first N are taken, each with one of its captions.
 A list has a hash, which stands beside every number; two runs with the same hash painted the same prompts with the same
 noise.
@@ -118,7 +118,7 @@ def read_coco(annotations: str, images: str) -> list[CaptionedImage]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"'{annotations}' is no captions file of COCO ({error} is missing or wrong); give "
+            f"'{annotations}' is not a captions file of COCO ({error} is missing or wrong); give "
             "annotations/captions_val2014.json"
         ) from None
     without = [image.image_id for image in found if not any(image.captions)]
@@ -137,7 +137,7 @@ def choose_coco_prompts(
     """
     count = len(images) if num_images is None else num_images
     if count > len(images):
-        raise UserError(f"{count} prompts of distinct images are asked for, and there are {len(images)} images")
+        raise UserError(f"{count} prompts of distinct images are requested, but there are only {len(images)} images")
 
     def draw(what: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:8])
@@ -166,7 +166,7 @@ def read_karpathy(path: str, images: str, split: str = "test") -> list[Captioned
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"'{path}' is no file of Karpathy's splits ({error} is missing or wrong); give dataset_coco.json"
+            f"'{path}' is not a file of Karpathy's splits ({error} is missing or wrong); give dataset_coco.json"
         ) from None
     if not found:
         raise UserError(f"'{path}' has no images in the split '{split}'")
@@ -198,7 +198,7 @@ def read_geneval(path: str) -> list[dict[str, Any]]:
             entry["prompt"].strip()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"'{path}', line {number}: no JSON object with a 'prompt'; give GenEval's evaluation_metadata.jsonl"
+                f"'{path}', line {number}: not a JSON object with a 'prompt'; give GenEval's evaluation_metadata.jsonl"
             ) from None
         lines.append(entry)
     if not lines:

@@ -1,4 +1,4 @@
-"""Painting and captioning many images: shared by processes, kept on disk, gone on with after a kill.
+"""Painting and captioning many images: shared by processes, stored on disk, resumed after a kill.
 
 Images are painted in batches that depend on the list alone. A batch is painted as a whole or again, so that every image
 has the same bits whatever the number of processes and wherever an earlier attempt was killed.
@@ -35,7 +35,9 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
     if folder.is_dir() and any(folder.iterdir()) and not path.exists():
-        raise UserError(f"'{folder}' holds files but no {_SETTINGS_FILE} of ours; give another folder or remove it")
+        raise UserError(
+            f"'{folder}' holds files but no {_SETTINGS_FILE} of this command; give another folder or remove it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = claim(path, settings)

@@ -1,4 +1,4 @@
-"""Reports side by side, and which of their differences are more than noise."""
+"""Comparison of reports, and which differences exceed the noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A measured number with how it was measured, and all numbers of a model as a report; as JSON and as tables."""
+"""Measured numbers with their protocols, and reports of all numbers of a model, as JSON and as tables."""
 
 import datetime
 import json
@@ -38,7 +38,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What a model reaches with one setting of the sampler.
+    """Results of a model with one setting of the sampler.
 
     Attributes:
         settings: `guidance_scale`, and `guidance_interval`, `num_inference_steps` and `scheduler`, or of codes
@@ -105,7 +105,7 @@ class Report:
         lower_is_better: Whether the best picture has the lowest score.
         captions: Real images with the model's captions.
         neighbours: Nearest training images, the closest pair first.
-        notes: What a reader must know: what was left out and why.
+        notes: Notes for the reader: left-out parts with reasons.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Plots of evaluations: what a sweep of the sampler gives, and when a run reaches another one's losses."""
+"""Plots of evaluations: sweeps of sampler settings, and steps until a run reaches another run's losses."""
 
 import io
 import re

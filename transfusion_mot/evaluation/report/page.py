@@ -1,4 +1,4 @@
-"""A report as a single HTML page that needs nothing beside itself: pictures are embedded, nothing is requested."""
+"""A report as a single self-contained HTML page with embedded pictures."""
 
 import base64
 import io
