@@ -146,7 +146,7 @@ MISTAKES = [
     (["--task", "speech", "sun", "--max-seconds", 0], "max_seconds is 0.0; it must be a positive number"),
     (["--task", "speech", "sun", "--code-top-p", 2], "top_p is 2.0"),
     (["--task", "speech", " "], "prompt 1 is empty; write a text"),
-    (["--task", "speech", "sun", "--output", "x.mp3"], "--output x.mp3 is no WAV file"),
+    (["--task", "speech", "sun", "--output", "x.mp3"], "--output x.mp3: speech is written as WAV files"),
     (
         ["--task", "speech", "sun", "--scheduler", "Euler"],
         "--scheduler goes with --task image or edit or auto, not",
