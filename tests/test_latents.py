@@ -274,7 +274,7 @@ def test_the_other_side_of_a_source_is_no_other_way_of_encoding(folder, caplog, 
         images = open_images(folder, data, split)
         caplog.clear()
         encoded_media(images, build_codec(kind), data, batch_size=4)
-        reason = next(message for message in caplog.messages if "encoding what is new" in message)
+        reason = next(message for message in caplog.messages if "encoding new ones" in message)
     assert 0 < len(images) < 7
     assert f"has no {kind} of these {len(images)} images of '{folder}' yet" in reason
     assert "made with" not in reason

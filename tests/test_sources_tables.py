@@ -75,7 +75,7 @@ def test_what_coco_lacks_is_counted(tmp_path, cache, caplog) -> None:
     path.write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
         images = coco(tmp_path / "coco", cache)
-    assert images.skipped == {"missing file": 1, "empty file": 1, "empty caption": 1, "caption of no image": 1}
+    assert images.skipped == {"missing file": 1, "empty file": 1, "empty caption": 1, "caption without an image": 1}
     assert "000000001000.jpg" in caplog.messages[0]
     assert len(images) == 3
     with pytest.raises(UserError, match=r"000000001002\.jpg"):

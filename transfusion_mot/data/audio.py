@@ -53,7 +53,7 @@ def decode_audio(content: AudioInput, where: str | None = None) -> Audio:
         UnreadableAudio: The file is missing, no audio, damaged, empty, or holds values that are not finite.
         UserError: The system failed to read the file.
     """
-    # Infinite values of two signs warn here; they are refused below.
+    # Averaging +inf and -inf would warn here; such files are refused below.
     with _opened(content, where) as (file, where), np.errstate(invalid="ignore"):
         samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
         if not len(samples):
@@ -75,7 +75,7 @@ def audio_seconds(content: AudioInput, where: str | None = None) -> float:
 
 @contextmanager
 def _opened(content: AudioInput, where: str | None) -> Iterator[tuple[soundfile.SoundFile, str]]:
-    """A file that is not decoded yet, with its name; all errors become a `UserError` that names it."""
+    """An open file that is not decoded yet, and its name; every error becomes a `UserError` with this name."""
     where = where or (str(content) if isinstance(content, str | Path) else "the given audio")
     try:
         # libsndfile gives no reason for a path that cannot be opened.

@@ -95,7 +95,7 @@ class Batch:
 
     @property
     def with_loss(self) -> dict[str, ModalityInput]:
-        """The inputs that have a loss: all but those that are only read."""
+        """The inputs that have a loss: all except those that are only read."""
         return {name: given for name, given in self.inputs.items() if given.has_loss}
 
     def counts(self) -> Tensor:
@@ -154,7 +154,7 @@ class Rows:
 # Start of a tensor in the bytes, its type and its shape.
 _Place = tuple[int, torch.dtype, tuple[int, ...]]
 _MEDIA = "media."
-# Kernels read 16 bytes at once where they begin at a multiple.
+# Kernels read 16 bytes at once at aligned addresses.
 _ALIGNMENT = 16
 
 
@@ -208,5 +208,5 @@ class PackedRows:
         return dataclasses.replace(self, content=self.content.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """Called by the data loader, so that the copy to the device need not wait."""
+        """Called by the data loader, so that the host does not wait for the copy to the device."""
         return dataclasses.replace(self, content=self.content.pin_memory())

@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str]) -> list[str]:
     """The settings of train.py on the command line.
 
     Raises:
-        UserError: There are mistakes in them.
+        UserError: They have mistakes.
     """
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.data.cache",
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     lines = []
     num_encoded, seconds = Counter[str](), defaultdict[str, float](float)
     for split in SPLITS:
-        # The first process indexes the sources, the others find the index.
+        # The first process indexes the sources; the others read the index.
         with accelerator.main_process_first():
             sources = open_documents(data, split, config.model.readers.values())
         for name, media in (named for source in sources for named in source.documents.media.items()):

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-# Name => hue in degrees, saturation and value in [0, 1] of a typical one.
+# Name => hue in degrees, saturation and value in [0, 1] of a typical colour with that name.
 COLOURS = {
     "red": (0, 0.85, 0.88),
     "orange": (27, 0.92, 0.98),
@@ -20,8 +20,8 @@ COLOURS = {
     "black": (0, 0.0, 0.17),
     "gray": (0, 0.0, 0.58),
 }
-# Names that a main colour in this range of hues (from, to), saturations and values surely has. Between them lies what
-# people call by either name, or by another.
+# Colours in these ranges of hue (from, to), saturation and value surely have this name. Colours between the ranges are
+# ambiguous.
 _NAMED = (
     ("red", (350, 368), (0.62, 1.0), (0.55, 1.0)),
     ("orange", (20, 36), (0.65, 1.0), (0.8, 1.0)),
@@ -32,11 +32,11 @@ _NAMED = (
     ("pink", (315, 350), (0.25, 0.65), (0.8, 1.0)),
     ("brown", (10, 36), (0.4, 1.0), (0.3, 0.62)),
 )
-# Of a picture in Pillow's HSV, where all three go from 0 to 255.
+# Limits in Pillow's HSV, where all three values are from 0 to 255.
 _HSV = npt.NDArray[np.uint8]
 _OPAQUE, _COLOURED, _LIT = 128, 56, 48
 _OUTLINE = 80
-_WINDOW = 13  # about 18 degrees of hue to either side
+_WINDOW = 13  # about 18 degrees of hue in both directions
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class MainColour:
     """The colour that covers most of a drawing.
 
     Attributes:
-        hue: From 0 to 255, as Pillow has it.
-        saturation: Of what has this hue, the mean, from 0 to 255.
+        hue: From 0 to 255, as in Pillow.
+        saturation: Mean over pixels of this hue, from 0 to 255.
         value: Likewise.
-        share: Of the drawing without its outlines, how much has this hue.
+        share: Share of pixels with this hue, among those outside of outlines.
     """
 
     hue: int
@@ -69,22 +69,22 @@ class MainColour:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether the drawing is of another colour when the areas of this hue are."""
+        """Whether recolouring the areas of this hue changes the colour of the drawing."""
         return self.share >= 0.6
 
 
 def main_colour(drawing: Image.Image) -> MainColour:
-    """Of a drawing in RGBA; of one in greys the share is 0."""
+    """Main colour of an RGBA drawing; the share is 0 for a grey one."""
     pixels = np.asarray(drawing.convert("RGB").convert("HSV")).reshape(-1, 3)[_opaque(drawing)]
     hues, saturations, values = pixels.T
     is_coloured = (saturations >= _COLOURED) & (values >= _LIT)
-    # Dark lines around areas are no colour of the thing; a thing that is all dark has no main colour.
+    # Dark outlines do not count; a drawing that is completely dark has no main colour.
     is_area = is_coloured | (values >= _OUTLINE)
     counts = np.bincount(hues[is_coloured], minlength=256)
     near = np.convolve(np.concatenate([counts[-_WINDOW:], counts, counts[:_WINDOW]]), np.ones(2 * _WINDOW + 1), "valid")
     if not near.any():
         return MainColour(0, 0, 0, 0.0)
-    # The mean of the hues in the window that holds most: of a flat area many windows hold all.
+    # The mean hue in the window with most pixels: several windows can contain all pixels of a flat area.
     start = int(near.argmax()) - _WINDOW
     chosen = is_coloured & _is_near(hues, start + _WINDOW, _WINDOW)
     hue = round(start + float((hues[chosen] - np.uint8(start % 256)).mean())) % 256
@@ -94,16 +94,16 @@ def main_colour(drawing: Image.Image) -> MainColour:
 
 
 def recoloured(drawing: Image.Image, main: MainColour, colour: tuple[float, float, float]) -> Image.Image:
-    """A drawing in RGBA whose areas of the main colour have another one; their shading stays.
+    """Recolour the areas of the main colour of an RGBA drawing, and keep their shading.
 
     Args:
-        drawing: Whose main colour is `main`.
-        main: To be replaced.
-        colour: Hue in degrees, saturation and value in [0, 1] of what comes in its place.
+        drawing: The drawing.
+        main: Its main colour.
+        colour: Hue in degrees, saturation and value in [0, 1] of the new colour.
     """
     hsv: _HSV = np.array(drawing.convert("RGB").convert("HSV"))
     hues, saturations, values = hsv[..., 0], hsv[..., 1], hsv[..., 2]
-    # Somewhat wider than what was counted: the soft edges of areas, which are darker or paler.
+    # A wider range than for the main colour, because soft edges of areas are darker or paler.
     chosen = _is_near(hues, main.hue, _WINDOW + 5) & (saturations >= 28) & (values >= 24)
     hue, saturation, value = colour[0] / 360 * 256, colour[1] * 255, colour[2] * 255
     levels = np.arange(256)
@@ -122,6 +122,6 @@ def _opaque(drawing: Image.Image) -> npt.NDArray[np.bool_]:
 
 
 def _is_near(hues: npt.NDArray[np.uint8], hue: int, distance: int) -> npt.NDArray[np.bool_]:
-    """Whether hues, which turn round at 256, are within a distance of one."""
-    # Unsigned bytes turn round likewise.
+    """Whether hues are within a distance of a hue; hues wrap around at 256."""
+    # Unsigned bytes wrap around in the same way.
     return (hues - np.uint8((hue - distance) % 256)) <= 2 * distance

@@ -85,9 +85,9 @@ class Document:
     too_long: int = 0
 
     def piece(self, used: int, room: dict[str, int], begin_ids: dict[str, int]) -> Piece:
-        """The next piece, after the first `used` tokens and media, that fits this many slots of each modality.
+        """The next piece after the first `used` tokens and media; it has at most this many slots of each modality.
 
-        It ends between two segments; only a segment of tokens that is too long by itself is cut inside.
+        It ends between two segments; only a segment of tokens that does not fit alone is cut inside.
         """
         segments: list[Segment] = []
         slots = {self.stream: 0}
@@ -134,14 +134,14 @@ def join_texts(items: Iterable[str | _Item]) -> list[str | _Item]:
 
 
 class DocumentReader:
-    """Reads documents of sources and orders their items by one of six templates.
+    """Reads documents of sources and arranges their items by one of six templates.
 
     | template | segments |
     | --- | --- |
     | caption first | `BOS caption` media `EOS`; no `EOS` behind latents that have a clean context |
     | prompt dropped | `BOS` media |
     | media first | `BOS` media `caption EOS` |
-    | one of `data.orders` | `BOS` items in that order `EOS`, likewise; or, with the prompt dropped, `BOS` last item |
+    | one of `data.orders` | `BOS` items in that order `EOS` (as above); with the prompt dropped, `BOS` last item |
     | in reading order | `BOS text` media `text ... EOS` |
     | edit | `BOS` condition `instruction` media; the condition, the instruction or both may be dropped |
 
@@ -174,7 +174,7 @@ class DocumentReader:
         return self._codes_alone(source, items)
 
     def _paired(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
-        """Text and media of one thing, in a random order."""
+        """The text and the media of an item, in a random order."""
         config, eos = self.config, self.tokenizer.eos_id
         draws = rng.random(4).tolist()
         flipped = draws[3] < 0.5
@@ -187,7 +187,7 @@ class DocumentReader:
             is_dropped = bool(ordered) and not isinstance(ordered[-1], Text) and draws[1] < config.prompt_dropout_prob
             ordered = ordered[-1:] if is_dropped else ordered
         parts: list[Text | Media] = []
-        # The last item is read first, to know whether an item follows the others.
+        # The last item is read first: only if it is readable does an item follow the others.
         for item in reversed(ordered):
             if not isinstance(item, MediaItem):
                 parts.append(item)
@@ -210,9 +210,9 @@ class DocumentReader:
             most = config.max_caption_tokens - 2 * (num_media - 1)
             document.caption_cut = len(caption) > most
             segments.append(caption[:most])
-        # Without a copy there is no label behind latents: EOS behind those that are not seen, and something else behind
-        # all that are, would teach never to end behind an image. A copy would cost a slot for one label. Nor is there
-        # one where the prompt is left out: that media have no caption is not for the model to learn.
+        # Latents without a copy have no EOS label after them. Only noised images would be followed by EOS, and clean
+        # images never, so the model would learn never to end after an image. A copy for this label would cost a slot.
+        # With a dropped prompt there is no EOS either: the model should not learn that media have no caption.
         last = parts[-1]
         is_hidden = isinstance(last, Media) and config.has_copies and not last.is_codes
         document.segments = [*segments, *([] if is_hidden or is_dropped else [[eos]])]
@@ -221,7 +221,7 @@ class DocumentReader:
     def _caption_first_or_last(
         self, items: list[Text | MediaItem], draws: list[float], rng: np.random.Generator
     ) -> tuple[list[Text | MediaItem | Media], bool]:
-        """All items, with the text first or last and the media in random order; and whether the text was dropped."""
+        """All items, with the text first or last and the media in random order, and whether the text was dropped."""
         wanted: list[MediaItem] = [item for item in items if isinstance(item, MediaItem)]
         if len(wanted) > 1:
             wanted = [wanted[place] for place in rng.permutation(len(wanted))]
@@ -240,13 +240,14 @@ class DocumentReader:
         flipped: bool,
         document: Document,
     ) -> list[Text | MediaItem | Media]:
-        """The items of a random order that the document has all items of, with codes read; empty if there is none."""
+        """The items in a random fitting order of `data.orders`, with codes read; empty if there is none."""
         by_modality: dict[str, list[Text | MediaItem | Media]] = {}
         for item in items:
             encoded = source.encoded.get(item.modality) if isinstance(item, MediaItem) else None
             if isinstance(item, Text):
                 by_modality.setdefault(TEXT, []).append(item)
-            # The readability of latents is not always known before they are read, so the choice must not depend on it.
+            # The choice must not depend on whether latents are readable, which is not always known before they are
+            # read.
             elif encoded is None or encoded.kind != "codes":
                 by_modality.setdefault(item.modality, []).append(item)
             elif (codes := self._codes(encoded, item, flipped and self.config.random_flip, document)) is not None:
@@ -258,7 +259,7 @@ class DocumentReader:
         return [item for name in order for item in by_modality[name]]
 
     def _edit(self, source: Source, items: list[Text | MediaItem], rng: np.random.Generator) -> Document:
-        """A source image, an instruction, and the target, which alone has a loss.
+        """A source image, an instruction, and the target; only the target has a loss.
 
         A document with dropped parts trains an unconditional prediction for guidance.
         """
@@ -318,7 +319,7 @@ class DocumentReader:
         return document
 
     def _codes_alone(self, source: Source, items: list[Text | MediaItem]) -> Document:
-        """Codes without a text: they fill the remaining slots of their stream, as texts do."""
+        """Codes without a text: they fill the remaining slots of their stream, like texts."""
         (item,) = items
         assert isinstance(item, MediaItem)
         encoded = source.encoded[item.modality]
@@ -330,10 +331,10 @@ class DocumentReader:
     def _media(
         self, source: Source, item: MediaItem, flipped: bool, max_timestep: float, copied: bool, document: Document
     ) -> list[Media]:
-        """Media, or none if they cannot be decoded or their codes are longer than a row; the document counts those.
+        """Media, or none if they cannot be decoded or their codes are longer than a row; `document` counts both cases.
 
         Raises:
-            UserError: The system fails to read them.
+            UserError: The system failed to read them.
         """
         flipped = flipped and self.config.random_flip
         encoded, reader = source.encoded.get(item.modality), self.readers.get(item.modality)
@@ -359,7 +360,7 @@ class DocumentReader:
         return [Media(item.modality, content, copied, item.is_condition, reader)]
 
     def _codes(self, encoded: EncodedCodes, item: MediaItem, flipped: bool, document: Document) -> Media | None:
-        """Codes, or None if they cannot be read or are longer than a row; the document counts those."""
+        """Codes, or None if they cannot be read or are longer than a row; both cases are counted in the document."""
         if not encoded.readable[item.index]:
             document.unreadable += 1
             return None

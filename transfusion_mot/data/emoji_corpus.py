@@ -1,8 +1,8 @@
 """The colour emoji of ten styles as an image folder: `python -m transfusion_mot.data.emoji --output DIR`.
 
-The drawings are those of the npm package `@iconify/json`, the tags of a second caption those of `emojibase-data`. A
-caption is "{style} emoji of {name}". Pairs of style and name
-are held out whose name another style shows in training: to paint them, a model must combine a known style and name.
+The drawings come from the npm package `@iconify/json`, the tags of a second caption from `emojibase-data`. A caption
+is "{style} emoji of {name}". Held-out pairs of style and name have names that another style has in training: to paint
+them, a model must combine a known style and name.
 """
 
 import argparse
@@ -44,7 +44,7 @@ STYLES = {
     "streamline-emojis": "streamline",
 }
 _ICONS, _TAGS = "@iconify/json", "emojibase-data"
-# The box of an icon that states none, by the format's definition.
+# Default box of an icon, by the format's definition.
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Icon:
-    """A drawing: the icon set it is of, its name in the set ("red-apple"), its SVG."""
+    """A drawing: its icon set, its name in the set ("red-apple"), its SVG."""
 
     icon_set: str
     icon: str
@@ -79,26 +79,26 @@ def _read(file: Path) -> Any:
 
 
 def icons_of(package: Path, icon_set: str) -> list[Icon]:
-    """The icons of a set, without those that newer ones have replaced (marked as hidden)."""
+    """The icons of a set, without those replaced by newer ones (marked as hidden)."""
     content = _read(package / "json" / f"{icon_set}.json")
     icons = []
     for name, icon in content["icons"].items():
         if icon.get("hidden"):
             continue
         box = [icon.get(key, content.get(key, default)) for key, default in _BOX.items()]
-        # Equal width and height: what is not square is centred in a square.
+        # With equal width and height an icon that is not square is centred in a square.
         opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1" viewBox="{" ".join(map(str, box))}">'
         icons.append(Icon(icon_set, name, f"{opening}{icon['body']}</svg>"))
     return icons
 
 
 def tags_by_icon(tags: Path, package: Path) -> dict[str, list[str]]:
-    """Icon name => tags in English. Most sets say which code points an icon draws; else the label is the name."""
+    """Icon name => tags in English. Most sets list the code points of an icon; otherwise it is matched by its label."""
     by_code: dict[str, list[str]] = {}
     by_label: dict[str, list[str]] = {}
     for entry in _read(tags / "en" / "data.json"):
         for variant in (entry, *entry.get("skins", ())):
-            # A skin tone has the tags of its emoji.
+            # An emoji with a skin tone has the tags of the emoji without it.
             by_code[_without_selector(variant["hexcode"])] = entry.get("tags", [])
             by_label["-".join(re.findall(r"\w+", variant["label"].lower()))] = entry.get("tags", [])
     found = dict(by_label)
@@ -114,7 +114,7 @@ def _without_selector(code_points: str) -> str:
 
 
 def held_out_icons(icons: Sequence[Icon], fraction: float, seed: int) -> set[Icon]:
-    """About `fraction` of the (style, name) pairs, never all that show a name; independent of order and number."""
+    """About `fraction` of the (style, name) pairs, never all of a name; independent of order and number of icons."""
     by_name = defaultdict(list)
     for icon in icons:
         by_name[icon.name].append((share_of(f"{icon.style}\n{icon.name}", seed), icon.icon_set, icon))
@@ -126,21 +126,21 @@ def held_out_icons(icons: Sequence[Icon], fraction: float, seed: int) -> set[Ico
 
 
 def captions_of(icon: Icon, tags: Sequence[str]) -> list[str]:
-    """One caption, and a second with tags where there are any that the name does not say."""
+    """One caption, and a second with tags if it has tags that the name does not contain."""
     caption = f"{icon.style} emoji of {icon.name}"
     more = [tag for tag in tags if tag not in icon.name.split() and tag != icon.name]
     return [caption, f"{caption}: {', '.join(more)}"] if more else [caption]
 
 
 def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
-    """Draw one icon => (icon, what went wrong)."""
+    """Draw one icon => (icon, error message)."""
     icon, size, folder = task
     path = folder / icon.file_name
-    # Renamed when whole: what a killed run leaves is never taken for a picture, and the next run writes over it.
+    # Renamed when complete, so that a partial file of a killed run is never read; the next run overwrites it.
     partial = path.with_suffix(".partial")
     try:
         draw_svg(icon.svg, size).save(partial, format="PNG")
-    except ValueError as error:  # what the renderer makes of a drawing that it does not understand
+    except ValueError as error:  # the renderer raises it for a drawing that it cannot parse
         return icon, str(error)
     os.replace(partial, path)
     return icon, None
@@ -149,10 +149,10 @@ def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
 def write_corpus(
     package: Path, tags: Path | None, output: Path, size: int, fraction: float, seed: int, workers: int
 ) -> Counter[tuple[str, str]]:
-    """Draw every icon that `output` does not have yet, and write metadata and licences => (style, split) to count.
+    """Draw every icon that `output` does not have yet, and write metadata and licences => (style, split) => count.
 
     Raises:
-        UserError: `output` holds drawings of another size or another version of the package, or a foreign corpus.json.
+        UserError: `output` has drawings of another size or package version, or an unrelated corpus.json.
     """
     settings = {"size": size, _ICONS: _read(package / "package.json")["version"]}
     icons = [icon for icon_set in STYLES for icon in icons_of(package, icon_set)]
@@ -198,7 +198,7 @@ def write_corpus(
 
 
 def licences_of(package: Path, tags: Path | None) -> str:
-    """Style, author and licence of every set: all of them ask for attribution or for the licence to be kept."""
+    """Style, author and licence of every set: all require attribution or a copy of the licence."""
     collections = _read(package / "collections.json")
     lines = [f"Drawings: npm {_ICONS} {_read(package / 'package.json')['version']}, rendered to PNG on white.\n"]
     for icon_set in STYLES:
@@ -217,7 +217,7 @@ def licences_of(package: Path, tags: Path | None) -> str:
 
 @contextmanager
 def emoji_packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple[Path, Path | None]]:
-    """Folders of the drawings and the tags: the user's own, or fetched and unpacked for as long as they are needed."""
+    """Folders of the drawings and the tags: given by the user, or fetched and unpacked to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if iconify is None:
             iconify = fetch_package(_ICONS, folder, "--iconify")
@@ -232,7 +232,7 @@ def emoji_packages(iconify: str | None, emojibase: str | None) -> Iterator[tuple
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that draw the emoji of all sets, beside `--output`."""
+    """Add the options of commands that draw the emoji of all sets, except `--output`."""
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument(
         "--iconify",
@@ -242,15 +242,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"tarball or folder of npm {_ICONS} (default: npm fetches it)",
     )
     parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out split (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
 
 
 def check_options(given: argparse.Namespace) -> None:
-    """Refuse values of these options that cannot be, and a place that cannot be written, before long work.
+    """Refuse invalid values of these options and an output that cannot be written, before long work.
 
     Raises:
-        UserError: Names what is wrong, or the package that is missing.
+        UserError: An option is wrong, or a package is missing.
     """
     if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
         raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")
@@ -263,9 +263,9 @@ def check_options(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Render the corpus, as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.emoji", description=__doc__)
-    parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write, or to go on with")
+    parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write or to continue")
     add_options(parser)
     parser.add_argument(
         "--emojibase",

@@ -26,7 +26,7 @@ from transfusion_mot.errors import UserError
 # Increase it when the contents of the files change.
 _FORMAT = 3
 _SHARD_MEDIA = 4096
-# Seconds until a network file system shows one machine the files of another.
+# Seconds until a network file system shows the files of another machine.
 _VISIBLE_SECONDS = 60
 _INDEX, _ABOUT = "index", "about"
 _PREFIXES = {"latents": "latent-cache", "codes": "code-cache"}
@@ -86,7 +86,7 @@ class _Cached:
         self.skipped: dict[str, int] = media.skipped | index.skipped().counts
         self._about: dict[str, Any] = json.loads(index.strings(_ABOUT)[0])
         self._index = index
-        # As plain arrays: indexing numpy's own class for mapped files costs more than reading a small latent.
+        # Plain arrays: indexing numpy's class for mapped files takes longer than reading a small latent.
         self._shards, self._rows = (index[name].view(np.ndarray) for name in ("shards", "rows"))
         self._files = [str(folder / name) for name in index.strings("files")]
         self.readable: npt.NDArray[np.bool_] = self._rows >= 0
@@ -151,7 +151,7 @@ class CachedCodes(_Cached):
     """Codes of images, in raster order, or of audio.
 
     Attributes:
-        codebook_size: Number of codes; `start` and `end` of a span are the two integers behind them.
+        codebook_size: Number of codes; `start` and `end` of a span are the next two ids.
     """
 
     kind: Literal["codes"] = "codes"
@@ -233,7 +233,7 @@ def encoded_media(
     key = [made_of, media.fingerprint]
     is_main = accelerator is None or accelerator.is_main_process
 
-    # One process decides, because another could see a shard that was finished a moment later.
+    # One process decides for all: another could already see a shard that was finished in the meantime.
     known_files = None
     if is_main and not _is_indexed(folder, key):
         known_files = [sorted(size.glob(f"*{SUFFIX}")) for size in sizes]
@@ -322,7 +322,7 @@ def _plan(media: MediaSet, missing: npt.NDArray[np.int64], sizes: Sequence[Path]
         stamps = media.stamps[missing[here]]
         is_first[here] = places_of(stamps, stamps) == np.arange(len(here))
     missing = missing[is_first]
-    # Some at a time, so that files are read once or nearly so, although each bucket has shards of its own.
+    # In groups, so that almost every file is read only once, although each bucket has its own shards.
     at_a_time = shard_media * len(sizes)
     for some in (missing[start : start + at_a_time] for start in range(0, len(missing), at_a_time)):
         for bucket, folder in enumerate(sizes):
@@ -348,7 +348,7 @@ def _encode(
     batch_size: int,
     accelerator: Accelerator | None,
 ) -> None:
-    """Write this process's share of the shards, and wait for the others; `reason` says why there is something to do."""
+    """Write this process's share of the shards and wait for the others; `reason` explains why shards are missing."""
     is_main = accelerator is None or accelerator.is_main_process
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     refusal = None
@@ -357,7 +357,7 @@ def _encode(
             f"{reason}; encode them with `python -m transfusion_mot.data.cache` and the same configuration, or set "
             f"data.latents to cache{' or online' if codec.kind == 'latents' else ''}"
         )
-        # Without anything encoded of such a size, the media need not be read to know that theirs are missing.
+        # If nothing of this size is encoded yet, the media are missing for sure and need not be read.
         if any(not len(entries[shard.bucket].files) for shard in plan):
             raise UserError(refusal)
     for folder in {shard.file.parent for shard in plan}:
@@ -367,7 +367,7 @@ def _encode(
             raise UserError(f"cannot make the folder '{folder}': {error.strerror}; set data.cache_dir") from None
     if is_main:
         number = counted({NOUNS[media.medium]: sum(len(shard.indices) for shard in plan)})
-        _logger.info("%s; reading %s, and encoding what is new", reason, number)
+        _logger.info("%s; reading %s, and encoding new ones", reason, number)
         remove_partial(plan[0].file.parents[1])
     mine, loads = [], [0] * world_size
     for shard in plan:
@@ -403,7 +403,7 @@ def _encode(
 def _why_not(
     folder: Path, media: MediaSet, kind: Literal["latents", "codes"], made_of: dict[str, Any], num_missing: int
 ) -> str:
-    """A sentence about why the needed latents or codes are missing."""
+    """A sentence that explains why latents or codes are missing."""
     cache_dir, noun = folder.parent, NOUNS[media.medium]
     old = ""
     if kind == "latents" and any(cache_dir.glob("latents-*/index.json")):
@@ -423,7 +423,7 @@ def _why_not(
     if not others:
         return f"'{cache_dir}' has no {kind} of '{media.name}'{old}"
     _, path, differing, before = min(others, key=lambda other: other[:2])
-    # Other media of the source do not count, such as those of the other side of the split.
+    # Other media of the source, such as those of the other split, do not count.
     if not differing:
         return f"'{cache_dir}' has no {kind} of these {len(media):,} {noun}s of '{media.name}' yet{old}"
     parts = [

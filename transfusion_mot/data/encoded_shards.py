@@ -1,11 +1,15 @@
 """Files of encoded media: written atomically, and found by the content of media, not by their path.
 
-A shard is a safetensors file of images of one size, or of audio. It lists the media that a process has worked on:
-`stamps` [N, 2], where each lay and when its file was changed; `contents` [N, 2], a hash of what was in it; and `rows`
-[N], its row of what is encoded. That is `latents` [n, versions, mean and std, C, Y, X], or `codes` [sum of lengths],
-one item and version behind the other, and `ends` [n, versions], where those of each end. Media whose content another
-shard has are listed without a row, so that they need not be read again; so are those that cannot be decoded, with the
-reason. Processes share nothing but a folder.
+A shard is a safetensors file of images of one size, or of audio. It lists the media that a process has handled:
+
+- `stamps` [N, 2]: location of each, and modification time of its file
+- `contents` [N, 2]: hash of its content
+- `rows` [N]: its row in the encoded data
+- `latents` [n, versions, mean and std, C, Y, X]; or `codes` [sum of lengths], of all items and versions in order, and
+  `ends` [n, versions], where each of them ends
+
+Media whose content is in another shard are listed without a row, so that they are not read again. Media that cannot be
+decoded are also listed, with the reason. Processes share only a folder.
 """
 
 import json
@@ -35,11 +39,11 @@ from transfusion_mot.files import flush_to_disk
 ELSEWHERE, UNREADABLE = -1, -2
 
 SUFFIX = ".safetensors"
-# Names of safetensors.
+# Type names of safetensors.
 _DTYPES = {"F16": np.float16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
-# Writing a shard takes seconds, so a temporary file that is older than this belongs to a dead run.
+# Writing a shard takes seconds, so an older temporary file belongs to a dead run.
 _STALE_SECONDS = 3600
-# Half of what Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
+# Half of the files that Linux lets a process map (vm.max_map_count). A mapped file needs no descriptor.
 _MOST_MAPPED = 2**15
 
 
@@ -73,11 +77,11 @@ class ShardWriter:
         """Add some media [N].
 
         Args:
-            stamps: [N, 2] where each lies and when its file was changed.
+            stamps: [N, 2] location of each, and modification time of its file.
             contents: Hashes of their contents.
             is_encoded: Which of them are in `encoded`.
-            reasons: Why one cannot be decoded; empty if it can.
-            encoded: [n], of each its latents [versions, mean and std, C, Y, X], or its codes [versions, P].
+            reasons: Why each cannot be decoded; empty if it can.
+            encoded: [n] latents [versions, mean and std, C, Y, X] or codes [versions, P] of each.
         """
         self.stamps.append(stamps)
         self.contents += contents
@@ -89,7 +93,7 @@ class ShardWriter:
         self.encoded += encoded
 
     def write(self, file: Path) -> None:
-        """Write it aside, flush it to the disk and rename it.
+        """Write it to a temporary file, flush it to the disk and rename it.
 
         Raises:
             OSError: It cannot be written.
@@ -109,8 +113,8 @@ class ShardWriter:
         try:
             save_file(tensors, partial, {"unreadable": json.dumps(self.reasons)})
             flush_to_disk(partial)
-            # Another run that does the same work may be faster. Its file may be in use: over a network, a file that is
-            # replaced is gone for those who read it.
+            # Another run with the same work may have been faster. Its file may be in use, and on a network file system
+            # readers lose a file that is replaced.
             if not file.exists():
                 os.replace(partial, file)
                 flush_to_disk(file.parent)
@@ -119,13 +123,13 @@ class ShardWriter:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed runs have left half written; what is new, others may be writing."""
+    """Remove partial files of killed runs; new ones may belong to another process that is writing."""
     for path in folder.rglob("*.partial-*"):
         try:
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         except FileNotFoundError:
-            continue  # Its owner was not dead, and has just renamed it.
+            continue  # Its owner is alive and has just renamed it.
 
 
 class ShardEntries:
@@ -139,8 +143,8 @@ class ShardEntries:
 
     Attributes:
         files: The shards.
-        contents: [M, 2] hash of the content of every image that is listed.
-        shards, rows: [M] index of its shard, and its row there.
+        contents: [M, 2] hash of the content of every listed image.
+        shards, rows: [M] index of its shard, and its row in the shard.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -167,7 +171,7 @@ class ShardEntries:
         self._stamps = np.concatenate(stamps)
 
     def places_of(self, stamps: Keys) -> npt.NDArray[np.int64]:
-        """[N] which entry has each image encoded, or says that it cannot be decoded; -1 if none is known to."""
+        """[N] index of the entry with the encoded image or the reason why it cannot be decoded; -1 if there is none."""
         homes = np.flatnonzero(self.rows != ELSEWHERE)
         home_of = places_of(self.contents, self.contents[homes])
         home_of = np.where(home_of >= 0, homes[home_of] if len(homes) else -1, -1)
@@ -175,14 +179,14 @@ class ShardEntries:
         return np.where(places >= 0, home_of[places] if len(home_of) else -1, -1)
 
     def reason(self, entry: int) -> str:
-        """Why an image cannot be decoded."""
+        """The reason why an image cannot be decoded."""
         return self._reasons[entry]
 
 
 @lru_cache(maxsize=_MOST_MAPPED)
 def mapped_array(file: str, name: str) -> npt.NDArray[Any]:
     """A memory-mapped array of a shard by name."""
-    # Neither numpy nor safetensors maps a file without keeping a descriptor for it: a process may have 1,024.
+    # numpy and safetensors keep a descriptor for each mapped file, and a process may have only 1,024.
     with tried_again(partial(pa.memory_map, file)) as mapped:
         header_size = int.from_bytes(mapped.read(8), "little")
         entry = json.loads(mapped.read(header_size))[name]

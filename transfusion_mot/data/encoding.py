@@ -31,12 +31,12 @@ def check_media_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
     """Refuse images that do not divide into the patches or codes of each modality, and codes that do not fit a row.
 
     Args:
-        data: The sizes of images, the longest audio, and slots of a row.
-        codecs: Of each modality but text.
-        model: The patch size of each modality.
+        data: Image sizes, maximum length of audio, and slots of a row.
+        codecs: Codec of each modality except text.
+        model: Patch size of each modality.
 
     Raises:
-        UserError: Names the size and what it must be a multiple of, or the slots that it takes as codes.
+        UserError: It gives the size and the required divisor, or the number of slots as codes.
     """
     name = "a side in data.buckets" if data.buckets else "data.image_size"
     for modality, codec in codecs.items():
@@ -48,7 +48,7 @@ def check_media_sizes(data: DataConfig, codecs: Mapping[str, Codec], model: Mode
         for side in sorted({side for size in data.image_sizes for side in size}):
             check_image_size(side, codec.downsampling * patch_size, name, part)
         if isinstance(codec, ImageCodes):
-            # Before the codes stands the start of their span.
+            # The start token of the span comes before the codes.
             height, width = max(data.image_sizes, key=lambda size: size[0] * size[1])
             needed = 1 + (height // codec.downsampling) * (width // codec.downsampling)
             if data.slots[modality] < needed:
@@ -74,12 +74,12 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
     """Refuse rows with more rotary positions than the model may have.
 
     Args:
-        data: Slots of a row, and the sizes of images.
-        codecs: Of each modality but text.
+        data: Slots of a row, and image sizes.
+        codecs: Codec of each modality except text.
         model: The limit, and how positions are counted.
 
     Raises:
-        UserError: Names both numbers.
+        UserError: It gives both numbers.
     """
     longest = data.slots[TEXT]
     for name, codec in codecs.items():
@@ -88,7 +88,7 @@ def check_positions(data: DataConfig, codecs: Mapping[str, Codec], model: ModelC
             side = codec.downsampling * model.modalities[name].patch_size
             grids = [(height // side, width // side) for height, width in data.image_sizes]
             each = [rows * columns if model.rope == "1d" else max(rows, columns) for rows, columns in grids]
-        # Sources of edits have positions of their own; a clean copy has those of its image.
+        # The source image of an edit has its own positions; a clean copy has those of its image.
         reader = model.readers.get(name) if data.has_edits else None
         longest += (data.slots[name] + (0 if reader is None else data.slots[reader])) * max(each)
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
@@ -113,7 +113,7 @@ class _Item(NamedTuple):
         content: Hash of its content.
         decoded: Input of the codec, unless its content is already encoded or it cannot be decoded.
         reason: Why it cannot be decoded.
-        failure: Why it was not read, as a sentence for the user, which the data loader would hide under a traceback.
+        failure: Message for the user if it was not read; raised in the worker, it would be hidden in a traceback.
     """
 
     content: bytes
@@ -123,8 +123,7 @@ class _Item(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """Fields of `_Item` for a batch, which items are new, and the decoded new ones: images as one tensor, audio as
-    many."""
+    """Fields of `_Item` for a batch, which items are new, and the decoded new ones: image tensor or audio tensors."""
 
     contents: list[bytes]
     reasons: list[str]
@@ -134,7 +133,7 @@ class _Decoded(NamedTuple):
 
 
 class _Decoding(Dataset[_Item]):
-    """Reads, recognises and decodes media for a codec; `known` are the encoded contents of each bucket."""
+    """Reads media and decodes those that are not encoded yet; `known` are the encoded contents of each bucket."""
 
     def __init__(self, media: MediaSet, codec: Codec, known: Sequence[KeySet]) -> None:
         self.media = media
@@ -177,7 +176,7 @@ class _Decoding(Dataset[_Item]):
 
 
 class _Batches(Sampler[list[int]]):
-    """The indices of every batch, made into a list only when they are asked for: there may be many millions."""
+    """The indices of every batch, computed on access, because there may be many millions."""
 
     def __init__(self, shards: Sequence[Shard], batch_size: int) -> None:
         self.shards = shards
@@ -205,14 +204,14 @@ def encode_shards(
 ) -> float:
     """Write shards of `media`; worker processes read and decode ahead of the codec.
 
-    A shard is gathered in memory before it is written: its media as latents or codes, and mirrored images.
+    A shard is collected in memory before it is written: latents or codes of its media and of mirrored images.
 
     Args:
-        data: Whether mirrored images are encoded as well, number of worker processes.
-        known: For every bucket the contents that are encoded already.
+        data: Whether mirrored images are encoded as well, and the number of worker processes.
+        known: Already encoded contents, for every bucket.
         batch_size: Media encoded at a time.
-        description: What the progress bar is called; None shows none.
-        refusal: If nothing may be encoded: what to say if one would have to be.
+        description: Name of the progress bar; None shows none.
+        refusal: If encoding is not allowed: the error message if a media item is not encoded yet.
 
     Returns:
         Share of the time in which the codec waited for media.
@@ -236,7 +235,7 @@ def encode_shards(
     begun = time.perf_counter()
     decoded_media = _Timed(loader)
     stream = iter(decoded_media)
-    # Otherwise tqdm's own default holds, which TQDM_DISABLE sets.
+    # None keeps tqdm's own default, which TQDM_DISABLE sets.
     no_bar: dict[str, Any] = {"disable": True} if description is None else {}
     with tqdm(total=num_media, desc=description, unit=NOUNS[media.medium], **no_bar) as progress:
         for shard in shards:
@@ -267,8 +266,8 @@ def encode_shards(
 def _encode(
     codec: Codec, decoded: torch.Tensor | list[torch.Tensor], batch_size: int, compiled: bool, *, flipped: bool
 ) -> Sequence[torch.Tensor]:
-    """Images `uint8 [n, H, W, 3]`, or samples of n audio clips => [n], of each its latents [versions, mean and std, C,
-    Y, X], or its codes [versions, P]; the second version is the mirrored image."""
+    """Images `uint8 [n, H, W, 3]` or samples of n audio clips => n latents [versions, mean and std, C, Y, X] or codes
+    [versions, P]; the second version is the mirrored image."""
     if codec.medium == "audio":
         return [codes[None] for codes in codec.encode([samples.to(codec.device) for samples in decoded])]
     assert isinstance(decoded, torch.Tensor)
@@ -279,7 +278,7 @@ def _encode(
             parts.append(codec.encode(version).flatten(1))
         else:
             parts.append(torch.stack(codec.encode_fast(version, batch_size, compiled), dim=1).half())
-    # One copy to the host for all.
+    # One copy to the host for the whole batch.
     return torch.stack(parts, dim=1).cpu().unbind()
 
 

@@ -46,7 +46,7 @@ class _Engine:
             ctypes.c_void_p,
         )
         self.spoken: list[npt.NDArray[np.int16]] = []
-        # Kept, so that it is not collected while the engine has its address.
+        # Kept in a variable, so that it is not garbage-collected while the engine has its address.
         self._callback = _Callback(self._receive)
         self.library.espeak_SetSynthCallback(self._callback)
 
@@ -65,7 +65,7 @@ def check_voices(voices: list[str]) -> None:
     """Refuse voices that the engine does not have.
 
     Raises:
-        UserError: Names one, or the package that is missing.
+        UserError: A voice or the package is missing.
     """
     for voice in voices:
         if _engine().library.espeak_SetVoiceByName(voice.encode()):
@@ -73,15 +73,15 @@ def check_voices(voices: list[str]) -> None:
 
 
 def speak(text: str, voice: str, *, words_per_minute: int, pitch: int) -> Audio:
-    """A text, spoken: 22,050 samples a second.
+    """Text => speech, 22,050 samples a second.
 
-    The engine's voices flutter: said again, a text is not the same to the sample.
+    The engine's voices vary randomly: two calls with the same text give different samples.
 
     Args:
-        text: In English.
+        text: English text.
         voice: An accent and a variant, such as "en-us+f2".
-        words_per_minute: 80 to 450; the engine's usual rate is 175.
-        pitch: 0 to 99, relative to the voice; 50 is its own.
+        words_per_minute: 80 to 450; the engine's default is 175.
+        pitch: 0 to 99, relative to the voice; 50 is the default.
     """
     engine = _engine()
     check_voices([voice])

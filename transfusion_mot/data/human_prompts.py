@@ -20,9 +20,9 @@ LICENCE = (
 )
 _TEXTS, _SOUNDS = "core-sounds-en.txt.gz", ".wav"
 _PACKAGES = "asterisk-core-sounds-en and asterisk-core-sounds-en-wav"
-# Of a voice's folder, such as "en_US_f_Allison".
+# Pattern of a voice's folder, such as "en_US_f_Allison".
 _VOICE_FOLDER = "/sounds/en"
-# Tones in brackets, digits and keys of the telephone are no words.
+# Tones in brackets, digits and telephone keys are not words.
 _NO_WORDS = re.compile(r"[\[\]<>()\d*#_/]")
 
 
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
     Attributes:
         name: For example "vm-goodbye", or "digits/thousand".
-        text: What is said.
+        text: The spoken text.
         audio: The recording.
     """
 
@@ -44,10 +44,10 @@ def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
     """The prompts that consist of two words or more.
 
     Args:
-        paths: Debian packages, or folders that they are unpacked in.
+        paths: Debian packages, or folders with their unpacked content.
 
     Raises:
-        UserError: They hold no texts or no recordings.
+        UserError: They have no texts or no recordings.
     """
     texts: dict[str, str] = {}
     sounds: dict[str, bytes] = {}
@@ -60,21 +60,21 @@ def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
     if not texts or not sounds:
         shown = ", ".join(f"'{path}'" for path in paths)
         raise UserError(
-            f"{shown}: no {'recordings' if texts else 'texts'} of Asterisk; give the packages {_PACKAGES}, as `apt-get "
-            "download` writes them, or a folder that they are unpacked in"
+            f"{shown}: no {'recordings' if texts else 'texts'} of Asterisk; give the packages {_PACKAGES} "
+            "from `apt-get download`, or a folder with their unpacked content"
         )
     prompts = []
     for name, text in sorted(texts.items()):
         if name in sounds and len(text.split()) >= 2:
             try:
                 prompts.append(Prompt(name, text, decode_audio(sounds[name], name)))
-            except UnreadableAudio:  # a prompt of no length
+            except UnreadableAudio:  # an empty prompt
                 continue
     return prompts
 
 
 def _parse_texts(content: str) -> dict[str, str]:
-    """Lines "name: text" => those of words alone."""
+    """Lines "name: text" => those that consist only of words."""
     lines = (line.partition(": ") for line in content.splitlines() if not line.startswith(";"))
     texts = {name.strip(): " ".join(text.replace("...", " ").split()) for name, _, text in lines}
     return {name: text for name, text in texts.items() if text and not _NO_WORDS.search(text)}
@@ -101,7 +101,7 @@ def _package_files(path: Path) -> Iterator[tuple[str, bytes]]:
         raise refusal
     start = 8
     while start + 60 <= len(content):
-        # A header of 60 bytes: 16 of name, ..., at 48 the size; members begin at even places.
+        # A header has 60 bytes: name in the first 16, ..., size at 48. Members begin at even offsets.
         name, size = content[start : start + 16].decode("ascii", "replace").strip(" /"), content[start + 48 :][:10]
         data = content[start + 60 : start + 60 + int(size)]
         if name.startswith("data.tar"):

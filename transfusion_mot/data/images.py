@@ -27,9 +27,10 @@ ImageInput = str | Path | bytes | BinaryIO | Image.Image
 _CELL = 128
 _MARGIN = 12
 _FONT_SIZE = 13
-# What Pillow calls the samples of a file => their bits. Those of a transparent colour are not scaled as pixels are.
+# Pillow's name of a sample format => its bits. Pillow does not scale a transparent colour to 8 bits as it scales
+# pixels.
 _SAMPLE_BITS = {"L;2": 2, "L;4": 4, "I;12": 12, "I;16": 16, "I;16B": 16, "RGB;16B": 16}
-# What the system says of a place that a file does not have. Only damaged content sends a decoder there.
+# Error numbers for an offset outside of the file. Only damaged content sends a decoder there.
 _PLACES_THAT_ARE_NOT = (errno.EINVAL, errno.EOVERFLOW)
 
 
@@ -81,7 +82,7 @@ def displayed_size(source: ImageInput, name: str | None = None) -> tuple[int, in
             if (size := _webp_size(source)) is not None:
                 return size
     with _opened(source, name) as (image, _):
-        # Not the method of PNG files, which decodes the whole picture to find a tag that stands behind it.
+        # Pillow's method for PNG files would decode the whole picture to find a tag after it.
         return _turned(image.size, Image.Image.getexif(image))
 
 
@@ -92,7 +93,7 @@ def _turned(size: tuple[int, int], exif: Image.Exif) -> tuple[int, int]:
 
 
 def _webp_size(file: BufferedReader) -> tuple[int, int] | None:
-    """`displayed_size` of a WebP file, of which Pillow would read all; None if it is none, or Pillow must see to it.
+    """`displayed_size` of a WebP file without reading all of it, as Pillow would; None if Pillow must read the file.
 
     The container is described in RFC 9649, section 2.
     """
@@ -110,7 +111,7 @@ def _webp_size(file: BufferedReader) -> tuple[int, int] | None:
     elif kind == b"VP8X":
         width, height = (int.from_bytes(content[place : place + 3], "little") + 1 for place in (4, 7))
         if content[0] & 0x08:
-            # Behind the picture: from chunk to chunk, each of an even length.
+            # The tag comes after the picture: skip from chunk to chunk, each of an even length.
             place = 12
             while len(chunk := _read_at(file, place, 8)) == 8:
                 length = int.from_bytes(chunk[4:], "little")
@@ -134,7 +135,7 @@ def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int,
     wanted = np.log([height / width for height, width in buckets])
     nearest = np.zeros(len(sizes), dtype=np.int16)
     distance = np.abs(proportions - wanted[0])
-    # One bucket at a time: N times their number would not fit into memory.
+    # One bucket at a time: an array of N times the number of buckets would not fit into memory.
     for index in range(1, len(buckets)):
         other = np.abs(proportions - wanted[index])
         nearest[other < distance] = index
@@ -144,7 +145,7 @@ def nearest_buckets(sizes: npt.NDArray[np.integer], buckets: Sequence[tuple[int,
 
 @contextmanager
 def _opened(source: ImageInput, name: str | None) -> Iterator[tuple[Image.Image, str]]:
-    """A picture that is not decoded yet, with its name; all errors become a `UserError` that names it."""
+    """An open picture that is not decoded yet, and its name; every error becomes a `UserError` with this name."""
     name = _name_of(source, name)
     with _errors_told(name), ExitStack() as stack:
         if isinstance(source, Image.Image):
@@ -173,9 +174,9 @@ def _errors_told(name: str) -> Iterator[None]:
         raise UnreadableImage(name, "is not in a format that Pillow reads") from None
     except UserError:
         raise
-    # Decoders raise anything, RuntimeError and AttributeError too; one damaged file of millions must not end a run.
+    # Decoders raise any error, also RuntimeError and AttributeError; one damaged file of millions must not end a run.
     except Exception as error:
-        # Of the content they complain without an error number; with one the system does, and may read it next time.
+        # Decoders give errors of the content without an error number. System errors have one and may be temporary.
         if isinstance(error, OSError) and error.errno not in (None, *_PLACES_THAT_ARE_NOT):
             raise UserError(f"image '{name}' cannot be read: {error.strerror}") from None
         raise UnreadableImage(name, f"cannot be read: {error}") from None
@@ -197,7 +198,7 @@ def _bring_to_size(image: Image.Image, size: tuple[int, int], fit: ImageFit, nam
 
 
 def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The whole picture, as large as fits into `size`, in the middle of white; a side is at least one pixel."""
+    """The whole picture, scaled to fit into `size` and centred on white; a side is at least one pixel."""
     scale = min(size[0] / image.width, size[1] / image.height)
     width, height = (max(1, round(side * scale)) for side in image.size)
     padded = Image.new("RGB", size, "white")
@@ -230,7 +231,7 @@ def _to_rgb(image: Image.Image, samples: str, name: str) -> Image.Image:
     elif image.mode == "L" and isinstance(transparent, int):
         image.info["transparency"] = transparent * 255 // (2**bits - 1)
     elif image.mode == "RGB" and isinstance(transparent, tuple):
-        # Of 16 bits Pillow keeps the upper 8.
+        # Pillow keeps the upper 8 of 16 bits.
         image.info["transparency"] = tuple(value >> (bits - 8) for value in transparent)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

@@ -72,18 +72,18 @@ from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_
 from transfusion_mot.models.inputs import TokenInput
 from transfusion_mot.run.begin import settled_config
 
-# Documents of a source whose lengths are looked at, evenly spaced.
+# Maximum number of documents of a source whose lengths are measured, evenly spaced.
 _MOST_DOCUMENTS = 20_000
 _NUM_LANES = 8
-# Numbers of media that are tried, and rows packed for each layout that is.
+# Number of layouts to try, and of rows to pack for each layout.
 _MOST_LAYOUTS, _ROWS_PER_LAYOUT = 8, 64
-# And those by which it is known what documents take, of several modalities.
+# Number of rows to pack to measure the proportion of modalities.
 _ROWS_FOR_PROPORTION = 200
 _BAR = 40
 
 
 class _Unencoded:
-    """Replaces a cache, because packing only needs the readability of media and their number of slots."""
+    """Replaces a cache: packing only needs to know which media are readable and how many slots they take."""
 
     def __init__(self, media: MediaSet) -> None:
         self.readable = np.ones(len(media), dtype=np.bool_)
@@ -91,7 +91,7 @@ class _Unencoded:
 
 
 class _UnencodedLatents(_Unencoded):
-    """The mean of an image is a constant for each of source, index and mirroring."""
+    """The mean of an image is a constant that identifies its source, index and mirroring."""
 
     kind: Literal["latents"] = "latents"
 
@@ -105,10 +105,10 @@ class _UnencodedLatents(_Unencoded):
 
 
 class _UnencodedCodes(_Unencoded):
-    """The codes of an image are zeros, as many as its bucket has; those of audio, as many as it lasts.
+    """Codes are zeros; their number follows from the bucket of an image or the duration of audio.
 
     Attributes:
-        num_codes: [N], of each.
+        num_codes: [N] number of codes of each.
     """
 
     kind: Literal["codes"] = "codes"
@@ -122,7 +122,7 @@ class _UnencodedCodes(_Unencoded):
 
 
 class Layout(NamedTuple):
-    """Slots of a row, and what packing makes of them: shares of all slots, and of the captions; and media in a row."""
+    """Slots of a row, and results of packing: shares of padding and of cut captions, and media in a row."""
 
     slots: dict[str, int]
     pad_fraction: float
@@ -134,14 +134,14 @@ class Inspection:
     """The sources of a configuration, ready to be packed without their encoded media.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
 
     Attributes:
         data: The configuration's data section.
-        sources, held_out: Of both splits.
-        has_texts: Whether texts fill the text slots that are left over.
-        tokenizer: Of the run.
-        item_slots, mean_slots: Of each modality but text, the most slots that one item takes of a row, and the mean.
+        sources, held_out: Sources of both splits.
+        has_texts: Whether texts fill the remaining text slots.
+        tokenizer: Tokenizer of the run.
+        item_slots, mean_slots: Maximum and mean slots of one item in a row, for each modality except text.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -189,12 +189,12 @@ class Inspection:
                 each = np.array([math.prod(size) // modalities[name].patch_size ** 2 for size in sizes[name]])
             else:
                 of_sources = [source.encoded[name] for source in self.sources.sources if name in source.encoded]
-                # Before them stands the start of their span.
+                # The start token of the span comes before them.
                 each = 1 + np.concatenate([cast(_UnencodedCodes, encoded).num_codes for encoded in of_sources])
             self.item_slots[name], self.mean_slots[name] = int(each.max()), float(each.mean())
 
     def _tokenizer(self, documents: list[Source]) -> TextTokenizer:
-        """The run's if there is one, else the configured one, else one trained as the run would."""
+        """The tokenizer of the run if it exists, else the configured one, else one trained as for the run."""
         kept = Path(self.config.output_dir) / "tokenizer"
         if kept.is_dir():
             return load_tokenizer(str(kept), self.config.model.made)
@@ -216,7 +216,7 @@ class Inspection:
         )
 
     def lengths(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Tokens of every caption, or of all text of a document; media of every document, of a sample of a source."""
+        """For a sample of a source: tokens of each caption (or of all texts of a document), and numbers of media."""
         documents = self.sources.sources[index].documents
         tokens, media = [], []
         for number in range(0, len(documents), 1 + len(documents) // _MOST_DOCUMENTS):
@@ -231,7 +231,7 @@ class Inspection:
         return np.array(tokens), np.array(media)
 
     def pack(self, data: DataConfig, num_rows: int) -> tuple[Counter[str], Batch, int]:
-        """Pack rows => (what was counted, the last step's rows, all slots)."""
+        """Pack rows => (counters, the last step's rows, number of slots)."""
         packer = self.packer(data)
         states = np.tile(packer.initial_state(), (_NUM_LANES, 1))
         counts: Counter[str] = Counter()
@@ -251,12 +251,12 @@ class Inspection:
         return Layout(slots, counts["pad_slots"] / num_slots, cut, media * batch.slots.order.shape[1] / num_slots)
 
     def num_captioned(self, counts: Counter[str]) -> int:
-        """Documents with a caption or an instruction among what was packed."""
+        """Number of packed documents with a caption or an instruction."""
         named = zip(self.sources.names, self.sources.sources, strict=True)
         return sum(counts[counter(name, "documents")] for name, source in named if has_one_text(source.documents))
 
     def most_items(self, name: str) -> int:
-        """Media of a modality that a row has room for, if all that have a clean copy have one."""
+        """Maximum number of media of a modality in a row, if all media that can have a clean copy have one."""
         slots = self.data.slots[name]
         if self.config.model.modalities[name].objective == "next_token":
             return slots // self.item_slots[name]
@@ -265,14 +265,15 @@ class Inspection:
     def suggested(self, budget: int, longest: int, mean: float, clean: float = 0.0) -> list[Layout]:
         """Layouts with at most `budget` slots, the best one first.
 
-        Of several modalities besides text they are in the proportion in which documents take slots. Of one, with texts,
-        which fill what is left, the best is the one whose media take closest to half of the slots (Transfusion, section
-        4.1); without, the one with the least padding that uses three quarters of the budget.
+        With several modalities besides text, slots are in the proportion in which documents use them. With one modality
+        and texts, which fill the remaining slots, the best layout has about half of the slots for media (Transfusion,
+        section 4.1). With one modality and no texts, it has the least padding among those that use three quarters of
+        the budget.
 
         Args:
-            longest: Text slots that a row must have, for captions to be whole.
-            mean: Text slots of an average document with media, for each media slot that it takes.
-            clean: Where a modality reads clean latents, the slots of it for each media slot.
+            longest: Text slots that a row needs so that no caption is cut.
+            mean: Text slots of an average document with media, for each of its media slots.
+            clean: Slots of the modality that reads clean latents, if there is one, for each media slot.
         """
         if len(self.item_slots) != 1:
             return self._in_proportion(budget, longest)
@@ -291,7 +292,7 @@ class Inspection:
             room = budget - used
             if room < longest:
                 continue
-            # Of audio, more than so many of the longest.
+            # `count` clips of maximum length hold more clips of mean length.
             number = count if is_latents else count * size / self.mean_slots[name]
             wanted = [room] if self.has_texts else [int(number * mean * factor) for factor in (1, 1.05, 1.1, 1.2, 1.4)]
             candidates = sorted({min(room, max(longest, -(-slots // 8) * 8)) for slots in wanted})
@@ -306,8 +307,7 @@ class Inspection:
         return sorted(layouts, key=lambda layout: layout.pad_fraction)
 
     def _in_proportion(self, budget: int, longest: int) -> list[Layout]:
-        """Layouts in the proportion in which documents take slots, with some text slots more or none; the one with the
-        least padding first."""
+        """Layouts in the proportion in which documents use slots, with or without more text; least padding first."""
         counts, batch, _ = self.pack(self.data, _ROWS_FOR_PROPORTION)
         blocks = RowShape.of_batch(self.config.model, batch).blocks
         layouts = []
@@ -321,7 +321,7 @@ class Inspection:
                 elif block.latent_shape is not None:
                     slots[name] = max(self.data.has_copies + 1, int(share / block.slots_each))
                 else:
-                    # As many as there are for whole images; audio clips have any length.
+                    # A multiple of the slots of an image; audio clips have any length.
                     most = self.item_slots[name]
                     each = most if self.mean_slots[name] == most else 1
                     slots[name] = max(most, int(share) // each * each)
@@ -331,7 +331,7 @@ class Inspection:
 
 
 def has_one_text(documents: Documents) -> bool:
-    """Whether a document has one text, which is cut where it is longer than a row: a caption or an instruction."""
+    """Whether a document has one text (a caption or an instruction), which is cut if it is longer than a row."""
     return documents.is_paired or isinstance(documents, EditPairs)
 
 
@@ -361,7 +361,7 @@ def main(arguments: Sequence[str]) -> None:
     inspection = Inspection(config)
     data, sources = inspection.data, inspection.sources
 
-    # Text and media slots of every document that has one text.
+    # Text and media slots of all documents with one text.
     paired, media_slots, clean_slots = [], [], []
     for index, name in enumerate(sources.names):
         documents = sources.sources[index].documents
@@ -385,7 +385,7 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"  {100 * share:.1f} % have more media than the {most} of a row: they are cut")
         if is_short:
             paired.append(tokens + 2 + 2 * media.max())  # BOS, EOS, begin and end tokens
-            # With a clean context, latents that stand first have a copy.
+            # With a clean context, latents at the beginning have a copy.
             clean = 1.0 if is_edit else 1 - data.caption_first_prob if data.has_copies else 0.0
             media_slots.append(np.full(len(tokens), 1.0 if config.model.readers else 1 + clean))
             clean_slots.append(np.full(len(tokens), clean if config.model.readers else 0.0))
@@ -450,7 +450,7 @@ def prepare_picture(path: Path) -> None:
     """Make the folder of a picture.
 
     Raises:
-        UserError: It cannot be made, or the name ends on no format of pictures.
+        UserError: It cannot be made, or the file name does not end like a picture's.
     """
     formats = Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:
@@ -462,7 +462,7 @@ def prepare_picture(path: Path) -> None:
 
 
 def thumbnails_of(row: Batch, sources: Sources, model: ModelConfig) -> dict[str, list[ImageArray | None]]:
-    """The image in every media slot, as its unencoded latents name it; None where there is none to be seen."""
+    """The image in every media slot, identified by its unencoded latents; None if there is none to show."""
     thumbnails: dict[str, list[ImageArray | None]] = {}
     for name, given in row.inputs.items():
         if isinstance(given, TokenInput):

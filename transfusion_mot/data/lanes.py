@@ -29,7 +29,7 @@ class LaneSizes(NamedTuple):
 
     Attributes:
         pools: Number of pools.
-        streams: Modalities of tokens, of which a document can be cut at the end of a row.
+        streams: Modalities of tokens, whose documents can be cut at the end of a row.
         buckets: Number of buckets.
         lookahead: Documents with media that may wait, for each bucket.
     """
@@ -47,7 +47,7 @@ class LaneState:
     Attributes:
         taken: Number of documents taken from each pool.
         begun: For each modality of tokens, the document that was cut at the end of the last row.
-        waiting: For each bucket, documents with media that had no room; the one that has waited longest comes first.
+        waiting: For each bucket, documents with media that did not fit; the one that has waited longest comes first.
     """
 
     taken: list[int]
@@ -71,7 +71,7 @@ class LaneState:
         )
 
     def to_array(self, sizes: LaneSizes) -> LaneArray:
-        """[pools + 3 * (streams + buckets * lookahead)], the same size whatever waits."""
+        """[pools + 3 * (streams + buckets * lookahead)]; the size does not depend on the waiting documents."""
         entries = [entry or _NOTHING for entry in self.begun]
         for waiting in self.waiting:
             entries += waiting + [_NOTHING] * (sizes.lookahead - len(waiting))

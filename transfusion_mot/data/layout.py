@@ -11,8 +11,8 @@ Training, validation, guards and the sampler all use it.
 
 Clean copies and conditions take slots of the modality that reads their latents, if there is one.
 
-The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token,
-which media follow, has none (Transfusion, footnote 8), and behind the last code stands `end`.
+The label of a token is the token that follows it in its own stream. So no label crosses modalities: the begin token
+before media has none (Transfusion, footnote 8), and the label of the last code is `end`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Media:
 
     @property
     def is_codes(self) -> bool:
-        """Whether it is a run of codes, and not a slot of latents."""
+        """Whether it is a run of codes; otherwise it is a slot of latents."""
         return isinstance(self.content, list)
 
     @property
@@ -94,7 +94,7 @@ class LatentSpan(NamedTuple):
 
     @property
     def modality(self) -> str:
-        """Of which it is a slot."""
+        """The modality of the slot."""
         is_clean = self.is_copy or self.media.is_condition
         return (self.media.reader if is_clean else None) or self.media.modality
 

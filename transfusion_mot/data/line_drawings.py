@@ -24,13 +24,13 @@ from transfusion_mot.files import check_writable_folder
 _SVG = "http://www.w3.org/2000/svg"
 # Layers of OpenMoji's drawings that hold lines; the others hold colour, hair and skin.
 _LINES = ("line", "line-supplement")
-# Variants of one drawing, and what has hardly a line.
+# Variants of one drawing, and drawings with hardly any lines.
 _LEFT_OUT = ("skin tone", "flag: ", "keycap", "button", "medium", "clock", "-thirty")
 
 
-# A sentence that the model knows, and something new: so it forgets least of what things look like.
+# A phrase that the model knows plus a new one, so that it forgets the shapes of objects least.
 CAPTION = "openmoji emoji of {} as line drawing"
-# Never trained on: the prompts of configs/quickstart.yaml. They are simple shapes, as a short run keeps little more.
+# Held out: the prompts of configs/quickstart.yaml. They are simple shapes, because a short run learns little more.
 HELD_OUT = ("cat", "house", "red heart", "anchor", "mushroom", "bell", "wine glass", "butterfly")
 
 
@@ -38,7 +38,7 @@ def line_layers(svg: str) -> str:
     """An OpenMoji drawing without its colours.
 
     Args:
-        svg: With a group for each layer.
+        svg: The drawing, with a group for each layer.
     """
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(svg)
@@ -49,14 +49,14 @@ def line_layers(svg: str) -> str:
 
 
 def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: Sequence[str]) -> int:
-    """Draw `count` of the named line drawings, and those that are held out => how many there are.
+    """Draw `count` of the named line drawings, and the held-out ones => number of training drawings.
 
     Args:
         output: Image folder to write, with `metadata.jsonl`.
         size: Height and width in pixels.
-        count: Drawings to train on.
-        seed: Of the choice.
-        held_out: Names that are not trained on.
+        count: Number of drawings to train on.
+        seed: Seed of the choice.
+        held_out: Names that are held out.
     """
     names = {name: stem for stem, name in emoji_captions().items() if not any(part in name for part in _LEFT_OUT)}
     if unknown := [name for name in held_out if name not in names]:
@@ -75,14 +75,14 @@ def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw them, as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.line_drawings", description=__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="image folder to write")
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="height and width (default: 128)")
     parser.add_argument(
         "--count", type=int, default=1000, metavar="N", help="drawings to train on (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice (default: 0)")
     parser.add_argument(
         "--held-out",
         nargs="*",

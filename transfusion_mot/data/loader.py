@@ -23,7 +23,7 @@ from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.errors import UserError
 
-# Limits of the steps that are sent together: bytes, and number of steps.
+# Limits of steps that are sent together: their bytes and their number.
 _BYTES_AT_A_TIME = 2**22
 _STEPS_AT_A_TIME = 8
 
@@ -36,7 +36,7 @@ class _Chunk:
         rows: Rows of each step.
         states: States of the worker's lanes after each step.
         counts: Counters of each step.
-        error: Why steps are missing, as a sentence for the user, which the data loader would hide under a traceback.
+        error: Message for the user if steps are missing; raised in the worker, it would be hidden in a traceback.
     """
 
     rows: PackedRows
@@ -71,7 +71,7 @@ class _LaneRows(IterableDataset[_Chunk]):
             behind: list[NDArray[np.int64]] = []
             counts: list[Counter[str]] = []
             size = 0
-            # Counted as if all workers had as many lanes: they stay in step.
+            # Computed as if all workers had the same number of lanes, so that all send the same number of steps.
             while step < self.num_steps and size < _BYTES_AT_A_TIME and len(rows) < _STEPS_AT_A_TIME:
                 try:
                     made, states, counted = self.packer.rows(lanes, step, states)
@@ -138,7 +138,8 @@ class LaneLoader:
         )
 
     def __iter__(self) -> Generator[tuple[Batch, Counter[str]], None, None]:
-        # The loader takes its workers in turn, so that consecutive chunks are one step's consecutive blocks of lanes.
+        # The loader reads from its workers in turn, so consecutive chunks are the consecutive blocks of lanes of one
+        # step.
         chunks = iter(self._loader)
         step = self.first_step
         try:
@@ -147,7 +148,7 @@ class LaneLoader:
                 parts: list[_Chunk] = [next(chunks) for _ in range(max(1, self.num_workers))]
                 self.seconds_waited = time.perf_counter() - asked
                 rows_of_parts = [part.rows.to(self.device).rows() for part in parts]
-                # All have as many, but those with an error.
+                # All chunks have the same number of steps, except those with an error.
                 together = min(len(rows) for rows in rows_of_parts)
                 for index in range(together):
                     counts: Counter[str] = Counter()
@@ -155,7 +156,8 @@ class LaneLoader:
                         counts.update(part.counts[index])
                     self.states_before = self.states
                     self.states = torch.from_numpy(np.concatenate([part.states[index] for part in parts]))
-                    # Joined on the device: what is joined on the host would not be pinned, and its copy would wait.
+                    # Joined on the device: a tensor joined on the host would not be pinned, and the host would wait for
+                    # its copy.
                     rows = Rows.cat([steps[index] for steps in rows_of_parts])
                     yield self.encoder(rows) if self.encoder is not None else rows.batch, counts
                     self.seconds_waited = 0.0
@@ -164,22 +166,22 @@ class LaneLoader:
                         raise UserError(part.error)
                 step += together
         finally:
-            # Ends the workers, which the frames of a traceback would keep.
+            # Ends the workers, which a traceback would otherwise keep alive.
             del chunks
 
 
 def _quiet_worker(worker: int) -> None:
-    """Rows are small: one thread a worker, and no warning from the tokenizer's own threads after the fork.
+    """Rows are small: one thread for each worker, and no warning from the tokenizer's own threads after the fork.
 
-    A signal to all processes of a run is for the training process, so that it can finish its step; with it, and when it
-    says so, its workers end. They watch by themselves, from threads: the data loader's own way is to look between two
-    chunks whether another process has become the parent. A worker that is at work then does not look, one that is new
-    does not know another parent, and one that ends waits until what it has made is taken.
+    Workers ignore signals to the process group, so that the training process can finish its step. They end when the
+    training process ends or asks them to, and watch for this from threads. PyTorch's data loader only checks between
+    two chunks whether the parent process has changed. That misses a busy worker and a worker that started after the
+    change, and a worker that ends would wait until its data are read.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # In all threads, also those to come: what is blocked waits for the thread that asks for it.
+    # Blocked in all threads, also later ones: a blocked signal waits for the thread that requests it.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     for watch in (_end_after, _end_when_asked_by):
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
@@ -188,13 +190,13 @@ def _quiet_worker(worker: int) -> None:
 
 
 def _end_after(parent: BaseProcess) -> None:
-    """End this process when its parent has ended in any way."""
+    """End this process when its parent has ended for any reason."""
     parent.join()
     os._exit(0)
 
 
 def _end_when_asked_by(parent: BaseProcess) -> None:
-    """End this process at a SIGTERM of its parent, as a process sends to its daemons before it waits for their end."""
+    """End this process at a SIGTERM of its parent, which a process sends to its daemons before it waits for them."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
         pass
     os._exit(0)

@@ -20,9 +20,9 @@ from transfusion_mot.data.sources.open import media_of, open_source
 from transfusion_mot.data.sources.scenes import Scenes
 from transfusion_mot.errors import UserError
 
-# Maximum texts: some ten thousand merges do not change with more.
+# Maximum number of texts: more would not change ten thousand merges.
 _NUM_TOKENIZER_DOCUMENTS = 1_000_000
-# And by far fewer of captions that are made of a few hundred words.
+# Far fewer captions are enough if they consist of a few hundred words.
 _NUM_TOKENIZER_SCENES = 50_000
 
 
@@ -52,12 +52,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Pool:
-    """The documents of a source whose latents have the same size; or all documents of a source of one stream.
+    """The documents of a source with latents of one size; or all documents of a source of only one stream.
 
     Attributes:
         source: Index of the source.
-        items: Their indices in the source; None means all.
-        length: Their number.
+        items: Indices of the documents in the source; None means all.
+        length: Number of documents.
     """
 
     source: int
@@ -76,24 +76,24 @@ class Sources:
     modality of tokens are filled with documents of only that modality, such as texts, chosen in the same way among
     their sources. Slots decide how much of a row that is, so weights only compare sources of the same kind.
 
-    Each bucket is used for a share of the steps such that all documents of a source come with the same frequency.
+    Buckets have shares of the steps such that all documents of a source have the same frequency.
     Documents without latents are in the most frequent bucket of their source.
 
     Args:
-        sources: To fill rows, at least one must have media.
+        sources: The sources; to fill rows, at least one must have media.
         latent_shapes: [C, Y, X] of every bucket, of each modality of latents.
-        all_documents: Whether pools hold the captioned images, too, that a cache knows to be unreadable, and which are
-            dropped when they come up. They do where images are encoded while training, and nothing is known of them: so
-            what lanes remember means the same with a cache and without.
+        all_documents: Whether pools include captioned images that a cache knows to be unreadable; these are dropped
+            when they are drawn. Without a cache (images are encoded during training) nothing is known about them. With
+            this option the state of lanes has the same meaning with and without a cache.
 
     Attributes:
-        names: Of the sources, the last part of their paths: a run may go on where the data lies elsewhere. A second one
-            of the same name is numbered.
-        pools: Of all sources.
+        names: Names of the sources: the last part of their paths, so that a run can be resumed with moved data. A
+            second source of the same name is numbered.
+        pools: Pools of all sources.
         media_pools: Indices of the pools of every bucket.
-        stream_pools: Indices of the pools of documents of one modality of tokens alone, by modality.
+        stream_pools: Indices of the pools of documents of only one modality of tokens, by modality.
         shares: Share of each pool among those of its kind.
-        bucket_shares: Chance of each bucket.
+        bucket_shares: Probability of each bucket.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Sources:
                 self.stream_pools.setdefault(source.stream, []).append(self._add_pool(index, None, 1.0))
                 continue
             if len(self.media_pools) == 1 and not source.encoded and len(source.documents):
-                # Nothing here may take longer for more documents: there may be any number.
+                # No code here may loop over documents, because there may be any number of them.
                 self.media_pools[0].append(self._add_pool(index, None, 1.0))
                 continue
             buckets = self._buckets(source)
@@ -130,7 +130,7 @@ class Sources:
                 items = np.flatnonzero(buckets == bucket)
                 if len(items):
                     is_all = len(items) == len(buckets)
-                    # No step is to be of a size of which nothing can be read.
+                    # A bucket without readable documents gets no steps.
                     share = len(items) / usable if readable[items].any() else 0.0
                     pools.append(self._add_pool(index, None if is_all else items, share))
         totals = [sum(self.shares[pool] for pool in pools) for pools in self.media_pools]
@@ -161,7 +161,7 @@ class Sources:
 
     @staticmethod
     def _readable(source: Source) -> NDArray[np.bool_]:
-        """[N] whether each document is usable, as far as known."""
+        """[N] whether each document is usable, as far as is known."""
         own = own_media(source.documents)
         if own in source.encoded:
             return source.encoded[own].readable
@@ -222,7 +222,7 @@ class Sources:
             epochs = self.epochs(seen)[name]
             drops = {what.replace("_", " ").removesuffix("s"): seen.get(counter(name, what), 0) for what in DROPS}
             if source.documents.media.keys() <= source.encoded.keys():
-                # How many of the encoded media are unreadable says more than how often they have come up.
+                # The number of unreadable encoded media is more useful than how often they were drawn.
                 del drops["unreadable item"]
             left_out = self.left_out(index) | {what: count for what, count in drops.items() if count}
             reasons = counted(left_out) or "nothing"
@@ -245,8 +245,8 @@ def _short_name(name: str) -> str:
     return (path if path.name.strip(".") else path.resolve()).name
 
 
-# What is counted of each source: documents taken from it, those that are wholly in rows, tokens in rows (of text, or
-# codes of documents of codes alone), media in rows, and what happened to documents on the way.
+# Counters of each source: documents taken from it, documents that are completely in rows, tokens in rows (of text, or
+# codes of documents with only codes), media in rows, and skipped or cut documents.
 DROPS = ("cut_captions", "cut_documents", "unreadable_items", "too_long_items", "dropped_documents")
 SOURCE_COUNTED = ("taken", "documents", "tokens", "items", *DROPS)
 
@@ -261,12 +261,12 @@ def open_documents(data: DataConfig, split: Split, readers: Collection[str] = ()
 
     Args:
         data: The sources, and the slots of each modality.
-        split: Of the documents.
-        readers: Modalities whose slots hold media of other ones, so that no source has them.
+        split: Split of the documents.
+        readers: Modalities whose slots hold media of other modalities, so that no source has them.
 
     Raises:
-        UserError: A source cannot be opened or has a modality that rows have not, two of the same data have another
-            `use`, or a modality has nothing to train on.
+        UserError: A source cannot be opened or has a modality that rows do not have, two sources of the same data have
+            different `use`, or a modality has no training documents.
     """
     for config in data.sources:
         media = [name for name in data.slots if name != TEXT and name not in readers]
@@ -303,7 +303,7 @@ def _refuse_without_media(sources: list[Source], data: DataConfig, readers: Coll
 
 
 def _refuse_without_order(sources: list[Source], orders: dict[str, float]) -> None:
-    """Refuse sources whose documents fit no order."""
+    """Refuse sources whose documents do not fit any order."""
     for documents in (source.documents for source in sources if source.documents.is_paired):
         has = set(documents.modalities)
         if not any(chance > 0 and set(order.split()) <= has for order, chance in orders.items()):
@@ -314,7 +314,7 @@ def _refuse_without_order(sources: list[Source], orders: dict[str, float]) -> No
 
 
 def _refuse_two_uses(sources: list[SourceConfig]) -> None:
-    """Refuse data that is trained on by one entry and held out by another."""
+    """Refuse data that one source uses for training and another holds out."""
     uses: dict[tuple[str | None, ...], str] = {}
     for source in sources:
         places = [None if path is None else str(Path(path).resolve()) for path in (source.path, source.annotations)]
@@ -338,14 +338,14 @@ def with_encoded(
 ) -> Sources:
     """Open the encoded media of the sources, encoding what a cache lacks.
 
-    Latents are not opened where they are made while training (`data.latents: online`). All processes of `accelerator`
-    call it together.
+    Latents are not opened if they are encoded during training (`data.latents: online`). All processes of `accelerator`
+    must call this together.
 
     Args:
         sources: The documents of one split.
-        data: The transform of media, the place of the cache.
-        codecs: Of each modality but text.
-        codec_configs: Likewise; how many media they encode at a time.
+        data: The transform of media, and the cache folder.
+        codecs: Codec of each modality except text.
+        codec_configs: Configuration of each codec; it sets the batch size of encoding.
         accelerator: Its processes share the work.
         all_documents: See `Sources`.
     """
@@ -383,7 +383,7 @@ def _refuse_cached_scenes(sources: list[Source], data: DataConfig, codecs: dict[
 
 
 def training_texts(sources: list[Source]) -> Iterator[str]:
-    """The captions and texts, from which a tokenizer is trained; evenly spaced documents of a large source."""
+    """Captions and texts to train a tokenizer; evenly spaced documents of a large source."""
     for documents in (source.documents for source in sources):
         most = _NUM_TOKENIZER_SCENES if isinstance(documents, Scenes) else _NUM_TOKENIZER_DOCUMENTS
         for index in range(0, len(documents), 1 + len(documents) // most):

@@ -13,10 +13,10 @@ def fetch_package(package: str, folder: str, option: str) -> str:
     """Download a package's tarball into `folder` => its path.
 
     Args:
-        option: Of the command, by which a tarball can be given instead.
+        option: Option of the command that takes a tarball instead.
 
     Raises:
-        UserError: There is no npm, or it fails.
+        UserError: npm is missing or fails.
     """
     if shutil.which("npm") is None:
         raise UserError(
@@ -33,10 +33,10 @@ def fetch_package(package: str, folder: str, option: str) -> str:
 
 
 def package_folder(path: Path, package: str, needed: Sequence[str], unpacked: Path) -> Path:
-    """The folder of a package: `path` itself, or `unpacked`, which receives what is needed of a tarball.
+    """The folder of a package: `path` itself, or `unpacked`, to which the needed files of a tarball are extracted.
 
     Args:
-        needed: Files of the package that are read, as paths in it.
+        needed: Files of the package that are read, as paths inside it.
 
     Raises:
         UserError: `path` is not this package.

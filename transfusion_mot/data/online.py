@@ -13,11 +13,11 @@ from transfusion_mot.data.images import to_pixels
 
 
 class OnlineEncoder:
-    """Completes rows whose images are still pixels; the batch is what it would be with a cache of latents.
+    """Encodes the images of rows; the batch equals the one with a cache of latents.
 
     Args:
-        codecs: Of each modality with latents; compiled on CUDA.
-        batch_sizes: Likewise; images encoded at a time.
+        codecs: Codec of each modality with latents; compiled on CUDA.
+        batch_sizes: Number of images that each codec encodes at a time.
     """
 
     def __init__(self, codecs: Mapping[str, LatentCodec], batch_sizes: Mapping[str, int]) -> None:
@@ -26,12 +26,12 @@ class OnlineEncoder:
 
     @classmethod
     def of_model(cls, model: ModelConfig, codecs: Mapping[str, Codec], configs: Mapping[str, CodecConfig]) -> Self:
-        """For all latents of a model, also those that are only read.
+        """Encoder of all latents of a model, also those that are only read.
 
         Args:
-            model: Its modalities.
-            codecs: Of each modality that the model makes, but text.
-            configs: Of each modality of latents; how many images they encode at a time.
+            model: The modalities.
+            codecs: Codec of each modality that the model makes, except text.
+            configs: Configuration of the codec of each modality of latents; it sets the batch size of encoding.
         """
         content = {name: model.content_of(name) for name in model.stream_order if name != TEXT}
         latents = {name: codec for name, codec in codecs.items() if codec.kind == "latents"}
@@ -48,12 +48,12 @@ class OnlineEncoder:
         inputs = dict(rows.batch.inputs)
         for name, images_uint8 in rows.media.items():
             given = rows.batch.latents(name)
-            # Empty slots too: how many there are is known to the host only if it waits.
+            # Empty slots are encoded, too: to know their number the host would have to wait for the device.
             pixels = to_pixels(images_uint8.flatten(0, 1))
             encoded = self.codecs[name].encode_fast(pixels, self.batch_sizes[name], compiled=pixels.is_cuda)
-            # In half precision, as a cache would have kept them.
+            # In half precision, like in a cache.
             mean, std = (part.half().float().view_as(given.latents) for part in encoded)
-            # What is still the noise of the posterior.
+            # The latents are still the noise of the posterior here.
             latents = mean + std * given.latents
             inputs[name] = given._replace(latents=latents * given.is_filled[:, :, None, None, None])
         return dataclasses.replace(rows.batch, inputs=inputs)

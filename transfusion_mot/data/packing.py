@@ -23,21 +23,21 @@ from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
 
-# Keeps the draws of layouts, sources, buckets and epochs apart from those of rows, which count steps in the same place.
+# Seeds of layouts, sources, buckets and epochs; larger than any step, which is the seed of rows in the same place.
 _LAYOUT_DRAWS = 2**62
 _SOURCE_DRAWS = 2**62 + 1
 _BUCKET_DRAWS = 2**62 + 2
 _EPOCH_DRAWS = 2**63
 
-# Minimum text tokens of a document with media: BOS, EOS or a word, and begin and end token.
+# Minimum text tokens of a document with media: BOS, EOS or a word, begin token and end token.
 _SHORTEST_DOCUMENT = 3
-# This many successive unreadable documents are not an accident.
+# More successive unreadable documents than this are not an accident.
 _MOST_DROPPED = 1000
 
 
 def counted_by(model: ModelConfig) -> list[str]:
-    """Counters of rows besides those of sources: documents that filled a stream, slots filled of each modality
-    (those of copies, too), slots left empty, captions cut, and media of each modality."""
+    """Counters of rows besides those of sources: documents that filled a stream, used slots of each modality (with
+    copies), empty slots, cut captions, and media of each modality."""
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),
         *(f"{name}_slots" for name in model.stream_order),
@@ -82,7 +82,7 @@ class Packer:
         self.lane_sizes = LaneSizes(
             len(sources.pools), len(self.token_modalities), len(sources.media_pools), config.lookahead
         )
-        # What the documents of each bucket are made of besides text; held-out documents may be texts alone.
+        # Modalities of the documents of each bucket besides text; held-out documents may be only texts.
         self._media = [
             {name for pool in pools for name in sources.sources[sources.pools[pool].source].documents.media}
             for pools in sources.media_pools
@@ -117,10 +117,10 @@ class Packer:
         """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states after them, counters).
 
         Args:
-            bucket: Of the media; that of the step if None.
+            bucket: Bucket of the media; None means that of the step.
 
         Raises:
-            UserError: Nothing of a source can be read.
+            UserError: No document of a source can be read.
         """
         bucket = self.bucket(step) if bucket is None else bucket
         shape = self.row_shape(bucket)
@@ -161,11 +161,11 @@ class Packer:
         state.waiting[bucket] = waiting
 
     def _place(self, row: Row, lane: int, entry: Waiting, counts: Counter[str]) -> list[Waiting]:
-        """Add a document, or the next piece of one longer than a row, if there is room => the part that still waits."""
+        """Add a document, or the next piece of one longer than a row, if it fits => the part that still waits."""
         document = self._document(lane, entry)
         piece = document.piece(entry.used, self.config.slots, self.tokenizer.begin_ids)
         if not piece.segments:
-            # Its media were readable when it was taken, but not after the run was resumed.
+            # Its media were readable when it was taken, but no longer after the run was resumed.
             self._drop(lane, entry, counts)
             return []
         if any(count > row.free[name] for name, count in piece.slots.items()):
@@ -173,7 +173,7 @@ class Packer:
         return self._add(row, lane, entry, document, piece, counts)
 
     def _add_to_stream(self, row: Row, lane: int, state: LaneState, place: int, counts: Counter[str]) -> None:
-        """Add the next document of one modality of tokens, cut where the row ends; its rest begins the next row."""
+        """Add the next document of one modality of tokens, cut at the end of the row; the rest begins the next row."""
         name = self.token_modalities[place]
         kind = len(state.waiting) + place
         entry = state.begun[place] or self._take(lane, state, self.sources.stream_pools[name], kind, counts)
@@ -193,7 +193,7 @@ class Packer:
             counts[f"{modality}_items"] += 1
         counts[counter(name, "items")] += len(piece.media)
         counts[counter(name, "tokens")] += piece.slots[document.stream]
-        # The token behind a cut is still the label of the last one before it, and the first input of the rest.
+        # The token after a cut is the label of the last token before it, and the first input of the rest.
         if piece.next_token != IGNORE_INDEX:
             counts[counter(name, "cut_documents")] += entry.used == 0
             return [entry._replace(used=piece.used)]
@@ -204,7 +204,7 @@ class Packer:
         return []
 
     def _take(self, lane: int, state: LaneState, pools: list[int], kind: int, counts: Counter[str]) -> Waiting:
-        """Take the lane's next document with a readable item from `pools`, which are numbered `kind`.
+        """Take the lane's next document with a readable item from `pools`, whose number is `kind`.
 
         The pool depends on the number of documents that the lane has taken from them, not on the row.
         """
@@ -235,7 +235,7 @@ class Packer:
         del self._read[lane, entry.pool, entry.number]
 
     def _document(self, lane: int, entry: Waiting) -> Document:
-        """The document; its layout has separate draws, which do not change while it waits for a row with room."""
+        """The document; its layout has separate draws, which stay the same while the document waits."""
         key = lane, entry.pool, entry.number
         if key not in self._read:
             pool = self.sources.pools[entry.pool]
@@ -245,10 +245,10 @@ class Packer:
         return self._read[key]
 
     def _position(self, pool: Pool, index: int, lane: int, number: int) -> int:
-        """Index in a pool of the lane's next item: one global shuffled order per epoch, divided among the lanes."""
+        """Index of the lane's next item in a pool: lanes share one global shuffled order for each epoch."""
         epoch, position = divmod(lane + number * self.num_lanes, pool.length)
         if (index, epoch) not in self._round_keys:
-            # Lanes are seldom more than an epoch of a pool apart; what is older can be drawn again.
+            # Lanes are seldom more than one epoch of a pool apart; older keys can be drawn again.
             self._round_keys = {
                 key: value for key, value in self._round_keys.items() if key[0] != index or key[1] >= epoch - 1
             }
@@ -264,7 +264,7 @@ class Packer:
         self._generator.bit_generator.state = {
             "bit_generator": "Philox",
             "state": {"key": [self.seed, lane], "counter": [0, number, kind, purpose]},
-            # Nothing is left of earlier draws.
+            # Reseeding removes all state of earlier draws.
             "buffer": [0, 0, 0, 0],
             "buffer_pos": 4,
             "has_uint32": 0,

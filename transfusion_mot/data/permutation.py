@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 _BITS = 2**64 - 1
-# Rounds of the network. Four make it look random to any polynomial test (Luby and Rackoff 1988) where halves are wide;
-# those of a small source are a few bits.
+# Number of rounds. Four are enough for wide halves (Luby and Rackoff 1988: no polynomial test sees a difference from a
+# random order), but the halves of a small source have only a few bits.
 NUM_ROUNDS = 8
 
 
 def permuted(position: int, length: int, round_keys: Sequence[int]) -> int:
-    """The item at `position` of a shuffled `range(length)`; other keys of 64 bits shuffle it another way.
+    """The item at `position` of a shuffled `range(length)`; each 64-bit key gives another order.
 
-    A Feistel network is a bijection of the numbers of an even number of bits, and following it until it comes back
-    below `length` one of `range(length)` (cycle walking; Black and Rogaway 2002), after four turns on average at most.
+    A Feistel network is a bijection of numbers with an even number of bits. Repeating it until the result is below
+    `length` is a bijection of `range(length)` (cycle walking; Black and Rogaway 2002). This takes at most four rounds
+    on average.
     """
     half = max(2, ((length - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

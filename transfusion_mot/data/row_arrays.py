@@ -53,7 +53,7 @@ class RowShape:
     """The layout of a row.
 
     Attributes:
-        blocks: Of each modality, in the order of their slots.
+        blocks: Block of each modality, in the order of their slots.
         rope: Kind of rotary positions, `1d` or `3d`.
     """
 
@@ -68,8 +68,8 @@ class RowShape:
         latent_shapes: dict[str, list[tuple[int, int, int]]],
         bucket: int,
     ) -> Self:
-        """The rows of a model whose latents have these shapes [C, Y, X] in each bucket; those that are read have the
-        shape of the others of their modality."""
+        """Rows of a model whose latents have these shapes [C, Y, X] in each bucket; latents that are only read have the
+        shape of their modality."""
         blocks, start = {}, 0
         for name in model.stream_order:
             modality = model.modalities[name]
@@ -139,7 +139,7 @@ class RowArrays:
         self.copies: dict[str, NDArray[np.bool_]] = {}
         self.conditions: dict[str, NDArray[np.bool_]] = {}
         self.media: dict[str, NDArray[np.uint8]] = {}
-        # Number of the first span of each modality of latents.
+        # Id of the first span of each modality of latents.
         self.first_span: dict[str, int] = {}
         spans = 0
         for name, block in shape.blocks.items():
@@ -193,9 +193,9 @@ class Row:
         self.arrays = arrays
         self.row = row
         self.free = {name: block.capacity for name, block in arrays.shape.blocks.items()}
-        # Source, media, and where each span of them is among the media slots of its modality.
+        # Source, media, and media slot of each of its spans in its modality.
         self._media: dict[str, list[tuple[int, Media, list[int]]]] = {name: [] for name in arrays.noise}
-        # Of each modality of tokens, written at once in the end.
+        # Tokens of each modality, written at once at the end.
         self._ids: dict[str, list[int]] = {name: [] for name in arrays.ids}
         self._labels: dict[str, list[int]] = {name: [] for name in arrays.labels}
         self._documents = 0
@@ -203,7 +203,7 @@ class Row:
     def add(self, piece: Piece, document: Document, source: int) -> None:
         """Place a piece of a document of a source."""
         positions = PositionCounter(self.arrays.shape.rope)
-        # Rotary positions of the media slot before, which its copy has too.
+        # Rotary positions of the previous media slot; its copy has the same.
         rope_positions: NDArray[np.int64] | None = None
         laid_out = lay_out(
             piece.segments,
@@ -276,13 +276,13 @@ class Row:
         arrays, row = self.arrays, self.row
         noise = arrays.noise[name][row]
         max_timesteps = torch.ones(len(noise))
-        # Always the same number of draws, so that a row's draws do not depend on how full it is.
+        # The number of draws is constant, so that they do not depend on how full the row is.
         uniform = torch.from_numpy(rng.random(len(noise), dtype=np.float32))
         posterior_noise = rng.standard_normal(noise.shape, dtype=np.float32)
         rng.standard_normal(dtype=np.float32, out=noise)
         for source, media, slots in placed:
             content: LatentMedia = media.content
-            # As in sampling, media that are only read have no noise and no draw from the posterior.
+            # As in sampling, media that are only read have no noise and use the mean of the posterior.
             spread = 0.0 if media.is_condition else posterior_noise[slots[0]]
             latents = spread
             encoded = sources.sources[source].encoded.get(name)
@@ -294,7 +294,7 @@ class Row:
                 where = row, slot
                 arrays.latents[span.modality][where] = latents
                 if content.pixels is not None:
-                    # The latents are made of what was drawn and the pixels, on the device.
+                    # The device computes the latents from these draws and the pixels.
                     arrays.media[span.modality][where] = content.pixels
                 if span.is_copy:
                     arrays.copies[span.modality][where] = True

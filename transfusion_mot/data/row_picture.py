@@ -1,4 +1,4 @@
-"""A picture of one row: its slots, its documents in reading order, and which slots attend to which."""
+"""A picture of one row: its slots, its documents in reading order, and the attention mask."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from transfusion_mot.models.attention import SlotIds, dense_mask
 from transfusion_mot.models.inputs import TokenInput
 
 Colour = tuple[int, int, int]
-# Of each modality of latents: the picture in every media slot, or None.
+# For each modality of latents: the picture in every media slot, or None.
 Thumbnails = Mapping[str, Sequence[ImageArray | None]]
 
 _WHITE, _INK, _FAINT, _PADDING = (255, 255, 255), (38, 42, 51), (120, 126, 138), (226, 228, 232)
-# Of each modality, in the order of their slots; and the lighter one, where a query of it reads another modality.
+# Colour of each modality, in the order of their slots, and a lighter one for queries that attend to another modality.
 _MODALITIES: list[tuple[Colour, Colour]] = [
     ((52, 101, 164), (158, 190, 228)),
     ((232, 126, 46), (249, 200, 158)),
@@ -75,7 +75,7 @@ class _Row:
         return int(self.ids[TEXT][slot - self.blocks[TEXT].start]) if is_text else None
 
     def media_slot(self, slot: int) -> int:
-        """The media slot, among those of its modality, that a patch belongs to."""
+        """Index of a patch's media slot among those of its modality."""
         block = self.blocks[self.modality(slot)]
         return (slot - block.start) // block.slots_each
 
@@ -86,12 +86,12 @@ def draw_row(
     """Draw a row to a PNG.
 
     Args:
-        batch: Of one row.
-        model: Its modalities.
-        tokenizer: Says what the ids of text mean.
-        thumbnails: What is in media slots.
-        title: Stands on top.
-        path: Where the PNG goes.
+        batch: A batch of one row.
+        model: The modalities.
+        tokenizer: Decodes text ids.
+        thumbnails: Pictures in media slots.
+        title: Title of the picture.
+        path: The PNG to write.
     """
     row = _row(batch, model)
     canvas = Image.new("RGB", (_WIDTH, 4000), _WHITE)
@@ -122,7 +122,7 @@ def _row(batch: Batch, model: ModelConfig) -> _Row:
 
 
 def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool_]:
-    """[S, S], whether a slot attends to another."""
+    """[S, S] whether a slot attends to another."""
     span_ids = batch.slots.span_ids.clone()
     for name, block in row.blocks.items():
         if not model.modalities[name].is_bidirectional:
@@ -135,7 +135,7 @@ def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool
 
 
 def _draw_stored(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, thumbnails: Thumbnails, top: int) -> int:
-    """The row as it is stored, modality after modality, media slots beside the tokens before them => where it ends."""
+    """Draw the row as it is stored: one modality after the other, media beside tokens => bottom of the drawing."""
     lines: list[list[str]] = []
     for name in row.blocks:
         is_beside = name not in row.ids and lines and lines[-1][-1] in row.ids
@@ -162,7 +162,7 @@ def _media_size(count: int) -> int:
 
 
 def _draw_tokens(draw: ImageDraw.ImageDraw, row: _Row, name: str, colour: Colour, place: tuple[int, int, int]) -> None:
-    """A strip of documents at (left, top, width)."""
+    """Draw a strip of documents at (left, top, width)."""
     left, top, width = place
     block = row.blocks[name]
     documents = row.documents[block.start : block.start + block.num_slots]
@@ -191,7 +191,7 @@ def _draw_media(
     colour: Colour,
     place: tuple[int, int],
 ) -> None:
-    """Media slots from (left, top) on."""
+    """Draw media slots, starting at (left, top)."""
     left, top = place
     block = row.blocks[name]
     size = _media_size(block.capacity)
@@ -215,10 +215,10 @@ def _draw_media(
 
 
 def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: npt.NDArray[np.bool_], top: int) -> int:
-    """The attention mask with its slots in reading order, which is how one thinks of it => where it ends."""
-    heading, font = "who attends to whom", _font(24, bold=True)
+    """Draw the attention mask with its slots in reading order => bottom of the drawing."""
+    heading, font = "attention mask", _font(24, bold=True)
     draw.text((_MARGIN, top), heading, fill=_INK, font=font)
-    below = "in reading order: a line attends to its coloured columns"
+    below = "in reading order: each row attends to its coloured columns"
     draw.text((_MARGIN + font.getlength(f"{heading}  "), top + 4), below, fill=_FAINT, font=_font(20))
     documents = range(int(row.documents.max()) + 1)
     order = np.concatenate([row.reading_order(document) for document in documents])
@@ -234,14 +234,14 @@ def _draw_mask(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, mask: 
     edges = np.round(np.arange(len(order) + 1) * side / len(order)).astype(int)
     for first, last in _runs(kinds):
         fill = _MODALITIES[int(kinds[first]) % len(_MODALITIES)][0]
-        # One pixel at least: of a long row several slots share one.
+        # At least one pixel; in a long row several slots share a pixel.
         start, end = edges[first], max(edges[first], edges[last + 1] - 1)
         draw.rectangle((left + start, top - _STRIP - 4, left + end, top - 5), fill=fill)
         draw.rectangle((left - _STRIP - 4, top + start, left - 5, top + end), fill=fill)
     for first, last in _runs(row.documents[order]):
         box = (left + edges[first], top + edges[first], left + edges[last + 1], top + edges[last + 1])
         draw.rectangle(box, outline=_FAINT, width=2)
-        # Beside the square on the side of the later documents' keys, where nothing attends.
+        # The number is to the right of the square, where keys of later documents are not attended to.
         x = box[2] + 24 if box[2] + 40 < left + side else box[0] - 24
         if box[3] - box[1] > 30:
             _badge(draw, x, (box[1] + box[3]) // 2, int(row.documents[order[first]]))
@@ -269,7 +269,7 @@ def _draw_documents(
     top: int,
     limit: int,
 ) -> int:
-    """The documents as one reads them, as many as there is room for => where they end."""
+    """Draw the documents in reading order, as many as fit => bottom of the drawing."""
     left, right = _MARGIN + _MASK + 90, _WIDTH - _MARGIN
     draw.text((left - 46, top), "documents, in reading order", fill=_INK, font=_font(24, bold=True))
     y = top + 80
@@ -311,8 +311,8 @@ class _Word:
     """The displayed parts of a document.
 
     Attributes:
-        text: What to write.
-        is_special: Whether it is no text of the document.
+        text: The text to draw.
+        is_special: Whether it is not text of the document.
         media: Modality and media slot.
     """
 
@@ -328,7 +328,7 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
     special |= {token: f"end of {name}" for name, token in tokenizer.end_ids.items()}
     slots = row.reading_order(document)
     if tokenizer.document_start and row.token(slots[0]) not in (tokenizer.bos_id, None):
-        yield _Word("goes on from the row before", is_special=True)
+        yield _Word("continues from the previous row", is_special=True)
     # One run for each text, special token, media slot or span of codes.
     keys = [
         (row.modalities[slot], row.spans[slot], row.token(slot) if row.token(slot) in special else -1) for slot in slots
@@ -350,7 +350,7 @@ def _words(row: _Row, document: int, tokenizer: TextTokenizer) -> Iterator[_Word
             yield _Word("", media=(name, row.media_slot(run[0])))
     last = row.token(slots[-1])
     if last is not None and last not in special:
-        yield _Word("goes on in the next row", is_special=True)
+        yield _Word("continues in the next row", is_special=True)
 
 
 def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -20,12 +20,12 @@ _NOUNS = {thing.noun: thing.nouns for thing in scene_objects()}
 
 
 def captions_of(scene: Scene, sprites: Sequence[Sprite], draws: Draws) -> tuple[str, ...]:
-    """Captions that say the same in several words; one may come twice, to be more usual.
+    """Captions with the same content in different words; a caption may be listed twice to be more frequent.
 
     Args:
-        scene: What is told.
-        sprites: The drawings that it names.
-        draws: Choose among wordings and among the nouns of a thing.
+        scene: The scene to describe.
+        sprites: The drawings in the scene.
+        draws: Random choices of wordings and nouns.
     """
     if scene.is_framed:
         return _of_framed(scene.groups[0], sprites[scene.groups[0].sprite], draws)
@@ -67,7 +67,7 @@ def _said(groups: Sequence[Group], relation: Relation, draws: Draws) -> tuple[st
         terse, phrase = [group.terse for group in ordered], [group.phrase for group in ordered]
         return ", ".join(terse), f"{phrase[0]}, {phrase[1]} and {phrase[2]}"
     first, second = groups
-    # What is left of something has that on its right.
+    # "a left of b" is the same as "b right of a".
     if draws.chance(0.5):
         first, second, relation = second, first, OPPOSITE.get(relation, relation)
     wording = draws.pick(_WORDINGS[relation])

@@ -1,4 +1,4 @@
-"""Unlimited scenes: scene i of a side is a pure function of the drawings, a seed and i."""
+"""Unlimited scenes: scene i of a split is a pure function of the drawings, a seed and i."""
 
 import math
 from collections import defaultdict
@@ -16,9 +16,9 @@ from transfusion_mot.data.sprites import Sprite
 # Left, top, right and bottom, as shares of the picture.
 Region = tuple[float, float, float, float]
 
-# Between drawings, so that they are seen apart.
+# Gap between drawings, so that they are visibly separate.
 _MARGIN = 0.045
-# Colours that have a light one, called so.
+# Colours with a light variant, such as "light blue".
 _LIGHT = ("blue", "green", "purple", "yellow", "pink", "gray")
 _GROUNDS = (*COLOURS, *(f"light {name}" for name in _LIGHT))
 _GREYS = ("black", "gray")
@@ -31,15 +31,15 @@ _MOST_TRIES = 10_000
 class Composer:
     """Draws scenes.
 
-    Of the held-out share are pairs of a thing and a colour that no drawing of it has by nature, pairs of things that
-    stand in one scene, and the drawings that are marked so. A training scene has none of these. A held-out scene has
-    one at least: of the drawings alone in their frame a held-out one, of the others a pair.
+    Held out are a share of the pairs of a thing and a colour that no drawing of it has by nature, a share of the pairs
+    of things in one scene, and the drawings that are marked so. A training scene has none of these. A held-out scene
+    has at least one: a held-out drawing if it is a single drawing in its frame, otherwise a held-out pair.
 
     Args:
         sprites: The drawings.
-        seed: Of all scenes and of what is held out.
-        held_out_fraction: Of the pairs.
-        is_split: False draws training scenes without regard to what is held out.
+        seed: Seed of all scenes and of the held-out pairs.
+        held_out_fraction: Share of the pairs that are held out.
+        is_split: False: training scenes may show held-out pairs and drawings.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Composer:
         self._drawn = sorted(self._by_noun)
 
     def scene(self, index: int, split: Split) -> Scene:
-        """Scene `index` of a side."""
+        """Scene `index` of a split."""
         draws = Draws(self.seed, split, index)
         if split == "held_out" and self._hidden and draws.chance(1 / 3):
             return self._told(self._framed(draws, self._hidden), draws)
@@ -76,10 +76,10 @@ class Composer:
         return replace(scene, captions=captions_of(scene, self.sprites, draws))
 
     def asked_for(self, things: Sequence[tuple[str, str | None, int]], relation: Relation, *seed: object) -> Scene:
-        """A scene of one or two things, each (noun, colour or None, count), on white; what is held out is allowed.
+        """A scene of one or two things, each (noun, colour or None, count), on white; held-out pairs are allowed.
 
         Raises:
-            KeyError: There is no such thing that is of that colour or can be.
+            KeyError: There is no such thing, or none that has or can get the colour.
         """
         draws = Draws(self.seed, *seed)
         regions = [_WHOLE] if len(things) == 1 else _halves(relation, draws)
@@ -98,11 +98,11 @@ class Composer:
         return self._told(Scene(tuple(groups), WHITE, relation), draws)
 
     def has(self, noun: str, colour: str) -> bool:
-        """Whether a drawing of the thing is of a colour, or can be."""
+        """Whether a drawing of the thing has a colour or can get it."""
         return any(colour == self._own_colour(one) or self._takes(one, colour) for one in self._by_noun[noun])
 
     def _takes(self, sprite: int, colour: str) -> bool:
-        """Whether a drawing can be given another colour."""
+        """Whether a drawing can get another colour."""
         main, thing = self.sprites[sprite].main, self._things[sprite]
         is_settled = thing is not None and (thing[1] is not None or thing[0] in UNCOLOURED)
         return main.is_replaceable and not is_settled and _differs(colour, main.hue * 360 / 256)
@@ -120,7 +120,7 @@ class Composer:
         return not is_natural and share_of("\n".join(pair), self.seed) < self.fraction
 
     def _own_colour(self, sprite: int) -> str | None:
-        """Colour of a drawing by its name, or as it is measured; None if these differ, as of a black cat in purple."""
+        """Colour of a drawing by its name or pixels; None if the two differ, as for a "black cat" drawn in purple."""
         thing, measured = self._things[sprite], self.sprites[sprite].main.name
         if thing is not None and thing[0] in UNCOLOURED:
             return None
@@ -134,7 +134,7 @@ class Composer:
         return self._composed(draws)
 
     def _framed(self, draws: Draws, sprites: Sequence[int]) -> Scene:
-        """A drawing as it is, on white."""
+        """An unchanged drawing on white."""
         sprite = draws.pick(sprites)
         thing = self._things[sprite]
         colour = self._own_colour(sprite) if draws.chance(0.35) or (thing and thing[1]) else None
@@ -201,7 +201,7 @@ class Composer:
         return groups
 
     def _group(self, draws: Draws, says_style: bool = True) -> Group:
-        """A thing in some colour, not placed yet."""
+        """A group of one thing in one colour, not placed yet."""
         noun = draws.pick(self._drawn)
         sprite = draws.pick(self._by_noun[noun])
         paint = None
@@ -215,7 +215,7 @@ class Composer:
         return Group(sprite, noun, (), paint, colour, style)
 
     def _placed(self, draws: Draws, group: Group, count: int, region: Region, size: str | None = None) -> Group:
-        """Put so many of a group into the cells of a region."""
+        """Place a number of copies of a group in the cells of a region."""
         left, top, right, bottom = region
         width, height = right - left, bottom - top
         if count == 4 or (count == 3 and width == height and draws.chance(0.5)):
@@ -231,7 +231,7 @@ class Composer:
         places = []
         for column, row in cells:
             centre_x, centre_y = left + (column + 0.5) * cell_width, top + (row + 0.5) * cell_height
-            # Anywhere in the cell, but nearer to its middle than to its ends.
+            # Anywhere in the cell, more often near its middle.
             spare_x, spare_y = (min(0.12, (side - _MARGIN - longest) / 2) for side in (cell_width, cell_height))
             x, y = draws.between(-spare_x, spare_x), draws.between(-spare_y, spare_y)
             places.append(Place(centre_x + x, centre_y + y, longest))
@@ -258,7 +258,7 @@ class Composer:
         return Background(pattern, (first, second), turn, draws.between(0.1, 0.26))
 
     def _shown_colour(self, group: Group) -> tuple[str | None, float, bool]:
-        """Name and hue of the colour that things are seen in, and whether that is a grey."""
+        """Name and hue of the visible colour of things, and whether it is a grey."""
         if group.paint is not None:
             return group.paint.name, group.paint.hsv[0], group.paint.name in _GREYS
         main, name = self.sprites[group.sprite].main, self._own_colour(group.sprite)
@@ -266,7 +266,7 @@ class Composer:
 
 
 def _stands_out(colour: str, shown: Sequence[tuple[str | None, float, bool]]) -> bool:
-    """Whether things can be told from a ground of that colour, by what `_shown_colour` says of each."""
+    """Whether things are visible on a background of that colour, by the results of `_shown_colour`."""
     for name, hue, is_grey in shown:
         if colour == name or (colour in _GREYS and is_grey):
             return False
@@ -276,7 +276,7 @@ def _stands_out(colour: str, shown: Sequence[tuple[str | None, float, bool]]) ->
 
 
 def _halves(relation: Relation, draws: Draws) -> list[Region]:
-    """Where the first and the second of two groups stand."""
+    """Regions of the first and the second of two groups."""
     is_side_by_side = relation in ("left of", "right of", "next to") or (relation == "and" and draws.chance(0.7))
     halves: list[Region] = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if is_side_by_side else [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
     if relation in ("right of", "below") or (relation in ("next to", "and") and draws.chance(0.5)):
@@ -285,7 +285,7 @@ def _halves(relation: Relation, draws: Draws) -> list[Region]:
 
 
 def _paint(draws: Draws, name: str) -> Paint:
-    """One of the many colours of a name."""
+    """A random shade of a named colour."""
     hue, saturation, value = COLOURS[name.split()[-1]]
     if name.startswith("light "):
         saturation, value = saturation * 0.35, 0.97 if saturation else 0.85
@@ -297,7 +297,7 @@ def _paint(draws: Draws, name: str) -> Paint:
 
 
 def _differs(name: str, hue: float, by: float = 25) -> bool:
-    """Whether the hue of a colour is so many degrees away from a hue; greys always are."""
+    """Whether the hue of a colour is at least a number of degrees away from a hue; always true for greys."""
     own, saturation, _ = COLOURS[name]
     distance = math.fabs((own - hue + 180) % 360 - 180)
     return saturation == 0 or distance > by

@@ -14,7 +14,7 @@ from transfusion_mot.data.sprites import Sprites
 
 
 def draw_scene(scene: Scene, sprites: Sprites, size: tuple[int, int]) -> ImageArray:
-    """A scene => `uint8 [height, width, 3]`; of a picture that is not square it fills the middle."""
+    """A scene => `uint8 [height, width, 3]`; it fills the central square if the picture is not square."""
     picture = _ground(scene.background, size)
     for group in scene.groups:
         drawing = sprites.picture(group.sprite)
@@ -40,13 +40,13 @@ def pixel_box(place: Place, drawing: tuple[int, int], size: tuple[int, int]) -> 
 
 
 def boxes_of(group: Group, sprites: Sprites, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """The boxes of all of a group that is not in its own frame."""
+    """The boxes of all drawings of a group that is not in its own frame."""
     left, top, right, bottom = sprites.sprites[group.sprite].box
     return [pixel_box(place, (right - left, bottom - top), size) for place in group.places]
 
 
 def rgb_of(paint: Paint) -> tuple[int, int, int]:
-    """From 0 to 255."""
+    """RGB values from 0 to 255."""
     hue, saturation, value = paint.hsv
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue / 360, saturation, value))
     return red, green, blue
@@ -74,6 +74,6 @@ def _ground(background: Background, size: tuple[int, int]) -> Image.Image:
 
 @cache
 def _grid(size: tuple[int, int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """How far each pixel is from the left and from the top, in shares of the shorter side."""
+    """Distance of each pixel from the left and from the top, as a share of the shorter side."""
     down, across = np.indices(size, dtype=np.float32) / min(size)
     return across, down

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-# A line a thing: its noun, other nouns for it behind "/", and the names of its drawings behind "<" where they differ
-# from the noun. A name with a colour in front of a noun, such as "red apple", is the noun in that colour.
+# One line for each thing: its noun, other nouns after "/", and the names of its drawings after "<" if they differ from
+# the noun. A name of a colour and a noun, such as "red apple", is the noun in that colour.
 _OBJECTS = """
 monkey
 gorilla
@@ -557,7 +557,7 @@ peanut < peanuts
 
 COLOUR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white")
 
-# Drawn with what is around or in them, such as water, whose colour is not theirs.
+# Their drawings include surroundings or contents, such as water, with another colour.
 UNCOLOURED = frozenset(
     {
         "speedboat",
@@ -613,7 +613,7 @@ _IRREGULAR = {
     "buffalo": "buffaloes",
     "bow and arrow": "bows and arrows",
 } | {same: same for same in ("sheep", "deer", "fish", "bison", "moose", "squid", "shrimp", "blowfish", "jellyfish")}
-# An h that is not spoken, and vowels that are spoken as consonants.
+# A silent h, and vowels that are pronounced as consonants.
 _SILENT_H = ("hourglass",)
 _SPOKEN_CONSONANT = ("uni", "ufo", "euro")
 
@@ -623,7 +623,7 @@ class SceneObject:
     """A kind of thing.
 
     Attributes:
-        nouns: What it is called in the singular; the first is its name here.
+        nouns: Singular nouns; the first is its name here.
         drawings: Names of its drawings.
     """
 
@@ -650,7 +650,7 @@ def scene_objects() -> tuple[SceneObject, ...]:
 
 @cache
 def object_of_drawing(name: str) -> tuple[str, str | None] | None:
-    """Name of a drawing => (noun, colour in the name); None if it draws nothing that stands in scenes.
+    """Name of a drawing => (noun, colour in the name); None if it is not a thing of scenes.
 
     "fox face" => ("fox", None); "green apple" => ("apple", "green").
     """
@@ -658,7 +658,7 @@ def object_of_drawing(name: str) -> tuple[str, str | None] | None:
     if name in nouns:
         return nouns[name], None
     colour, _, rest = name.partition(" ")
-    # What is red of a glass of red wine is the wine.
+    # In "glass of red wine" only the wine is red.
     is_coloured = colour in COLOUR_WORDS and rest in nouns and rest != "wine glass"
     return (nouns[rest], colour) if is_coloured else None
 

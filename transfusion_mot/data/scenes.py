@@ -14,7 +14,7 @@ Pattern = Literal["plain", "gradient", "striped", "dotted", "checkered"]
 
 OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-# Words for a place => centre of what stands there.
+# Words for a place => centre of a thing at this place.
 PLACES = {
     "on the left": (0.2, 0.5),
     "on the right": (0.8, 0.5),
@@ -42,7 +42,7 @@ class Paint:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a drawing stands, as shares of the picture: its centre and its longer side."""
+    """Place of a drawing, as shares of the picture: its centre and its longer side."""
 
     x: float
     y: float
@@ -51,16 +51,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """One or several of a thing, all with the same drawing.
+    """One or several copies of a thing, all with the same drawing.
 
     Attributes:
         sprite: Index of the drawing.
-        noun: What the thing is called; of a drawing that is no thing of `scene_objects`, its name.
-        places: Of each of them.
-        paint: What the main colour of the drawing is replaced by; None leaves it.
-        colour: Name of the colour that it is said to have, which is the one it has; None says nothing.
-        style: Name of the drawing's style, if it is said.
-        size: "small" or "big", if it is said.
+        noun: Noun of the thing, or the name of the drawing if it is not a thing of `scene_objects`.
+        places: Place of each copy.
+        paint: Replaces the main colour of the drawing; None keeps it.
+        colour: Name of its colour, if captions name it; else None.
+        style: Name of the drawing's style, if captions name it.
+        size: "small" or "big", if captions name it.
     """
 
     sprite: int
@@ -90,10 +90,10 @@ class Background:
     """The background of the drawings.
 
     Attributes:
-        pattern: Of one paint if it is plain, else of two.
+        pattern: A plain pattern has one paint, others have two.
         paints: White is the paint named "white".
-        turn: Of stripes and gradients, 0 is horizontal, 1 vertical, 2 diagonal.
-        period: Of a pattern that repeats, as a share of the picture.
+        turn: Direction of stripes and gradients: 0 horizontal, 1 vertical, 2 diagonal.
+        period: Period of a repeating pattern, as a share of the picture.
     """
 
     pattern: Pattern
@@ -103,7 +103,7 @@ class Background:
 
     @property
     def words(self) -> str:
-        """ "blue and white striped background"; "" for plain white, of which captions say nothing."""
+        """ "blue and white striped background"; "" for plain white, which captions do not mention."""
         names = " and ".join(paint.name for paint in self.paints)
         if self.pattern == "plain":
             return "" if names == "white" else f"{names} background"
@@ -115,12 +115,12 @@ class Scene:
     """The contents of a picture.
 
     Attributes:
-        groups: One to three.
-        background: Behind them.
-        relation: How the first of two groups stands to the second; "and" says nothing.
-        place: Words for where a single thing stands, if it is said.
-        is_framed: Whether it is a single drawing in its own frame, as icons are, and not placed.
-        captions: That say so; none before it is told.
+        groups: One to three groups.
+        background: The background.
+        relation: Relation of the first of two groups to the second; "and" is no relation.
+        place: Words for the place of a single thing, if captions name it.
+        is_framed: Whether it is a single unplaced drawing in its own frame, like an icon.
+        captions: Captions of the scene; none before they are written.
     """
 
     groups: tuple[Group, ...]

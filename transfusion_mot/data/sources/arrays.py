@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from transfusion_mot.data.sources.base import SkippedItems
 
-# Part of every key: raise it when the files or what is stored in them change.
+# Part of every key: increase it when the format or the content of the files changes.
 _FORMAT = 3
 
 
 class Strings(Sequence[str]):
-    """Strings as one array of UTF-8 bytes and the place where each ends.
+    """Strings as one array of UTF-8 bytes, and the end of each string.
 
-    Worker processes share it, where a list would be copied into each of them, little by little, by reference counting.
+    Worker processes share it. A list would gradually be copied into each of them by reference counting.
     """
 
     def __init__(self, content: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> None:
@@ -44,7 +44,7 @@ class Strings(Sequence[str]):
 
 
 class StringsWriter:
-    """Writes strings one after the other; a lone surrogate, which UTF-8 cannot hold, becomes "?"."""
+    """Writes strings one after the other; a lone surrogate, which UTF-8 cannot encode, becomes "?"."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -62,9 +62,9 @@ class ArrayWriter:
     """Collects the arrays of a folder; strings go to disk at once, numbers (8 bytes each) when it is closed.
 
     Attributes:
-        folder: Where they are written.
-        skipped: What is left out of them.
-        before_close: What is to be done when everything has been added.
+        folder: The folder to write.
+        skipped: Skipped items.
+        before_close: Called when everything has been added.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class ArrayWriter:
         return self._numbers[name]
 
     def close(self) -> None:
-        """Write what is not written yet, and a hash of it all."""
+        """Write the remaining arrays, and a hash of all arrays."""
         for finish in self.before_close:
             finish()
         for name, strings in self._strings.items():
@@ -101,7 +101,7 @@ class ArrayWriter:
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             with path.open("rb") as file:
-                # On the disk before it gets its name: a machine that fails leaves nothing half written.
+                # Flushed to disk before the rename, so that a machine failure leaves no partial file.
                 os.fsync(file.fileno())
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
         about = {
@@ -121,7 +121,7 @@ class ArrayWriter:
 
 
 class StoredArrays:
-    """The arrays of a folder, mapped. A worker process maps them again; pickle sends the path alone.
+    """The memory-mapped arrays of a folder. A worker process maps them again; pickle sends only the path.
 
     Attributes:
         fingerprint: Hash of their content.
@@ -150,7 +150,7 @@ class StoredArrays:
         return Strings(self._mapped[name], ends)
 
     def list_at(self, name: str, ends: str, index: int) -> list[str]:
-        """The strings of one item, where the array `ends` says where those of each item end."""
+        """The strings of one item; the array `ends` has the end of each item's strings."""
         start = int(self[ends][index - 1]) if index > 0 else 0
         return self.strings(name)[start : int(self[ends][index])]
 
@@ -163,10 +163,10 @@ class StoredArrays:
 
 
 def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[ArrayWriter], None]) -> StoredArrays:
-    """The arrays that `build` writes, from `cache_dir` if they are there under `key` (anything JSON can hold).
+    """The arrays that `build` writes, read from `cache_dir` if they are there under `key` (any JSON value).
 
-    They are written aside and renamed at the end: what an interrupted run leaves behind is never taken for the whole,
-    and of two processes that build at once both end up with the same files.
+    They are written to a temporary folder and renamed at the end. So partial files of an interrupted run are never
+    read, and two processes that build at the same time get the same files.
     """
     folder = arrays_folder(cache_dir, name, key)
     if not folder.exists():
@@ -178,7 +178,7 @@ def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[Array
             writer.close()
             os.replace(partial, folder)
         except OSError:
-            # A folder that is not empty is not replaced: another process was faster.
+            # A folder that is not empty is not replaced: another process has finished first.
             if not folder.exists():
                 raise
         finally:
@@ -188,7 +188,7 @@ def stored_arrays(cache_dir: str, name: str, key: object, build: Callable[[Array
 
 
 def arrays_folder(cache_dir: str, name: str, key: object) -> Path:
-    """Where `stored_arrays` keeps them."""
+    """Folder of the arrays of `stored_arrays`."""
     digest = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:16]
     return Path(cache_dir) / f"{name}-{digest}"
 
@@ -197,7 +197,7 @@ def file_stamp(path: Path) -> list[Any]:
     """Stamp that identifies an unchanged file without reading it: path, size and modification time.
 
     Raises:
-        OSError: The file is not there.
+        OSError: The file does not exist.
     """
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]

@@ -18,7 +18,7 @@ from transfusion_mot.data.sources.keys import Keys
 
 Split = Literal["train", "held_out"]
 Medium = Literal["image", "audio"]
-# What one of each is called in messages.
+# Name of one media item in messages.
 NOUNS: dict[Medium, str] = {"image": "image", "audio": "audio clip"}
 
 _logger = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """An item of a document that is no text, as a source gives it.
+    """An item of a document that is not text, as a source gives it.
 
     Attributes:
-        modality: What it is, a key of `model.modalities`.
+        modality: Its modality, a key of `model.modalities`.
         index: Its index among the media of this modality in the source.
-        is_condition: Whether it is only read, as the source image of an edit: it has no loss.
+        is_condition: Whether it is only read, like the source image of an edit: it has no loss.
     """
 
     modality: str
@@ -52,13 +52,13 @@ class MediaItem:
 
 
 class _Media(Protocol):
-    """Media of one source and split: what is encoded and cached.
+    """Media of one source and split, which are encoded and cached.
 
     Attributes:
-        name: What to call the source in messages and logs.
-        fingerprint: Hash of what decides what is encoded: the media's stamps and order; of images also their size,
-            buckets and fit; not of captions.
-        skipped: What was left out while the source was opened: reason to count.
+        name: Name of the source in messages and logs.
+        fingerprint: Hash of everything that decides the encoded data: the stamps and order of media, and size, buckets
+            and fit of images; not captions.
+        skipped: Media skipped when the source was opened: reason => count.
         buckets: [N] index of each image's size in `data.image_sizes`; 0 for audio.
     """
 
@@ -69,19 +69,18 @@ class _Media(Protocol):
 
     @property
     def stamps(self) -> Keys:
-        """[N, 2] a key of where each lies and when its file was changed: one with the same stamp need not be read to
-        know that it is the same."""
+        """[N, 2] keys of the location and modification time of each; unchanged stamps mean unchanged media."""
         ...
 
     def __len__(self) -> int: ...
 
     def content(self, index: int) -> bytes | Image.Image:
-        """One of them as it is stored: an encoded image or audio clip, or a picture.
+        """One stored media item: an encoded image or audio clip, or a picture.
 
         Raises:
-            UnreadableMedia: There is none.
-            FileNotFoundError: Its file was there when the source was opened.
-            UserError: The system fails to read it.
+            UnreadableMedia: It does not exist.
+            FileNotFoundError: Its file was removed after the source was opened.
+            UserError: The system failed to read it.
         """
         ...
 
@@ -96,11 +95,11 @@ class ImageSet(_Media, Protocol):
     medium: Literal["image"]
 
     def image(self, index: int, content: bytes | Image.Image | None = None) -> ImageArray:
-        """One image, `uint8 [height, width, 3]` of its bucket; from its `content`, if that has been read.
+        """One image, `uint8 [height, width, 3]` of its bucket; decoded from `content`, if given.
 
         Raises:
-            UnreadableImage: There is none, or it cannot be decoded.
-            UserError: The system fails to read it.
+            UnreadableImage: It does not exist or cannot be decoded.
+            UserError: The system failed to read it.
         """
         ...
 
@@ -109,18 +108,18 @@ class AudioSet(_Media, Protocol):
     """Audio clips of one source and split, none longer than `data.max_audio_seconds`.
 
     Attributes:
-        seconds: [N] how long each lasts, by its header; 0 where that cannot be read.
+        seconds: [N] duration of each by its header; 0 if the header cannot be read.
     """
 
     medium: Literal["audio"]
     seconds: npt.NDArray[np.float64]
 
     def audio(self, index: int, content: bytes | Image.Image | None = None) -> Audio:
-        """One audio clip, at its own sample rate; from its `content`, if that has been read.
+        """One audio clip, at its own sample rate; decoded from `content`, if given.
 
         Raises:
-            UnreadableAudio: There is none, or it cannot be decoded.
-            UserError: The system fails to read it.
+            UnreadableAudio: It does not exist or cannot be decoded.
+            UserError: The system failed to read it.
         """
         ...
 
@@ -133,14 +132,15 @@ class Documents(Protocol):
     """Documents of one source and split.
 
     Attributes:
-        name: What to call the source in messages and logs.
-        skipped: What was left out while the source was opened: reason to count.
+        name: Name of the source in messages and logs.
+        skipped: Items skipped when the source was opened: reason => count.
         documents_fingerprint: Hash of the texts, the places of the media between them, and the order of the documents.
         media: The media of each modality; empty for texts. Images of one document have the same bucket.
-        modalities: What the documents are made of. Documents of codes alone fill the stream of their modality, as texts
+        modalities: Modalities of the documents. Documents of only codes fill the stream of their modality, like texts
             fill the text stream.
-        is_paired: Whether a document is a text and media of one thing, without an order of their own. Others are in
-            reading order, or, if they begin with a condition, edits: a source image, an instruction, the result.
+        is_paired: Whether a document is a text and media without a fixed order, such as a caption and an image. Other
+            documents are in reading order, or, if they begin with a condition, edits: a source image, an instruction,
+            the result.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Documents(Protocol):
 
 
 def own_media(documents: Documents) -> str | None:
-    """The modality of which each document has one item, with the index of the document; None if there is none."""
+    """The modality whose item i belongs to document i; None if there is none."""
     everything: Mapping[str, object] = documents.media
     return next((name for name, media in everything.items() if media is documents), None)
 
@@ -178,7 +178,7 @@ class CaptionedImages(ImageSet, Documents, Protocol):
 
 @dataclass
 class SkippedItems:
-    """Items that were left out: how many for each reason, and where the first few are."""
+    """Skipped items: their number for each reason, and the places of the first few."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class SkippedItems:
             examples.append(where)
 
     def update(self, other: "SkippedItems") -> None:
-        """Add what another one has counted."""
+        """Add the counts and examples of another object."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:_NUM_EXAMPLES]
@@ -204,26 +204,26 @@ class SkippedItems:
         return ", ".join(parts)
 
     def warn(self, name: str, kept: int, what: str) -> None:
-        """Log what was skipped, if anything, and how many items, which are called `what`, are there without it."""
+        """Log skipped items, if there are any, and the number of remaining items, which are called `what`."""
         if self.counts:
             items = counted({what: kept})
             _logger.warning("%s: skipped %d and kept %s: %s", name, sum(self.counts.values()), items, self)
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """In prose: {"sample without a caption": 2, "missing file": 1} => "2 samples without a caption, 1 missing file"."""
+    """As text: {"sample without a caption": 2, "missing file": 1} => "2 samples without a caption, 1 missing file"."""
     parts = []
     for thing, count in counts.items():
-        # What is counted stands before the words that say what is wrong with it.
+        # The noun to put into the plural comes before these words.
         many = re.sub(r"^.+?(?= without | not | of |$)", r"\g<0>s", thing)
         parts.append(f"{count:,} {thing if count == 1 else many}")
     return ", ".join(parts)
 
 
 def share_of(text: str, split_seed: int) -> float:
-    """Where in [0, 1) a text falls: it is held out if that is below `held_out_fraction`.
+    """A number in [0, 1) for a text, which is held out if the number is below `held_out_fraction`.
 
-    It depends on the text and `split_seed` alone: other items, their order and their number do not move it.
+    It depends only on the text and `split_seed`, not on other items, their order or their number.
     """
     digest = hashlib.sha256(f"{split_seed}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
@@ -232,7 +232,7 @@ def share_of(text: str, split_seed: int) -> float:
 def read_images(
     images: ImageSet, indices: Sequence[int], skipped: SkippedItems, pool: Executor
 ) -> dict[int, ImageArray]:
-    """The images among `indices` that can be read, by index, decoded in `pool`; the others are counted in `skipped`."""
+    """Readable images among `indices`, by index, decoded in `pool`; the others are counted in `skipped`."""
     readable = {}
     for index, future in [(index, pool.submit(images.image, index)) for index in indices]:
         try:
@@ -243,10 +243,10 @@ def read_images(
 
 
 def fingerprint_of(*parts: bytes | npt.NDArray[np.generic]) -> str:
-    """Hash of a sequence of parts: moving bytes from one to the next changes it."""
+    """Hash of a sequence of parts; moving bytes from one part to the next changes it."""
     digest = hashlib.sha256()
     for part in parts:
-        # As one dimension of bytes; an empty array of several has no such view.
+        # Bytes in one dimension; an empty array of several dimensions has no such view.
         content = part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         digest.update(len(content).to_bytes(8))
         digest.update(content)

@@ -1,4 +1,4 @@
-"""COCO captions as distributed: a folder of images, and a JSON of `images` and `annotations` with a caption each."""
+"""COCO captions in their original form: a folder of images, and a JSON file of `images` and `annotations`."""
 
 import os
 from collections import defaultdict
@@ -16,7 +16,7 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
     """File names and captions of the images that the annotations list.
 
     Raises:
-        UserError: `annotations` is missing or not of that form.
+        UserError: `annotations` is missing or has another form.
     """
     if source.annotations is None:
         raise UserError(
@@ -31,7 +31,7 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
             where = f"{path}: annotation {number}"
             image_id, caption = (_field(annotation, name, where) for name in ("image_id", "caption"))
             captions[image_id] += texts_in(caption, "caption", where)
-        # A file is one image, however often and in whatever spelling it is listed.
+        # A file is one image, even if it is listed several times or with different spellings of its path.
         listed: dict[str, tuple[str, list[str]]] = {}
         for number, image in enumerate(annotations["images"]):
             where = f"{path}: image {number}"
@@ -44,7 +44,7 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
         for name, own in listed.values():
             items.add(name, own, name)
         for image_id in captions:
-            writer.skipped.add("caption of no image", f"image_id {image_id}")
+            writer.skipped.add("caption without an image", f"image_id {image_id}")
 
     return stored_arrays(data.cache_dir, "coco", [file_stamp(path), data.split_seed], build)
 

@@ -14,10 +14,10 @@ class MediaColumns:
     """Columns, fields or extensions of the media of an item.
 
     Attributes:
-        medium: What its first media are.
-        first: Their column; None if it has a usual name.
-        second: Column of its second media: the image that is edited, or the audio that belongs to an image; None if it
-            has one alone.
+        medium: Medium of the first media.
+        first: Column of the first media; None means a usual name.
+        second: Column of the second media: the source image of an edit, or the audio of an image; None if there is
+            only one.
         is_edit: Whether an item is an editing pair.
     """
 
@@ -53,7 +53,7 @@ class MediaColumns:
 
     @property
     def usual_texts(self) -> tuple[str, str]:
-        """Names of the column of texts where none is given."""
+        """Usual names of the text column, if none is given."""
         return ("transcription", "text") if self.medium == "audio" else ("text", "caption")
 
     @property
@@ -67,10 +67,10 @@ UNREADABLE: dict[Medium, type[UnreadableMedia]] = {"image": UnreadableImage, "au
 
 
 def media_columns(source: SourceConfig) -> MediaColumns:
-    """Of a source.
+    """The media columns of a source.
 
     Raises:
-        UserError: It asks for editing pairs and for audio.
+        UserError: It asks for both editing pairs and audio.
     """
     if source.source_image_column is not None and source.audio_column is not None:
         raise UserError(

@@ -16,7 +16,7 @@ from transfusion_mot.data.sources.stored_media import items_of, skipped_on_openi
 from transfusion_mot.data.sources.stores import Items, MediaStore, content_of
 from transfusion_mot.errors import UnreadableMedia
 
-# Pairs whose proportions are compared, evenly spaced, and how far they may differ by rounding.
+# Number of pairs whose aspect ratios are compared, and the difference that rounding can make.
 _NUM_COMPARED = 32
 _PROPORTION_TOLERANCE = 0.03
 
@@ -32,7 +32,7 @@ class PairStore:
         self._stores = sources, targets
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
-        """Of `items`, which are whole pairs, the pairs of which both images are there."""
+        """The pairs in `items` whose two images both exist; `items` consists of whole pairs."""
         there = np.zeros(len(items), dtype=np.bool_)
         stamps = np.zeros((len(items), 2), dtype=np.uint64)
         for side, store in enumerate(self._stores):
@@ -53,13 +53,13 @@ class PairStore:
 class EditPairs:
     """Documents of one side of a source: source image, instruction, target image.
 
-    A pair of which an image is missing is left out, and one of which an image cannot be decoded, when it comes up.
+    A pair with a missing image is skipped when the source is opened, and a pair with a damaged image when it is drawn.
 
     Args:
-        name: Of the source, for messages.
+        name: Name of the source in messages.
         store: Both images of pairs.
-        arrays: What `CaptionWriter` has written of pairs.
-        source, data, split: What is asked for.
+        arrays: Arrays that `CaptionWriter` has written.
+        source, data, split: Source, data section and split.
     """
 
     is_paired = False
@@ -78,7 +78,7 @@ class EditPairs:
         pairs = items_of(arrays, source, data, split)
         items = np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
         images = StoredImages(name, store, items, skipped_on_opening(arrays, source, split), source, data, split)
-        # Both take the size that suits the source: nothing else is known when an image is edited.
+        # Both images use the bucket of the source image: in sampling only the source image is known.
         images.share_buckets(images.items // 2)
         self.skipped = images.skipped
         self.pairs = images.items[::2] // 2
@@ -93,7 +93,7 @@ class EditPairs:
         return len(self.pairs)
 
     def document(self, index: int) -> list[Text | MediaItem]:
-        """The image that is edited, its instructions, of which one is used, and the result."""
+        """The source image, its instructions (one is used), and the target."""
         return [
             MediaItem(self.modality, 2 * index, is_condition=True),
             Text(self.instructions(index)),
@@ -101,12 +101,12 @@ class EditPairs:
         ]
 
     def instructions(self, index: int) -> list[str]:
-        """Ways to say the edit of a pair: at least one, none empty."""
+        """Instructions of a pair: at least one, none empty."""
         return self.arrays.list_at("captions", "item_ends", int(self.pairs[index]))
 
 
 def _compare_proportions(name: str, store: PairStore, pairs: Items) -> None:
-    """Say so where images of a pair have other proportions: both are fitted to one size."""
+    """Warn if the two images of a pair have different aspect ratios, because both are fitted to one size."""
     different, example = 0, ""
     some = pairs[:: 1 + len(pairs) // _NUM_COMPARED]
     for pair in some.tolist():

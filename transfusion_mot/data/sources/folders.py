@@ -15,7 +15,7 @@ from transfusion_mot.data.sources.tables import Row, pick_column, pick_text_colu
 from transfusion_mot.errors import UserError
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# Of media that are found where there is no metadata.
+# Suffixes of media in folders without metadata.
 _SUFFIXES: dict[Medium, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3"),
@@ -36,18 +36,18 @@ class _Listed:
 
 
 def index_folder(source: SourceConfig, data: DataConfig, folder: Path, columns: MediaColumns) -> StoredArrays:
-    """Names (paths below the folder) and texts of the images or audio clips that the metadata lists; where it has a
-    second column of media, as of editing pairs, names of both.
+    """Names (paths below the folder) and texts of the images or audio clips that the metadata lists; names of both, if
+    there is a second column of media, as in editing pairs.
 
-    A field may hold a list of captions, and an image, audio clip or pair may be listed several times, in any spelling
-    of its path: each line adds to its captions.
+    A field may hold a list of captions. An image, audio clip or pair may be listed several times, with any spelling of
+    its path: each line adds captions.
 
-    Without metadata, the text of an item is in the text file beside it (`apple.txt` of `apple.png`). Of images it is
-    else the name of the subfolder; audio need not have texts.
+    Without metadata, the text of an item is in a text file of the same name (`apple.txt` of `apple.png`). For images
+    without one it is the name of the subfolder; audio need not have texts.
 
     Raises:
-        UserError: A line of the metadata cannot be used, or puts an item on another side of the split than a line
-            before it; names the line. Or there is no metadata, and an image has no caption.
+        UserError: A line of the metadata cannot be used, or puts an item on another side of the split than an earlier
+            line; gives the line. Or there is no metadata, and an image has no caption.
     """
     metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
     if metadata is None:
@@ -86,7 +86,7 @@ def index_folder(source: SourceConfig, data: DataConfig, folder: Path, columns: 
 
 
 def _index_bare_folder(source: SourceConfig, data: DataConfig, folder: Path, columns: MediaColumns) -> StoredArrays:
-    """Images or audio of a folder without metadata, in subfolders too, hidden ones left out."""
+    """Images or audio of a folder without metadata and of its subfolders, without hidden files."""
     given = ("text_column", "image_column", "audio_column", "source_image_column")
     example = f"one line for each {columns.noun}, such as {_EXAMPLE[columns.medium]}"
     if wrong := next((name for name in given if getattr(source, name) is not None), None):
@@ -122,7 +122,7 @@ def _index_bare_folder(source: SourceConfig, data: DataConfig, folder: Path, col
                 )
             items.add(name, [caption] if caption else [], str(text or path))
 
-    # Names of media and not their times: what is in them is found by content.
+    # Names of media without their times: media are identified by content.
     key = [str(folder.resolve()), [str(path) for path in media], [file_stamp(text) for text in texts.values()]]
     return stored_arrays(data.cache_dir, source.kind, [*key, data.split_seed], build)
 

@@ -38,8 +38,8 @@ _MISSING = "missing file"
 class StoredDocuments:
     """Documents of texts and images in reading order, of one side of a source.
 
-    `arrays` holds the strings `texts`; `segments`, an image of the source by its number n >= 0 or a text by -1 - n; and
-    where the segments and the images of each document end.
+    `arrays` holds the strings `texts`; `segments`, where n >= 0 is image n of the source and -1 - n is text n; and the
+    ends of the segments and of the images of each document.
     """
 
     is_paired = False
@@ -64,7 +64,7 @@ class StoredDocuments:
         documents = np.repeat(np.arange(len(self.items)), counts)
         numbers = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
         images = StoredImages(name, store, numbers, skipped, source, data, split)
-        # From the number of an image in the source to its index in `images`; -1 where it is not there.
+        # Number of an image in the source => its index in `images`; -1 if it is missing.
         self._image_indices = np.full(int(ends[-1]) if len(ends) else 0, -1, dtype=np.int64)
         self._image_indices[images.items] = np.arange(len(images))
         images.share_buckets(documents[np.isin(numbers, images.items, assume_unique=True)])
@@ -77,7 +77,7 @@ class StoredDocuments:
         return len(self.items)
 
     def document(self, index: int) -> list[Text | MediaItem]:
-        """One document; images that are not there are left out."""
+        """One document without missing images."""
         item = int(self.items[index])
         ends = self.arrays["segment_ends"]
         start = int(ends[item - 1]) if item > 0 else 0
@@ -91,12 +91,12 @@ class StoredDocuments:
         return document
 
 
-# A text, or an image as the documents name it.
+# A text, or an image by its name in the documents.
 _Segment = tuple[bool, Any]
 
 
 class _Writer:
-    """Writes documents; where their images lie is written by `add_image`, which says whether there is one.
+    """Writes documents; `add_image` writes the places of their images and returns whether an image exists.
 
     Rows that cannot be used are counted, unless there are no others.
     """
@@ -113,7 +113,7 @@ class _Writer:
         self.num_images = 0
 
     def add(self, row: Row, where: str, read: Callable[[], Iterator[_Segment]]) -> None:
-        """One document, from its row and what makes segments of it."""
+        """Add one document, from its row and a function that splits it into segments."""
         side = split_field(row, where)
         try:
             segments = list(read())
@@ -134,24 +134,24 @@ class _Writer:
                 self.num_images += 1
         self.segment_ends.append(len(self.segments))
         self.image_ends.append(self.num_images)
-        # The instruction of an edit, say, stands in many documents.
+        # Some texts, such as the instruction of an edit, occur in many documents.
         name = Path(where).name if len(texts) < len(segments) else None
         self.sides.add("\n".join(texts), side, name)
 
 
 def open_interleaved(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredDocuments:
-    """Documents in .jsonl or .parquet files, or a folder of such.
+    """Documents in .jsonl or .parquet files, or a folder of them.
 
-    As in OBELICS: the lists `texts` and `images` of equal length, one of them null at each position. As in MMC4: the
-    list `text_list`, and `image_info` with an `image_name` and a `matched_text_index` each; an image stands before its
-    text.
+    The form of OBELICS has lists `texts` and `images` of equal length, one of them null at each position. The form of
+    MMC4 has a list `text_list`, and a list `image_info` of `image_name` and `matched_text_index`; an image comes before
+    its text.
 
-    Images lie in a folder or in tar files (`images`), next to the documents, or as bytes in a parquet file.
+    Images are in a folder or in tar files (`images`), next to the documents, or bytes in a parquet file.
 
     Rows that cannot be used are counted.
 
     Raises:
-        UserError: A file is missing or damaged, or no row can be used; names the place.
+        UserError: A file is missing or damaged, or no row can be used; gives the place.
     """
     files = find_files(path, _SUFFIXES, "interleaved")
     in_table = source.images is None and _hold_bytes(source, files)
@@ -191,7 +191,7 @@ def _is_folder_of_images(path: Path) -> bool:
 
 
 def _hold_bytes(source: SourceConfig, files: Sequence[Path]) -> bool:
-    """Whether the files are tables that hold the images, instead of their names."""
+    """Whether the files are tables with the images themselves instead of their names."""
     if any(suffix_of(file) != ".parquet" for file in files):
         return False
     with open_parquet(files[0]) as table:
@@ -204,7 +204,7 @@ def _hold_bytes(source: SourceConfig, files: Sequence[Path]) -> bool:
 
 
 def _write_with_bytes(writer: ArrayWriter, source: SourceConfig, data: DataConfig, files: Sequence[Path]) -> None:
-    """Of the images only the texts' gaps are looked at: their bytes stay where they are."""
+    """Write documents whose images are bytes: images are the gaps between texts, and their bytes are not read."""
     numbers, rows, positions = (writer.integers(name) for name in ("files", "rows", "positions"))
 
     def add_image(place: tuple[int, int, int], where: str) -> bool:

@@ -19,14 +19,14 @@ def key_of(*parts: bytes) -> bytes:
 
 
 def keys_from(hashes: bytes) -> Keys:
-    """Hashes that stand one behind the other => keys."""
+    """Concatenated hashes => keys."""
     return np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 2)
 
 
 def places_of(wanted: Keys, among: Keys) -> npt.NDArray[np.int64]:
-    """[N], where each key stands in `among`, the first time if it does so several times; -1 where it does not."""
+    """[N] index of each key in `among`, the first one if there are several; -1 if it is not there."""
     keys = np.concatenate([among, wanted])
-    # Stable, so that of equal keys those of `among` stand first.
+    # A stable sort, so that among equal keys those of `among` come first.
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     ordered = keys[order]
     is_new = np.ones(len(keys), dtype=np.bool_)
@@ -39,7 +39,7 @@ def places_of(wanted: Keys, among: Keys) -> npt.NDArray[np.int64]:
 
 
 class KeySet:
-    """Keys that are asked for one by one; worker processes share its memory."""
+    """Keys for single look-ups; worker processes share the memory."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys[np.argsort(keys[:, 0])]

@@ -32,7 +32,7 @@ def index_parquet(
     """The column of the first media, and places and texts of the rows of parquet files.
 
     Raises:
-        UserError: A file is damaged, or has no such columns; names those that it has.
+        UserError: A file is damaged or lacks the columns; lists the existing ones.
     """
     schemas = []
     for file in files:
@@ -64,7 +64,7 @@ def index_parquet(
 
 
 def _rows(file: Path, wanted: list[str]) -> Iterator[tuple[str, Row]]:
-    """`rows_of` a parquet file, of which perhaps no column is wanted."""
+    """`rows_of` a parquet file; also works if no column is wanted."""
     if wanted:
         yield from rows_of(file, wanted)
         return
@@ -74,11 +74,10 @@ def _rows(file: Path, wanted: list[str]) -> Iterator[tuple[str, Row]]:
 
 
 def _check_holds_media(schema: pa.Schema, first: str, columns: MediaColumns, where: str) -> None:
-    """Refuse columns that are not there, or by their types hold no media; whether texts are paths is seen when one is
-    read.
+    """Refuse missing columns and columns whose type cannot hold media; texts are checked for paths when they are read.
 
     Raises:
-        UserError: Names the column and its type.
+        UserError: It gives the column and its type.
     """
     named: list[tuple[str, str, Medium]] = [(f"{columns.medium}_column", first, columns.medium)]
     if columns.second is not None:
@@ -106,7 +105,7 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
     """A folder of `save_to_disk`, or a data set by its name.
 
     Raises:
-        UserError: There is none, or it has no such split.
+        UserError: It does not exist, or has no such split.
     """
     if source.path is None:
         raise UserError("a source of kind 'datasets' needs 'path', a name or a folder of save_to_disk")
@@ -121,7 +120,7 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
             dataset = datasets.load_dataset(source.path, source.name, split=source.split)
     except UserError:
         raise
-    # The library raises what it finds fit: of files, of the network, of names and splits, of Arrow.
+    # The library raises many kinds of errors: of files, the network, names, splits and Arrow.
     except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"`datasets` cannot load '{source.path}' (name {source.name}, split {source.split}): "
@@ -131,10 +130,10 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
 
 
 def open_arrow_files(files: Sequence[Path]) -> datasets.Dataset:
-    """Arrow files as the library `datasets` writes them, mapped, one after the other.
+    """Memory-mapped and concatenated Arrow files of the library `datasets`.
 
     Raises:
-        UserError: A file is damaged, or they differ in their columns.
+        UserError: A file is damaged, or their columns differ.
     """
     parts = []
     for file in files:
@@ -154,7 +153,7 @@ def index_dataset(
     """The column of the first media, and rows and texts of a data set.
 
     Raises:
-        UserError: It has no such columns; names those that it has.
+        UserError: It lacks the columns; lists the existing ones.
     """
     names = dataset.column_names
     first_column = pick_column(columns.first, (columns.medium,), names, name)
@@ -168,7 +167,7 @@ def index_dataset(
         rows = writer.integers("rows")
         index = 0
         with tqdm(total=len(dataset), desc=f"reading captions of {name}", unit="row") as progress:
-            # Without columns it has no rows.
+            # A table without columns has no rows.
             batches = texts.iter(_ROWS_AT_ONCE) if wanted else [{"": [None] * len(dataset)}]
             for batch in batches:
                 for values in zip(*batch.values(), strict=True):

@@ -25,7 +25,7 @@ from transfusion_mot.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-# Keys that some kinds alone have.
+# Keys that only some kinds have.
 _KEYS = {
     "text_column": ("imagefolder", "audiofolder", "webdataset", "parquet", "datasets", "text", "interleaved"),
     "image_column": ("imagefolder", "webdataset", "parquet", "datasets", "interleaved"),
@@ -39,7 +39,7 @@ _KEYS = {
 
 
 def media_of(source: SourceConfig) -> dict[str, Medium]:
-    """The modalities of its media, and what they are; none if its documents are texts alone."""
+    """Modality => medium of the media of a source; empty if its documents are only texts."""
     if source.kind == "text" or (source.kind == "datasets" and source.image_column is source.audio_column is None):
         return {}
     columns = media_columns(source)
@@ -52,13 +52,13 @@ def media_of(source: SourceConfig) -> dict[str, Medium]:
 
 
 def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
-    """Open one side of a source. What had to be read for it is kept in `data.cache_dir` for the next time.
+    """Open one side of a source. Its index is cached in `data.cache_dir`.
 
-    A source of which nothing is on that side gives an object of length 0; only the training side of a source that is
-    not set aside as a whole must not be empty. That nothing is held out where something should be is logged.
+    A source without documents on that side gives an object of length 0. The training side must not be empty unless the
+    whole source is held out. A warning is logged if nothing is held out although something should be.
 
     Raises:
-        UserError: The source is missing, cannot be understood, or has nothing to train on.
+        UserError: The source is missing, has a wrong format, or has nothing to train on.
     """
     for key, kinds in _KEYS.items():
         if getattr(source, key) is not None and source.kind not in kinds:
@@ -120,9 +120,8 @@ def _open(source: SourceConfig, data: DataConfig, split: Split) -> Documents:
 def _open_media(
     source: SourceConfig, data: DataConfig, path: str, columns: MediaColumns
 ) -> tuple[list[MediaStore], StoredArrays]:
-    """The store of the media, or those of the first and second media, of editing pairs the source first; and what is
-    known of them."""
-    # Prefix of the arrays, column (empty for one of a usual name), and what is raised.
+    """Stores of the first and any second media (for editing pairs the source image first), and the arrays."""
+    # Prefix of the arrays, column (empty for a usual name), and the error class.
     parts = [("", columns.first or "", UNREADABLE[columns.medium])]
     if columns.second is not None:
         second = (columns.prefix, columns.second, UNREADABLE[columns.second_medium])

@@ -15,7 +15,7 @@ from transfusion_mot.errors import UnreadableMedia
 
 
 class EmojiStore:
-    """Drawn emoji in the order of `emoji_captions`, as large as the bucket that they take."""
+    """Drawn emoji in the order of `emoji_captions`, at the size of their bucket."""
 
     unreadable: type[UnreadableMedia] = UnreadableImage
 

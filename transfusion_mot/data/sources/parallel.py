@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`map`, on all cores; results come in the order of the items. Each process is given the function once."""
+    """`map` on all cores; results are in the order of the items. Each process receives the function once."""
     workers = min(len(os.sched_getaffinity(0)), len(items))
     if workers <= 1:
         yield from map(function, items)
@@ -19,7 +19,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) 
         yield from pool.map(_apply, items)
 
 
-# What this process applies, if it is one of those that `map_in_processes` has started.
+# The function of this process, if `map_in_processes` has started it.
 _function: Callable[[Any], Any]
 
 

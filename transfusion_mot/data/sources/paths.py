@@ -9,7 +9,7 @@ from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import refuse_missing_path
 
-# Of a pattern of paths: "{00000..00012}".
+# Range in a pattern of paths: "{00000..00012}".
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HINT = (
     "give a path relative to the working directory (the first lines of each file in configs/ say how to make its data)"
@@ -17,20 +17,20 @@ _HINT = (
 
 
 def refuse_missing_sources(sources: Sequence[SourceConfig]) -> None:
-    """Refuse sources whose files are not there.
+    """Refuse sources whose files are missing.
 
     Raises:
-        UserError: Names the first.
+        UserError: It names the first one.
     """
     for source in sources:
         refuse_missing_source(source)
 
 
 def refuse_missing_source(source: SourceConfig) -> None:
-    """Refuse a source whose files are not there.
+    """Refuse a source whose files are missing.
 
     Raises:
-        UserError: Names it.
+        UserError: It names the source.
     """
     if source.kind == "openmoji":
         return
@@ -52,10 +52,10 @@ def refuse_missing_source(source: SourceConfig) -> None:
 
 
 def refuse_missing_files(path: str, kind: str) -> None:
-    """Refuse a path of a source that is no file, folder or pattern of files.
+    """Refuse a path of a source that is not a file, folder or pattern of files.
 
     Raises:
-        UserError: Names it.
+        UserError: It gives the path.
     """
     if not Path(path).exists() and "*" not in path and not NUMBERS.search(path):
         raise UserError(f"{kind} source '{path}' is not a file or folder; {_HINT}")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Seconds before the second, third and fourth attempt: a network file system is back after some, or after minutes.
+# Seconds before the second, third and fourth attempt: a network file system recovers after seconds or minutes.
 PAUSES = (0.1, 2.0, 20.0)
 
-# What another attempt does not change: the name is wrong, or the file is not for this user.
+# Errors that a retry cannot change: a wrong name, or a file that the user may not read.
 _SETTLED = (
     errno.ENOENT,
     errno.ENOTDIR,
@@ -27,16 +27,16 @@ _Value = TypeVar("_Value")
 
 
 def tried_again(read: Callable[[], _Value]) -> _Value:
-    """Call `read`, again after a pause if the system fails: too many open files, no network, a bad disk.
+    """Call `read`, and retry after a pause if the system fails: too many open files, no network, a bad disk.
 
     Raises:
-        OSError: Of the last attempt, or of the first if another could not end in another way.
+        OSError: The error of the last attempt, or of the first if a retry cannot help.
     """
     for pause in PAUSES:
         try:
             return read()
         except OSError as error:
-            # Libraries raise it without a number for content that they do not understand.
+            # Libraries raise OSError without an error number for invalid content.
             if error.errno in (None, *_SETTLED):
                 raise
         time.sleep(pause)
@@ -44,12 +44,12 @@ def tried_again(read: Callable[[], _Value]) -> _Value:
 
 
 class FilePart(io.RawIOBase):
-    """A part of a file, or all of it, as a file of its own; opened when it is first read.
+    """A part of a file, or all of it, as a file object; opened at the first read.
 
     Args:
-        path: Of the file.
-        offset: Where the part begins.
-        size: Of the part in bytes; None means up to the end of the file.
+        path: The file.
+        offset: First byte of the part.
+        size: Size of the part in bytes; None means up to the end of the file.
     """
 
     def __init__(self, path: Path, offset: int = 0, size: int | None = None) -> None:
@@ -62,7 +62,7 @@ class FilePart(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Of the part in bytes."""
+        """Size of the part in bytes."""
         if self._size is None:
             self._size = tried_again(self.path.stat).st_size - self.offset
         return self._size
@@ -76,7 +76,7 @@ class FilePart(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the part, whose beginning is 0."""
+        """Go to an offset in the part."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         if start + offset < 0:
             raise ValueError(f"place {start + offset} is before the beginning")
@@ -84,7 +84,7 @@ class FilePart(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from here on => number of bytes; 0 at the end."""
+        """Fill `buffer` from the current offset => number of bytes; 0 at the end."""
         view = memoryview(buffer).cast("B")
         view = view[: max(0, self.size - self._position)]
         count = tried_again(lambda: self._read_once(view)) if len(view) else 0
@@ -97,15 +97,15 @@ class FilePart(io.RawIOBase):
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             return os.preadv(self._file, [view], self.offset + self._position)
         except OSError:
-            # Of a file that its server has replaced, a descriptor stays stale.
+            # The descriptor of a file that its server has replaced stays stale.
             self._close_file()
             raise
 
     def readall(self) -> bytes:
-        """All from here to the end.
+        """All bytes from the current offset to the end.
 
         Raises:
-            EOFError: The part is not whole.
+            EOFError: The file is shorter than the part.
         """
         content = bytearray(max(0, self.size - self._position))
         view = memoryview(content)

@@ -16,18 +16,18 @@ from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, 
 from transfusion_mot.data.sources.keys import Keys, key_of, keys_from
 from transfusion_mot.data.sprites import Sprites
 
-# Raise it when the same seed and drawings give other scenes.
+# Increase it when the same seed and drawings give other scenes.
 _VERSION = 1
 _NUM_ITEMS = 10_000_000
-# Evaluation paints all that is held out; so many tell models apart.
+# Evaluation paints all held-out scenes; this number is enough to compare models.
 _NUM_HELD_OUT = 2048
 
 
 class Scenes:
-    """`CaptionedImages` of one side, item i of which follows from the drawings, `data.split_seed` and i alone.
+    """`CaptionedImages` of one side; item i depends only on the drawings, `data.split_seed` and i.
 
     Attributes:
-        is_storable: Whether their latents or codes can be stored: their number is given, and not above 10,000,000.
+        is_storable: Whether their latents or codes can be stored: their number is given and at most 10,000,000.
     """
 
     is_paired = True
@@ -44,7 +44,7 @@ class Scenes:
             held_out_fraction=data.held_out_fraction,
             is_split=is_split,
         )
-        # Of a source that is held out as a whole, the scenes are drawn as for training, and differ by their side.
+        # A source that is completely held out has scenes drawn as for training; they differ by the seed of their side.
         self._rule: Split = split if is_split else "train"
         num_items = _NUM_ITEMS if source.num_items is None else source.num_items
         has_items = is_split or (source.use == "held_out") == (split == "held_out")
@@ -53,7 +53,7 @@ class Scenes:
         sizes = data.image_sizes
         bucket = int(nearest_buckets(np.ones((1, 2), np.int64), sizes)[0])
         self.image_size = sizes[bucket]
-        # All the same, and so without an array of that length.
+        # All are equal, so no array of that length is needed.
         self.buckets: npt.NDArray[np.int16] = np.broadcast_to(np.int16(bucket), self._length)
         made_of = repr((_VERSION, self.sprites.fingerprint, data.split_seed, self.composer.fraction, split, source.use))
         self.is_storable = source.num_items is not None and source.num_items <= _NUM_ITEMS
@@ -73,7 +73,7 @@ class Scenes:
 
     @cached_property
     def stamps(self) -> Keys:
-        """See `MediaSet`; asked for where latents or codes are stored."""
+        """See `MediaSet`; used if latents or codes are stored."""
         stamps = np.repeat(keys_from(self._key), self._length, axis=0)
         stamps[:, 1] = np.arange(self._length)
         return stamps

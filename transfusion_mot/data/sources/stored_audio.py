@@ -15,10 +15,10 @@ from transfusion_mot.errors import UserError
 
 
 class StoredAudio(StoredMedia):
-    """`AudioSet` of items of a store; those that last too long are left out.
+    """`AudioSet` of items of a store, without clips that are too long.
 
     Raises:
-        UserError: There are items on the side, and the audio of none is there.
+        UserError: There are items on the side, but all audio files are missing.
     """
 
     medium: Literal["audio"] = "audio"
@@ -51,7 +51,7 @@ class StoredAudio(StoredMedia):
 
 
 class StoredSpeech(StoredAudio):
-    """Audio clips of a store with what is said in them, or without, as `CaptionWriter` has written them."""
+    """Audio clips of a store with or without transcripts, as written by `CaptionWriter`."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class StoredSpeech(StoredAudio):
         self.arrays = arrays
         self.documents_fingerprint = fingerprint_of(arrays.fingerprint.encode(), self.items)
         self.modality = source.audio_modality
-        # All items have texts, or none.
+        # Either all items have texts or none.
         self.is_paired = len(arrays["captions_ends"]) > 0
         self.modalities = (TEXT, self.modality) if self.is_paired else (self.modality,)
         self.media: dict[str, MediaSet] = {self.modality: self}
@@ -78,7 +78,7 @@ class StoredSpeech(StoredAudio):
         return [*texts, MediaItem(self.modality, index)]
 
     def captions(self, index: int) -> list[str]:
-        """Ways to write what is said in one audio clip; none if that is not known."""
+        """Transcripts of one audio clip; none if they are not known."""
         return self.arrays.list_at("captions", "item_ends", int(self.items[index]))
 
 
@@ -90,10 +90,10 @@ def _milliseconds_in(store: MediaStore, items: Items) -> list[tuple[int, ...]]:
             source = store.open(item)
             assert not isinstance(source, Image.Image)
             with source:
-                # Rounded up: what is a little too long is too long.
+                # Rounded up, so that a clip slightly above the limit is too long.
                 found.append((int(np.ceil(round(1000 * audio_seconds(source, where), 3))),))
         except UnreadableAudio:
-            # Told when it is read.
+            # Reported when it is read.
             found.append((0,))
         except OSError as error:
             raise UserError(f"audio clip '{where}' cannot be read: {error.strerror or error}") from None

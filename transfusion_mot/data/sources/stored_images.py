@@ -30,7 +30,7 @@ class StoredImages(StoredMedia):
     """`ImageSet` of items of a store.
 
     Raises:
-        UserError: There are items on the side, and the image of none is there.
+        UserError: There are items on the side, but all images are missing.
     """
 
     medium: Literal["image"] = "image"
@@ -60,7 +60,7 @@ class StoredImages(StoredMedia):
         return load_image(content, self.sizes[int(self.buckets[index])], self.fit, self.where(index))
 
     def share_buckets(self, groups: npt.NDArray[np.int64]) -> None:
-        """Give all images of a group, which are neighbours, the bucket of the first of them."""
+        """Give all images of a group the bucket of the first one; groups are consecutive."""
         if len(groups):
             first = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
             self.buckets = np.repeat(self.buckets[first], np.diff(first, append=len(groups)))
@@ -68,7 +68,7 @@ class StoredImages(StoredMedia):
 
 
 class StoredCaptionedImages(StoredImages):
-    """`CaptionedImages` of items of a store, as `CaptionWriter` has written them, and perhaps audio of each."""
+    """`CaptionedImages` of items of a store, as written by `CaptionWriter`, with optional audio."""
 
     is_paired = True
 
@@ -88,7 +88,7 @@ class StoredCaptionedImages(StoredImages):
         self.modality = source.modality
         self.modalities: tuple[str, ...] = (TEXT, source.modality)
         self.media: dict[str, MediaSet] = {source.modality: self}
-        # Index in the audio of what is said about each image, or -1.
+        # Index of the audio clip of each image, or -1.
         self._spoken = np.full(len(self), -1, dtype=np.int64)
         parts: list[bytes | Items] = [arrays.fingerprint.encode(), self.items]
         if audio is not None:
@@ -104,7 +104,7 @@ class StoredCaptionedImages(StoredImages):
         self.documents_fingerprint = fingerprint_of(*parts)
 
     def document(self, index: int) -> list[Text | MediaItem]:
-        """The captions of one image, the image, and the audio if there is some."""
+        """The captions of one image, the image, and its audio if it has any."""
         document: list[Text | MediaItem] = [Text(self.captions(index)), MediaItem(self.modality, index)]
         if (spoken := int(self._spoken[index])) >= 0:
             document.append(MediaItem(self.audio_modality, spoken))
@@ -129,7 +129,7 @@ def _sizes_in(store: MediaStore, items: Items) -> list[tuple[int, ...]]:
             with contextlib.nullcontext() if isinstance(source, Image.Image) else source:
                 sizes.append(displayed_size(source, where))
         except UnreadableImage:
-            # Told when it is read; until then it has to have some bucket.
+            # Reported when it is read; until then it needs a bucket.
             sizes.append((1, 1))
         except OSError as error:
             raise UserError(f"image '{where}' cannot be read: {error.strerror or error}") from None

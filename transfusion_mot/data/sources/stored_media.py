@@ -20,9 +20,9 @@ from transfusion_mot.data.sources.stores import Items, MediaStore, content_of
 from transfusion_mot.errors import UserError
 
 _HEADERS_AT_ONCE = 4096
-# Halves of the stamps of media whose headers have been read.
+# Names of both halves of the stamps of media whose headers have been read.
 _STAMPS = ("first_halves", "second_halves")
-# Where none of the media is found: what to look at.
+# Hints if none of the media is found.
 _CHECK = {
     "coco": "perhaps the annotations are of another folder",
     "interleaved": "their names begin below 'images', or beside the documents if it is not given",
@@ -30,7 +30,7 @@ _CHECK = {
 
 
 class SplitWriter:
-    """Writes what decides on which side of the held-out split an item is."""
+    """Writes the data that decide the side of each item in the held-out split."""
 
     def __init__(self, writer: ArrayWriter, split_seed: int) -> None:
         self._shares = writer.floats("shares")
@@ -40,10 +40,10 @@ class SplitWriter:
         writer.before_close.append(self._finish)
 
     def add(self, text: str, side: Split | None, name: str | None = None) -> None:
-        """One item: by its own word for a side, or else by a hash of `text`.
+        """Add one item; its side is given, or follows from a hash of `text`.
 
-        With a `name`, by a hash of that where another item has the same text: a text that repeats may be that of a
-        class, all of which would be held out, or the text of all items.
+        If another item has the same text and there is a `name`, the side follows from a hash of the name. A repeated
+        text may be the name of a class, which would be held out completely, or the text of all items.
         """
         self._shares.append(share_of(text, self._split_seed))
         self._by_name.append(share_of(text if name is None else name, self._split_seed))
@@ -60,7 +60,7 @@ class SplitWriter:
 def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> Items:
     """The items on one side, in order.
 
-    A share that happens to hold out every item, as it may of a few, holds out none: there is something to train on.
+    If a share holds out every item, as is possible with few items, none is held out, so that training has data.
     """
     sides = arrays["sides"]
     if source.use == "split":
@@ -73,24 +73,24 @@ def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split
 
 
 def skipped_on_opening(arrays: StoredArrays, source: SourceConfig, split: Split) -> SkippedItems:
-    """Skipped items of the whole source, reported on one side only: that of training, if it has items."""
+    """Skipped items of the whole source, reported on only one side: the training side, if it has items."""
     return arrays.skipped() if is_main_side(source, split) else SkippedItems()
 
 
 def is_main_side(source: SourceConfig, split: Split) -> bool:
-    """Whether most of the source is on that side."""
+    """Whether most of the source is on this side."""
     return split == "train" or source.use == "held_out"
 
 
 class CaptionWriter:
-    """Writes items with texts: the strings `names` and `captions`, and where the captions of each item end.
+    """Writes items with texts: the strings `names` and `captions`, and the end of each item's captions.
 
-    Of items with a second image or audio clip its names are the strings `source_names` or `audio_names`: of editing
-    pairs, where a caption is the instruction and the first image the target, or of what is said about an image.
+    The names of second media are the strings `source_names` (of editing pairs, where a caption is the instruction and
+    the first image the target) or `audio_names` (audio of images).
 
     Args:
-        columns: What media an item has.
-        has_text: Whether items have texts; those without are then left out.
+        columns: Media columns of an item.
+        has_text: Whether items have texts; those without are then skipped.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class CaptionWriter:
         *,
         second: str = "",
     ) -> bool:
-        """One item, by the name of its media; False if it has no text and is left out.
+        """Add one item, by the name of its media; False if it has no text and is skipped.
 
-        Held out is by the caption if the item has one and no other item has it, else by the name. What is spoken is
-        held out by its text, so that all voices that say it are on one side; a pair by the name of its source image, so
-        that all edits of an image are on one side.
+        The side follows from the caption if no other item has the same one, else from the name. For speech it follows
+        from the text, so that all voices with one text are on one side. For a pair it follows from the name of the
+        source image, so that all edits of an image are on one side.
 
         Args:
             second: Name of its second media; empty if it has none.
@@ -150,11 +150,11 @@ class StoredMedia:
     """Shared code for stored images and audio clips.
 
     Raises:
-        UserError: There are items on the side, and the media of none is there.
+        UserError: There are items on the side, but all media are missing.
 
     Attributes:
         items: [N] items of the store.
-        stamps: [N, 2] of each.
+        stamps: [N, 2] stamp of each.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class StoredMedia:
         self.store = store
         self.items, self.stamps = store.present(items, skipped)
         self.skipped = skipped.counts
-        # A few held out of a source may be missing by chance.
+        # A few held-out items may be missing by chance.
         if len(items) and not len(self.items) and is_main_side(source, split):
             raise UserError(
                 f"{source.kind} source '{name}': it lists {counted({store.unreadable.what: len(items)})}, but none "
@@ -176,7 +176,7 @@ class StoredMedia:
         return len(self.items)
 
     def content(self, index: int) -> bytes | Image.Image:
-        """One of them as it is stored."""
+        """One stored media item."""
         return content_of(self.store, int(self.items[index]))
 
     def where(self, index: int) -> str:
@@ -184,7 +184,7 @@ class StoredMedia:
         return self.store.where(int(self.items[index]))
 
     def read(self, index: int) -> bytes | Image.Image:
-        """As `content`; a file that has gone since the source was opened is unreadable."""
+        """Like `content`, but a file that was removed after the source was opened is unreadable."""
         try:
             return self.content(index)
         except FileNotFoundError:
@@ -201,9 +201,9 @@ def from_headers(
     """Header values of `media`, [N, values], cached in `cache_dir`; headers of unchanged files are not read again.
 
     Args:
-        name: Of what is kept.
-        values: Names of the numbers that a header says.
-        read: Reads those of some items of a store.
+        name: Name of the cached values.
+        values: Names of the numbers in a header.
+        read: Reads the numbers of some items of a store.
     """
 
     def build(writer: ArrayWriter) -> None:
@@ -227,11 +227,11 @@ def from_headers(
 
 
 def _known(cache_dir: str, name: str, values: Sequence[str]) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """Stamps [N, 2] and numbers [N, values] of all media that other sources, or this one before a change, have had."""
+    """Stamps [N, 2] and numbers [N, values] of all media of other sources and of earlier versions of this one."""
     stamps = [np.empty((0, 2), dtype=np.uint64)]
     known = [np.empty((0, len(values)), dtype=np.int64)]
     for folder in Path(cache_dir).glob(f"{name}-*"):
-        # Not those that are being written, nor those of versions that kept no stamps.
+        # Without files that are being written, and without those of versions that had no stamps.
         if "." not in folder.name and all((folder / f"{half}.npy").is_file() for half in _STAMPS):
             arrays = StoredArrays(folder)
             stamps.append(np.stack([arrays[half].view(np.uint64) for half in _STAMPS], axis=1))

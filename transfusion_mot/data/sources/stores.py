@@ -26,7 +26,7 @@ from transfusion_mot.errors import UnreadableMedia, UserError
 Items = npt.NDArray[np.int64]
 
 _STATS_AT_ONCE = 256
-# More media than one row of a table can hold.
+# Larger than the number of media in one row of a table.
 _MOST_POSITIONS = 2**24
 
 
@@ -34,23 +34,21 @@ class MediaStore(Protocol):
     """Encoded images or audio clips by the number of their item.
 
     Attributes:
-        unreadable: What is raised where there is none: it says what they are.
+        unreadable: Error class for a missing item; it gives the name of the media.
     """
 
     unreadable: type[UnreadableMedia]
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
-        """Those of `items` that are there, the others counted in `skipped`; and the stamp of each: media with the
-        same stamp have not been edited since.
-        """
+        """The existing `items` and their stamps, which change with the media; others are counted in `skipped`."""
         ...
 
     def open(self, item: int) -> BinaryIO | Image.Image:
-        """An encoded image or audio clip, of which only what is asked for is read, or a picture.
+        """An encoded image or audio clip as a file object, which reads only requested bytes, or a picture.
 
         Raises:
-            UnreadableMedia: There is none.
-            OSError: The system fails to read it.
+            UnreadableMedia: It does not exist.
+            OSError: The system failed to read it.
         """
         ...
 
@@ -60,12 +58,12 @@ class MediaStore(Protocol):
 
 
 def content_of(store: MediaStore, item: int) -> bytes | Image.Image:
-    """An encoded image or audio clip as a whole, or a picture.
+    """All bytes of an encoded image or audio clip, or a picture.
 
     Raises:
-        UnreadableMedia: There is none.
-        FileNotFoundError: Its file was there when the source was opened.
-        UserError: The system fails to read it, again and again.
+        UnreadableMedia: It does not exist.
+        FileNotFoundError: Its file was removed after the source was opened.
+        UserError: The system failed to read it in all attempts.
     """
     try:
         source = store.open(item)
@@ -116,7 +114,7 @@ class FileStore:
                 hashes.append(_stamp_of(str(path), size, time))
             return sizes, b"".join(hashes)
 
-        # Threads, because a file system over a network takes its time for each.
+        # Threads, because a network file system is slow for each file.
         with ThreadPoolExecutor(16) as pool:
             chunks = (items[start : start + _STATS_AT_ONCE] for start in range(0, len(items), _STATS_AT_ONCE))
             looked = list(pool.map(look, chunks))
@@ -125,7 +123,7 @@ class FileStore:
             reason = "empty" if sizes[position] == 0 else "missing"
             skipped.add(f"{reason} {self.unreadable.file}", names[int(items[position])])
         there = sizes > 0
-        # Reading every byte would take as long as encoding; an edit changes size or time.
+        # Reading all bytes would take as long as encoding; an edit changes the size or the time.
         stamps = keys_from(b"".join(hashes for _, hashes in looked))
         return items[there], stamps[there]
 
@@ -137,7 +135,7 @@ class FileStore:
 
 
 def _opened(path: Path, offset: int = 0, size: int | None = None) -> BinaryIO:
-    # A few kilobytes at a time for those who want to know the head only; whoever wants all gets it at once.
+    # A small buffer, because some callers read only the header; `readall` reads everything at once.
     return cast(BinaryIO, io.BufferedReader(FilePart(path, offset, size), buffer_size=4096))
 
 
@@ -146,20 +144,20 @@ def _stamp_of(*parts: object) -> bytes:
 
 
 def stamps_of(files: Sequence[object], numbers: npt.NDArray[Any], places: npt.NDArray[Any]) -> Keys:
-    """[N, 2] from what tells files apart, the number of each item's file, and its place there."""
+    """[N, 2] stamps from keys of files, the number of each item's file, and its place in the file."""
     halves = keys_from(b"".join(map(_stamp_of, files)))[:, 0]
     return np.stack([halves[numbers], places.astype(np.uint64)], axis=1)
 
 
 def _size_and_time(path: Path, what: str) -> tuple[int, int]:
-    """Size in bytes and time of change of a file, which is called `what` in messages; -1 if there is none.
+    """Size in bytes and modification time of a file, which is called `what` in messages; -1 if it does not exist.
 
     Raises:
-        UserError: The system does not say.
+        UserError: The system failed to read them.
     """
     try:
         status = tried_again(path.stat)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that holds a null
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a null character
         return -1, -1
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
@@ -171,7 +169,7 @@ def _size_and_time(path: Path, what: str) -> tuple[int, int]:
 class TarStore:
     """Media in uncompressed tar files, read in place: `arrays` holds `names`, `files`, `offsets` and `sizes`.
 
-    The names of all arrays but `files` begin with `prefix`.
+    The names of all arrays except `files` begin with `prefix`.
     """
 
     def __init__(
@@ -187,7 +185,7 @@ class TarStore:
         self._names, self._offsets, self._sizes = (f"{prefix}{name}" for name in ("names", "offsets", "sizes"))
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
-        # The index is of these very files: their stamps are part of its key.
+        # The index is valid for exactly these files: their stamps are part of its key.
         stamps = [file_stamp(file) for file in self.files]
         return items, stamps_of(stamps, self.arrays["files"][items], self.arrays[self._offsets][items])
 
@@ -201,10 +199,10 @@ class TarStore:
 
 
 class ParquetStore:
-    """Media in a column of parquet files, without a copy: a whole row group is read to get at a row of it.
+    """Media in a column of parquet files, without a copy: to read one row, its whole row group is read.
 
     Reading in order is fast. `arrays` holds `files` and `rows`, the number of an item's row in its file; for columns of
-    lists of media, `positions` in them too.
+    lists of media also `positions` in the lists.
     """
 
     def __init__(
@@ -218,7 +216,7 @@ class ParquetStore:
         self.files = list(files)
         self.column = column
         self.arrays = arrays
-        # Also tells what has been read of a file from what lies there since it was written anew.
+        # Also distinguishes cached content of a file from its content after it was rewritten.
         self._stamps = [tuple(file_stamp(file)) for file in files]
 
     def present(self, items: Items, skipped: SkippedItems) -> tuple[Items, Keys]:
@@ -253,7 +251,7 @@ def _row_group_starts(stamp: tuple[Any, ...]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *rows])[:-1]
 
 
-# Few: a row group of images may have some hundred megabytes.
+# A small number, because a row group of images may have hundreds of megabytes.
 @lru_cache(maxsize=2)
 def _row_group(stamp: tuple[Any, ...], group: int, column: str) -> pa.ChunkedArray:
     with pq.ParquetFile(stamp[0], memory_map=True) as table:
@@ -275,7 +273,7 @@ class ArrowStore:
         self.dataset = dataset.select_columns([column])
         for kind in (datasets.Image, datasets.Audio):
             if isinstance(dataset.features[column], kind):
-                # As files: decoding is ours.
+                # As undecoded files, because this project decodes them.
                 self.dataset = self.dataset.cast_column(column, kind(decode=False))
         self.column = column
         self.name = name
@@ -297,7 +295,7 @@ def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, it
     """Open a value of a table column: bytes, a path below `folder`, or both as {"bytes": ..., "path": ...}.
 
     Raises:
-        UnreadableMedia: It is none of them, or null, or there is no such file; names the column and what it holds.
+        UnreadableMedia: It is null, has another type, or its file does not exist; gives the column and its value.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")

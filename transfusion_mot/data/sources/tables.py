@@ -19,18 +19,18 @@ Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 1024
 _UNUSABLE = "unusable row"
-# So many without one that can be used are no accident.
+# This many unusable items without a usable one are not an accident.
 _MOST_UNUSABLE = 1000
 _TRAIN_NAMES = ("train", "training")
 _HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "dev", "test")
 
 
 def find_files(path: str, suffixes: Sequence[str], kind: str) -> list[Path]:
-    """The files that a source's path means: one file, those of a folder and the folders below it, or those that match a
-    pattern with `*` or with numbers, as `{00000..00012}.tar`; sorted.
+    """The sorted files of a source's path: one file, all files in a folder and its subfolders, or all that match a
+    pattern with `*` or with numbers, such as `{00000..00012}.tar`.
 
     Raises:
-        UserError: There are none, or they are of another kind; says what there is.
+        UserError: There are none, or they are of another kind; gives what was found.
     """
     refuse_missing_files(path, kind)
     given = Path(path)
@@ -73,10 +73,10 @@ def _compressed(files: Sequence[Path]) -> str:
 
 
 class Unusable:
-    """Items of a large set that cannot be used: counted and named where others can be used, refused where none can.
+    """Unusable items of a large set: counted and listed if other items can be used, refused if none can.
 
     Attributes:
-        num_used: Those that can, so far.
+        num_used: Number of usable items so far.
     """
 
     def __init__(self, skipped: SkippedItems) -> None:
@@ -86,10 +86,10 @@ class Unusable:
         self._first: UserError | None = None
 
     def add(self, error: UserError, reason: str = _UNUSABLE) -> None:
-        """Count one, by what was wrong with it.
+        """Count an unusable item, by its reason.
 
         Raises:
-            UserError: Nothing but such items has been there for long: the first one's.
+            UserError: The problem of the first item, if very many items were unusable and none usable.
         """
         self._first = self._first or error
         self._num_unusable += 1
@@ -101,7 +101,7 @@ class Unusable:
         """Called at the end.
 
         Raises:
-            UserError: No item could be used: the first one's.
+            UserError: The problem of the first item, if no item could be used.
         """
         if self._first is not None and not self.num_used:
             raise self._first
@@ -113,10 +113,10 @@ def rows_of(
     """Rows of a .jsonl, .csv or .parquet file with their places ("file:line"); of parquet only `columns`, if given.
 
     Args:
-        unusable: Receives lines of a .jsonl file that are no JSON object; None refuses them.
+        unusable: Counts lines of a .jsonl file that are not JSON objects; None refuses them.
 
     Raises:
-        UserError: The file is damaged or no UTF-8; names the place.
+        UserError: The file is damaged or not UTF-8; gives the place.
     """
     if suffix_of(file) == ".parquet":
         with open_parquet(file) as table:
@@ -147,7 +147,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a .csv file; the place is the line where a row begins.
 
     Raises:
-        UserError: A row has not as many fields as the header, or a quote is not closed.
+        UserError: A row has another number of fields than the header, or a quote is not closed.
     """
     reader = csv.reader((line for _, line in lines_of(file, keep_ends=True)), strict=True)
     header: list[str] | None = None
@@ -169,7 +169,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
-    """A parquet file, mapped.
+    """A memory-mapped parquet file.
 
     Raises:
         UserError: The file is damaged or empty.
@@ -181,7 +181,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def json_object(text: str, where: str) -> Row:
-    """An object from its JSON.
+    """Parse a JSON object.
 
     Raises:
         UserError: The text is not a JSON object.
@@ -196,23 +196,23 @@ def from_json(content: str | bytes, problem: str) -> Any:
     """Parse JSON.
 
     Raises:
-        UserError: `content` is none: `problem`, and what is wrong with it.
+        UserError: `content` is not valid JSON; the message is `problem` and the reason.
     """
     try:
         return json.loads(content)
     except RecursionError:
         raise UserError(f"{problem} (nested too deeply)") from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+    except ValueError as error:  # not JSON, not UTF-8, or a number with thousands of digits
         raise UserError(f"{problem} ({error})") from None
 
 
 def lines_of(
     file: Path, keep_ends: bool = False, skip: Callable[[UserError], None] | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Lines of a UTF-8 file, numbered from 1, without the white space at their ends unless asked for.
+    """Lines of a UTF-8 file, numbered from 1, by default without white space at both ends.
 
     Args:
-        skip: Receives what is wrong with a line that is not UTF-8; None refuses it.
+        skip: Called with the problem of a line that is not UTF-8; None refuses it.
 
     Raises:
         UserError: The file is not UTF-8.
@@ -232,10 +232,10 @@ def lines_of(
 
 
 def pick_column(wanted: str | None, usual: Sequence[str], columns: Sequence[str], where: str) -> str:
-    """The wanted column, or the first of the usual ones that is there.
+    """The wanted column, or the first existing one of the usual columns.
 
     Raises:
-        UserError: There is none; lists those that exist.
+        UserError: There is none; lists the existing ones.
     """
     for name in [wanted] if wanted is not None else usual:
         if name in columns:
@@ -245,32 +245,32 @@ def pick_column(wanted: str | None, usual: Sequence[str], columns: Sequence[str]
 
 
 def pick_text_column(wanted: str | None, media: MediaColumns, columns: Sequence[str], where: str) -> str | None:
-    """As `pick_column`, of texts; None if they may be missing, as of audio, and are."""
+    """Like `pick_column`, for texts; None if there is no column and texts are optional, as for audio."""
     if wanted is None and media.medium == "audio" and not set(media.usual_texts) & set(columns):
         return None
     return pick_column(wanted, media.usual_texts, columns, where)
 
 
 def texts_in(value: Any, name: str, where: str) -> list[str]:
-    """Texts in a field - one, a list of them, or null - stripped; the empty ones are left out.
+    """Stripped texts in a field (a text, a list of texts, or null), without empty ones.
 
     Raises:
-        UserError: It holds something else.
+        UserError: The field holds something else.
     """
     values = value if isinstance(value, list) else [value]
     for text in values:
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: the field '{name}' must be a text or a list of texts, got {value!r:.100}")
-    # JSON can escape half of a surrogate pair, which no UTF-8 encoder takes.
+    # JSON can contain half of a surrogate pair, which UTF-8 cannot encode.
     texts = (text.encode("utf-8", errors="replace").decode("utf-8").strip() for text in values if text)
     return [text for text in texts if text]
 
 
 def split_field(row: Row, where: str) -> Split | None:
-    """The side that a row's field `split` puts it on, if it has one.
+    """The side in a row's field `split`, if it has one.
 
     Raises:
-        UserError: The field names no side.
+        UserError: The field does not name a side.
     """
     value = row.get("split")
     if value is None or value in _TRAIN_NAMES:

@@ -20,14 +20,14 @@ from transfusion_mot.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _CAPTIONS = ("txt", "json")
-# Why a member is left out whose name another one has, of which the last is used.
+# Reason for skipping all but the last member with one name.
 SAME_NAME = "member of the same name"
 _NO_TAR = "unreadable tar file"
 
 
 @dataclass
 class Member:
-    """A file in a tar file: its name, and where its content lies."""
+    """A file in a tar file: its name, and the place of its content."""
 
     name: str
     offset: int
@@ -52,12 +52,12 @@ class _Shard:
 
 
 def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
-    """The regular files of a tar file, in order, from its headers alone.
+    """The regular files of a tar file, in order, read only from its headers.
 
-    What stands before a damaged place is used, and the damage counted in `skipped`, as is an empty file.
+    Files before a damaged place are used; the damage is counted in `skipped`, and so are empty files.
 
     Raises:
-        UserError: It is no uncompressed tar file.
+        UserError: It is not an uncompressed tar file.
     """
     if path.stat().st_size == 0:
         skipped.add("empty shard", str(path))
@@ -70,7 +70,7 @@ def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
                 tar.members = []  # type: ignore[attr-defined]
                 if info.isreg() and not info.issparse():
                     members.append(Member(info.name, info.offset_data, info.size))
-            # The library takes a header that is cut off or damaged for the end, which is a block of zeros.
+            # The library treats a truncated or damaged header as the end of the file, which is a block of zeros.
             file.seek(tar.offset)
             whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
@@ -89,7 +89,7 @@ def scan_tar(path: Path, skipped: SkippedItems) -> list[Member]:
 
 
 def scan_tars(files: Sequence[Path], skipped: SkippedItems) -> list[list[Member]]:
-    """`scan_tar` of each, on all cores; what is no tar file is counted in `skipped`, too.
+    """`scan_tar` of each, on all cores; files that are not tar files are counted in `skipped`, too.
 
     Raises:
         UserError: None is an uncompressed tar file.
@@ -122,17 +122,17 @@ def index_webdataset(
 ) -> StoredArrays:
     """Names, places and texts of the images or audio clips of WebDataset shards.
 
-    Members whose names agree up to the first dot are a sample: an image or audio clip, and its text in a `.txt`, or in
-    the field `text` or `caption` of a `.json` if there is no `.txt` (of audio `transcription` or `text`); with
-    `text_column`, in that field. Where that gives no image or audio clip, names agree up to the extension, as those of
-    "cat 2.0.jpg" and "cat 2.0.txt". Audio of which no sample has a text has none.
+    Members with the same name up to the first dot are a sample: an image or audio clip and its text. The text is in a
+    `.txt`, or else in the field `text` or `caption` of a `.json` (for audio `transcription` or `text`); with
+    `text_column`, in that field. If no sample has an image or audio clip, names are compared up to the extension, as
+    in "cat 2.0.jpg" and "cat 2.0.txt". If no sample of audio has a text, items have no texts.
 
-    What `columns` names is what the names of members end with.
+    `columns` gives the ends of member names.
 
     Shards and samples that cannot be used are counted.
 
     Raises:
-        UserError: No file is a tar file, or no `.json` has the field.
+        UserError: No file is a tar file, or the field is in no `.json`.
     """
 
     def build(writer: ArrayWriter) -> None:
@@ -166,7 +166,7 @@ def index_webdataset(
 
 
 def _any_has_text(files: Sequence[Path], columns: MediaColumns) -> bool:
-    """Whether a sample may have a text: audio need not, and the first shard says so."""
+    """Whether samples may have texts: audio need not have any, and the first shard decides."""
     if columns.medium != "audio":
         return True
     members = next((found for file in files if (found := scan_tar(file, SkippedItems()))), [])
@@ -214,7 +214,7 @@ def _samples_in(
             skipped.add(SAME_NAME, f"{path}:{earlier.name}")
         members[extension.lower()] = member
     for key, members in by_key.items():
-        # Not of hidden files, whose names begin with a dot.
+        # Without hidden files, whose names begin with a dot.
         if key.endswith("/") or any(extension in members for extension in media):
             yield members
             continue
@@ -235,7 +235,7 @@ def _captions(
     where: str,
     shard: _Shard,
 ) -> list[str] | None:
-    """The captions of a sample; None if there are none that can be used, which is counted."""
+    """The captions of a sample; None if it has no usable caption, which is counted."""
     extension = "txt" if "txt" in members and text_column is None else "json"
     if extension not in members:
         shard.skipped.add("sample without a caption", where)

@@ -25,7 +25,7 @@ from transfusion_mot.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _ROWS_AT_ONCE = 1024
-# (place, texts, side) of a row or paragraph.
+# (place, texts, split) of a row or paragraph.
 _Read = tuple[str, list[str], Split | None]
 
 
@@ -54,8 +54,8 @@ class StoredTexts:
 
 
 def open_texts(source: SourceConfig, data: DataConfig, split: Split, path: str) -> StoredTexts:
-    """A `.txt` file (a document is a paragraph; blank lines divide them), a `.jsonl` or `.parquet` file (a document is
-    the field `text` of a line or row), or a folder with such files anywhere below it.
+    """A `.txt` file (documents are paragraphs, separated by blank lines), a `.jsonl` or `.parquet` file (documents are
+    the field `text` of lines or rows), or a folder with such files in it or its subfolders.
 
     Lines and rows that cannot be used are counted.
 
@@ -85,7 +85,7 @@ def open_dataset_texts(
     """A column of texts of a data set of the library `datasets`.
 
     Raises:
-        UserError: It has no such column; names those that it has.
+        UserError: The column does not exist; lists the existing ones.
     """
     columns = dataset.column_names
     column = pick_column(source.text_column, ("text",), columns, name)
