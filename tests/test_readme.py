@@ -173,7 +173,7 @@ def headings(file: Path) -> set[str]:
 
 
 def test_links_and_pictures_exist() -> None:
-    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
     for file in [*files, *ROOT.glob("checkpoints/*/README.md")]:
         for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", file.read_text()):
             if target.startswith("https://"):
