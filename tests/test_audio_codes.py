@@ -241,7 +241,7 @@ def test_units_are_the_nearest_centroids_to_a_layer(tmp_path, layer) -> None:
     assert [len(units) for units in codec.encode([torch.ones(1), torch.ones(20), torch.ones(35), torch.ones(36)])] == [
         *(1, 1, 1, 2)
     ]
-    with pytest.raises(UserError, match="HubertUnits has no decoder, so its codes cannot become sound; use it to read"):
+    with pytest.raises(UserError, match="HubertUnits has no decoder, so its codes cannot become audio; use it to read"):
         codec.decode(units)
 
     assert isinstance(codec.model, HubertUnits)
