@@ -202,7 +202,7 @@ def test_a_folder_remembers_how_many_codebooks_are_used(tmp_path) -> None:
 
 
 def test_codes_of_which_loudness_is_apart_are_refused() -> None:
-    with pytest.raises(UserError, match="this EncodecModel is stereo, or keeps the loudness"):
+    with pytest.raises(UserError, match="this EncodecModel is stereo or stores the loudness"):
         AudioCodes(seeded(encodec, normalize=True))
     with pytest.raises(UserError, match="use one like facebook/encodec_24khz"):
         AudioCodes(seeded(encodec, audio_channels=2))
