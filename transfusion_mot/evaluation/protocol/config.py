@@ -102,8 +102,8 @@ class ProtocolConfig:
         code_top_p: Top-p sampling of codes: from the fewest codes whose probabilities sum to at least this.
         code_top_k: Top-k sampling of codes: from this number of most probable codes; 0 means all.
         batch_size: Images painted or captioned at a time.
-        reconstructions: Whether to compare the real images with their reconstructions by the autoencoder, too: the result
-            of a perfect model.
+        reconstructions: Whether to compare the real images with their reconstructions by the autoencoder, too: the
+            result of a perfect model.
         features: Network of the image distance, or a list of them; this and the next seven keys are the options of
             `evaluate/fid.py`.
         inception_weights: Local path of `inception-2015-12-05.pt`.

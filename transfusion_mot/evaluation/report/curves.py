@@ -22,8 +22,8 @@ _AXIS_NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
-    """Image distance against CLIP score: a curve over guidance scales for every scheduler, number of steps and interval of
-    guidance.
+    """Image distance against CLIP score, with a curve over guidance scales for each scheduler, number of steps and
+    guidance interval.
 
     Without a CLIP score it is the distance against the guidance scale; without a distance there is no figure.
     """
