@@ -1,4 +1,4 @@
-"""Audio tokenizers behind one interface, against their own codes and reconstructions."""
+"""Audio tokenizers with one interface, against the tokenizers' own codes and reconstructions."""
 
 import json
 
@@ -84,7 +84,7 @@ def wav_tokenizer():
 
 
 def seeded(build, **changes):
-    """With weights that are not all but zero where that gives the same code everywhere, or silence."""
+    """With larger weights in layers where the default ones give the same code everywhere, or silence."""
     torch.manual_seed(0)
     model = build(**changes).eval()
     for name, weights in (*model.named_parameters(), *model.named_buffers()):

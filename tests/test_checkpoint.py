@@ -1,4 +1,4 @@
-"""Training states and snapshots on disk, and what is left when a write is cut off."""
+"""Training states and snapshots on disk, and the files after an interrupted write."""
 
 import json
 import pickle
