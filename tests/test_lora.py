@@ -78,7 +78,7 @@ def test_queries_keys_and_values_have_the_adapters_of_three_layers_of_peft(modul
 
 
 def test_every_matrix_has_the_adapter_of_peft() -> None:
-    """The whole model, against one with peft's own layers."""
+    """The whole model, against one whose adapters outside of attention are peft's own layers."""
     modules = ["output", "gate", "up", "down"]
     ours, theirs = adapted_model(LoraConfig(RANK, ALPHA, None, modules)), tiny_model(tiny_config())
     # A last part of the name, or the name of the tower, for what stands in a dictionary of towers.
