@@ -1,7 +1,7 @@
 """Time of one layer's attention, forward and backward, by each kernel: `python -m benchmarks.attention`.
 
-Real rows, as a step has them; queries, keys and values are random. What counts is the time of the kernels alone, which
-inside of a step follow each other without gaps.
+Rows are those of a training step; queries, keys and values are random. Only the time of kernels is measured, because
+they run without gaps in a step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["760m", "163m"])
     parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
-    parser.add_argument("--copies", action="store_true", help="every other image is a copy that what follows sees")
+    parser.add_argument("--copies", action="store_true", help="every other image is a copy that later slots attend to")
     return parser.parse_args(arguments)
 
 
@@ -41,20 +41,20 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.models import interval_attention
 from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
 
-# Interval attention has kernels for Hopper, and others in Triton, which elsewhere are the only ones.
+# Interval attention has kernels for Hopper, and kernels in Triton for all devices.
 KERNELS = ("flex", "interval", "interval in Triton")
 
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
-        raise UserError("there is no CUDA device; the kernels are for one")
+        raise UserError("there is no CUDA device, which the kernels need")
     accelerator = Accelerator(mixed_precision="bf16")
     print(surroundings(accelerator.device))
-    print("| rows | kernel | forward ms | backward ms | together | flex takes |\n| --- | --- | --- | --- | --- | --- |")
+    print("| rows | kernel | forward ms | backward ms | together | flex / it |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.layouts:
-            # As many heads as the model of that layout has, or the smaller one.
+            # The number of heads of the layout's model, or of the smaller model.
             size = SIZES.get(name, SIZES["163m"])
             loader = make_loader(LAYOUTS[name], size, accelerator, folder=Path(folder), num_steps=1, num_workers=0)
             batch, _ = next(iter(loader))
@@ -92,7 +92,7 @@ def measured(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: AttentionM
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v), upstream)
 
-    # With gradients both, as training has it: FlexAttention's forward is another one without.
+    # Both with gradients, as in training, because FlexAttention's forward is different without gradients.
     times = []
     for run in (forward, both):
         run()

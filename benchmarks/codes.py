@@ -1,7 +1,7 @@
-"""Time of painting with codes, as a user calls it: `python -m benchmarks.codes --checkpoint runs/chameleon`.
+"""Time of painting with codes by the pipeline: `python -m benchmarks.codes --checkpoint runs/chameleon`.
 
-Prompt, codes and decoding to pixels, with guidance, which doubles the rows of the model. `not recorded` starts every
-kernel of every code from Python, as a plain loop does.
+It includes the prompt, all codes and decoding to pixels, with guidance, which doubles the rows of the model. `not
+recorded` has no CUDA graph: Python launches every kernel of every code.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=at_least_one, nargs="+", default=[1, 4, 16, 64, 256], metavar="N")
     parser.add_argument("--prompt", default="noto emoji of octopus", metavar="TEXT")
     parser.add_argument(
-        "--repeats", type=at_least_one, default=3, metavar="N", help="calls of which the median is (default: 3)"
+        "--repeats", type=at_least_one, default=3, metavar="N", help="number of calls for the median (default: 3)"
     )
     return parser.parse_args(arguments)
 
@@ -39,7 +39,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 
 def measure(pipeline: TransfusionPipeline, batch_size: int, prompt: str, repeats: int) -> dict[str, float]:
-    """Seconds of a call for so many pictures, of the call without the decoder, and of the call without recording."""
+    """Seconds of a call for a number of pictures, of the call without the decoder, and of the call without a graph."""
     device = pipeline.device
 
     def paint(output_type: Literal["pt", "latent"] = "pt") -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.composition_prompts --sprites data/sprites --output configs/eval/composition.jsonl
 
-The things are those with five drawings or more, of which four of five are recognised by the other drawings. Half of the
-prompts of two things, and half of those of a colour, have a pair that is held out of training on `scenes` with the
-default `data.split_seed` and `data.held_out_fraction`.
+The things have at least five drawings, and 80 % of these are recognised by the other drawings. Half of the prompts of
+two things, and half of those of a colour, have a pair that is held out of training on `scenes` with the default
+`data.split_seed` and `data.held_out_fraction`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="of python -m transfusion_mot.data.sprites",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines as GenEval has them")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines in GenEval's format")
     return parser.parse_args(arguments)
 
 
@@ -56,7 +56,7 @@ _FEWEST_DRAWINGS, _LEAST_RECOGNISED = 5, 0.8
 
 
 def recognised_nouns(drawings: Drawings) -> list[str]:
-    """Things whose drawings are mostly like other drawings of the same thing."""
+    """Things whose drawings are mostly similar to other drawings of the same thing."""
     right: defaultdict[str, list[bool]] = defaultdict(list)
     for noun, found in zip(drawings.nouns.tolist(), drawings.names_of_own(), strict=True):
         right[noun].append(noun == found)
@@ -68,7 +68,7 @@ def recognised_nouns(drawings: Drawings) -> list[str]:
 
 
 def prompts(composer: Composer, nouns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Lines as GenEval has them, with `held_out` beside."""
+    """Lines in GenEval's format, with the additional key `held_out`."""
     draws = Draws("composition prompts")
     seen: set[str] = set()
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.data --workers 1 2 4 8 --consumption 250
 
-Makes its own data - photograph-like JPEG files of 640 x 480 with captions as long as COCO's, and texts - and reads them
-with the loader of train.py, into pinned memory and on to the GPU where there is one. The default shape is that of a
+It makes its own data: photograph-like JPEG files of 640 x 480, captions as long as COCO's, and texts. It reads them
+with the loader of train.py, into pinned memory and to the GPU if there is one. The default shape is that of a
 163M-parameter model: 32 rows of 1024 text slots and 4 images of 256 patches, latents 8 x 32 x 32. `--consumption` is
-what a training step takes, in rows a second (rows of a step / seconds a step): the last column says how many times as
-fast the loader is. A table is printed, and kept with how it came about in a JSON file.
+the speed of training in rows a second (rows of a step / seconds a step); the last column is the speed of the loader
+relative to it. A table is printed, and written with its settings to a JSON file.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of worker processes to try")
-    add("--consumption", type=float, default=250.0, metavar="X", help="rows a second that training takes (250)")
+    add("--consumption", type=float, default=250.0, metavar="X", help="rows a second that training uses (250)")
     add("--rows", type=int, default=32, metavar="B", help="rows of a step (32)")
     add("--text-slots", type=int, default=1024, metavar="T", help="text slots of a row (1024)")
     add("--images-per-row", type=int, default=4, metavar="K", help="image slots of a row (4)")
-    add("--image-size", type=int, default=256, metavar="PX", help="height and width images are brought to (256)")
+    add("--image-size", type=int, default=256, metavar="PX", help="height and width of images after resizing (256)")
     add("--latent-channels", type=int, default=8, metavar="C", help="channels of the latents (8)")
     add("--downsampling", type=int, default=8, metavar="F", help="pixels a latent, along a side (8)")
     add("--num-images", type=int, default=2000, metavar="N", help="JPEG files to write (2000)")
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         action=PathOption,
         check=existing("a folder to write into"),
         metavar="DIR",
-        help="where the data is written for the time being (default: the system's)",
+        help="folder for temporary data (default: the system's)",
     )
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--output", default="benchmarks/results/data.json", metavar="FILE", help="JSON file to write")
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def write_data(folder: Path, num_images: int) -> None:
-    """A folder of JPEG files with captions, and as many texts, of words as frequent as those of English."""
+    """Write JPEG files with captions, and the same number of texts, with the word frequencies of English."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, length)) for length in rng.integers(2, 10, 5000)]
@@ -153,7 +153,7 @@ def write_data(folder: Path, num_images: int) -> None:
 
 
 def jpeg(seed: int) -> bytes:
-    """A picture whose detail falls off with frequency as that of a photograph, and as large a file (some 100 kB)."""
+    """A picture with a spectrum like that of a photograph and a similar file size (about 100 kB)."""
     rng = np.random.default_rng(seed)
     height, width = _JPEG_SIZE
     picture = np.zeros((height, width, 3), dtype=np.float32)
@@ -167,7 +167,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def random_autoencoder(channels: int, downsampling: int, device: torch.device) -> Autoencoder:
-    """A narrow one: what latents hold does not matter, nor how long encoding them took."""
+    """A narrow autoencoder: the content of latents and the time of encoding do not matter."""
     blocks = downsampling.bit_length()
     if downsampling != 2 ** (blocks - 1):
         raise UserError(f"--downsampling is {downsampling}; it must be a power of two")
@@ -186,11 +186,11 @@ def random_autoencoder(channels: int, downsampling: int, device: torch.device) -
 def speed(
     sources: Sources, tokenizer: TextTokenizer, data: DataConfig, rows: int, seconds: float, device: torch.device
 ) -> tuple[float, int]:
-    """Rows a second that a rank's loader gives to somebody who takes them as fast as they come => (rows, workers)."""
+    """Maximum rows a second of a rank's loader => (rows, workers)."""
     packer = Packer(
         sources, tokenizer, data, ModelConfig(), num_lanes=rows, seed=0, timesteps_from_uniform=lambda uniform: uniform
     )
-    # Without an encoder: the batch is on the device with its pixels, and the rest is the autoencoder's speed.
+    # Without an encoder: the batch is on the device with its pixels; the speed of the autoencoder is not measured.
     loader = LaneLoader(
         packer,
         rank=0,
@@ -214,7 +214,7 @@ def speed(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until what was copied is there."""
+    """Wait for copies to the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

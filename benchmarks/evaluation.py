@@ -1,8 +1,8 @@
-"""How long an evaluation of 30,000 images takes from the model to the numbers: `python -m benchmarks.evaluation`.
+"""Time of an evaluation of 30,000 images, from the model to the metrics: `python -m benchmarks.evaluation`.
 
-It calls evaluate/benchmark.py twice. The first call paints the images, computes the features of as many references and
-all distances in the features of EfficientNet-Lite0; the second one finds the images and the references' features there,
-and so takes as long as the rest. Prompts and references are made here, so nothing but the checkpoint is needed.
+It calls evaluate/benchmark.py twice. The first call paints the images and computes the features of the same number of
+references and all distances in the features of EfficientNet-Lite0. The second call reuses the images and the features
+of references, so its time is that of the rest. Prompts and references are made here, so only the checkpoint is needed.
 """
 
 import argparse
@@ -54,10 +54,10 @@ from transfusion_mot.evaluation.images import pick_device
 
 
 def seconds_of(command: Sequence[str]) -> float:
-    """How long a command takes.
+    """Seconds of a command.
 
     Raises:
-        UserError: It fails; it has said why.
+        UserError: It failed and has printed the reason.
     """
     begun = time.perf_counter()
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -66,7 +66,7 @@ def seconds_of(command: Sequence[str]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, as the command line says."""
+    """Run the command line."""
     options = parse_arguments(arguments)
     device = pick_device(options.device)
     with tempfile.TemporaryDirectory() as temporary:

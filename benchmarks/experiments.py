@@ -3,11 +3,11 @@
     python -m benchmarks.experiments --output runs/experiments
     python -m benchmarks.experiments --output runs/experiments --arms base dense --seeds 0 1 2 --steps 1000 --jobs 6
 
-Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot; --jobs of them run at a time,
-shared out over the GPUs that there are, each on one. Models of this size leave most of a GPU idle, so several at once
-take little longer than one; but compare seconds only of runs that ran alone. What is finished is not done again, and
-what was interrupted goes on. The output folder receives a run folder for each arm and seed, results.json, results.md
-and results.png. Further words are keys of train.py: --training.num_rows=16.
+Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot. --jobs of them run at a time,
+distributed over the visible GPUs, each on one GPU. Models of this size leave most of a GPU idle, so several runs at
+once take little longer than one; but only compare the times of runs that ran alone. Finished runs are skipped, and
+interrupted ones continue. The output folder has a run folder for each arm and seed, results.json, results.md and
+results.png. Other arguments are keys of train.py: --training.num_rows=16.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         metavar="KEY=VALUE",
         help="a key of evaluate/benchmark.py, any number",
     )
-    # Behind --arms a key without dashes would be taken for an arm.
+    # After --arms a key without dashes would be read as an arm.
     words = [
         f"--{word}" if "=" in word and not word.startswith("-") and before != "--protocol" else word
         for before, word in pairwise(["", *arguments])
@@ -73,7 +73,7 @@ from benchmarks.train_step import without_output
 PROTOCOL = ROOT / "configs" / "eval" / "experiments.yaml"
 # Share of a run whose training losses are averaged.
 _LAST_PART = 0.05
-# Columns: what a result is called, whether the report or the log has it, and under which name.
+# Columns: name of a result, its place (report or log), and its name there.
 _COLUMNS = {
     "text loss": "validation/text_loss",
     "caption loss": "validation/caption_loss",
@@ -85,14 +85,14 @@ _COLUMNS = {
 
 @dataclass
 class Result:
-    """What came out of one run.
+    """Results of one run.
 
     Attributes:
         arm: Name of its configuration.
-        seed: Of the run.
+        seed: Seed of the run.
         values: Numbers by name: held-out losses of the last validation, means of training losses over the last
             twentieth of the run, metrics of the report, seconds and FLOPs.
-        error: Why there are none.
+        error: Why there are no values.
     """
 
     arm: str
@@ -109,18 +109,18 @@ def config_arguments(arm: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Experiments:
-    """Where arms are trained, and what is changed in all of them.
+    """Trains arms with common settings.
 
-    Several run at once, in threads. Reading a configuration changes the working directory of all of them for a while:
-    none is read there, and no path there is relative to it.
+    Several runs are started from threads. Reading a configuration temporarily changes the working directory of all
+    threads, so threads read no configuration and use no relative paths.
 
     Attributes:
-        directory: Where commands start, and what relative paths are relative to.
-        output: Receives the run folders; as it was given, because reports say it.
-        keys: Further arguments of train.py.
-        protocol: Further arguments of evaluate/benchmark.py.
+        directory: Working directory of commands, to which paths are relative.
+        output: Folder of the run folders, as given by the user, because reports show it.
+        keys: Additional arguments of train.py.
+        protocol: Additional arguments of evaluate/benchmark.py.
         threads: CPU threads of a process.
-        devices: What CUDA_VISIBLE_DEVICES says to a run, for as many runs as go on at a time.
+        devices: Values of CUDA_VISIBLE_DEVICES, one for each run at a time.
     """
 
     directory: Path
@@ -144,15 +144,15 @@ class Experiments:
         ]
 
     def snapshot(self, arm: str, seed: int) -> Path:
-        """What a finished run leaves; reads its configuration."""
+        """The last snapshot of a finished run; reads its configuration."""
         config = parse_config(RunConfig, self.arguments(arm, seed), "")
         return self.directory / self.folder(arm, seed) / "snapshots" / f"step-{config.training.num_steps:07d}"
 
     def cache(self) -> None:
-        """Encode the images that all arms share, before several runs would do it at the same time.
+        """Encode the images that all arms share, so that runs do not do it at the same time.
 
         Raises:
-            UserError: It fails.
+            UserError: It failed.
         """
         device = self.devices.get()
         words = ["-m", "transfusion_mot.data.cache", *self.arguments(BASE, 0)]
@@ -160,7 +160,7 @@ class Experiments:
         self.devices.put(device)
 
     def run(self, arm: str, seed: int, snapshot: Path) -> Result:
-        """Train an arm until there is its snapshot, and measure it, as far as that is not done."""
+        """Train an arm to its last snapshot and measure it, if that is not done yet."""
         device = self.devices.get()
         try:
             return self._run(arm, seed, snapshot, device)
@@ -183,10 +183,10 @@ class Experiments:
         return Result(arm, seed, measured(self.directory / folder, self.directory / report))
 
     def call(self, words: list[str], log: Path, device: str) -> None:
-        """Run Python with these words, on a device; what it prints goes into a file.
+        """Run Python with these arguments on a device; its output goes to a file.
 
         Raises:
-            UserError: It fails; says with what.
+            UserError: It failed; gives the last line of its output.
         """
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": device}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -200,14 +200,14 @@ class Experiments:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them; one empty name where there is none."""
+    """Names of this process's GPUs for CUDA_VISIBLE_DEVICES; one empty name if there is none."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given is not None else [str(index) for index in range(torch.cuda.device_count())]
     return names or [""]
 
 
 def measured(folder: Path, report: Path) -> dict[str, float]:
-    """The numbers of a finished run, by name."""
+    """The metrics of a finished run, by name."""
     lines = read_metrics(folder / METRICS_FILE)
     last = max(line["step"] for line in lines)
     values: dict[str, float] = {"steps": last}
@@ -221,7 +221,7 @@ def measured(folder: Path, report: Path) -> dict[str, float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each arm: means over seeds, with the standard deviation where there are several."""
+    """A row for each arm: means over seeds, with the standard deviation if there are several."""
     lines = [["arm", "seeds", "TFLOPs", *_COLUMNS], ["---", *["---:"] * (2 + len(_COLUMNS))]]
     for arm in dict.fromkeys(result.arm for result in results):
         runs = [result for result in results if result.arm == arm]
@@ -271,7 +271,7 @@ def save(results: Sequence[Result], output: Path, about: dict[str, Any]) -> None
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run experiments, as the command line says."""
+    """Run the command line."""
     given, keys = parse_arguments(arguments)
     if given.steps is not None:
         keys.append(f"--training.num_steps={given.steps}")

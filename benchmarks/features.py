@@ -1,9 +1,8 @@
-"""How fast images are evaluated: `python -m benchmarks.features --features efficientnet`.
+"""Speed of feature computation: `python -m benchmarks.features --features efficientnet`.
 
-The whole way of evaluate/fid.py from files to features, against the feature network alone on batches that lie prepared
-on its device; and the start, until the network has its first batch, apart from what follows. Without --folder it writes
-images itself, smooth colours under a little noise, which take as long to decode as photographs, and reads each of them
-several times.
+It compares evaluate/fid.py from files to features with the feature network alone on prepared batches on its device. The
+time until the network has its first batch is given separately. Without --folder it writes images itself: smooth colours
+with a little noise, which take as long to decode as photographs. Each of them is read several times.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from transfusion_mot.evaluation.command import add_device, at_least_one, command
 from transfusion_mot.evaluation.defaults import FeatureChoice, default_num_workers
 from transfusion_mot.path_options import PathOption, existing
 
-# As fast as the published one, where that cannot be had.
+# An untrained Inception, as fast as the published one, if that is not available.
 RANDOM = "random-inception"
 
 
@@ -38,10 +37,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="images (default: PNG files that it writes)",
     )
     parser.add_argument(
-        "--num-images", type=at_least_one, default=30000, metavar="N", help="most images (30000, as many as papers use)"
+        "--num-images",
+        type=at_least_one,
+        default=30000,
+        metavar="N",
+        help="maximum images (30000, as in papers)",
     )
     parser.add_argument(
-        "--image-size", type=at_least_one, default=256, metavar="PIXELS", help="of what it writes (256)"
+        "--image-size", type=at_least_one, default=256, metavar="PIXELS", help="size of the images that it writes (256)"
     )
     parser.add_argument(
         "--features",
@@ -79,9 +82,9 @@ from transfusion_mot.evaluation.images import (
 )
 
 TURNS = 3
-# Images that the network alone sees again and again.
+# Number of images on which the network alone runs repeatedly.
 _PREPARED = 256
-# Different images that are written; they are smaller than the memory in which a system keeps files.
+# Number of different images to write; they fit into the file cache of the system.
 _WRITTEN = 4096
 
 
@@ -109,14 +112,14 @@ def load_network(name: str, device: torch.device) -> FeatureNetwork:
         network = legacy_architecture()
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
-                # Or else activations vanish, and numbers near zero take their own time on a CPU.
+                # Otherwise activations vanish, and subnormal numbers are slow on a CPU.
                 torch.nn.init.kaiming_normal_(module.weight)
         torch.save(network.state_dict(), path)
         return load_inception("legacy", path, device, other_weights=True)
 
 
 def time_network(network: FeatureNetwork, images: Sequence[ImageSource], count: int) -> float:
-    """Seconds that the network alone needs for `count` images, which it has seen before."""
+    """Seconds of the network alone for `count` images, which are already on the device."""
     size = default_batch_size(network.device)
     pixels = [torch.tensor(load_rgb(image))[None].to(network.device) for image in images[:_PREPARED]]
     prepared = torch.cat([network.prepare(image) for image in pixels]).split(size)
@@ -133,7 +136,7 @@ def time_network(network: FeatureNetwork, images: Sequence[ImageSource], count: 
 
 
 def time_pipeline(network: FeatureNetwork, images: Sequence[ImageSource], num_workers: int) -> tuple[float, float]:
-    """Seconds until the network has its first batch, and from then until the features of all images are there."""
+    """Seconds until the network has its first batch, and from then until all features are computed."""
     batches: list[float] = []
     hook = network.module.register_forward_pre_hook(lambda module, inputs: batches.append(time.perf_counter()))
     start = time.perf_counter()
@@ -149,9 +152,9 @@ def _wait(device: torch.device) -> None:
 
 
 def measure(network: FeatureNetwork, images: Sequence[ImageSource], num_workers: int) -> dict[str, Any]:
-    """Images a second of the network alone and of the whole way, which take turns."""
+    """Images a second of the network alone and of the whole pipeline, measured in turns."""
     count = len(images)
-    # What of the files is in memory and which kernels are chosen is then the same for all.
+    # Afterwards the file cache and the chosen kernels are the same for all.
     image_features(images[: min(count, _PREPARED)], network, num_workers=num_workers)
     alone, starts, steady, whole = [], [], [], []
     for _ in range(TURNS):
@@ -177,7 +180,7 @@ def measure(network: FeatureNetwork, images: Sequence[ImageSource], num_workers:
 
 
 def shown(line: dict[str, Any]) -> str:
-    """A line for people."""
+    """A readable line."""
     names = ("network_images_per_second", "images_per_second", "images_per_second_once_started")
     alone, whole, steady = (f"{statistics.median(line[name]):,.1f}" for name in names)
     return (

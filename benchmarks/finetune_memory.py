@@ -1,7 +1,7 @@
 """Memory and time of fine-tuning steps by what is trained: `python -m benchmarks.finetune_memory --size 1.5b`.
 
-Each variant trains a model with random weights on real rows, with the step function of `train.py`, and its peak memory
-stands beside the one that `train.py --plan` predicts. `--limit 21.6` gives it no more memory than a card of 24 GB has.
+Each variant trains a model with random weights on real rows, with the step function of `train.py`. The table shows its
+peak memory beside the prediction of `train.py --plan`. `--limit 21.6` limits memory to that of a card of 24 GB.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained, and how."""
+    """The trained parts, and the method."""
 
     frozen: list[str] = field(default_factory=list)
     lora: LoraConfig | None = None
@@ -109,7 +109,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--rows", type=int, help="rows of a step (default: that of the size)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--limit", type=float, metavar="GIB", help="memory that may be used (default: all)")
+    parser.add_argument("--limit", type=float, metavar="GIB", help="memory limit in GiB (default: all)")
     parser.add_argument("--workers", type=int, default=4, help="processes that prepare rows (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     return parser.parse_args(arguments)
@@ -143,7 +143,7 @@ _WARM_UP = 5
 class Trained:
     """A variant, trained by the step function of `train.py`."""
 
-    # As in the middle of a run: early in it the averages are updated after every step.
+    # As in the middle of a run; at its beginning the averages are updated after every step.
     _MIDDLE = 100_000
 
     def __init__(
@@ -180,7 +180,7 @@ class Trained:
         return torch.stack([losses.sum() for losses in result.losses.values()])
 
     def predicted(self, shape: RowShape, rows: int) -> float:
-        """Bytes at the peak, as the plan says."""
+        """Predicted bytes at the peak."""
         setting = Setting(
             rows,
             checkpointing=self.config.training.activation_checkpointing,
@@ -203,7 +203,7 @@ def measure(
     accelerator: Accelerator,
     steps: int,
 ) -> dict[str, Any]:
-    """Train a variant => what is known of it; without times if the memory was not enough, or a package is missing."""
+    """Train a variant => its results; without times if memory was not sufficient or a package is missing."""
     device = accelerator.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -225,7 +225,7 @@ def measure(
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        # Of the last steps but one in ten the averages are updated; with ema_on_cpu that shows in the mean alone.
+        # Averages are updated in one of ten steps; with ema_on_cpu only the mean shows their time.
         "milliseconds": times,
         "first_step_seconds": first,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
@@ -274,7 +274,7 @@ def main(arguments: list[str]) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people, in Markdown."""
+    """The report in Markdown."""
     lines = [
         "| variant | trained | peak GiB | by the plan | reserved | ms a step | mean ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

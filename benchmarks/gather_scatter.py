@@ -1,32 +1,32 @@
 """A contender for the training-step benchmark: Mixture-of-Transformers by gather and scatter, with the same weights.
 
-The tokens of a batch lie packed in reading order, and every operation with weights per modality takes out each
-modality's tokens by index and puts the results back into a new buffer. So do
-BAGEL (https://github.com/ByteDance-Seed/Bagel, `modeling/bagel/qwen2_navit.py`, the decoder layer of its MoT) and
-Mixture-of-Transformers (https://github.com/facebookresearch/Mixture-of-Transformers, `src`).
+The tokens of a batch are packed in reading order. Every operation with weights per modality gathers each modality's
+tokens by index and scatters the results to a new buffer, as in BAGEL (https://github.com/ByteDance-Seed/Bagel,
+`modeling/bagel/qwen2_navit.py`, the decoder layer of its MoT) and Mixture-of-Transformers
+(https://github.com/facebookresearch/Mixture-of-Transformers, `src`).
 
 As in BAGEL: one packed sequence [L, D] without a batch axis; index tensors made once per batch and used by all layers;
 in every layer a gather and a scatter for the first norm, for queries, keys and values (one buffer each), for the output
 projection and for norm and feed-forward together; residual additions on the packed sequence; one FlexAttention over all
 modalities.
 
-Unlike ours, it has no kernel of its own for the norm and rotation of queries and keys, as the originals have none.
+Like the originals and unlike ours, it has no fused kernel for the norm and rotation of queries and keys.
 
-Kinder than the originals:
+It is faster than the originals in these points:
 
-| here | there |
+| here | originals |
 | --- | --- |
-| `compile_blocks` compiles each block, gathers and scatters included | BAGEL: attention and mask alone |
-| the backward of a gather can so become atomic additions | sorts the indices |
-| indices | Mixture-of-Transformers: boolean masks, at each of which the host waits for the device |
-| constant shapes, padding included: compiled once | BAGEL: lengths change with the batch |
+| `compile_blocks` compiles each block, with gathers and scatters | BAGEL: only attention and mask |
+| so the backward of a gather can use atomic additions | sorts the indices |
+| indices | Mixture-of-Transformers: boolean masks, each of which makes the host wait for the device |
+| constant shapes with padding: compiled once | BAGEL: lengths change with the batch |
 | buffers start uninitialised | BAGEL: filled with zeros |
 | query, key and value are one matrix product | three |
 | the norm of queries and keys in the same gather | BAGEL: a gather and a scatter each |
 | attention by rows [B, N, S, H], a view of the packed sequence | BAGEL: one row of L |
 | the mask has B x S x S entries, once for all heads | BAGEL: L x L, once for each head |
 | heads read the final norm's result of their modality | BAGEL: scattered once more, then gathered |
-| our text loss, which never holds all logits | BAGEL: all logits of labelled tokens |
+| our text loss, which never has all logits in memory | BAGEL: all logits of labelled tokens |
 
 Shapes: B rows, S slots a row, L = B*S, N query heads, M key/value heads, H head width, D width.
 """
@@ -47,11 +47,11 @@ Indexes = dict[str, Tensor]
 
 
 class ReadingOrder(NamedTuple):
-    """Where the slots of a batch stand when its rows are packed in reading order.
+    """Order of the slots of a batch when its rows are packed in reading order.
 
     Attributes:
-        slots: [B, S], the slot of its row that each place of the packed row holds.
-        places: [B, S], the place in the packed sequence of L that each slot goes to.
+        slots: [B, S], the slot in its row of each place of the packed row.
+        places: [B, S], the place of each slot in the packed sequence of L.
     """
 
     slots: Tensor
@@ -114,7 +114,7 @@ class GatherScatterMoT(nn.Module):
     """A `TransfusionMoT` computed by gather and scatter; its parameters are that model's own.
 
     Args:
-        model: The weights. Its towers need one width, since their tokens share a buffer.
+        model: The weights. Its towers need the same width, because their tokens share a buffer.
 
     Raises:
         UserError: The towers differ in width.
@@ -137,7 +137,7 @@ class GatherScatterMoT(nn.Module):
     def forward(
         self, inputs: dict[str, ModalityInput], slots: Slots, *, z_loss_weight: float = 0.0
     ) -> TransfusionOutput:
-        """As `TransfusionMoT.forward` in training: inputs of all modalities, and no cache."""
+        """Like `TransfusionMoT.forward` in training: inputs of all modalities, and no cache."""
         model = self.model
         config = model.architecture
         rows = slots.order.shape[0]
@@ -161,7 +161,7 @@ class GatherScatterMoT(nn.Module):
         kept: dict[str, Any] = {}
         for name in names:
             embedded[name], kept[name] = model.modality(name).embed(cast(Any, inputs[name]))
-        # Under autocast the residual stream has its number format, as in the model.
+        # The residual stream has the number format of autocast, as in the model.
         device_type = read.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)

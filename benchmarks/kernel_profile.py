@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# In the order in which they are tried; the first that a kernel's name holds a word of.
+# Categories with words of kernel names; the first match counts.
 CATEGORIES = {
     "attention": ("interval_", "flex_attention", "flash", "decode_attention"),
     "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "decode_products"),
@@ -33,7 +33,7 @@ def profile_step(step: Callable[[], Any], repetitions: int = 2) -> dict[str, Any
     kernels: Counter[str] = Counter()
     spans = []
     for event in recorded.events():
-        # Ranges that people and the compiler marked stand on the device's timeline, too.
+        # The device's timeline also has ranges marked by users and the compiler.
         if event.device_type.name != "CUDA" or event.is_user_annotation:
             continue
         milliseconds = event.device_time / 1000 / repetitions
@@ -50,7 +50,7 @@ def profile_step(step: Callable[[], Any], repetitions: int = 2) -> dict[str, Any
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """How much of the line intervals cover."""
+    """Total length covered by intervals."""
     covered, until = 0.0, 0.0
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, until))
@@ -59,6 +59,6 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def category(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Category of a kernel, by its name."""
     name = kernel.lower()
     return next((key for key, words in CATEGORIES.items() if any(word in name for word in words)), "other")

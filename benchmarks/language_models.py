@@ -2,9 +2,9 @@
 
     python benchmarks/language_models.py Qwen/Qwen2.5-0.5B path/to/another --device cuda
 
-Prints the table of docs/finetuning.md. A distance is the norm of the differences of all logits by the norm of the
-logits: in float64 between the two (norms of transformers, which compute in float32, are replaced by those of torch), in
-float32 likewise, and in bfloat16 of each of them from the float64 logits. Both are in memory, in float64: 16 bytes a
+It prints the table of docs/finetuning.md. A distance is the norm of the differences of all logits, divided by the norm
+of the logits: between the two models in float64 (with norms of torch, because those of transformers compute in float32)
+and in float32, and for each model between bfloat16 and float64. Both models are in memory in float64: 16 bytes a
 parameter.
 """
 
@@ -56,7 +56,7 @@ LENGTH, PROMPT, CONTINUATION = 100, 20, 64
 
 
 def tower_of(source: LanguageModel, device: torch.device) -> TransfusionMoT:
-    """A model whose tower of text is the language model, beside a tower of images that nothing here uses."""
+    """A model whose text tower is the language model, with an unused image tower."""
     sections = source.sections(TEXT)["model"]
     towers = {TEXT: TowerConfig(**sections.pop("towers")[TEXT]), "image": TowerConfig(16, 16)}
     modalities = {
@@ -75,7 +75,7 @@ def tower_of(source: LanguageModel, device: torch.device) -> TransfusionMoT:
 
 
 def with_exact_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64, norms included, which in transformers compute in float32."""
+    """The model in float64, including norms, which compute in float32 in transformers."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
@@ -98,7 +98,7 @@ def distance(one: Tensor, two: Tensor) -> float:
 
 
 def continuation(model: TransfusionMoT, prompt: Tensor) -> list[int]:
-    """Greedy tokens behind a prompt [1, T], with the cache."""
+    """Greedy tokens after a prompt [1, T], with the KV cache."""
     session = Session(model, Workspace(), rows=1, capacity=PROMPT + CONTINUATION, device=prompt.device)
     session.feed(0, TokenRun(TEXT, prompt[0].tolist(), []))
     vocab_size = model.config["sizes"][TEXT]

@@ -58,10 +58,10 @@ def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
                 bar = panel.bar(place, value, width * 0.92, color=COLOURS[contender])
                 panel.bar_label(bar, fmt="%.0f" if panel is panels[0] else "%.2f", fontsize=8, padding=2)
     panels[0].set_title("thousand slots a second")
-    panels[1].set_title("time for as many slots, mot = 1")
+    panels[1].set_title("time for the same number of slots, mot = 1")
     for panel in panels:
         panel.set_xticks(range(len(shapes)), shapes)
-        # The numbers stand above the bars.
+        # Space for the numbers above the bars.
         panel.yaxis.set_visible(False)
         panel.spines[["top", "right", "left"]].set_visible(False)
     handles = [Patch(color=COLOURS[name]) for name in contenders]
@@ -73,7 +73,7 @@ def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
 
 
 def _label(name: str) -> str:
-    """Model; layout, if it is another than the model's own; processes, if there are several."""
+    """Model; layout, if it is not the model's own; processes, if there are several."""
     size, layout, processes = re.findall(r"^train_step-([^-]+)-(.+)-(\d+x.*)$", name)[0]
     return "\n".join([size, *([layout] if layout != size else []), *([processes] if processes != "1x" else [])])
 

@@ -1,7 +1,7 @@
 """Compare sampling times: `python -m benchmarks.sample --size 163m 760m`.
 
-The whole pipeline call is measured, including tokenizer, reading of the prompts and solver; only the decoding of
-latents is left out. All painters do the same number of forwards: 25 Euler steps with guidance are 50.
+The whole pipeline call is measured, including tokenizer, prefill and solver, but without decoding of latents. All
+painters do the same number of forwards: 25 Euler steps with guidance are 50.
 """
 
 import argparse
@@ -59,7 +59,7 @@ IMAGES_FOR_MEMORY = 1000
 
 
 def make_pipeline(size: Size, image_size: int, device: torch.device) -> TransfusionPipeline:
-    """A pipeline of that size with random weights, which never ends a text; in bfloat16 on a GPU."""
+    """A pipeline of a size with random weights, which never ends a text; in bfloat16 on a GPU."""
     config = size.model(dense=False)
     tokenizer = train_tokenizer(topics.values(), 512, config.stream_order)
     tokenizer.hf.add_tokens([f"<{number}>" for number in range(tokenizer.vocab_size, size.vocab_size)])
@@ -67,7 +67,7 @@ def make_pipeline(size: Size, image_size: int, device: torch.device) -> Transfus
     with torch.device("meta"):
         model = TransfusionMoT.from_sections({TEXT: size.vocab_size, pictures: CHANNELS}, config, DiffusionConfig())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # On the device: drawing them on the host takes longer than all that is measured.
+    # Drawn on the device, because the host would need longer than all measurements.
     model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def prompts(pipeline: TransfusionPipeline, count: int) -> list[str]:
     made: list[str] = []
     for start in range(len(words)):
         text = tokenizer.decode(tokenizer.encode(" ".join(words[start : start + PROMPT_TOKENS]))[:PROMPT_TOKENS])
-        # What is cut inside of a word may become other tokens.
+        # A text cut inside a word may have other tokens.
         if len(tokenizer.encode(text)) == PROMPT_TOKENS:
             made.append(text)
         if len(made) == count:
@@ -107,7 +107,7 @@ def prompts(pipeline: TransfusionPipeline, count: int) -> list[str]:
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of a call, after one that is not counted."""
+    """Median time of a call, after a warm-up call."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -121,7 +121,7 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
 
 
 def paint_uncached(pipeline: TransfusionPipeline, texts: list[str], noise: Tensor, steps: int) -> Tensor:
-    """The same images the plain way: every step forwards whole documents, with their prompts and then without."""
+    """The same images without a cache: every step computes whole documents, with their prompts and then without."""
     device = noise.device
     model, tokenizer = pipeline.transformer, pipeline.text_tokenizer
     side, _ = pipeline.grid(pipeline.sizes.default)
@@ -156,7 +156,7 @@ def paint_uncached(pipeline: TransfusionPipeline, texts: list[str], noise: Tenso
 
 
 def rival_painter(size: Size, patches: int, count: int, steps: int, device: torch.device) -> Callable[[], Any]:
-    """The package transfusion-pytorch 0.20.0, which paints `count` images by as many Euler steps, with guidance."""
+    """The package transfusion-pytorch 0.20.0: paints `count` images with guidance and as many Euler steps."""
     from torchdiffeq import odeint
 
     from benchmarks.transfusion_pytorch_rival import EXTRA_IDS, Shape, TransfusionPytorch
@@ -165,14 +165,14 @@ def rival_painter(size: Size, patches: int, count: int, steps: int, device: torc
     model = TransfusionPytorch(Shape(**fields, patches=patches, patch_elements=4 * CHANNELS), device).model.eval()
     for module in model.modules():
         if getattr(module, "softcap_value", None) == 0:
-            # Its dense attention, which sampling takes, divides by it.
+            # Its dense attention, used in sampling, divides by it.
             module.softcap_value = 50.0
     model.odeint_fn = partial(odeint, method="euler")
     texts = list(torch.randint(size.vocab_size - EXTRA_IDS, (count, PROMPT_TOKENS), device=device))
 
     def paint() -> Any:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            # Its steps are the points between which it integrates; a length of 1 ends with the image.
+            # Its steps are points of integration, one more than intervals; a length of 1 ends after the image.
             return model.sample_many(
                 texts,
                 max_length=1,
@@ -232,9 +232,9 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     """Measure one size, line by line.
 
     Args:
-        name: Of the size.
-        device: To measure on.
-        quick: Few steps, to try the benchmark itself.
+        name: Name of the size.
+        device: Device to measure on.
+        quick: Few steps, to test the benchmark itself.
     """
     size, image_size = SIZES[name], LAYOUTS[name].image_size
     pipeline = make_pipeline(size, image_size, device)
@@ -279,7 +279,7 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
     uncached = {"rows": few, "seconds": taken, "ms_per_image": 1000 * taken / few}
     yield {"line": "painting", "how": "whole documents, two passes", **uncached}
     if device.type == "cuda":
-        # Last, because a compiled model stays so. Another shape is another compilation of ten seconds or more.
+        # Last, because the model stays compiled. Every other shape needs another compilation of at least ten seconds.
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
         yield paint(few if name == "163m" else many, "cache, graphs and compiled blocks")
         yield write(1, "cache, graphs and compiled blocks")
@@ -294,7 +294,7 @@ def lines(name: str, device: torch.device, quick: bool) -> Iterator[dict[str, An
 
 
 def writing_profile(pipeline: TransfusionPipeline, tokens: int, seconds_taken: float) -> dict[str, Any]:
-    """What the device does for a token of one row, the reading of the prompt included, and how long it does nothing."""
+    """Kernels and idle time of the device for a token of one row, including prefill."""
     texts = prompts(pipeline, 1)
     found = profile_step(lambda: pipeline.complete(texts, max_new_tokens=tokens), repetitions=1)
     result = {"line": "kernels of writing", "rows": 1, "kernels_per_token": found["kernels_per_step"] / tokens}
@@ -303,7 +303,7 @@ def writing_profile(pipeline: TransfusionPipeline, tokens: int, seconds_taken: f
 
 
 def memory_growth(pipeline: TransfusionPipeline, rows: int, images: int) -> dict[str, Any]:
-    """How much more memory is in use, at its peak, by many images than by the first two batches."""
+    """Additional peak memory of many images compared with the first two batches."""
     peaks = []
     texts = prompts(pipeline, rows)
     for batch in range(-(-images // rows)):
@@ -317,7 +317,7 @@ def memory_growth(pipeline: TransfusionPipeline, rows: int, images: int) -> dict
 
 
 def shown(line: dict[str, Any]) -> str:
-    """A line for people."""
+    """A readable line."""
     return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in line.items())
 
 

@@ -4,11 +4,11 @@
     python -m benchmarks.settings --output runs/settings --arms chameleon_speech chameleon_speech_dense --steps 1000
 
 An arm is a setting of configs/experiments/settings, with `_wide` for the wider size, and `_dense` if all modalities
-share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. Arms are
-trained --jobs at a time, shared out over the GPUs that there are. What is finished is not done again, and what was
-interrupted goes on. The output folder receives a run folder for each arm and seed, results.md with the held-out
-losses of all, results.png with their curves, and a folder of evaluate/steps_to_match.py for each arm with a dense twin.
-Further words are keys of train.py.
+share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. --jobs arms
+are trained at a time, distributed over the visible GPUs. Finished runs are skipped, and interrupted ones continue. The
+output folder has a run folder for each arm and seed, results.md with the held-out losses of all, results.png with their
+curves, and a folder of evaluate/steps_to_match.py for each arm with a dense counterpart. Other arguments are keys of
+train.py.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SETTINGS = ("chameleon", "chameleon_speech", "transfusion_speech")
 
 
 def arm_names() -> list[str]:
-    """All arms: each setting in two sizes, with and without towers, and those where two modalities share one."""
+    """All arms: each setting in two sizes, MoT and dense, and those in which two modalities share a tower."""
     names = [f"{setting}{size}{kind}" for setting in SETTINGS for size in ("", _WIDE) for kind in ("", _DENSE)]
     files = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     return names + [name for name in files if name not in names and name != _DENSE.removeprefix("_")]
@@ -46,7 +46,7 @@ def config_files(arm: str) -> list[Path]:
 
 
 def twin_of(arm: str) -> str | None:
-    """The dense arm of equal FLOPs; None of one that is dense itself."""
+    """The dense arm of equal FLOPs; None for a dense arm."""
     if arm.endswith(_DENSE):
         return None
     if f"{arm}{_DENSE}" in arm_names():
@@ -57,7 +57,7 @@ def twin_of(arm: str) -> str | None:
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of the command line."""
     parser = arms_parser("benchmarks.settings", __doc__, arm_names())
-    # Behind --arms a key without dashes would be taken for an arm.
+    # After --arms a key without dashes would be read as an arm.
     words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in arguments]
     return parser.parse_known_args(words)
 
@@ -74,11 +74,11 @@ from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, lo
 
 
 class Runs:
-    """Where arms are trained.
+    """Trains arms.
 
     Args:
-        output: Receives the run folders.
-        keys: Further arguments of train.py.
+        output: Folder of the run folders.
+        keys: Additional arguments of train.py.
         jobs: Runs at a time.
     """
 
@@ -101,10 +101,10 @@ class Runs:
         return [*files, f"--output_dir={self.folder(arm, seed)}", f"--training.seed={seed}", *self.keys]
 
     def encode(self, arms: Sequence[str]) -> None:
-        """Encode the media of each setting, before several runs would do it at the same time.
+        """Encode the media of each setting, so that runs do not do it at the same time.
 
         Raises:
-            UserError: It fails.
+            UserError: It failed.
         """
         device = self.devices.get()
         for file in dict.fromkeys(config_files(arm)[0] for arm in arms):
@@ -113,7 +113,7 @@ class Runs:
         self.devices.put(device)
 
     def train(self, arm: str, seed: int) -> str | None:
-        """Train an arm, or go on with it => why that failed."""
+        """Train an arm, or continue it => error message, if it failed."""
         device = self.devices.get()
         folder = self.folder(arm, seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,14 +126,14 @@ class Runs:
         return None
 
     def log(self, arm: str, seed: int) -> Lines:
-        """What a run has logged."""
+        """The log of a run."""
         return read_metrics(self.folder(arm, seed) / METRICS_FILE)
 
     def compare(self, arm: str, seeds: Sequence[int]) -> None:
-        """Write when an arm reaches the final losses of its dense twin, over all seeds.
+        """Write when an arm reaches the final losses of its dense counterpart, over all seeds.
 
         Raises:
-            UserError: It fails.
+            UserError: It failed.
         """
         twin = twin_of(arm)
         assert twin is not None
@@ -159,15 +159,15 @@ def table(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def plot(runs: Runs, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Held-out losses over the steps: a row for each dense arm and what is compared with it, a column a modality.
+    """Held-out losses over the steps: a row for each dense arm and its counterparts, a column for each modality.
 
-    Nothing is written where no run has measured any.
+    Nothing is written if no run has held-out losses.
     """
     groups: dict[str, list[str]] = {}
     for arm in arms:
         groups.setdefault(twin_of(arm) or arm, []).append(arm)
     logs = {arm: [runs.log(arm, seed) for seed in seeds] for arm in arms}
-    # Held-out ones alone: with training.validate_every=0 there are none.
+    # Only held-out losses; with training.validate_every=0 there are none.
     losses = {
         twin: [
             name
@@ -192,7 +192,7 @@ def plot(runs: Runs, arms: Sequence[str], seeds: Sequence[int], path: Path) -> N
                     points = [(line["step"], line[key]) for line in log if (key := f"{VALIDATION}{name}") in line]
                     label = None if place else arm
                     axes.plot(*zip(*points, strict=True), color=f"C{number}", label=label, linewidth=1)
-                    # The fall of the first steps would leave the differences a line.
+                    # With the first steps the differences would not be visible.
                     seen += [loss for step, loss in points if 5 * step >= points[-1][0]]
             axes.set_ylim(min(seen) - 0.02, max(seen))
             axes.set_title(f"{name.replace('_', ' ')}, held out", fontsize="medium")
@@ -212,7 +212,7 @@ def _mean_and_deviation(logs: Sequence[Lines], key: str, unit: float, digits: in
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the arms, as the command line says."""
+    """Run the command line."""
     given, keys = parse_arguments(arguments)
     if given.steps is not None:
         keys.append(f"--training.num_steps={given.steps}")

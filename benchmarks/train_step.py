@@ -1,9 +1,8 @@
-"""Time of a training step, side by side: `python -m benchmarks.train_step --size 760m`.
+"""Compare times of a training step: `python -m benchmarks.train_step --size 760m`.
 
 Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer,
-averaged weights.
-They take turns, so that a warmer chip or a busier host affects all of them equally. While one runs, the others' weights
-and moments are in host memory.
+averaged weights. They take turns, so that temperature and host load affect all of them equally. While one runs, the
+weights and moments of the others are in host memory.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layout", choices=LAYOUTS, help="batch (default: that of the size)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS[:3]))
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns in which they are taken (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="number of turns (default: %(default)s)")
     parser.add_argument("--rival-rows", type=int, default=16, help="documents of transfusion-pytorch in a step")
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare rows (default: %(default)s)")
     parser.add_argument("--cuda-graph", action="store_true", help="record the step of all but transfusion_pytorch")
@@ -86,10 +85,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Trains(Protocol):
-    """Something that takes optimizer steps."""
+    """Interface of contenders: an object that takes optimizer steps."""
 
     def step(self) -> Tensor:
-        """One step => what can be looked at, on the device."""
+        """One step => its losses, on the device."""
         ...
 
 
@@ -98,12 +97,12 @@ class Contender:
 
     Args:
         name: `mot`, `dense` or `gather_scatter`.
-        size: Of the model.
+        size: Size of the model.
         batches: Endless batches.
-        accelerator: Of the run.
+        accelerator: Accelerator of the run.
         cuda_graph: Record the step as a CUDA graph.
-        float8: Multiply 8-bit numbers in the blocks.
-        attention: Its kernel, as `training.attention` says.
+        float8: Use 8-bit products in the blocks.
+        attention: Attention kernel, as in `training.attention`.
     """
 
     _MIDDLE = 100_000
@@ -163,14 +162,14 @@ class Contender:
         """One optimizer step => summed losses [modalities]."""
         result = self.take_step(next(self.batches))
         sums = torch.stack([losses.sum() for losses in result.losses.values()])
-        # As in the middle of a run: early in it the averages are updated after every step.
+        # As in the middle of a run; at its beginning the averages are updated after every step.
         self.ema.update(self.model, self._MIDDLE + self.steps_done)
         self.steps_done += 1
         return sums
 
     def move(self, device: torch.device) -> None:
-        """Take parameters and moments to a device; compiled code finds them there when they are back, a CUDA graph is
-        recorded anew."""
+        """Move parameters and moments to a device; compiled code works again after they are back, a CUDA graph is
+        recorded again."""
         self.take_step = GraphedStep(self.plain_step) if self.cuda_graph and device.type == "cuda" else self.plain_step
         with torch.no_grad():
             for parameter in [*self.model.parameters(), *self.ema.weights.values()]:
@@ -182,7 +181,7 @@ class Contender:
 
 
 class Rival:
-    """The package transfusion-pytorch with documents of its own, as many as fit."""
+    """The package transfusion-pytorch with its own documents, as many as fit in memory."""
 
     def __init__(self, size: Size, device: torch.device, rows: int) -> None:
         from benchmarks.transfusion_pytorch_rival import Shape, TransfusionPytorch
@@ -206,11 +205,11 @@ class Rival:
         return self.rival.step()
 
     def move(self, device: torch.device) -> None:
-        """It trains alone: nothing has to make room for it."""
+        """Does nothing: the package trains alone, so it need not free memory."""
 
 
 def timed_steps(contender: Trains, count: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `count` steps, begun while the one before still computes."""
+    """Milliseconds of each of `count` steps; each is launched while the previous one still runs."""
     if device.type != "cuda":
         times = [time.perf_counter()]
         for _ in range(count):
@@ -227,7 +226,8 @@ def timed_steps(contender: Trains, count: int, device: torch.device) -> list[flo
 
 
 def assert_equal(ours: Contender, rival: Contender, batch: Batch) -> float:
-    """With the same weights both compute the same logits and predictions for a row => largest relative difference.
+    """Check that both give the same logits and predictions for a row with the same weights => largest relative
+    difference.
 
     Raises:
         AssertionError: The difference is more than bfloat16 explains.
@@ -249,7 +249,7 @@ def assert_equal(ours: Contender, rival: Contender, batch: Batch) -> float:
 
 
 def without_losses(inputs: dict[str, ModalityInput], model: TransfusionMoT) -> dict[str, ModalityInput]:
-    """The same inputs for predictions: tokens without labels, and latents that are noisy already."""
+    """The same inputs for predictions: tokens without labels, and latents that are already noisy."""
     result: dict[str, ModalityInput] = {}
     for name, given in inputs.items():
         if isinstance(given, TokenInput):
@@ -263,7 +263,7 @@ def without_losses(inputs: dict[str, ModalityInput], model: TransfusionMoT) -> d
 
 
 def waits_for_device(contender: Contender | Rival) -> bool:
-    """Whether the host waits for the device inside of a step."""
+    """Whether the host waits for the device inside a step."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         contender.step()
@@ -295,11 +295,11 @@ def main(arguments: list[str]) -> None:
     accelerator = make_accelerator(TrainingConfig(mixed_precision=precision, tracker=None), Path())
     device = accelerator.device
     if accelerator.is_fsdp2 and options.contenders != ["mot"]:
-        raise UserError("with FSDP2 only --contenders mot can be timed: what is sharded cannot wait in host memory")
+        raise UserError("with FSDP2 only --contenders mot can be timed: sharded weights cannot be moved to the host")
     if options.float8 and (accelerator.is_fsdp2 or not set(options.contenders) <= {"mot", "dense"}):
         raise UserError("--float8 is for --contenders mot dense, without FSDP2: the others compute in bfloat16")
     with tempfile.TemporaryDirectory() as own:
-        # One for all processes: that of the first.
+        # All processes use the value of the first one.
         (folder,) = broadcast_object_list([own])
         loader = make_loader(
             layout, size, accelerator, folder=Path(folder), num_steps=10**6, num_workers=options.workers
@@ -329,7 +329,7 @@ def main(arguments: list[str]) -> None:
 def compare(
     options: argparse.Namespace, size: Size, layout: Layout, batches: Iterator[Batch], accelerator: Accelerator
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """Build every contender, let them take turns => what is known of each, after every turn."""
+    """Build every contender and let them take turns => results of each, after every turn."""
     device, host = accelerator.device, torch.device("cpu")
     on_gpu = device.type == "cuda"
     results: dict[str, dict[str, Any]] = {}
@@ -404,14 +404,14 @@ def compare(
 
 
 def without_output(arguments: Sequence[str]) -> list[str]:
-    """Words of a command line, less where the results go: that belongs to a machine and changes no number."""
+    """Arguments of a command line without the output folder, which does not affect results."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--output")
     return parser.parse_known_args(arguments)[1]
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What a number is worth nothing without: hardware, versions, commit, date."""
+    """Facts that belong to every result: hardware, versions, commit, date."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
@@ -423,7 +423,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people, in Markdown."""
+    """The report in Markdown."""
     lines = [
         "| contender | parameters | ms a step | to mot | tokens/s | MFU | peak GiB | first step | recompiles | waits |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

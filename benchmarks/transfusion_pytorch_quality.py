@@ -1,13 +1,12 @@
-"""How good is the package transfusion-pytorch 0.20.0 after as many minutes as a run of ours?
+"""Quality of the package transfusion-pytorch 0.20.0 after the training time of a run of this project.
 
     pip install transfusion-pytorch==0.20.0
     python -m benchmarks.transfusion_pytorch_quality --run runs/emoji --minutes 4.5 --output runs/transfusion-pytorch
 
-It learns from the latents and captions of the run, with its tokenizer and its share of captions before images. Then it
-paints the prompts and captions the images of the run's evaluation (evaluate/benchmark.py), and is measured likewise.
-Its settings are those of its README (width 512, 8 layers, a tenth of the prompts dropped, midpoint sampling, guidance
-3), with its positions for images of two dimensions and its averaged weights; learning rate and documents a step are
-options.
+It trains on the latents and captions of the run, with the run's tokenizer and share of captions before images. Then it
+paints the prompts and captions the images of the run's evaluation (evaluate/benchmark.py), with the same metrics. Its
+settings are those of its README (width 512, 8 layers, 10 % of the prompts dropped, midpoint sampling, guidance 3), with
+its two-dimensional positions for images and its averaged weights; learning rate and documents a step are options.
 """
 
 import argparse
@@ -46,10 +45,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         action=PathOption,
         check=existing("a folder that evaluate/benchmark.py has written"),
         metavar="FOLDER",
-        help="what evaluate/benchmark.py made of it (its newest)",
+        help="evaluation of the run by evaluate/benchmark.py (the newest)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="receives generated/, captions and metrics.json"
+        "--output", required=True, metavar="FOLDER", help="folder for generated/, captions and metrics.json"
     )
     parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="of training (8)")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="documents a step (128)")
@@ -90,7 +89,7 @@ from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.models.adapters import patchify, unpatchify
 
 _WARMUP_STEPS = 100
-# Its marks around an image and the image's size, in tokens, with some to spare.
+# Its tokens around an image and for the image's size, with a margin.
 _MARKS = 16
 
 
@@ -132,12 +131,12 @@ class Peer:
     """Its model, optimizer and averaged weights.
 
     Args:
-        config: Of the run: patch size, share of captions before images.
-        num_text_tokens: Ids of the tokenizer.
+        config: Configuration of the run: patch size, share of captions before images.
+        num_text_tokens: Number of ids of the tokenizer.
         latent_shape: [C, Y, X].
-        hidden_size, num_layers: Of its transformer, whose heads are 64 wide.
+        hidden_size, num_layers: Sizes of its transformer, whose heads have width 64.
         lr: Learning rate after warm-up.
-        device: Where it trains.
+        device: Device of training.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class Peer:
         ).to(device)
         self.optimizer = AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         self.averaged = self.model.create_ema(0.999)
-        # Every tenth step by default, with which a run of minutes would paint with the weights of its beginning.
+        # The default of every tenth step would leave early weights in the averages of a run of minutes.
         self.averaged.update_every = 1
 
     def patches(self, latents: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ class Peer:
         return documents
 
     def train(self, data: Captioned, minutes: float, rows: int) -> int:
-        """Train for so many minutes => steps."""
+        """Train for a number of minutes => steps."""
         begun = time.monotonic()
         steps = 0
         with tqdm(desc="transfusion-pytorch", unit="step") as progress:
@@ -220,7 +219,7 @@ class Peer:
         """Token ids of prompts => latents [B, C, Y, X]. A step is two evaluations, as in its midpoint method."""
         samples = self.averaged.sample_many(
             list(prompts),
-            # Nothing is written behind the image.
+            # No text is written after the image.
             max_length=1,
             force_modality_at_start=0,
             fixed_modality_shape=self.grid,
@@ -239,7 +238,7 @@ class Peer:
         return [list(self._words(sample)) for sample in samples]
 
     def _words(self, sample: Sequence[object]) -> Iterator[int]:
-        """The text behind the image, up to its end."""
+        """The text after the image, up to its end."""
         for part in sample[2:]:
             if not isinstance(part, Tensor):
                 return
@@ -251,7 +250,7 @@ class Peer:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train, paint, caption and measure, as the command line says."""
+    """Train, paint, caption and measure."""
     given = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, output = Path(given.run), Path(given.output)
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str]) -> None:
     parameters = sum(parameter.numel() for parameter in peer.model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters, {len(data.captions):,} images, {given.rows} documents a step")
     steps = peer.train(data, given.minutes, given.rows)
-    # Where it all goes belongs to a machine and changes no number.
+    # The output folder does not affect results.
     options = {name: value for name, value in vars(given).items() if name != "output"}
     settings = {"parameters": parameters, "steps": steps, **options}
 
@@ -289,7 +288,7 @@ def main(arguments: Sequence[str]) -> None:
     painted = [output / "generated" / line["file_name"] for line in lines]
     metrics = image_distance(real, painted, load_feature_network("efficientnet", device))
     named_settings = [f"{key}={value}" for key, value in settings.items()]
-    # It writes captions token by token, which may take longer than all the rest.
+    # It writes captions token by token without a cache, which may take longer than everything else.
     save_metrics(metrics, str(output / "metrics.json"), named_settings)
     pictures = report.captions[:: given.every]
     captions = write_captions(

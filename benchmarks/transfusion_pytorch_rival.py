@@ -3,21 +3,21 @@
     pip install transfusion-pytorch==0.20.0
 
 It has no towers: all tokens share their weights. Instead each layer modulates every token by its timestep, before and
-after attention and feed-forward, with products that hold two thirds of its parameters, and then attends to the results
-of all layers before it. Neither can be switched off. At equal width, depth and feed-forward a token so meets three
-times the parameters that it meets in ours: compare with that in mind.
+after attention and feed-forward; these products have two thirds of its parameters. Each layer also attends to the
+results of all earlier layers. Neither can be switched off. So at equal width, depth and feed-forward it has three times
+the parameters for each token, which matters in comparisons.
 
-What can be switched off and costs time is off: gates on the values, soft-capped scores, axial positions of patches, the
-dropping of prompts inside the step. So is its norm of queries and keys: under autocast its result is float32 beside
-bfloat16 values, which FlexAttention takes only in newer versions of torch. Its U-Net skips stay on: without them its
-forward fails (version 0.20.0).
+Options that cost time are off: gates on the values, soft-capped scores, axial positions of patches, and prompt dropout
+inside the step. Its norm of queries and keys is off, too: under autocast its result is float32 beside bfloat16 values,
+which FlexAttention only accepts in newer versions of torch. Its U-Net skips stay on, because its forward fails without
+them (version 0.20.0).
 
-On are FlexAttention (on CUDA; elsewhere its own dense attention), bfloat16 autocast, fused AdamW, and compilation of
-both halves of each layer and of the attention to earlier layers. The rest is Python over lists of documents.
+FlexAttention (on CUDA; elsewhere its own dense attention), bfloat16 autocast and fused AdamW are on. Both halves of
+each layer and the attention to earlier layers are compiled. The rest is Python over lists of documents.
 
-A row is one document, since the package's mask cannot keep documents of a row apart. Its marks of begin, end and size
-count as text, as ours do: a row of 256 text slots and 256 patches has 512, four whole blocks of FlexAttention. The
-vocabulary includes them too.
+A row is one document, because the package's mask cannot separate documents of a row. Its tokens for begin, end and size
+count as text, like ours: a row of 256 text slots and 256 patches has 512 slots, four whole blocks of FlexAttention. The
+vocabulary includes them, too.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from transfusion_pytorch import Transfusion
 
-# Begin and end of the document; of an image: its mark, the three characters of "256", begin and end.
+# Begin and end of the document; for an image its marker, the three characters of "256", begin and end.
 MARKS = 8
-# Ids of those marks and of 128 characters.
+# Ids of those tokens and of 128 characters.
 EXTRA_IDS = 134
 
 
@@ -39,8 +39,8 @@ class Shape:
 
     Attributes:
         hidden_size, num_layers, num_heads, head_dim, intermediate_size, vocab_size: As in `ModelConfig`; the
-            feed-forward has a gate, as ours has.
-        text_slots: Text slots of a document, marks included.
+            feed-forward has a gate, like ours.
+        text_slots: Text slots of a document, including special tokens.
         patches: Patches of its image, a number of three digits.
         patch_elements: Values of a patch.
     """
@@ -61,7 +61,7 @@ class TransfusionPytorch:
 
     Args:
         shape: Sizes.
-        device: Where it trains.
+        device: Device of training.
         rows: Documents of a step; see `biggest_batch`.
     """
 
@@ -81,11 +81,11 @@ class TransfusionPytorch:
                 "depth": shape.num_layers,
                 "dim_head": shape.head_dim,
                 "heads": shape.num_heads,
-                # It takes two thirds of it, for the gate.
+                # The package uses two thirds of this width, because of the gate.
                 "ff_expansion_factor": 1.5 * shape.intermediate_size / shape.hidden_size,
                 "qk_rmsnorm": False,
                 "use_flex_attn": on_gpu,
-                # Its dense attention divides by the cap even where it is 0.
+                # Its dense attention divides by the cap even if it is 0.
                 "attn_kwargs": {"gate_values": False, "softcap_value": 0.0 if on_gpu else 50.0},
             },
         ).to(device)
@@ -116,15 +116,16 @@ class TransfusionPytorch:
 
     def compile(self) -> None:
         """Compile the three parts of each layer; the attention to earlier layers once for each number of them."""
-        # All parts count as one function. Three sizes of a batch fit.
+        # All parts count as one function. The limit allows three batch sizes.
         torch._dynamo.config.recompile_limit = 3 * (self.shape.num_layers + 4)
         for _, attention, feed_forward, earlier in self.model.transformer.layers:
             for module in (attention, feed_forward, earlier):
                 module.compile(dynamic=False)
 
     def biggest_batch(self, limit: int) -> int:
-        """Double `rows` from where it stands until a step runs out of memory or `limit` is passed; keep and return the
-        last that fit. If already the first does not fit, halve it. What is compiled is compiled anew for each size.
+        """Double `rows` until a step runs out of memory or `limit` is passed; keep and return the last one that fits.
+
+        If the first number does not fit, halve it. Every size is compiled again.
         """
         while not self._fits():
             self.rows //= 2
@@ -145,7 +146,7 @@ class TransfusionPytorch:
         except torch.OutOfMemoryError:
             if self.rows == 1:
                 raise
-        # Outside of the handler, which keeps the activations alive.
+        # Outside the handler, which keeps the activations alive.
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return False

@@ -30,11 +30,11 @@ def make_loader(
     """Batches of `layout` on each device, through the tokenizer, latent cache, packer and workers of training.
 
     Args:
-        layout: Of the rows of each device.
-        size: A model that reads them.
-        accelerator: Of the run.
-        folder: Where sources and latents are written.
-        num_steps: How many batches.
+        layout: Layout of the rows of each device.
+        size: Size of a model for these rows.
+        accelerator: Accelerator of the run.
+        folder: Folder for sources and latents.
+        num_steps: Number of batches.
         num_workers: Processes that prepare rows.
     """
     data = DataConfig(
@@ -73,7 +73,7 @@ def make_loader(
 
 
 def write_sources(folder: Path, image_size: int, num_images: int = 64) -> None:
-    """A folder of emoji with their names, and the topics of Python's own help as texts."""
+    """Write a folder of emoji with their names, and the topics of Python's own help as texts."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,11 +1,11 @@
-"""Can one still understand speech that an audio codec has made into codes and back?
+"""Intelligibility of speech after an audio codec.
 
     python evaluate/audio_codec.py --codec checkpoints/vq-speech --output codec.json \\
       --recordings data/speech/glosses data/speech/new_voices data/speech/human
 
-A folder of recordings has a metadata.jsonl with the text of each; those that are held out are used. Of each folder:
-word and character error rate (WER, CER) of what an independent recogniser makes of the recordings, and of the same
-through the codec. The recogniser errs too: compare its two numbers with each other.
+A folder of recordings has a metadata.jsonl with the text of each; held-out recordings are used. The output has, for
+each folder, the word and character error rates (WER, CER) of an independent recogniser on the recordings before and
+after the codec. The recogniser makes errors, too: compare the two numbers with each other.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def through_codec(codec: AudioCodes, audio: Audio) -> Audio:
-    """Encoded and decoded."""
+    """The recording, encoded and decoded."""
     (codes,) = codec.encode([torch.from_numpy(resample(audio, codec.sample_rate))])
     return Audio(codec.decode(codes).cpu().numpy(), codec.sample_rate)
 

@@ -73,7 +73,7 @@ from transfusion_mot.training.checkpoint import read_run_config, run_config_file
 def main() -> None:
     arguments, protocol = parse_arguments(sys.argv[1:])
     processes, device = open_processes(arguments.device)
-    # In float32: what the sampler computes with.
+    # Codecs in float32, like in the sampler.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     snapshot = find_snapshot(arguments.checkpoint)
     output = Path(arguments.output or default_output(snapshot))
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def default_output(snapshot: Path) -> Path:
-    """Beside the snapshots of a run.
+    """Folder beside the snapshots of a run.
 
     Raises:
         UserError: The checkpoint is not in a run's folder.
@@ -167,7 +167,7 @@ def default_output(snapshot: Path) -> Path:
 
 
 def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeline:
-    """The model, with the scheduler that the protocol asks for."""
+    """The model, with the scheduler of the protocol."""
     pipeline = TransfusionPipeline.from_pretrained(snapshot)
     pipeline.set_progress_bar_config(disable=True)
     if protocol.scheduler is not None:
@@ -184,7 +184,7 @@ def load_pipeline(snapshot: Path, protocol: ProtocolConfig) -> TransfusionPipeli
 
 
 def run_config(protocol: ProtocolConfig, snapshot: Path) -> RunConfig | None:
-    """The configuration that says what the data of the run are; None if there is none and none is needed."""
+    """The configuration with the data of the run; None if there is none and none is needed."""
     given = protocol.prompts.run_config
     needed = given is not None or protocol.prompts.kind == "held_out" or protocol.loss_documents > 0
     if not needed and not run_config_file(snapshot).is_file():

@@ -3,9 +3,9 @@
     python evaluate/benchmark.py --checkpoint runs/scenes_128 --config configs/eval/composition.yaml --output painted
     python evaluate/composition.py painted/generated --sprites data/sprites
 
-The folder is laid out as GenEval's evaluation wants it: 00012/metadata.jsonl and 00012/samples/*.png. Each part of a
-picture is what the most similar drawing of the sprites is; docs/evaluation.md says how, and how often that is right of
-real scenes, which is printed beside the numbers of the painted ones.
+The folder has GenEval's layout: 00012/metadata.jsonl and 00012/samples/*.png. Each part of a picture gets the name of
+the most similar drawing of the sprites (docs/evaluation.md). The accuracy on real scenes is printed beside the numbers
+of the painted ones.
 """
 
 import argparse

@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def spaces_of(run: str, arguments: argparse.Namespace) -> list[LayerSpace]:
-    """Of every layer of a run's model."""
+    """Feature spaces of every layer of a run's model."""
     snapshot = find_snapshot(run)
     config = read_run_config(snapshot, arguments.config, "--config")
     check_one_width(config.model)

@@ -3,11 +3,11 @@
     python evaluate/speech.py --checkpoint runs/chameleon_speech --output speech.json \\
       --recordings data/speech/captions data/speech/glosses data/speech/new_voices data/speech/human
 
-A folder of recordings has a metadata.jsonl with the text of each; those that are held out are used. Of each folder:
-word and character error rate (WER, CER) of the model's transcripts, and of what an independent recogniser makes of the
-recordings, of the same through the codec, and of the model's own speech of the same texts. The recogniser errs too:
-compare its three numbers with each other. Recordings longer than any in training are left out. Texts are compared in
-lower case, without punctuation; see docs/speech.md.
+A folder of recordings has a metadata.jsonl with the text of each; held-out recordings are used. The output has, for
+each folder, the word and character error rates (WER, CER) of the model's transcripts, and of an independent recogniser
+on the recordings, on the recordings after the codec, and on the model's own speech of the same texts. The recogniser
+makes errors, too: compare its three numbers with each other. Recordings longer than any in training are skipped. Texts
+are compared in lower case, without punctuation; see docs/speech.md.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def main() -> None:
         held_out = open_documents(config.data, "held_out")
         codecs = codecs_of(pipeline, config, device)
         sources = with_encoded(held_out, config.data, codecs, config.codecs, accelerator)
-        # Codecs have kept float32. (`to` would warn of what it could do.)
+        # Codecs are still float32, and `to` would log a warning.
         pipeline.transformer.float()
         metrics += loss_metrics(pipeline, config, sources, accelerator, batch_size=arguments.batch_size)
     publish(metrics, arguments.output)

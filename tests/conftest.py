@@ -237,7 +237,7 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> None:
 
 
 class ArrayImages:
-    """Captioned images whose latents lie in memory: what a source holds, and what is encoded of it.
+    """Captioned images with latents in memory: both a source and its encoded media.
 
     A caption of several lines is several captions.
     """
@@ -379,7 +379,7 @@ def packer_of(
 
 
 def loader_of(packer: Packer, num_steps: int, **changes: Any) -> LaneLoader:
-    """All rows of the steps from the first one on, prepared in this process on the CPU, but for the changes."""
+    """All rows from the first step on, prepared in this process on the CPU, unless changed by keywords."""
     given = {"rank": 0, "world_size": 1, "num_workers": 0, "states": None, "first_step": 0}
     return LaneLoader(packer, num_steps=num_steps, **{"device": torch.device("cpu"), **given, **changes})
 

@@ -34,7 +34,7 @@ LENGTHS, POSITIONS, CAPACITY = [0, 150, 253], [0, 99, 20], 255
 def cached_logits(
     model: TransfusionMoT, rows: list[int] | None, steps: int, by_kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [steps, B, V] of given tokens behind a given cache, and the keys and values in it afterwards."""
+    """Logits [steps, B, V] of given tokens after a given cache, and its keys and values afterwards."""
     config, device, dtype = model.architecture, model.device, model.dtype
     generator = torch.Generator().manual_seed(0)
     kv_heads = config.num_kv_heads or config.num_heads

@@ -24,7 +24,7 @@ TYPES = {
 
 
 def launched(name: str, *options: str) -> Namespace:
-    """The launcher's arguments, with what the file says."""
+    """The launcher's arguments, with the values of the file."""
     parser = launch_command_parser()
     arguments = parser.parse_args(["--config_file", str(FOLDER / f"{name}.yaml"), *options, "train.py"])
     return _validate_launch_command(arguments)[0]

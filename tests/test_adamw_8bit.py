@@ -80,7 +80,7 @@ def test_steps_are_those_of_torchao_bit_for_bit() -> None:
 
 @needs_torchao
 def test_it_is_about_adamw_and_goes_on_exactly(tmp_path: Path) -> None:
-    """Losses of a tiny model beside those of AdamW; three steps, a saved state, and three more."""
+    """Losses of a tiny model compared with AdamW: three steps, a saved state, and three more steps."""
     batch, towers = make_batch(dtype=torch.float32), {"hidden_size": 64, "intermediate_size": 128}
 
     def trained(name: str, steps: range, state: Path | None = None, save: Path | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A new modality is an entry in the configuration and a codec: what docs/architecture.md shows is trained."""
+"""A new modality needs an entry in the configuration and a codec: the example of docs/architecture.md is trained."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def shown() -> str:
 
 @pytest.fixture
 def configuration(tmp_path: Path, random_vae: Path, monkeypatch) -> Path:
-    """It, at toy size and beside toy data."""
+    """The example at toy size, with toy data."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in ("photos", "sketches"):
         (tmp_path / name).mkdir()

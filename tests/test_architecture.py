@@ -1,4 +1,4 @@
-"""Imports go one way, and the other rules that a machine can check."""
+"""Imports go one way, and other rules that can be checked automatically."""
 
 import ast
 import re
@@ -171,7 +171,7 @@ def test_every_public_function_and_class_says_what_it_does() -> None:
 
 
 def test_tests_are_collected_without_the_packages_of_extras() -> None:
-    """At the top of a file such a package is imported behind `pytest.importorskip` of it."""
+    """At the top of a file such a package is imported after `pytest.importorskip` of it."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = {re.split(r"[\[<>=]", requirement)[0] for requirements in extras.values() for requirement in requirements}
     tools = {"mypy", "pytest", "pytest-xdist", "ruff", "transfusion-mot", "types-pyyaml", "types-tqdm"}

@@ -1,4 +1,4 @@
-"""Who attends to whom, against a double loop and PyTorch's block masks, and the cache."""
+"""The attention mask against a double loop and PyTorch's block masks, and the KV cache."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_mask_of_real_documents(slots) -> None:
 @given(documents().filter(lambda slots: any(document >= 0 for document, _, _ in slots)), st.data())
 @settings(max_examples=100)
 def test_mask_of_one_image_against_everything(slots, data) -> None:
-    """What a denoising step asks: the patches of an image alone see what they see among all slots."""
+    """As in a denoising step: patches of one image have the same mask alone as among all slots."""
     spans = sorted({span for document, _, span in slots if document >= 0})
     chosen = data.draw(st.sampled_from(spans))
     # Spans count the images of a call.

@@ -1,4 +1,4 @@
-"""Audio tokenizers behind one interface, against their own codes and reconstructions."""
+"""Audio tokenizers with one interface, against the tokenizers' own codes and reconstructions."""
 
 import json
 
@@ -84,7 +84,7 @@ def wav_tokenizer():
 
 
 def seeded(build, **changes):
-    """With weights that are not all but zero where that gives the same code everywhere, or silence."""
+    """With larger weights in layers where the default ones give the same code everywhere, or silence."""
     torch.manual_seed(0)
     model = build(**changes).eval()
     for name, weights in (*model.named_parameters(), *model.named_buffers()):
@@ -202,7 +202,7 @@ def test_a_folder_remembers_how_many_codebooks_are_used(tmp_path) -> None:
 
 
 def test_codes_of_which_loudness_is_apart_are_refused() -> None:
-    with pytest.raises(UserError, match="this EncodecModel is stereo, or keeps the loudness"):
+    with pytest.raises(UserError, match="this EncodecModel is stereo or stores the loudness"):
         AudioCodes(seeded(encodec, normalize=True))
     with pytest.raises(UserError, match="use one like facebook/encodec_24khz"):
         AudioCodes(seeded(encodec, audio_channels=2))
@@ -241,7 +241,7 @@ def test_units_are_the_nearest_centroids_to_a_layer(tmp_path, layer) -> None:
     assert [len(units) for units in codec.encode([torch.ones(1), torch.ones(20), torch.ones(35), torch.ones(36)])] == [
         *(1, 1, 1, 2)
     ]
-    with pytest.raises(UserError, match="HubertUnits has no decoder, so its codes cannot become sound; use it to read"):
+    with pytest.raises(UserError, match="HubertUnits has no decoder, so its codes cannot become audio; use it to read"):
         codec.decode(units)
 
     assert isinstance(codec.model, HubertUnits)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step at toy size: that it runs, asserts equality and writes what it says."""
+"""The benchmark of a training step at toy size: it runs, asserts equality and writes its results."""
 
 import importlib.util
 import json

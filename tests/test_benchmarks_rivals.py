@@ -1,4 +1,4 @@
-"""What the trainer is compared with computes what it should: else its speed says nothing."""
+"""The contenders of the benchmark compute the right results; otherwise their speed would mean nothing."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What sampling is compared with paints the same images, and the benchmark runs."""
+"""The contenders of the sampling benchmark paint the same images, and the benchmark runs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The cache by several processes: the command, and a run that is killed."""
+"""The cache command in several processes, and after a run was killed."""
 
 import io
 import re

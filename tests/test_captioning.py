@@ -123,7 +123,7 @@ def test_tokens_of_ordinary_captions():
 
 
 def test_stored_tokens_of_stanfords_program():
-    """Hard fragments, and sentences of State of the Union addresses and Moby-Dick, with what the Java program says."""
+    """Hard fragments, and sentences of State of the Union addresses and Moby-Dick, with the Java program's output."""
     lines = (Path(__file__).parent / "data" / "treebank_tokens.tsv").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("\t") for line in lines]
     assert len(pairs) > 700

@@ -1,4 +1,4 @@
-"""Training states and snapshots on disk, and what is left when a write is cut off."""
+"""Training states and snapshots on disk, and the files after an interrupted write."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from transfusion_mot.config import OptimizerConfig, TokenizerConfig
 from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
-from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_state, written_aside
+from transfusion_mot.training.checkpoint import atomic_folder, begin_aside, clear_behind, find_state
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import (
@@ -297,11 +297,11 @@ def test_state_cut_in_half_is_refused(tmp_path: Path) -> None:
 
 def test_write_that_is_cut_off_leaves_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "state" / "step-0000001"
-    with written_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         (aside / "file").write_text("old")
 
     def fails() -> None:
-        with written_aside(folder) as aside:
+        with atomic_folder(folder) as aside:
             (aside / "file").write_text("new")
             raise OSError("disk full")
 
@@ -309,7 +309,7 @@ def test_write_that_is_cut_off_leaves_what_was_there(tmp_path: Path) -> None:
         fails()
     assert (folder / "file").read_text() == "old"
     assert find_state(tmp_path, "auto") == folder, "what was written aside is no state"
-    with written_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         assert list(aside.iterdir()) == []
         (aside / "other").write_text("newer")
     assert [path.name for path in folder.iterdir()] == ["other"]

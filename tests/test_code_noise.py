@@ -1,4 +1,4 @@
-"""Noise of codes: which are replaced, when, and that it follows from the step; guidance of one modality."""
+"""Noise of codes: which codes are replaced, when, and that it depends only on the step; guidance of one modality."""
 
 import pytest
 import torch

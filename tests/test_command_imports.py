@@ -1,4 +1,4 @@
-"""`--help`, mistakes in the options and files that are not there come before PyTorch is loaded, which takes seconds."""
+"""`--help`, wrong options and missing files are answered before PyTorch is loaded, which takes seconds."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Compiled blocks and as many shapes of rows as a run can have."""
+"""Compiled blocks for all shapes of rows that a run can have."""
 
 import functools
 import json

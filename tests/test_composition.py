@@ -1,4 +1,4 @@
-"""Compositions: what is found in pictures whose content is known, and what counts as right."""
+"""Compositions: things found in pictures of known content, and the rules for correct pictures."""
 
 import json
 from pathlib import Path

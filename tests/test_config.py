@@ -1,4 +1,4 @@
-"""Configurations: what is read, what is refused and how it is said, and every file in configs/."""
+"""Configurations: valid ones, refused ones with their messages, and every file in configs/."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""docs/data.md: every configuration in it is parsed, and every source in it opened, on small files of those names."""
+"""docs/data.md: every configuration is parsed, and every source is opened on small files of the same names."""
 
 import json
 import re

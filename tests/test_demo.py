@@ -1,4 +1,4 @@
-"""The page as somebody uses it: in a real browser, on a tiny model."""
+"""The demo page in a real browser, on a tiny model."""
 
 import base64
 import io
@@ -221,7 +221,7 @@ def browser():
 
 @pytest.fixture
 def page(address, browser):
-    """A new visitor; whatever the page asks of another server is an error."""
+    """A new visitor; every request of the page to another server is an error."""
     visit = browser.new_page(viewport={"width": 1280, "height": 900})
     elsewhere = []
     visit.on(

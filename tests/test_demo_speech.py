@@ -1,4 +1,4 @@
-"""The tab of speech as somebody uses it: in a real browser, on a tiny model."""
+"""The speech tab in a real browser, on a tiny model."""
 
 import io
 import socket
@@ -46,7 +46,7 @@ def address(pipeline) -> Iterator[str]:
 
 @pytest.fixture
 def page(address):
-    """A visitor of the tab; whatever the page asks of another server is an error."""
+    """A visitor of the tab; every request of the page to another server is an error."""
     if BROWSER is None:
         pytest.skip("the page is tested in Chromium, which is not installed: apt-get install chromium")
     elsewhere = []

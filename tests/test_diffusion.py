@@ -76,7 +76,7 @@ def posterior_mean(diffusion: Diffusion, noisy: Tensor, t: Tensor, mean: Tensor,
     ids=label,
 )
 def test_perfect_network_has_zero_loss(name: str, arguments: dict) -> None:
-    """A network that knows the clean image derives the target from the noisy latents alone."""
+    """A network that knows the clean image can compute the target from only the noisy latents."""
     diffusion = Diffusion(make_scheduler(name, arguments))
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 4, 3, 2, 4, 4, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Dropout of a tower: what it drops, when, and that it can be drawn and computed again."""
+"""Dropout of a tower: what it drops, when, and that masks are the same when they are computed again."""
 
 import json
 from typing import Any

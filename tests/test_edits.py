@@ -1,4 +1,4 @@
-"""Editing pairs in rows: layout, losses, what is left out, flips; and that sampling sees what training shows."""
+"""Editing pairs in rows: layout, losses, skipped pairs, flips; and that sampling matches training."""
 
 import dataclasses
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The arms of configs/experiments differ in what they say alone, and the runner trains, measures and goes on."""
+"""The arms of configs/experiments differ only in their named keys; the runner trains, measures and continues."""
 
 import json
 import os

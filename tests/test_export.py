@@ -1,4 +1,4 @@
-"""Snapshots in half precision: what is written, how large it is, and that it paints what the whole one paints."""
+"""Snapshots in half precision: files, sizes, and that they paint the same as the full snapshot."""
 
 import json
 import re

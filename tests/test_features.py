@@ -190,7 +190,7 @@ def test_features_equal_those_of_a_loop(folder, pixels, efficientnet, num_worker
     [(0, 2, 1, 1), (1, 2, 1, 1), (2, 4, 1, 2), (5, 3, 2, 3), (9, 3, 3, 3), (6, 12, 1, 6)],
 )
 def test_as_many_images_are_decoded_at_a_time_as_asked(folder, num_workers, batch_size, processes, threads):
-    """A batch is of one process; there are no more processes than batches, and no threads of torch beside ours."""
+    """Each batch is from one process; there are at most as many processes as batches, and no threads of torch."""
 
     def where(image):
         # Nobody goes on before all threads have a part, which the first batch of a process has for each.

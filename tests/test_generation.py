@@ -1,4 +1,4 @@
-"""Many images and captions: kept, gone on with, and the same bits however the work is shared."""
+"""Many images and captions: stored, continued, and bit-identical for any division of the work."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -91,7 +91,7 @@ def clip(tmp_path_factory):
 
 
 def test_colours_are_the_nearest_of_the_mean_texts(clip):
-    """CLIP of the part alone, on grey, against each colour's three texts."""
+    """CLIP of only the part, on grey, against the three texts of each colour."""
     names = ColourNames(clip)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     mask = np.zeros((60, 80), dtype=bool)
@@ -141,7 +141,7 @@ def detector_folder(tmp_path_factory):
 
 
 def test_a_folder_of_pictures_is_scored(detector_folder, clip, tmp_path, monkeypatch):
-    """Tasks count the same, however many prompts they have; the detector sees a picture of its own size."""
+    """Tasks have equal weight for any number of prompts; the detector gets a picture of its own size."""
     detector = load_detector(str(detector_folder), CPU)
     small = Detector(detector.name, detector.weights, detector.model, CPU, input_sizes=(64, 96))
     tags = ["counting", "single_object", "single_object", "single_object"]

@@ -206,7 +206,7 @@ def test_compiled_blocks_equal_eager_ones(variant: str, insulated: list[str]) ->
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_batches_of_one_shape_compile_once(autocast: bool) -> None:
-    """The block, the mask and the kernel are compiled for the first batch and never again, whatever the documents."""
+    """The block, the mask and the kernel are compiled for the first batch and never again, for any documents."""
     model = tiny_model(tiny_config(head_dim=32, num_layers=4), dtype=torch.float32).cuda()
     model.compile_blocks()
 

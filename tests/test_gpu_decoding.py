@@ -1,4 +1,4 @@
-"""Decoding of few rows on a GPU: the kernels against the model itself, and where they are used."""
+"""Decoding of few rows on a GPU: the kernels against the model itself, and when they are used."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""On the GPU: rows arrive, and are encoded there, without the host waiting for the device."""
+"""On the GPU: rows are copied and encoded without the host waiting for the device."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""On the GPU: what the log and the guards take from a step they take without waiting for the device."""
+"""On the GPU: the log and the guards read results of a step without waiting for the device."""
 
 import multiprocessing
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pipeline on a GPU by diffusers' ways to save memory: weights that are brought there part by part."""
+"""The pipeline on a GPU with the memory savers of diffusers: weights are moved to the device in parts."""
 
 from pathlib import Path
 

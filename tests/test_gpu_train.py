@@ -23,7 +23,7 @@ MODEL = {"num_layers": 1, "head_dim": 32}
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Arguments:
-    """As elsewhere, but of pictures and an autoencoder that need no package beside ours."""
+    """As in other tests, but with pictures and an autoencoder that need no additional packages."""
     pictures = write_flat_and_upright(tmp_path / "pictures", 20)
     (pictures / "texts.txt").write_text("\n\n".join(f"a paragraph about the number {n}" for n in range(40)))
     return arguments_below(tmp_path, pictures, VAE, tmp_path / "cache")

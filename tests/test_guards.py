@@ -168,7 +168,7 @@ def test_document_of_a_later_step_is_named(byte_tokenizer, accelerator) -> None:
 
 
 def test_skipped_steps_are_counted_and_the_others_train(byte_tokenizer, accelerator, capfd) -> None:
-    """The run is the same as one that never saw the bad steps, but for the rows in them."""
+    """The run equals one without the bad steps, except for the rows in them."""
     mean = normal_latents()
     mean[CAPTIONS.index("fox")] = np.inf
     run = Run(byte_tokenizer, accelerator, mean, on_non_finite="skip")

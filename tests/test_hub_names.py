@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub where there is no network: one question, one sentence."""
+"""Names on the Hugging Face hub without a network: one request, one message."""
 
 from collections.abc import Callable
 

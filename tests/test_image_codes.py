@@ -1,4 +1,4 @@
-"""Image tokenizers behind one interface, against their own reconstructions."""
+"""Image tokenizers with one interface, against the tokenizers' own reconstructions."""
 
 import json
 
@@ -54,7 +54,7 @@ def emu3(temporal=1):
 
 
 def spread(model):
-    """A codebook of places that its own encoder reaches, so that there are many codes in use."""
+    """A codebook of outputs of its own encoder, so that many codes are used."""
     model = model.eval()
     reached = []
     hook = model.quantize.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))

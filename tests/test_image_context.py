@@ -1,4 +1,4 @@
-"""Clean context: images are noised for themselves alone, and what follows sees copies of them without noise."""
+"""Clean context: images are noised only for themselves; later items attend to copies without noise."""
 
 import itertools
 from collections import Counter
@@ -245,7 +245,7 @@ def alone(model: TransfusionMoT, batch: Batch, slots: list[tuple], latents: Tens
 
 
 def sequential_losses(model: TransfusionMoT, batch: Batch) -> Tensor:
-    """[2]: text and diffusion loss of a row, each image and the text read behind clean images."""
+    """[2] text and diffusion loss of a row, with clean images before each image and the text."""
     text_loss, diffusion_loss = torch.zeros(2, dtype=torch.float64)
     given = batch.latents("image")
     for document in read_row(batch, TEXT_SLOTS):

@@ -1,4 +1,4 @@
-"""A model of several sizes of images: what it paints and reads, and how pictures come to these sizes."""
+"""A model with several image sizes: what it paints and reads, and how pictures are resized."""
 
 import json
 import logging

@@ -237,7 +237,7 @@ def test_the_content_of_a_file_is_as_good_as_its_path(tmp_path):
 
 
 def test_large_jpegs_are_decoded_small_without_a_visible_difference():
-    """Against the whole picture, decoded at its full size; and a picture in memory is left as it is."""
+    """Against the whole picture, decoded at its full size; and a picture in memory is not changed."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)

@@ -1,4 +1,4 @@
-"""Runs that begin with a snapshot: its weights, sizes, tokenizer, codec and objective, and what is refused."""
+"""Runs that start from a snapshot: its weights, sizes, tokenizer, codec and objective, and refusals."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def without_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_without_figure(arguments: list[str]) -> None:
-    """For processes of their own."""
+    """For separate processes."""
     snapshots.plot_runs = lambda *_: None
     train.main(arguments)
 
@@ -74,7 +74,7 @@ def before(trained: Path, tmp_path: Path) -> Path:
 
 
 def given(folder: Path, name: str, init_from: Path | str, **changes: dict[str, Any]) -> list[str]:
-    """Command line of a run that begins with a snapshot, and says nothing that the snapshot says."""
+    """Command line of a run that starts from a snapshot, without the snapshot's own settings."""
     sections = yaml.safe_load((folder / "before" / "config.yaml").read_text())
     data = {key: sections["data"][key] for key in ("sources", "held_out_fraction", "slots", "num_workers", "cache_dir")}
     kept = {"data": data, "optimizer": sections["optimizer"], "training": sections["training"]}

@@ -1,4 +1,4 @@
-"""The look at the data: what it counts is what the documents are, and the picture shows the row."""
+"""data.inspect: its counts match the documents, and the picture shows the row."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Interleaved documents: every token and every image once and in order, whatever the row, and cut where they may be."""
+"""Interleaved documents: every token and image once and in order in any row, and cut only at permitted places."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def pieces_of(batch: Batch, text_slots: int, rope: str) -> list[tuple[Stream, in
 
 
 def letters(number: int, length: int) -> str:
-    """A text that no other number has, and no two places of which are alike for long."""
+    """A text that is unique to a number and has no repeated long substrings."""
     return "".join(chr(ord("A") + number) + chr(ord("a") + place % 26) for place in range(-(-length // 2)))[:length]
 
 
@@ -177,7 +177,7 @@ def test_document_that_is_too_long_is_cut_between_segments(byte_tokenizer) -> No
 
 
 def test_document_that_fits_a_row_is_not_cut(byte_tokenizer) -> None:
-    """It waits for the next row rather than being cut to what is left of this one."""
+    """It waits for the next row instead of being cut to the remaining slots of this one."""
     for row in rows_of(byte_tokenizer, ["ten letter", 0, "x"], 20, text_slots=24, images_per_row=3, lookahead=2):
         (piece,) = row
         assert (piece[0][0], piece[0][-1]) == (byte_tokenizer.bos_id, byte_tokenizer.eos_id)
@@ -208,7 +208,7 @@ def test_document_of_text_alone_is_read_like_the_others(byte_tokenizer) -> None:
 
 
 def test_neighbouring_texts_are_joined_as_one_text(byte_tokenizer) -> None:
-    """By a space, if neither brings white space; the sampler reads what is given in the same way."""
+    """By a space, if neither has white space; the sampler joins its input in the same way."""
     document = ["It sleeps.", "Then it wakes.", 0, "And\n", "eats.", " Then", "", "sleeps."]
     texts = ["It sleeps. Then it wakes.", "And\neats. Then sleeps."]
     assert join_texts(document) == [texts[0], 0, texts[1]]

@@ -80,7 +80,7 @@ def assert_equal(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) ->
 
 
 def check_lists(length: int, clean: bool, device: str) -> None:
-    """Every tile lists those in which it sees anything, and says which of them it sees in full."""
+    """Every tile lists the tiles with visible slots, and marks those that are completely visible."""
     slots = on_device(packed_slots(3, length, clean, seed=length), device)
     mask = interval_mask(slots)
     behind = -length % 64
@@ -144,7 +144,7 @@ def check_model(variant: str, device: str, compiled: bool) -> None:
 
 
 def check_sharded() -> None:
-    """FSDP2 hands the mask to a block as it is."""
+    """FSDP2 passes the mask to a block unchanged."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = tiny_model(tiny_config(head_dim=16), dtype=torch.float32)
     model.attention = "sdpa"

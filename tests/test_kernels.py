@@ -79,7 +79,7 @@ def check_join_heads(case: Case, device: str, dtype: torch.dtype) -> None:
 
 
 def test_kernels_by_the_interpreter() -> None:
-    """All in one process, and in one of their own, because Triton reads the variable when it is imported."""
+    """All in one separate process, because Triton reads the variable when it is imported."""
     program = (
         "import torch, decode_kernel_checks, test_interval_attention\n"
         "from test_kernels import CASES, check_join_heads\n"

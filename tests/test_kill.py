@@ -1,4 +1,4 @@
-"""Runs that are killed without warning, again and again, read the rows of one that is not."""
+"""Runs that are killed repeatedly read the same rows as one that is not."""
 
 import hashlib
 import itertools

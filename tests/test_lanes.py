@@ -1,4 +1,4 @@
-"""The shuffled order, and what a lane remembers: documents that wait, and runs that are interrupted anywhere."""
+"""The shuffled order, and the state of a lane: waiting documents, and runs that are interrupted anywhere."""
 
 import io
 import itertools
@@ -83,7 +83,7 @@ def test_state_comes_back_from_its_vector(taken, begun, waiting, room: int) -> N
 
 
 def placed_and_waiting(packer: Packer, lane: int, steps: int) -> tuple[list[list[int]], list[LaneState]]:
-    """Images of every row, and the state behind it."""
+    """Images of every row, and the state after it."""
     state, rows, states = packer.initial_state()[None], [], []
     for step in range(steps):
         row, state, _ = packer.rows([lane], step, state)
@@ -162,7 +162,7 @@ def mixed_packer(tokenizer, image_context: str = "noised") -> Packer:
 
 
 def steps_of(make_packer, world_size: int, workers: int, states=None, first_step: int = 0):
-    """(batch, states) of all ranks together, step after step; a packer of its own for every rank."""
+    """(batch, states) of all ranks together, step by step; every rank has a separate packer."""
     ranks = []
     for rank in range(world_size):
         loader = loader_of(

@@ -1,4 +1,4 @@
-"""Which images are encoded again after a change of the data: those that are new, wherever the others have gone."""
+"""After a change of the data only new images are encoded, wherever the others were moved."""
 
 import errno
 import itertools
@@ -241,7 +241,7 @@ def test_a_process_with_few_descriptors_reads_any_number_of_shards(tmp_path, kin
 
 @contextmanager
 def few_descriptors(number: int) -> Iterator[None]:
-    """Let this process open so many files besides those that it has."""
+    """Let this process open only a number of additional files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     listed = os.listdir("/proc/self/fd")
     # Without that of the list itself.

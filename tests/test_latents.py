@@ -1,4 +1,4 @@
-"""The cache of latents and codes: what it holds, when it is built again, and what an interruption leaves."""
+"""The cache of latents and codes: its content, when it is built again, and its state after an interruption."""
 
 import json
 import logging
@@ -103,7 +103,7 @@ def counting(codec):
 
 
 def read(cache, index, flipped=False):
-    """What is stored of an image, as an array of its own."""
+    """The stored data of an image, as a separate array."""
     stored = cache.posterior(index, flipped) if cache.kind == "latents" else cache.span(index, flipped)
     return np.stack(stored)
 

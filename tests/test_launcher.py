@@ -1,4 +1,4 @@
-"""What the launcher and the shell say beside the configuration: honoured, or refused with a sentence."""
+"""Settings of the launcher and the shell besides the configuration: they are used, or refused with a message."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one format of documents, spelt out; packing and sampling are compared with each other in test_interleaved."""
+"""The format of documents, written out; test_interleaved compares packing and sampling."""
 
 from transfusion_mot.data.layout import LatentSpan, Media, TokenRun, lay_out
 from transfusion_mot.data.tokenizer import train_tokenizer

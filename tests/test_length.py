@@ -1,4 +1,4 @@
-"""How long a run is, in epochs: as many documents are taken as the data has, as often."""
+"""The length of a run in epochs: all documents of the data are used that number of times."""
 
 import math
 import os

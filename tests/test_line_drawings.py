@@ -1,4 +1,4 @@
-"""The line drawings of the quickstart: lines without colour, a choice that stays, and what is held out."""
+"""The line drawings of the quickstart: lines without colour, a fixed choice, and held-out names."""
 
 import json
 from importlib.resources import files

@@ -1,4 +1,4 @@
-"""The same rows for any number of ranks and workers, and from any step on."""
+"""The same rows for any number of ranks and workers, and from any first step."""
 
 import multiprocessing
 from collections import Counter
@@ -139,7 +139,7 @@ def test_rows_of_several_steps_are_one_tensor() -> None:
 
 
 def test_steps_before_an_unreadable_one_are_still_given(byte_tokenizer) -> None:
-    """The files of a source vanish while it is read: what was made before is trained on, then a sentence says why."""
+    """The files of a source are removed while it is read: earlier rows are used, then a message gives the reason."""
     images = numbered_images(["apple", "sun"])
     sources = sources_of(images)
     config = data_config(text_slots=18, images_per_row=2)

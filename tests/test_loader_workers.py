@@ -1,4 +1,4 @@
-"""The processes that prepare rows end with the one that reads them, whatever way it ends, and with nothing else."""
+"""Worker processes end when the training process ends in any way, and in no other case."""
 
 import functools
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Low-rank adapters: against separate layers of peft, what is trained, and the sentences of misuse."""
+"""Low-rank adapters: against separate layers of peft, trained parameters, and messages for misuse."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_queries_keys_and_values_have_the_adapters_of_three_layers_of_peft(modul
 
 
 def test_every_matrix_has_the_adapter_of_peft() -> None:
-    """The whole model, beside one whose other matrices are peft's own layers."""
+    """The whole model, against one whose adapters outside of attention are peft's own layers."""
     modules = ["output", "gate", "up", "down"]
     ours, theirs = adapted_model(LoraConfig(RANK, ALPHA, None, modules)), tiny_model(tiny_config())
     # A last part of the name, or the name of the tower, for what stands in a dictionary of towers.
@@ -139,7 +139,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_kept_twice() -> None:
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(2, also_train=["image.adapter"])])
 def test_frozen_matrices_in_bfloat16_give_the_same_losses_and_gradients(lora: LoraConfig | None) -> None:
-    """Bit for bit, beside the same model whose frozen matrices are in float32."""
+    """Bit-identical to the same model with frozen matrices in float32."""
     frozen = {} if lora else {"frozen_towers": ["text"]}
     narrow = placed_model(run_of(lora, "bf16", **frozen))
     wide = placed_model(run_of(lora, "no", **frozen))

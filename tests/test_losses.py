@@ -39,7 +39,7 @@ def make_batch(
     sizes: dict[str, int] = SIZES,
     dtype: torch.dtype = torch.float64,
 ) -> Batch:
-    """Rows to train on, see `make_rows`. A token's label is the token behind it; behind the last code stands `end`."""
+    """Rows to train on, see `make_rows`. A token's label is the next token; that of the last code is `end`."""
     config = config or tiny_config()
     rows = make_rows(spec, counts or {"text": 12, "image": 2}, config, sizes=sizes, dtype=dtype)
     inputs: dict[str, ModalityInput] = {}
@@ -276,7 +276,7 @@ def test_clipping_is_by_the_global_norm(accelerator) -> None:
 
 @pytest.mark.parametrize("spec_row", [2, 6, 4])
 def test_batch_without_a_modality_or_anything_steps(accelerator, spec_row: int) -> None:
-    """Text alone, images alone without a label, nothing but padding: finite, and nothing moves that should not."""
+    """Only text, only images without a label, only padding: losses are finite, and unused weights do not change."""
     model, batch = tiny_model(tiny_config()), make_batch().split(1)[spec_row]
     losses, gradients, norm = stepped(model, batch, accelerator, 1)
     assert losses.nan_to_num(0).isfinite().all()

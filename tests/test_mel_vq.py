@@ -1,4 +1,4 @@
-"""The speech tokenizer of this project: its frames, its codes, the way back to sound, and its training."""
+"""The speech tokenizer of this project: its frames, codes, decoding, and training."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The memory of a step as it is predicted, against what torch itself keeps."""
+"""The predicted memory of a step against the tensors that torch keeps."""
 
 import functools
 import inspect

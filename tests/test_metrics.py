@@ -1,4 +1,4 @@
-"""What a run reports: means over steps, counts, FLOPs by hand, and the stop at a loss that is not finite."""
+"""Metrics of a run: means over steps, counts, FLOPs by hand, and the stop at a loss that is not finite."""
 
 import json
 import math
@@ -209,7 +209,7 @@ def test_lowest_held_out_loss_is_known_also_to_a_run_that_goes_on(accelerator, t
 
 @pytest.mark.parametrize("validate_at", [3, 4])
 def test_validation_between_two_lines_loses_no_step(accelerator, tmp_path: Path, validate_at: int) -> None:
-    """Each line is the mean over all steps since the line before, whatever else happened in between."""
+    """Each line is the mean over all steps since the previous line, for any events in between."""
     log, batch = make_log(accelerator, tmp_path), make_batch()
     for step in range(1, 5):
         log.add(result(float(step), 1.0, 1.0, 1.0), batch, Counter(image_items=1))

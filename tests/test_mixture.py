@@ -1,4 +1,4 @@
-"""Sources against each other: weights, buckets, captions, epochs, padding, and what never comes."""
+"""Shares of sources: weights, buckets, captions, epochs, padding, and documents that are never drawn."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def make_packer(sources: Sources, tokenizer: TextTokenizer, lanes: int = 1, **da
 
 
 def read(packer: Packer, steps: int) -> tuple[list[Batch], Counter]:
-    """All lanes' rows of every step, and what was counted."""
+    """All lanes' rows of every step, and the counters."""
     lanes = range(packer.num_lanes)
     states, batches, totals = np.tile(packer.initial_state(), (len(lanes), 1)), [], Counter()
     for step in range(steps):
@@ -68,7 +68,7 @@ def test_weights_hold_among_all_kinds_of_documents_with_images(byte_tokenizer) -
 
 
 def test_weights_of_texts_do_not_change_the_images(byte_tokenizer) -> None:
-    """Text fills the slots left over, whatever it weighs."""
+    """Text fills the remaining slots, with any weight."""
 
     def images(weight: float) -> list[list[int]]:
         sources = sources_of(numbered_images(["a caption"] * 7), texts_of(["some text"], weight))
@@ -211,7 +211,7 @@ def pad_fraction(sources: Sources, tokenizer: TextTokenizer, **data) -> float:
 
 @pytest.mark.parametrize(("side", "images_per_row"), [(8, 8), (16, 4), (32, 4)])
 def test_little_is_left_empty(byte_tokenizer, side: int, images_per_row: int) -> None:
-    """With captions of COCO's lengths and as many text slots as they need on average and a twentieth."""
+    """With captions of COCO's lengths, and 5 % more text slots than they need on average."""
     captions = coco_like_captions(2000)
     images = numbered_images(captions, side=side)
     # A caption, dropped one time in twelve, and four more tokens.
@@ -368,7 +368,7 @@ def test_every_slot_names_the_source_it_was_filled_from(byte_tokenizer) -> None:
 
 
 def test_unreadable_images_stay_in_the_pools_of_training(byte_tokenizer) -> None:
-    """So that lanes remember the same with a cache and without, where nobody knows what is unreadable."""
+    """So that the state of lanes is the same with and without a cache, which knows the unreadable items."""
     source = numbered_images(["a", "b", "c", "d"], buckets=[0, 0, 1, 0])
     shapes = {"image": [(CHANNELS, 4, 4)] * 2}
     online = Sources([Source(source.documents)], shapes)

@@ -129,7 +129,7 @@ def test_a_change_reaches_exactly_what_may_see_it(variant: str) -> None:
 
 
 def test_clean_copies_hide_what_is_noised_of_every_modality() -> None:
-    """An item whose copy stands behind it is seen by itself alone."""
+    """An item with a copy after it is only visible to itself."""
     config = tiny_config(**MOT)
     model = tiny_model(config, SIZES)
     rows = rows_for(config, [[[1, "image", "image", 1, "depth", "depth", ("speech", 2), 1]]])
@@ -177,7 +177,7 @@ def test_a_modality_that_is_absent_gets_exactly_zero_gradient(absent: str, with_
 
 
 def test_loss_of_a_modality_does_not_change_with_padding_or_others_behind_it() -> None:
-    """Text that stands first has the same loss whatever follows it."""
+    """Text at the beginning has the same loss for any following items."""
     config = tiny_config(**MOT)
     model = tiny_model(config, SIZES)
     alone, followed = batch_for(config, [[[4]]]), batch_for(config, [[[4, "image", ("speech", 3), "depth"]]])

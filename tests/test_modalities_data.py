@@ -63,7 +63,7 @@ def media_of(source: Source, item: MediaItem, tokenizer: TextTokenizer) -> list[
 
 
 def streams_of(source: Source, index: int, tokenizer: TextTokenizer, config: DataConfig) -> list[list[Read]]:
-    """All that a document may look like; none if nothing of it fits a row."""
+    """All possible layouts of a document; none if no part of it fits a row."""
     slots = config.slots
     bos, eos = (TEXT, tokenizer.bos_id), (TEXT, tokenizer.eos_id)
 
@@ -105,7 +105,7 @@ def streams_of(source: Source, index: int, tokenizer: TextTokenizer, config: Dat
 
 
 def documents_in(batch: Batch, slots: dict[str, int]) -> list[tuple[int, list[Slot]]]:
-    """(source, slots in reading order) of every document of a row; latents are one slot, whatever their patches."""
+    """(source, slots in reading order) of every document of a row; latents are one slot for any number of patches."""
     blocks = block_starts(slots)
     assert list(batch.inputs) == list(MODALITIES)
     ids, order, spans, rope, sources = (tensor[0].tolist() for tensor in batch.slots)
@@ -147,7 +147,7 @@ def documents_in(batch: Batch, slots: dict[str, int]) -> list[tuple[int, list[Sl
 
 
 def labels_of(slots: list[Slot], rest: list[Read]) -> list[int | None]:
-    """The label of every slot: the next token of its own stream; none tells what another modality begins with."""
+    """The label of every slot: the next token of its own stream; no label is a token of another modality."""
     labels: list[int | None] = []
     for slot, behind in zip(slots, [*slots[1:], None], strict=True):
         name = slot.read[0]
@@ -163,7 +163,7 @@ def labels_of(slots: list[Slot], rest: list[Read]) -> list[int | None]:
 
 
 class Reading(NamedTuple):
-    """What a lane has read: documents of each source that are complete, what was counted, and the last state."""
+    """Complete documents of each source that a lane has read, the counters, and the last state."""
 
     complete: list[Counter[int]]
     counts: Counter[str]
@@ -234,7 +234,7 @@ def entries_of(state: LaneState) -> list[Waiting]:
 
 
 def check_every_document_is_read_once(packer: Packer, tokenizer: TextTokenizer, steps: int) -> Counter[str]:
-    """What the lanes have read is what they have taken, but for what waits; and they take each document once."""
+    """Lanes have read the documents that they have taken, except waiting ones, and take each document once."""
     totals: Counter[str] = Counter()
     for lane in range(packer.num_lanes):
         reading = read_lane(packer, tokenizer, lane, steps)
@@ -279,7 +279,7 @@ IN_ORDER = st.lists(st.lists(st.one_of(st.integers(1, 30), MEDIA), min_size=1, m
 
 
 def written(documents: list[list[Any]], first: int = 0) -> list[list[Any]]:
-    """Documents with texts of their own in the place of lengths; two texts are never neighbours."""
+    """Documents with separate texts instead of lengths; two texts are never neighbours."""
     result: list[list[Any]] = []
     for number, document in enumerate(documents):
         parts: list[Any] = []
@@ -328,7 +328,7 @@ def test_every_item_of_every_modality_is_read_once(
 
 
 def rows_of(packer: Packer, steps: int) -> tuple[list[list[tuple[int, list[Slot]]]], Counter[str]]:
-    """Documents of every row of the only lane, and what was counted."""
+    """Documents of every row of the only lane, and the counters."""
     states, read, totals = packer.initial_state()[None], [], Counter[str]()
     for step in range(steps):
         rows, states, counts = packer.rows([0], step, states)

@@ -1,4 +1,4 @@
-"""The model against a naive one that routes token by token, and the properties that joint attention must have."""
+"""The model against a naive one that routes each token, and the properties of joint attention."""
 
 import json
 import math

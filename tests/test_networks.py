@@ -1,4 +1,4 @@
-"""Networks other than FID's own, reference statistics, tar files and several processes."""
+"""Feature networks other than FID's, reference statistics, tar files and several processes."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A network that predicts noise with an error of a few percent paints, where sigma / alpha is 20,000, too."""
+"""A network that predicts noise with an error of a few percent paints even if sigma / alpha is 20,000."""
 
 import pytest
 import torch

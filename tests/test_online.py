@@ -1,4 +1,4 @@
-"""Training straight from pixels: the same batch as with a cache, and images that cannot be read."""
+"""Training directly from pixels: the same batch as with a cache, and unreadable images."""
 
 import errno
 import io
@@ -221,7 +221,7 @@ def test_files_that_vanish_while_training_do_not_stop_it(byte_tokenizer, tmp_pat
 
 
 def test_document_that_waits_when_its_file_vanishes_is_dropped(byte_tokenizer, tmp_path: Path) -> None:
-    """And the resumed run goes on with the others."""
+    """And the resumed run continues with the others."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(8):

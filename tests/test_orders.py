@@ -1,4 +1,4 @@
-"""`data.orders`: documents of some of the items in one of several orders, against documents written out anew."""
+"""`data.orders`: documents with some of the items in one of several orders, against documents written out."""
 
 from collections import Counter
 from typing import Any

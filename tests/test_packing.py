@@ -1,4 +1,4 @@
-"""Rows against the documents they were made of: nothing lost, nothing twice, labels and positions written out anew."""
+"""Rows against their documents: nothing lost, nothing twice, and labels and positions written out."""
 
 from collections import Counter
 
@@ -81,7 +81,7 @@ def check_positions(document, rope: str) -> None:
 def check_lane(
     packer: Packer, tokenizer: TextTokenizer, lane: int, steps: int, captions: list[str], texts: list[str]
 ) -> tuple[list[int], list[str], Counter]:
-    """Every rule of a row => (images and texts of a lane in the order it read them, what was counted)."""
+    """Check every rule of a row => (images and texts of a lane in reading order, counters)."""
     T, K = packer.config.slots["text"], packer.config.slots["image"]
     bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     images, text_stream, totals = [], [], Counter()
@@ -277,7 +277,7 @@ def test_states_given_are_not_changed(byte_tokenizer) -> None:
 
 
 def shares(packer: Packer, tokenizer: TextTokenizer, rows: int) -> tuple[int, float, float, list[float], list[float]]:
-    """=> (images, share of captions in front, share of those dropped, timesteps of each order)."""
+    """=> (images, share of documents with the caption first, share of dropped ones, timesteps of each order)."""
     first = dropped = total = 0
     timesteps: tuple[list[float], list[float]] = ([], [])
     for batch, _ in rows_of_lane(packer, 0, rows):

@@ -1,4 +1,4 @@
-"""The papers' recipe at the papers' sizes, as files that stand on each other."""
+"""The papers' recipe at the papers' sizes, as configuration files that build on each other."""
 
 from pathlib import Path
 

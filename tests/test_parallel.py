@@ -1,4 +1,4 @@
-"""One process, DDP, FSDP2 and its hybrid: equal weights, gradients, averages, and states that any of them reads."""
+"""One process, DDP, FSDP2 and hybrid: equal weights, gradients, averages, and states that each can read."""
 
 import functools
 import time
@@ -229,7 +229,7 @@ def relative_error(found: Values, expected: Values) -> float:
 
 
 def steps_in_chunks(mixed_precision: str) -> dict[str, Values]:
-    """Two steps in which each text slot has its logits alone: 24 chunks for each microbatch of a rank."""
+    """Two steps with a chunk of logits for each text slot: 24 chunks for each microbatch of a rank."""
     losses.LOGITS_AT_ONCE = VOCAB_SIZE
     return steps(2, 0, 2, None, None, mixed_precision, True)
 

@@ -1,4 +1,4 @@
-"""The pipeline as somebody uses it who knows diffusers and nothing of the training."""
+"""The pipeline for a user who knows diffusers but not the training."""
 
 import json
 import shutil
@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_image_whatever_the_batch_size(scheduler, g
 
 
 def test_an_empty_prompt_is_the_unconditional_image(pipeline):
-    """Which is also what guidance 0 gives, whatever the prompt."""
+    """Guidance 0 gives the same, with any prompt."""
     empty = pipeline("", guidance_scale=1.0, generator=seeds(1), output_type="latent").images
     unguided = pipeline("an octopus", guidance_scale=0.0, generator=seeds(1), output_type="latent").images
     torch.testing.assert_close(empty, unguided)

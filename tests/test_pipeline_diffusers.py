@@ -1,4 +1,4 @@
-"""The pipeline by the idioms of diffusers: its generic loader, callbacks, images as tensors, and damaged folders."""
+"""Idioms of diffusers with the pipeline: generic loader, callbacks, images as tensors, and damaged folders."""
 
 import functools
 import json

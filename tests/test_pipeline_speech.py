@@ -1,4 +1,4 @@
-"""A pipeline with speech, beside pictures or without: snapshots, speaking, transcribing, painting what is said."""
+"""A pipeline with speech, with or without pictures: snapshots, speaking, transcribing, painting from speech."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What `train.py --plan` prints, against models that are really built and sums done by hand."""
+"""The output of `train.py --plan`, against real models and sums computed by hand."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ PAPER = [f"--config={ROOT / 'configs' / 'paper' / name}.yaml" for name in ("reci
 
 @pytest.fixture
 def tiny_run(tmp_path: Path) -> RunConfig:
-    """A run of the tiny model with an autoencoder of its own."""
+    """A run of the tiny model with a separate autoencoder."""
     AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,

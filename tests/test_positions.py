@@ -1,4 +1,4 @@
-"""Reading order and rotary positions, against the rules written out."""
+"""Reading order and rotary positions, against written-out rules."""
 
 import numpy as np
 import pytest

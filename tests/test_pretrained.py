@@ -257,7 +257,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path, random
 
 
 def plain_bits_per_byte(model: PreTrainedModel, folder: Path, texts: list[str]) -> float:
-    """With transformers alone: every token behind the first one of a text."""
+    """Computed only with transformers: the loss of every token after the first one of a text."""
     own, nats = AutoTokenizer.from_pretrained(folder), 0.0
     for text in texts:
         ids = torch.tensor([own(text).input_ids])
@@ -342,7 +342,7 @@ def test_adapters_on_a_language_model_are_part_of_what_is_exported(
 
 
 def bits_per_byte(run: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> float:
-    """As `evaluate/text.py` says."""
+    """As computed by `evaluate/text.py`."""
     import runpy
     import sys
 

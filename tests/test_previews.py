@@ -1,4 +1,4 @@
-"""The pictures a run shows of its model, and the card that goes with its snapshots."""
+"""Previews of a run, and the model card of its snapshots."""
 
 import json
 import re

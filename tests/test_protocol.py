@@ -1,4 +1,4 @@
-"""Protocols: the files in configs/eval, what is refused, and which prompts are chosen."""
+"""Protocols: the files in configs/eval, refusals, and the choice of prompts."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Clean latents read by another tower: rows, the model against a naive one, sampling, runs, and what is refused."""
+"""Clean latents read by another tower: rows, a naive model, sampling, runs, and refusals."""
 
 import itertools
 from collections import Counter
@@ -170,7 +170,7 @@ def test_a_row_is_a_function_of_the_state_of_its_lane(byte_tokenizer) -> None:
 
 
 class NaiveReader(Naive):
-    """Token by token, with the tower of its modality; what is only read has a way in and no way out."""
+    """Token by token, with the tower of its modality; latents that are only read have an input but no output layer."""
 
     def embed(self, token: Token, given: LatentInput) -> torch.Tensor:
         if token.modality != "clean_image":
@@ -188,7 +188,7 @@ class NaiveReader(Naive):
 
 
 def tokens_of(batch: Batch, slots: list[tuple]) -> list[Token]:
-    """Slots of a document as the naive model knows them."""
+    """Slots of a document for the naive model."""
     number = batch.latents("clean_image").copies.shape[1]
     tokens, patches = [], Counter[int]()
     for slot, span, position in slots:

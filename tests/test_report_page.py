@@ -1,4 +1,4 @@
-"""The page of a report: what it holds, and how a browser shows it."""
+"""The page of a report: its content, and how a browser shows it."""
 
 import base64
 import io
@@ -93,7 +93,7 @@ def page(report: Report, folder: Path) -> Path:
 
 
 class Elements(HTMLParser):
-    """Elements with their attributes, and the text between them; checks that what is opened is closed."""
+    """Elements with their attributes, and the text between them; checks that all elements are closed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How captions begin, where they begin in a few ways."""
+"""The beginnings of captions, if there are only a few."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What sample.py reads line by line, and the folder that it leaves."""
+"""The input lines of sample.py, and its output folder."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""sample.py as it is called from a shell."""
+"""sample.py, called from a shell."""
 
 import importlib.util
 import io
@@ -298,7 +298,7 @@ WORDS = [f"{adjective} {noun}" for adjective in ("red", "old", "big") for noun i
 
 
 def call(arguments: list[object], kill_after: int | None = None) -> None:
-    """The script as a process of its own calls it; it may be killed while it notes its `kill_after`th batch."""
+    """The script in a separate process; it can be killed while it records batch `kill_after`."""
     import sample
 
     original, batches = ResultFolder.add, itertools.count(1)

@@ -1,4 +1,4 @@
-"""sample.py with speech, as it is called from a shell."""
+"""sample.py with speech, called from a shell."""
 
 import runpy
 import wave

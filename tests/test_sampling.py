@@ -1,4 +1,4 @@
-"""Sampling with a cache against full forwards over the document as training lays it out."""
+"""Sampling with a cache against full forwards over the document in the layout of training."""
 
 import copy
 import math
@@ -137,7 +137,7 @@ def forward_document(model, segments, timestep=0.0):
 
 
 def predict_uncached(model, tokenizer, context, latents, timestep):
-    """Prediction for an image behind `context`; what follows the image must not matter."""
+    """Prediction for an image after `context`; items after the image must not matter."""
     begin, end = tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     segments = [*context, [begin], image(latents), [end, tokenizer.eos_id]]
     return forward_document(model, segments, timestep)["image"][0, -1]
@@ -152,7 +152,7 @@ def paint(model, tokenizer, documents, denoise, guidance):
 
 
 def write(model, tokenizer, documents, decoding, generators=()):
-    """Run the text task => what was written."""
+    """Run the text task => its output."""
     documents = [OpenDocument(items) for items in documents]
     settings = {"target": "text", "device": CPU, "decoding": decoding, "generators": generators}
     Sampler(model, tokenizer, Workspace(), documents, **settings).run()
@@ -187,7 +187,7 @@ def test_denoising_with_the_cache_equals_the_whole_document(model, tokenizer, gu
 
 @torch.no_grad()
 def test_whatever_is_before_an_image_guides_it_against_an_image_alone(model, tokenizer):
-    """In training an image stands behind all of its document, or, with its prompt dropped, alone."""
+    """In training an image comes at the end of its document or, with a dropped prompt, is alone."""
     one, two, three = random_latents(3)
     one, two, three = image(one), image(two), image(three)
     contents = [["a red apple", one, "sun"], [two, three], ["sun"]]
@@ -230,7 +230,7 @@ def forwards(model):
     ids=["off", "on", "interval"],
 )
 def test_forwards_are_as_few_as_guidance_needs(tokenizer, guidance, rows):
-    """One over the prompts, and one over the patches alone for each step."""
+    """One forward over the prompts, and one over only the patches for each step."""
     model = tiny_model(tokenizer.vocab_size)
     seen = forwards(model)
 
@@ -321,7 +321,7 @@ def test_continuing_equals_greedy_decoding_by_whole_documents(model, tokenizer):
 
 
 def go_on_uncached(model, tokenizer, segments, noises, guidance, max_new_tokens):
-    """The automatic task by forwards over whole documents; an image is what is predicted of the next noise."""
+    """The automatic task by forwards over whole documents; an image is the prediction for the next noise."""
     items, noises, left = [], list(noises), max_new_tokens
     while left:
         ids = greedy_uncached(model, tokenizer, segments, left, ("image",) if noises else ())

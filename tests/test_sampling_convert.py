@@ -1,4 +1,4 @@
-"""Snapshots of version 0.1: what a conversion leaves as it is, and what others are told."""
+"""Snapshots of version 0.1: values that conversion keeps, and messages for other folders."""
 
 import json
 import shutil

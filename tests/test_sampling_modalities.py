@@ -89,7 +89,7 @@ def codes(*numbers: int) -> Media:
 
 
 def documents() -> list[list[str | Media]]:
-    """Every modality in front of every other, and none at all."""
+    """Every modality before every other one, and no modality."""
     return [
         ["a red apple", codes(3, 1, 4, 1, 5), "sun"],
         [latents("image"), codes(9, 2), latents("motion")],
@@ -111,7 +111,7 @@ def segments_of(tokenizer: TextTokenizer, items: Sequence[str | Media]) -> list[
 
 
 def begun(tokenizer: TextTokenizer, segments: list[Any], name: str) -> list[Any]:
-    """With the begin token of a modality behind it."""
+    """Followed by the begin token of a modality."""
     return [*segments[:-1], [*segments[-1], tokenizer.begin_ids[name]]]
 
 
@@ -203,7 +203,7 @@ def test_text_behind_any_modality_equals_whole_documents(model, tokenizer) -> No
 
 
 def expected_document(model, tokenizer, items, noises, *, scale: float, tokens: int, most_codes: int):
-    """A document that goes on by itself, by forwards over whole documents: at most two images, and speech twice."""
+    """A generated document by forwards over whole documents: at most two images and two speech items."""
     added: list[str | Media] = []
     left = {"image": 2, "speech": 2}
     noises = list(noises)
@@ -303,7 +303,7 @@ def test_codes_depend_on_their_own_generator_alone(model, tokenizer) -> None:
 
 
 class Spoken:
-    """Documents in memory with speech and images; what is encoded of them is given."""
+    """Documents in memory with speech and images; their codes and latents are given."""
 
     is_paired = False
     modalities = (TEXT, "speech", "image")
@@ -404,7 +404,7 @@ def test_what_is_conditioned_on_is_what_training_sees(model, tokenizer, monkeypa
 
 
 def test_the_sampler_lays_out_what_training_does(tokenizer) -> None:
-    """By the same function; the only place that knows delimiters."""
+    """By the same function, the only one that inserts delimiters."""
     items = documents()[0]
     segments = [[tokenizer.bos_id], *(tokenizer.encode(item) if isinstance(item, str) else item for item in items)]
     flat = [part.ids for part in lay_out(segments, tokenizer)]

@@ -67,7 +67,7 @@ def test_settings_out_of_range_are_refused(arguments, message) -> None:
 
 
 def run(workspace: Workspace, model, tokenizer, prompts: list[str], steps: int = 2) -> torch.Tensor:
-    """Images of prompts by a few predictions, and a few tokens behind them."""
+    """Images of prompts by a few predictions, followed by a few tokens."""
     documents = [OpenDocument([prompt]) for prompt in prompts]
     noise = torch.arange(len(prompts) * math.prod(LATENT_SHAPE), dtype=torch.float64).sin()
 

@@ -1,4 +1,4 @@
-"""What the sampler conditions on is what training sees: states of the same documents, there packed into rows."""
+"""The sampler conditions on the same hidden states as training: the same documents, packed into rows there."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Variations and repainting: what a model is given of the picture, with every solver, and what is left of it."""
+"""Variations and repainting: the model's input from the picture, with every solver, and what is preserved."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Composed scenes: pure functions of seed and number, captions that say what is drawn, and what is held out."""
+"""Composed scenes: pure functions of seed and number, correct captions, and held-out pairs."""
 
 import colorsys
 import hashlib
@@ -97,7 +97,7 @@ def test_an_item_follows_from_the_seed_and_its_number_in_every_process(folder: P
 
 
 def held_out_pairs(folder: Path) -> set[tuple[str, ...]]:
-    """From the definition: a hash of each pair, but for colours that a training drawing of the thing has."""
+    """By the definition: a hash of each pair, except colours that a training drawing of the thing has."""
     entries = [json.loads(line) for line in (folder / "sprites.jsonl").read_text().splitlines()[1:]]
     sprites = Sprites(folder).sprites
     natural, nouns = set(), set()
@@ -152,7 +152,7 @@ def test_use_puts_all_scenes_on_one_side(folder: Path) -> None:
 
 
 def read_caption(caption: str) -> tuple[list[tuple[int, str | None, str | None, str]], str | None]:
-    """A caption by rules of its own => (count, size, colour, noun) of what it names, in its order; and a relation."""
+    """Parse a caption independently => (count, size, colour, noun) of its things in order, and the relation."""
     names = {noun: thing.noun for thing in scene_objects() for noun in thing.nouns}
     names |= {plural_of(noun): thing for noun, thing in names.items()}
     longest = sorted(map(re.escape, names), key=len, reverse=True)
@@ -374,7 +374,7 @@ def test_a_trillion_items_open_at_once_and_count(byte_tokenizer, folder: Path, m
 
 
 def steps(packer, number: int, states: list | None = None, first: int = 0, state=None) -> list:
-    """The rows of both lanes of some steps; `states` receives what they remember behind each."""
+    """The rows of both lanes of some steps; `states` receives their states after each step."""
     state = np.stack([packer.initial_state()] * 2) if state is None else state
     made = []
     for step in range(first, number):

@@ -1,4 +1,4 @@
-"""Every scheduler that is offered, with every argument that is taken, in any number of steps; others are refused."""
+"""Every accepted scheduler with every accepted argument and any number of steps; others are refused."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What sources keep on disk: strings and arrays, whole or not at all, mapped by every process."""
+"""Arrays of sources on disk: strings and numbers, complete or not at all, mapped by every process."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""Data sources: what is read, what is skipped, what is refused, and who is held out."""
+"""Data sources: what is read, skipped, refused and held out."""
 
 import itertools
 import json
@@ -177,7 +177,7 @@ def test_of_every_class_a_share_is_held_out_where_captions_repeat(tmp_path):
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet", "datasets", "coco", "interleaved"])
 def test_where_all_captions_are_the_same_a_share_is_held_out(tmp_path, monkeypatch, kind):
-    """Whatever kind the source is of, and whatever the fraction is."""
+    """For any kind of source and any fraction."""
     monkeypatch.chdir(tmp_path)
     source: dict = {"kind": kind, "path": tmp_path / "data"}
     if kind == "webdataset":
@@ -437,7 +437,7 @@ def test_a_folder_of_texts_and_its_split(tmp_path):
 
 
 def test_lines_that_cannot_be_used_are_counted_and_the_others_read(tmp_path, caplog):
-    """One damaged line does not discard what was read of a large file; where no line can be used, it is refused."""
+    """One damaged line does not discard a large file; a file without usable lines is refused."""
     bad = [
         (b'{"text": "cut o', "not JSON"),
         (b'["a list"]', "must be a JSON object"),

@@ -1,4 +1,4 @@
-"""Sources of audio: what they list against the files and the library `datasets`, and what is left out."""
+"""Sources of audio: their items against the files and the library `datasets`, and skipped items."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from transfusion_mot.errors import UserError
 
 
 def write_folder(folder: Path, metadata: str, rows: list[dict[str, Any]]) -> Path:
-    """Metadata in the format that its name says."""
+    """Metadata in the format of its file name."""
     folder.mkdir(exist_ok=True)
     path = folder / metadata
     if path.suffix == ".jsonl":
@@ -132,7 +132,7 @@ def test_archives_and_tables_with_texts_and_without(tmp_path: Path, write: Any, 
 
 
 def test_documents_of_text_image_and_speech(tmp_path: Path) -> None:
-    """Of line 2 the audio is missing, of line 3 it is not named, and line 4 says the text of line 0 once more."""
+    """The audio of line 2 is missing, line 3 names no audio, and line 4 repeats the text of line 0."""
     rows = [{"file_name": f"{i}.png", "text": f"thing {i % 4}", "audio": f"{i}.wav"} for i in range(5)]
     rows[3]["audio"] = ""
     folder = write_folder(tmp_path / "a", "metadata.csv", rows)

@@ -1,4 +1,4 @@
-"""Editing pairs of each kind of source, on real files; what cannot be used; and that a cache and `online` agree."""
+"""Editing pairs of each kind of source, on real files; unusable pairs; and equality of cache and `online`."""
 
 import io
 import json

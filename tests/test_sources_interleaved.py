@@ -1,4 +1,4 @@
-"""Interleaved documents: reading order, images by path, tar member and bytes, and what is left out."""
+"""Interleaved documents: reading order, images by path, tar member and bytes, and skipped images."""
 
 import gzip
 import json

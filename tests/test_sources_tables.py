@@ -155,7 +155,7 @@ def write_metadata(folder: Path, suffix: str, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_metadata_formats_agree(tmp_path, cache, suffix: str) -> None:
-    """With captions that CSV must quote, sides of their own, and an image that stands on two lines."""
+    """With captions that CSV must quote, given sides of the split, and an image on two lines."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(4):

@@ -1,4 +1,4 @@
-"""WebDataset tar files: read in place, indexed once; what is damaged is counted and the rest used."""
+"""WebDataset tar files: read in place, indexed once; damaged parts are counted and the rest is used."""
 
 import gzip
 import io

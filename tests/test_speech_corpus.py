@@ -1,4 +1,4 @@
-"""The command that writes speech: the engine, the corpus, what reads it, and recordings of a human."""
+"""The command that makes speech: the engine, the corpus, sources that read it, and human recordings."""
 
 import gzip
 import json
@@ -121,7 +121,7 @@ def test_names_and_plain_definitions_are_spoken_by_many_voices(corpus):
 
 
 def test_a_recording_is_that_of_its_text(corpus):
-    """What the file holds is what the engine says, at 16,000 samples a second and with silence around it."""
+    """The file has the output of the engine, at 16,000 samples a second and with silence around it."""
     entry = next(entry for entry in entries_of(corpus / "captions") if entry["text"] == "octopus")
     samples, _ = soundfile.read(corpus / "captions" / entry["audio_file_name"])
     silence = int(0.08 * SAMPLE_RATE)

@@ -1,4 +1,4 @@
-"""What a run with speech lets be heard of its model, and the card of its snapshots."""
+"""Audio previews of a run with speech, and the model card of its snapshots."""
 
 import json
 import wave
@@ -23,7 +23,7 @@ from transfusion_mot.sampling.speech_previews import recordings_of
 
 @pytest.fixture
 def held_out(tmp_path: Path) -> Sources:
-    """Twelve recordings that say their number, each as many hundredths of a second longer."""
+    """Twelve recordings that encode their number n; each is n hundredths of a second longer."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for number in range(12):

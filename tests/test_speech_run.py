@@ -1,4 +1,4 @@
-"""A run on documents of text, image and speech, one that begins with its snapshot, and what they leave."""
+"""A run on documents of text, image and speech, one that starts from its snapshot, and their files."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Codecs, and twenty pictures with what is said about them."""
+    """Codecs, and twenty pictures with spoken captions."""
     folder = tmp_path_factory.mktemp("triples")
     tiny_vae().save_pretrained(folder / "vae")
     for name, seed in (("tokenizer", 0), ("other", 1)):

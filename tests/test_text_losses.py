@@ -31,7 +31,7 @@ def _reader(tokenizer, rope="1d", slots=24, rows=2):
 
 @torch.no_grad()
 def _naive(model, tokenizer, texts, end, slots):
-    """(summed loss, loss of the last token, tokens) of each text, one piece at a time in a row of its own."""
+    """(summed loss, loss of the last token, tokens) of each text, one piece at a time in a separate row."""
     rope_1d = model.architecture.rope == "1d"
     results = []
     for text in texts:
@@ -152,7 +152,7 @@ def test_diffusion_loss_as_a_command(run_folder, picture_folder, tmp_path, capsy
 
 
 def test_diffusion_loss_of_a_run_with_a_clean_context(run_folder, tmp_path):
-    """An image a row has no image before it: the same numbers, whatever its context would be."""
+    """With one image in a row there is no image before it: the numbers do not depend on the context setting."""
     config = tmp_path / "clean.yaml"
     config.write_text((run_folder / "config.yaml").read_text().replace("noised", "clean"))
     assert "image_context: clean" in config.read_text()

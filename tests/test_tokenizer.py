@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, and special ids come from us alone."""
+"""The tokenizer is lossless, and special ids never come from texts."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -143,7 +143,7 @@ def spelt_tokenizer(kind: str, special: list[str]) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece", "BPE"])
 def test_special_tokens_in_a_text_are_text_for_every_kind_of_tokenizer(kind):
-    """The ids are those of a tokenizer that never had the special tokens, behind as many unused ones."""
+    """The ids are those of a tokenizer without the special tokens, shifted by the same number of unused ids."""
     hf = PreTrainedTokenizerFast(
         tokenizer_object=spelt_tokenizer(kind, SPECIAL), pad_token="<pad>", eos_token="</s>", sep_token="[SEP]"
     )

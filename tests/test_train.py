@@ -1,4 +1,4 @@
-"""Whole runs of train.py on real emoji: exact resuming, one process and two, learning, and how it refuses."""
+"""Whole runs of train.py on real emoji: exact resuming, one and two processes, learning, and refusals."""
 
 import fnmatch
 import json
@@ -214,7 +214,7 @@ def test_run_killed_between_its_last_state_and_snapshot_still_gets_the_snapshot(
 
 
 def test_run_is_taken_back_to_an_earlier_state(arguments, tmp_path) -> None:
-    """The steps behind it are gone, so that nothing takes them for the run's newest."""
+    """Later steps are removed, so that they are not read as the newest of the run."""
     train.main(arguments(training={"save_every": 2}))
     run = tmp_path / "run"
     train.main(arguments("other", str(run / "state" / "step-0000004")))

@@ -1,4 +1,4 @@
-"""Optimizers, towers and checkpointing in whole runs of train.py: they resume exactly and do what they say."""
+"""Optimizers, towers and checkpointing in whole runs of train.py: they resume exactly and have their effect."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_options_of_the_step_resume_exactly(arguments, tmp_path: Path, monkeypat
 
 
 def test_dropout_may_change_in_a_run(arguments, tmp_path: Path) -> None:
-    """A state says nothing of it, so that those of runs before it was there are gone on from, too."""
+    """A state does not contain the setting, so that states of earlier versions can be resumed, too."""
     constant = {"optimizer": {"lr_schedule": "constant"}}
     train.main(arguments(**constant, training={"num_steps": 2}))
     assert final_state(tmp_path / "run")["made_of"]["model"]["towers"] == {"text": TOWER, "image": TOWER}

@@ -1,4 +1,4 @@
-"""Whole runs of train.py in several processes, sharded or not; runs that are asked to stop, or killed."""
+"""Whole runs of train.py in several processes, sharded or not; runs that are stopped or killed."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Every kind of source trains for some steps, alone, and all of them together."""
+"""Every kind of source trains for some steps, separately and together."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Runs over text, images and a toy modality of codes alone: two streams of tokens are cut, killed and resumed."""
+"""Runs over text, images and a toy modality of only codes: two token streams are cut, killed and resumed."""
 
 import dataclasses
 import itertools
@@ -75,7 +75,7 @@ class UnitsCodec:
 
 @contextmanager
 def speech() -> Iterator[None]:
-    """A source and a codec of speech beside those of the configuration."""
+    """A source and a codec of speech in addition to those of the configuration."""
     load_codec, open_documents, with_encoded = run_data.load_codec, run_data.open_documents, run_data.with_encoded
 
     def load(config: CodecConfig, *arguments: Any) -> Any:

@@ -54,7 +54,7 @@ def make_validation(
 
 @torch.no_grad()
 def naive_text_loss(model, tokenizer: TextTokenizer, sources: Sources, caption_first: bool) -> float:
-    """Mean cross-entropy of the captions, one document at a time; behind a clean image, or in front of any."""
+    """Mean cross-entropy of the captions, one document at a time: after a clean image, or before any image."""
     total, count = 0.0, 0
     bos, eos, boi, eoi = tokenizer.bos_id, tokenizer.eos_id, tokenizer.begin_ids["image"], tokenizer.end_ids["image"]
     for caption, mean in zip(CAPTIONS, sources.sources[0].encoded["image"].mean, strict=True):
@@ -126,7 +126,7 @@ def test_losses_do_not_change_from_call_to_call_or_with_the_rows_at_once(byte_to
 
 
 def choose_as_on_cuda(monkeypatch) -> None:
-    """Let validation choose rows as if there were a GPU; the model goes on computing on the CPU."""
+    """Let validation choose rows as if there were a GPU; the model still computes on the CPU."""
     monkeypatch.setattr(
         "transfusion_mot.training.validation.is_compiled_for_shape",
         lambda model, device, length: (
@@ -261,7 +261,7 @@ def test_documents_without_captions_have_no_caption_loss(byte_tokenizer, acceler
 
 
 def test_caption_loss_is_of_captions_alone(byte_tokenizer, accelerator) -> None:
-    """Texts fill the rows in training; they do not belong to the loss of captions behind images."""
+    """Texts fill the rows in training; they are not a part of the loss of captions after images."""
     sources = held_out(["some long text without any image " * 3])
     validation, model = make_validation(byte_tokenizer, sources)
     losses = validation.losses(model, accelerator)
@@ -330,7 +330,7 @@ def test_texts_alone_have_the_losses_of_one_at_a_time(byte_tokenizer, accelerato
 
 
 class ListCodes:
-    """Captions and the codes of their media in memory; without captions, codes alone."""
+    """Captions and the codes of their media in memory; without captions, only codes."""
 
     kind, skipped, name = "codes", {}, "codes"
 

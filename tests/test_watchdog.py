@@ -1,4 +1,4 @@
-"""A run that stands still is noticed, and the late process is named; with real processes."""
+"""A hanging run is noticed, and the late process is named; with real processes."""
 
 import signal
 import subprocess

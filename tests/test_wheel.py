@@ -1,4 +1,4 @@
-"""The wheel: its commands run from an empty folder, in an environment that has the dependencies and no clone."""
+"""The wheel: its commands run from an empty folder, in an environment with the dependencies and without a clone."""
 
 import os
 import subprocess

@@ -36,7 +36,7 @@ def four_modality_tokenizer() -> TextTokenizer:
 
 
 class Media:
-    """What stands for the media of one modality of a source, and for what is encoded of them.
+    """Stands for the media of one modality of a source and for their encoded form.
 
     Latents are all `index`; codes are all `index`, as many as `lengths` says.
     """
@@ -128,7 +128,7 @@ def toy_packer(
 
 
 def mixed_sources() -> list[Source]:
-    """Of every kind: captions of one or several media, documents in order, and texts and codes alone."""
+    """Every kind: captions of one or several media, documents in order, only texts, and only codes."""
     captioned = [["sun", ("image", 0)], ["a car goes by", ("speech", 9), ("image", 0)], ["fox", ("depth", 0)]]
     in_order = [["one", ("image", 0), "two", ("speech", 5), ("depth", 0), "three"], [("speech", 3), "x" * 40]]
     return [

@@ -110,7 +110,7 @@ class EditDropoutConfig:
 
     @property
     def total(self) -> float:
-        """Chance that any part is left out; at most 1."""
+        """Probability that any part is dropped; at most 1."""
         return self.instruction + self.source + self.both
 
 
@@ -388,7 +388,7 @@ class ModelConfig:
 
     @property
     def made(self) -> list[str]:
-        """Modalities with a loss, in the order of their slots: all but those that are only read.
+        """Modalities with a loss, in the order of their slots: all except those that are only read.
 
         The model generates them, and they have begin and end tokens."""
         return [name for name in self.stream_order if self.modalities[name].objective != "read"]

@@ -128,7 +128,7 @@ def _check_writable(folder: Path, named: str) -> None:
 
 
 def refuse_dangling_links(folder: Path) -> None:
-    """Refuse a model folder that was copied without the files behind its links.
+    """Refuse a model folder that was copied without the files that its links point to.
 
     Raises:
         UserError: A link in it is dangling.

@@ -25,7 +25,7 @@ _READ_BY = {
     "guidance_scale": (PAINT, EDIT, "auto", SPEAK),
     "max_seconds": (SPEAK,),
 }
-# Files that somebody may expect speech to be written as.
+# Other audio formats that a user may expect for speech.
 _OTHER_AUDIO = (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 
 # Default output folders of tasks that write files.

@@ -26,7 +26,7 @@ from transfusion_mot.data.audio import Audio, write_wav
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import check_writable_folder
 
-# Of what is cut from recordings.
+# Length of segments of recordings.
 _CODES_PER_SEGMENT = 64
 _NUM_EVALUATED = 512
 _NUM_SHOWN = 4
@@ -34,15 +34,15 @@ _DECIBEL_PER_NAT = 8.686
 
 
 def train_audio_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict[str, Any]:
-    """Train, save and evaluate a `MelVQModel`; the frames of all recordings are kept on the device.
+    """Train, save and evaluate a `MelVQModel`; the frames of all recordings are on the device.
 
     Returns:
-        What is written as `metrics.json`: sizes, times, the log of the losses, and of what the saved files make of
-        held-out recordings: the mean distance of mel bands in dB, the share of codes in use, and their perplexity.
+        Content of `metrics.json`: sizes, times, the log of the losses, and results of the saved model on held-out
+        recordings: the mean distance of mel bands in dB, the share of used codes, and their perplexity.
 
     Raises:
-        UserError: The configuration does not fit together, there are no recordings on one side of the held-out split,
-            or the loss stops being finite.
+        UserError: The configuration is inconsistent, one side of the held-out split has no recordings, or the loss is
+            not finite.
     """
     output_dir = Path(config.output_dir)
     check_writable_folder(output_dir, "output_dir")
@@ -65,7 +65,7 @@ def train_audio_codec(config: AutoencoderTrainingConfig, device: torch.device) -
     parts = Parts(model.encoder, bottleneck, _BeforeLast(decoder), decoder.conv_out)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    # Shapes are constant here; afterwards every recording has its own length.
+    # Shapes are constant in training; afterwards every recording has its own length.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         log = optimise(model, parts, objective, segments.draw, config)
     seconds = time.perf_counter() - start
@@ -91,19 +91,19 @@ def train_audio_codec(config: AutoencoderTrainingConfig, device: torch.device) -
 
 
 def build_audio(config: AutoencoderTrainingConfig) -> MelVQModel:
-    """The model that is trained, with the weights it begins with.
+    """The model to train, with its initial weights.
 
     Raises:
-        UserError: Sizes do not fit together, or not those of `init_from`.
+        UserError: Sizes do not match each other or those of `init_from`.
     """
     audio = config.audio
     if not audio.hop_length <= audio.window_length:
         raise UserError(
             f"audio.hop_length {audio.hop_length} is longer than audio.window_length {audio.window_length}, so "
-            "sound between frames would be lost; give a shorter hop_length"
+            "audio between frames would be lost; give a shorter hop_length"
         )
     if config.perceptual_weight:
-        raise UserError(f"perceptual_weight is {config.perceptual_weight}; it compares pictures: set it to 0 for sound")
+        raise UserError(f"perceptual_weight is {config.perceptual_weight}; it compares pictures: set it to 0 for audio")
     torch.manual_seed(config.seed)
     model = MelVQModel(
         sample_rate=audio.sample_rate,
@@ -131,7 +131,7 @@ def build_audio(config: AutoencoderTrainingConfig) -> MelVQModel:
 
 
 def _sizes(model: MelVQModel) -> list[tuple[str, Any]]:
-    # Lists are tuples before they are saved.
+    # Lists are tuples until they are saved.
     sizes = ((key, list(size) if isinstance(size, tuple) else size) for key, size in model.config.items())
     return sorted((key, size) for key, size in sizes if not key.startswith("_"))
 
@@ -151,9 +151,9 @@ class _BeforeLast(nn.Module):
 
 
 class _Segments:
-    """Normalised frames of all recordings, one behind the other, and segments of them.
+    """Concatenated normalised frames of all recordings, and segments of them.
 
-    A segment may end in another recording than it began: its encoder and decoder see about half a second around.
+    A segment may cross into the next recording; encoder and decoder have a receptive field of only about half a second.
     """
 
     def __init__(self, model: MelVQModel, recordings: list[Recording], config: AutoencoderTrainingConfig) -> None:
@@ -173,7 +173,7 @@ class _Segments:
             raise UserError("the recordings of data.sources are shorter than one segment of training together")
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Segments at random places, [B, M, F]."""
+        """Segments at random positions, [B, M, F]."""
         device = self.frames_FM.device
         last = len(self.frames_FM) - self.num_frames
         starts = torch.randint(last + 1, (self.batch_size, 1), device=device, generator=generator)
@@ -182,7 +182,7 @@ class _Segments:
 
 @dataclass
 class _Reconstructed:
-    """Mel frames of a recording, normalised [M, F]: its own, and those that its codes become."""
+    """Normalised mel frames [M, F] of a recording: the original ones and those decoded from its codes."""
 
     original: Tensor
     decoded: Tensor
@@ -216,7 +216,7 @@ def _evaluated(codec: AudioCodes, recordings: list[Recording]) -> dict[str, floa
 
 
 def _save_examples(codec: AudioCodes, recordings: list[Recording], folder: Path) -> None:
-    """Held-out recordings and what their codes become: spectrograms one above the other, and WAV files."""
+    """Held-out recordings and their reconstructions: spectrograms one above the other, and WAV files."""
     figure, axes = plt.subplots(2 * len(recordings), 1, figsize=(9, 2.4 * len(recordings)), squeeze=False)
     for index, recording in enumerate(recordings):
         made = _reconstruct(codec, recording)

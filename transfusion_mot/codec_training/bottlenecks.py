@@ -14,9 +14,9 @@ from torch import Tensor
 
 from transfusion_mot.codecs.mel_vq import MelVQModel
 
-# The codebook is an average of about so many steps: 1 / (1 - decay).
+# The codebook is an average over about 1 / (1 - decay) steps.
 _CODEBOOK_DECAY = 0.99
-# A code that no image of so many steps has used begins again.
+# A code that was unused for this number of steps is reset.
 _DEAD_AFTER = 100
 
 
@@ -24,7 +24,7 @@ class Passed(NamedTuple):
     """Output of a bottleneck.
 
     Attributes:
-        latents: What the decoder is given.
+        latents: Input of the decoder.
         penalty: Scalar that is added to the loss.
     """
 
@@ -33,10 +33,10 @@ class Passed(NamedTuple):
 
 
 class Bottleneck(Protocol):
-    """A part of the model in training; it keeps what the log says of it."""
+    """A part of the model in training; it collects its own numbers for the log."""
 
     def __call__(self, hidden: Tensor, generator: torch.Generator) -> Passed:
-        """The encoder's output [B, C, Y, X], in float32 => what the decoder is given, and a penalty."""
+        """The encoder's output [B, C, Y, X], in float32 => the decoder's input, and a penalty."""
         ...
 
     def report(self) -> dict[str, float]:
@@ -45,12 +45,12 @@ class Bottleneck(Protocol):
 
 
 class GaussianBottleneck:
-    """Latents are drawn from a Gaussian posterior, which a KL term holds near the standard normal.
+    """Latents are drawn from a Gaussian posterior; a KL term keeps it near the standard normal.
 
     Args:
         vae: An `AutoencoderKL` without quantisation layers.
         pixels: Number of values of an image.
-        weight: Of the KL term.
+        weight: Weight of the KL term.
     """
 
     def __init__(self, vae: AutoencoderKL, pixels: int, weight: float) -> None:
@@ -73,19 +73,19 @@ class GaussianBottleneck:
 
 
 class CodeBottleneck:
-    """Each latent becomes the code that points most nearly in its direction (ViT-VQGAN, arXiv 2110.04627, section 3.2).
+    """Each latent is replaced by the code with the highest cosine similarity (ViT-VQGAN, arXiv 2110.04627, 3.2).
 
-    Codes have length one. The nearest of them to a vector is then the same whether the vector is brought to length one
-    or not, so that a plain `VQModel` finds the code that training found. They follow the mean of the vectors that took
-    them (VQ-VAE, arXiv 1711.00937, appendix A.1). A code that no vector takes any more begins again at a vector of the
-    batch, drawn as k-means++ does: the further from its own code, the likelier.
+    Codes have length one. Then the nearest code to a vector does not depend on the length of the vector, so that a
+    plain `VQModel` finds the same code as training. Codes are moving averages of the vectors assigned to them (VQ-VAE,
+    arXiv 1711.00937, appendix A.1). An unused code is reset to a vector of the batch, drawn as in k-means++: with a
+    probability proportional to its squared distance from its code.
 
     Args:
-        model: Its `quantize.embedding` is the codebook, which this changes in place in every call.
-        weight: Of the commitment term (beta there).
-        is_new: Whether the codebook has learnt nothing yet: then all codes begin at vectors of the first batch.
-        decay: Of the averages that the codes follow.
-        dead_after: Calls in which a code was not used, after which it begins again.
+        model: Its `quantize.embedding` is the codebook, which every call changes in place.
+        weight: Weight of the commitment term (beta in VQ-VAE).
+        is_new: Whether the codebook is untrained: then all codes start as vectors of the first batch.
+        decay: Decay of the moving averages.
+        dead_after: A code is reset after this number of calls without use.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class CodeBottleneck:
         codes_N = (vectors_ND.detach() @ self.codebook.T).argmax(dim=1)
         chosen_BDYX = self.codebook[codes_N].view(shape).movedim(-1, 1)
         commitment = F.mse_loss(vectors_BDYX, chosen_BDYX)
-        # The decoder sees the code; its gradient goes to the vector as if they were the same.
+        # Straight-through gradient: the decoder reads the code, and its gradient goes to the vector.
         latents = vectors_BDYX + (chosen_BDYX - vectors_BDYX).detach()
         self._commitment = commitment.detach()
         self._update(vectors_ND.detach(), codes_N, generator)
@@ -129,7 +129,7 @@ class CodeBottleneck:
         added = torch.zeros_like(self.sums).index_add_(0, codes_N, vectors_ND)
         self.sums.mul_(self.decay).add_(added, alpha=1 - self.decay)
         distances_N = (vectors_ND - self.codebook[codes_N]).square().sum(dim=1)
-        # A draw for every code, dead or not: which ones are dead stays on the device.
+        # A draw for every code, dead or not, so that the host need not know which codes are dead.
         drawn = (distances_N + 1e-9).multinomial(len(self.sums), replacement=True, generator=generator)
         is_dead = self.unused >= self.dead_after
         self.sums = torch.where(is_dead[:, None], vectors_ND[drawn], self.sums)
@@ -137,17 +137,16 @@ class CodeBottleneck:
         self.codebook.copy_(F.normalize(self.sums, dim=1))
 
     def report(self) -> dict[str, float]:
-        """The commitment of the last step, and how the codes were used since the last report."""
+        """The commitment loss of the last step, and the use of codes since the last report."""
         use, perplexity = codebook_use(self._counts)
         self._counts.zero_()
         return {"commitment": self._commitment.item(), "codebook_use": use, "perplexity": perplexity}
 
 
 def codebook_use(counts: Tensor) -> tuple[float, float]:
-    """How often each of K codes was used [K] => the share of codes that were, and the perplexity of their use.
+    """Counts of K codes [K] => the share of used codes, and the perplexity of their use.
 
-    The perplexity is the exponential of the entropy: the number of codes that would be as many choices if all were used
-    equally often.
+    The perplexity is the exponential of the entropy: the number of equally frequent codes with the same entropy.
     """
     shares = counts.double() / counts.sum()
     entropy = -torch.xlogy(shares, shares).sum()

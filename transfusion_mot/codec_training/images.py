@@ -51,9 +51,9 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Vary drawings on white, `pixels` in [-1, 1] `[B, 3, H, W]`, H = W, without blurring them.
 
     - One of the eight symmetries of the square: strokes run in all directions in other drawings.
-    - A shift of at most 1/16 of the size, white moving in: a detail meets every phase of the downsampling grid.
-    - For half of the images other colours - channels exchanged, each brought closer to white by its own factor: a set
-      of drawings has a palette, and the autoencoder must not learn that there are no others. White stays white.
+    - A shift of at most 1/16 of the size, filled with white: a detail gets every phase of the downsampling grid.
+    - Other colours for half of the images: channels are permuted, and each is moved closer to white by its own factor.
+      A set of drawings has a palette, and the autoencoder must learn other colours, too. White stays white.
     """
     batch, _, size, _ = pixels.shape
     device = pixels.device
@@ -75,7 +75,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     offsets = torch.randint(2 * margin + 1, (2, batch, 1), device=device, generator=generator)
     rows, columns = offsets + torch.arange(size, device=device)
     image = torch.arange(batch, device=device)[:, None, None]
-    # Indexing around a slice puts the channels last in memory, as convolutions want them.
+    # Indexing around a slice puts the channels last in memory, the layout for convolutions.
     return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
@@ -85,7 +85,7 @@ def measured(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> tu
     for start in range(0, len(images_uint8), batch_size):
         pixels = to_pixels(images_uint8[start : start + batch_size]).to(codec.device)
         reconstruction = reconstruct(codec, pixels)
-        # Half, because the range of pixels is 2 and that of PSNR is 1; a perfect image counts as 100 dB.
+        # Divided by 2, because pixels have a range of 2 and PSNR is defined for 1; a perfect image counts as 100 dB.
         error = ((pixels - reconstruction) / 2).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
         values.append(-10 * error.log10())
         reconstructions.append(reconstruction)
@@ -93,7 +93,7 @@ def measured(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> tu
 
 
 def every_nth(images_uint8: ImageArray, at_most: int) -> ImageArray:
-    """At most that many images, spread evenly over the set."""
+    """At most this number of images, evenly spaced."""
     return images_uint8[:: -(-len(images_uint8) // at_most)]
 
 

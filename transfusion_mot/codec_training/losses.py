@@ -21,10 +21,10 @@ class Losses:
 
 
 class Objective:
-    """The loss of a codec; owns the networks that it needs besides it.
+    """The loss of a codec; owns the additional networks of the loss.
 
     Args:
-        new_discriminator: Makes the network that scores patches of what is coded; by default of pixels.
+        new_discriminator: Makes the patch discriminator; the default is one for pixels.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Objective:
         self.perceptual_distance = _load_perceptual_distance(config, device) if config.perceptual_weight else None
         if config.gan_weight:
             self.discriminator = (new_discriminator or discriminator)().to(device)
-            # Betas of VQGAN: momentum makes the two players circle each other.
+            # Betas of VQGAN: with more momentum, generator and discriminator oscillate.
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9)
             )
@@ -60,7 +60,7 @@ class Objective:
         if self.config.gan_weight and step >= self.config.gan_start_step:
             self.train_discriminator(pixels, reconstruction.detach())
             adversarial = -self.discriminator(reconstruction).mean()
-            # Esser et al. 2021, equation 7: both terms pull equally hard at the last layer.
+            # Esser et al. 2021, equation 7: both terms have gradients of equal norm at the last layer.
             (pull,) = torch.autograd.grad(visible, last_layer, retain_graph=True)
             (adversarial_pull,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
             balance = (pull.norm() / (adversarial_pull.norm() + 1e-4)).clamp(max=1e4)
@@ -68,7 +68,7 @@ class Objective:
         return Losses(total, l1.detach())
 
     def train_discriminator(self, pixels: torch.Tensor, reconstruction: torch.Tensor) -> None:
-        """One step of the discriminator, which learns to tell the two apart."""
+        """One step of the discriminator, which learns to distinguish the two."""
         real, fake = self.discriminator(pixels), self.discriminator(reconstruction)
         hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
         self.discriminator_optimizer.zero_grad()
@@ -77,12 +77,13 @@ class Objective:
 
 
 def discriminator(channels: int = 3) -> nn.Module:
-    """A patch discriminator (Isola et al. 2017) of 22 pixels' view: `[B, channels, H, W]` => scores, one a patch."""
+    """A patch discriminator (Isola et al. 2017) for patches of 22 pixels: `[B, channels, H, W]` => scores of
+    patches."""
     return nn.Sequential(
         nn.Conv2d(channels, 64, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
         nn.Conv2d(64, 128, 4, stride=2, padding=1),
-        # Not batch normalisation, which lets images of a batch see each other.
+        # Not batch normalisation, which mixes the images of a batch.
         nn.GroupNorm(8, 128),
         nn.LeakyReLU(0.2),
         nn.Conv2d(128, 1, 4, padding=1),
@@ -93,7 +94,7 @@ def _load_perceptual_distance(
     config: AutoencoderTrainingConfig, device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """LPIPS (Zhang et al. 2018) with VGG16: its heads come with torchmetrics, the backbone from a local file."""
-    # Imported here: few trainings need it.
+    # Imported here, because few trainings need it.
     from torchmetrics.functional.image.lpips import _LPIPS
 
     path = config.perceptual_path

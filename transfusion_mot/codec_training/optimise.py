@@ -21,15 +21,15 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass
 class Parts:
-    """A codec in training, from what it codes to the reconstruction.
+    """A codec in training, from its input to the reconstruction.
 
-    The discriminator's term needs gradients at the last layer alone, for which the graph is walked twice from there: a
-    compiled graph refuses that, so the last layer stays outside of it.
+    The discriminator's term needs additional gradients at the last layer, so the backward passes through it twice.
+    A compiled graph does not permit that, so the last layer is not compiled.
 
     Attributes:
         encode: A batch => the encoder's output.
-        bottleneck: That => what the decoder is given.
-        before_last: That => the input of the last layer.
+        bottleneck: The encoder's output => the decoder's input.
+        before_last: The decoder's input => the input of the last layer.
         last: The last layer, a convolution.
     """
 
@@ -46,20 +46,20 @@ def optimise(
     draw: Callable[[torch.Generator], Tensor],
     config: AutoencoderTrainingConfig,
 ) -> list[dict[str, float]]:
-    """Train `model` in place; it ends with the averaged weights. Returns one entry every `_LOG_EVERY` steps.
+    """Train `model` in place; at the end it has the averaged weights. Returns one entry every `_LOG_EVERY` steps.
 
     Args:
-        model: Whose weights are trained.
-        parts: Of the model.
+        model: The model to train.
+        parts: Parts of the model.
         draw: A generator => a batch, on its device.
 
     Raises:
-        UserError: The loss stops being finite.
+        UserError: The loss is not finite.
     """
     device = parts.last.weight.device
     if config.compile and device.type == "cuda":
         parts.encode, parts.before_last = torch.compile(parts.encode), torch.compile(parts.before_last)
-    # The codebook has no gradient.
+    # The codebook is not trained by gradients.
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.num_steps)

@@ -17,7 +17,7 @@ from transfusion_mot.errors import UserError
 
 
 class Recording(NamedTuple):
-    """Samples float32 [T] in [-1, 1], and what is said, as far as that is known."""
+    """Samples float32 [T] in [-1, 1], and the transcript, if it is known."""
 
     samples: npt.NDArray[np.float32]
     text: str
@@ -27,7 +27,7 @@ def read_recordings(data: DataConfig, sample_rate: int, split: Split) -> list[Re
     """All readable recordings of all sources, resampled.
 
     Raises:
-        UserError: A source cannot be opened, or there is nothing to train on.
+        UserError: A source cannot be opened, or there are no training recordings.
     """
     recordings: list[Recording] = []
     for source in data.sources:
@@ -59,7 +59,7 @@ def read_recordings(data: DataConfig, sample_rate: int, split: Split) -> list[Re
 
 
 def _entries(documents: Documents) -> Iterator[tuple[AudioSet, int, str]]:
-    """The audio in documents: where it is, and the first text beside it."""
+    """The audio in documents: its place, and the first text of its document."""
     for number in range(len(documents)):
         items = documents.document(number)
         text = next((item.choices[0] for item in items if isinstance(item, Text)), "")

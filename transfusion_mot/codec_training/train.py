@@ -29,22 +29,22 @@ from transfusion_mot.files import check_writable_folder
 
 # Enough images for a mean PSNR with a standard error of about 0.1 dB.
 _NUM_EVALUATED = 1024
-# Length of the vectors that a saved `VQModel` looks up. Codes of half precision have length one but for 0.05 %, which
-# must not matter beside their direction.
+# Length of the vectors for which a saved `VQModel` looks up codes. In half precision the length of a code is wrong by
+# up to 0.05 %, which must not outweigh its direction.
 _VECTOR_LENGTH = 8.0
 
 
 def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict[str, Any]:
-    """Train, save and evaluate a codec; all images are kept on the device.
+    """Train, save and evaluate a codec; all images are on the device.
 
     Returns:
-        What is written as `metrics.json`: sizes, times, the log of the losses, and of what the saved files make of
-        images: PSNR in dB, the mean over images in [0, 1]; of latents `latent_noise`, the mean posterior standard
-        deviation when normalised; of codes `codebook_use`, the share that the images use, and `perplexity`.
+        Content of `metrics.json`: sizes, times, the log of the losses, and results of the saved model on images: PSNR
+        in dB, the mean over images in [0, 1]; for latents `latent_noise`, the mean posterior standard deviation of
+        normalised latents; for codes `codebook_use`, the share of codes that the images use, and `perplexity`.
 
     Raises:
-        UserError: The configuration does not fit together, there are no images on one side of the held-out split, or
-            the loss stops being finite.
+        UserError: The configuration is inconsistent, one side of the held-out split has no images, or the loss is not
+            finite.
     """
     if config.kind == "audio_codes":
         return train_audio_codec(config, device)
@@ -69,7 +69,7 @@ def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict
     if isinstance(model, VQModel):
         _set_vector_length(model, train_images, config.batch_size)
     if config.save_dtype == "float16":
-        # Rounded first: the statistics are those of the weights as they will be read back.
+        # Rounded first, so that the statistics are those of the saved weights.
         model.half().float()
     if isinstance(model, AutoencoderKL):
         set_normalisation(model, *_latent_statistics(Autoencoder(model), train_images, config.batch_size))
@@ -98,10 +98,10 @@ def train_codec(config: AutoencoderTrainingConfig, device: torch.device) -> dict
 
 
 def build(config: AutoencoderTrainingConfig) -> AutoencoderKL | VQModel:
-    """The model that is trained, with the weights it begins with.
+    """The model to train, with its initial weights.
 
     Raises:
-        UserError: Sizes do not fit together, or not those of `init_from`.
+        UserError: Sizes do not match each other or those of `init_from`.
     """
     widths = config.block_out_channels
     factor = 2 ** (len(widths) - 1)
@@ -126,7 +126,7 @@ def build(config: AutoencoderTrainingConfig) -> AutoencoderKL | VQModel:
     model: AutoencoderKL | VQModel
     if config.kind == "codes":
         model = VQModel(num_vq_embeddings=config.codebook_size, **sizes)
-        # Equally likely in all directions.
+        # All directions are equally likely.
         nn.init.normal_(model.quantize.embedding.weight)
     else:
         # 1x1 convolutions next to other convolutions add nothing; without them encoder and decoder are the whole model.
@@ -142,7 +142,7 @@ def build(config: AutoencoderTrainingConfig) -> AutoencoderKL | VQModel:
                 "and mid_block_attention as in its config.json, and codebook_size as num_vq_embeddings there"
             ) from None
     if isinstance(model, AutoencoderKL):
-        # Raw latents, until their statistics are known.
+        # Raw latents until their statistics are known.
         set_normalisation(model, [0.0] * config.latent_channels, [1.0] * config.latent_channels)
     return model
 
@@ -215,7 +215,7 @@ def _latent_statistics(
 
 @torch.no_grad()
 def _set_vector_length(model: VQModel, images_uint8: ImageArray, batch_size: int) -> None:
-    """Scale what is looked up to a mean length of `_VECTOR_LENGTH`: the nearest code stays the same."""
+    """Scale the vectors before the look-up to a mean length of `_VECTOR_LENGTH`; the nearest code stays the same."""
     pixels = to_pixels(every_nth(images_uint8, batch_size)).to(model.device)
     scale = _VECTOR_LENGTH / model.encode(pixels).latents.norm(dim=1).mean()
     for parameter in model.quant_conv.parameters():
@@ -223,7 +223,7 @@ def _set_vector_length(model: VQModel, images_uint8: ImageArray, batch_size: int
 
 
 def _of_the_bottleneck(codec: ImageCodec, images_uint8: ImageArray, batch_size: int) -> dict[str, float]:
-    """Statistics of the bottleneck on images: the noise of latents, or the use of codes."""
+    """Statistics of the bottleneck on images: the noise of latents or the use of codes."""
     batches = [to_pixels(images_uint8[start : start + batch_size]) for start in range(0, len(images_uint8), batch_size)]
     if codec.kind == "latents":
         deviations = [codec.encode(pixels.to(codec.device))[1].mean(dim=(1, 2, 3)) for pixels in batches]

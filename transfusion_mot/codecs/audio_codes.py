@@ -21,29 +21,29 @@ from transfusion_mot.codecs.mel_vq import MelVQModel
 from transfusion_mot.config import CodecConfig
 from transfusion_mot.errors import UserError
 
-# Where the configuration of a model, and so the folder that it is saved in, keeps how many codebooks are used.
+# Key in the configuration of a model, which is saved with it, for the number of used codebooks.
 _USED_CODEBOOKS = "used_codebooks"
-# What transformers writes into a configuration that says how its files were saved, and what `AudioCodes` adds.
+# Keys that transformers adds to a configuration when it is saved, and the one that `AudioCodes` adds.
 _OF_THE_FILES = {"architectures", "dtype", "transformers_version", _USED_CODEBOOKS}
 
 
 class AudioCodes:
-    """A frozen tokenizer of sound.
+    """A frozen tokenizer of audio.
 
-    Residual tokenizers have several codebooks, of which each adds detail to the ones before. The codes of a frame then
-    stand one behind the other, and those of codebook q are numbered from `q * K`, with K codes in each.
+    Residual tokenizers have several codebooks; each adds detail to the previous ones. The codes of a frame then follow
+    each other, and those of codebook q start at `q * K`, with K codes in each codebook.
 
     Args:
-        model: Of a class in `CLASSES`, or `HubertUnits`.
-        num_codebooks: How many codebooks are used, beginning with the first. Null is the number in the model's own
-            configuration, where an `AudioCodes` has left it, else 1.
+        model: A model of a class in `CLASSES`, or `HubertUnits`.
+        num_codebooks: Number of used codebooks, from the first. None means the number in the model's configuration, if
+            `AudioCodes` has saved it, else 1.
 
     Attributes:
         model: The same, in float32, in evaluation mode and without gradients.
         num_codebooks: Q.
         codebook_size: Number of codes, of all codebooks together.
-        sample_rate: Of the waveforms, in samples a second.
-        codes_per_second: Codes that a second of sound becomes, on the average.
+        sample_rate: Samples a second of the waveforms.
+        codes_per_second: Average number of codes for a second of audio.
     """
 
     kind: Literal["codes"] = "codes"
@@ -61,7 +61,7 @@ class AudioCodes:
                 f"{self._parts.most}"
             )
         if num_codebooks != getattr(config, _USED_CODEBOOKS, 1):
-            # Saved with the model, so that a snapshot knows it.
+            # Saved with the model for snapshots.
             setattr(config, _USED_CODEBOOKS, num_codebooks)
         self.num_codebooks = num_codebooks
         self.codebook_size = num_codebooks * self._parts.codebook_size
@@ -73,7 +73,7 @@ class AudioCodes:
         """Load a folder written by `save_pretrained`, or a tokenizer of that name from the Hugging Face hub.
 
         Raises:
-            UserError: It is not there, is none of `CLASSES`, is incomplete, or does not have `config.num_codebooks`.
+            UserError: It does not exist, is not in `CLASSES`, is incomplete, or does not have `config.num_codebooks`.
         """
         class_name = class_name_of(config.path)
         if class_name not in CLASSES:
@@ -89,12 +89,12 @@ class AudioCodes:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def has_decoder(self) -> bool:
-        """Whether codes can become sound."""
+        """Whether codes can be decoded to audio."""
         return self._parts.decode is not None
 
     @cached_property
@@ -109,8 +109,8 @@ class AudioCodes:
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Mono waveforms, float32 [T] in [-1, 1] at `sample_rate` => codes [N] of each.
 
-        The codes of a waveform do not depend on the others. Models of transformers encode each alone, because most of
-        them see what a shorter one would be filled up with.
+        The codes of a waveform do not depend on the others. Models of transformers encode each alone, because padding
+        would change the codes of most of them.
         """
         with full_precision(self.device):
             frames_QF = self._parts.encode([waveform.float().to(self.device) for waveform in waveforms])
@@ -121,15 +121,15 @@ class AudioCodes:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [N] => a waveform [T] clamped to [-1, 1].
 
-        A code in the place of another codebook counts as the one at the same place in that codebook; a frame whose
-        codes are not all there is left out.
+        A code from the range of another codebook is read as the same entry of the expected codebook. An incomplete last
+        frame is dropped.
 
         Raises:
-            UserError: The tokenizer has no decoder, or there is no whole frame.
+            UserError: The tokenizer has no decoder, or there is no complete frame.
         """
         if self._parts.decode is None:
             raise UserError(
-                f"{type(self.model).__name__} has no decoder, so its codes cannot become sound; use it to read speech, "
+                f"{type(self.model).__name__} has no decoder, so its codes cannot become audio; use it to read speech, "
                 "or another tokenizer to speak"
             )
         if len(codes) < self.num_codebooks:
@@ -141,7 +141,7 @@ class AudioCodes:
 
 
 class _Parts(NamedTuple):
-    """A tokenizer: codes of one codebook, sample rate, samples of a frame, waveforms [T] => codes [Q, F], and back."""
+    """A tokenizer: size of a codebook, sample rate, samples of a frame, waveforms [T] => codes [Q, F], and back."""
 
     codebook_size: int
     sample_rate: int
@@ -157,7 +157,7 @@ def _each(encode: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], li
 
 
 def _whole_frames(waveform: Tensor, hop: int) -> Tensor:
-    """Filled up with silence to whole frames, with the dimensions of batch and channel: [1, 1, T]."""
+    """The waveform padded with silence to whole frames, with batch and channel dimensions: [1, 1, T]."""
     return F.pad(waveform, (0, -len(waveform) % hop))[None, None]
 
 
@@ -181,13 +181,13 @@ def _encodec(model: Any, num_codebooks: int) -> _Parts:
     config = model.config
     if config.audio_channels != 1 or config.normalize or config.chunk_length is not None:
         raise UserError(
-            "this EncodecModel is stereo, or keeps the loudness of each second beside its codes, which codes alone "
-            "cannot give back; use one like facebook/encodec_24khz, with audio_channels 1, normalize false and without "
+            "this EncodecModel is stereo or stores the loudness of each second separately, which codes alone "
+            "cannot restore; use one like facebook/encodec_24khz, with audio_channels 1, normalize false and without "
             "chunk_length_s"
         )
 
     def encode(waveform: Tensor) -> Tensor:
-        # Each codebook codes what those before have left: the first are the same at every bandwidth.
+        # Each codebook encodes the residual of the previous ones, so the first ones are the same at every bandwidth.
         codes = model.encode(waveform[None, None], bandwidth=config.target_bandwidths[-1]).audio_codes
         return codes[0, 0, :num_codebooks]
 
@@ -232,7 +232,7 @@ def _xcodec2(model: Any, _: int) -> _Parts:
     extractor = transformers.SeamlessM4TFeatureExtractor(sampling_rate=config.sampling_rate)
 
     def encode(waveform: Tensor) -> Tensor:
-        # One sample and half a frame of silence at each side, as `Xcodec2FeatureExtractor` has it.
+        # One sample and half a frame of silence at both ends, as in `Xcodec2FeatureExtractor`.
         padded = _whole_frames(F.pad(waveform, (0, 1)), config.hop_length)
         around = F.pad(padded[0, 0], (config.hop_length // 2,) * 2).cpu().numpy()
         features = extractor(around, sampling_rate=config.sampling_rate, return_tensors="pt")
@@ -287,7 +287,7 @@ _ADAPTERS: dict[str, Callable[[Any, int], _Parts]] = {
     "HubertUnits": _hubert,
     "MelVQModel": _mel_vq,
 }
-# Asked once, because it takes a fifth of a second; and not `hasattr`, which would import them all.
+# Called once, because it takes 0.2 s; `hasattr` would import all of them.
 _KNOWN = {*dir(transformers), MelVQModel.__name__}
-# By the class that a folder names; some are younger than the oldest transformers that this project runs with.
+# By the class in a folder's configuration; the oldest supported transformers lacks some of them.
 CLASSES = [name for name in (*_ADAPTERS, "HubertModel") if name in _KNOWN]

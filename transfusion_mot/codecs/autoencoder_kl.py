@@ -19,7 +19,7 @@ from transfusion_mot.errors import UserError
 class Autoencoder:
     """A frozen diffusers `AutoencoderKL` with its normalisation inside `encode` and `decode`.
 
-    Latents are normalised with the config's `latents_mean` and `latents_std`, one value a channel, where it has them,
+    Latents are normalised with the config's `latents_mean` and `latents_std`, one value a channel, if it has them,
     else with `shift_factor` and `scaling_factor` (Rombach et al. 2022, appendix G; `(raw - shift) * scale`).
 
     Attributes:
@@ -40,8 +40,8 @@ class Autoencoder:
         else:
             mean = [vae.config.shift_factor or 0.0] * self.latent_channels
             std = [1.0 / vae.config.scaling_factor] * self.latent_channels
-        # On the device from the start: a copy at every call would make the host wait for it. Of weights that come
-        # part by part (sequential offload) the device is `meta`; where they will be used shows later.
+        # On the device from the start: a copy at every call would make the host wait for it. With sequential offload
+        # the weights are on `meta`, and their later device is not known yet.
         device = "cpu" if vae.device.type == "meta" else vae.device
         self._mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(std, device=device).view(-1, 1, 1)
@@ -51,7 +51,7 @@ class Autoencoder:
         """Load a folder written by `save_pretrained`, or an autoencoder of that name from the Hugging Face hub.
 
         Raises:
-            UserError: It is not there, is another class than `AutoencoderKL`, or its weights are incomplete.
+            UserError: It does not exist, is not an `AutoencoderKL`, or its weights are incomplete.
         """
         if (class_name := class_name_of(path)) != AutoencoderKL.__name__:
             raise UserError(f"codec path '{path}' is of class {class_name}; an AutoencoderKL is needed")
@@ -61,7 +61,7 @@ class Autoencoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
         return self.vae.device
 
     @cached_property
@@ -116,13 +116,13 @@ class Autoencoder:
     def _normalisation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and scale of the raw latents."""
         if self._mean.device != device:
-            # Once: a copy from the host in every call would make it wait for the device.
+            # Cached: a copy in every call would make the host wait for the device.
             self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self._mean, self._std
 
 
 def set_normalisation(vae: AutoencoderKL, mean: list[float], std: list[float]) -> None:
-    """Write the statistics of the raw latents, one value a channel, into the config that `save_pretrained` writes.
+    """Write the statistics of the raw latents, one value for each channel, to the config that `save_pretrained` writes.
 
     The scaling factor becomes 1, so that diffusers' own pipelines, which apply it on top of the statistics, agree with
     `Autoencoder`.

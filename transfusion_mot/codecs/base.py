@@ -45,7 +45,7 @@ class LatentCodec(Protocol):
         ...
 
     def encode_fast(self, pixels: Tensor, batch_size: int, compiled: bool) -> tuple[Tensor, Tensor]:
-        """Like `encode`, for many images: `batch_size` at a time, in less than float32 where that is faster.
+        """Like `encode`, for many images: `batch_size` at a time, in lower precision than float32 if that is faster.
 
         Args:
             compiled: Compile the encoder on its first use (CUDA only); every batch then has the same shape.
@@ -67,7 +67,7 @@ class CodeCodec(Protocol):
         codebook_size: Number of codes.
         downsampling: Factor f from codes to image height and width.
         device: Where it computes.
-        has_decoder: Whether codes can become pictures.
+        has_decoder: Whether codes can be decoded to pictures.
         fingerprint: Hash of weights and configuration.
     """
 
@@ -100,16 +100,16 @@ class CodeCodec(Protocol):
 
 @runtime_checkable
 class AudioCodec(Protocol):
-    """Sound <=> integer codes.
+    """Audio <=> integer codes.
 
     Attributes:
         kind: `codes`.
         medium: `audio`.
         codebook_size: Number of codes.
-        sample_rate: Of the waveforms, in samples a second.
-        codes_per_second: Codes that a second of sound becomes, on the average.
-        device: Where it computes.
-        has_decoder: Whether codes can become sound.
+        sample_rate: Samples a second of the waveforms.
+        codes_per_second: Average number of codes for a second of audio.
+        device: Device of the model.
+        has_decoder: Whether codes can be decoded to audio.
         fingerprint: Hash of weights and configuration.
     """
 
@@ -149,7 +149,7 @@ Codec = ImageCodec | AudioCodec
 
 
 def reconstruct(codec: ImageCodec, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] => what the codec makes of them and back, without the noise of latents."""
+    """Pixels [B, 3, H, W] in [-1, 1] => their reconstruction by the codec, without the noise of latents."""
     return codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
 
 
@@ -165,7 +165,7 @@ def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Computes in float32 as it is: no autocast, and no TF32, which has as few bits as half precision."""
+    """Compute in full float32: no autocast, and no TF32, which has as few mantissa bits as half precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -177,16 +177,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def check_image_size(side: int, multiple: int, name: str = "image_size", part: str = "a patch") -> None:
-    """Refuse a height or width of images that do not divide into patches or codes.
+    """Refuse a height or width of images that does not divide into patches or codes.
 
     Args:
-        side: In pixels.
-        multiple: Pixels of a part's side: the codec's downsampling, times the patch size of a modality of latents.
-        name: The side's name in the message.
-        part: What the images divide into, likewise.
+        side: Height or width in pixels.
+        multiple: Required divisor: the codec's downsampling, times the patch size of a modality of latents.
+        name: Name of the side in the message.
+        part: Name of the patches or codes in the message.
 
     Raises:
-        UserError: It is no multiple.
+        UserError: It is not a multiple.
     """
     if not isinstance(side, int) or side < 1 or side % multiple:
         raise UserError(f"{name} is {side}; it must be a multiple of {multiple} pixels, {part}'s side")

@@ -22,7 +22,7 @@ def class_name_of(path: str) -> str:
     """Class of the model at `path`, a folder or a name on the hub.
 
     Raises:
-        UserError: There is none, or it is only a part of what is there.
+        UserError: There is none, or the model is only a part of a pipeline in this folder.
     """
     refuse_missing_path(path, "codec path")
     folder = Path(path)
@@ -47,12 +47,12 @@ def load_model(model_class: Any, path: str, dtype: torch.dtype = torch.float32) 
     Raises:
         UserError: Its weights are missing, incomplete or of other sizes.
     """
-    # Low memory usage would leave missing weights of diffusers without storage, before they can be told.
+    # With low memory usage, diffusers would leave missing weights without storage before they can be reported.
     library = (
         {"torch_dtype": dtype, "low_cpu_mem_usage": False} if issubclass(model_class, ModelMixin) else {"dtype": dtype}
     )
     try:
-        # No pickle: it can run code.
+        # No pickle files: they can run code.
         model, loading = model_class.from_pretrained(path, output_loading_info=True, use_safetensors=True, **library)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise _no_codec(path, error) from None

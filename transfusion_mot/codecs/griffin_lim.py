@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of Griffin-Lim, and of the factors that find amplitudes for mel bands; more make no audible difference.
+# Iterations of Griffin-Lim and of the amplitudes of mel bands; more make no audible difference.
 _ITERATIONS = 32
 _FACTORS = 30
-# Of the fast algorithm (Perraudin, Balazs and Søndergaard 2013).
+# Momentum of the fast algorithm (Perraudin, Balazs and Søndergaard 2013).
 _MOMENTUM = 0.99
 _TINY = 1e-9
 
 
 class Spectrogram(nn.Module):
-    """Waveform [T] <=> complex frames [L, F] with a Hann window, F = T / hop; the edges see silence.
+    """Waveform [T] <=> complex frames [L, F] with a Hann window, F = T / hop; both ends are padded with silence.
 
     Args:
         hop_length: Samples from one frame to the next.
-        window_length: Samples of a frame; L is half of it and one more.
+        window_length: Samples of a frame; L = window_length / 2 + 1.
     """
 
     window: Tensor
@@ -28,7 +28,7 @@ class Spectrogram(nn.Module):
     def __init__(self, hop_length: int, window_length: int) -> None:
         super().__init__()
         self.hop_length, self.window_length = hop_length, window_length
-        # A frame is centred on the hop that it stands for.
+        # Each frame is centred on its hop.
         self.margin = (window_length - hop_length) // 2
         self.register_buffer("window", torch.hann_window(window_length), persistent=False)
 
@@ -39,7 +39,7 @@ class Spectrogram(nn.Module):
         return torch.fft.rfft(frames * self.window).T
 
     def inverse(self, spectrum: Tensor) -> Tensor:
-        """[L, F] => the waveform [T] whose frames are nearest to it (Griffin and Lim 1984, equation 6)."""
+        """[L, F] => the waveform [T] with the closest frames (Griffin and Lim 1984, equation 6)."""
         frames = torch.fft.irfft(spectrum.T, n=self.window_length) * self.window
         total = self._overlapped(frames.T)
         weight = self._overlapped(self.window.square()[:, None].expand(-1, spectrum.shape[1]))
@@ -53,9 +53,10 @@ class Spectrogram(nn.Module):
 
 
 def amplitudes_of_mel(mel: Tensor, bank: Tensor) -> Tensor:
-    """Amplitudes of mel bands [M, F] and their filters [L, M] => amplitudes [L, F] >= 0 that give nearly these bands.
+    """Amplitudes of mel bands [M, F] and their filters [L, M] => amplitudes [L, F] >= 0 with nearly these bands.
 
-    Each factor lowers the squared distance of the bands, and keeps the sign (Lee and Seung 2001, theorem 1).
+    Each multiplicative update lowers the squared distance of the bands and keeps the sign (Lee and Seung 2001, theorem
+    1).
     """
     amplitudes = torch.linalg.pinv(bank.T) @ mel
     amplitudes = amplitudes.clamp(min=mel.min().item())
@@ -66,8 +67,8 @@ def amplitudes_of_mel(mel: Tensor, bank: Tensor) -> Tensor:
 
 
 def griffin_lim(amplitudes: Tensor, spectrogram: Spectrogram) -> Tensor:
-    """Amplitudes [L, F] => a waveform [T] with about these. The phases begin at random, the same ones every time."""
-    # Drawn on the CPU: every device gives the same.
+    """Amplitudes [L, F] => a waveform [T] with about these amplitudes. Phases start from fixed random values."""
+    # Drawn on the CPU, so that the result is the same on every device.
     turns = torch.rand(amplitudes.shape, generator=torch.Generator().manual_seed(0)).to(amplitudes.device)
     phases = torch.exp(2j * torch.pi * turns)
     before = torch.zeros_like(phases)

@@ -1,4 +1,4 @@
-"""Speech units: for each hidden state of a HuBERT model, the nearest of a set of centroids.
+"""Speech units: for each hidden state of a HuBERT model, the index of the nearest centroid.
 
 They are the discrete units of textless speech models (arXiv 2102.01192): HuBERT (arXiv 2106.07447) with k-means
 centroids of its hidden states.
@@ -19,29 +19,29 @@ from transfusion_mot.codecs.checkpoint import load_model
 from transfusion_mot.errors import UserError
 
 _CENTROIDS = ("kmeans.safetensors", "kmeans.npy")
-# Where the configuration keeps the layer.
+# Key of the layer in the configuration.
 _LAYER = "units_layer"
 
 
-# A model of transformers, so that diffusers saves and loads it as a part of a snapshot.
+# A model class of transformers, so that diffusers saves and loads it as a part of a snapshot.
 class HubertUnits(PreTrainedModel):
-    """Waveform => units. There is no way back.
+    """Waveform => units. Units cannot be decoded.
 
     Args:
         hubert: The model.
         centroids: [K, D], D the width of the model.
-        layer: Whose hidden states the centroids are of, 0 for what enters the first; null is the layer in the
-            configuration of the model, where a `HubertUnits` has left it, else the last.
-        extractor: How waveforms are prepared; null leaves them as they are.
+        layer: Layer of the hidden states that the centroids belong to; 0 is the input of the first layer. None means
+            the layer in the model's configuration, if `HubertUnits` has saved it, else the last.
+        extractor: Preprocesses waveforms; None leaves them unchanged.
 
     Attributes:
-        sample_rate: Of the waveforms, in samples a second.
+        sample_rate: Samples a second of the waveforms.
         hop: Samples of a unit.
     """
 
     centroids: Tensor
     config_class = HubertConfig
-    # As of the model in it.
+    # The wrapped model supports these.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(
@@ -59,7 +59,7 @@ class HubertUnits(PreTrainedModel):
         self.extractor = extractor or Wav2Vec2FeatureExtractor(do_normalize=False)
         self.sample_rate: int = self.extractor.sampling_rate
         self.hop = int(np.prod(self.config.conv_stride))
-        # Samples that the first unit sees: shorter waveforms have none.
+        # Samples in the receptive field of the first unit; shorter waveforms have no unit.
         self._shortest = 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
             self._shortest = (self._shortest - 1) * stride + kernel
@@ -69,7 +69,7 @@ class HubertUnits(PreTrainedModel):
         """Read a folder with a `HubertModel` and its centroids, `kmeans.npy` or `kmeans.safetensors`, [K, D].
 
         Raises:
-            UserError: They are not there, or do not fit together.
+            UserError: They are missing, or their sizes do not match.
         """
         folder = Path(path)
         file = next((folder / name for name in _CENTROIDS if (folder / name).is_file()), None)
@@ -105,7 +105,7 @@ class HubertUnits(PreTrainedModel):
         return cls.load(str(folder), None)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write what `load` reads."""
+        """Write a folder that `load` reads."""
         self.hubert.save_pretrained(folder)
         self.extractor.save_pretrained(folder)
         save_file({"centroids": self.centroids.contiguous()}, Path(folder) / _CENTROIDS[0])
@@ -113,7 +113,7 @@ class HubertUnits(PreTrainedModel):
     def forward(self, waveform: Tensor) -> Tensor:
         """[T] => units [F]."""
         if self.extractor.do_normalize:
-            # As the extractor does with one waveform.
+            # Like the extractor for one waveform.
             waveform = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
         waveform = F.pad(waveform, (0, max(0, self._shortest - len(waveform))))
         hidden = self.hubert(waveform[None], output_hidden_states=True).hidden_states[self.layer][0]

@@ -41,7 +41,7 @@ class ImageCodes:
         """Load a folder written by `save_pretrained`, or a tokenizer of that name from the Hugging Face hub.
 
         Raises:
-            UserError: It is not there, is none of `CLASSES`, or its weights are incomplete.
+            UserError: It does not exist, is not in `CLASSES`, or its weights are incomplete.
         """
         class_name = class_name_of(path)
         if class_name not in CLASSES:
@@ -50,12 +50,12 @@ class ImageCodes:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def has_decoder(self) -> bool:
-        """Whether codes can become pictures."""
+        """Whether codes can be decoded to pictures."""
         return self._decode is not None
 
     @cached_property
@@ -88,10 +88,10 @@ class ImageCodes:
             return self._decode(codes).float().clamp(-1.0, 1.0)
 
 
-# What transformers writes into a configuration that says how its files were saved.
+# Keys that transformers adds to a configuration when it is saved.
 _OF_THE_FILES = {"architectures", "dtype", "transformers_version"}
 
-# Codes of the codebook, downsampling, pixels => codes in any shape, codes [B, h, w] => pixels.
+# Number of codes, downsampling, pixels => codes in any shape, codes [B, h, w] => pixels.
 _Parts = tuple[int, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]
 
 
@@ -104,7 +104,7 @@ def _vq_model(model: Any) -> _Parts:
 
     def decode(codes: Tensor) -> Tensor:
         entries = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, width))
-        # Not `model.decode`: with `lookup_from_codebook` it would look the entries up a second time.
+        # Not `model.decode`, which would look up the entries a second time with `lookup_from_codebook`.
         hidden = model.post_quant_conv(entries)
         return model.decoder(hidden, entries if config.norm_type == "spatial" else None)
 
@@ -120,9 +120,9 @@ def _janus(model: Any) -> _Parts:
     codebook_size, downsampling, encode, _ = _chameleon(model)
 
     def decode(codes: Tensor) -> Tensor:
-        # Its own `decode` takes images of the one size in its configuration.
+        # The model's `decode` only takes images of the size in its configuration.
         entries = model.quantize.embedding(codes)
-        # As `get_codebook_entry` has it: the codebook is on the unit sphere.
+        # As in `get_codebook_entry`: the codebook is normalised to the unit sphere.
         entries = nn.functional.normalize(entries, p=2, dim=-1).permute(0, 3, 1, 2).contiguous()
         return model.decoder(model.post_quant_conv(entries))
 

@@ -17,7 +17,7 @@ def load_codec(config: CodecConfig, objective: Objective, device: torch.device |
     """Load a codec in float32: an `AutoencoderKL` for `diffusion`, one that gives codes for `next_token`.
 
     Raises:
-        UserError: There is none at `config.path`, it does not fit the objective, or a key is for another class.
+        UserError: `config.path` has no codec, it does not fit the objective, or a key is for another class.
     """
     class_name = class_name_of(config.path)
     for key, classes in {"layer": ("HubertModel",), "num_codebooks": AUDIO_CLASSES}.items():
@@ -34,7 +34,7 @@ def load_codec(config: CodecConfig, objective: Objective, device: torch.device |
         return AudioCodes.load(config, device)
     needed, other = AutoencoderKL.__name__, "next_token"
     if objective == "next_token":
-        needed, other = f"{', '.join(CLASSES)} (images) or {', '.join(AUDIO_CLASSES)} (sound)", "diffusion"
+        needed, other = f"{', '.join(CLASSES)} (images) or {', '.join(AUDIO_CLASSES)} (audio)", "diffusion"
     hint = ""
     if class_name in (AutoencoderKL.__name__, *CLASSES, *AUDIO_CLASSES):
         hint = f"; give another path, or set the objective to {other}"

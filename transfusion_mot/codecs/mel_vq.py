@@ -17,35 +17,34 @@ from transformers.audio_utils import mel_filter_bank
 
 from transfusion_mot.codecs.griffin_lim import Spectrogram, amplitudes_of_mel, griffin_lim
 
-# Smallest amplitude of a band: its logarithm is finite.
+# Smallest amplitude of a band, so that its logarithm is finite.
 _SMALLEST = 1e-7
-# Nats (8.7 dB each) below a voice's mean at which a band counts as silent, so that no code tells of noise below it.
+# Below this number of nats (8.7 dB each) under a voice's mean, a band is clamped, so that codes ignore faint noise.
 _SILENT = 4.5
-# Nats below the mean voice at which another voice ends.
+# Lower limit of another voice, in nats below the mean voice.
 _QUIETEST = 3.0
-# Nats below its loudest frame down to which a frame is speech.
+# A frame is speech if it is at most this number of nats below the loudest frame.
 _SPEECH = 4.0
-# Batches are filled up to the longest waveform.
+# Batches are padded to the longest waveform.
 _ENCODED_AT_ONCE = 32
 
 
 class MelVQModel(ModelMixin, ConfigMixin):
     """Waveforms => log-mel frames => codes => log-mel frames => waveforms.
 
-    What a voice has in common over a whole waveform - the mean of each band, where there is speech - is taken away
-    first. Codes then tell of words more than of the speaker, the microphone and the loudness; the decoder speaks with
-    the mean voice of the training data. Encoder and decoder are ConvNeXt blocks (arXiv 2201.03545) along time. A vector
-    becomes the code that points most nearly in its direction (ViT-VQGAN, arXiv 2110.04627). The phases of decoded
-    frames come from the Griffin-Lim algorithm.
+    The mean of each band over the speech of a waveform is subtracted first. So codes describe words more than the
+    speaker, the microphone and the loudness. The decoder uses the mean voice of the training data. Encoder and decoder
+    are ConvNeXt blocks (arXiv 2201.03545) along time. A vector is replaced by the code with the highest cosine
+    similarity (ViT-VQGAN, arXiv 2110.04627). The phases of decoded frames come from the Griffin-Lim algorithm.
 
     Args:
-        sample_rate: Of the waveforms, in samples a second.
+        sample_rate: Samples a second of the waveforms.
         hop_length: Samples from one frame to the next.
         window_length: Samples of a frame.
         num_mels: Mel bands, from 0 to half the sample rate.
-        block_out_channels: Width at each rate of frames; it halves from one to the next, down to that of codes.
-        layers_per_block: Blocks at each rate but the last, in encoder and decoder each.
-        num_code_layers: Blocks at the rate of codes, likewise.
+        block_out_channels: Width at each frame rate; the rate halves at each step, down to that of codes.
+        layers_per_block: Blocks at each rate except the last, in the encoder and in the decoder.
+        num_code_layers: Blocks at the rate of codes, in the encoder and in the decoder.
         latent_channels: Channels of a code.
         num_vq_embeddings: Number of codes.
     """
@@ -70,7 +69,7 @@ class MelVQModel(ModelMixin, ConfigMixin):
         super().__init__()
         layers = [layers_per_block] * (len(block_out_channels) - 1) + [num_code_layers]
         self.encoder = Encoder(num_mels, block_out_channels, layers)
-        # The names of diffusers' `VQModel`. Centred, so that vectors point in all directions from the first step.
+        # Named as in diffusers' `VQModel`. Centred, so that vectors have all directions from the first step.
         self.quant_conv = nn.Sequential(
             nn.Conv1d(block_out_channels[-1], latent_channels, 1), nn.BatchNorm1d(latent_channels, affine=False)
         )
@@ -86,28 +85,28 @@ class MelVQModel(ModelMixin, ConfigMixin):
 
     @property
     def samples_per_code(self) -> int:
-        """From one code to the next."""
+        """Samples from one code to the next."""
         return self.config.hop_length * 2 ** (len(self.config.block_out_channels) - 1)
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """[T] => the logarithm of the amplitudes of bands [M, F], in whole codes, with silence behind it."""
+        """[T] => logarithms of the amplitudes of bands [M, F], padded with silence to whole codes."""
         whole = F.pad(waveform, (0, -len(waveform) % self.samples_per_code))
         return (self.spectrogram(whole).abs().T @ self.bank).T.clamp(min=_SMALLEST).log()
 
     @staticmethod
     def voice(log_mel: Tensor) -> Tensor:
-        """[M, F] => the mean of each band where there is speech [M, 1]."""
+        """[M, F] => the mean of each band over frames with speech [M, 1]."""
         loudness = log_mel.mean(dim=0)
         return log_mel[:, loudness > loudness.max() - _SPEECH].mean(dim=1, keepdim=True)
 
     def normalise(self, log_mel: Tensor) -> Tensor:
-        """[M, F] => what the encoder sees, of the same shape."""
-        # What is much quieter than the voices of the training data is silence, not a voice.
+        """[M, F] => the input of the encoder, of the same shape."""
+        # Audio that is much quieter than the training voices is silence, not a voice.
         voice = torch.maximum(self.voice(log_mel), self.mel_mean[:, None] - _QUIETEST)
         return (log_mel - voice).clamp(min=-_SILENT) / self.nats
 
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
-        """[T] each => codes [N] of each, whichever the others are."""
+        """[T] each => codes [N] of each, independent of the other waveforms."""
         codes: list[Tensor] = []
         for start in range(0, len(waveforms), _ENCODED_AT_ONCE):
             frames = [self.normalise(self.log_mel(one)) for one in waveforms[start : start + _ENCODED_AT_ONCE]]
@@ -115,7 +114,7 @@ class MelVQModel(ModelMixin, ConfigMixin):
             lengths = torch.tensor([one.shape[1] for one in frames], device=mel_BMF.device)
             mask_B1F = (torch.arange(mel_BMF.shape[2], device=mel_BMF.device) < lengths[:, None])[:, None]
             vectors_BND = self.quant_conv(self.encoder(mel_BMF, mask_B1F)).transpose(1, 2)
-            # Codes have length one, so that the length of a vector makes no difference.
+            # Codes have length one, so the length of a vector does not matter.
             codes_BN = (vectors_BND @ F.normalize(self.quantize.embedding.weight, dim=1).T).argmax(dim=2)
             per_code = mel_BMF.shape[2] // codes_BN.shape[1]
             codes += [row[: one.shape[1] // per_code] for row, one in zip(codes_BN, frames, strict=True)]
@@ -132,12 +131,12 @@ class MelVQModel(ModelMixin, ConfigMixin):
         return self.waveform_of(self.decode_mel(codes))
 
     def waveform_of(self, log_mel: Tensor) -> Tensor:
-        """Log-mel frames [M, F] => a waveform [T] that has about these."""
+        """Log-mel frames [M, F] => a waveform [T] with about these frames."""
         return griffin_lim(amplitudes_of_mel(log_mel.exp(), self.bank), self.spectrogram)
 
 
 class _Codebook(nn.Module):
-    """Codes, of length one when they are used."""
+    """Codes; they are normalised to length one when they are used."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -145,7 +144,7 @@ class _Codebook(nn.Module):
 
 
 class _Block(nn.Module):
-    """A ConvNeXt block: a convolution along time of each channel alone, then a feed-forward of each frame."""
+    """A ConvNeXt block: a depthwise convolution along time, then a feed-forward on each frame."""
 
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
@@ -160,12 +159,12 @@ class _Block(nn.Module):
 
 
 def _blocks(width: int, count: int) -> nn.ModuleList:
-    # Dilations let a few blocks see a syllable.
+    # Dilations give a few blocks the receptive field of a syllable.
     return nn.ModuleList(_Block(width, dilation=2 ** (index % 3)) for index in range(count))
 
 
 def _masked(hidden_BCF: Tensor, mask_B1F: Tensor | None) -> Tensor:
-    """Behind the end of a waveform there is what a convolution has at the edge: nothing."""
+    """Zeros after the end of each waveform, like the padding of a convolution."""
     return hidden_BCF if mask_B1F is None else hidden_BCF * mask_B1F
 
 
@@ -175,7 +174,7 @@ class Encoder(nn.Module):
     Args:
         num_mels: M.
         widths: Channels at each rate of frames, the rate of codes last.
-        layers: Blocks at each.
+        layers: Number of blocks at each rate.
     """
 
     def __init__(self, num_mels: int, widths: Sequence[int], layers: Sequence[int]) -> None:
@@ -187,7 +186,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.LayerNorm(widths[-1])
 
     def forward(self, mel_BMF: Tensor, mask_B1F: Tensor | None = None) -> Tensor:
-        """`mask_B1F` is true up to the end of each waveform, a whole number of codes; null is the end of the batch."""
+        """`mask_B1F` is true up to the end of each waveform, a whole number of codes; None: all end with the batch."""
         hidden = _masked(self.conv_in(mel_BMF), mask_B1F)
         for index, blocks in enumerate(self.stages):
             if index:
@@ -212,7 +211,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv1d(widths[-1], num_mels, 3, padding=1)
 
     def before_last(self, hidden: Tensor) -> Tensor:
-        """All layers but `conv_out`."""
+        """All layers except `conv_out`."""
         for index, blocks in enumerate(self.stages):
             if index:
                 hidden = self.ups[index - 1](hidden)

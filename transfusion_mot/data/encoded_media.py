@@ -221,16 +221,16 @@ def encoded_media(
         "format": _FORMAT,
         "autoencoder" if codec.kind == "latents" else "codec": codec.fingerprint,
     }
-    made_of = made_with
+    fingerprint = made_with
     if codec.medium != "audio":
         made_with |= {"image_fit": data.image_fit, "random_flip": data.random_flip}
-        made_of = made_with | {"image sizes": [list(size) for size in data.image_sizes]}
+        fingerprint = made_with | {"image sizes": [list(size) for size in data.image_sizes]}
     made_hash = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / f"{_PREFIXES[codec.kind]}-{made_hash}"
     sizes = [folder / f"{height}x{width}" for height, width in data.image_sizes]
     if codec.medium == "audio":
         sizes = [folder / "audio"]
-    key = [made_of, media.fingerprint]
+    key = [fingerprint, media.fingerprint]
     is_main = accelerator is None or accelerator.is_main_process
 
     # One process decides for all: another could already see a shard that was finished in the meantime.
@@ -243,7 +243,7 @@ def encoded_media(
         missing = np.flatnonzero(_places(media, entries) < 0)
         plan = _plan(media, missing, sizes, shard_media)
         if plan:
-            reason = _why_not(folder, media, codec.kind, made_of, len(missing))
+            reason = _why_not(folder, media, codec.kind, fingerprint, len(missing))
             _encode(
                 media,
                 codec,
@@ -260,7 +260,7 @@ def encoded_media(
                 sorted({*known, *(shard.file for shard in plan if shard.bucket == bucket)})
                 for bucket, known in enumerate(known_files)
             ]
-            problem = _write_index(folder, key, media, about=_about(media, codec, made_of), files=files)
+            problem = _write_index(folder, key, media, about=_about(media, codec, fingerprint), files=files)
         if (problem := _agreed(problem, accelerator)) is not None:
             raise UserError(problem)
     place = arrays_folder(str(folder), _INDEX, key)
@@ -275,12 +275,14 @@ def encoded_media(
     return encoded
 
 
-def _about(media: MediaSet, codec: Codec, made_of: dict[str, Any]) -> dict[str, Any]:
+def _about(media: MediaSet, codec: Codec, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Description that an index stores about itself."""
-    about = {"name": media.name, "made_of": made_of}
+    about = {"name": media.name, "made_of": fingerprint}
     if codec.kind == "codes":
         return about | {"codebook_size": codec.codebook_size}
-    sizes = [(height // codec.downsampling, width // codec.downsampling) for height, width in made_of["image sizes"]]
+    sizes = [
+        (height // codec.downsampling, width // codec.downsampling) for height, width in fingerprint["image sizes"]
+    ]
     return about | {"latent_shapes": [(codec.latent_channels, *size) for size in sizes]}
 
 
@@ -401,7 +403,7 @@ def _encode(
 
 
 def _why_not(
-    folder: Path, media: MediaSet, kind: Literal["latents", "codes"], made_of: dict[str, Any], num_missing: int
+    folder: Path, media: MediaSet, kind: Literal["latents", "codes"], fingerprint: dict[str, Any], num_missing: int
 ) -> str:
     """A sentence that explains why latents or codes are missing."""
     cache_dir, noun = folder.parent, NOUNS[media.medium]
@@ -417,8 +419,8 @@ def _why_not(
             about = json.loads(StoredArrays(place).strings(_ABOUT)[0])
             before = about["made_of"]
             # A source may have images and audio.
-            if about["name"] == media.name and before.keys() == made_of.keys():
-                differing = [part for part in made_of if before.get(part) != made_of[part]]
+            if about["name"] == media.name and before.keys() == fingerprint.keys():
+                differing = [part for part in fingerprint if before.get(part) != fingerprint[part]]
                 others.append((len(differing), str(place.parent), differing, before))
     if not others:
         return f"'{cache_dir}' has no {kind} of '{media.name}'{old}"
@@ -427,7 +429,7 @@ def _why_not(
     if not differing:
         return f"'{cache_dir}' has no {kind} of these {len(media):,} {noun}s of '{media.name}' yet{old}"
     parts = [
-        f"{'other' if part.endswith('s') else 'another'} {part} ({before.get(part)}, and now it is {made_of[part]})"
+        f"{'other' if part.endswith('s') else 'another'} {part} ({before.get(part)}, and now it is {fingerprint[part]})"
         for part in differing
     ]
     return f"the {kind} of '{media.name}' in '{path}' were made with {' and '.join(parts)}{old}"

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from transfusion_mot.data.sources.keys import Keys, key_of, keys_from, places_of
-from transfusion_mot.data.sources.reading import tried_again
+from transfusion_mot.data.sources.reading import with_retries
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import flush_to_disk
 
@@ -156,7 +156,7 @@ class ShardEntries:
         self._reasons: dict[int, str] = {}
         for file in self.files:
             try:
-                with tried_again(partial(safe_open, file, "numpy")) as shard:
+                with with_retries(partial(safe_open, file, "numpy")) as shard:
                     reasons = json.loads(shard.metadata()["unreadable"])
                     for arrays, name in ((stamps, "stamps"), (contents, "contents"), (rows, "rows")):
                         arrays.append(shard.get_tensor(name))
@@ -187,7 +187,7 @@ class ShardEntries:
 def mapped_array(file: str, name: str) -> npt.NDArray[Any]:
     """A memory-mapped array of a shard by name."""
     # numpy and safetensors keep a descriptor for each mapped file, and a process may have only 1,024.
-    with tried_again(partial(pa.memory_map, file)) as mapped:
+    with with_retries(partial(pa.memory_map, file)) as mapped:
         header_size = int.from_bytes(mapped.read(8), "little")
         entry = json.loads(mapped.read(header_size))[name]
         first, end = entry["data_offsets"]

@@ -23,7 +23,7 @@ from transfusion_mot.run.early import checked_sections
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of the command line, and the settings of train.py behind them.
+    """The options of the command line, and the settings of train.py after them.
 
     Raises:
         UserError: There are mistakes in them.

@@ -7,13 +7,13 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 
 class CaptionTab:
-    """A picture to words, with one pipeline."""
+    """Captions of a picture, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
 
     def caption(self, path: str | None, temperature: float, seed: int, max_new_tokens: int) -> str:
-        """An uploaded file => what the model says about it."""
+        """An uploaded file => its caption."""
         with mistakes_shown():
             image = uploaded(path)
             generator = torch.Generator().manual_seed(int(seed))

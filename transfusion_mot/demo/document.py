@@ -23,7 +23,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 
 class DocumentTab:
-    """A text, and a picture if there is one, to a document, with one pipeline."""
+    """Continues a text, with an optional picture, as a document, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
@@ -41,7 +41,7 @@ class DocumentTab:
         scale: float,
         temperature: float,
     ) -> str:
-        """A beginning => the document as HTML; what the visitor gave is set off from what follows."""
+        """A beginning => the document as HTML; the visitor's part is marked."""
         text = text.strip()
         if not text and path is None:
             raise refused("Give a text or a picture to begin with.")

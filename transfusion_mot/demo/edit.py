@@ -23,7 +23,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 
 
 class EditTab:
-    """A picture and an instruction to pictures, with one pipeline."""
+    """Edits of a picture by an instruction, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
@@ -40,7 +40,7 @@ class EditTab:
         scale: float,
         image_scale: float,
     ) -> Iterator[tuple[list[Image.Image], str]]:
-        """An uploaded file and what to do with it => results, and a line about them."""
+        """An uploaded file and an instruction => results, and a line about them."""
         instruction = instruction.strip()
         if not instruction:
             raise refused("Write an instruction first.")

@@ -11,7 +11,7 @@ from PIL import Image
 from transfusion_mot.pipeline import TransfusionPipeline
 
 NUM_PREVIEWS = 8
-# Name of the thread that paints.
+# Name of the painting thread.
 PAINTING = "painting"
 
 # Pictures, a line about them, and whether they are finished.
@@ -19,15 +19,15 @@ Update = tuple[list[Image.Image], str, bool]
 
 
 class _Stopped(Exception):
-    """Nobody waits for the pictures any more."""
+    """The caller no longer reads the pictures."""
 
 
 def painted_live(paint: Callable[[Callable[..., dict[str, Any]]], list[Image.Image]]) -> Iterator[Update]:
-    """Run a painting => pictures as they are so far with a line about them, then the finished ones.
+    """Paint => intermediate pictures with a line about them, then the finished ones.
 
     Args:
-        paint: Takes a `callback_on_step_end` of a pipeline and returns the pictures. It runs in a thread of its own;
-            when nobody takes the next update any more, it is stopped at its next step.
+        paint: Takes a `callback_on_step_end` of a pipeline and returns the pictures. It runs in a separate thread. If
+            the caller stops reading updates, painting stops at the next step.
     """
     updates: queue.Queue[Update | BaseException | None] = queue.Queue()
     stop = threading.Event()
@@ -46,7 +46,7 @@ def painted_live(paint: Callable[[Callable[..., dict[str, Any]]], list[Image.Ima
             images = paint(on_step_end)
             updates.put((images, f"{time.perf_counter() - start:.1f} s", True))
             updates.put(None)
-        # Whatever it is, it is raised where it can be shown.
+        # Any error is raised again in the caller, which can show it.
         except BaseException as error:
             updates.put(error)
 

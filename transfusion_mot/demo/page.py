@@ -12,8 +12,8 @@ from transfusion_mot.demo.speech import SpeechTab
 from transfusion_mot.pipeline import TransfusionPipeline
 
 MAX_UPLOAD = "10mb"
-# Results are as large before painting as after it, so that nothing moves. Pictures of the history are small, and their
-# prompts stand below them.
+# The results area has the same size before and after painting, so that nothing moves. Pictures of the history are
+# small, with their prompts below.
 CSS = """
 .gradio-container > .main {max-width: 1264px !important}
 .gradio-container main {width: 100%; max-width: 1200px !important; margin: 0 auto !important}
@@ -66,13 +66,13 @@ def _size(pipeline: TransfusionPipeline) -> str:
 
 
 def launch_options(host: str, port: int, share: bool) -> dict[str, Any]:
-    """Arguments of `gradio.Blocks.launch` for a page that keeps to itself."""
+    """Arguments of `gradio.Blocks.launch` for a page without external resources."""
     return {
         "server_name": host,
         "server_port": port,
         "share": share,
         "max_file_size": MAX_UPLOAD,
-        # No font and no script comes from elsewhere.
+        # No fonts or scripts from other servers.
         "theme": gr.themes.Default(
             primary_hue="indigo",
             neutral_hue="slate",

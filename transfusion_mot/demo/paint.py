@@ -29,24 +29,24 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import fit_samplers, make_sampling_scheduler, sampler_name
 
 HISTORY_LENGTH = 40
-# Sides of pictures may be so much longer than the longest of training.
+# Maximum side of pictures, relative to the longest side in training.
 _LARGER = 2
 
 
 @dataclass(frozen=True)
 class Painted:
-    """A picture of the history: its file, and what the page's fields held when it was painted."""
+    """A picture of the history: its file, and the values of the page's fields when it was painted."""
 
     path: str
     settings: tuple[Any, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Painted":
-        # Gradio copies the first state of every visitor; there is nothing here that changes.
+        # Gradio copies the initial state for every visitor; this object never changes.
         return self
 
 
 class PaintTab:
-    """Prompts to pictures, with one pipeline."""
+    """Paints prompts, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
@@ -68,9 +68,9 @@ class PaintTab:
         rescale: float,
         *drawing: Any,
     ) -> Iterator[tuple[Any, str, Any, Any, Any]]:
-        """History and fields of the page => pictures, a line about them, the history as kept, as shown, and its title.
+        """History and fields of the page => pictures, a line about them, the new history, its pictures, and its title.
 
-        The last fields, `drawing`, are steps and scheduler; of a model whose pictures are codes temperature, top-p and
+        The last fields, `drawing`, are steps and scheduler; for a model with codes they are temperature, top-p and
         top-k.
         """
         prompt = prompt.strip()
@@ -96,7 +96,7 @@ class PaintTab:
                 negative_prompt=negative_prompt.strip() or None,
                 guidance_rescale=rescale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                # Codes are not seen until they are all written.
+                # Codes can only be decoded when all are generated.
                 callback_on_step_end=None if self.is_codes else on_step_end,
                 **how,
             ).images
@@ -121,14 +121,14 @@ class PaintTab:
         yield [painted.path for painted in new], line, history, past, gr.Markdown(visible=True)
 
     def forget(self, history: list[Painted]) -> None:
-        """Remove the files of pictures that nobody sees any more."""
+        """Remove the files of pictures that are no longer shown."""
         for painted in history:
             Path(painted.path).unlink(missing_ok=True)
 
     def add(self) -> None:
         """Add the tab to the page that is being built."""
         pipeline = self.pipeline
-        # Without the end that all of them share, which has no place.
+        # Without their common ending, because there is no space for it.
         schedulers = [(name.replace("Scheduler", ""), name) for name in fit_samplers(pipeline.scheduler)]
         current = sampler_name(pipeline.scheduler)
         examples = pipeline.config.examples or {}
@@ -165,9 +165,7 @@ class PaintTab:
                     width = self._add_side("Width", default_width)
                     seed = add_seed()
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                    negative = gr.Textbox(
-                        "", label="Negative prompt", placeholder="what to lead away from", max_lines=2
-                    )
+                    negative = gr.Textbox("", label="Negative prompt", placeholder="content to avoid", max_lines=2)
                     rescale = gr.Slider(0, 1, 0, step=0.05, label="Guidance rescale")
                     if self.is_codes:
                         temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
@@ -191,7 +189,7 @@ class PaintTab:
     def add_history(self) -> None:
         """Add the history below the tabs."""
         title = gr.Markdown("History: click a picture to restore its settings", elem_id="past", visible=False)
-        # Nothing is there before the first picture.
+        # Hidden before the first picture.
         shown = gr.Gallery(
             show_label=False,
             columns=8,
@@ -221,7 +219,7 @@ def _settings_of(history: list[Painted], clicked: "gr.SelectData") -> tuple[Any,
 
 
 def begin_with(beginning: str, prompt: str, beginnings: Sequence[str]) -> str:
-    """A prompt with another one of the beginnings that captions have; empty is none."""
+    """A prompt with another beginning of captions; empty removes it."""
     prompt = prompt.strip()
     for known in sorted(beginnings, key=len, reverse=True):
         if prompt == known or prompt.startswith(f"{known} "):

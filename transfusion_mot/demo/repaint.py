@@ -21,12 +21,12 @@ from transfusion_mot.demo.shared import (
 )
 from transfusion_mot.pipeline import TransfusionPipeline
 
-# Height and width of the place where the visitor draws, in pixels.
+# Height and width of the drawing area, in pixels.
 _CANVAS = 512
 
 
 class RepaintTab:
-    """A picture, what is drawn on it and a prompt to pictures, with one pipeline."""
+    """Repaints the marked part of a picture by a prompt, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
@@ -42,7 +42,7 @@ class RepaintTab:
         steps: int,
         scale: float,
     ) -> Iterator[tuple[list[Image.Image], str]]:
-        """A picture with what is drawn on it => results, and a line about them. With nothing drawn all may change."""
+        """A picture with marks drawn on it => results, and a line about them. Without marks everything may change."""
         if drawn is None or drawn["background"] is None:
             raise refused("Give a picture first.")
         prompt = prompt.strip()

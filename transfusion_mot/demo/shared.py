@@ -19,17 +19,17 @@ MAX_TOP_K = 500
 MAX_TOKENS = 128
 MAX_QUEUE = 16
 MAX_SEED = 2**31
-# What a file is called that a visitor gave.
+# Name of an uploaded file in messages.
 UPLOADED = "your file"
-# Gradio keeps a file of each result shown: looked for every hour, removed after a day.
+# Gradio stores a file for each shown result: it checks every hour and removes files after a day.
 CACHE_SECONDS = (3600, 86400)
-# What shares one model takes turns.
+# Calls that share one model take turns.
 MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
 @contextmanager
 def mistakes_shown() -> Iterator[None]:
-    """A `UserError` inside becomes a message on the page."""
+    """Turn a `UserError` into a message on the page."""
     try:
         yield
     except UserError as error:
@@ -43,16 +43,16 @@ def refused(message: str) -> Exception:
 
 
 def add_seed() -> Any:
-    """The field of a seed, with a button that draws one."""
+    """A field for the seed, with a button that draws one."""
     draw = gr.Button("Random", size="sm")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=130, buttons=[draw])
-    # In the browser, so that nobody waits for the model.
+    # Drawn in the browser, which need not wait for the model.
     draw.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
     return seed
 
 
 def add_gallery(element: str, columns: int = 2) -> Any:
-    """Where results appear: as large before as after."""
+    """The results area; its size is the same before and after painting."""
     return gr.Gallery(
         show_label=False,
         columns=columns,
@@ -65,11 +65,11 @@ def add_gallery(element: str, columns: int = 2) -> Any:
 
 
 def add_upload(element: str, height: int = 320) -> Any:
-    """Where a visitor puts a picture."""
+    """The field to upload a picture."""
     picture = gr.Image(
         label="Picture", type="filepath", sources=["upload", "clipboard"], height=height, elem_id=element
     )
-    # The uploaded file as it is: `load_image` says what is wrong with it, and Gradio would only fail.
+    # The unchanged file: `load_image` reports what is wrong with it, while Gradio would only fail.
     picture.preprocess = lambda payload: payload and payload.path
     return picture
 
@@ -78,7 +78,7 @@ def uploaded(path: str | None) -> Image.Image:
     """The picture in an uploaded file.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not a picture.
     """
     if path is None:
         raise refused("Give a picture first.")

@@ -25,12 +25,12 @@ from transfusion_mot.demo.shared import (
 )
 from transfusion_mot.pipeline import TransfusionPipeline
 
-# Seconds that the page lets a model speak, if training had longer audio.
+# Maximum seconds of speech on the page, if training had longer audio.
 MAX_SECONDS = 30.0
 
 
 class SpeechTab:
-    """Speaking and listening, with one pipeline."""
+    """Speech output and speech input, with one pipeline."""
 
     def __init__(self, pipeline: TransfusionPipeline) -> None:
         self.pipeline = pipeline
@@ -52,17 +52,17 @@ class SpeechTab:
                 generator=torch.Generator().manual_seed(int(seed)),
             )
         if not len(audio.samples):
-            raise refused("It said nothing; try another seed.")
+            raise refused("The speech is empty; try another seed.")
         return (audio.sample_rate, (audio.samples * 32767).astype(np.int16)), f"{audio.seconds:.1f} s of speech"
 
     def transcribe(self, path: str | None) -> str:
-        """A recording => what is said in it."""
+        """A recording => its transcript."""
         with mistakes_shown():
             (text,) = self.pipeline.transcribe(_recording(path), max_new_tokens=MAX_TOKENS)
         return text or "(nothing)"
 
     def paint(self, path: str | None, num_images: int, seed: int) -> Iterator[tuple[list[Image.Image], str]]:
-        """A recording => pictures of what is said in it, and a line about them."""
+        """A recording => pictures from its speech, and a line about them."""
         is_codes = self.pipeline.codec.kind == "codes"
 
         def run(on_step_end: Callable[..., dict[str, Any]]) -> list[Image.Image]:
@@ -94,10 +94,10 @@ class SpeechTab:
         longest = min(MAX_SECONDS, self.pipeline.config.max_audio_seconds or MAX_SECONDS)
         own_scale = self.pipeline.guidance_of(self.pipeline.audio_modality)
         text = gr.Textbox(label="Text to say", placeholder="a red apple", max_lines=4, elem_id="said")
-        # Of a model without pictures there is none.
+        # A model without pictures has no such field.
         picture = gr.State(None)
         if self.pipeline.has_images:
-            with gr.Accordion("Or a picture, to say what is in it", open=False):
+            with gr.Accordion("Or a picture to describe", open=False):
                 picture = add_upload("spoken-picture", height=220)
         start = gr.Button("Speak", variant="primary", elem_id="speak")
         spoken = gr.Audio(label="Speech", format="wav", interactive=False, buttons=["download"], elem_id="spoken")
@@ -124,13 +124,13 @@ class SpeechTab:
             buttons=["download"],
             elem_id="recording",
         )
-        # The uploaded file as it is: `decode_audio` says what is wrong with it, and Gradio would only fail.
+        # The unchanged file: `decode_audio` reports what is wrong with it, while Gradio would only fail.
         recording.preprocess = lambda payload: payload and payload.path
         paints = self.pipeline.can_paint
         with gr.Row():
             transcribe = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
             if paints:
-                paint = gr.Button("Paint what is said", elem_id="paint-said")
+                paint = gr.Button("Paint from speech", elem_id="paint-said")
         if paints:
             with gr.Row():
                 num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
@@ -154,7 +154,7 @@ def _recording(path: str | None) -> Audio:
     """The audio in an uploaded file.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not audio.
     """
     if path is None:
         raise refused("Record something, or give an audio file.")

@@ -39,7 +39,7 @@ class Clip:
         weights: Hash of its parameters.
         model: The model, in float32 on `device`.
         processor: Its tokenizer and image preprocessing.
-        device: Where it computes.
+        device: Device of the model.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Clip:
 
     @property
     def context(self) -> int:
-        """Most tokens of a text."""
+        """Maximum number of tokens of a text."""
         length: int = self.model.config.text_config.max_position_embeddings
         return length
 
@@ -61,7 +61,7 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
     Args:
         name_or_path: Name or folder.
         device: Where it computes.
-        option: What takes a local folder on the command line; for the message.
+        option: Command-line option that takes a local folder; for the message.
 
     Raises:
         UserError: It cannot be found or downloaded, is another kind of model, or lacks weights.
@@ -77,7 +77,7 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
         processor = CLIPProcessor.from_pretrained(name_or_path)
     except UserError:
         raise
-    # Beside OSError, broken files end in whatever their parser raises.
+    # Besides OSError, parsers of damaged files raise any error.
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         where = "that folder" if Path(name_or_path).is_dir() else "huggingface.co, and there is no such folder"
         reason = " ".join(str(error).split()).split(". ")[0]
@@ -117,7 +117,7 @@ def clip_embeddings(
     processes: PartialState | None = None,
     pad: bool = False,
 ) -> ClipEmbeddings:
-    """Embed images and their texts, which are cut where they are longer than the model's context.
+    """Embed images and their texts; texts longer than the model's context are cut.
 
     Args:
         images: Files, members of tar files or pictures.
@@ -125,12 +125,12 @@ def clip_embeddings(
         clip: The model.
         batch_size: Images at a time; does not change the embeddings. Null chooses by the device.
         num_workers: Images decoded and resized at a time, by other processes; with 0 one at a time, by this process.
-        prefix: Put in front of every text.
-        processes: Share the images among these, which all call this and all receive all embeddings.
-        pad: Bring the longer side of an image to the model's size and fill up with black, instead of cutting.
+        prefix: Text in front of every text.
+        processes: Processes that share the images; all call this, and all receive all embeddings.
+        pad: Resize the longer side of an image to the model's size and pad with black, instead of cropping.
 
     Raises:
-        UserError: There are no images, not as many texts, or an image cannot be read.
+        UserError: There are no images, the number of texts differs, or an image cannot be read.
     """
     if not images or len(images) != len(texts):
         raise UserError(f"a CLIP score needs one text an image, but there are {len(images)} images, {len(texts)} texts")
@@ -164,13 +164,13 @@ def clip_embeddings(
 
 @torch.inference_mode()
 def text_embeddings(texts: Sequence[str], clip: Clip) -> torch.Tensor:
-    """Embeddings `[N, D]` of length one of texts, which are cut where they are longer than the model's context."""
+    """Embeddings `[N, D]` of length one of texts; texts longer than the model's context are cut."""
     _warn_of_long(texts, clip)
     return torch.cat([_embed_texts(texts[start : start + 64], clip) for start in range(0, len(texts), 64)])
 
 
 def _tokenize(texts: Sequence[str], clip: Clip, **options: Any) -> Any:
-    # Where a text itself holds "<|endoftext|>", it is read as these characters.
+    # A "<|endoftext|>" in a text is read as ordinary characters.
     return clip.processor.tokenizer(list(texts), split_special_tokens=True, **options)
 
 
@@ -197,7 +197,7 @@ def _preprocess(image: ImageArray, image_processor: Any, pad: bool) -> torch.Ten
 
 
 def _padded(image: ImageArray, size: int) -> ImageArray:
-    """The longer side brought to `size`, in the middle of black, as HPSv2's own preprocessing has it."""
+    """The longer side resized to `size`, centred on black, as in HPSv2's own preprocessing."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     height, width = round(height * scale), round(width * scale)
@@ -208,7 +208,7 @@ def _padded(image: ImageArray, size: int) -> ImageArray:
 
 
 def retrieved(embeddings: ClipEmbeddings, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """`[N]`, whether no other text of the set is closer to an image than its own; equal texts are one."""
+    """`[N]` whether no other text of the set is closer to an image than its own; equal texts count as one."""
     first = {text: index for index, text in reversed(list(enumerate(texts)))}
     places = {text: place for place, text in enumerate(first)}
     candidates = embeddings.texts[list(first.values())]
@@ -231,9 +231,9 @@ def clip_scores(
     processes: PartialState | None = None,
     suffix: str = "",
 ) -> list[Metric]:
-    """CLIP score on the three scales in use, and how often an image finds its text; as in `clip_embeddings`.
+    """CLIP score on the three usual scales, and the retrieval rate of texts; arguments as in `clip_embeddings`.
 
-    With a `suffix` behind their names, which tells the numbers of several models apart.
+    A `suffix` after their names distinguishes the numbers of several models.
 
     Returns:
         The mean cosine, the same times 100, CLIPScore, the mean of 2.5 max(cosine, 0) (arXiv 2104.08718, eq. 1), and
@@ -270,8 +270,8 @@ def preference_score(
 ) -> Metric:
     """A score by a CLIP model that was trained on human choices between images of one prompt; higher is preferred.
 
-    PickScore (arXiv 2305.01569) is the cosine times the model's own scale, of images whose middle is cut out. HPSv2
-    (arXiv 2306.09341) is the cosine of images that are padded with black, times 100 as its tables have it.
+    PickScore (arXiv 2305.01569) is the cosine times the model's own scale, with centre crops. HPSv2 (arXiv 2306.09341)
+    is the cosine times 100, as in its tables, with images padded with black.
     """
     pad = kind == "HPSv2 x100"
     found = clip_embeddings(
@@ -292,7 +292,7 @@ def caption_clip_scores(
     """CLIPScore and RefCLIPScore of one caption an image (arXiv 2104.08718, equations 1 and 2).
 
     RefCLIPScore is the harmonic mean of CLIPScore and of the largest cosine, not below 0, between the caption and a
-    reference. All texts stand behind "A photo depicts ".
+    reference. All texts have the prefix "A photo depicts ".
     """
     embeddings = clip_embeddings(images, captions, clip, num_workers=num_workers, prefix=CLIP_PREFIX)
     flat = [CLIP_PREFIX + text for texts in references for text in texts]

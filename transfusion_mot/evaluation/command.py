@@ -14,7 +14,7 @@ from transfusion_mot.path_options import PathOption, existing
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the description as it is written."""
+    """A parser that keeps the line breaks of the description."""
     return argparse.ArgumentParser(
         prog=program(),
         description=as_called(description or ""),
@@ -39,7 +39,7 @@ def add_config(parser: argparse.ArgumentParser, what: str) -> None:
     """Option `--config`.
 
     Args:
-        what: Its help.
+        what: Help text.
     """
     needed = "the configuration that the model was trained with, to find its data"
     parser.add_argument("--config", action=PathOption, check=existing(needed), metavar="FILE", help=what)
@@ -59,7 +59,7 @@ def add_recordings(parser: argparse.ArgumentParser) -> None:
 
 
 def add_painted(parser: argparse.ArgumentParser) -> None:
-    """The folder of pictures that were painted for GenEval's prompts, or such as those."""
+    """Add the folder of pictures that were painted for prompts in GenEval's format."""
     parser.add_argument(
         "folder",
         action=PathOption,
@@ -70,7 +70,7 @@ def add_painted(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Options of what reads the held-out documents of a run: `--checkpoint`, `--config`, `--batch-size`."""
+    """Options of commands that read the held-out documents of a run: `--checkpoint`, `--config`, `--batch-size`."""
     add_checkpoint(parser)
     add_config(parser, "configuration that names the data (default: the run's)")
     parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="rows at a time (default: 8)")
@@ -95,7 +95,7 @@ def at_least_one(text: str) -> int:
     """An option's value => a count.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        argparse.ArgumentTypeError: It is not a count.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
@@ -103,10 +103,10 @@ def at_least_one(text: str) -> int:
 
 
 def writable_file(text: str) -> str:
-    """An option's value: a file that can be written, which is tried before hours of work.
+    """An option's value: a file that can be written; this is checked before hours of work.
 
     Raises:
-        argparse.ArgumentTypeError: It cannot.
+        argparse.ArgumentTypeError: It cannot be written.
     """
     try:
         check_writable_file(text, "output")
@@ -127,7 +127,7 @@ def publish(metrics: Sequence[Metric], output: str | None) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script; what it tells of its work goes to standard error, and so does a mistake of its user."""
+    """Run a script; log messages and user errors go to standard error."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("transfusion_mot").setLevel(logging.INFO)
     with exit_on_user_error():

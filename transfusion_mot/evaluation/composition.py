@@ -1,9 +1,9 @@
 """Does a picture show the things, counts, colours and places of its prompt? Judged by comparison with drawings.
 
-For pictures of drawings on white, as models of `scenes` paint them; the lines of a prompt are those of GenEval
-(arXiv 2310.11513), and so is what is asked of a picture. GenEval's detector knows photographs. Here a picture is cut
-where it is white, and each part is compared with every drawing of a folder of sprites, in grey, in the features of a
-network: it is what its nearest drawing is. Colours are counted in pixels.
+It is for pictures of drawings on white, as painted by models of `scenes`. Prompts and rules are those of GenEval (arXiv
+2310.11513), whose own detector only knows photographs. Here a picture is cut into parts at white areas. Each part gets
+the name of the nearest drawing in a folder of sprites, compared in grey in the features of a network. Colours are
+counted in pixels.
 """
 
 from collections import Counter, defaultdict
@@ -29,11 +29,11 @@ from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.scoring import unit_length
 
-# What differs so much from the ground is no ground, of 255.
+# Minimum difference from the background, of 255.
 _CONTRAST = 22
-# Parts are joined over gaps of this share of the picture, and left out where they cover less than that of it.
+# Parts are joined over gaps up to the first share of the picture, and dropped if they cover less than the second.
 _GAP, _LEAST_AREA = 0.016, 0.004
-# Drawings are compared at the size at which they stand in scenes, with this margin.
+# Drawings are compared at their size in scenes, with this margin.
 _COMPARED_AT, _MARGIN = 56, 0.12
 # Real scenes are drawn at this size.
 _REAL_SIZE = (128, 128)
@@ -49,8 +49,8 @@ class Part:
 
     Attributes:
         box: Left, top, right and bottom.
-        picture: It alone, on white, in a square.
-        colour: What most of it has.
+        picture: The part alone, on a white square.
+        colour: Its main colour.
     """
 
     box: Box
@@ -73,11 +73,11 @@ class Found:
 
 
 class Drawings:
-    """All things of a folder of sprites, to name parts by.
+    """All things of a folder of sprites, which give names to parts.
 
     Args:
         sprites: The folder.
-        network: In whose features they are compared.
+        network: Network whose features are compared.
     """
 
     def __init__(self, sprites: Sprites, network: FeatureNetwork) -> None:
@@ -105,20 +105,20 @@ class Drawings:
         return [str(noun) for noun in self.nouns[likeness.argmax(axis=1)]]
 
     def names_of_own(self) -> list[str]:
-        """The noun of each drawing by the other drawings."""
+        """The noun of each drawing, by its nearest other drawing."""
         likeness = self._features @ self._features.T
         np.fill_diagonal(likeness, -1)
         return self.names(likeness)
 
 
 def plain_noun(noun: str) -> str:
-    """A face is that of a thing: "dog face" => "dog"; "smiling face" is a thing."""
+    """The thing of a face: "dog face" => "dog"; "smiling face" is itself a thing."""
     thing = noun.removesuffix(" face")
     return thing if object_of_drawing(thing) is not None else noun
 
 
 def parts_of(picture: Image.Image) -> list[Part]:
-    """The things in a picture with a plain ground."""
+    """The things in a picture with a plain background."""
     pixels = np.asarray(picture.convert("RGB")).astype(np.int16)
     side = min(pixels.shape[:2])
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -131,7 +131,7 @@ def parts_of(picture: Image.Image) -> list[Part]:
     kept = sorted(np.flatnonzero(areas >= _LEAST_AREA * side**2).tolist(), key=lambda place: -areas[place])
     owners: list[list[int]] = []
     for place in kept:
-        # What lies in the box of a larger thing belongs to it, as the lens does to a pair of glasses.
+        # A part inside the box of a larger part belongs to it, like the lenses of a pair of glasses.
         inside = [owner for owner in owners if _share_inside(boxes[place], boxes[owner[0]]) > 0.8]
         if inside:
             inside[0].append(place)
@@ -175,11 +175,11 @@ def colour_of(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def is_right(line: Line, found: Sequence[Found]) -> bool:
-    """Whether a picture shows what the line of its prompt asks for, and nothing else.
+    """Whether a picture shows exactly the content that the line of its prompt requires.
 
-    Each entry of `include` asks for so many (`count`) of a thing (`class`), all of them of its `color` and at its
-    `position`, [relation, number of the other entry], if it has these. GenEval lets other things pass; on a plain
-    ground they are mistakes.
+    Each entry of `include` requires a number (`count`) of a thing (`class`), all with its `color` and its `position`,
+    [relation, number of the other entry], if it has these. GenEval accepts additional things; on a plain background
+    they are mistakes.
     """
     named: list[list[Found]] = []
     for entry in line["include"]:
@@ -200,11 +200,11 @@ def is_right(line: Line, found: Sequence[Found]) -> bool:
 
 
 def composition_metrics(painted: Sequence[tuple[Line, Path]], sprites: Sprites, drawings: Drawings) -> list[Metric]:
-    """Shares of the pictures that are right, by kind of prompt; and the same of real scenes, which are to be right.
+    """Shares of correct pictures, by kind of prompt, and the same for real scenes, which should all be correct.
 
-    Real scenes are drawn of the same lines. "real scenes, unknown drawings" are the same, judged without the drawings
-    that are in them, as a model's pictures may be like none of them. "real scenes, wrong prompts" are judged by the
-    prompt of another line of their kind.
+    Real scenes are drawn from the same lines. "real scenes, unknown drawings" are the same scenes, judged without the
+    drawings in them, because pictures of a model may be unlike all of them. "real scenes, wrong prompts" are judged by
+    another prompt of the same kind.
     """
     lines = [line for line, _ in painted]
     found, _ = _found([Image.fromarray(load_rgb(picture)) for _, picture in painted], drawings)
@@ -238,7 +238,7 @@ def composition_metrics(painted: Sequence[tuple[Line, Path]], sprites: Sprites, 
 def _found(
     pictures: Sequence[Image.Image], drawings: Drawings, without: Sequence[Sequence[int]] | None = None
 ) -> tuple[list[list[Found]], list[list[Found]]]:
-    """The things in each picture, named by all drawings, and by all but those of `without`."""
+    """The things in each picture, named by all drawings, and by all except those of `without`."""
     parts = [parts_of(picture) for picture in pictures]
     likeness = drawings.likeness([part for some in parts for part in some])
     known = _named(parts, drawings.names(likeness))
@@ -262,7 +262,7 @@ def _scene_of(line: Line, composer: Composer, number: int) -> Scene:
 
 
 def _next_of_its_kind(lines: Sequence[Line]) -> list[int]:
-    """For each line another one of its kind, with another prompt."""
+    """For each line another line of its kind, with another prompt."""
     others = []
     for place, line in enumerate(lines):
         turned = [*range(place + 1, len(lines)), *range(place)]
@@ -279,7 +279,7 @@ def _stands(relation: str, one: Part, two: Part) -> bool:
 
 
 def _in_square(drawing: Image.Image) -> Image.Image:
-    """A drawing, with or without transparency, in the middle of a white square of a margin around it."""
+    """A drawing, with or without transparency, centred on a white square with a margin."""
     scale = _COMPARED_AT / max(drawing.size)
     small = drawing.convert("RGBA").resize(
         (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale))), Image.Resampling.BICUBIC

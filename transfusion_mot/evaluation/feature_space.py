@@ -14,7 +14,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette: told apart by every eye, and in grey.
+# Okabe and Ito's palette: distinguishable with colour blindness and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MOST_PANELS = 4
 # Hidden states [N, D] of each modality.
@@ -23,13 +23,13 @@ States = dict[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """The hidden states behind a layer.
+    """The hidden states after a layer.
 
     Attributes:
-        apart: Share of the states, in [0, 1], that lie nearer to the mean of their own modality than to that of any
-            other; one over the number of modalities if they lie alike.
-        explained: Shares of their variance along the first two principal components.
-        points: Of each modality, the places of its states on these components, [N, 2].
+        apart: Share of the states, in [0, 1], that are nearer to the mean of their own modality than to any other
+            mean; 1 / (number of modalities) if modalities do not differ.
+        explained: Shares of the variance along the first two principal components.
+        points: Coordinates [N, 2] of the states of each modality on these components.
     """
 
     apart: float
@@ -38,7 +38,7 @@ class LayerSpace:
 
 
 def layer_space(states: States) -> LayerSpace:
-    """Where the states of a layer lie; those of a modality are as many as of every other one."""
+    """Positions of the states of a layer; all modalities have the same number of states."""
     scaled = {name: own / np.sqrt(np.square(own).mean(axis=1, keepdims=True) + 1e-12) for name, own in states.items()}
     together = np.concatenate(list(scaled.values()))
     centre = together.mean(axis=0)
@@ -51,8 +51,8 @@ def layer_space(states: States) -> LayerSpace:
 def _apart(states: Sequence[npt.NDArray[np.float32]]) -> float:
     """Share of the states [N, D] of each modality whose nearest mean is their own.
 
-    The means are those of the states at odd places for the states at even places, and the other way round: a state
-    pulls the mean that it is part of towards itself.
+    States at even places are compared with the means of states at odd places, and the other way round, because a state
+    is part of its own mean.
     """
     shares = []
     for first in (0, 1):
@@ -74,7 +74,7 @@ def spaces_table(spaces: dict[str, list[LayerSpace]]) -> str:
 
 
 def spaces_json(spaces: dict[str, list[LayerSpace]]) -> dict[str, Any]:
-    """The numbers of all layers, layer 0 being what goes into the first block."""
+    """The numbers of all layers; layer 0 is the input of the first block."""
     return {
         run: [{"apart": layer.apart, "explained": list(layer.explained)} for layer in layers]
         for run, layers in spaces.items()
@@ -97,7 +97,7 @@ def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
             axes.set_title(f"layer {layer}: {space.apart:.2f}", fontsize="medium")
             first, second = (f"{100 * share:.0f} %" for share in space.explained)
             axes.set_xlabel(f"{first} and {second} of variance", fontsize="small")
-            # A few states far away, of begin tokens, would leave the others a dot.
+            # Without limits, a few outliers (begin tokens) would compress all others into a dot.
             together = np.concatenate(list(space.points.values()))
             low, high = np.percentile(together, [0.5, 99.5], axis=0)
             margin = 0.1 * (high - low)
@@ -123,5 +123,5 @@ def plot_spaces(spaces: dict[str, list[LayerSpace]], path: Path) -> None:
 
 
 def _spread(count: int) -> Sequence[int]:
-    """Up to four of so many layers, the first and the last among them."""
+    """Up to four layers, with the first and the last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, _MOST_PANELS))})

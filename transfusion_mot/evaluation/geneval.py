@@ -1,9 +1,9 @@
 """GenEval (arXiv 2310.11513): do photographs show the things, counts, colours and places of their prompts?
 
 The rules are those of github.com/djghosh13/geneval, evaluation/evaluate_images.py: a detector of COCO's 80 classes
-finds things, CLIP names their colours. The detector is a Mask2Former of transformers, whose input and boxes are those
-of mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are of another
-training than those of mmdetection, so scores may differ a little from those of the published program.
+finds things, and CLIP names their colours. The detector is a Mask2Former of transformers, with inputs and boxes as in
+mmdetection's configuration mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. Its published weights are from another
+training run than those of mmdetection, so scores may differ a little from those of the published program.
 """
 
 import math
@@ -44,13 +44,14 @@ CLASSES = tuple(_CLASS_NAMES.split(", "))
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
-# A thing counts from this score on; where things are counted, from the second.
+# Minimum score of a thing, and minimum score in prompts about counts.
 _THRESHOLD, _COUNTING_THRESHOLD = 0.3, 0.9
-# Things of a class that are looked at, and detections of all classes.
+# Maximum number of things of a class, and of detections of all classes.
 _MOST_OF_A_CLASS, _MOST = 16, 100
-# Two things stand beside each other where their centres are farther apart than this share of their sizes.
+# Two things have a relation of position if their centres are farther apart than this share of their sizes.
 _POSITION_SHARE = 0.1
-# Sides of the detector's input: the shorter one, and the longer one at most; both are filled up to a multiple.
+# Sides of the detector's input: the shorter one, the maximum of the longer one, and the multiple to which both are
+# padded.
 _INPUT_SIZES, _MULTIPLE = (800, 1333), 32
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _BACKGROUND = "#999"
@@ -66,8 +67,8 @@ class Thing:
 
     Attributes:
         box: Left, top, right and bottom.
-        score: How sure the detector is, from 0 to 1.
-        mask: `[H, W]`, where the thing is.
+        score: Confidence of the detector, from 0 to 1.
+        mask: `[H, W]`, area of the thing.
     """
 
     box: Box
@@ -80,16 +81,16 @@ NameColours = Callable[[Sequence[Thing], str], list[str]]
 
 
 def is_right(line: Line, things: Mapping[str, Sequence[Thing]], name_colours: NameColours) -> bool:
-    """Whether a picture shows what the line of its prompt asks for; other things may be there, too.
+    """Whether a picture shows the content that the line of its prompt requires; other things may be in it, too.
 
-    Each entry of `include` asks for at least `count` of a `class`, of which only the surest so many are looked at: all
-    of them must have its `color` and stand in its `position`, [relation, number of an entry before], to all of those.
-    Each entry of `exclude` forbids `count` or more of a `class`.
+    Each entry of `include` requires at least `count` of a `class`. Only the `count` with the highest scores are
+    checked: all must have its `color` and its `position`, [relation, number of an earlier entry], relative to all
+    things of that entry. Each entry of `exclude` forbids `count` or more of a `class`.
 
     Args:
-        line: Of the prompt.
-        things: By class, the surest first.
-        name_colours: Tells colours of things.
+        line: Line of the prompt.
+        things: Things by class, highest score first.
+        name_colours: Names the colours of things.
     """
     groups: list[Sequence[Thing]] = []
     for entry in line.get("include", []):
@@ -107,7 +108,7 @@ def is_right(line: Line, things: Mapping[str, Sequence[Thing]], name_colours: Na
 
 
 def relations(first: Box, second: Box) -> set[str]:
-    """Where the first box stands to the second, of left of, right of, above and below; may be none, or two."""
+    """Relations of the first box to the second (left of, right of, above, below): none, one or two."""
     corners = np.array([first, second]).reshape(2, 2, 2)
     centres, sizes = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
     offset = centres[0] - centres[1]
@@ -127,8 +128,8 @@ class Detector:
         name: Name or path it was loaded from.
         weights: Hash of its parameters.
         model: The model, in float32 on `device`.
-        device: Where it computes.
-        input_sizes: The shorter side of its input, and the longer one at most.
+        device: Device of the model.
+        input_sizes: The shorter side of its input, and the maximum of the longer one.
     """
 
     name: str
@@ -139,7 +140,7 @@ class Detector:
 
     @torch.inference_mode()
     def things(self, image: Image.Image, threshold: float) -> dict[str, list[Thing]]:
-        """The things in an RGB picture that are surer than a threshold, by class, the surest first."""
+        """The things in an RGB picture with a score above a threshold, by class, highest score first."""
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().to(self.device)
         height, width = pixels.shape[2:]
         scale = min(self.input_sizes[0] / min(height, width), self.input_sizes[1] / max(height, width))
@@ -155,7 +156,7 @@ class Detector:
 
 
 def things_of(class_logits: Tensor, mask_logits: Tensor, threshold: float) -> dict[str, list[Thing]]:
-    """Logits of queries, `[Q, 81]` of classes and `[Q, H, W]` of masks => things that are surer than a threshold."""
+    """Logits of queries, `[Q, 81]` of classes and `[Q, H, W]` of masks => things with a score above a threshold."""
     scores = class_logits.softmax(dim=-1)[:, :-1].flatten()
     best = scores.topk(min(_MOST, len(scores)))
     found: defaultdict[str, list[Thing]] = defaultdict(list)
@@ -177,14 +178,14 @@ def load_detector(name_or_path: str, device: torch.device) -> Detector:
     """Load a Mask2Former of `transformers` by its name on the Hugging Face hub or from a local folder.
 
     Raises:
-        UserError: It cannot be found, downloaded or read, or knows other classes.
+        UserError: It cannot be found, downloaded or read, or has other classes.
     """
     try:
         ask_hub(name_or_path)
         model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True
         )
-    # Beside OSError, broken files end in whatever their parser raises.
+    # Besides OSError, parsers of damaged files raise any error.
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(
@@ -203,14 +204,13 @@ def load_detector(name_or_path: str, device: torch.device) -> Detector:
 
 
 class ColourNames:
-    """Colours of things by CLIP, of their part of the picture on grey.
+    """Colours of things by CLIP, from their part of the picture on grey.
 
     Args:
         clip: The model.
 
     Attributes:
-        of_class: Of each class that was asked for, embeddings `[colours, D]`: of each colour the mean over its texts,
-            at length one.
+        of_class: For each used class, embeddings `[colours, D]`: the mean over the texts of each colour, at length one.
     """
 
     def __init__(self, clip: Clip) -> None:
@@ -245,12 +245,12 @@ def _corners(box: Box) -> tuple[int, int, int, int]:
 
 
 def geneval_metrics(painted: Sequence[tuple[Line, Path]], detector: Detector, clip: Clip) -> list[Metric]:
-    """Shares of the pictures that are right, of each task, and GenEval's score, which is the mean over the tasks.
+    """Share of correct pictures for each task, and GenEval's score, which is the mean over the tasks.
 
-    Intervals are over prompts, because the pictures of a prompt have much in common.
+    Intervals are over prompts, because the pictures of a prompt are correlated.
 
     Raises:
-        UserError: A picture cannot be read, or a line asks for what the detector does not know.
+        UserError: A picture cannot be read, or a line requires a class that the detector does not have.
     """
     for line, _ in painted:
         asked = {entry["class"] for key in ("include", "exclude") for entry in line.get(key, [])}
@@ -260,7 +260,7 @@ def geneval_metrics(painted: Sequence[tuple[Line, Path]], detector: Detector, cl
                 "configs/eval/composition.yaml are judged by evaluate/composition.py"
             )
     colours = ColourNames(clip)
-    # Of each task and prompt, whether each picture is right.
+    # For each task and prompt, whether each picture is correct.
     tasks: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line, path in tqdm(painted, desc="GenEval", unit="image"):
         image = _read(path)
@@ -287,7 +287,7 @@ def geneval_metrics(painted: Sequence[tuple[Line, Path]], detector: Detector, cl
         measured = {**protocol, "images": len(pictures), "of prompts": len(means)}
         metrics.append(Metric(f"GenEval, {tag}", shares[-1], measured, interval, tuple(pictures)))
     score = float(np.mean(shares))
-    # Of independent tasks; not of their variances, which are 0 where all prompts of a task are right or wrong.
+    # Half-widths of independent tasks; not their variances, which are 0 if all prompts of a task are correct or wrong.
     half = math.hypot(*halves) / len(shares)
     interval = (max(0.0, score - half), min(1.0, score + half)) if math.isfinite(half) else None
     whole = {**protocol, "images": len(painted), "tasks": len(shares)}

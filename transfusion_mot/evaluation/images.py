@@ -32,10 +32,10 @@ ImageArray = npt.NDArray[np.uint8]
 METADATA = "metadata.jsonl"
 _EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _UNCOMPRESSED = frozenset({".bmp", ".tif", ".tiff"})
-# Often an animation, of which no one picture is meant.
+# Often an animation, which is not one picture.
 _LEFT_OUT = ".gif"
-# Starting a process that holds torch takes as long as decoding tens of images, one after the other. Threads start at
-# once, but Pillow needs Python's lock for an eighth of its time, which many threads would wait for.
+# Starting a process with torch takes as long as decoding tens of images. Threads start at once, but Pillow holds
+# Python's lock for an eighth of its time, so many threads would wait for it.
 _THREADS = 4
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TarImage:
-    """An image inside an uncompressed tar file: its name, and where its bytes lie."""
+    """An image inside an uncompressed tar file: its name, and the place of its bytes."""
 
     tar: Path
     name: str
@@ -66,13 +66,13 @@ ImageSource = Path | TarImage | Image.Image
 def find_images(place: str | Path) -> list[Path] | list[TarImage]:
     """The images of a folder, sorted by path: those that its `metadata.jsonl` lists, if it has one; or of a tar file.
 
-    Without that file, every .png, .jpg, .jpeg, .webp, .bmp, .tif and .tiff file under the folder. With it, pictures
-    that `sample.py` adds for looking at, such as its grid, are left out. Hidden files are left out, and those in hidden
-    folders, as programs leave them (`._a.png`, `.ipynb_checkpoints/`); GIF files too, of which a warning tells.
+    Without that file: every .png, .jpg, .jpeg, .webp, .bmp, .tif and .tiff file under the folder. With it, pictures
+    that `sample.py` adds for viewing, such as its grid, are skipped. Hidden files and files in hidden folders
+    (`._a.png`, `.ipynb_checkpoints/`) are skipped, and also GIF files, with a warning.
 
     Raises:
-        UserError: The folder does not exist or holds no images, what is listed is missing, or the tar file is damaged
-            or compressed.
+        UserError: The folder does not exist or has no images, a listed image is missing, or the tar file is damaged or
+            compressed.
     """
     folder = Path(place)
     if folder.is_file():
@@ -88,7 +88,7 @@ def find_images(place: str | Path) -> list[Path] | list[TarImage]:
 
 
 def _is_image(path: Path) -> bool:
-    """By the path below the folder or tar file that is searched."""
+    """Whether a path, relative to the searched folder or tar file, is an image."""
     is_hidden = any(part.startswith(".") and part != "." for part in path.parts)
     return path.suffix.lower() in _EXTENSIONS and not is_hidden
 
@@ -102,10 +102,10 @@ def _check_found(place: Path, num_images: int, names: Sequence[str]) -> None:
 
 
 def image_list_hash(images: Sequence[ImageSource]) -> str:
-    """Hash of a set of images, in any order: of files by their names and sizes, of pictures by their pixels.
+    """Hash of a set of images, independent of order: files by their names and sizes, pictures by their pixels.
 
-    To read all files would take as long as to decode them. Where files are not compressed, sizes say nothing, and so
-    they are read.
+    Reading all files would take as long as decoding them. Only uncompressed files are read, because their sizes are
+    equal.
     """
     described = sorted(_described(image) for image in images)
     return f"sha256 {hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]}"
@@ -114,7 +114,7 @@ def image_list_hash(images: Sequence[ImageSource]) -> str:
 def _described(image: ImageSource) -> tuple[str, int]:
     if isinstance(image, Image.Image):
         return hashlib.sha256(image.tobytes()).hexdigest(), 0
-    # A folder and a tar file of it are the same images.
+    # A folder and a tar file of it have the same hash.
     name, size = (
         (Path(image.name).name, image.size) if isinstance(image, TarImage) else (image.name, image.stat().st_size)
     )
@@ -147,7 +147,7 @@ def read_prompts(folder: str | Path) -> tuple[list[Path], list[str]]:
     Each line is a JSON object with `file_name` and `text` (or `prompt`), as `sample.py` writes it.
 
     Raises:
-        UserError: The file is missing, a line is not of that form, or an image does not exist.
+        UserError: The file is missing, a line has another form, or an image does not exist.
     """
     folder = Path(folder)
     if not (folder / METADATA).is_file():
@@ -191,13 +191,13 @@ def _listed_images(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
 
 
 def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
-    """A file or picture => RGB `uint8 [H, W, 3]`, transparency laid on white.
+    """A file or picture => RGB `uint8 [H, W, 3]`, transparency on white.
 
-    With `image_size` the centre square is cut out by whole pixels and resized by Lanczos, as published protocols of
-    COCO do; without, it keeps its size and the orientation in which it is stored, as clean-fid reads it.
+    With `image_size` the centre square is cropped at whole pixels and resized by Lanczos, as in published protocols of
+    COCO. Otherwise the image keeps its size and its stored orientation, as in clean-fid.
 
     Raises:
-        UserError: The file cannot be read or holds more than 8 bits a channel; the message names it.
+        UserError: The file cannot be read or has more than 8 bits a channel; the message names it.
     """
     content = source.read() if isinstance(source, TarImage) else source
     if image_size is not None:
@@ -219,7 +219,7 @@ def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
 def _centre_square(content: Path | bytes | Image.Image, size: int, name: str | None) -> ImageArray:
     image = Image.fromarray(load_image(content, displayed_size(content, name), name=name))
     side = min(image.size)
-    # As torchvision's CenterCrop; training cuts at fractions of a pixel.
+    # Like torchvision's CenterCrop; training crops at fractions of a pixel.
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     square = image.crop((left, top, left + side, top + side))
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
@@ -237,9 +237,9 @@ _Items = list[torch.Tensor | UserError]
 
 
 class _Batches(IterableDataset[list[torch.Tensor] | UserError]):
-    """Batches of prepared images: all, or in a worker process every so many-th, so that workers by turns give all.
+    """Batches of prepared images: all, or in one of n worker processes every n-th batch.
 
-    An image that cannot be read ends in a batch that is its error, because DataLoader buries raised ones.
+    For an unreadable image the batch is its error, because DataLoader hides raised errors in a traceback.
     """
 
     def __init__(
@@ -258,11 +258,11 @@ class _Batches(IterableDataset[list[torch.Tensor] | UserError]):
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         starts = range(first * self.batch_size, len(self.images), step * self.batch_size)
         with ThreadPoolExecutor(self.num_threads) as threads:
-            # While one batch is put together, the next is being decoded.
+            # While one batch is assembled, the next one is decoded.
             begun: deque[Iterator[_Items]] = deque()
             for start in starts:
                 batch = self.images[start : start + self.batch_size]
-                # A thread has its part at once: to pass on single small images takes longer than to decode them.
+                # A thread gets its whole part at once: passing single small images takes longer than decoding them.
                 size = -(-len(batch) // self.num_threads)
                 begun.append(threads.map(self._load, [batch[at : at + size] for at in range(0, len(batch), size)]))
                 if len(begun) > 1:
@@ -281,7 +281,7 @@ class _Batches(IterableDataset[list[torch.Tensor] | UserError]):
 
 
 def _stack(parts: Iterable[_Items]) -> list[torch.Tensor] | UserError:
-    """Those of a size that follow each other become one tensor, which a worker lays into shared memory at once."""
+    """Consecutive images of one size become one tensor, which a worker puts into shared memory at once."""
     tensors = []
     for item in itertools.chain.from_iterable(parts):
         if isinstance(item, UserError):
@@ -304,10 +304,10 @@ def device_batches(
 ) -> Iterator[list[torch.Tensor]]:
     """Batches of `prepare(image)` on `device`, in the order of `images`, with a progress bar unless `quiet`.
 
-    A batch is a list of tensors `[n, ...]`, each of those of one shape that follow each other.
+    A batch is a list of tensors `[n, ...]`; each has consecutive images of one shape.
 
-    Without a `batch_size` it is that of `default_batch_size`. `num_workers` images are decoded at a time, by threads of
-    a few processes; with 0, one at a time by a thread of this process.
+    The default of `batch_size` is `default_batch_size`. `num_workers` images are decoded at a time, by threads of a few
+    processes; with 0, one at a time by a thread of this process.
 
     Raises:
         UserError: An image cannot be read, or a number is out of range.

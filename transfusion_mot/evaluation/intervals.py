@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# Of a normal distribution, either side of 95 %.
+# Half-width of the central 95 % of a standard normal distribution.
 DEVIATIONS = 1.96
 _BLOCK = 2**22
 
@@ -17,18 +17,17 @@ def mean_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """An interval (low, high) that holds a mean with a confidence of 95 %; None of fewer than two values.
+    """The 95 % confidence interval (low, high) of a mean; None with fewer than two values.
 
-    It is a percentile bootstrap. Of shares, whose values are all 0 or 1, it is Wilson's score interval (1927): that has
-    a width also where all values are equal. The order of the values does not matter, and the draws are fixed by the
-    seed.
+    It is a percentile bootstrap. For shares, whose values are all 0 or 1, it is Wilson's score interval (1927), which
+    has a width even if all values are equal. The order of the values does not matter, and the seed fixes the draws.
 
     Args:
         values: One number for each image (or document).
-        weights: None for the mean; else the interval is of sum of values / sum of weights, for example of the losses
-            of documents over their lengths.
-        resamples: Number of times that as many values are drawn with replacement.
-        seed: Of the draws.
+        weights: None for the mean; else the interval of sum of values / sum of weights, for example losses of documents
+            over their lengths.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
     """
     if len(values) < 2:
         return None

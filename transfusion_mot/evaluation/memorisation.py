@@ -1,4 +1,4 @@
-"""Nearest training images in features: to find painted copies, and as a baseline of copied captions."""
+"""Nearest training images in feature space: to find painted copies, and as a baseline of copied captions."""
 
 import bisect
 import functools
@@ -25,9 +25,9 @@ from transfusion_mot.evaluation.protocol.prompts import Prompt
 from transfusion_mot.evaluation.report.content import Neighbour
 from transfusion_mot.evaluation.scoring import nearest, unit_length
 
-# Painted images that are looked at.
+# Maximum number of painted images to compare.
 MOST_PAINTED = 2000
-# Bytes of training images in memory at a time, and pairs that are kept.
+# Bytes of training images in memory at a time, and number of pairs to keep.
 _BYTES_AT_ONCE, _KEPT = 2**28, 16
 
 # A source and the index of an image in it.
@@ -38,16 +38,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Training images, drawn at random, always the same ones; all processes make one and call its method.
+    """A fixed random sample of training images; all processes create one and call its method.
 
-    The data are opened and the features computed when they are first asked for, and then kept.
+    The data are opened and the features computed at the first call, and then kept.
 
     Attributes:
-        data: That the model was trained on.
-        most: Images that are drawn.
+        data: Training data of the model.
+        most: Maximum number of images.
         network: Distances are 1 - cosine of its features.
-        image_size: All images are brought to it; None takes each at the size at which training reads it.
-        processes: Which share the images.
+        image_size: Size of all images; None uses the size of each in training.
+        processes: Processes that share the images.
     """
 
     data: DataConfig
@@ -57,10 +57,10 @@ class TrainingImages:
     processes: PartialState
 
     def nearest(self, features: FeatureArray) -> tuple[list[Item], npt.NDArray[np.float64]]:
-        """The training image that is nearest to each image of `features` [N, D], and 1 - cosine of the two [N].
+        """The training image nearest to each image of `features` [N, D], and 1 - cosine of the two [N].
 
         Raises:
-            UserError: The training data cannot be opened, or no image with a caption is in them.
+            UserError: The training data cannot be opened or have no image with a caption.
         """
         if not self._features:
             raise UserError("the training data have no image with a caption that can be read")
@@ -78,7 +78,7 @@ class TrainingImages:
         documents = [source.documents for source in open_documents(self.data, "train")]
         captioned = [images for images in documents if isinstance(images, CaptionedImages)]
         ends = list(itertools.accumulate(map(len, captioned)))
-        # Of places and not of items: there may be many millions.
+        # Places are drawn, not items, because there may be many millions of items.
         total = ends[-1] if ends else 0
         places = random.Random(0).sample(range(total), min(self.most, total))
         return [
@@ -120,14 +120,14 @@ def nearest_training_images(
     """The painted images that are nearest to a training image, the closest first; called by all processes.
 
     Args:
-        prompts: What was painted, of which the first `MOST_PAINTED` are looked at.
+        prompts: Painted prompts; the first `MOST_PAINTED` are compared.
         painted: Folder of the painted images.
         features: `[N, D]` of at least these, in the network of `training`.
-        training: What is looked through.
-        output: Folder that receives `nearest/`, the training images of the pairs.
+        training: Training images to compare with.
+        output: Folder in which `nearest/` is written, the training images of the pairs.
 
     Raises:
-        UserError: As of `TrainingImages.nearest`.
+        UserError: As for `TrainingImages.nearest`.
     """
     prompts = prompts[:MOST_PAINTED]
     items, distances = training.nearest(features[: len(prompts)])
@@ -147,7 +147,7 @@ def nearest_training_images(
 
 
 def nearest_captions(features: FeatureArray, training: TrainingImages) -> list[str]:
-    """For each image the caption of the nearest training image: what captions are worth that nobody had to write.
+    """For each image the caption of the nearest training image, as a baseline of captioning.
 
     Arguments, processes and errors as for `nearest_training_images`; the images are known by their `features` [N, D].
     """

@@ -11,10 +11,10 @@ from transfusion_mot.evaluation.images import pick_device
 
 
 def open_processes(device: str | None) -> tuple[PartialState, torch.device]:
-    """Join the other processes, if there are any => them, and the device that this one computes on.
+    """Join the other processes, if there are any => the processes, and the device of this one.
 
     Args:
-        device: Name of the device of a single process; of several, each has its own unless the name is `cpu`.
+        device: Name of the device of a single process; several processes each have their own unless the name is `cpu`.
 
     Raises:
         UserError: There is no such device.
@@ -31,18 +31,18 @@ def shared_rows(
     device: torch.device,
     processes: PartialState | None,
 ) -> torch.Tensor:
-    """Rows `[count, width]` of which each process computes some; all call this, and all receive all.
+    """Rows `[count, width]`, computed by all processes; all call this, and all receive all rows.
 
     Args:
-        batches: Called with a process's number and their number => batches `[B, width]` of the rows of this process, in
-            order: those at number, number + processes, ...
-        count: Of all rows.
-        width: Of a row.
-        device: Where this process computes.
-        processes: Who computes; None for this one alone.
+        batches: Called with the rank and the number of processes => batches `[B, width]` of the rows of this process,
+            in order: rows rank, rank + processes, ...
+        count: Number of all rows.
+        width: Length of a row.
+        device: Device of this process.
+        processes: The processes; None means only this one.
 
     Raises:
-        UserError: One of the processes raised it; the others raise it with it, instead of waiting for that one.
+        UserError: One of the processes raised it; the others raise it, too, instead of waiting.
     """
     rank, world = (processes.process_index, processes.num_processes) if processes is not None else (0, 1)
     rows = torch.zeros(-(-count // world), width, device=device)

@@ -18,21 +18,21 @@ from transfusion_mot.evaluation.speech import normalise
 from transfusion_mot.hub_names import ask_hub
 
 _SAMPLE_RATE = 16_000
-# Silence on both sides, without which the first and last words are often missed.
+# Silence at both ends; without it the first and last words are often missed.
 _SILENCE_SECONDS = 0.25
 
 
 class Recogniser(Protocol):
-    """Writes down what is said.
+    """Transcribes speech.
 
     Attributes:
-        name: What it is, for protocols of metrics.
+        name: Its name in protocols of metrics.
     """
 
     name: str
 
     def knows(self, text: str) -> bool:
-        """Whether it has all words of a text, so that it could write it down."""
+        """Whether it knows all words of a text."""
         ...
 
     def transcribe(self, recordings: Sequence[Audio]) -> list[str]:
@@ -43,14 +43,14 @@ class Recogniser(Protocol):
 class PocketSphinx:
     """CMU's recogniser with the English acoustic model of the package `pocketsphinx`.
 
-    Its language model is one of the given texts alone, so that it decides among the words of the corpus: by its own
-    model of English, short names are mostly guessed.
+    Its language model is made only from the given texts, so that it chooses among the words of the corpus. With its own
+    model of English, it mostly guesses short names.
 
-    Processes are started at once, because a forked process cannot use CUDA: make it before anything is put there.
+    Processes are forked at once, and a forked process cannot use CUDA: create it before CUDA is used.
 
     Args:
-        texts: Of the corpus, those that will be heard among them.
-        workers: Processes.
+        texts: Texts of the corpus, including those that will be transcribed.
+        workers: Number of processes.
 
     Raises:
         UserError: The package is missing, or it has none of the words.
@@ -67,7 +67,7 @@ class PocketSphinx:
             ) from None
         self.name = "pocketsphinx with a language model of the corpus"
         lines = Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text(encoding="utf-8").splitlines()
-        # A word that is pronounced in several ways has further lines: "read(2)".
+        # A word with several pronunciations has additional lines: "read(2)".
         pronounced = [(line.split(maxsplit=1)[0].partition("(")[0], line) for line in lines]
         known = {word for word, _ in pronounced}
         sentences = [words for text in texts if known.issuperset(words := normalise(text).split()) and words]
@@ -84,7 +84,7 @@ class PocketSphinx:
             workers, mp_context=get_context("fork"), initializer=_load, initargs=(language, dictionary)
         )
         self._pool.submit(os.getpid).result()
-        # A pool that is merely dropped closes its pipes while the interpreter, at its end, still writes into them.
+        # Without this, an unreferenced pool would close its pipes while the interpreter still writes to them at exit.
         weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
 
     def knows(self, text: str) -> bool:
@@ -111,8 +111,8 @@ def _load(language: str, dictionary: str) -> None:
 def _recognise(audio: Audio) -> str:
     silence = int(_SILENCE_SECONDS * _SAMPLE_RATE)
     samples = np.pad(resample(audio, _SAMPLE_RATE), silence) if len(audio.samples) else np.zeros(silence)
-    # Dither, because the logarithm of the silence between synthetic words is not finite. The decoder's own dither, and
-    # its estimate of the noise, go on from one recording to the next: a transcript would depend on those before it.
+    # Dither, because the logarithm of the silence between synthetic words is not finite. The decoder keeps the state of
+    # its own dither and noise estimate between recordings, so transcripts would depend on earlier ones.
     dither = np.random.default_rng(0).integers(0, 2, len(samples))
     _decoder.start_stream()
     _decoder.start_utt()
@@ -127,7 +127,7 @@ class TransformersRecogniser:
 
     Args:
         model: Name on the hub, or folder.
-        device: Where it computes.
+        device: Device of the model.
 
     Raises:
         UserError: There is no such model.
@@ -147,7 +147,7 @@ class TransformersRecogniser:
             ) from None
 
     def knows(self, text: str) -> bool:
-        """Always: it writes letters."""
+        """Always true: it writes letters."""
         return True
 
     def transcribe(self, recordings: Sequence[Audio]) -> list[str]:

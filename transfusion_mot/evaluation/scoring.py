@@ -1,4 +1,4 @@
-"""Painted and real images => the numbers of a report."""
+"""Painted and real images => the metrics of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,10 +46,10 @@ class Networks:
 
 
 def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
-    """Load what a protocol asks for.
+    """Load the networks of a protocol.
 
     Raises:
-        UserError: Weights cannot be had; the message names the file and the key that takes its local path.
+        UserError: Weights are not available; the message names the file and the key that takes its local path.
     """
     features = load_feature_networks(
         protocol.feature_choices,
@@ -73,10 +73,10 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
 
 
 def load_preferences(pickscore: str | None, hpsv2: str | None, device: torch.device) -> dict[PreferenceChoice, Clip]:
-    """The models of human preference that are given, by name or folder.
+    """The given models of human preference, by name or folder.
 
     Raises:
-        UserError: As of `load_clip`.
+        UserError: As for `load_clip`.
     """
     given: dict[PreferenceChoice, tuple[str | None, str]] = {
         "PickScore": (pickscore, "--pickscore"),
@@ -86,13 +86,13 @@ def load_preferences(pickscore: str | None, hpsv2: str | None, device: torch.dev
 
 
 class Distances:
-    """Image distances from real images, whose features are computed once; all processes make and call one.
+    """Image distances to real images, whose features are computed once; all processes create and call one.
 
     Args:
         real: Real images, or statistics of them.
-        networks: In which images are compared.
-        protocol: What is asked for.
-        processes: Which share the images.
+        networks: Networks of the distances.
+        protocol: The protocol.
+        processes: Processes that share the images.
 
     Raises:
         UserError: There are too few images, or one cannot be read.
@@ -109,7 +109,7 @@ class Distances:
         self.real = [self._set(real, network, "real", protocol.cache_dir) for network in networks]
 
     def measure(self, images: Sequence[Path], what: str) -> tuple[list[Metric], FeatureSet]:
-        """Distances in all networks, which the main process receives, and the features of the first network.
+        """Distances in all networks, returned on the main process, and the features of the first network.
 
         Raises:
             UserError: There are too few images, or one cannot be read.
@@ -143,7 +143,7 @@ class Distances:
 
 
 def named(metrics: Sequence[Metric], images: str, protocol: dict[str, Any]) -> list[Metric]:
-    """The same numbers, saying which images they are of and how those were made."""
+    """The same metrics, with the images in their names and the settings of these images in their protocols."""
     return [
         replace(
             metric,

@@ -28,7 +28,7 @@ class Recording:
 
     Attributes:
         path: The audio file.
-        text: What is said.
+        text: The transcript.
     """
 
     path: Path
@@ -44,9 +44,9 @@ class RecordingSet:
     """The recordings of a folder.
 
     Attributes:
-        name: Of the folder.
-        held_out: Evenly spaced ones among those that are held out.
-        texts: Of all recordings of the folder.
+        name: Name of the folder.
+        held_out: Evenly spaced held-out recordings.
+        texts: Texts of all recordings of the folder.
     """
 
     name: str
@@ -59,7 +59,7 @@ def read_recordings(folder: str | Path, count: int) -> RecordingSet:
     `text` (or `transcription`) and `split`; without `split`, all are held out.
 
     Raises:
-        UserError: It is no such folder, or nothing in it is held out.
+        UserError: The folder has another form, or no held-out recordings.
     """
     path = Path(folder) / "metadata.jsonl"
     try:
@@ -78,10 +78,10 @@ def read_recordings(folder: str | Path, count: int) -> RecordingSet:
 
 
 def at_most(recordings: RecordingSet, seconds: float | None) -> RecordingSet:
-    """Without what lasts longer; None keeps everything.
+    """The recordings up to a duration; None keeps all.
 
     Raises:
-        UserError: Nothing is left.
+        UserError: All are longer.
     """
     if seconds is None:
         return recordings
@@ -108,9 +108,9 @@ def error_rates(texts: Sequence[str], transcripts: Sequence[str], protocol: dict
     texts, each with an interval over the recordings.
 
     Args:
-        texts: What is said; none without a word.
-        transcripts: What was heard, in the same order.
-        protocol: How the transcripts were made; counts and the normalisation are added.
+        texts: The true texts; each has at least one word.
+        transcripts: Transcripts in the same order.
+        protocol: Protocol of the transcripts; counts and the normalisation are added.
 
     Raises:
         UserError: The package jiwer is missing.

@@ -1,7 +1,7 @@
 """When does a run reach the final loss of another one? The measure of Mixture-of-Transformers (arXiv 2411.04996).
 
-Loss curves are lists of points (x, loss), x in steps, FLOPs or seconds of training. Training losses are
-noisy: of them means over windows of steps are taken; held-out losses are taken as they are.
+Loss curves are lists of points (x, loss), x in steps, FLOPs or seconds of training. Training losses are noisy, so they
+are averaged over windows of steps; held-out losses are not.
 """
 
 import statistics
@@ -20,7 +20,7 @@ class Curve:
 
     Attributes:
         xs: Steps, FLOPs or seconds, in increasing order.
-        losses: The loss at each.
+        losses: The loss at each x.
     """
 
     xs: list[float]
@@ -29,14 +29,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Match:
-    """Where a run B reaches the final loss of a run A.
+    """The point at which a run B reaches the final loss of a run A.
 
     Attributes:
-        loss: Which loss.
+        loss: Name of the loss.
         axis: `step`, `flops` or `seconds`.
         target: Final loss of A.
         total: Steps, FLOPs or seconds of A.
-        reached: Those at which B is at the target for the first time; None if it never is.
+        reached: Steps, FLOPs or seconds at which B first reaches the target; None if it never does.
         best: Lowest loss of B.
     """
 
@@ -49,15 +49,15 @@ class Match:
 
     @property
     def fraction(self) -> float | None:
-        """Of what A took."""
+        """`reached` as a share of `total`."""
         return None if self.reached is None or not self.total else self.reached / self.total
 
 
 def window_means(steps: Sequence[float], curve: Curve, width: float) -> Curve:
     """Means of xs and losses over the points whose steps are in (step - width, step], for every step.
 
-    A mean loss stands at the mean x, so that smoothing delays no curve against another; the window is one of steps on
-    every axis, so that it covers the same part of a run. A width of 0 changes nothing.
+    A mean loss is placed at the mean x, so that smoothing does not delay a curve. The window is in steps on every axis,
+    so that it always covers the same part of a run. A width of 0 changes nothing.
     """
     starts = [min(index, bisect_right(steps, step - width)) for index, step in enumerate(steps)]
 
@@ -80,7 +80,7 @@ def first_reaching(curve: Curve, target: float) -> float | None:
 
 
 def match(loss: str, axis: str, a: Curve, b: Curve) -> Match:
-    """Where B reaches A's final loss; both curves have at least one point."""
+    """The point at which B reaches A's final loss; both curves have at least one point."""
     target = a.losses[-1]
     return Match(loss, axis, target, a.xs[-1], first_reaching(b, target), min(b.losses))
 
@@ -114,7 +114,7 @@ _NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "wall-clock"}
 
 
 def _shown(seeds: Sequence[Match]) -> str:
-    """The share, of one seed with what it is of, of several their mean with its standard deviation."""
+    """The share: for one seed with its quantities, for several seeds the mean and the standard deviation."""
     shares = [100 * found.fraction for found in seeds if found.fraction is not None]
     missing = len(seeds) - len(shares)
     if missing:

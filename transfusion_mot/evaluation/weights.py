@@ -23,9 +23,9 @@ def file_sha256(path: Path) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers on the CPU, whatever files they came from."""
+    """Hash of a model's parameters and buffers on the CPU, independent of their files."""
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
-        # By its bytes: numpy has no bfloat16.
+        # Hashed as bytes, because numpy has no bfloat16.
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"sha256 {digest.hexdigest()[:12]}"

@@ -1,15 +1,15 @@
-"""Attention whose mask gives each key an interval of places from which it is seen, for CUDA devices.
+"""Attention with a mask of intervals, for CUDA devices: each key has an interval of places that attend to it.
 
-All slots of a row are placed on one line, document after document in reading order. A query has one place there: how
-far it sees. A key has an interval: it is seen from its own place up to the last place from which it is not hidden. So
-the mask is two comparisons of three numbers, for any modalities and any order of slots, without special cases for
-copies, causal images and padding.
+All slots of a row are placed on one line, document by document in reading order. A query has one place: the last place
+that it attends to. A key has an interval: places from its own up to the last one from which it is not hidden attend to
+it. So the mask is two comparisons of three numbers, for any modalities and any order of slots, without special cases
+for copies, causal images and padding.
 
-A row is cut into tiles of 64 slots. Which tiles a tile of queries meets, and which of them it sees in full, is listed
-once for a batch and used by all layers. Two sets of kernels read these lists: those of `interval_hopper` on Hopper,
-those of `interval_triton` elsewhere. The forward keeps the logarithms of the sums. The backward computes scores again,
-once for the gradient by the queries and once for those by keys and values; as nothing is added up across programs, it
-is the same in every run.
+A row is cut into tiles of 64 slots. For each tile of queries the tiles of keys that it attends to are listed, with a
+flag for partly masked ones. The lists are made once for a batch and used by all layers. Two sets of kernels read them:
+those of `interval_hopper` on Hopper, those of `interval_triton` elsewhere. The forward keeps the logarithms of the
+sums. The backward recomputes scores, once for the gradients of queries and once for those of keys and values. Nothing
+is summed across programs, so it is deterministic.
 
 Shapes: B rows, S slots, n tiles a row, N query heads, M key/value heads, H head width.
 """
@@ -26,12 +26,12 @@ from torch import Tensor
 from transfusion_mot.models import interval_triton
 from transfusion_mot.models.interval_triton import TILE
 
-# Beyond every place.
+# Larger than every place.
 _FAR = 2**31 - 1
-# Of Triton. Gluon, in which the kernels for Hopper are written, is experimental: they ran with 3.6 (torch 2.11), and
-# the compilers of the other two take them.
+# Versions of Triton. The kernels for Hopper use Gluon, which is experimental: they were run with 3.6 (torch 2.11), and
+# they compile with the other two.
 _GLUON_VERSIONS = ("3.6", "3.7", "3.8")
-# A place is a document's number times the slots of a row, and has 32 bits.
+# Places are document numbers times the slots of a row, and have 32 bits.
 MAX_SLOTS = 46_340
 MAX_HEAD_DIM = 256
 
@@ -47,16 +47,16 @@ def has_hopper_kernels(device: torch.device) -> bool:
 
 
 def suits_hopper_kernels(dtype: torch.dtype, num_slots: int, head_dim: int) -> bool:
-    """Whether the kernels of `interval_hopper` take such heads."""
+    """Whether the kernels of `interval_hopper` support these heads."""
     return dtype in (torch.bfloat16, torch.float16) and num_slots % TILE == 0 and head_dim in (64, 128)
 
 
 def places(document_ids: Tensor, order: Tensor, horizon: Tensor, visible_until: Tensor | None) -> Tensor:
-    """Where queries and keys stand on the line of a row, see `SlotIds` for the arguments.
+    """Places of queries and keys on the line of a row; see `SlotIds` for the arguments.
 
     Returns:
-        int32 [3, B, n * 64]: places of queries, first and last places from which keys are seen. Behind the end of a row
-        nobody sees anything.
+        int32 [3, B, n * 64]: places of queries, and the first and last place that attend to each key. Slots after the
+        end of a row attend to nothing.
     """
     length = order.shape[1]
     begin = document_ids * length
@@ -78,12 +78,12 @@ def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
         ids: int32 [3, B, n * 64], see `places`.
 
     Returns:
-        counts: int32 [2, B, n], tiles of keys that a tile of queries meets, and the other way round.
-        tiles: int32 [2, B, n, n + 1], their numbers times two, in order, one more where not all pairs are seen; zeros
-            behind the last.
+        counts: int32 [2, B, n], number of key tiles for each query tile, and of query tiles for each key tile.
+        tiles: int32 [2, B, n, n + 1], sorted tile numbers times two, plus one if some pairs are masked; zeros after the
+            last.
     """
     counts, tiles = _new_lists(ids)
-    # Here and below: kernels of Triton start on the current device, which need not be the tensors'.
+    # Here and below: Triton launches kernels on the current device, which can be another than the tensors' device.
     with torch.cuda.device_of(ids):
         interval_triton.list_tiles(ids, counts, tiles)
     return counts, tiles
@@ -91,7 +91,7 @@ def interval_tiles(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _new_lists(ids: Tensor) -> tuple[Tensor, Tensor]:
     rows, num_tiles = ids.shape[1], ids.shape[2] // TILE
-    # Kernels read an entry ahead: there is one behind the last, and each is the number of a tile.
+    # Kernels read one entry ahead, so there is one after the last, and it must be a valid tile number.
     return ids.new_empty(2, rows, num_tiles), ids.new_zeros(2, rows, num_tiles, num_tiles + 1)
 
 
@@ -104,7 +104,7 @@ def _(ids):
 def interval_attention(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, tiles: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all keys that a query sees.
+    """One softmax over all keys that a query attends to.
 
     Args:
         q: [B, S, N, H].
@@ -114,7 +114,7 @@ def interval_attention(
 
     Returns:
         attended: [B, S, N, H].
-        log_sums: float32 [B, N, n * 64], logarithms to base 2 of the sums of the softmax; for the backward.
+        log_sums: float32 [B, N, n * 64], base-2 logarithms of the softmax sums, for the backward.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     attended, log_sums = _empty_results(q, ids)
@@ -145,10 +145,10 @@ def _backward(
     counts: Tensor,
     tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v."""
+    """Gradients of q, k and v."""
     upstream, q, k, v = upstream.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    # Sums of upstream * attended of each query, which the first kernel leaves for the second.
+    # Sums of upstream * attended for each query, written by the first kernel and read by the second.
     deltas = torch.empty_like(log_sums)
     kernels = _kernels(q)
     with torch.cuda.device_of(q):

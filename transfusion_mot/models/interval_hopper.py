@@ -1,13 +1,13 @@
-"""The kernels of `interval_attention` for Hopper, in Gluon: the copy engine brings tiles into shared memory while the
-tensor cores multiply those before.
+"""The kernels of `interval_attention` for Hopper, in Gluon: the copy engine loads tiles into shared memory while the
+tensor cores multiply the previous ones.
 
-A program is four warps, which issue one asynchronous product of 64 rows at a time, and has a tile of queries, or of
-keys, of one head. What a product reads must stay until it is done, and what it writes is not there before: each wait
-says how many products may still run, and names what is used afterwards. Barriers of copies alternate between two
-phases, as their buffers are used again.
+A program has four warps, which issue one asynchronous product of 64 rows at a time. It handles a tile of queries or
+keys of one head. The operands of a product must not change until it has finished, and its result is only available
+then: each wait gives the number of products that may still run, and the tensors that are used afterwards. Barriers of
+copies alternate between two phases, because their buffers are reused.
 
-The kernels take heads of 64 or 128 in 16 bits, and rows that are whole tiles. `interval_triton` says the same in
-general.
+The kernels take heads of width 64 or 128 in 16 bits, and rows of whole tiles. `interval_triton` has the same algorithm
+in general form.
 
 Shapes: B rows, S slots, n tiles a row, N query heads, M key/value heads, H head width.
 """
@@ -60,8 +60,8 @@ def _copy_queries(
 
 @gluon.jit
 def _hide(scores, place, keys, side):
-    """Scores of queries with their places [TILE], without those of keys that they do not see; `keys` are the addresses
-    of the keys' first places, those of the last places are `side` further on."""
+    """Scores of queries with their places [TILE], with masked keys removed; `keys` are the addresses of the keys' first
+    places, and their last places are `side` further on."""
     first, last = gl.load(keys)[None, :], gl.load(keys + side)[None, :]
     return gl.where((first <= place[:, None]) & (place[:, None] <= last), scores, float("-inf"))
 
@@ -85,7 +85,7 @@ def _interval_forward(
     WIDTH: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """A tile of queries of a head. Three programs share a multiprocessor, and are worth more than a second buffer."""
+    """A tile of queries of a head. Three programs on a multiprocessor are faster than two with a second buffer."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TILE, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, WIDTH, 16])
     of_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_result, k_width=2)
@@ -187,7 +187,7 @@ def _interval_backward_queries(
     WIDTH: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """The gradient by a tile of queries of a head, and their deltas."""
+    """The gradient of a tile of queries of a head, and their deltas."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TILE, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, WIDTH, 16])
     of_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_result, k_width=2)
@@ -284,8 +284,8 @@ def _interval_backward_keys(
     WIDTH: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """The gradients by a tile of keys and values of a head, summed over the query heads of its group. Scores have keys
-    along their rows here."""
+    """The gradients of a tile of keys and values of a head, summed over the query heads of its group. Rows of scores
+    are keys here."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TILE, 16])
     of_result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, WIDTH, 16])
     of_factor: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_result, k_width=2)
@@ -395,7 +395,7 @@ def _interval_backward_keys(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, attended: Tensor, log_sums: Tensor, ids: Tensor, counts: Tensor, tiles: Tensor
 ) -> None:
-    """Fill `attended` and `log_sums`; arguments of all three as `interval_attention` has them, contiguous."""
+    """Fill `attended` and `log_sums`; arguments of all three as in `interval_attention`, contiguous."""
     rows, num_tiles = counts.shape
     sizes = (ids, counts, tiles, rows, q.shape[1], num_tiles, math.log2(math.e) / q.shape[3] ** 0.5)
     heads = (_heads(q), _heads(k), _heads(v), _heads(attended))
@@ -456,7 +456,7 @@ def _constants(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 
 
 def _heads(tensor: Tensor) -> TensorDescriptor:
-    """[B, S, heads, H] for the copy engine, as a matrix of which it takes tiles of one head."""
+    """[B, S, heads, H] for the copy engine, as a matrix from which it loads tiles of one head."""
     rows, slots, heads, width = tensor.shape
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE, width], dtype)
@@ -464,6 +464,6 @@ def _heads(tensor: Tensor) -> TensorDescriptor:
 
 
 def _numbers(tensor: Tensor) -> TensorDescriptor:
-    """Float32 numbers, of which the copy engine takes a tile."""
+    """Float32 numbers, from which the copy engine loads a tile."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return TensorDescriptor(tensor, [tensor.numel()], [1], [TILE], layout)

@@ -1,7 +1,7 @@
 """The kernels of `interval_attention` in Triton: for any CUDA device, any head width and rows of any length.
 
-A program takes a tile of queries, or of keys, of one head, and goes through the tiles of the other side that its list
-names. Slots behind the end of a row are read as its last one, which is not used.
+A program handles a tile of queries or keys of one head, and loops over the listed tiles of the other side. Slots after
+the end of a row read its last slot; the result is not used.
 
 Shapes: B rows, S slots, n tiles a row, N query heads, M key/value heads, H head width.
 """
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Slots of a tile.
+# Slots in a tile.
 TILE = 64
 
 
@@ -24,7 +24,7 @@ def _interval_lists(ids, counts, tiles, slots, num_tiles, TILE: tl.constexpr):
     tile, row, by_keys = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     side = tl.num_programs(1) * slots
     ids += row * slots
-    # A query has an interval, too: its place and nothing else. Then who sees whom is whose intervals meet.
+    # A query also has an interval: only its place. Then a query attends to a key if their intervals overlap.
     mine, theirs = by_keys * side, (1 - by_keys) * side
     offsets = tile * TILE + tl.arange(0, TILE)
     low, high = tl.load(ids + mine + offsets)[:, None], tl.load(ids + 2 * mine + offsets)[:, None]
@@ -43,7 +43,7 @@ def _interval_lists(ids, counts, tiles, slots, num_tiles, TILE: tl.constexpr):
 
 @triton.jit
 def _rows(source, first, stride, slots, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """A tile of heads, [TILE, H], whose first slot is `first`; `stride` is from slot to slot."""
+    """A tile of one head, [TILE, H], from slot `first`; `stride` is the distance between slots."""
     slot = tl.minimum(first + tl.arange(0, TILE), slots - 1)
     width = tl.arange(0, BLOCK_WIDTH)
     addresses = source + slot[:, None] * stride + width[None]
@@ -101,7 +101,7 @@ def _interval_forward(
     result = tl.zeros([TILE, BLOCK_WIDTH], tl.float32)
     largest = tl.full([TILE], -1.0e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    # The next entry is always under way.
+    # The next entry is always loaded ahead.
     entry = tl.load(listed)
     for step in tl.range(tl.load(counts + item)):
         start, is_cut = (entry // 2) * TILE, entry % 2
@@ -118,7 +118,7 @@ def _interval_forward(
         largest, total = larger, total * shrunk + tl.sum(weights, 1)
         values = _rows(v, start, k_stride, slots, WIDTH, BLOCK_WIDTH, TILE)
         result = tl.dot(weights.to(values.dtype), values, result * shrunk[:, None], input_precision=PRECISION)
-    # All see themselves, but for what lies behind the end of the row.
+    # All slots attend to themselves, except those after the end of the row.
     is_used = total > 0
     total = tl.where(is_used, total, 1.0)
     attended += begin * q_stride + head * WIDTH
@@ -152,7 +152,7 @@ def _interval_backward_queries(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient by a tile of queries of a head, and their deltas."""
+    """The gradient of a tile of queries of a head, and their deltas."""
     item, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row, first = item // num_tiles, (item % num_tiles) * TILE
     q_stride: tl.constexpr = HEADS * WIDTH
@@ -218,7 +218,7 @@ def _interval_backward_keys(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients by a tile of keys and values of a head, summed over the query heads of its group."""
+    """The gradients of a tile of keys and values of a head, summed over the query heads of its group."""
     kv_heads: tl.constexpr = HEADS // GROUP
     item, kv_head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     row, first = item // num_tiles, (item % num_tiles) * TILE
@@ -275,7 +275,7 @@ def list_tiles(ids: Tensor, counts: Tensor, tiles: Tensor) -> None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, attended: Tensor, log_sums: Tensor, ids: Tensor, counts: Tensor, tiles: Tensor
 ) -> None:
-    """Fill `attended` and `log_sums`; arguments of all three as `interval_attention` has them, contiguous."""
+    """Fill `attended` and `log_sums`; arguments of all three as in `interval_attention`, contiguous."""
     rows, num_tiles = counts.shape
     scale = math.log2(math.e) / q.shape[3] ** 0.5
     grid = (rows * num_tiles * q.shape[2],)
@@ -331,7 +331,7 @@ def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
     is_float32 = q.dtype == torch.float32
     names = {"HEADS": heads, "GROUP": heads // k.shape[2], "WIDTH": width, "TILE": TILE}
     names["BLOCK_WIDTH"] = max(16, triton.next_power_of_2(width))
-    # Two stages of wider tiles are more than the shared memory of a multiprocessor.
+    # Two stages of wider tiles do not fit into the shared memory of a multiprocessor.
     is_wide = is_float32 or width > 128
     stages = {"num_warps": 8 if is_wide else 4, "num_stages": 1 if is_wide else 2}
     return {**names, "PRECISION": "ieee" if is_float32 else "tf32", **stages}

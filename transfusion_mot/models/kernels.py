@@ -1,8 +1,8 @@
-"""Fused CUDA kernel for the norm of queries and keys, their rotation, and the joining of the towers' streams: one pass
-over memory instead of the compiler's three. Elsewhere the equivalent plain torch of `MoTBlock` runs.
+"""Fused CUDA kernel for the norm of queries and keys, their rotation, and joining of the towers' streams: one pass over
+memory instead of the compiler's three. On other devices the equivalent plain torch code of `MoTBlock` runs.
 
-On an H100 the compiler's own kernels take 32 ms of a step at width 1536, 24 layers and 32,768 slots, where reading and
-writing every element once takes 12.
+On an H100 the compiler's kernels take 32 ms of a step at width 1536, 24 layers and 32,768 slots; reading and writing
+every element once takes 12 ms.
 
 Shapes: B rows, S joint slots, s slots of a tower, N query heads, M key/value heads, H head width.
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Slots a program takes: 16 bytes a thread and load at a head width of 128 in bfloat16.
+# Slots for each program: 16 bytes for each thread and load at a head width of 128 in bfloat16.
 _SLOTS = 16
 
 
@@ -50,7 +50,7 @@ def _turn_back(
     BLOCK_HALF: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """The gradient behind `_norm_and_turn` at `gradient` => that before it, at `target`; adds to the weight's."""
+    """Gradient of the output of `_norm_and_turn`, at `gradient` => of its input, at `target`; adds to the weight's."""
     d1 = tl.load(gradient, mask, other=0.0).to(tl.float32)
     d2 = tl.load(gradient + HALF, mask, other=0.0).to(tl.float32)
     g1, g2 = d1 * c + d2 * s, d2 * c - d1 * s
@@ -106,7 +106,7 @@ def _join_heads_forward(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Slots `pid * BLOCK` onwards of a tower: its projection [B * s, (N + 2M) * H] => their place in q, k, v."""
+    """Slots of a tower from `pid * BLOCK` on: its projection [B * s, (N + 2M) * H] => their places in q, k, v."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     half = tl.arange(0, BLOCK_HALF)
     mask = (slot < num_slots)[:, None] & (half < HALF)[None]
@@ -161,7 +161,7 @@ def _join_heads_reverse(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """The gradients of `_join_heads_forward`: by the projection, and this program's share of those by the weights."""
+    """The gradients of `_join_heads_forward`: of the projection, and this program's share of those of the weights."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     half = tl.arange(0, BLOCK_HALF)
     mask = (slot < num_slots)[:, None] & (half < HALF)[None]
@@ -218,12 +218,13 @@ def join_heads(
     """Projections of all towers => normed and rotated queries and keys, and values, of all slots.
 
     Args:
-        qkv: Of each tower [B, s, (N + 2M) * H], contiguous; the towers' slots follow each other in the joint order.
-        q_weights, k_weights: Of the norms [H] of the towers that have them.
+        qkv: Projection of each tower [B, s, (N + 2M) * H], contiguous; the towers' slots follow each other in the joint
+            order.
+        q_weights, k_weights: Weights [H] of the norms of the towers that have them.
         cos, sin: Angles of all slots, float32 [B, S, 1, H/2], contiguous.
         num_heads, num_kv_heads: N and M.
         normed: Whether each tower norms its queries and keys.
-        eps: Of each tower's norms.
+        eps: Epsilon of each tower's norms.
 
     Returns:
         Queries [B, S, N, H], keys and values [B, S, M, H].
@@ -233,7 +234,7 @@ def join_heads(
     first_slot = 0
     for tower, projection in enumerate(qkv):
         slots = projection.shape[1]
-        # Kernels of Triton start on the current device, which need not be the tensors'.
+        # Triton launches kernels on the current device, which can be another than the tensors' device.
         with torch.cuda.device_of(projection):
             _join_heads_forward[(triton.cdiv(rows * slots, _SLOTS),)](
                 projection,
@@ -257,7 +258,7 @@ def join_heads(
 def _norms_of(
     tower: int, projection: Tensor, q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], normed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """The weights of a tower's two norms; of one without norms any tensors, which are not read."""
+    """The weights of a tower's two norms; for a tower without norms any tensors, which are not read."""
     place = sum(normed[:tower])
     return (q_weights[place], k_weights[place]) if normed[tower] else (projection, projection)
 
@@ -292,7 +293,7 @@ def _join_heads_backward(
     normed: Sequence[bool],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    """Gradients by each tower's projection, then by the two norm weights [2H] of those that have them, as one list."""
+    """Gradients of each tower's projection, then of the two norm weights [2H] of towers with norms, as one list."""
     rows, joint_slots, num_heads, _ = dq.shape
     num_kv_heads, half = dk.shape[2], cos.shape[3]
     gradients, weight_gradients, first_slot = [], [], 0
@@ -345,7 +346,7 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
     *saved, cos, sin = ctx.saved_tensors
     qkv, weights = saved[:towers], saved[towers:]
     q_weights, k_weights = weights[: len(weights) // 2], weights[len(weights) // 2 :]
-    # The kernel takes any strides but of the last axis.
+    # The kernel takes any strides except on the last axis.
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
     gradients = _join_heads_backward(dq, dk, dv, qkv, q_weights, k_weights, cos, sin, ctx.normed, ctx.eps)
     by_weight = [gradient.chunk(2) for gradient in gradients[towers:]]

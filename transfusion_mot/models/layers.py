@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 whatever the input's number format."""
+    """Root-mean-square norm, computed in float32 for any number format of the input."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> int:
-    """Matrix parameters that every slot of the modality passes through: its tower's blocks, and the head of tokens."""
+    """Matrix parameters for each slot of the modality: the blocks of its tower, and the head for tokens."""
     is_tied = config.modalities[modality].tied_embeddings
     head = f"modalities.{modality}.{'embedding' if is_tied else 'head'}.weight"
     owners = tuple(f".owned.{owner}." for owner in (config.modalities[modality].tower, SHARED))
@@ -43,7 +43,7 @@ def active_parameters(model: nn.Module, config: ModelConfig, modality: str) -> i
 def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Size) -> int:
     """FLOPs of forward and backward of a patch adapter without weights (on `meta`), for latents [I, C, Y, X].
 
-    They are counted rather than derived, because some of its layers see patches, some pixels and some images.
+    They are counted rather than derived, because its layers work on patches, latents or whole images.
     """
     with FlopCounterMode(display=False) as counter:
         result = torch.empty(latents, device="meta")
@@ -51,7 +51,7 @@ def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Siz
             result = modality.adapter.embed(result)
         else:
             tokens, kept = modality.adapter.embed(result, torch.empty(latents[0], device="meta"))
-            # What stands between the two has a gradient, whatever of the adapter is trained.
+            # The tensors between the two have a gradient, whichever part of the adapter is trained.
             tokens = tokens if tokens.requires_grad else tokens.requires_grad_()
             result = modality.adapter.predict(tokens, kept, *latents[-2:])
         if result.requires_grad:
@@ -62,10 +62,10 @@ def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Siz
 def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     """Pairs of slots of which one attends to the other, of all rows: []; padding is not counted."""
     slots = model.slot_ids(batch.inputs, batch.slots)
-    # A document is whole in its row: a slot sees all places of it from the first to its horizon.
+    # A document is contiguous in reading order: a slot attends to all places of it from the first to its own horizon.
     seen = slots.horizon + 1
     if slots.visible_until is not None:
-        # But for a slot that is hidden from what is read behind its image.
+        # Except for slots that are hidden from everything after their image.
         documents = batch.slots.document_ids + 1
         last = slots.order.new_zeros(documents.shape[0], documents.shape[1] + 1)
         last = last.scatter_reduce(1, documents, slots.order, "amax").gather(1, documents)
@@ -74,21 +74,21 @@ def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
 
 
 def flops_per_pair(model: TransfusionMoT) -> int:
-    """FLOPs of forward and backward of a pair of slots that attend: 12 per layer and attention width, once more for
-    each further attention that insulated towers need."""
+    """FLOPs of forward and backward for a pair of attending slots: 12 per layer and attention width, and the same again
+    for each additional attention of insulated towers."""
     config, block = model.architecture, cast(MoTBlock, model.blocks[0])
     return 12 * config.num_layers * config.num_heads * config.head_dim * block.num_attentions
 
 
 def weight_flops_per_row(model: TransfusionMoT, shape: RowShape) -> int:
-    """FLOPs of forward and backward over one row without attention of slots to each other (Chowdhery et al., arXiv
-    2204.02311, appendix B).
+    """FLOPs of forward and backward over one row without the products between slots in attention (Chowdhery et al.,
+    arXiv 2204.02311, appendix B).
 
-    Of a matrix and a slot: 2 per element for the result, 2 for the gradient of what it multiplies, if that has one, and
-    2 for its own, if it is trained. What activation checkpointing computes again is not counted.
+    For each slot and element of a matrix: 2 for the result, 2 for the gradient of the input, if it has one, and 2 for
+    the gradient of the matrix, if it is trained. Recomputation by activation checkpointing is not counted.
 
     Args:
-        model: It may be sharded or compiled. Its parameters say whether they are trained.
+        model: It may be sharded or compiled. `requires_grad` of its parameters shows whether they are trained.
         shape: Slots of the row.
     """
     config = model.architecture
@@ -118,10 +118,10 @@ def weight_flops_per_row(model: TransfusionMoT, shape: RowShape) -> int:
 
 
 def _block_flops(block: MoTBlock, has_gradient: dict[str, bool]) -> tuple[dict[str, int], dict[str, bool]]:
-    """FLOPs of the matrices of a block for a slot of each tower, and whether the streams have gradients behind it.
+    """FLOPs of the matrices of a block for a slot of each tower, and whether its output streams have gradients.
 
     Args:
-        has_gradient: Whether they have before it.
+        has_gradient: Whether its input streams have gradients.
     """
     flops = {}
     reads = {tower: has or _is_trained(block.attention_norm[tower]) for tower, has in has_gradient.items()}
@@ -149,15 +149,15 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _matrix_flops(module: nn.Module, has_gradient: bool) -> int:
-    """FLOPs for a slot of a matrix, and of the low-rank adapters around it.
+    """FLOPs of a matrix and its low-rank adapters for one slot.
 
     Args:
-        has_gradient: Whether what it multiplies has a gradient.
+        has_gradient: Whether the input has a gradient.
     """
     total = 0
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
-            # The second matrix of an adapter multiplies what the first one gives.
+            # The second matrix of an adapter multiplies the output of the first one.
             needs_input = has_gradient or "lora_B." in name
             total += parameter.numel() * 2 * (1 + needs_input + parameter.requires_grad)
     return total

@@ -1,7 +1,7 @@
 """Memory of a training step, predicted from the sizes of the model and the batch.
 
-It assumes compiled blocks. A block keeps for its backward pass what torch's partitioner chooses, which a test traces.
-The prediction is within 2 % of the peaks measured on one H100 (docs/scaling.md).
+It assumes compiled blocks. torch's partitioner chooses the tensors that a block keeps for its backward; a test traces
+them. The prediction is within 2 % of the peaks measured on one H100 (docs/scaling.md).
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 from transfusion_mot.training.adamw_8bit import BLOCK, has_codes
 
 Parallelism = Literal["ddp", "fsdp2"]
-# Blocks whose gathered weights and gradients exist at a time under FSDP: the one at work and the next.
+# Number of blocks whose gathered weights and gradients exist at the same time under FSDP: the current one and the next.
 _GATHERED_BLOCKS = 2
 
 
@@ -33,16 +33,16 @@ class Memory:
     """Bytes on one GPU at the peak of a step, by part.
 
     Attributes:
-        weights, gradients, optimizer, ema: One number for each (trained) parameter, two moments (one where it is
-            Muon's), and the averaged weights; the GPU's share where they are sharded. In float32, but for the weights
-            that are not trained, and moments of 8 bits.
-        copies: Of trained matrices in bfloat16, and under FSDP what is gathered of all.
-        blocks: What the blocks keep for the backward pass.
-        adapter: What the patch adapters, the embeddings and the last norms keep.
-        logits: Logits of a chunk, their gradient, and the gradients that they become.
-        working: What one block needs while its gradients are computed.
-        gradients_stay: Gradients are there while the activations are, not only when those go: with more than one
-            microbatch, or in the buckets of data parallelism.
+        weights, gradients, optimizer, ema: One number for each (trained) parameter, two moments (one for parameters of
+            Muon), and the averaged weights; if sharded, the share of the GPU. All are float32, except untrained
+            weights and 8-bit moments.
+        copies: Trained matrices in bfloat16, and under FSDP the gathered weights.
+        blocks: Activations that the blocks keep for the backward pass.
+        adapter: Activations of the patch adapters, the embeddings and the last norms.
+        logits: Logits of a chunk, their gradient, and the resulting gradients.
+        working: Memory of one block while its gradients are computed.
+        gradients_stay: Gradients exist at the same time as all activations: with more than one microbatch, or in the
+            buckets of data parallelism.
     """
 
     weights: float
@@ -58,7 +58,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Most bytes at a time: at the end of the forward pass, or when all gradients are there."""
+        """Maximum bytes at one time: at the end of the forward pass, or when all gradients exist."""
         forward = self.copies + self.blocks + self.adapter + max(self.logits, self.working)
         rest = forward + self.gradients if self.gradients_stay else max(forward, self.gradients + self.copies)
         return self.weights + self.optimizer + self.ema + rest
@@ -69,8 +69,8 @@ class Learning:
     """Trained parts of a tower in a block: the backward pass needs the inputs of their matrices.
 
     Attributes:
-        qkv, output, ffn_in, ffn_out: Of the projections and of the feed-forward, weights or adapters are trained.
-        weights: Weights of a matrix are, not adapters alone.
+        qkv, output, ffn_in, ffn_out: Whether weights or adapters of this projection or feed-forward matrix are trained.
+        weights: Whether weights of a matrix are trained, not only adapters.
         ranks: Sum of the ranks of all adapters.
     """
 
@@ -113,12 +113,12 @@ def kept_by_block(
     """Bytes that a compiled block keeps for its backward pass.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         slots: Slots of each tower's stream.
         checkpointing: See `TransfusionMoT.checkpoint_activations`.
         width: Bytes of a number: 2 in bfloat16.
-        learning: Of each tower; one that is left out is trained as a whole.
-        attentions: How often attention is computed: more than once with insulated towers.
+        learning: Trained parts of each tower; a missing tower is trained completely.
+        attentions: Number of attention computations: more than one with insulated towers.
     """
     attention = config.num_heads * config.head_dim
     projection = attention + 2 * (config.num_kv_heads or config.num_heads) * config.head_dim
@@ -129,22 +129,22 @@ def kept_by_block(
         # The block's input.
         numbers = hidden
         if checkpointing == "selective":
-            # Projection, attention, its output, gate and up; what goes into the second matrices of adapters.
+            # Projection, attention, its output, gate and up; inputs of the second matrices of adapters.
             numbers += projection + attention + hidden * own.weights + 2 * ffn + own.ranks
         if checkpointing == "none":
             # The same, and the rotated heads.
             numbers += projection + attention + hidden + 2 * ffn + own.ranks + projection
-            # Because products need them: the two norms, the gated product, and of each tower its own part of the
-            # attention, which lies together.
+            # Inputs of products: the two norms, the gated product, and a contiguous copy of each tower's part of the
+            # attention.
             numbers += hidden * (own.qkv + own.ffn_in) + ffn * own.ffn_out
             numbers += attention if own.output and len(slots) > 1 else 0
-        # Of each attention more: what it gives, and keys and values of which some have no gradient.
+        # For each additional attention: its output, and keys and values, some without gradients.
         more = {"none": projection, "selective": attention, "full": 0}[checkpointing]
         numbers += (attentions - 1) * more
         # The sum of exponentials of each head, and the scale of each norm, in float32.
         of_heads = 4 * config.num_heads * attentions
         scales = {"none": of_heads + 8, "selective": of_heads, "full": 0}[checkpointing]
-        # Which elements dropout keeps, one byte each, of what attention and feed-forward add.
+        # Dropout masks of the outputs of attention and feed-forward, one byte for each element.
         masks = 2 * hidden if config.towers[tower].dropout else 0
         total += count * (numbers * width + scales + masks)
     return total
@@ -152,7 +152,7 @@ def kept_by_block(
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is run.
+    """Settings of a step.
 
     Attributes:
         rows: Rows of a microbatch.
@@ -161,8 +161,8 @@ class Setting:
         parallelism: `ddp` keeps everything on every GPU, `fsdp2` shards weights, gradients, moments and averages.
         checkpointing: See `TransfusionMoT.checkpoint_activations`.
         width: Bytes of a number in the forward pass: 2 under bf16, else 4.
-        optimizer: Its name in `OptimizerConfig`.
-        ema: There are averaged weights on the GPU.
+        optimizer: Name of the optimizer in `OptimizerConfig`.
+        ema: Whether averaged weights are on the GPU.
     """
 
     rows: int
@@ -199,7 +199,7 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
     for name, block in shape.blocks.items():
         slots[config.modalities[name].tower] += rows * block.num_slots
     towers = {tower: config.towers[tower] for tower in slots}
-    # Gradients of a stream and of a feed-forward, which one tower after the other needs.
+    # Gradients of a stream and of a feed-forward, for one tower at a time.
     working: float = width * (
         sum(count * towers[tower].hidden_size for tower, count in slots.items())
         + max(count * 3 * towers[tower].intermediate_size for tower, count in slots.items())
@@ -213,10 +213,10 @@ def step_memory(model: TransfusionMoT, shape: RowShape, setting: Setting) -> Mem
         # Gathered weights and their gradients; embedding, head and adapter stay gathered.
         copies = (width + 4) * (_GATHERED_BLOCKS * one_block + numbers["all"] - numbers["block matrices"])
     elif width == 2 and setting.checkpointing == "none":
-        # A compiled block keeps its matrices as it multiplied with them.
+        # A compiled block keeps its matrices in the precision of the products.
         copies = 2.0 * numbers["trained block matrices"]
 
-    # The last norms are not compiled: they keep two float32 tensors and their result.
+    # The last norms are not compiled: each keeps two float32 tensors and its result.
     last_norms = (8 + width) * sum(count * towers[tower].hidden_size for tower, count in slots.items())
     return Memory(
         weights=weights / shards,
@@ -241,8 +241,8 @@ def bytes_of_moments(parameter: Tensor, optimizer: str, in_block: bool) -> float
 
 
 def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) -> float:
-    """Bytes that a patch adapter keeps for the latents of one row: the tensors that autograd saves in a pass on `meta`,
-    for one media slot, times their number. 0 for tokens."""
+    """Bytes that a patch adapter keeps for the latents of one row: the tensors that autograd saves for one media slot
+    in a pass on `meta`, times the number of slots. 0 for tokens."""
     modality = model.modalities[name]
     if block.latent_shape is None or isinstance(modality, TokenModality):
         return 0.0
@@ -273,9 +273,9 @@ def kept_by_adapter(model: TransfusionMoT, name: str, block: Block, width: int) 
 
 
 def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int) -> float:
-    """Bytes that the next-token losses of so many rows take while the activations are there.
+    """Bytes of the next-token losses of a number of rows while the activations exist.
 
-    Those of one modality after the other are computed; gradients of the hidden states and of the head stay.
+    Modalities are computed one after the other; gradients of the hidden states and of the head stay.
     """
     stay = most = 0.0
     for name, block in shape.blocks.items():
@@ -284,7 +284,7 @@ def logits_memory(model: TransfusionMoT, shape: RowShape, rows: int, width: int)
             continue
         slots, (vocab_size, hidden) = rows * block.num_slots, modality.head_weight.shape
         chunk = min(LOGITS_AT_ONCE, slots * vocab_size)
-        # The gradient of a chunk waits for the next one's logits, which become a gradient of their own.
+        # The gradient of a chunk still exists while the next chunk has logits and their gradient.
         chunks = 3 if slots * vocab_size > chunk else 2
         head = modality.head_weight
         stay += width * slots * hidden + 4 * head.numel() * head.requires_grad

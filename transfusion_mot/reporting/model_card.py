@@ -11,7 +11,7 @@ from transfusion_mot.data.mixture import Sources, counter
 from transfusion_mot.training.metrics import CAPTION_LOSS, TOKEN_UNIT, VALIDATION, Lines, loss_units
 
 _REPOSITORY_TAGS = ["transfusion", "mixture-of-transformers", "text-generation"]
-# Tasks of the hub by the media of a model; the first of all is what it is listed under.
+# Tasks of the hub by the media of a model; the model is listed under the first one.
 _TASKS = {"image": ["text-to-image", "image-to-text"], "audio": ["text-to-speech", "automatic-speech-recognition"]}
 
 
@@ -30,15 +30,15 @@ def model_card(
     """A model card in the form of the Hugging Face hub.
 
     Args:
-        config: Of the run.
-        parameters: Of the model.
-        sources: What it was trained on.
-        seen: The counters of the run.
-        lines: Of the run's metrics.
-        step: Steps done.
-        prompt: Of the example.
-        media: Of its codecs: `image`, `audio` or both.
-        base: Of a low-rank adapter, the snapshot below it.
+        config: Configuration of the run.
+        parameters: Number of parameters.
+        sources: Training data.
+        seen: Counters of the run.
+        lines: Metrics of the run.
+        step: Number of finished steps.
+        prompt: Prompt of the example.
+        media: Media of its codecs: `image`, `audio` or both.
+        base: Base snapshot of a low-rank adapter.
     """
     model, training = config.model, config.training
     tasks = [task for medium, own in _TASKS.items() if medium in media for task in own]
@@ -117,14 +117,14 @@ def _loading(base: str | None) -> str:
     if base is None:
         return 'pipeline = TransfusionPipeline.from_pretrained("PATH_OR_NAME_OF_THIS_MODEL")'
     return (
-        f"# A low-rank adapter: the model below it is needed, too.\n"
+        f"# A low-rank adapter: its base model is needed, too.\n"
         f"pipeline = TransfusionPipeline.from_pretrained({json.dumps(base, ensure_ascii=False)})\n"
         'pipeline.load_lora_weights("PATH_OR_NAME_OF_THIS_ADAPTER")'
     )
 
 
 def _uses(prompt: str, media: Collection[str]) -> str:
-    """Lines of code that make something of a prompt."""
+    """Lines of code that use a prompt."""
     quoted, lines = json.dumps(prompt, ensure_ascii=False), []
     if "image" in media:
         lines += [f"image = pipeline({quoted}).images[0]", "caption = pipeline.caption(image)[0]"]
@@ -160,7 +160,7 @@ def _source_rows(sources: Sources, seen: dict[str, int]) -> str:
 
 
 def _measured(lines: Lines, step: int) -> str:
-    """The last losses up to a step, in training and held out."""
+    """The last training and held-out losses up to a step."""
     rows = []
     for name, unit in {**loss_units(lines), CAPTION_LOSS: TOKEN_UNIT}.items():
         training, held_out = (

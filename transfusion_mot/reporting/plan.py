@@ -40,8 +40,8 @@ GPU_MEMORY = {
 }
 # The rest holds the CUDA context, buffers of the collectives, and what the allocator cannot use.
 USABLE = 0.92
-# Where a codec cannot be read, those of the papers: latents of eight channels and an eighth of the pixels, or the
-# codes of Chameleon.
+# Used if a codec cannot be read, from the papers: latents of eight channels and downsampling 8, or the codes of
+# Chameleon.
 _CHANNELS, _DOWNSAMPLING = 8, 8
 _CODEBOOK = 8192
 _ROWS = {
@@ -58,10 +58,10 @@ _ROWS = {
 
 
 def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str]], RunConfig]) -> str:
-    """The plan of a run for people.
+    """The plan of a run as text.
 
     Args:
-        arguments: Those of `train.py`, with `--plan` and the options of this function's parser.
+        arguments: Arguments of `train.py`, with `--plan` and the options of this function's parser.
         read_config: Reads the configuration from the other arguments.
 
     Raises:
@@ -101,7 +101,7 @@ def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str]], RunCon
 
 
 def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
-    """The model on `meta`, its rows, and what had to be assumed."""
+    """The model on `meta`, its rows, and the assumptions."""
     assumed = []
     vocab_size = config.tokenizer.vocab_size
     if config.tokenizer.path is not None:
@@ -122,7 +122,7 @@ def open_model(config: RunConfig) -> tuple[TransfusionMoT, RowShape, list[str]]:
             codebook = _codebook_size(codec)
             if codebook is None:
                 assumed.append(f"{_CODEBOOK} codes: {codec.path} cannot be read")
-            # Its start and its end.
+            # Start and end of a span.
             sizes[name] = (codebook or _CODEBOOK) + 2
             continue
         found = _latents(codec.path)
@@ -154,7 +154,7 @@ def _latents(path: str) -> tuple[int, int] | None:
 def _codebook_size(codec: CodecConfig) -> int | None:
     """Codes of a tokenizer of images or audio; None if it cannot be read."""
     try:
-        # Of diffusers, but any config.json will do.
+        # A function of diffusers, which reads any config.json.
         config = VQModel.load_config(codec.path, local_files_only=True)
         name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
         is_audio = name in AUDIO_CLASSES
@@ -170,12 +170,12 @@ def _codebook_size(codec: CodecConfig) -> int | None:
 
 
 def _line(title: str, *values: float | str) -> str:
-    """A row of a table; fractions with two decimals."""
+    """A row of a table; floats have two decimals."""
     return f"{title:42}" + "".join(f"{f'{v:.2f}' if isinstance(v, float) else v:>10}" for v in values)
 
 
 def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
-    """Parameters of each tower, in all, and those that a slot of each modality passes through."""
+    """Parameters of each tower, total parameters, and active parameters for a slot of each modality."""
     in_blocks, outside = Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
         counts = in_blocks if name.startswith("blocks.") else outside
@@ -195,7 +195,8 @@ def parameter_table(model: TransfusionMoT, config: RunConfig) -> str:
 
 
 def parallelisms(config: RunConfig) -> tuple[Parallelism, ...]:
-    """Those that the run works with: Muon, 8-bit products and moments, and averages on the CPU need whole matrices."""
+    """Possible parallelism of the run: Muon, 8-bit products and moments, and averages on the CPU need whole
+    matrices."""
     needs_whole = config.optimizer.name != "adamw" or config.training.float8 or config.training.ema_on_cpu
     return ("ddp",) if needs_whole else get_args(Parallelism)
 
@@ -235,7 +236,7 @@ def memory_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus
     lines.append(_line("peak (not all exist at a time)", *(memory.peak / GIB for memory in memories)))
     limit = USABLE * GPU_MEMORY[gpu]
     fits = ["fits" if memory.peak <= limit * GIB else "too much" for memory in memories]
-    lines.append(_line(f"of {limit:.1f} that can be used", *fits))
+    lines.append(_line(f"of {limit:.1f} usable", *fits))
     lines.append(
         f"for microbatches of {rows} of {rows_per_gpu(config, gpus)} rows of {shape.num_slots} slots, "
         f"training.activation_checkpointing={training.activation_checkpointing}"
@@ -252,7 +253,7 @@ def largest_microbatch(
     parallelism: Parallelism,
     checkpointing: Checkpointing,
 ) -> int:
-    """Most rows that fit, among those that divide a GPU's rows, so that every microbatch has one shape; 0 if none."""
+    """Largest divisor of a GPU's rows that fits in memory, so that all microbatches have one shape; 0 if none fits."""
     limit = USABLE * GPU_MEMORY[gpu] * GIB
     own = rows_per_gpu(config, gpus)
     for rows in (count for count in range(own, 0, -1) if own % count == 0):
@@ -274,7 +275,7 @@ def microbatch_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, 
 
 
 def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: int, gpu: str) -> str:
-    """Peak memory of the configured microbatch on a GPU that keeps all parameters, by what is trained and how."""
+    """Peak memory of the configured microbatch on a GPU with all parameters, by trained parts and method."""
     rows = min(config.training.microbatch_rows or rows_per_gpu(config, gpus), rows_per_gpu(config, gpus))
     frozen = [TEXT] if config.model.modalities[TEXT].tower == TEXT and len(config.model.towers) > 1 else []
     own = config.lora or LoraConfig()
@@ -285,7 +286,7 @@ def choices_table(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpu
         f"lora of rank {own.rank}": (replace(own, towers=None, also_train=[]), []),
     }
     lines = [
-        f"GiB on one {gpu}, of {USABLE * GPU_MEMORY[gpu]:.1f} that can be used, by training.activation_checkpointing",
+        f"GiB on one {gpu}, of {USABLE * GPU_MEMORY[gpu]:.1f} usable, by training.activation_checkpointing",
         _line("", *get_args(Checkpointing)),
     ]
     for title, (lora, towers) in trained.items():
@@ -322,7 +323,7 @@ def time_line(model: TransfusionMoT, shape: RowShape, config: RunConfig, gpus: i
     steps, days = config.training.num_steps, config.training.num_steps * seconds / 86400
     length = f"{days:.3g} days for {steps} steps ({steps * tokens / 1e9:.4g}B tokens)"
     if config.training.num_epochs is not None:
-        length = f"as many as {config.training.num_epochs:g} epochs take, which the data says when the run begins,"
+        length = f"{config.training.num_epochs:g} epochs (the number of steps depends on the data),"
     return (
         f"{of_row / shape.num_slots / 1e9:.3g} GFLOP a token (mean over tokens and patches, forward and backward), "
         f"{of_step / 1e15:.3g} PFLOP a step of {tokens / 1e6:.3g}M tokens\n"

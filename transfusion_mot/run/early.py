@@ -11,7 +11,7 @@ from transfusion_mot.hub_names import refuse_missing_path
 
 
 def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
-    """The sections of a run's configuration, without what its start says; see `parse_sections`.
+    """The sections of a run's configuration, without those of its initial weights; see `parse_sections`.
 
     Raises:
         UserError: There is a mistake in them, or a source, start, tokenizer or codec that they name is not there.

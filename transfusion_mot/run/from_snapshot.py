@@ -28,7 +28,7 @@ from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, ta
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of_version_0_1
 from transfusion_mot.schedulers import make_scheduler, trained_for
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.training.checkpoint import atomic_folder
 
 # Model settings that no weight depends on.
 _FREE = (
@@ -209,7 +209,7 @@ def keep_codecs(config: RunConfig, accelerator: Accelerator) -> RunConfig:
         own = Path(config.output_dir) / "codecs" / name
         codecs[name] = replace(codecs[name], path=str(own))
         if accelerator.is_main_process:
-            with written_aside(own) as folder:
+            with atomic_folder(own) as folder:
                 shutil.copytree(path, folder, dirs_exist_ok=True)
     accelerator.wait_for_everyone()
     return replace(config, codecs=codecs)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transfusion_mot.config import RunConfig
 from transfusion_mot.run.data import RunData
 from transfusion_mot.run.snapshots import describe_adapter, save_snapshot
-from transfusion_mot.run.start import made_of
+from transfusion_mot.run.start import fingerprint
 from transfusion_mot.run.training import Training
 from transfusion_mot.training.state import StateWriter, state_tensors
 
@@ -28,7 +28,7 @@ class RunSaver:
         self.config = config
         self.data = data
         self.training = training
-        self.made_of = made_of(config, data)
+        self.fingerprint = fingerprint(config, data)
         self.adapter = describe_adapter(training.model, training.ema, config, data)
         self.writer = StateWriter(Path(config.output_dir), config.training.keep_last, config.training.keep_every)
 
@@ -57,5 +57,5 @@ class RunSaver:
             save_snapshot(model, ema, self.config, self.data, adapter=self.adapter, log=log, step=step)
         lanes = self.accelerator.gather(self.training.loader.states.to(self.accelerator.device)).cpu()
         tensors = state_tensors(model, ema, optimizer, lanes)
-        progress = {"step": step, "seen": dict(log.seen), "made_of": self.made_of}
+        progress = {"step": step, "seen": dict(log.seen), "made_of": self.fingerprint}
         self.writer.save(step, tensors, progress, log.best[1] if log.best is not None else None)

@@ -22,7 +22,7 @@ from transfusion_mot.run.examples import examples_of
 from transfusion_mot.sampling.held_out_items import captions_of
 from transfusion_mot.sampling.lora import AdapterInfo, save_adapter, sizes_of
 from transfusion_mot.sampling.snapshot import MODEL_CARD
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.training.checkpoint import atomic_folder
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.log import RunLog
 from transfusion_mot.training.metrics import METRICS_FILE, read_metrics
@@ -90,7 +90,7 @@ def describe_adapter(model: TransfusionMoT, ema: EMA, config: RunConfig, data: R
     elif not (run / "base").exists():
         below = averaged_model(model, ema, is_main_process=is_main_process)
         if below is not None:
-            with written_aside(run / "base") as folder:
+            with atomic_folder(run / "base") as folder:
                 make_pipeline(below, config, data).save_pretrained(folder)
     written_over = {base_name(name) for name in ema.weights if not is_of_adapter(name)}
     below_it = fingerprint(digests(model), written_over)
@@ -145,7 +145,7 @@ def save_snapshot(
         prompt=_example_prompt(config, data),
         media={codec.medium for codec in data.codecs.values()},
     )
-    with written_aside(run / "snapshots" / f"step-{step:07d}") as folder:
+    with atomic_folder(run / "snapshots" / f"step-{step:07d}") as folder:
         if adapter is not None:
             save_adapter(folder, weights, adapter)
             (folder / MODEL_CARD).write_text(card)

@@ -29,13 +29,13 @@ class Start:
         state: Training state to resume from; None for a new run.
         step: Steps done.
         seen: Counters of those steps, over all processes.
-        made_of: Fingerprint of the settings of those steps, see the function `made_of`.
+        fingerprint: Fingerprint of the settings of those steps, see the function `fingerprint`.
     """
 
     state: Path | None = None
     step: int = 0
     seen: dict[str, int] = field(default_factory=dict)
-    made_of: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, config: RunConfig) -> Self:
@@ -68,7 +68,7 @@ class Start:
         """
         if self.state is not None:
             # Older states do not mention adapters.
-            refuse_other_run({"lora": None, **self.made_of}, made_of(config, data), self.state)
+            refuse_other_run({"lora": None, **self.fingerprint}, fingerprint(config, data), self.state)
 
 
 def check_run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -96,7 +96,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
         accelerator.print(reason)
 
 
-def made_of(config: RunConfig, data: RunData) -> dict[str, Any]:
+def fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
     """Settings and fingerprints that must not change when a run is resumed, by name."""
     return {
         "model": _settled_model(config.model),

@@ -60,7 +60,7 @@ from safetensors.torch import save_file
 
 from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
 from transfusion_mot.schedulers import trained_for
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.training.checkpoint import atomic_folder
 
 # The other modality of every model of version 0.1.
 _IMAGE = "image"
@@ -89,7 +89,7 @@ def convert(snapshot: Path, output: Path) -> None:
         raise UserError(f"{snapshot} is not of version 0.1; it can be used as it is")
     if not list((snapshot / "transformer").glob("*.safetensors")):
         raise UserError(f"{snapshot}/transformer has no safetensors file; save the model in this format first")
-    with written_aside(output) as folder:
+    with atomic_folder(output) as folder:
         # If the new snapshot replaces the old one, links stay links.
         shutil.copytree(snapshot, folder, symlinks=output.resolve() == snapshot.resolve(), dirs_exist_ok=True)
         _convert_config(folder)

@@ -82,7 +82,7 @@ from torch import Tensor
 
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.export_language_model import export_language_model
-from transfusion_mot.training.checkpoint import run_config_file, written_aside
+from transfusion_mot.training.checkpoint import atomic_folder, run_config_file
 
 
 def export(
@@ -117,7 +117,7 @@ def export(
             f"the weights take {megabytes:.1f} MB, more than the {max_megabytes:g} MB allowed; train a smaller model"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(output) as folder:
+    with atomic_folder(output) as folder:
         pipeline.save_pretrained(folder)
         if (config := run_config_file(snapshot)).is_file():
             # Evaluations read the data of the run from it.

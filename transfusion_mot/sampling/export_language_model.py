@@ -24,7 +24,7 @@ from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import tensor_names
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.training.checkpoint import written_aside
+from transfusion_mot.training.checkpoint import atomic_folder
 
 # The value of tokenizers without a maximum length.
 _NO_LENGTH = 10**9
@@ -61,7 +61,7 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
     model.config.dtype = dtype
     model.generation_config = GenerationConfig.from_model_config(config)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save(folder)
     return {str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*.safetensors"))}

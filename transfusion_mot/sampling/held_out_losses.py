@@ -130,7 +130,7 @@ def diffusion_metrics(
     encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
-    # One image a row, so that every image is measured with the same noise, whatever the length of its caption. There is
+    # One image a row, so that every image is measured with the same noise for any length of its caption. There is
     # no image before it, so it needs no clean copy of one, for which the row would have no slot either. Only before the
     # result of an edit there is its source.
     data = replace(config.data, image_context="noised")

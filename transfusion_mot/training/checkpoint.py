@@ -15,7 +15,7 @@ _CONFIG = "config.yaml"
 
 
 @contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends without an error.
 
     A crash in between leaves the previous folder unchanged.

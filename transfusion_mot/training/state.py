@@ -206,7 +206,7 @@ def refuse_other_run(trained_with: dict[str, Any], given: dict[str, Any], folder
 
 
 def _differing(before: Any, now: Any) -> tuple[Any, Any]:
-    """Two values => of dictionaries, and of those in them, the entries that differ; of anything else both whole."""
+    """Two values => their differing entries if they are (nested) dictionaries, else both values."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return before, now
     names = [name for name in now | before if before.get(name) != now.get(name)]

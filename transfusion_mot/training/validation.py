@@ -201,9 +201,9 @@ class Validation:
             lanes = range(accelerator.process_index, packer.num_lanes, accelerator.num_processes)
             for start in range(0, -(-packer.num_lanes // accelerator.num_processes), self.rows_at_once):
                 chunk = lanes[start : start + self.rows_at_once]
-                # Rows that count for nothing: one where there are none left, and for FlexAttention, which is compiled
-                # for every shape, as many as give all batches the shape of training's. Without gradients nothing else
-                # is compiled, but for the encoder, which fills its batches itself.
+                # Padding rows without a loss: one if no rows are left; with FlexAttention, which is compiled for every
+                # shape, as many as give all batches the shape of training. Without gradients only the encoder is
+                # also compiled, and it pads its batches itself.
                 rows = self.rows_at_once if is_compiled else max(1, len(chunk))
                 used = [*chunk, *[0] * (rows - len(chunk))]
                 states = np.tile(packer.initial_state(), (rows, 1))

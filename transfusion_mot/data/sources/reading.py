@@ -26,7 +26,7 @@ _SETTLED = (
 _Value = TypeVar("_Value")
 
 
-def tried_again(read: Callable[[], _Value]) -> _Value:
+def with_retries(read: Callable[[], _Value]) -> _Value:
     """Call `read`, and retry after a pause if the system fails: too many open files, no network, a bad disk.
 
     Raises:
@@ -64,7 +64,7 @@ class FilePart(io.RawIOBase):
     def size(self) -> int:
         """Size of the part in bytes."""
         if self._size is None:
-            self._size = tried_again(self.path.stat).st_size - self.offset
+            self._size = with_retries(self.path.stat).st_size - self.offset
         return self._size
 
     def readable(self) -> bool:
@@ -87,7 +87,7 @@ class FilePart(io.RawIOBase):
         """Fill `buffer` from the current offset => number of bytes; 0 at the end."""
         view = memoryview(buffer).cast("B")
         view = view[: max(0, self.size - self._position)]
-        count = tried_again(lambda: self._read_once(view)) if len(view) else 0
+        count = with_retries(lambda: self._read_once(view)) if len(view) else 0
         self._position += count
         return count
 

@@ -55,10 +55,12 @@ class Scenes:
         self.image_size = sizes[bucket]
         # All are equal, so no array of that length is needed.
         self.buckets: npt.NDArray[np.int16] = np.broadcast_to(np.int16(bucket), self._length)
-        made_of = repr((_VERSION, self.sprites.fingerprint, data.split_seed, self.composer.fraction, split, source.use))
+        fingerprint = repr(
+            (_VERSION, self.sprites.fingerprint, data.split_seed, self.composer.fraction, split, source.use)
+        )
         self.is_storable = source.num_items is not None and source.num_items <= _NUM_ITEMS
-        self._key = key_of(made_of.encode())
-        self.documents_fingerprint = fingerprint_of(made_of.encode(), str(self._length).encode())
+        self._key = key_of(fingerprint.encode())
+        self.documents_fingerprint = fingerprint_of(fingerprint.encode(), str(self._length).encode())
         self.fingerprint = fingerprint_of(self.documents_fingerprint.encode(), repr(self.image_size).encode())
         self.modality = source.modality
         self.modalities = (TEXT, source.modality)

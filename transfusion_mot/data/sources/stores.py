@@ -20,7 +20,7 @@ from transfusion_mot.data.images import UnreadableImage
 from transfusion_mot.data.sources.arrays import StoredArrays, file_stamp
 from transfusion_mot.data.sources.base import SkippedItems
 from transfusion_mot.data.sources.keys import Keys, key_of, keys_from
-from transfusion_mot.data.sources.reading import FilePart, tried_again
+from transfusion_mot.data.sources.reading import FilePart, with_retries
 from transfusion_mot.errors import UnreadableMedia, UserError
 
 Items = npt.NDArray[np.int64]
@@ -156,7 +156,7 @@ def _size_and_time(path: Path, what: str) -> tuple[int, int]:
         UserError: The system failed to read them.
     """
     try:
-        status = tried_again(path.stat)
+        status = with_retries(path.stat)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a null character
         return -1, -1
     except OSError as error:
@@ -229,9 +229,9 @@ class ParquetStore:
         row = int(self.arrays["rows"][item])
         stamp = self._stamps[number]
         try:
-            starts = tried_again(partial(_row_group_starts, stamp))
+            starts = with_retries(partial(_row_group_starts, stamp))
             group = int(np.searchsorted(starts, row, side="right")) - 1
-            value = tried_again(partial(_row_group, stamp, group, self.column))[row - int(starts[group])]
+            value = with_retries(partial(_row_group, stamp, group, self.column))[row - int(starts[group])]
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -301,7 +301,7 @@ def _opened_value(store: ParquetStore | ArrowStore, value: Any, folder: Path, it
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return io.BytesIO(value)
-    if isinstance(value, str) and value and tried_again((folder / value).is_file):
+    if isinstance(value, str) and value and with_retries((folder / value).is_file):
         return _opened(folder / value)
     if not value:
         reason = f"is missing: the column '{store.column}' is empty there"

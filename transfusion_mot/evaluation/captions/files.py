@@ -21,12 +21,12 @@ def read_captions(path: str | Path, keys: Sequence[str] = CAPTION_KEYS) -> dict[
     """Captions by image, in the order of the file.
 
     The file is JSON lines or a JSON list of objects with `file_name` (or `image_id`) and `caption`, `text` or
-    `captions` (a list); objects of one image are gathered. COCO's annotation files, whose list is under `annotations`,
-    are read too. Other `keys` are taken in their order, for example the `references` (a list) that stand beside each
-    caption in the captions.jsonl of a benchmark.
+    `captions` (a list); objects of one image are merged. COCO's annotation files, whose list is under `annotations`,
+    are read, too. Other `keys` are tried in their order, for example `references` (a list), which the captions.jsonl
+    of a benchmark has beside each caption.
 
     Raises:
-        UserError: The file cannot be read, is not of that form, or holds no caption.
+        UserError: The file cannot be read, has another form, or has no captions.
     """
     path = Path(path)
     captions: defaultdict[str, list[str]] = defaultdict(list)
@@ -63,10 +63,10 @@ def _read_objects(path: Path) -> list[Any]:
 
 
 def find_captioned(names: Sequence[str], folder: str | Path) -> list[Path]:
-    """Files of images by what they are called in a file of captions: paths below the folder, or file names.
+    """Files of images by their names in a file of captions: paths below the folder, or file names.
 
     Raises:
-        UserError: One does not exist.
+        UserError: A file does not exist.
     """
     found = []
     for name in names:
@@ -83,11 +83,10 @@ def match_captions(
 ) -> tuple[list[str], list[list[str]]]:
     """Candidates and references of the same images in the same order, for `caption_metrics`.
 
-    Where the paths differ, as after `sample.py --caption folder/*.png`, file names tell which image is which, if no two
-    images have the same one.
+    If the paths differ, as after `sample.py --caption folder/*.png`, images are matched by unique file names.
 
     Raises:
-        UserError: An image has several candidates, or is in one of the two only.
+        UserError: An image has several candidates, or is in only one of the two.
     """
     for image, captions in candidates.items():
         if len(captions) != 1:

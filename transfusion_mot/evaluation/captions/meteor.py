@@ -11,15 +11,15 @@ Words = Sequence[str]
 
 
 def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> tuple[float, list[float]]:
-    """METEOR of the corpus, and of each image; 0 to 1. Tokenised captions, in the same order.
+    """METEOR of the corpus and of each image, 0 to 1, from tokenised captions in the same order.
 
-    The corpus's is no mean: matches and lengths are summed over all images first.
+    The corpus score is not a mean: matches and lengths are summed over all images first.
 
     Raises:
         JavaMissing: There is no Java, or no pycocoevalcap, or the program ends early.
     """
     java, jar = find_java(), find_jar("meteor", "meteor-1.5.jar")
-    # The program reads numbers and captions in the language of the machine, unless it is told.
+    # By default the program reads numbers and captions in the locale of the machine.
     command = [java, "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", str(jar)]
     with subprocess.Popen(
         [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
@@ -54,5 +54,5 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
 
 
 def _joined(words: Words) -> str:
-    # What separates captions in its input.
+    # Separator of captions in its input.
     return " ".join(words).replace("|||", "").replace("  ", " ")

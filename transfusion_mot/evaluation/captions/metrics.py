@@ -23,17 +23,17 @@ _logger = logging.getLogger(__name__)
 def caption_metrics(
     candidates: Sequence[str], references: Sequence[Sequence[str]], encoder: SentenceEncoder | None = None
 ) -> list[Metric]:
-    """Score one caption an image against that image's references.
+    """Score one caption for each image against the references of the image.
 
     Args:
-        candidates: One caption an image, untokenised; an empty one scores 0.
+        candidates: One caption for each image, untokenised; an empty one scores 0.
         references: For each image, at least one reference caption.
-        encoder: For the similarity of sentence embeddings; null where no model is installed.
+        encoder: Model of sentence embeddings; None if no model is installed.
 
     Returns:
         `CIDEr` (0 to 10; 10 needs captions of four words and more that equal all their references), `CIDEr x100` (as
-        papers print it), `BLEU-1` to `BLEU-4`, `ROUGE-L` and `METEOR` (0 to 1), and `sentence similarity`. Where Java,
-        pycocoevalcap or a sentence model is missing, the others say what was not measured and why.
+        in papers), `BLEU-1` to `BLEU-4`, `ROUGE-L` and `METEOR` (0 to 1), and `sentence similarity`. If Java,
+        pycocoevalcap or a sentence model is missing, the protocols of the others say what was not measured and why.
 
     Raises:
         UserError: There are no candidates, their number differs from that of the references, or an image has none.
@@ -63,13 +63,13 @@ def caption_metrics(
     of_meteor: list[Metric] = []
     try:
         corpus, per_image = meteor(words, reference_words)
-        # The corpus's number is no mean of the images', so they give no interval.
+        # The corpus score is not a mean over images, so there is no interval.
         of_meteor.append(Metric("METEOR", corpus, {**protocol, "program": "METEOR 1.5"}, None, tuple(per_image)))
     except JavaMissing as missing:
         protocol["METEOR"] = f"not measured: {missing}"
     if encoder is None:
         protocol["sentence similarity"] = "not measured: pip install transfusion-mot[evaluation]"
-    # COCO's scorers of n-grams cut at no-break spaces, too; those of METEOR and ROUGE-L do not.
+    # COCO's scorers of n-grams also split at no-break spaces; those of METEOR and ROUGE-L do not.
     cut, reference_cut = [_cut(w) for w in words], [[_cut(w) for w in captions] for captions in reference_words]
     cider = np.array(cider_d(cut, reference_cut))
     metrics = [_mean("CIDEr", cider, protocol), _mean("CIDEr x100", 100 * cider, protocol)]

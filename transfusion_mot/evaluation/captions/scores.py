@@ -1,8 +1,8 @@
 """Captioning scores in pure Python: CIDEr-D, BLEU-1 to 4 and ROUGE-L with the conventions of COCO's evaluation.
 
-Each scorer takes one tokenised candidate an image and that image's tokenised references, in the same order, and equals
-the scorer of that name in pycocoevalcap. Scores are of the corpus: the inverse document frequencies of CIDEr and the
-lengths of BLEU come from all images together, so numbers of different sets of images cannot be compared.
+Each scorer takes one tokenised candidate for each image and its tokenised references, in the same order, and equals the
+scorer of that name in pycocoevalcap. Scores depend on the corpus: the inverse document frequencies of CIDEr and the
+lengths of BLEU come from all images, so scores of different sets of images cannot be compared.
 """
 
 import math
@@ -18,7 +18,7 @@ _MAX_ORDER = 4
 
 
 def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
-    """How often each n-gram occurs; entry n - 1 holds the n-grams of n words."""
+    """Counts of n-grams; entry n - 1 has the n-grams of n words."""
     return [
         Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
         for order in range(1, _MAX_ORDER + 1)
@@ -81,7 +81,7 @@ def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
                 most |= caption_counts[order]
             correct[order] += (counts & most).total()
             guessed[order] += counts.total()
-    # COCO's constants against division by zero; they show where no n-gram of an order is right, or none is long enough.
+    # COCO's constants against division by zero; they affect scores if no n-gram of an order matches or exists.
     precisions = (correct + 1e-15) / (guessed + 1e-9)
     ratio = (candidate_length + 1e-15) / (reference_length + 1e-9)
     penalty = math.exp(min(0.0, 1 - 1 / ratio))
@@ -92,7 +92,7 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
     """ROUGE-L (Lin 2004) of each image, 0 to 1; the corpus's is their mean.
 
     F-measure, with recall weighted by `beta`, of the best precision and the best recall of the longest common
-    subsequence over the references. COCO's code takes no words for one empty word, as is done here.
+    subsequence over the references. Like in COCO's code, an empty caption counts as one empty word.
     """
     scores = []
     for words, captions in zip(candidates, references, strict=True):

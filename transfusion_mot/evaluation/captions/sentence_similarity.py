@@ -29,7 +29,7 @@ class SentenceEncoder:
 
 
 def packaged_sentence_model() -> str | None:
-    """Folder of all-MiniLM-L6-v2 where Python packages have brought it and what it runs in; else None."""
+    """Folder of all-MiniLM-L6-v2 if the Python packages of the model and its library are installed; else None."""
     if find_spec("sentence_transformers") is None:
         return None
     try:
@@ -52,12 +52,12 @@ def load_sentence_encoder(name_or_path: str, device: str = "cpu") -> SentenceEnc
             "sentence similarity needs the package sentence-transformers; pip install transfusion-mot[evaluation]"
         ) from None
     try:
-        # As the library completes names.
+        # The library completes names in the same way.
         is_short = "/" not in name_or_path and not Path(name_or_path).exists()
         ask_hub(f"sentence-transformers/{name_or_path}" if is_short else name_or_path)
-        # In float32, whatever its file holds.
+        # In float32, independent of its file.
         model = SentenceTransformer(name_or_path, device="cpu").float()
-    # Broken files and failed downloads end in whatever their libraries raise.
+    # Libraries raise any error for damaged files and failed downloads.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

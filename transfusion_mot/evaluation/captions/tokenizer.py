@@ -27,7 +27,7 @@ _ABBREVIATIONS = (
 # ... these only with a capital, because they are words otherwise, and these only before a number: "no. 5".
 _CAPITAL_ABBREVIATIONS = "Tex|Mass|Ill|La|Miss|Ore|Pa|Wash|Ark|Az|Del"
 _NUMBER_ABBREVIATIONS = "no|nos|p|pp|fig|figs|op|art|ca"
-# After an initial, these begin a sentence, so that its full stop ends one: "plan B. The next".
+# These words begin a sentence, so a full stop before them ends one, even after an initial: "plan B. The next".
 _SENTENCE_STARTERS = "The|A|An|It|He|She|They|There|This|That|These|In|At|But|Some|One|We|You|What|Her"
 
 # Combining marks of these ranges are parts of words.
@@ -75,7 +75,7 @@ _RULES = (
     _rule(rf"(?i:https?)://{_URL}+[^\s\"<>|.!?(){{}},\-]"),
     _rule(rf"(?:www\.{_HOST}[A-Za-z]{{2,4}}|{_HOST}(?:com|net|org|edu))(?:/{_URL}+[^\s\"<>|.!?(){{}},\-])?"),
     _rule(r"#[A-Za-z][A-Za-z0-9]*|@[A-Za-z_][A-Za-z0-9_]*"),
-    # Words, and what is cut off their ends.
+    # Words, and endings that are split off.
     _rule(r"(?i:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|gim(?=me\b)|lem(?=me\b)|'t(?=is\b|was\b))", r"\w+"),
     _rule(rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*"),
     _rule(rf"{_ALNUM}+?(?={_ENDING})", _ENDING),
@@ -113,7 +113,7 @@ _RULES = (
 )
 _PLAIN_WORD = re.compile(r"[A-Za-z]+(?=\s)")
 _FUSED = frozenset({"cannot", "gonna", "wanna", "gotta", "gimme", "lemme"})
-# What the Treebank writes differently.
+# Characters that the Treebank writes differently.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _QUOTES = {"\u2018": "`", "\u201c": "``", "\u00ab": "``", "\u2039": "`"}
 _QUOTES |= {"\u2019": "'", "\u201d": "''", "\u00bb": "''", "\u203a": "'"}
@@ -136,10 +136,10 @@ _logger = logging.getLogger(__name__)
 
 
 def tokenize_captions(*lists: Sequence[str]) -> tuple[list[list[list[str]]], str]:
-    """Words of each caption of some lists, as COCO's evaluation gets them, and the name of what cut all of them.
+    """Words of each caption of some lists, as in COCO's evaluation, and the name of the tokenizer.
 
-    The Java program cuts them where there is Java and pycocoevalcap, which holds it; else `tokenize_caption`. A mixed
-    fraction or a telephone number is one word with no-break spaces inside.
+    The tokenizer is the Java program if Java and pycocoevalcap are installed, else `tokenize_caption`. A mixed fraction
+    or a telephone number is one word with no-break spaces inside.
     """
     try:
         return [_by_java(captions) for captions in lists], "PTBTokenizer of CoreNLP 3.4.1"
@@ -156,9 +156,9 @@ def _by_java(captions: Sequence[str]) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions"
         lines = "".join(_LINE_ENDS.sub(" ", caption) + "\n" for caption in captions)
-        # JSON may hold halves of characters, which UTF-8 cannot.
+        # JSON may contain halves of surrogate pairs, which UTF-8 cannot encode.
         file.write_text(lines, encoding="utf-8", errors="replace")
-        # Without the encoding the program takes that of the machine.
+        # The default encoding of the program is that of the machine.
         done = subprocess.run(
             [*command, "-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(file)],
             capture_output=True,
@@ -200,7 +200,7 @@ def _is_dropped(character: str) -> bool:
 
 
 def _token_end(text: str, place: int) -> int:
-    """Where the token that begins at `place` ends."""
+    """End of the token that begins at `place`."""
     best = reach = place
     for rule in _RULES:
         found = rule.token.match(text, place)
@@ -218,7 +218,7 @@ def _token_end(text: str, place: int) -> int:
 
 
 def _written(token: str) -> str:
-    """As the program writes a token in lower case."""
+    """A token as the program writes it, in lower case."""
     if token in _REWRITTEN:
         return _REWRITTEN[token]
     if set(token) <= set(_QUOTES):

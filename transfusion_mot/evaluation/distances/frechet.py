@@ -22,15 +22,15 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> Array:
-        """A `[D, rank]` with A A^T = covariance; of references it is needed more than once."""
+        """A `[D, rank]` with A A^T = covariance; cached, because references need it more than once."""
         values, vectors = np.linalg.eigh(self.covariance)
-        # What rounding leaves of zero eigenvalues would count by its square root.
+        # The square roots of eigenvalues that are only rounding errors would matter.
         kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
         return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 
 
 class GaussianStatistics:
-    """Mean and covariance of feature vectors that come in batches, accumulated in float64.
+    """Mean and covariance of feature vectors, accumulated over batches in float64.
 
     Batches are merged by their means and centred second moments (Chan et al. 1979), which stays accurate where the mean
     is large against the spread, unlike sums of squares.
@@ -42,7 +42,7 @@ class GaussianStatistics:
         self._scatter = np.zeros((num_features, num_features))
 
     def update(self, features: Features) -> None:
-        """Take in features `[B, D]`."""
+        """Add features `[B, D]`."""
         batch = features.astype(np.float64)
         batch_mean = batch.mean(axis=0)
         centred = batch - batch_mean
@@ -73,7 +73,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     difference = first.mean - second.mean
     overlap = np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum()
     distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * overlap
-    # Rounding can leave identical sets a hair below zero.
+    # Rounding can make the distance of identical sets slightly negative.
     return max(0.0, float(distance))
 
 
@@ -82,11 +82,11 @@ class Extrapolation:
     """A Frechet distance extrapolated to infinitely many generated images.
 
     Attributes:
-        distance: Where the line meets 1/N = 0.
-        standard_error: Of the distance: of the line, and of the images that were drawn.
-        slope: Of the distance against 1/N.
-        smallest: The fewest images of a subset.
-        num_subsets: Points on the line.
+        distance: Value of the line at 1/N = 0.
+        standard_error: Standard error of the distance, from the line and from the drawn images.
+        slope: Slope of the distance against 1/N.
+        smallest: Number of images in the smallest subset.
+        num_subsets: Number of points of the line.
     """
 
     distance: float
@@ -107,9 +107,9 @@ def extrapolated_distance(
 ) -> Extrapolation | None:
     """FID-infinity of generated features `[N, D]` (Chong & Forsyth, arXiv 1911.07023).
 
-    The bias of the distance is linear in 1/N where there are many images for each feature: it is measured on random
-    subsets of 5,000 to N images (of N/2 to N where there are fewer than 10,000) and extrapolated by least squares.
-    None where N < 5 D: there the bias is another one, and the line ends far too low.
+    The bias of the distance is linear in 1/N if there are many images for each feature. So the distance is measured on
+    random subsets of 5,000 to N images (N/2 to N if N < 10,000) and extrapolated by least squares. None if N < 5 D,
+    where the bias is not linear and the result would be far too low.
     """
     count, num_features = features.shape
     if count < _FEWEST_EXTRAPOLATED * num_features:
@@ -129,14 +129,14 @@ def extrapolated_distance(
 def frechet_scores(reference: Gaussian, features: Features) -> Array:
     """One value for each generated image of features `[N, D]` => [N], whose mean is the Frechet distance.
 
-    They are the distance plus its influence function at each image: how much the distance would move if there were more
-    images like this one. With c the features less their mean m, A the factor of the reference's covariance, w and v the
+    They are the distance plus its influence function at each image: the change of the distance with more images like
+    this one. With c the features less their mean m, A the factor of the reference's covariance, w and v the
     eigenvalues and eigenvectors of the covariance of c A, it is
 
         |c|^2 - sum_j (c A v_j)^2 / sqrt(w_j) - 2 c (m_ref - m)
 
-    less its mean. So the standard error of the distance is that of the mean of these values, for the distance that N
-    images have on average: the bias of a small N is no part of it. The references stay as they are.
+    less its mean. So the standard error of the distance is that of the mean of these values. It does not include the
+    bias of a small N, and it treats the references as fixed.
     """
     rows = features.astype(np.float64)
     mean = rows.mean(axis=0)
@@ -152,7 +152,7 @@ def frechet_scores(reference: Gaussian, features: Features) -> Array:
 
 
 def standard_error(scores: Array) -> float:
-    """Of the mean of values `[N]`."""
+    """Standard error of the mean of values `[N]`."""
     return float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
 
 

@@ -17,7 +17,7 @@ DENSITY_NEIGHBOURS = 5
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """How generated images lie among real ones and the other way round.
+    """Overlap of the manifolds of generated and real images.
 
     Attributes:
         precision: Share of generated images inside the real manifold, k = 3 (Kynkaanniemi et al., arXiv 1904.06991).
@@ -41,7 +41,7 @@ def manifold_scores(real: Tensor, generated: Tensor) -> ManifoldScores:
     """Compare real features `[N1, D]` with generated ones `[N2, D]`, on their device, in float64.
 
     Raises:
-        UserError: A side has so few vectors that the nearest neighbours do not exist.
+        UserError: A side has too few vectors for the nearest neighbours.
     """
     smallest = min(len(real), len(generated))
     if smallest <= DENSITY_NEIGHBOURS:
@@ -49,7 +49,7 @@ def manifold_scores(real: Tensor, generated: Tensor) -> ManifoldScores:
             f"precision, recall, density and coverage need more than {DENSITY_NEIGHBOURS} images on each side, "
             f"but one side has {smallest}"
         )
-    # Distances do not change, and rounding is least, around the centre.
+    # Centring does not change distances and reduces rounding errors.
     centre = real.double().mean(dim=0)
     real, generated = real.double() - centre, generated.double() - centre
     real_radii, generated_radii = _squared_radii(real), _squared_radii(generated)
@@ -76,10 +76,10 @@ def manifold_scores(real: Tensor, generated: Tensor) -> ManifoldScores:
 
 
 def _squared_radii(features: Tensor) -> Tensor:
-    """[2, N], squared distance of each vector to its 3rd and 5th nearest neighbour in its set."""
+    """[2, N] squared distance of each vector to its 3rd and 5th nearest neighbour in its set."""
     radii = []
     for rows in row_blocks(len(features), len(features)):
-        # The nearest of all is the vector itself.
+        # The nearest vector is the vector itself.
         nearest = _squared_distances(features[rows], features).topk(DENSITY_NEIGHBOURS + 1, largest=False).values
         radii.append(nearest[:, [PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS]])
     return torch.cat(radii).T

@@ -37,9 +37,9 @@ def image_distance(
     processes: PartialState | None = None,
     cache_dir: str | Path | None = None,
 ) -> list[Metric]:
-    """The numbers of `set_distance`; arguments as in `feature_set`.
+    """The metrics of `set_distance`; arguments as in `feature_set`.
 
-    With `processes` all of them call this, and the main one receives the numbers, the others none.
+    With `processes` all of them call this; only the main one receives the metrics.
 
     Raises:
         UserError: A side has fewer than two images, one cannot be read, or statistics are not of this network.
@@ -50,7 +50,7 @@ def image_distance(
         "image_size": image_size,
         "processes": processes,
     }
-    # References are used again and again, generated images once.
+    # References are reused, generated images are not.
     real_set = feature_set(real, network, **shared, description=f"{network.name}: real images", cache_dir=cache_dir)
     generated_set = feature_set(generated, network, **shared, description=f"{network.name}: generated images")
     if processes is not None and not processes.is_main_process:
@@ -63,9 +63,8 @@ def set_distance(
 ) -> list[Metric]:
     """Frechet and kernel distance, precision, recall, density and coverage of two sets of features of `network`.
 
-    Saved statistics without features give the Frechet distance alone. With at least five generated images for each
-    feature it is extrapolated to infinitely many, too. `image_size` is what the images were brought to, for the
-    protocol.
+    Saved statistics without features give only the Frechet distance. With at least five generated images for each
+    feature it is also extrapolated to infinitely many. `image_size` is the size of the images, for the protocol.
     """
     assert generated_set.features is not None
     count, num_features = generated_set.features.shape
@@ -89,7 +88,7 @@ def set_distance(
         "resize": network.resize,
         **real_set.protocol,
     }
-    # Of many features and images each step takes up to minutes.
+    # With many features and images each step takes up to minutes.
     steps: tqdm[Any] = tqdm(total=4, desc=f"{network.name}: distances", unit="step", leave=False)
     scores = frechet_scores(real_set.gaussian, generated_set.features)
     steps.update()
@@ -117,7 +116,7 @@ def set_distance(
 
 
 def pairs_device(device: torch.device) -> torch.device:
-    """Where distances of pairs are computed, which need float64: Apple's GPUs have none."""
+    """Device for distances of pairs, which need float64; Apple's GPUs do not have it."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -132,7 +131,7 @@ def _pairwise(
     protocol: dict[str, Any],
     steps: "tqdm[Any]",
 ) -> list[Metric]:
-    """The numbers that need every image's features."""
+    """The metrics that need the features of every image."""
     if real_set.features is None:
         return []
     device = pairs_device(network.device)

@@ -1,6 +1,6 @@
 """Kernel distances between two sets of feature vectors: squared maximum mean discrepancies over all pairs.
 
-Pairs are taken a block of rows at a time, in float64 on the device of the features, so that 30,000 x 30,000 fit.
+Pairs are computed in blocks of rows, in float64 on the device of the features, so that 30,000 x 30,000 pairs fit.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 class KernelDistance:
     """A squared maximum mean discrepancy and its standard error.
 
-    The error is that of the first order, from the images' own contributions; where two sets are equal but for chance it
-    is too small.
+    The error is of first order, from the contributions of single images; it is too small if both sets have the same
+    distribution.
     """
 
     value: float
@@ -30,8 +30,8 @@ class KernelDistance:
 def kernel_distance(first: Tensor, second: Tensor) -> KernelDistance:
     """Kernel distance of features `[N1, D]` and `[N2, D]` (KID; arXiv 1801.01401, section 3).
 
-    The unbiased estimate under the kernel (x.y / D + 1)^3, over all pairs: what the means over random subsets that
-    others print are estimates of.
+    The unbiased estimate with the kernel (x.y / D + 1)^3 over all pairs. Other implementations estimate it by means
+    over random subsets.
 
     Raises:
         UserError: A set has fewer than two vectors.
@@ -43,8 +43,8 @@ def kernel_distance(first: Tensor, second: Tensor) -> KernelDistance:
 def gaussian_distance(first: Tensor, second: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> KernelDistance:
     """CMMD (arXiv 2401.09603): distance under the kernel exp(-|x - y|^2 / 2 sigma^2), times `scale`.
 
-    As published, the estimate counts each vector's pair with itself. Features `[N1, D]` and `[N2, D]` are brought to
-    length one first.
+    As published, the estimate includes the pair of each vector with itself. Features `[N1, D]` and `[N2, D]` are first
+    normalised to length one.
 
     Raises:
         UserError: A set has fewer than two vectors.
@@ -73,7 +73,7 @@ def _squared_mmd(first: Tensor, second: Tensor, kernel: Kernel, unbiased: bool) 
 
 
 def _mean_to_others(features: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
-    """[N], mean kernel of each vector to all of its set; `unbiased` leaves out itself."""
+    """[N] mean kernel of each vector with all vectors of its set; `unbiased` excludes the vector itself."""
     means = []
     everything = features.double()
     for rows in row_blocks(len(features), len(features)):
@@ -86,7 +86,7 @@ def _mean_to_others(features: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
 
 
 def _means_between(first: Tensor, second: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """[N1] and [N2], mean kernel of each vector to all of the other set."""
+    """[N1] and [N2] mean kernel of each vector with all vectors of the other set."""
     to_second = []
     to_first = torch.zeros(len(second), dtype=torch.float64, device=second.device)
     other = second.double()

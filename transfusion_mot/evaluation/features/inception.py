@@ -1,4 +1,4 @@
-"""The Inception-v3 of FID: its two published files of weights, each of which serves all three ways to resize."""
+"""The Inception-v3 of FID: two published files of weights, each usable with all three ways to resize."""
 
 import urllib.request
 import zipfile
@@ -20,12 +20,12 @@ InceptionChoice = Literal["inception", "legacy", "legacy_tensorflow"]
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file of weights that others publish.
+    """A published file of weights.
 
     Attributes:
-        url: Where it lies.
-        sha256: Its hash, or the first digits where its publishers give no more.
-        option: What takes its local path on the command line.
+        url: Its address.
+        sha256: Its hash, or the first digits if no more are published.
+        option: Command-line option that takes its local path.
     """
 
     url: str
@@ -39,17 +39,17 @@ class PublishedFile:
 
     @property
     def cached(self) -> Path:
-        """Where torch.hub keeps it."""
+        """Its path in the cache of torch.hub."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
 
-# Of StyleGAN2-ADA, which clean-fid takes, as TorchScript.
+# From StyleGAN2-ADA, used by clean-fid, as TorchScript.
 TORCHSCRIPT = PublishedFile(
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     "--inception-weights",
 )
-# Of pytorch-fid, which torch-fidelity and torchmetrics take under another name, as a state dict.
+# From pytorch-fid, used by torch-fidelity and torchmetrics under another name, as a state dict.
 STATE_DICT = PublishedFile(
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "6726825d",
@@ -62,10 +62,10 @@ class _Mode:
     """A way to resize, by its name in clean-fid.
 
     Attributes:
-        names: Of the network, and of what stands in brackets behind FID and KID.
-        resize: In words.
+        names: Name of the network, and the text in brackets after FID and KID.
+        resize: Description.
         prepare: Images `uint8 [B, H, W, 3]` => `float32 [B, 3, 299, 299]`, 0 to 255.
-        scale: 0 to 255 => what the network reads.
+        scale: 0 to 255 => input of the network.
         own: The file that its publishers use.
     """
 
@@ -110,7 +110,7 @@ _MODES: dict[InceptionChoice, _Mode] = {
 
 
 class CannotFetch(UserError):
-    """A file that others publish is not here and cannot be downloaded."""
+    """A published file is not cached and cannot be downloaded."""
 
 
 def find_inception(
@@ -131,7 +131,7 @@ def find_inception(
         if file.cached.exists():
             return file.cached
     try:
-        # The download itself would wait for minutes on a machine without network.
+        # Without a network the download itself would wait for minutes.
         urllib.request.urlopen(own.url, timeout=10).close()
         own.cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(own.url, str(own.cached), hash_prefix=own.sha256)
@@ -150,12 +150,12 @@ def load_inception(
 
     Args:
         choice: The mode: `inception` is clean-fid's `clean`, `legacy` its `legacy_pytorch`.
-        path: Either published file, or with `other_weights` another one of the same layout.
-        device: Where it computes.
-        other_weights: Whether `path` may be another one; its numbers are not called FID.
+        path: Either published file, or with `other_weights` another file of the same layout.
+        device: Device of the network.
+        other_weights: Whether `path` may be another file; its metrics are not called FID.
 
     Raises:
-        UserError: The file is another one, or cannot be read.
+        UserError: The file is not published, or cannot be read.
     """
     digest = file_sha256(path)
     is_published = any(digest.startswith(file.sha256) for file in (TORCHSCRIPT, STATE_DICT))
@@ -169,7 +169,7 @@ def load_inception(
     is_torchscript = _is_torchscript(path)
     try:
         network = torch.jit.load(path, map_location="cpu").layers if is_torchscript else _load_state_dict(path)
-    # Broken files end in whatever their parser raises.
+    # Parsers of damaged files raise any error.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{path}' does not hold an Inception of FID's layout: {reason}") from None
@@ -189,7 +189,7 @@ def load_inception(
 
 
 class _Inception(nn.Module):
-    """Pooled features of images from 0 to 255."""
+    """Pooled features of images with values from 0 to 255."""
 
     def __init__(self, network: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

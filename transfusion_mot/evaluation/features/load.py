@@ -1,7 +1,7 @@
 """Feature networks in which images are compared.
 
-FID is a Frechet distance in the features of one network, Inception-v3 with the weights of 2015-12-05, and with one way
-of resizing images. Anything else is a different number and has a different name here.
+FID is a Frechet distance in the features of one network (Inception-v3 with the weights of 2015-12-05) with one way of
+resizing images. Every other combination is a different metric and has a different name here.
 """
 
 import logging
@@ -46,17 +46,17 @@ def load_feature_network(
             `legacy_tensorflow` in the mode of that name, `dinov2` FD-DINOv2, `clip` CMMD, `efficientnet`
             FD-EfficientNet, whose weights come with a Python package; `auto` takes Inception if its weights are given,
             cached or can be downloaded, else EfficientNet, and logs which and why.
-        device: Where it computes.
+        device: Device of the network.
         inception_weights: Local path of `inception-2015-12-05.pt`.
-        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`. Each mode of FID takes its own file of the
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`. Each mode of FID uses its own file of the
             two if it is given, and else the other one.
-        other_weights: Whether these may be other weights of FID's network, whose numbers are not called FID.
+        other_weights: Whether these may be other weights of FID's network; their metrics are not called FID.
         dinov2: Vision transformer by its name in `timm`.
-        dinov2_weights: Local path of its weights; null has `timm` download them.
+        dinov2_weights: Local path of its weights; None lets `timm` download them.
         clip: CLIP model by name or local folder.
 
     Raises:
-        UserError: The weights cannot be had or are not the published ones, or a Python package is missing.
+        UserError: The weights are not available or not the published ones, or a Python package is missing.
     """
     if choice == "efficientnet":
         return _load_efficientnet(device)
@@ -84,10 +84,10 @@ def load_feature_networks(
     legacy_weights: str | Path | None = None,
     **others: Any,
 ) -> list[FeatureNetwork]:
-    """Load all networks in which images are compared, before anything is computed; arguments as of each.
+    """Load all feature networks before anything is computed; arguments as for `load_feature_network`.
 
     Raises:
-        UserError: As for each, or weights are given for a network that is not asked for.
+        UserError: As for `load_feature_network`, or weights are given for a network that is not used.
     """
     of_fid = ("inception", "legacy", "legacy_tensorflow", "auto")
     for option, given, users in (
@@ -116,7 +116,7 @@ def _load_dinov2(name: str, weights: str | Path | None, device: torch.device) ->
         network = timm.create_model(
             name, pretrained=weights is None, num_classes=0, global_pool="token", img_size=_DINOV2_SIZE
         )
-    # Where a name or a download fails, timm passes on whatever the hub's client raises.
+    # If a name or a download fails, timm passes on any error of the hub's client.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -147,7 +147,7 @@ def _load_timm_weights(network: timm.models.VisionTransformer, name: str, path: 
         state = timm.models.load_state_dict(str(path), device="cpu")
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, network)
         missing = network.load_state_dict(state, strict=False).missing_keys
-    # Broken files end in whatever their parser raises.
+    # Parsers of damaged files raise any error.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{path}' does not hold the weights of '{name}': {reason}") from None

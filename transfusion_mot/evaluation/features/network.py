@@ -15,19 +15,19 @@ from transfusion_mot.evaluation.distances.mmd import KernelDistance, kernel_dist
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network that turns images into feature vectors, with everything that a number depends on.
+    """A network that turns images into feature vectors, with everything that its metrics depend on.
 
     Attributes:
-        name: What the names of numbers end in.
+        name: Last part of the names of metrics.
         frechet_name: Name of the Frechet distance in its features.
         kernel_name: Name of the kernel distance in its features.
         description: The network and its layer.
         weights: Hash of its weights.
-        resize: How images are brought to its input size.
-        prepare: Images `uint8 [B, H, W, 3]` => network inputs `float32 [B, 3, S, S]`, 0 to 255, where they lie.
+        resize: Method of resizing images to its input size.
+        prepare: Images `uint8 [B, H, W, 3]` => network inputs `float32 [B, 3, S, S]`, 0 to 255, on the same device.
         module: Network inputs `[B, 3, S, S]` => features `[B, D]`.
         num_features: D.
-        device: Where it computes.
+        device: Device of the network.
         kernel: Kernel distance between two sets of its features.
     """
 
@@ -44,12 +44,12 @@ class FeatureNetwork:
     kernel: Callable[[Tensor, Tensor], KernelDistance] = kernel_distance
 
     def features(self, images: Sequence[Tensor]) -> Tensor:
-        """Images `uint8 [B, H, W, 3]`, those of a size together => features `[sum of B, D]`."""
+        """Images `uint8 [B, H, W, 3]`, one tensor for each size => features `[sum of B, D]`."""
         return self.module(torch.cat([self.prepare(of_size) for of_size in images]))
 
 
 class Normalised(nn.Module):
-    """A network behind its own normalisation of images from 0 to 255."""
+    """A network with its own normalisation of images from 0 to 255 in front."""
 
     mean: Tensor
     std: Tensor
@@ -65,7 +65,7 @@ class Normalised(nn.Module):
 
 
 def clean_resize(images: Tensor, size: int) -> Tensor:
-    """Resize as clean-fid does (arXiv 2104.11222): antialiased bicubic in float, without rounding to 8 bits.
+    """Resize like clean-fid (arXiv 2104.11222): antialiased bicubic in float, without rounding to 8 bits.
 
     Args:
         images: `uint8 [B, H, W, 3]`.
@@ -81,15 +81,15 @@ def clean_resize(images: Tensor, size: int) -> Tensor:
 
 
 def legacy_resize(images: Tensor) -> Tensor:
-    """The same as clean-fid's `legacy_pytorch`, and so pytorch-fid, does: neighbouring pixels only, to 299 pixels."""
+    """Resize like clean-fid's `legacy_pytorch` and pytorch-fid: from neighbouring pixels only, to 299 pixels."""
     pixels = images.permute(0, 3, 1, 2).float()
     return interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False).clamp(0, 255)
 
 
 def tensorflow_resize(images: Tensor) -> Tensor:
-    """The same as TensorFlow 1 does (`resize_bilinear`, corners not aligned), and so torch-fidelity and torchmetrics.
+    """Resize like TensorFlow 1 (`resize_bilinear`, corners not aligned), torch-fidelity and torchmetrics.
 
-    Pixel i of S stands at i * size / S of the image, not at its middle, so that the picture moves up and to the left.
+    Pixel i of S is read at i * size / S of the image, not at its middle, so the picture moves up and to the left.
     """
     pixels = images.permute(0, 3, 1, 2).float()
     for dim in (2, 3):

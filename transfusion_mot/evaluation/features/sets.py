@@ -22,7 +22,7 @@ from transfusion_mot.evaluation.images import ImageSource, TarImage, device_batc
 from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.weights import file_sha256
 
-# Says beside a number which references it is of.
+# Key of a metric's protocol that identifies its references.
 REAL_IMAGES = "real images"
 
 FeatureArray = npt.NDArray[np.float32]
@@ -36,9 +36,9 @@ class FeatureSet:
 
     Attributes:
         gaussian: Moments of the features.
-        features: `[N, D]`; None of saved statistics that hold moments alone.
-        protocol: What to say of this side beside a number.
-        images: What the features are of, in their order; none of statistics that were given.
+        features: `[N, D]`; None for saved statistics with only moments.
+        protocol: Part of a metric's protocol that describes this side.
+        images: Images of the features, in their order; none for given statistics.
     """
 
     gaussian: Gaussian
@@ -47,7 +47,7 @@ class FeatureSet:
     images: tuple[ImageSource, ...] = ()
 
     def of(self, images: Sequence[ImageSource]) -> FeatureArray | None:
-        """Features `[N, D]` of some of its images; None if one is not among them."""
+        """Features `[N, D]` of some of its images; None if an image is missing."""
         places = {str(image): place for place, image in enumerate(self.images)}
         found = [places[name] for name in map(str, images) if name in places]
         return None if self.features is None or len(found) < len(images) else self.features[found]
@@ -55,7 +55,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """A file of statistics: `mu` `[D]` and `sigma` `[D, D]` as others publish them, or one of our cache."""
+    """A file of statistics: published `mu` `[D]` and `sigma` `[D, D]`, or one from our cache."""
 
     path: Path
 
@@ -64,7 +64,7 @@ def open_reference(place: str | Path) -> Sequence[ImageSource] | SavedStatistics
     """The reference of generated images: a folder of images, a tar file, or saved statistics (.npz).
 
     Raises:
-        UserError: There is nothing of that kind.
+        UserError: The path is none of these.
     """
     return SavedStatistics(Path(place)) if Path(place).suffix == ".npz" else find_images(place)
 
@@ -84,12 +84,12 @@ def image_features(
 
     Args:
         images: Files, members of tar files or pictures.
-        network: Where the features come from.
-        batch_size: Images at a time; does not change the features. Null chooses by the device.
+        network: Network of the features.
+        batch_size: Images at a time; does not change the features. None: chosen by the device.
         num_workers: Images decoded at a time, by other processes; with 0 one at a time, by this process.
-        image_size: Bring images to this size first, as training data are; null keeps each at its own.
+        image_size: Resize images to this size first, like training data; None keeps their own sizes.
         description: Label of the progress bar.
-        processes: Share the images among these, which all call this and all receive all features.
+        processes: Processes that share the images; all call this, and all receive all features.
 
     Raises:
         UserError: An image cannot be read; with `processes`, on all of them.
@@ -98,7 +98,7 @@ def image_features(
     def batches(rank: int, world: int) -> Iterator[torch.Tensor]:
         part = device_batches(
             images[rank::world],
-            # A copy: what Pillow gives cannot be written to, of which torch warns.
+            # A copy, because arrays of Pillow are read-only, and torch warns about that.
             torch.tensor,
             network.device,
             batch_size=batch_size,
@@ -126,13 +126,13 @@ def feature_set(
     processes: PartialState | None = None,
     cache_dir: str | Path | None = None,
 ) -> FeatureSet:
-    """Features and their moments of one side of a distance; arguments beyond these as in `image_features`.
+    """Features and their moments of one side of a distance; other arguments as in `image_features`.
 
     Args:
         images: Images, at least two, or a file of statistics.
-        network: Where the features come from.
-        cache_dir: Keep features here, and read what is there; for files only. A file of it belongs to its list of
-            files with their sizes and times, the network, its weights and the resize.
+        network: Network of the features.
+        cache_dir: Cache of features of files. An entry belongs to a list of files with their sizes and times, the
+            network, its weights and the resize.
 
     Raises:
         UserError: There are too few images, one cannot be read, or statistics are not of this network.
@@ -144,7 +144,7 @@ def feature_set(
     files = [image for image in images if isinstance(image, Path | TarImage)]
     path = None
     if len(files) == len(images):
-        # Random subsets are of places in this order, whichever order the images came in.
+        # Random subsets are drawn in this order, so they do not depend on the given order of images.
         images = files = sorted(files, key=str)
         if cache_dir is not None:
             path = Path(cache_dir) / f"{_cache_key(files, network, image_size)}.npz"
@@ -185,7 +185,7 @@ def _cache_key(images: Sequence[Path | TarImage], network: FeatureNetwork, image
 
 
 def _save_statistics(features: FeatureSet, network: FeatureNetwork, image_size: int | None, path: Path) -> None:
-    """Write under another name first: a run that is killed leaves no half file."""
+    """Write to a temporary file and rename it, so that a killed run leaves no partial file."""
     assert features.features is not None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _save_statistics(features: FeatureSet, network: FeatureNetwork, image_size: 
 
 
 def _read_statistics(path: Path, network: FeatureNetwork) -> FeatureSet:
-    """Statistics that others publish (`mu`, `sigma`) are taken on trust; ours say what they were computed with."""
+    """Published statistics (`mu`, `sigma`) are not checked; those of the cache say how they were computed."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
@@ -235,7 +235,7 @@ def _read_statistics(path: Path, network: FeatureNetwork) -> FeatureSet:
             )
     features = content.get("features")
     if features is not None:
-        # Older ones do not say of which images they are.
+        # Older files do not identify their images.
         known = {REAL_IMAGES: str(content["real_images"])} if "real_images" in content else {}
         return FeatureSet(Gaussian(mean, covariance), features, known)
     return FeatureSet(

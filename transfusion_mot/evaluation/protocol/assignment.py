@@ -44,7 +44,7 @@ class HeldOut:
     real: list[Prompt]
 
     def make(self, batch: Sequence[Prompt]) -> list[Image.Image]:
-        """The real images, as `write_images` wants them."""
+        """The real images, as `write_images` needs them."""
         place = {prompt.file_name: item for prompt, item in zip(self.real, self.items, strict=True)}
         return [Image.fromarray(images.image(index)) for images, index in (place[p.file_name] for p in batch)]
 
@@ -54,12 +54,12 @@ class Assignment:
     """The tasks of an evaluation.
 
     Attributes:
-        prompts: To paint.
-        captioned: To caption.
+        prompts: Prompts to paint.
+        captioned: Images to caption.
         references: Real images; None if there are none to compare with.
-        own: The real images that prompts belong to, each once, with the file names of their reconstructions.
-        geneval: Lines of GenEval's prompts, if these are they.
-        held_out: If the images are of the run's own data.
+        own: The real images of the prompts, each once, with the file names of their reconstructions.
+        geneval: Lines of GenEval's prompts, if they are the prompts.
+        held_out: Held-out images, if the images are the run's own data.
     """
 
     prompts: list[Prompt]
@@ -71,7 +71,7 @@ class Assignment:
 
 
 def picture_data(data: DataConfig, modality: str) -> DataConfig:
-    """The data of a run without the sources that have other modalities than text, and no pictures."""
+    """The data of a run without sources that have media but no pictures."""
     sources = [source for source in data.sources if not (media := media_of(source)) or modality in media]
     kept = {TEXT, modality}.union(*map(media_of, sources))
     slots = {name: count for name, count in data.slots.items() if name in kept}
@@ -81,16 +81,16 @@ def picture_data(data: DataConfig, modality: str) -> DataConfig:
 def open_assignment(
     protocol: ProtocolConfig, sources: Sources | None, data: DataConfig | None, output: Path
 ) -> Assignment:
-    """Read what a protocol names.
+    """Read the prompts and images of a protocol.
 
     Args:
-        protocol: Checked.
+        protocol: The checked protocol.
         sources: Held-out documents of the run, if prompts are of kind `held_out`.
-        data: Of the run, likewise.
-        output: Folder of the results, whose `real/` will hold the held-out images.
+        data: Data section of the run, in the same case.
+        output: Folder of the results; its `real/` will have the held-out images.
 
     Raises:
-        UserError: Something is missing, or there is too little of it.
+        UserError: A file is missing, or there are too few prompts or images.
     """
     held_out: HeldOut | None = None
     geneval: list[dict[str, Any]] = []
@@ -114,10 +114,10 @@ def open_assignment(
 
 
 def listed_prompts(protocol: ProtocolConfig) -> tuple[list[Prompt], list[CaptionedImage], list[dict[str, Any]]]:
-    """Prompts that stand in files, all images that these name, and the lines of GenEval.
+    """Prompts in files, all images that the files name, and the lines of GenEval.
 
     Raises:
-        UserError: They are held-out documents of a run, or a file is missing or of another form.
+        UserError: The prompts are held-out documents of a run, or a file is missing or has another form.
     """
     config, count, seed, each = protocol.prompts, protocol.num_images, protocol.seed, protocol.images_per_prompt
     if config.kind == "held_out":
@@ -144,7 +144,7 @@ def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) 
         for position in range(pool.length)
     ]
     if count is not None and count < len(items):
-        # Not the first: a data set may stand in some order, such as one style after the other.
+        # Not the first ones, because a data set may be sorted, for example by style.
         chosen = sorted(range(len(items)), key=lambda place: _draw(seed, items[place]))[:count]
         items = [items[place] for place in sorted(chosen)]
     if len(items) < 2:
@@ -161,7 +161,7 @@ def _held_out(sources: Sources, data: DataConfig, count: int | None, seed: int) 
 
 
 def _draw(seed: int, item: tuple[CaptionedImages, int]) -> bytes:
-    """Drawn from what the item is, not from where it stands."""
+    """A random number that depends on the item, not on its place."""
     images, index = item
     return hashlib.sha256(f"{seed} {images.captions(index)[0]}".encode()).digest()
 

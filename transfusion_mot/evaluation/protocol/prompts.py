@@ -26,11 +26,11 @@ class Prompt:
     """An image to paint.
 
     Attributes:
-        file_name: Of the image, below the folder of painted images.
-        text: What is painted.
-        image_seed: Of its noise.
-        image: The real image that the text belongs to, if there is one.
-        image_id: What that image is called in its data set.
+        file_name: File of the image, relative to the folder of painted images.
+        text: The prompt.
+        image_seed: Seed of its noise.
+        image: The real image of the text, if there is one.
+        image_id: Name of that image in its data set.
     """
 
     file_name: str
@@ -46,8 +46,8 @@ class CaptionedImage:
 
     Attributes:
         image: Its file.
-        captions: At least one.
-        image_id: What it is called in its data set.
+        captions: At least one caption.
+        image_id: Name of the image in its data set.
     """
 
     image: Path
@@ -56,12 +56,12 @@ class CaptionedImage:
 
 
 def derived_seed(seed: int, text: str, number: int) -> int:
-    """Seed of result `number` of a text, whatever else is made; 32 bits are all that torch's CPU generator uses."""
+    """Seed of result `number` of a text, independent of other results; torch's CPU generator uses only 32 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{number}\n{text}".encode()).digest()[:4])
 
 
 def list_hash(entries: Iterable[Sequence[Any]]) -> str:
-    """Hash of a list of prompts or captioned images, without the places where files lie."""
+    """Hash of a list of prompts or captioned images, independent of the folders of files."""
     digest = hashlib.sha256()
     for entry in entries:
         digest.update((json.dumps(list(entry), ensure_ascii=False) + "\n").encode())
@@ -69,7 +69,7 @@ def list_hash(entries: Iterable[Sequence[Any]]) -> str:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Hash of texts, seeds and the images that they belong to, in their order."""
+    """Hash of texts, seeds and their images, in order."""
     return list_hash((prompt.text, prompt.image_seed, prompt.image_id) for prompt in prompts)
 
 
@@ -81,13 +81,13 @@ def captioned_hash(images: Sequence[CaptionedImage]) -> str:
 def prompts_of(
     texts: Sequence[str], images_per_prompt: int, seed: int, of: Sequence[CaptionedImage] | None = None
 ) -> list[Prompt]:
-    """An image to paint for each text, or several; a text that comes twice goes on counting.
+    """One or several images to paint for each text; a repeated text continues the numbers of its results.
 
     Args:
-        texts: What is painted.
+        texts: The prompts.
         images_per_prompt: Images of each text.
-        seed: Of all of them.
-        of: The image that each text belongs to.
+        seed: Seed of all images.
+        of: The real image of each text.
     """
     counts: defaultdict[str, int] = defaultdict(int)
     prompts: list[Prompt] = []
@@ -104,7 +104,7 @@ def read_coco(annotations: str, images: str) -> list[CaptionedImage]:
     """Images of a captions file of COCO with their captions, in the order of their ids.
 
     Raises:
-        UserError: A file is missing or not of that form, or an image has no caption.
+        UserError: A file is missing or has another form, or an image has no caption.
     """
     content = _read_json(Path(annotations))
     try:
@@ -130,10 +130,10 @@ def read_coco(annotations: str, images: str) -> list[CaptionedImage]:
 def choose_coco_prompts(
     images: Sequence[CaptionedImage], num_images: int | None, seed: int, images_per_prompt: int = 1
 ) -> list[Prompt]:
-    """One caption of each of `num_images` distinct images (None: of all), as this module says above.
+    """One caption of each of `num_images` distinct images (None: all), chosen as described at the top of this module.
 
     Raises:
-        UserError: There are not so many images.
+        UserError: There are fewer images.
     """
     count = len(images) if num_images is None else num_images
     if count > len(images):
@@ -151,7 +151,7 @@ def read_karpathy(path: str, images: str, split: str = "test") -> list[Captioned
     """Images of a split of Karpathy's `dataset_coco.json`, with all their captions, in the order of their ids.
 
     Raises:
-        UserError: The file is missing or not of that form, or an image does not exist.
+        UserError: The file is missing or has another form, or an image does not exist.
     """
     content = _read_json(Path(path))
     try:
@@ -207,7 +207,7 @@ def read_geneval(path: str) -> list[dict[str, Any]]:
 
 
 def geneval_prompts(lines: Sequence[dict[str, Any]], images_per_prompt: int, seed: int) -> list[Prompt]:
-    """Images to paint, named as GenEval's evaluation wants them: `00012/samples/00003.png`."""
+    """Images to paint, named for GenEval's evaluation: `00012/samples/00003.png`."""
     prompts = prompts_of([line["prompt"] for line in lines], images_per_prompt, seed)
     return [
         replace(prompt, file_name=f"{index // images_per_prompt:05d}/samples/{index % images_per_prompt:05d}.png")
@@ -232,7 +232,7 @@ def dpg_prompts(folder: str, num_prompts: int | None, images_per_prompt: int, se
 
 
 def write_dpg_pictures(prompts: Sequence[Prompt], painted: Path, folder: Path) -> None:
-    """Write `NAME.png` of each prompt, as DPG-Bench's program reads it: four pictures as a square, one as it is."""
+    """Write `NAME.png` of each prompt for DPG-Bench's program: four pictures as a square, a single one unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     by_name: defaultdict[str, list[Path]] = defaultdict(list)
     for prompt in prompts:

@@ -1,7 +1,7 @@
 """Painting and captioning many images: shared by processes, stored on disk, resumed after a kill.
 
-Images are painted in batches that depend on the list alone. A batch is painted as a whole or again, so that every image
-has the same bits whatever the number of processes and wherever an earlier attempt was killed.
+Images are painted in batches that depend only on the list. An incomplete batch is painted again as a whole. So every
+image is bit-identical for any number of processes and after any interruption.
 """
 
 import json
@@ -18,16 +18,16 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt
 from transfusion_mot.files import claim
 
-# A batch => a picture of each.
+# A batch => its pictures.
 Make = Callable[[Sequence[Prompt]], list[Image.Image]]
-# Image files => a caption of each.
+# Image files => their captions.
 Describe = Callable[[list[Path]], list[str]]
 
 _SETTINGS_FILE = "settings.json"
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Make a folder for samples of these settings, or go on with one; called by the main process first.
+    """Create a folder for samples of these settings, or continue one; called by the main process first.
 
     Raises:
         UserError: It holds samples of other settings, or cannot be written to.
@@ -71,13 +71,13 @@ def write_images(
         num_ranks: Number of processes.
     """
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    # By their places in the list: what is missing changes while other processes begin.
+    # Divided by their places in the list, because the missing images change while other processes begin.
     mine = [
         batch
         for batch in batches[rank::num_ranks]
         if not all((folder / prompt.file_name).is_file() for prompt in batch)
     ]
-    # Compressing a batch takes as long as a few reverse steps: it is done while the next one is painted.
+    # Compressing a batch takes as long as a few reverse steps, so it is done while the next batch is painted.
     with (
         ThreadPoolExecutor(4) as pool,
         tqdm(total=sum(map(len, mine)), desc=description, unit="image", disable=rank > 0) as bar,
@@ -97,7 +97,7 @@ def write_images(
 
 
 def write_metadata(prompts: Sequence[Prompt], path: Path) -> None:
-    """Write the lines of metadata.jsonl, which makes its folder an image folder as the other scripts read it."""
+    """Write metadata.jsonl, which makes its folder an image folder for the other scripts."""
     lines = [
         {"file_name": prompt.file_name, "text": prompt.text, "image_seed": prompt.image_seed}
         | ({} if prompt.image_id is None else {"image_id": prompt.image_id})
@@ -115,7 +115,7 @@ def caption_all(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> None:
-    """Caption this process's share of images: a file for each batch in `folder`, less those that are there.
+    """Caption this process's share of images: write a file for each batch in `folder`, except existing ones.
 
     Args:
         images: All images.
@@ -138,7 +138,7 @@ def caption_all(
 
 
 def read_written_captions(images: Sequence[CaptionedImage], folder: Path, batch_size: int) -> list[str]:
-    """The captions of all images, once all processes have written theirs."""
+    """The captions of all images, after all processes have written theirs."""
     return [
         caption
         for start in range(0, len(images), batch_size)
@@ -147,7 +147,7 @@ def read_written_captions(images: Sequence[CaptionedImage], folder: Path, batch_
 
 
 def write_captions(images: Sequence[CaptionedImage], captions: Sequence[str], path: Path) -> None:
-    """Write a caption of each image as JSON lines, as evaluate/captioning.py reads them."""
+    """Write a caption for each image as JSON lines for evaluate/captioning.py."""
     lines = [
         {"image_id": item.image_id, "caption": caption, "references": item.captions}
         for item, caption in zip(images, captions, strict=True)
@@ -167,7 +167,7 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Renamed when whole: a kill leaves the file or none, never half of one."""
+    """Write and rename, so that a killed process leaves the complete file or none."""
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

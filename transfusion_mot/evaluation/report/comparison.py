@@ -1,4 +1,4 @@
-"""Comparison of reports, and which differences exceed the noise."""
+"""Comparison of reports: differences, and whether they exceed the noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from transfusion_mot.evaluation.report.content import Metric, Report, shown_numb
 
 Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"]
 
-# Numbers for which less is more.
+# Metrics for which lower is better.
 _LOWER_IS_BETTER = (
     *("FID", "FD", "KID", "KD", "CMMD", "CLIP-MMD", "feature distance"),
     *("text loss", "diffusion loss", "perplexity", "bits per byte"),
 )
-# What may differ between the protocols of two numbers that compare: it is what is compared.
+# Keys that may differ between the protocols of two comparable metrics, because they are compared.
 _COMPARED = {
     "steps",
     "guidance",
@@ -28,21 +28,21 @@ _COMPARED = {
     "prompts",
     "captioned images",
 }
-# What older reports do not say; it must agree where both say it.
+# Keys that older reports do not have; they must be equal if both reports have them.
 _UNSAID = {"real images"}
-# Images are paired if both numbers are of the same list of prompts or captioned images.
+# Images are paired if both metrics have the same list of prompts or captioned images.
 _LISTS = ("prompts", "captioned images")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of one report less that of the first.
+    """A metric of one report minus that of the first.
 
     Attributes:
-        name: Of the metric.
+        name: Name of the metric.
         value: The difference.
         verdict: Whether it exceeds the noise, and in which direction.
-        reason: How that was decided.
+        reason: Reason for the verdict.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Difference:
 def difference(first: Metric, other: Metric) -> Difference:
     """Decide whether a metric differs from that of the same name in the first report.
 
-    Where both have a score for every image of the same list, the interval of the mean difference must not hold zero.
+    If both have a score for every image of the same list, the interval of the mean difference must not contain zero.
     Otherwise the two intervals must not overlap, which finds fewer differences.
     """
     value = other.value - first.value
@@ -90,7 +90,7 @@ def is_lower_better(name: str) -> bool:
 
 
 def compare(reports: Sequence[Report]) -> list[list[Difference]]:
-    """Differences of every further report from the first, of the metrics that both have."""
+    """Differences of every other report from the first, for the metrics that both have."""
     first = {metric.name: metric for metric in reports[0].metrics}
     return [
         [difference(first[metric.name], metric) for metric in report.metrics if metric.name in first]

@@ -22,10 +22,10 @@ class Metric:
     """One number.
 
     Attributes:
-        name: What is measured; two numbers of different names cannot be compared.
+        name: What is measured; metrics of different names cannot be compared.
         value: The number.
         protocol: How it was measured: counts, networks with a hash of their weights, resize, units. Plain JSON values.
-        interval: (low, high) that holds the number with a confidence of 95 %; None where none is known.
+        interval: 95 % confidence interval (low, high); None if it is not known.
         scores: One value per image, in the order of the images, for a number that is a mean over images.
     """
 
@@ -41,9 +41,9 @@ class SweepPoint:
     """Results of a model with one setting of the sampler.
 
     Attributes:
-        settings: `guidance_scale`, and `guidance_interval`, `num_inference_steps` and `scheduler`, or of codes
+        settings: `guidance_scale`, and `guidance_interval`, `num_inference_steps` and `scheduler`, or for codes
             `code_temperature`, `code_top_p` and `code_top_k`.
-        metrics: Of the images painted with it.
+        metrics: Metrics of the images painted with this setting.
     """
 
     settings: dict[str, Any]
@@ -56,8 +56,8 @@ class Picture:
 
     Attributes:
         file: Path below the report's folder.
-        prompt: What it was painted from; of a real image, the caption that the model gave it.
-        score: What images are ordered by; see `Report.score_name`.
+        prompt: Its prompt; for a real image the model's caption.
+        score: Score to sort images by; see `Report.score_name`.
         reference: Path of the real image that belongs to the prompt, below the report's folder or absolute.
         captions: Reference captions.
     """
@@ -75,7 +75,7 @@ class Neighbour:
 
     Attributes:
         file: The painted image.
-        prompt: What it was painted from.
+        prompt: Its prompt.
         training_file: The training image.
         training_caption: Its caption.
         distance: 1 - cosine of their features; 0 is the same image.
@@ -90,18 +90,18 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known of a model.
+    """All results of a model.
 
     Attributes:
         title: Name of the protocol.
-        command: That measured it.
-        date: When, as ISO 8601.
-        settings: Of the protocol and the sampler, and hashes of what decides the samples.
-        versions: Of this package and those it computes with.
-        metrics: The numbers.
-        sweep: Of each setting of the sampler, if several were asked for.
-        pictures: Painted images with what they were painted from.
-        score_name: What the `score` of a picture is.
+        command: The command that measured it.
+        date: Date and time, as ISO 8601.
+        settings: Settings of the protocol and the sampler, and hashes that identify the samples.
+        versions: Versions of this package and those it uses.
+        metrics: The metrics.
+        sweep: Results of each sampler setting, if there is a sweep.
+        pictures: Painted images with their prompts.
+        score_name: Name of the `score` of pictures.
         lower_is_better: Whether the best picture has the lowest score.
         captions: Real images with the model's captions.
         neighbours: Nearest training images, the closest pair first.
@@ -126,8 +126,7 @@ class Report:
 def metrics_table(metrics: Sequence[Metric]) -> str:
     """A markdown table, aligned for reading in a terminal: metric, value to four digits, how it was measured.
 
-    An interval stands behind its value. If most of a protocol is that of the row above, only the rest is
-    written out.
+    An interval follows its value. If most of a protocol equals that of the row above, only the differences are shown.
     """
     lines = [("metric", "value", "measured with")]
     above: dict[str, Any] = {}
@@ -153,7 +152,7 @@ def value_and_interval(metric: Metric) -> str:
 
 
 def shown_number(value: Any) -> str:
-    """A number to four digits, of large ones all before the point; anything else as it is."""
+    """A number with four digits, or more for large integers; other values unchanged."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -200,7 +199,7 @@ def read_report(path: str | Path) -> Report:
     """Read report.json, given by its path or by that of its folder.
 
     Raises:
-        UserError: There is none, or it is no report.
+        UserError: The file does not exist or is not a report.
     """
     file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
     try:
@@ -234,6 +233,6 @@ def now() -> str:
 
 
 def used_versions() -> dict[str, str]:
-    """Versions of what numbers are computed with."""
+    """Versions of the packages that compute metrics."""
     packages = {name: version(name) for name in _PACKAGES}
     return {"transfusion_mot": __version__, "python": platform.python_version(), **packages}

@@ -14,7 +14,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.report.content import Metric, SweepPoint, shown_number, shown_range, value_and_interval
 from transfusion_mot.evaluation.steps_to_match import Curve, Match
 
-# Okabe and Ito's palette: told apart by every eye, and in grey.
+# Okabe and Ito's palette: distinguishable with colour blindness and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _INK, _GRID, _EDGE = "#2b2f36", "#e3e6ea", "#b4bac3"
 _OF_TIMESTEP = re.compile(r"diffusion loss \((\w+), t = ([\d.]+)\)")
@@ -22,8 +22,8 @@ _AXIS_NAMES = {"step": "steps", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
-    """Image distance against CLIP score, a curve through the guidance scales of every scheduler, number of steps and
-    interval of guidance.
+    """Image distance against CLIP score, with a curve over guidance scales for each scheduler, number of steps and
+    guidance interval.
 
     Without a CLIP score it is the distance against the guidance scale; without a distance there is no figure.
     """
@@ -57,7 +57,7 @@ def sweep_figure(points: Sequence[SweepPoint]) -> Figure | None:
 
 
 def _sampler(point: SweepPoint) -> str:
-    """The setting but for its guidance scale, in words."""
+    """The setting without its guidance scale, as text."""
     columns = setting_columns(point)
     if "temperature" in columns:
         words = f"temperature {columns['temperature']}"
@@ -68,13 +68,13 @@ def _sampler(point: SweepPoint) -> str:
 
 
 def setting_columns(point: SweepPoint) -> dict[str, str]:
-    """Columns of a table of a sweep and what this setting has in them: of reverse steps, or of drawing codes."""
+    """Columns of a sweep table and the values of this setting, for diffusion or for codes."""
     settings = point.settings
     columns = {"guidance": f"{settings['guidance_scale']:g}"}
     if "code_temperature" in settings:
         names = {"temperature": "code_temperature", "top-p": "code_top_p", "top-k": "code_top_k"}
         return columns | {column: f"{settings[name]:g}" for column, name in names.items()}
-    # Older reports do not say at which timesteps there is guidance, and mean all.
+    # Older reports do not have the timesteps of guidance; they used all.
     at = shown_range(settings.get("guidance_interval", (0, 1)))
     return columns | {"at t": at, "steps": f"{settings['num_inference_steps']}", "scheduler": settings["scheduler"]}
 
@@ -95,7 +95,7 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
 
 
 def timestep_losses(metrics: Sequence[Metric]) -> dict[str, dict[str, Metric]]:
-    """Diffusion losses at single timesteps: of each kind (conditional, unconditional) by t."""
+    """Diffusion losses at single timesteps: kind (conditional, unconditional) => t => loss."""
     found: defaultdict[str, dict[str, Metric]] = defaultdict(dict)
     for metric in metrics:
         if of_timestep := _OF_TIMESTEP.fullmatch(metric.name):
@@ -132,7 +132,7 @@ def timestep_table(losses: Mapping[str, Mapping[str, Metric]]) -> str:
 
 
 def _first_name(points: Sequence[SweepPoint], *beginnings: str) -> str | None:
-    """Name of the first metric that all points have and that begins so."""
+    """Name of the first metric with this beginning that all points have."""
     metrics: list[Metric] = points[0].metrics if points else []
     return next((metric.name for metric in metrics if metric.name.startswith(beginnings)), None)
 
@@ -143,7 +143,7 @@ def plot_matches(
     labels: tuple[str, str],
     output: Path,
 ) -> None:
-    """Draw the losses of two runs, the final one of A, and where B reaches it.
+    """Draw the losses of two runs, the final loss of A, and the point at which B reaches it.
 
     Raises:
         UserError: The output cannot be written.
@@ -189,14 +189,14 @@ def save_figure(figure: Figure, output: Path) -> None:
 
 
 def inline_svg(figure: Figure) -> str:
-    """A figure as an SVG element for a page, whose font and colour of text it takes on."""
-    # The same figure is the same text, whenever it is drawn.
+    """A figure as an SVG element with the font and text colour of its page."""
+    # Makes the output reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transfusion_mot"}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    # As wide as its place on the page.
+    # The SVG fills the width of its place on the page.
     opening, rest = svg.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
     # Matplotlib before 3.10 writes size and family as one property.

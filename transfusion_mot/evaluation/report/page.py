@@ -28,11 +28,11 @@ from transfusion_mot.evaluation.report.curves import (
 from transfusion_mot.evaluation.report.published import CAVEAT, HEADINGS, PUBLISHED, Row, cells, published_table
 
 PAGE_FILE = "report.html"
-# Pixels of an embedded picture, on screens with two device pixels each; smaller ones stay as they are.
+# Maximum side of an embedded picture, for screens with two device pixels for each pixel; smaller ones are unchanged.
 _THUMBNAIL = 256
 _TEXT = "text: "
 _EXTREMES, _RANDOM, _CAPTIONS, _NEIGHBOURS = 16, 48, 24, 16
-# Numbers at the top of the page: the first that a report has of each line.
+# Metrics at the top of the page: the first one of each line that a report has.
 _HEADLINES = (("FID", "FD-"), ("CLIP score x100", "CLIP cosine"), ("CIDEr x100",), ("diffusion loss",), ("text loss",))
 
 
@@ -40,8 +40,8 @@ def render_page(report: Report, folder: Path, own: Row) -> str:
     """The page of a report.
 
     Args:
-        report: What it shows.
-        folder: That the paths of its pictures are below.
+        report: The report.
+        folder: Folder of the relative paths of its pictures.
         own: The model's row beside the published ones.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -71,29 +71,29 @@ def render_page(report: Report, folder: Path, own: Row) -> str:
 
 
 def headlines(metrics: Sequence[Metric]) -> list[Metric]:
-    """The few numbers that stand at the top."""
+    """The few metrics at the top."""
     found = []
     for beginnings in _HEADLINES:
-        # What is of the painted images stands before what is of others.
+        # Metrics of painted images come first.
         matching = [metric for beginning in beginnings for metric in metrics if metric.name.startswith(beginning)]
         found += matching[:1]
     return found
 
 
 def in_main_table(metrics: Sequence[Metric]) -> list[Metric]:
-    """The numbers without those of single timesteps, which have a table of their own."""
+    """The metrics without those of single timesteps, which have a separate table."""
     apart = {metric.name for of_kind in timestep_losses(metrics).values() for metric in of_kind.values()}
     return [metric for metric in metrics if metric.name not in apart]
 
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """Metrics that follow each other, are of the same images and are measured alike.
+    """Consecutive metrics of the same images with a similar protocol.
 
     Attributes:
-        title: Which images.
-        shared: What their protocols share.
-        rows: (name without the images, metric, what is special about its protocol) of each.
+        title: The images.
+        shared: Common part of their protocols.
+        rows: (name without the images, metric, remaining part of its protocol) of each.
     """
 
     title: str
@@ -144,7 +144,7 @@ def _alike(first: Metric, other: Metric) -> bool:
 
 
 def picture_groups(report: Report) -> list[tuple[str, str, list[Picture]]]:
-    """(title, explanation, pictures) of the grids: best, random and worst; random alone where there is no score."""
+    """(title, explanation, pictures) of the grids: best, random and worst; only random if there is no score."""
     scored = [picture for picture in report.pictures if picture.score is not None]
     groups = []
     if len(scored) > 1:
@@ -159,25 +159,25 @@ def picture_groups(report: Report) -> list[tuple[str, str, list[Picture]]]:
 
 
 def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
-    """At most `count` of them at random, always the same ones, in their order."""
+    """At most `count` fixed random items, in their order."""
     chosen = random.Random(0).sample(range(len(pictures)), min(count, len(pictures)))
     return [pictures[index] for index in sorted(chosen)]
 
 
 def embedded(path: Path) -> str:
-    """A picture as the text of an address that holds it; large ones are made smaller."""
+    """A picture as a data URL; large ones are reduced."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    # What is small is drawn or pixelated, and a few hundred bytes as PNG.
+    # Small pictures are drawings or pixelated, and take a few hundred bytes as PNG.
     kind = "png" if max(image.size) <= 128 else "webp"
     image.save(file, format=kind, **({"quality": 85} if kind == "webp" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def write_report(report: Report, folder: Path, own: Row) -> str:
-    """Write report.json, the tables metrics.md, the page report.html and, of a sweep, sweep.png.
+    """Write report.json, the tables metrics.md, the page report.html and, for a sweep, sweep.png.
 
     Returns:
         The table of the numbers.

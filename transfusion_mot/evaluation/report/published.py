@@ -11,14 +11,14 @@ from transfusion_mot.evaluation.report.content import Metric, shown_number
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; what is unknown is empty.
+    """A row of the table; unknown values are empty.
 
     Attributes:
         model: Size and kind.
         protocol: Guidance and number of images.
-        fid, clip, cider: As the papers print them: CLIP score and CIDEr times 100.
-        perplexity: Of C4 / Wikipedia, with the tokenizer of Llama 2.
-        source: Where the numbers stand.
+        fid, clip, cider: As in the papers: CLIP score and CIDEr times 100.
+        perplexity: Perplexity on C4 / Wikipedia, with the tokenizer of Llama 2.
+        source: Table of the paper.
     """
 
     model: str
@@ -75,7 +75,7 @@ CAVEAT = (
 
 
 def own_row(model: str, protocol: str, metrics: Sequence[Metric]) -> Row:
-    """The row of a model from its metrics; a distance that is no FID says so in its cell."""
+    """The row of a model from its metrics; the cell of a distance that is not FID says so."""
     generated = {metric.name.removesuffix(" (generated)"): metric for metric in metrics}
 
     def of(*beginnings: str) -> tuple[str, str]:
