@@ -1,5 +1,7 @@
 """Small shared builders: models, rows and data at toy size."""
 
+# ruff: noqa: E402 (Python's collector stands still while it imports)
+
 import contextlib
 import gc
 import os
