@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test depends on the network: a name that is no folder is not found, at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What is imported stays. Python would search all of it for garbage again and again, a fifth of the time of the tests.
+# What is imported stays. Python would search all of it for garbage again and again: a third of the time of the imports.
 gc.disable()
 
 from collections.abc import Callable, Generator, Iterator, Sequence
