@@ -70,8 +70,10 @@ def compare_by_interpreter() -> None:
     """Called where Triton was imported as an interpreter."""
     from transfusion_mot.sampling import decode_kernels
 
-    # The interpreter runs one program after the other.
+    # The interpreter runs one program after the other, and a block of keys in the time of one key. The longest row has
+    # two blocks for each split, the last one cut.
     decode_kernels._SPLITS = decode_kernels._PROGRAMS = 2
+    decode_kernels._KEYS = 64
     for number, architecture in enumerate(ARCHITECTURES.values()):
         model = tiny_model(70, num_layers=1 + number % 2, **architecture).float()
         rows = [None, [3, 0, 2]][number % 2]

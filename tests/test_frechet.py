@@ -12,6 +12,7 @@ from transfusion_mot.evaluation.distances.frechet import (
     GaussianStatistics,
     extrapolated_distance,
     frechet_distance,
+    gaussian_of,
 )
 
 pytest.importorskip("scipy")
@@ -112,3 +113,11 @@ def test_extrapolation_equals_the_published_recipe():
 def test_one_image_is_refused():
     with pytest.raises(UserError, match="at least 2 images"):
         _gaussian(_features(1, 4, 0))
+
+
+@pytest.mark.parametrize("count", [7, 15, 16, 40])
+def test_factor_is_a_root_of_the_covariance(count: int) -> None:
+    """Of the vectors themselves where they are fewer than features, else of eigenvectors."""
+    features = np.random.default_rng(count).normal(3.0, 2.0, (count, 16)).astype(np.float32)
+    factor = gaussian_of(features).factor
+    np.testing.assert_allclose(factor @ factor.T, np.cov(features.astype(np.float64).T), rtol=0, atol=1e-12)

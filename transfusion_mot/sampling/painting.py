@@ -122,7 +122,8 @@ class Painter:
 
     def told(self, sampling: SamplerSettings) -> dict[str, Any]:
         """The settings that the model uses: those of reverse steps, or those of drawing codes."""
-        return {name: value for name, value in vars(sampling).items() if name not in self.idle}
+        idle = self.idle
+        return {name: value for name, value in vars(sampling).items() if name not in idle}
 
     @property
     def idle(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Frechet distance between Gaussians fitted to two sets of feature vectors, also extrapolated to infinite N."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,14 +15,22 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean `[D]` and unbiased covariance `[D, D]` of feature vectors, in float64."""
+    """Mean `[D]` and unbiased covariance `[D, D]` of feature vectors, in float64.
+
+    Attributes:
+        vectors: `[N, D]`, the feature vectors minus their mean, if they are known and fewer than D; then `factor` needs
+            no eigenvectors.
+    """
 
     mean: Array
     covariance: Array
+    vectors: Array | None = None
 
     @cached_property
     def factor(self) -> Array:
-        """A `[D, rank]` with A A^T = covariance; cached, because references need it more than once."""
+        """A `[D, *]` with A A^T = covariance; cached, because references need it more than once."""
+        if self.vectors is not None:
+            return self.vectors.T / np.sqrt(len(self.vectors) - 1)
         values, vectors = np.linalg.eigh(self.covariance)
         # The square roots of eigenvalues that are only rounding errors would matter.
         kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
@@ -161,4 +169,7 @@ def gaussian_of(features: Features, rows: int = 4096) -> Gaussian:
     statistics = GaussianStatistics(features.shape[1])
     for start in range(0, len(features), rows):
         statistics.update(features[start : start + rows])
-    return statistics.gaussian()
+    gaussian = statistics.gaussian()
+    if len(features) >= features.shape[1]:
+        return gaussian
+    return replace(gaussian, vectors=features.astype(np.float64) - gaussian.mean)
