@@ -135,7 +135,8 @@ class Training:
         # From here on the run folder is changed: nothing above is refused after it.
         if accelerator.is_main_process:
             save_config(config, run / "config.yaml")
-            clear_behind(run, start.step)
+            if removed := clear_behind(run, start.step):
+                accelerator.print(f"removed what was made after step {start.step}: {', '.join(removed)}")
         log = RunLog(
             accelerator,
             run,

@@ -61,8 +61,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     given = parser.parse_args(arguments)
     check_writable_folder(given.output, "output")
-    marker = "config.json" if given.language_model is not None else "model_index.json"
-    refuse_other_content(Path(given.output), find_snapshot(given.checkpoint), marker)
+    output = Path(given.output)
+    # A language model that was exported looks like any other.
+    if given.language_model is not None and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output {output} holds files; with --language-model give a folder that is new or empty")
+    refuse_other_content(output, find_snapshot(given.checkpoint))
     if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
         raise UserError("--language-model writes no model card; leave out the other options")
     return given

@@ -7,19 +7,22 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import flush_to_disk, step_folders, step_number
+from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk, step_folders, step_number
 
 # What of a training state is no tensor.
 PROGRESS_FILE = "progress.json"
 _CONFIG = "config.yaml"
+# Files that tell the folder of a snapshot, an adapter, or a codec.
+_MODELS = ("model_index.json", ADAPTER_CONFIG, "config.json")
 
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` once the block ends without an error.
 
-    A crash in the middle leaves what was there before.
+    A crash in the middle leaves what was there before. Of a link, the folder that it points to is replaced.
     """
+    folder = folder.resolve()
     aside = begin_aside(folder)
     yield aside
     put_in_place(folder)
@@ -52,9 +55,14 @@ def find_state(run: Path, resume: str) -> Path | None:
     """The training state that `resume` (`auto`, `never` or a path) asks for, or None to begin.
 
     Raises:
-        UserError: There is none at the path, or `never` was asked for in a folder that holds a run.
+        UserError: There is none at the path, `never` was asked for in a folder that holds a run, or the folder holds
+            another run than the one that is continued, or a model.
     """
     states, snapshots = step_folders(run / "state"), step_folders(run / "snapshots")
+    if not states and (models := [name for name in _MODELS if (run / name).is_file()]):
+        raise UserError(
+            f"output_dir {run} holds a model ({models[0]}), whose files a run would overwrite; choose another folder"
+        )
     if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
         raise UserError(
             f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
@@ -74,6 +82,11 @@ def find_state(run: Path, resume: str) -> Path | None:
         raise UserError(
             f"resume={resume} is no training state; it needs a folder state/step-N that holds {PROGRESS_FILE}"
         )
+    if (states or snapshots) and folder.resolve().parent.parent != run.resolve():
+        raise UserError(
+            f"resume={resume} is a state of another run than the one that output_dir {run} holds, whose states and "
+            "snapshots would be overwritten; choose another output_dir"
+        )
     return folder
 
 
@@ -85,15 +98,21 @@ def _was_killed_before_a_state(run: Path, snapshots: list[Path]) -> bool:
     return all(aside_of(run / "state" / snapshot.name).is_dir() for snapshot in snapshots)
 
 
-def clear_behind(run: Path, step: int) -> None:
+def clear_behind(run: Path, step: int) -> list[str]:
     """Remove the states and snapshots behind a step: a run that goes on from there would be mistaken for them.
 
     What was being written when the run was killed goes, too.
+
+    Returns:
+        The names of what was whole.
     """
+    removed = []
     for folder in (run / "state", run / "snapshots"):
         behind = [path for path in step_folders(folder) if step_number(path) > step]
         for left in [*folder.glob(".step-*.partial"), *behind]:
             shutil.rmtree(left)
+        removed += [f"{folder.name}/{path.name}" for path in behind]
+    return removed
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
