@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transfusion_mot.config import OptimizerConfig, TokenizerConfig
 from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
-from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_state, written_aside
+from transfusion_mot.training.checkpoint import begin_aside, clear_behind, find_state, held_alone, written_aside
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import (
@@ -144,6 +146,18 @@ def test_a_folder_that_holds_another_run_or_a_model_is_refused(tmp_path: Path) -
     # A run that began before is continued whatever lies beside it.
     (tmp_path / "one" / "config.json").write_text("{}")
     assert find_state(tmp_path / "one", "auto") is not None
+
+
+def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path: Path) -> None:
+    code = f"""from pathlib import Path
+from transfusion_mot.training.checkpoint import held_alone
+with held_alone(Path({str(tmp_path)!r})):
+    pass
+"""
+    with held_alone(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "another process trains in output_dir" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_state_that_cannot_be_written_is_one_sentence_and_the_one_before_survives(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ import torch
 from torch import Tensor
 
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.export_language_model import export_language_model
+from transfusion_mot.sampling.export_language_model import export_language_model, load_fused
 from transfusion_mot.training.checkpoint import run_config_file, written_aside
 
 
@@ -100,7 +100,7 @@ def export(
         UserError: There is no such snapshot, or it is too large.
     """
     snapshot = find_snapshot(checkpoint)
-    pipeline = TransfusionPipeline.from_pretrained(snapshot)
+    pipeline = load_fused(snapshot)
     # (`to` of diffusers would warn of what it could do.)
     pipeline.transformer.bfloat16()
     if pipeline.has_images and pipeline.codec.kind == "latents":

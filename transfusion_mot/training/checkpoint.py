@@ -1,5 +1,7 @@
 """The folders a run leaves: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
+import errno
+import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,29 @@ def put_in_place(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     flush_to_disk(folder.parent)
+
+
+@contextmanager
+def held_alone(run: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder until the block or the process ends.
+
+    Two runs in one folder would remove each other's states. One can outlive its launcher, whose end does not end all
+    processes.
+
+    Raises:
+        UserError: Another process trains in the folder.
+    """
+    with (run / ".lock").open("a") as file:
+        try:
+            # Of this process alone: one that `flock` takes would outlive it in forked workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some file systems have no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"another process trains in output_dir {run}; wait for its end, end it, or choose another folder"
+                ) from None
+        yield
 
 
 def find_state(run: Path, resume: str) -> Path | None:
