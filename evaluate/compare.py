@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
-from transfusion_mot.evaluation.report.content import read_report
+from transfusion_mot.evaluation.report.content import REPORT_FILE, read_report
 from transfusion_mot.path_options import PathOption
 
 
@@ -33,6 +33,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if len(given.reports) < 2:
         raise UserError("only one report is given; give at least two: the others are compared with the first")
+    if given.output is not None and Path(given.output).name == REPORT_FILE:
+        raise UserError(f"--output {given.output} is the name of a report; give another name, such as comparison.md")
     return given
 
 

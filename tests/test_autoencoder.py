@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from process_group import run_script
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from transfusion_mot.autoencoder import main
 from transfusion_mot.codec_training.bottlenecks import GaussianBottleneck
 from transfusion_mot.codec_training.images import augment, measured
 from transfusion_mot.codec_training.losses import Objective, discriminator
@@ -396,6 +397,14 @@ def test_command_ends_on_a_user_error_with_one_line(tmp_path):
     assert run_script(words, ROOT, {}, log) == 2
     assert "num_steps" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+def test_a_codec_or_a_run_is_not_written_over(tmp_path):
+    for name in ("config.json", "model_index.json", "state"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=rf"holds .*\({name}\), which would be overwritten; choose another"):
+            main([f"output_dir={tmp_path}", "data.sources=[{kind: openmoji}]"])
+        (tmp_path / name).rmdir()
 
 
 # --- augmentation --------------------------------------------------------------------------------------------------

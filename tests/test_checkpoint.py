@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transfusion_mot.config import OptimizerConfig, TokenizerConfig
 from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
-from transfusion_mot.training.checkpoint import atomic_folder, begin_aside, clear_behind, find_state
+from transfusion_mot.training.checkpoint import atomic_folder, begin_aside, clear_behind, find_state, held_alone
 from transfusion_mot.training.ema import EMA
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import (
@@ -122,9 +124,40 @@ def test_what_lies_behind_a_step_or_was_being_written_is_cleared(tmp_path: Path)
     save(tmp_path, 1, 2, 3, keep_last=3)
     (tmp_path / "state" / ".step-0000004.partial").mkdir()
     (tmp_path / "snapshots" / ".step-0000004.partial").mkdir(parents=True)
-    clear_behind(tmp_path, 2)
+    assert clear_behind(tmp_path, 2) == ["state/step-0000003"]
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-0000001", "step-0000002"]
     assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+def test_a_folder_that_holds_another_run_or_a_model_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "one", 1)
+    save(tmp_path / "other", 1, 2)
+    state = str(tmp_path / "one" / "state" / "step-0000001")
+    assert find_state(tmp_path / "one" / ".." / "one", state) == find_state(tmp_path / "new", state) == Path(state)
+    with pytest.raises(UserError, match=r"is a state of another run than the one that output_dir .*other holds"):
+        find_state(tmp_path / "other", state)
+    for name in ("model_index.json", "config.json", "adapter_config.json"):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        for resume in ("auto", "never", state):
+            with pytest.raises(UserError, match=rf"holds a model \({name}\), whose files a run would overwrite"):
+                find_state(folder, resume)
+    # A run that began before is continued whatever lies beside it.
+    (tmp_path / "one" / "config.json").write_text("{}")
+    assert find_state(tmp_path / "one", "auto") is not None
+
+
+def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_lives(tmp_path: Path) -> None:
+    code = f"""from pathlib import Path
+from transfusion_mot.training.checkpoint import held_alone
+with held_alone(Path({str(tmp_path)!r})):
+    pass
+"""
+    with held_alone(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "another process trains in output_dir" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_state_that_cannot_be_written_is_one_sentence_and_the_one_before_survives(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "give at least two" in capsys.readouterr().err
     assert call(tmp_path / "base", tmp_path / "none") == 2
     assert "cannot read" in capsys.readouterr().err
+    file = tmp_path / "base" / "report.json"
+    before = file.read_text()
+    assert call(tmp_path / "base", tmp_path / "base", "--output", file) == 2
+    assert "is where a report lies" in capsys.readouterr().err
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize("name", ["FID (clean-fid)", "FD-DINOv2", "KID", "CMMD", "CLIP-MMD", "text loss"])

@@ -24,6 +24,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.begin import settled_config
+from transfusion_mot.run.early import checked_sections
 from transfusion_mot.schedulers import make_scheduler
 
 ROOT = Path(__file__).parents[1]
@@ -360,3 +361,16 @@ def test_guidance_away_from_what_is_never_trained_is_refused() -> None:
     message = refusal("data.prompt_dropout_prob=0", "diffusion.guidance_scale=2")
     assert "set diffusion.guidance_scale=1, or data.prompt_dropout_prob above 0" in message
     parse("data.prompt_dropout_prob=0", "diffusion.guidance_scale=1")
+
+
+def test_a_configuration_written_by_hand_is_not_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    words = ["--config", str(file), "data.sources=[{kind: openmoji}]", f"output_dir={tmp_path}"]
+    codec = f"codecs.image.path={ROOT / 'checkpoints' / 'vae-emoji'}"
+    save_config(parse_config(RunConfig, [*words[2:], codec], ""), file)
+    checked_sections(words)
+    file.write_text(f"# the best one\n{file.read_text()}")
+    with pytest.raises(UserError, match=r"config\.yaml was written by hand, and the run would overwrite it"):
+        checked_sections(words)
+    (tmp_path / "state" / "step-0000001").mkdir(parents=True)
+    checked_sections(words)

@@ -129,6 +129,11 @@ def test_an_interrupted_run_goes_on(packages, monkeypatch):
     assert kept.read_bytes() == b"not drawn again"
     assert (folder / "noto" / "red-dot.png").read_bytes() == (folder / "openmoji" / "red-dot.png").read_bytes()
     assert not list(folder.rglob("*.partial"))
+    (packages / "mine").mkdir()
+    (packages / "mine" / "metadata.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"mine' holds files but no corpus\.json of this command"):
+        draw(packages, output="mine")
+    assert [path.read_text() for path in (packages / "mine").iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"'size': 32.*'size': 48.*another --output"):
         draw(packages, size=48)
     monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)

@@ -117,7 +117,7 @@ def test_too_large_a_model_is_refused(snapshot: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_export_is_not_deleted(snapshot: Path, tmp_path: Path) -> None:
+def test_what_is_no_export_is_not_deleted(snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = snapshot.parents[1]
     for output in (run, snapshot, snapshot / ".."):
         with pytest.raises(UserError, match="holds the checkpoint, and what is in it would be deleted"):
@@ -126,6 +126,17 @@ def test_what_is_no_export_is_not_deleted(snapshot: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"holds files but no model_index\.json, and they would be deleted"):
         main(["--checkpoint", str(run), "--output", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match=r"holds files; with --language-model give a folder that is new or empty"):
+        main(["--checkpoint", str(run), "--output", str(tmp_path), "--language-model", "float32"])
+    # Such as a repository of the hub, which an export is put into.
+    shutil.copytree(snapshot, tmp_path / "hub")
+    (tmp_path / "hub" / ".git").mkdir()
+    with pytest.raises(UserError, match=r"hub holds \.git beside a snapshot, which would be deleted"):
+        main(["--checkpoint", str(run), "--output", str(tmp_path / "hub")])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"is, or holds, the folder that you are in"):
+        main(["--checkpoint", str(run), "--output", "."])
     for _ in range(2):
         main(["--checkpoint", str(run), "--output", str(tmp_path / "again")])
 

@@ -48,6 +48,13 @@ def test_folder_holds_the_drawings_of_the_quickstart(tmp_path: Path) -> None:
     assert set(lines) < set(written(tmp_path / "more"))
 
 
+def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files but no drawings\.json of this command"):
+        main(["--output", str(tmp_path)])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--held-out names unicat, but there is no such drawing"):
         main(["--output", str(tmp_path / "lines"), "--held-out", "unicat"])

@@ -19,6 +19,7 @@ from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot
 from transfusion_mot.models.lora import add_adapter, digests, fingerprint
 from transfusion_mot.models.transfusion import base_name, is_of_adapter
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.export import export
 from transfusion_mot.sampling.lora import ADAPTER_WEIGHTS, AdapterInfo, save_adapter, sizes_of
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,10 @@ def test_a_run_goes_on_exactly_and_leaves_adapters_that_are_its_averages(argumen
     assert found.keys() == merged.keys()
     for name, value in merged.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    export(str(tmp_path / "whole"), tmp_path / "out", licences=None, evaluation=None, max_megabytes=None)
+    exported = TransfusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
+    for name, value in exported.transformer.named_parameters():
+        torch.testing.assert_close(value, merged[name].bfloat16().float(), rtol=1e-2, atol=1e-6, msg=name)
 
     with pytest.raises(UserError, match=r"was trained with another lora: {'rank': 2}, and now it is {'rank': 3}"):
         train.main([*arguments("whole", training={"num_steps": 7}), *LORA, "lora.rank=3"])

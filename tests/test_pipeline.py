@@ -320,6 +320,11 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
     weights.unlink()
     assert "no pipeline can be loaded" in refusal()
     weights.write_bytes(whole)
+    config = tmp_path / "transformer" / "config.json"
+    sizes = config.read_text()
+    config.write_text("")
+    assert "no pipeline can be loaded" in refusal()
+    config.write_text(sizes)
     tiny_vae(latent_channels=2).save_pretrained(tmp_path / "vae")
     assert "2 latent channels" in refusal()
 

@@ -85,6 +85,8 @@ def test_picture_of_two_runs_has_a_colour_for_each(tmp_path: Path, capsys) -> No
     output = tmp_path / "pictures" / "losses.png"
     main([*map(str, runs), "--output", str(output)])
     assert str(output) in capsys.readouterr().out
+    main([*map(str, runs), "--output", str(output.with_suffix(""))])
+    assert f"drawn in {output}\n" in capsys.readouterr().out
     colours = {tuple(colour) for colour in np.asarray(Image.open(output).convert("RGB")).reshape(-1, 3)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
     assert (0x00, 0x9E, 0x73) not in colours

@@ -1,7 +1,9 @@
 """The input lines of sample.py, and its output folder."""
 
+import errno
 import io
 import json
+import re
 import sys
 import threading
 from argparse import Namespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 from accelerate import PartialState
+from safetensors import SafetensorError
 from test_pipeline import tiny_pipeline
 
 import sample
@@ -73,6 +76,22 @@ def test_what_is_not_utf_8_is_refused(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"sun\ncaf\xe9\n"), errors="surrogateescape"))
     with pytest.raises(UserError, match="prompts file '-' cannot be read as UTF-8 text"):
         sampling.read_prompts(Namespace(prompts=[], prompts_file="-"), PartialState())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a"),
+        # As it looks where a tmpfs is full.
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line(error, capsys) -> None:
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise error
+    assert re.fullmatch(r"error: the disk or your quota is full \(.*\); free some .*\n", capsys.readouterr().err)
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
 def folder_of(path: Path, **command: object) -> ResultFolder:

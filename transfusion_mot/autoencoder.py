@@ -9,16 +9,23 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transfusion_mot.config import AutoencoderTrainingConfig, parse_config
 from transfusion_mot.data.sources.paths import refuse_missing_sources
-from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.errors import UserError, exit_on_user_error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
     refuse_missing_sources(config.data.sources)
+    for name, what in (("config.json", "a codec"), ("model_index.json", "a snapshot"), ("state", "a run of train.py")):
+        if (Path(config.output_dir) / name).exists():
+            raise UserError(
+                f"output_dir {config.output_dir} holds {what} ({name}), which would be overwritten; choose another "
+                "folder, or remove it"
+            )
     # PyTorch takes seconds to load; --help and mistakes in the configuration end before it.
     import torch
 

@@ -1,5 +1,6 @@
 """The exception for user mistakes, and how a command ends on it."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def refuse_surrogates(text: str, what: str, remedy: str) -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into one line on standard error and exit status 2; our own bugs keep their stack trace.
 
-    An argument of the command that is not UTF-8 is such an error, too.
+    An argument of the command that is not UTF-8 is such an error, too, and so is a full disk.
     """
     try:
         for argument in sys.argv[1:]:
@@ -61,3 +62,10 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        # Libraries in Rust have exceptions of their own, which hold the number in their text.
+        number = getattr(error, "errno", None) or (errno.ENOSPC if f"os error {errno.ENOSPC})" in str(error) else None)
+        if number not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk or your quota is full ({error}); free some space and start again", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -12,6 +12,9 @@ from transfusion_mot.errors import UserError
 
 # This file marks the folder of a low-rank adapter, as opposed to a whole snapshot.
 ADAPTER_CONFIG = "adapter_config.json"
+_INDEX = "model_index.json"
+# Of a snapshot, beside the folders that its index names.
+_FILES_OF_SNAPSHOT = {_INDEX, "pipeline.py", "README.md", "config.yaml"}
 
 # How often and after how long to retry while another process writes a short file.
 _ATTEMPTS, _SECONDS_BETWEEN = 20, 0.05
@@ -57,6 +60,38 @@ def claim(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     except FileExistsError:
         pass
     return read_claim(path)
+
+
+def claim_output(output: Path, marker: str, settings: dict[str, Any], what: str) -> None:
+    """Make the folder that a command writes data into, or go on with one that it has written.
+
+    Args:
+        output: The folder.
+        marker: JSON file in it that says how the data were made.
+        settings: What it says.
+        what: What the folder holds, for the message; the settings follow.
+
+    Raises:
+        UserError: It holds files of others, or data of other settings.
+    """
+    refuse_files_of_others(output, marker)
+    output.mkdir(parents=True, exist_ok=True)
+    before = claim(output / marker, settings)
+    if before != settings:
+        raise UserError(f"'{output}' holds {what} {before}, and {settings} is asked for; give another --output")
+
+
+def refuse_files_of_others(output: Path, *markers: str) -> None:
+    """Refuse a folder that holds files and none of those that the command writes first.
+
+    Raises:
+        UserError: It does.
+    """
+    if output.is_dir() and any(output.iterdir()) and not any((output / marker).exists() for marker in markers):
+        raise UserError(
+            f"'{output}' holds files but no {markers[0]} of this command, which might overwrite them; give another "
+            "--output"
+        )
 
 
 def read_claim(path: Path) -> dict[str, Any]:
@@ -141,13 +176,12 @@ def refuse_dangling_links(folder: Path) -> None:
             )
 
 
-def refuse_other_content(output: Path, checkpoint: Path, marker: str) -> None:
-    """Refuse an output, whose content will be deleted, that holds the checkpoint or files of another kind.
+def refuse_other_content(output: Path, checkpoint: Path) -> None:
+    """Refuse an output, whose content will be deleted, that holds the checkpoint or anything but a snapshot.
 
     Args:
         output: Folder that will be written anew.
         checkpoint: What is read.
-        marker: File that every such output has.
 
     Raises:
         UserError: It holds something else.
@@ -156,9 +190,17 @@ def refuse_other_content(output: Path, checkpoint: Path, marker: str) -> None:
         raise UserError(
             f"the output {output} holds the checkpoint, and what is in it would be deleted; give another folder"
         )
-    if output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise UserError(f"the output {output} is, or holds, the folder that you are in, and is made anew; give another")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if names and _INDEX not in names:
         raise UserError(
-            f"the output {output} holds files but no {marker}, and they would be deleted; give another folder"
+            f"the output {output} holds files but no {_INDEX}, and they would be deleted; give another folder"
+        )
+    if others := sorted(names - _FILES_OF_SNAPSHOT - {*(read_claim(output / _INDEX) if names else {})}):
+        raise UserError(
+            f"the output {output} holds {', '.join(others[:3])} beside a snapshot, which would be deleted; give "
+            "another folder"
         )
 
 

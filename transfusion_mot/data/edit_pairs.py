@@ -38,7 +38,7 @@ from transfusion_mot.data import emoji_corpus
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.files import check_writable_folder, claim
+from transfusion_mot.files import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
 KINDS = ("recolour", "mirror", "hat", "style")
@@ -256,13 +256,7 @@ def write_pairs(
         "drawings": hashlib.sha256(listed.encode()).hexdigest()[:16],
         "emoji": _read_json(emoji / "corpus.json"),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    before = claim(output / "edits.json", settings)
-    if before != settings:
-        raise UserError(
-            f"'{output}' holds editing pairs of other drawings ({before}, but {settings} is requested); give another "
-            "--output"
-        )
+    claim_output(output, "edits.json", settings, "editing pairs of other drawings,")
     for folder in {Path(drawing.file_name).parent for drawing in drawings}:
         for kind in (_DRAWINGS, *_MADE):
             (output / kind / folder).mkdir(parents=True, exist_ok=True)

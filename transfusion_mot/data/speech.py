@@ -31,7 +31,7 @@ from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
 from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder, claim, lines_of
+from transfusion_mot.files import check_writable_folder, claim_output, lines_of
 from transfusion_mot.path_options import PathOption, existing
 
 SAMPLE_RATE = 16_000
@@ -278,12 +278,9 @@ def main(arguments: Sequence[str]) -> None:
     if given.glosses:
         utterances += definitions(given.wordnet, given.glosses, fraction=given.held_out_fraction, seed=given.seed)
     utterances += by_new_voices(utterances, given.seed)
-    output.mkdir(parents=True, exist_ok=True)
     # More definitions or pictures may be added: existing recordings keep their names and voices.
     settings = {"voices": [*VOICES, *NEW_VOICES], "seed": given.seed}
-    before = claim(output / "corpus.json", settings)
-    if before != settings:
-        raise UserError(f"'{output}' holds speech of {before}, but {settings} is requested; give another --output")
+    claim_output(output, "corpus.json", settings, "speech of")
     lengths = write_corpus(utterances, output, seed=given.seed, workers=given.workers)
     if prompts:
         lengths["human", "held_out"] = write_human(prompts, output)

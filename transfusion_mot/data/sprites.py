@@ -37,6 +37,7 @@ from transfusion_mot.data.emoji_corpus import (
 )
 from transfusion_mot.data.images import draw_transparent_svg
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import refuse_files_of_others
 
 _INDEX, _PICTURES = "sprites.jsonl", "sprites.bin"
 # "woman medium light skin tone"; in one set "woman light". Lamps also have names that end with "light", without a tone.
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str]) -> None:
     add_options(parser)
     given = parser.parse_args(arguments)
     check_options(given)
+    refuse_files_of_others(Path(given.output), _INDEX, f"{_INDEX}.partial", f"{_PICTURES}.partial")
     begun = time.perf_counter()
     with emoji_packages(given.iconify, None) as (package, _):
         counts = write_sprites(

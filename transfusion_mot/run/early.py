@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from transfusion_mot.config import CodecConfig, RunConfig, parse_config, parse_sections
 from transfusion_mot.data.sources.paths import refuse_missing_sources
+from transfusion_mot.errors import UserError
 from transfusion_mot.files import step_folders
 from transfusion_mot.hub_names import refuse_missing_path
 
@@ -22,6 +25,7 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
     is_new = sections["resume"] in ("auto", "never") and not step_folders(Path(sections["output_dir"]) / "state")
     towers = [tower.pretrained for tower in sections["model"].towers.values() if tower.pretrained]
     if is_new:
+        _refuse_written_by_hand(Path(sections["output_dir"]) / "config.yaml")
         if sections["init_from"] is not None:
             refuse_missing_path(sections["init_from"], "init_from")
         for name in towers:
@@ -37,3 +41,19 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
         # Also numbers that are out of range.
         parse_config(RunConfig, arguments, "")
     return sections
+
+
+def _refuse_written_by_hand(file: Path) -> None:
+    """Refuse a configuration where the run writes its own, unless a run has written it, which has no comments."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        is_own = text == yaml.safe_dump(yaml.safe_load(text), sort_keys=False)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError):
+        is_own = False
+    if not is_own:
+        raise UserError(
+            f"{file} was written by hand, and the run would overwrite it with its whole configuration; move the file, "
+            "or choose another output_dir"
+        )

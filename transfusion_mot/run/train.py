@@ -17,6 +17,7 @@ from transfusion_mot.run.length import with_num_steps
 from transfusion_mot.run.saving import RunSaver
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
+from transfusion_mot.training.checkpoint import held_alone
 from transfusion_mot.training.optimizer import set_lr
 from transfusion_mot.training.parallel import end_preparing, make_accelerator
 from transfusion_mot.training.step import seed_step
@@ -42,6 +43,20 @@ def run(arguments: list[str], *, quiet: bool = False) -> None:
     folder = Path(config.output_dir)
     accelerator = make_accelerator(config.training, folder)
     check_run(config, accelerator)
+    with held_alone(folder) if accelerator.is_main_process else nullcontext():
+        _train(config, accelerator, started=started, quiet=quiet)
+
+
+def _train(config: RunConfig, accelerator: Accelerator, *, started: float, quiet: bool) -> None:
+    """Train as far as the configuration says.
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        started: When the command began, on the clock of `time.monotonic`.
+        quiet: Print lines of losses, warnings and errors alone.
+    """
+    folder = Path(config.output_dir)
     start = Start.find(config)
     if start.state is None:
         config = keep_codecs(config, accelerator)

@@ -136,7 +136,8 @@ class Training:
         # From here on the run folder changes: all refusals come before.
         if accelerator.is_main_process:
             save_config(config, run / "config.yaml")
-            clear_behind(run, start.step)
+            if removed := clear_behind(run, start.step):
+                accelerator.print(f"removed what was made after step {start.step}: {', '.join(removed)}")
         log = RunLog(
             accelerator,
             run,

@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if (given.output is None) is not given.in_place:
         raise UserError("give either a folder OUTPUT, or --in-place to overwrite the old snapshot")
     if given.output is not None:
-        refuse_other_content(Path(given.output), Path(given.snapshot), "model_index.json")
+        refuse_other_content(Path(given.output), Path(given.snapshot))
     return given
 
 

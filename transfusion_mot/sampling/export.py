@@ -65,8 +65,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     given = parser.parse_args(arguments)
     check_writable_folder(given.output, "output")
-    marker = "config.json" if given.language_model is not None else "model_index.json"
-    refuse_other_content(Path(given.output), find_snapshot(given.checkpoint), marker)
+    output = Path(given.output)
+    # A language model that was exported looks like any other.
+    if given.language_model is not None and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output {output} holds files; with --language-model give a folder that is new or empty")
+    refuse_other_content(output, find_snapshot(given.checkpoint))
     if given.language_model is not None and any((given.licences, given.evaluation, given.max_megabytes)):
         raise UserError("--language-model writes no model card; leave out the other options")
     return given
@@ -81,7 +84,7 @@ import torch
 from torch import Tensor
 
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.export_language_model import export_language_model
+from transfusion_mot.sampling.export_language_model import export_language_model, load_fused
 from transfusion_mot.training.checkpoint import atomic_folder, run_config_file
 
 
@@ -101,7 +104,7 @@ def export(
         UserError: There is no such snapshot, or it is too large.
     """
     snapshot = find_snapshot(checkpoint)
-    pipeline = TransfusionPipeline.from_pretrained(snapshot)
+    pipeline = load_fused(snapshot)
     # Not `to` of diffusers, which would print a warning about half precision.
     pipeline.transformer.bfloat16()
     if pipeline.has_images and pipeline.codec.kind == "latents":

@@ -41,11 +41,7 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
     Raises:
         UserError: There is no such snapshot, or transformers has no equivalent model.
     """
-    pipeline = TransfusionPipeline.from_pretrained(find_snapshot(checkpoint))
-    if pipeline.get_active_adapters():
-        # Adapters become part of the weights.
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+    pipeline = load_fused(find_snapshot(checkpoint))
     tokenizer = pipeline.text_tokenizer
     config = language_model_config(pipeline.transformer)
     config.eos_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
@@ -65,6 +61,19 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
         model.save_pretrained(folder)
         tokenizer.save(folder)
     return {str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*.safetensors"))}
+
+
+def load_fused(snapshot: Path) -> TransfusionPipeline:
+    """A snapshot; what adapters at work change becomes part of the weights.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    pipeline = TransfusionPipeline.from_pretrained(snapshot)
+    if pipeline.get_active_adapters():
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return pipeline
 
 
 def tensors_of(model: TransfusionMoT) -> dict[str, Tensor]:

@@ -432,7 +432,10 @@ def _modality_of(media: Sequence[str], key: str, given: str | None, codec: Any) 
 def is_of_version_0_1(snapshot: Path) -> bool:
     """Whether a folder holds a snapshot that `transfusion_mot.sampling.convert` converts."""
     path = snapshot / "transformer" / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return False  # What loads it says what is wrong.
     return isinstance(config, dict) and "latent_channels" in config
 
 

@@ -1,5 +1,7 @@
 """Folders of a run: training states, from which it resumes, and snapshots, which are diffusers pipelines."""
 
+import errno
+import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +9,22 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import flush_to_disk, step_folders, step_number
+from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk, step_folders, step_number
 
 # The part of a training state that is not tensors.
 PROGRESS_FILE = "progress.json"
 _CONFIG = "config.yaml"
+# Each is in every snapshot, adapter or codec.
+_MODELS = ("model_index.json", ADAPTER_CONFIG, "config.json")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends without an error.
 
-    A crash in between leaves the previous folder unchanged.
+    A crash in between leaves the previous folder unchanged. If `folder` is a link, its target is replaced.
     """
+    folder = folder.resolve()
     aside = begin_aside(folder)
     yield aside
     put_in_place(folder)
@@ -48,13 +53,41 @@ def put_in_place(folder: Path) -> None:
     flush_to_disk(folder.parent)
 
 
+@contextmanager
+def held_alone(run: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder until the block or the process ends.
+
+    Two runs in one folder would remove each other's states. One can outlive its launcher, whose end does not end all
+    processes.
+
+    Raises:
+        UserError: Another process trains in the folder.
+    """
+    with (run / ".lock").open("a") as file:
+        try:
+            # Of this process alone: one that `flock` takes would outlive it in forked workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some file systems have no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"another process trains in output_dir {run}; wait for its end, end it, or choose another folder"
+                ) from None
+        yield
+
+
 def find_state(run: Path, resume: str) -> Path | None:
     """The training state selected by `resume` (`auto`, `never` or a path), or None for a new run.
 
     Raises:
-        UserError: There is none at the path, or `never` is given and the folder holds a run.
+        UserError: There is none at the path, `never` is given and the folder holds a run, or the folder holds a model
+            or another run than the one that is continued.
     """
     states, snapshots = step_folders(run / "state"), step_folders(run / "snapshots")
+    if not states and (models := [name for name in _MODELS if (run / name).is_file()]):
+        raise UserError(
+            f"output_dir {run} holds a model ({models[0]}), whose files a run would overwrite; choose another folder"
+        )
     if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
         raise UserError(
             f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
@@ -74,6 +107,11 @@ def find_state(run: Path, resume: str) -> Path | None:
         raise UserError(
             f"resume={resume} is not a training state; give a folder state/step-N that holds {PROGRESS_FILE}"
         )
+    if (states or snapshots) and folder.resolve().parent.parent != run.resolve():
+        raise UserError(
+            f"resume={resume} is a state of another run than the one that output_dir {run} holds, whose states and "
+            "snapshots would be overwritten; choose another output_dir"
+        )
     return folder
 
 
@@ -85,15 +123,21 @@ def _was_killed_before_a_state(run: Path, snapshots: list[Path]) -> bool:
     return all(aside_of(run / "state" / snapshot.name).is_dir() for snapshot in snapshots)
 
 
-def clear_behind(run: Path, step: int) -> None:
+def clear_behind(run: Path, step: int) -> list[str]:
     """Remove the states and snapshots after a step, so that they are not mistaken for those of the resumed run.
 
     Folders that were being written when the run was killed are removed, too.
+
+    Returns:
+        The names of the complete ones.
     """
+    removed = []
     for folder in (run / "state", run / "snapshots"):
         behind = [path for path in step_folders(folder) if step_number(path) > step]
         for left in [*folder.glob(".step-*.partial"), *behind]:
             shutil.rmtree(left)
+        removed += [f"{folder.name}/{path.name}" for path in behind]
+    return removed
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:

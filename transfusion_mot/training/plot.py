@@ -176,8 +176,11 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{run} holds no {METRICS_FILE}; give run folders of train.py")
     labels = labels_of([Path(run) for run in given.runs])
     runs = {label: Path(run) / METRICS_FILE for label, run in zip(labels, given.runs, strict=True)}
-    plot_runs(runs, Path(given.output))
-    print(f"drawn in {given.output}")
+    output = Path(given.output)
+    if not output.suffix:
+        output = output.with_name(f"{output.name}.png")
+    plot_runs(runs, output)
+    print(f"drawn in {output}")
 
 
 def labels_of(runs: list[Path]) -> list[str]:
