@@ -23,7 +23,8 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint, add_device, command_parser, run_command
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
 from transfusion_mot.evaluation.report.content import Report, now, used_versions
-from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing
 
 

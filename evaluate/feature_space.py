@@ -61,7 +61,7 @@ from transfusion_mot.data.mixture import open_documents, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.evaluation.feature_space import LayerSpace, layer_space, plot_spaces, spaces_json, spaces_table
 from transfusion_mot.evaluation.images import pick_device
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.held_out_losses import codecs_of
 from transfusion_mot.sampling.hidden_states import check_one_width, hidden_states

@@ -102,7 +102,8 @@ from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.evaluation.recognisers import PocketSphinx, Recogniser, TransformersRecogniser
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.speech import RecordingSet, at_most, read_recordings
-from transfusion_mot.files import check_writable_folder, find_snapshot
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.sampling.held_out_losses import codecs_of
 from transfusion_mot.sampling.held_out_speech import intelligibility_metrics, loss_metrics, transcription_metrics
 from transfusion_mot.training.checkpoint import read_run_config

@@ -20,7 +20,7 @@ from typing import Any
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
 

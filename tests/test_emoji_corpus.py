@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from process_group import run_script
 
-from transfusion_mot import files
+from transfusion_mot import outputs
 from transfusion_mot.config import DataConfig, SourceConfig
 from transfusion_mot.data.emoji_corpus import STYLES, Icon, held_out_icons, main
 from transfusion_mot.data.sources.open import open_source
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on(packages, monkeypatch):
     assert [path.read_text() for path in (packages / "mine").iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"'size': 32.*'size': 48.*another --output"):
         draw(packages, size=48)
-    monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(outputs, "_SECONDS_BETWEEN", 0)
     (packages / "corpus" / "corpus.json").write_text("")
     with pytest.raises(UserError, match=r"corpus\.json' is not a file that this command wrote"):
         draw(packages)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from test_pipeline import tiny_pipeline
 
 import sample
-from transfusion_mot import files
+from transfusion_mot import files, outputs
 from transfusion_mot.cli import sampling
 from transfusion_mot.cli.outputs import ResultFolder
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -132,7 +132,7 @@ def test_of_many_that_claim_a_file_one_has_it(tmp_path: Path) -> None:
 
     def claim_it(number: int) -> dict[str, Any]:
         start.wait()
-        return files.claim(tmp_path / "command.json", {"number": number, "text": "蛸" * 10_000})
+        return outputs.claim(tmp_path / "command.json", {"number": number, "text": "蛸" * 10_000})
 
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(claim_it, range(8)))
@@ -144,14 +144,14 @@ def test_a_claim_waits_for_the_one_who_is_writing(tmp_path: Path) -> None:
     path.touch()
     writing = threading.Timer(0.1, path.write_text, ['{"seed": 0}'])
     writing.start()
-    assert files.claim(path, {"seed": 1}) == {"seed": 0}
+    assert outputs.claim(path, {"seed": 1}) == {"seed": 0}
     writing.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", None])
 @pytest.mark.parametrize("open_folder", [folder_of, lambda path: claim_folder(path, {})])
 def test_a_foreign_file_in_the_place_of_ours_is_refused(tmp_path, monkeypatch, open_folder, content) -> None:
-    monkeypatch.setattr(files, "_SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(outputs, "_SECONDS_BETWEEN", 0)
     for name in (".commands/000000.json", "settings.json"):
         path = tmp_path / "out" / name
         if content is None:
@@ -164,28 +164,28 @@ def test_a_foreign_file_in_the_place_of_ours_is_refused(tmp_path, monkeypatch, o
 
 
 def test_places_are_tried_without_leaving_anything(tmp_path: Path) -> None:
-    files.check_writable_folder(tmp_path / "a" / "b", "output")
-    files.check_writable_folder(tmp_path, "output")
-    files.check_writable_file(tmp_path / "a" / "b.json", "output")
+    outputs.check_writable_folder(tmp_path / "a" / "b", "output")
+    outputs.check_writable_folder(tmp_path, "output")
+    outputs.check_writable_file(tmp_path / "a" / "b.json", "output")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("x")
-    files.check_writable_file(tmp_path / "file", "output")
+    outputs.check_writable_file(tmp_path / "file", "output")
     assert (tmp_path / "file").read_text() == "x"
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         with pytest.raises(UserError, match=f"output '{path}' cannot be written: '{tmp_path / 'file'}': Not a dir"):
-            files.check_writable_folder(path, "output")
+            outputs.check_writable_folder(path, "output")
     with pytest.raises(UserError, match=f"output '{tmp_path}' is a folder; give the name of a file"):
-        files.check_writable_file(tmp_path, "output")
+        outputs.check_writable_file(tmp_path, "output")
     with pytest.raises(
         UserError, match=f"output '{tmp_path}/file/a.json' cannot be written: '{tmp_path}/file': Not a dir"
     ):
-        files.check_writable_file(tmp_path / "file" / "a.json", "output")
+        outputs.check_writable_file(tmp_path / "file" / "a.json", "output")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which nobody may make files")
 def test_a_folder_in_which_files_cannot_be_made_is_refused() -> None:
     with pytest.raises(UserError, match=r"output '/proc/out' cannot be written: '/proc': .*; choose another"):
-        files.check_writable_folder("/proc/out", "output")
+        outputs.check_writable_folder("/proc/out", "output")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_model(tmp_path, monkeypatch) -> None:

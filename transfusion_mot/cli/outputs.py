@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import claim, lines_of, read_claim
+from transfusion_mot.files import lines_of
+from transfusion_mot.outputs import claim, read_claim
 from transfusion_mot.pipeline import TransfusionPipeline
 
 # For every command in a folder: N.json describes it, N.jsonl holds its lines once it is done, and N.parts those of each

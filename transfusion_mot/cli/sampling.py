@@ -22,7 +22,7 @@ from transfusion_mot.cli.speech import speaker, transcriber
 from transfusion_mot.data.audio import decode_audio
 from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_file, check_writable_folder
+from transfusion_mot.outputs import check_writable_file, check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
 
 GRID_IMAGES = 64

@@ -24,7 +24,7 @@ from transfusion_mot.codecs.mel_vq import MelVQModel
 from transfusion_mot.config import AutoencoderTrainingConfig, CodecConfig, save_config
 from transfusion_mot.data.audio import Audio, write_wav
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.outputs import check_writable_folder
 
 # Length of segments of recordings.
 _CODES_PER_SEGMENT = 64

@@ -25,7 +25,7 @@ from transfusion_mot.codecs.image_codes import ImageCodes
 from transfusion_mot.config import AutoencoderTrainingConfig, save_config
 from transfusion_mot.data.images import ImageArray, to_pixels
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
+from transfusion_mot.outputs import check_writable_folder
 
 # Enough images for a mean PSNR with a standard error of about 0.1 dB.
 _NUM_EVALUATED = 1024

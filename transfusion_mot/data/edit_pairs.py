@@ -38,7 +38,7 @@ from transfusion_mot.data import emoji_corpus
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.files import check_writable_folder, claim_output
+from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
 KINDS = ("recolour", "mirror", "hat", "style")

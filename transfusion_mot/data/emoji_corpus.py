@@ -27,7 +27,7 @@ from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder, claim_output
+from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
 # Icon set of the package => the style's name in captions.

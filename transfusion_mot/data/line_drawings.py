@@ -19,7 +19,7 @@ from transfusion_mot.data.emoji import emoji_captions
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder, claim_output
+from transfusion_mot.outputs import check_writable_folder, claim_output
 
 _SVG = "http://www.w3.org/2000/svg"
 # Layers of OpenMoji's drawings that hold lines; the others hold colour, hair and skin.

@@ -31,7 +31,8 @@ from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
 from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder, claim_output, lines_of
+from transfusion_mot.files import lines_of
+from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
 SAMPLE_RATE = 16_000

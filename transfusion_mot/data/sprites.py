@@ -37,7 +37,7 @@ from transfusion_mot.data.emoji_corpus import (
 )
 from transfusion_mot.data.images import draw_transparent_svg
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import refuse_files_of_others
+from transfusion_mot.outputs import refuse_files_of_others
 
 _INDEX, _PICTURES = "sprites.jsonl", "sprites.bin"
 # "woman medium light skin tone"; in one set "woman light". Lamps also have names that end with "light", without a tone.

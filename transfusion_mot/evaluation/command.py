@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import Metric, metrics_table, save_metrics
 from transfusion_mot.evaluation.speech import read_recordings
-from transfusion_mot.files import check_writable_file, find_snapshot
+from transfusion_mot.files import find_snapshot
 from transfusion_mot.installed import as_called, program
+from transfusion_mot.outputs import check_writable_file
 from transfusion_mot.path_options import PathOption, existing
 
 

@@ -44,7 +44,7 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_written_by_hand(file: Path) -> None:
-    """Refuse a configuration where the run writes its own, unless a run has written it, which has no comments."""
+    """Refuse to overwrite a configuration that no run has written: those of runs have no comments."""
     try:
         text = file.read_text(encoding="utf-8")
         is_own = text == yaml.safe_dump(yaml.safe_load(text), sort_keys=False)

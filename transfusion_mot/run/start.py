@@ -8,9 +8,9 @@ from accelerate import Accelerator
 
 from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, to_dict
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import check_writable_folder
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.run.data import RunData
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.graph import why_not_recorded

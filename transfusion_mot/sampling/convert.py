@@ -17,7 +17,7 @@ from typing import Any
 
 from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError, exit_on_user_error
-from transfusion_mot.files import check_writable_folder, refuse_other_content
+from transfusion_mot.outputs import check_writable_folder, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
 

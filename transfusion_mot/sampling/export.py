@@ -21,7 +21,8 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint
 from transfusion_mot.evaluation.report.content import metrics_table, read_report
-from transfusion_mot.files import check_writable_folder, find_snapshot, refuse_other_content
+from transfusion_mot.files import find_snapshot
+from transfusion_mot.outputs import check_writable_folder, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
 

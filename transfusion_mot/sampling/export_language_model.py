@@ -64,7 +64,7 @@ def export_language_model(checkpoint: str, output: Path, dtype: torch.dtype) -> 
 
 
 def load_fused(snapshot: Path) -> TransfusionPipeline:
-    """A snapshot; what adapters at work change becomes part of the weights.
+    """Load a snapshot, with its active adapters fused into the weights.
 
     Raises:
         UserError: It cannot be loaded.

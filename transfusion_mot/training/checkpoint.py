@@ -14,7 +14,7 @@ from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk, step_folders, s
 # The part of a training state that is not tensors.
 PROGRESS_FILE = "progress.json"
 _CONFIG = "config.yaml"
-# Each is in every snapshot, adapter or codec.
+# Files that mark the folder of a snapshot, an adapter or a codec.
 _MODELS = ("model_index.json", ADAPTER_CONFIG, "config.json")
 
 
@@ -57,15 +57,14 @@ def put_in_place(folder: Path) -> None:
 def held_alone(run: Path) -> Iterator[None]:
     """Keep other runs out of a run folder until the block or the process ends.
 
-    Two runs in one folder would remove each other's states. One can outlive its launcher, whose end does not end all
-    processes.
+    Two runs in one folder would remove each other's states. A killed launcher may leave processes that train on.
 
     Raises:
         UserError: Another process trains in the folder.
     """
     with (run / ".lock").open("a") as file:
         try:
-            # Of this process alone: one that `flock` takes would outlive it in forked workers.
+            # Forked workers do not inherit this lock; one of `flock` would be held until they end.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Some file systems have no locks.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.protocol.prompts import CaptionedImage, Prompt
-from transfusion_mot.files import claim
+from transfusion_mot.outputs import claim
 
 # A batch => its pictures.
 Make = Callable[[Sequence[Prompt]], list[Image.Image]]
