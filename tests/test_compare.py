@@ -123,7 +123,7 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     file = tmp_path / "base" / "report.json"
     before = file.read_text()
     assert call(tmp_path / "base", tmp_path / "base", "--output", file) == 2
-    assert "is where a report lies" in capsys.readouterr().err
+    assert "is the name of a report" in capsys.readouterr().err
     assert file.read_text() == before
 
 

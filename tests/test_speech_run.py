@@ -106,7 +106,7 @@ def test_a_run_is_heard_and_leaves_a_snapshot_of_both_codecs(trained: Path, fold
 def test_a_run_that_begins_with_the_snapshot_keeps_both_codecs(trained: Path, folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(snapshots, "plot_runs", lambda *_: None)
-    with pytest.raises(UserError, match=r"codecs.speech.path is .*other, and .* were trained with another codec"):
+    with pytest.raises(UserError, match=r"codecs.speech.path is .*other, but .* were trained with another codec"):
         train.main(
             command(folder, "refused", init_from=str(trained), codecs={"speech": {"path": str(folder / "other")}})
         )

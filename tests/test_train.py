@@ -372,7 +372,7 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
         "image size": ({"data": {"image_size": 16}}, ["another data", "image_size"]),
         "layout": ({"data": {"slots": {"text": 80, "image": 2}}}, ["another data", "slots"]),
         "optimizer": ({"optimizer": {"name": "muon"}}, ["another optimizer.name", "adamw", "muon"]),
-        "path": ({"resume": str(tmp_path / "none")}, ["no training state"]),
+        "path": ({"resume": str(tmp_path / "none")}, ["not a training state"]),
     }
     for other, (changes, words) in cases.items():
         if other not in ("never", "path"):

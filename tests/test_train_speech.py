@@ -122,8 +122,9 @@ def train() -> Any:
 
 @pytest.mark.parametrize("image", ["codes", "latents"])
 def test_a_run_of_three_modalities_learns_each_and_can_be_resumed(folder: Path, train: Any, image: str) -> None:
-    train(arguments(folder, image, image))
-    lines = [json.loads(line) for line in (folder / image / "metrics.jsonl").read_text().splitlines()]
+    run = folder / f"of-{image}"
+    train(arguments(folder, image, run.name))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "text_loss" in line]
     assert len(steps) == 3
     for name in ("text_loss", "image_loss", "speech_loss"):
@@ -134,9 +135,9 @@ def test_a_run_of_three_modalities_learns_each_and_can_be_resumed(folder: Path, 
     assert of_orders <= {key.removeprefix("validation/") for key in measured}
     if image == "latents":
         # From step 2 it goes on as it did.
-        state = folder / image / "state" / "step-0000002"
+        state = run / "state" / "step-0000002"
         train([*arguments(folder, image, "resumed"), f"resume={state}"])
-        assert_same(final_state(folder / image), final_state(folder / "resumed"))
+        assert_same(final_state(run), final_state(folder / "resumed"))
 
 
 def test_documents_are_what_a_naive_reading_of_the_files_gives(folder: Path) -> None:
