@@ -10,6 +10,7 @@ absolute difference, from 0 to 1) and in features (1 - cosine), each a mean over
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transfusion_mot.cli.options import DTYPES
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -24,6 +25,7 @@ from transfusion_mot.evaluation.command import (
     writable_file,
 )
 from transfusion_mot.evaluation.report.content import Metric
+from transfusion_mot.outputs import check_picture_name
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -57,7 +59,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add_device(parser)
     add_output(parser)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.pictures is not None:
+        check_picture_name(given.pictures, "--pictures")
+    return given
 
 
 if __name__ == "__main__":
@@ -139,6 +144,7 @@ def main() -> None:
             metrics += edit_metrics("all", joined(parts), measure, {"seed": arguments.seed, **settings})
     publish(metrics, arguments.output)
     if arguments.pictures is not None:
+        Path(arguments.pictures).parent.mkdir(parents=True, exist_ok=True)
         grid([image for image, _ in shown], [label for _, label in shown], 6).save(arguments.pictures)
 
 

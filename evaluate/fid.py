@@ -24,6 +24,7 @@ from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
 from transfusion_mot.evaluation.report.content import Metric
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
 
 
@@ -98,7 +99,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     add_output(parser)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.cache_dir is not None:
+        check_writable_folder(given.cache_dir, "--cache-dir")
+    return given
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_a_run_on_pairs_trains_and_is_measured(arguments, tmp_path, monkeypatch,
         "--output",
         report,
         "--pictures",
-        tmp_path / "e.png",
+        tmp_path / "new" / "e.png",
     ]
     monkeypatch.setattr(sys, "argv", ["edit.py", *map(str, words)])
     runpy.run_path(str(ROOT / "evaluate" / "edit.py"), run_name="__main__")
@@ -236,7 +236,7 @@ def test_a_run_on_pairs_trains_and_is_measured(arguments, tmp_path, monkeypatch,
     (edited,) = [value for name, value in metrics.items() if name == "pixel distance to the target, edited (pairs)"]
     assert 0 < edited < 1
     assert "EfficientNet distance: edited over unedited (pairs)" in metrics
-    assert (tmp_path / "e.png").is_file()
+    assert (tmp_path / "new" / "e.png").is_file()
     # Of the targets alone, behind their sources or behind nothing.
     words = ["--checkpoint", run, "--bins", 2, "--device", "cpu", "--output", report]
     monkeypatch.setattr(sys, "argv", ["diffusion_loss.py", *map(str, words)])

@@ -184,6 +184,11 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
         (["clip_score.py", "REAL", "--clip", "./no/clip"], "--clip './no/clip' does not exist"),
         (["captioning.py", "no.json", "no.json"], "there is no 'no.json'; give a file of captions"),
         (["captioning.py", __file__, "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
+        (["fid.py", *PAIR, "--cache-dir", __file__], "--cache-dir '" + __file__ + "' cannot be written"),
+        (
+            ["edit.py", "--checkpoint", "checkpoints/emoji", "--pictures", "edits"],
+            "--pictures is 'edits'; its name must end like a picture's",
+        ),
         (["fid.py"], "the following arguments are required"),
         (["fid.py", ".", ".", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
         (["compare.py", "--output", ".", "nowhere", "nowhere"], "output '.' is a folder; give the name of a file"),

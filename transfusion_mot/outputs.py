@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from transfusion_mot.errors import UserError
 
 _INDEX = "model_index.json"
@@ -114,6 +116,19 @@ def check_writable_file(path: str | Path, what: str) -> None:
         raise UserError(
             f"{what} '{path}' is {'a folder' if file.is_dir() else 'protected'}; give the name of a file to write"
         )
+
+
+def check_picture_name(path: str | Path, what: str) -> None:
+    """Refuse a file name from which Pillow cannot tell the format to write.
+
+    Args:
+        what: The option's name in the message.
+
+    Raises:
+        UserError: The name does not end like a picture's.
+    """
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{what} is '{path}'; its name must end like a picture's, such as .png")
 
 
 def _check_writable(folder: Path, named: str) -> None:

@@ -159,7 +159,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add(
         "--image-guidance-scale",
         type=float,
-        default=1.5,
         metavar="X",
         help="how strongly to follow the picture; --guidance-scale is for the instruction; 1 is off (default: 1.5)",
     )
@@ -176,7 +175,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add(
         "--strength",
         type=float,
-        default=DEFAULT_STRENGTH,
         metavar="X",
         help="noise level to start from, above 0 and at most 1; 1 replaces the picture completely "
         f"(default: {DEFAULT_STRENGTH})",
@@ -230,6 +228,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     elif arguments.output is None and arguments.task in _FOLDERS:
         arguments.output = _FOLDERS[arguments.task]
     _check(arguments)
+    if arguments.image_guidance_scale is None:
+        arguments.image_guidance_scale = 1.5
+    if arguments.strength is None:
+        arguments.strength = DEFAULT_STRENGTH
     arguments.checkpoint = arguments.checkpoint or shipped_checkpoint()
     return arguments
 
@@ -284,6 +286,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--task edit has no picture; give --edit FILE, and instructions as prompts")
     if arguments.edit and task != EDIT:
         raise UserError(f"--edit goes with --task edit, not with {task}; leave --task out")
+    if arguments.image_guidance_scale is not None and not arguments.edit:
+        raise UserError("--image-guidance-scale goes with --edit FILE; add it, or leave --image-guidance-scale out")
+    if arguments.strength is not None and not (arguments.image and task == PAINT):
+        raise UserError("--strength needs a picture to vary; give --image FILE, with --task image")
     if arguments.edit and arguments.image:
         raise UserError("both --edit and --image are given; give --edit for instructions, or --image for variations")
     if arguments.mask and not (arguments.image and task == PAINT):

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from transfusion_mot.config import TEXT, DataConfig, ModelConfig, RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.outputs import check_picture_name
 from transfusion_mot.run.early import checked_sections
 
 
@@ -54,7 +55,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.data.batch import Batch
@@ -452,9 +452,7 @@ def prepare_picture(path: Path) -> None:
     Raises:
         UserError: It cannot be made, or the file name does not end like a picture's.
     """
-    formats = Image.registered_extensions()
-    if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--picture is '{path}'; its name must end like a picture's, such as .png")
+    check_picture_name(path, "--picture")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

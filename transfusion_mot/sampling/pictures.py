@@ -253,6 +253,11 @@ class PicturePipeline(DocumentPipeline):
             UserError: The model was not trained on editing pairs, or an argument is out of its range.
         """
         self.check_can_edit()
+        if not isinstance(instruction, str | Sequence):
+            raise UserError(
+                f"instruction must be a text or several, got {type(instruction).__name__}; "
+                "the picture comes first: edit(image, instruction)"
+            )
         instructions = [instruction] if isinstance(instruction, str) else list(instruction)
         numbers = self._numbers(instructions, num_images_per_prompt)
         negatives = self._negatives(negative_prompt, len(instructions))
