@@ -185,10 +185,6 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
         (["captioning.py", "no.json", "no.json"], "there is no 'no.json'; give a file of captions"),
         (["captioning.py", __file__, "--clip", "model"], "give --images FOLDER and --clip MODEL together"),
         (["fid.py", *PAIR, "--cache-dir", __file__], "--cache-dir '" + __file__ + "' cannot be written"),
-        (
-            ["edit.py", "--checkpoint", "checkpoints/emoji", "--pictures", "edits"],
-            "--pictures is 'edits'; its name must end like a picture's",
-        ),
         (["fid.py"], "the following arguments are required"),
         (["fid.py", ".", ".", "--output", "/dev/null/out.json"], "output '/dev/null/out.json' cannot be"),
         (["compare.py", "--output", ".", "nowhere", "nowhere"], "output '.' is a folder; give the name of a file"),
@@ -203,6 +199,13 @@ def test_a_mistake_is_one_sentence_and_status_2(folders, run, arguments, message
     last = errors.strip().splitlines()[-1]
     assert "error: " in last
     assert message in last
+
+
+def test_edits_refuse_before_the_model_a_picture_without_a_format(run, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    status, _, errors = run("edit.py", "--checkpoint", ".", "--pictures", "edits")
+    assert status == 2
+    assert "--pictures is 'edits'; its name must end like a picture's" in errors
 
 
 def test_a_benchmark_finds_before_the_model_that_its_output_cannot_be_written(run, tmp_path):
