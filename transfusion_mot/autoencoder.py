@@ -14,13 +14,14 @@ from pathlib import Path
 from transfusion_mot.config import AutoencoderTrainingConfig, parse_config
 from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import SNAPSHOT_INDEX
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
     refuse_missing_sources(config.data.sources)
-    for name, what in (("config.json", "a codec"), ("model_index.json", "a snapshot"), ("state", "a run of train.py")):
+    for name, what in (("config.json", "a codec"), (SNAPSHOT_INDEX, "a snapshot"), ("state", "a run of train.py")):
         if (Path(config.output_dir) / name).exists():
             raise UserError(
                 f"output_dir {config.output_dir} holds {what} ({name}), which would be overwritten; choose another "

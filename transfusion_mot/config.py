@@ -745,4 +745,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write a resolved configuration as YAML, keys in the order of the fields."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(_as_yaml(to_dict(config)))
+
+
+def is_saved_config(path: Path) -> bool:
+    """Whether `save_config` wrote a file; one that a user wrote has comments or another layout."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text == _as_yaml(yaml.safe_load(text))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _as_yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False)

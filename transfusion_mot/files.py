@@ -8,6 +8,10 @@ from transfusion_mot.errors import UserError
 
 # This file marks the folder of a low-rank adapter, as opposed to a whole snapshot.
 ADAPTER_CONFIG = "adapter_config.json"
+# The index of a snapshot, as of every pipeline of diffusers.
+SNAPSHOT_INDEX = "model_index.json"
+# The whole configuration of a run, in its folder and in exported snapshots.
+RUN_CONFIG = "config.yaml"
 
 
 def lines_of(text: str) -> list[str]:
@@ -65,7 +69,7 @@ def find_snapshot(path: str) -> Path:
         UserError: There is no snapshot.
     """
     folder = Path(path)
-    if (folder / "model_index.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+    if (folder / SNAPSHOT_INDEX).is_file() or (folder / ADAPTER_CONFIG).is_file():
         return folder
     snapshots = step_folders(folder / "snapshots")
     if snapshots:

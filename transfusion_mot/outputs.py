@@ -7,13 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import RUN_CONFIG, SNAPSHOT_INDEX
 
-_INDEX = "model_index.json"
 # Files of a snapshot, in addition to the folders that its index names.
-_FILES_OF_SNAPSHOT = {_INDEX, "pipeline.py", "README.md", "config.yaml"}
+_FILES_OF_SNAPSHOT = {SNAPSHOT_INDEX, RUN_CONFIG, "pipeline.py", "README.md"}
 
 # How often and after how long to retry while another process writes a short file.
 _ATTEMPTS, _SECONDS_BETWEEN = 20, 0.05
@@ -127,6 +125,9 @@ def check_picture_name(path: str | Path, what: str) -> None:
     Raises:
         UserError: The name does not end like a picture's.
     """
+    # Most commands import this module and write no picture; Pillow would slow down their start.
+    from PIL import Image
+
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise UserError(f"{what} is '{path}'; its name must end like a picture's, such as .png")
 
@@ -162,11 +163,11 @@ def refuse_other_content(output: Path, checkpoint: Path) -> None:
             f"the output {output} contains the working directory, and its content would be deleted; give another folder"
         )
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if names and _INDEX not in names:
+    if names and SNAPSHOT_INDEX not in names:
         raise UserError(
-            f"the output {output} holds files but no {_INDEX}, and they would be deleted; give another folder"
+            f"the output {output} holds files but no {SNAPSHOT_INDEX}, and they would be deleted; give another folder"
         )
-    if others := sorted(names - _FILES_OF_SNAPSHOT - {*(read_claim(output / _INDEX) if names else {})}):
+    if others := sorted(names - _FILES_OF_SNAPSHOT - {*(read_claim(output / SNAPSHOT_INDEX) if names else {})}):
         raise UserError(
             f"the output {output} holds {', '.join(others[:3])} beside a snapshot, which would be deleted; give "
             "another folder"

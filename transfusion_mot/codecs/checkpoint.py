@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import refuse_dangling_links
+from transfusion_mot.files import SNAPSHOT_INDEX, refuse_dangling_links
 from transfusion_mot.hub_names import ask_hub, refuse_missing_path
 
 _HINT = (
@@ -26,7 +26,7 @@ def class_name_of(path: str) -> str:
     """
     refuse_missing_path(path, "codec path")
     folder = Path(path)
-    if (folder / "model_index.json").is_file():
+    if (folder / SNAPSHOT_INDEX).is_file():
         raise UserError(f"codec path '{path}' is a whole diffusers pipeline; give its subfolder 'vae'")
     refuse_dangling_links(folder)
     if folder.exists() and not (folder / "config.json").is_file():

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from transfusion_mot.config import CodecConfig, RunConfig, parse_config, parse_sections
+from transfusion_mot.config import CodecConfig, RunConfig, is_saved_config, parse_config, parse_sections
 from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import step_folders
+from transfusion_mot.files import RUN_CONFIG, step_folders
 from transfusion_mot.hub_names import refuse_missing_path
 
 
@@ -25,7 +23,12 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
     is_new = sections["resume"] in ("auto", "never") and not step_folders(Path(sections["output_dir"]) / "state")
     towers = [tower.pretrained for tower in sections["model"].towers.values() if tower.pretrained]
     if is_new:
-        _refuse_written_by_hand(Path(sections["output_dir"]) / "config.yaml")
+        file = Path(sections["output_dir"]) / RUN_CONFIG
+        if file.exists() and not is_saved_config(file):
+            raise UserError(
+                f"{file} was written by hand, and the run would overwrite it with its whole configuration; move the "
+                "file, or choose another output_dir"
+            )
         if sections["init_from"] is not None:
             refuse_missing_path(sections["init_from"], "init_from")
         for name in towers:
@@ -41,19 +44,3 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
         # Also numbers that are out of range.
         parse_config(RunConfig, arguments, "")
     return sections
-
-
-def _refuse_written_by_hand(file: Path) -> None:
-    """Refuse to overwrite a configuration that no run has written: those of runs have no comments."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        is_own = text == yaml.safe_dump(yaml.safe_load(text), sort_keys=False)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, yaml.YAMLError):
-        is_own = False
-    if not is_own:
-        raise UserError(
-            f"{file} was written by hand, and the run would overwrite it with its whole configuration; move the file, "
-            "or choose another output_dir"
-        )

@@ -22,11 +22,11 @@ from transfusion_mot.config import (
 )
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, SNAPSHOT_INDEX, find_snapshot, refuse_dangling_links
 from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport, take_all
 from transfusion_mot.models.transfusion import TransfusionMoT
-from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, INDEX, is_of_version_0_1
+from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, is_of_version_0_1
 from transfusion_mot.schedulers import make_scheduler, trained_for
 from transfusion_mot.training.checkpoint import atomic_folder
 
@@ -54,7 +54,7 @@ class SnapshotStart:
     def __init__(self, name: str) -> None:
         self.name = name
         self.folder = _find(name)
-        self.index = _read_json(self.folder / INDEX)
+        self.index = _read_json(self.folder / SNAPSHOT_INDEX)
         if is_of_version_0_1(self.folder):
             raise UserError(
                 f"init_from={name} is a snapshot of version 0.1; convert it: python -m "
@@ -224,10 +224,10 @@ def _find(name: str) -> Path:
     folder = Path(name)
     if folder.exists():
         refuse_dangling_links(folder)
-        if (folder / "config.json").is_file() and not (folder / INDEX).is_file():
+        if (folder / "config.json").is_file() and not (folder / SNAPSHOT_INDEX).is_file():
             raise UserError(
                 f"init_from={name} is a model alone, such as a codec or a transformer; give the whole snapshot, the "
-                f"folder with {INDEX}"
+                f"folder with {SNAPSHOT_INDEX}"
             )
         found = find_snapshot(name)
         if (found / ADAPTER_CONFIG).is_file():
@@ -239,8 +239,10 @@ def _find(name: str) -> Path:
     refuse_missing_path(name, "init_from")
     parts = [f"{part}/*" for part in ("tokenizer", *COMPONENT_MODALITIES)]
     found = download(name, ["*.json", "*.txt", *parts], "init_from")
-    if not (found / INDEX).is_file():
-        raise UserError(f"init_from={name} on the Hugging Face hub has no {INDEX}; give a snapshot of train.py")
+    if not (found / SNAPSHOT_INDEX).is_file():
+        raise UserError(
+            f"init_from={name} on the Hugging Face hub has no {SNAPSHOT_INDEX}; give a snapshot of train.py"
+        )
     return found
 
 

@@ -11,12 +11,12 @@ from transfusion_mot.config import TEXT, ModelConfig, RunConfig, TowerConfig, to
 from transfusion_mot.config_checks import merged
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import SNAPSHOT_INDEX
 from transfusion_mot.models.initial_weights import WeightReport
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.pretrained import LanguageModel
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.from_snapshot import SnapshotStart
-from transfusion_mot.sampling.snapshot import INDEX
 from transfusion_mot.training.towers import tower_of
 
 # Settings that a copy shares with its original tower.
@@ -62,7 +62,7 @@ class TowerStarts:
 
     def _open(self, tower: str, name: str) -> LanguageModel | SnapshotStart:
         path = Path(name)
-        if path.is_dir() and ((path / INDEX).is_file() or (path / "snapshots").is_dir()):
+        if path.is_dir() and ((path / SNAPSHOT_INDEX).is_file() or (path / "snapshots").is_dir()):
             source = SnapshotStart(name)
             if tower not in source.model.towers:
                 raise UserError(

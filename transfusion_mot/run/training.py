@@ -16,6 +16,7 @@ from transfusion_mot.data.loader import LaneLoader
 from transfusion_mot.data.mixture import Sources
 from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import counted
+from transfusion_mot.files import RUN_CONFIG
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.begin import fill_initial_weights
 from transfusion_mot.run.data import RunData
@@ -135,7 +136,7 @@ class Training:
         previews = Previews(pipeline, training.sample_prompts, data.held_out, run / "samples")
         # From here on the run folder changes: all refusals come before.
         if accelerator.is_main_process:
-            save_config(config, run / "config.yaml")
+            save_config(config, run / RUN_CONFIG)
             if removed := clear_behind(run, start.step):
                 accelerator.print(f"removed what was made after step {start.step}: {', '.join(removed)}")
         log = RunLog(

@@ -17,6 +17,7 @@ from typing import Any
 
 from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import SNAPSHOT_INDEX
 from transfusion_mot.outputs import check_writable_folder, refuse_other_content
 from transfusion_mot.path_options import PathOption, existing
 
@@ -58,7 +59,7 @@ import diffusers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from transfusion_mot.sampling.snapshot import INDEX, is_of_version_0_1
+from transfusion_mot.sampling.snapshot import is_of_version_0_1
 from transfusion_mot.schedulers import trained_for
 from transfusion_mot.training.checkpoint import atomic_folder
 
@@ -83,8 +84,8 @@ def convert(snapshot: Path, output: Path) -> None:
     Raises:
         UserError: It is not a snapshot of version 0.1, or its weights are not safetensors.
     """
-    if not (snapshot / INDEX).is_file():
-        raise UserError(f"{snapshot} is not a snapshot: it has no {INDEX}; give a folder snapshots/step-N")
+    if not (snapshot / SNAPSHOT_INDEX).is_file():
+        raise UserError(f"{snapshot} is not a snapshot: it has no {SNAPSHOT_INDEX}; give a folder snapshots/step-N")
     if not is_of_version_0_1(snapshot):
         raise UserError(f"{snapshot} is not of version 0.1; it can be used as it is")
     if not list((snapshot / "transformer").glob("*.safetensors")):
@@ -141,7 +142,7 @@ def new_architecture(old: dict[str, Any]) -> ModelConfig:
 
 def _diffusion(folder: Path) -> DiffusionConfig:
     """The diffusion settings that the pipeline stores; the distribution of timesteps is not among them."""
-    index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    index: dict[str, Any] = json.loads((folder / SNAPSHOT_INDEX).read_text())
     trained = index.get("trained_for")
     if trained is None:
         scheduler_class = getattr(diffusers, index["scheduler"][1])

@@ -20,14 +20,14 @@ from transfusion_mot.codecs.image_codes import CLASSES, ImageCodes
 from transfusion_mot.config import TEXT, CodecConfig
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, find_snapshot, refuse_dangling_links
+from transfusion_mot.files import ADAPTER_CONFIG, SNAPSHOT_INDEX, find_snapshot, refuse_dangling_links
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
 from transfusion_mot.sampling.sizes import ImageSizes, Size
 from transfusion_mot.sampling.workspace import Workspace
 
-MODEL_CARD, INDEX = "README.md", "model_index.json"
+MODEL_CARD = "README.md"
 # Components that are codecs, and the setting that names their modality.
 COMPONENT_MODALITIES = {"vae": "image_modality", "audio_tokenizer": "audio_modality"}
 _NO_IMAGES = "this model has no pictures: its snapshot has no vae; use one that was trained on images"
@@ -203,7 +203,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         _refuse_missing_weights(self.vae, "vae")
         if self.config.image_size is None:
             raise UserError(
-                f"the snapshot has no image_size, the size of its pictures; write it into {INDEX}, or give "
+                f"the snapshot has no image_size, the size of its pictures; write it into {SNAPSHOT_INDEX}, or give "
                 "image_size=PIXELS"
             )
         vae_class, size = type(self.vae).__name__, self.transformer.config.sizes[self.image_modality]
@@ -262,7 +262,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         path = pretrained_model_name_or_path
         if os.path.isdir(path):
             path = find_snapshot(str(path))
-        index = Path(path) / INDEX
+        index = Path(path) / SNAPSHOT_INDEX
         kwargs.setdefault("use_safetensors", True)
         if (Path(path) / ADAPTER_CONFIG).is_file():
             return cls._with_adapter(Path(path), kwargs)
@@ -335,7 +335,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
                 "fuse_lora() and unload_lora_weights() to save the model with them, or only unload_lora_weights()"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
-        index, shim = (Path(save_directory) / name for name in (INDEX, f"{_SHIM_MODULE}.py"))
+        index, shim = (Path(save_directory) / name for name in (SNAPSHOT_INDEX, f"{_SHIM_MODULE}.py"))
         contents = json.loads(index.read_text())
         contents["_class_name"] = [_SHIM_MODULE, type(self).__name__]
         index.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG, flush_to_disk, step_folders, step_number
+from transfusion_mot.files import ADAPTER_CONFIG, RUN_CONFIG, SNAPSHOT_INDEX, flush_to_disk, step_folders, step_number
 
 # The part of a training state that is not tensors.
 PROGRESS_FILE = "progress.json"
-_CONFIG = "config.yaml"
 # Files that mark the folder of a snapshot, an adapter or a codec.
-_MODELS = ("model_index.json", ADAPTER_CONFIG, "config.json")
+_MODELS = (SNAPSHOT_INDEX, ADAPTER_CONFIG, "config.json")
 
 
 @contextmanager
@@ -150,8 +149,8 @@ def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) 
 
 def run_config_file(folder: Path) -> Path:
     """Configuration file of the run of a snapshot or state: in its own folder if exported, else in the run folder."""
-    own = folder / _CONFIG
-    return own if own.is_file() else folder.parent.parent / _CONFIG
+    own = folder / RUN_CONFIG
+    return own if own.is_file() else folder.parent.parent / RUN_CONFIG
 
 
 def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig:
