@@ -76,11 +76,13 @@ class Autoencoder:
         A sample of the posterior is `mean + std * noise`.
 
         Returns:
-            Two float32 tensors `[B, C, H/f, W/f]`.
+            Two float32 tensors `[B, C, H/f, W/f]` on the device of `pixels`.
         """
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        # With `device_map` the model may be on another GPU; hooks move its input there, but not its output back.
+        mean, std = (part.to(pixels.device, torch.float32) for part in (posterior.mean, posterior.std))
         shift, scale = self._normalisation(pixels.device)
-        return (posterior.mean.float() - shift) / scale, posterior.std.float() / scale
+        return (mean - shift) / scale, std / scale
 
     def encode_fast(self, pixels: torch.Tensor, batch_size: int, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Like `encode`, for many images: `batch_size` at a time, and on CUDA in bfloat16.
@@ -111,7 +113,7 @@ class Autoencoder:
         """Normalised latents `[B, C, h, w]` => `pixels` clamped to [-1, 1], float32 `[B, 3, h*f, w*f]`."""
         shift, scale = self._normalisation(latents.device)
         raw = latents.float() * scale + shift
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.float().clamp(-1.0, 1.0)
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(latents.device, torch.float32).clamp(-1.0, 1.0)
 
     def _normalisation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and scale of the raw latents."""
