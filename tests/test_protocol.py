@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.protocol.assignment import listed_prompts
 from transfusion_mot.evaluation.protocol.config import read_protocol
 from transfusion_mot.evaluation.protocol.prompts import (
     captioned_hash,
@@ -118,6 +119,22 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
     with pytest.raises(UserError, match="10 prompts of distinct images are requested, but there are only 9"):
         choose_coco_prompts(images, 10, seed=7)
+
+
+@pytest.mark.parametrize("kind", ["coco", "text", "geneval", "dpg"])
+def test_every_kind_of_prompts_has_several_images_of_each(tmp_path: Path, kind: str) -> None:
+    paths = {"coco": write_coco(tmp_path), "dpg": tmp_path}
+    for name, lines in (("text", "an owl\na sun\n"), ("geneval", '{"prompt": "an owl"}\n{"prompt": "a sun"}\n')):
+        paths[name] = tmp_path / f"{name}.list"
+        paths[name].write_text(lines)
+    for name in ("owl", "sun"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    words = [f"prompts.kind={kind}", f"prompts.path={paths[kind]}", f"prompts.images={tmp_path / 'val2014'}"]
+    words += ["captions.kind=none", "--num-images", "2"]
+    once, _, _ = listed_prompts(read_protocol(words))
+    found, _, _ = listed_prompts(read_protocol([*words, "--images-per-prompt", "4"]))
+    assert [prompt.text for prompt in found] == [prompt.text for prompt in once for _ in range(4)]
+    assert len({prompt.image_seed for prompt in found}) == len({prompt.file_name for prompt in found}) == 8
 
 
 def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:
