@@ -11,6 +11,7 @@ from test_validation import (
     CAPTIONS,
     CODES,
     NUM_CODES,
+    TEXT_SLOTS,
     ListCodes,
     codes_validation,
     held_out,
@@ -18,12 +19,13 @@ from test_validation import (
     speech_tokenizer,  # noqa: F401 (a fixture)
 )
 
-from transfusion_mot.config import ModalityConfig, RunConfig, TowerConfig
+from transfusion_mot.config import DataConfig, ModalityConfig, RunConfig, TowerConfig, TrainingConfig
 from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.tokenizer import TextTokenizer, train_tokenizer
 from transfusion_mot.evaluation.report.comparison import difference
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.held_out_losses import code_metrics, diffusion_metrics
+from transfusion_mot.sampling.held_out_speech import loss_metrics
 
 CODEC: Any = SimpleNamespace(kind="codes", fingerprint="0123456789abcdef")
 
@@ -60,6 +62,20 @@ def test_losses_of_codes_equal_those_of_one_document_at_a_time(speech_tokenizer,
     assert conditional.value != pytest.approx(unconditional.value, rel=1e-3)
     few, _ = code_metrics(pipeline, config, sources, num_media=3, **given)
     assert few.protocol["codes"] < conditional.protocol["codes"] / 2
+
+
+def test_losses_of_speech_are_those_of_validation(speech_tokenizer, accelerator) -> None:  # noqa: F811
+    """Of the checkpoint's model, whatever the configuration says of it."""
+    documents = ListCodes(CODES, CAPTIONS)
+    validation, model = codes_validation(speech_tokenizer, documents)
+    pipeline = pipeline_of(model, speech_tokenizer)
+    pipeline.codecs = {"speech": CODEC}
+    data = DataConfig(slots={"text": TEXT_SLOTS, "speech": 13})
+    config = RunConfig(data=data, training=TrainingConfig(num_validation_documents=8))
+    sources = Sources([Source(documents, 1.0, {"speech": documents})], {})
+    metrics = loss_metrics(pipeline, config, sources, accelerator, batch_size=2)
+    expected = validation.losses(model, accelerator)
+    assert {metric.name: metric.value for metric in metrics} == {f"held-out {name}": v for name, v in expected.items()}
 
 
 def test_losses_of_other_data_or_another_codec_are_not_compared(speech_tokenizer, accelerator) -> None:  # noqa: F811
