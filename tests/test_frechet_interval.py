@@ -97,7 +97,8 @@ def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
 @pytest.mark.parametrize("each", [4, 7, 10])
 def test_numbers_of_a_report_have_their_intervals_and_scores(each: int, caplog: pytest.LogCaptureFixture) -> None:
     """Generated images for each feature: too few for infinite N, few, and enough."""
-    device = torch.device("cpu")
+    # Apple's GPUs have no float64, which distances of pairs need.
+    device = torch.device("mps")
     names = {
         "name": "toy",
         "frechet_name": "FD",

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.errors import UserError
-from transfusion_mot.evaluation.protocol.assignment import listed_prompts
+from transfusion_mot.evaluation.protocol.assignment import listed_prompts, open_assignment
 from transfusion_mot.evaluation.protocol.config import read_protocol
 from transfusion_mot.evaluation.protocol.prompts import (
     captioned_hash,
@@ -135,6 +137,25 @@ def test_every_kind_of_prompts_has_several_images_of_each(tmp_path: Path, kind: 
     found, _, _ = listed_prompts(read_protocol([*words, "--images-per-prompt", "4"]))
     assert [prompt.text for prompt in found] == [prompt.text for prompt in once for _ in range(4)]
     assert len({prompt.image_seed for prompt in found}) == len({prompt.file_name for prompt in found}) == 8
+
+
+def test_held_out_captions_have_several_images_of_each(tmp_path: Path) -> None:
+    write_coco(tmp_path, 3)
+    data = DataConfig(
+        sources=[SourceConfig("imagefolder", path=str(tmp_path / "val2014"), use="held_out")],
+        image_size=16,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    for path, text in zip(sorted((tmp_path / "val2014").glob("*.jpg")), ("an owl", "a sun", "a fox"), strict=True):
+        path.with_suffix(".txt").write_text(text)
+    sources = Sources(open_documents(data, "held_out"), {})
+    found = open_assignment(read_protocol(["--images-per-prompt", "2"]), sources, data, tmp_path)
+    assert [prompt.text for prompt in found.prompts] == ["an owl", "an owl", "a sun", "a sun", "a fox", "a fox"]
+    assert len({prompt.image_seed for prompt in found.prompts}) == 6
+    # Each real image is reconstructed, captioned and compared with once.
+    assert [prompt.text for prompt in found.own] == ["an owl", "a sun", "a fox"]
+    assert [item.captions for item in found.captioned] == [["an owl"], ["a sun"], ["a fox"]]
+    assert found.references == [item.image for item in found.captioned]
 
 
 def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:
