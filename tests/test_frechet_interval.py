@@ -95,7 +95,9 @@ def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
 
 
 @pytest.mark.parametrize("each", [4, 7, 10])
-def test_numbers_of_a_report_have_their_intervals_and_scores(each: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_of_a_report_have_their_intervals_and_scores(
+    each: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Generated images for each feature: too few for infinite N, few, and enough."""
     # Apple's GPUs have no float64, which distances of pairs need.
     device = torch.device("mps")
@@ -113,6 +115,9 @@ def test_numbers_of_a_report_have_their_intervals_and_scores(each: int, caplog: 
     sets = [FeatureSet(gaussian_of(features), features, {}) for features in (real, generated)]
     with caplog.at_level(logging.WARNING):
         found = {metric.name: metric for metric in set_distance(*sets, network, None)}
+    shown = capsys.readouterr().err
+    assert "toy: distances" in shown
+    assert ("infinite N" in shown) == (each >= 5)
     distance = found["FD"]
     assert distance.value == pytest.approx(frechet_distance(*(one.gaussian for one in sets)))
     assert np.mean(distance.scores) == pytest.approx(distance.value)
