@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPTokenizer
 
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation import open_clip
 from transfusion_mot.evaluation.clip_score import preference_score
 from transfusion_mot.evaluation.scoring import load_preferences
 
@@ -79,6 +80,12 @@ class OpenClip(nn.Module):
         return self.ln_final(hidden)[torch.arange(len(ids)), ids.argmax(dim=1)] @ self.text_projection
 
 
+@pytest.fixture
+def of_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip, "_WIDTHS", (32, 48))
+
+
+@pytest.mark.usefixtures("of_toy_size")
 def test_hpsv2_from_its_published_file(tmp_path: Path) -> None:
     network = OpenClip().eval()
     with torch.no_grad():
@@ -104,6 +111,13 @@ def test_hpsv2_from_its_published_file(tmp_path: Path) -> None:
     assert metric.protocol["clip"] == "HPS.pt"
 
 
+def test_another_clip_is_refused(tmp_path: Path) -> None:
+    torch.save(OpenClip().state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(UserError, match=r"holds a CLIP of the widths \(32, 48\); HPSv2's are \(1280, 1024\)"):
+        load_preferences(None, str(tmp_path / "clip.pt"), [], CPU)
+
+
+@pytest.mark.usefixtures("of_toy_size")
 def test_other_files_are_refused(tmp_path: Path) -> None:
     state = OpenClip().state_dict()
     folder = str(save_tiny_clip(tmp_path / "clip"))

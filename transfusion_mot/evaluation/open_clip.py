@@ -13,8 +13,9 @@ from transfusion_mot.evaluation.clip_score import Clip
 from transfusion_mot.evaluation.weights import weights_hash
 from transfusion_mot.hub_names import ask_hub
 
-# Of both towers of ViT-H/14, the only network of HPSv2; the weights do not say it.
-_NUM_HEADS = 16
+# Of ViT-H/14, the only network of HPSv2: widths of its towers of images and text, and the heads of both, which the
+# weights do not say.
+_WIDTHS, _NUM_HEADS = (1280, 1024), 16
 
 _RENAMED = {
     r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
@@ -61,6 +62,9 @@ def load_hpsv2_file(path: str, tokenizer: str, device: torch.device) -> Clip:
         raise UserError(
             f"'{path}' does not hold a CLIP in open_clip's format, as HPSv2 is published: {reason}"
         ) from None
+    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    if widths != _WIDTHS:
+        raise UserError(f"'{path}' holds a CLIP of the widths {widths}; HPSv2's are {_WIDTHS} (ViT-H/14)")
     if loading["missing_keys"] or loading["unexpected_keys"]:
         first = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})[0]
         raise UserError(f"'{path}' has other weights than HPSv2's CLIP, first '{first}'")
