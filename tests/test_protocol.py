@@ -273,3 +273,11 @@ def test_text_prompts(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no prompts"):
         read_text_prompts(str(path))
+    # A mark that editors write in front, and characters that some line readers take for line ends.
+    path.write_text("two\u2028owls\x85\r\na sun\n", encoding="utf-8-sig")
+    assert read_text_prompts(str(path)) == ["two\u2028owls", "a sun"]
+    path.write_text('{"prompt": "two\u2028owls"}\n', encoding="utf-8-sig")
+    assert read_geneval(str(path)) == [{"prompt": "two\u2028owls"}]
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        read_text_prompts(str(path))
