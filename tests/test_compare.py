@@ -72,7 +72,14 @@ def test_other_protocols_do_not_compare() -> None:
     assert found.reason == "measured with another clip, images"
 
 
-@pytest.mark.parametrize("key", ["real images", "held-out documents", "codec"])
+def test_captions_of_other_images_do_not_compare() -> None:
+    """The words of CIDEr weigh by the references of the images."""
+    first, other = (Metric("CIDEr", 1.0, {"captioned images": name}, (0.9, 1.1)) for name in ("sha256 a", "sha256 b"))
+    assert difference(first, other).reason == "measured with another captioned images"
+    assert difference(first, first).verdict == "within noise"
+
+
+@pytest.mark.parametrize("key", ["real images", "held-out documents", "codec", "hash of texts"])
 def test_other_references_do_not_compare_and_older_reports_do(key: str) -> None:
     first, other = (clip(np.arange(3.0), **{key: name}) for name in ("sha256 a", "sha256 b"))
     assert difference(first, other).reason == f"measured with another {key}"

@@ -26,10 +26,9 @@ _COMPARED = {
     "METEOR",
     "sentence similarity",
     "prompts",
-    "captioned images",
 }
 # Keys that older reports do not have; they must be equal if both reports have them.
-_UNSAID = {"real images", "held-out documents", "codec"}
+_UNSAID = {"real images", "held-out documents", "codec", "hash of texts"}
 # Images are paired if both metrics have the same list of prompts or captioned images.
 _LISTS = ("prompts", "captioned images")
 
