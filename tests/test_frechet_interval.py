@@ -85,6 +85,21 @@ def test_equal_prompts_find_smaller_differences_than_separate_images() -> None:
     assert same.verdict == "within noise"
 
 
+@pytest.mark.parametrize("count", [NUM_FEATURES, 4 * NUM_FEATURES])
+def test_equal_models_differ_by_noise(count: int) -> None:
+    """Two paintings of each prompt: one in twenty pairs of lists differs by chance."""
+    rng = np.random.default_rng(1)
+    verdicts = []
+    for _ in range(100):
+        common = drawn(rng, count)
+        pair = []
+        for _ in range(2):
+            scores = frechet_scores(REFERENCE, common + 0.3 * rng.standard_normal(common.shape))
+            pair.append(Metric("FD", scores.mean(), {"prompts": "the same"}, None, tuple(scores)))
+        verdicts.append(difference(*pair).verdict)
+    assert 88 <= verdicts.count("within noise") < 100
+
+
 def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
     rng = np.random.default_rng(0)
     whole = frechet_distance(REFERENCE, gaussian_of(drawn(np.random.default_rng(3), 300_000)))
