@@ -22,7 +22,12 @@ from typing import Any
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint, add_device, command_parser, run_command
-from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
+from transfusion_mot.evaluation.protocol.config import (
+    ProtocolConfig,
+    described_keys,
+    read_protocol,
+    refuse_missing_paths,
+)
 from transfusion_mot.evaluation.report.content import Report, now, used_versions
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.outputs import check_writable_folder
@@ -47,7 +52,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
     given, keys = parser.parse_known_args(arguments)
     if given.config is not None:
         keys = ["--config", given.config, *keys]
-    return given, read_protocol(keys)
+    protocol = read_protocol(keys)
+    refuse_missing_paths(protocol.prompts, protocol.captions)
+    return given, protocol
 
 
 if __name__ == "__main__":

@@ -330,9 +330,6 @@ def write_coco(folder: Path) -> list[tuple[int, list[str]]]:
 def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     items = dict(write_coco(tmp_path / "coco"))
     given = ["--config", CONFIGS / "coco.yaml", "--output", tmp_path / "out"]
-    status, errors = call_benchmark(*given)
-    assert status == 2
-    assert "compares images of 256 x 256 pixels, but the model paints 32 x 32; --image-size 32 measures" in errors
     clip, other = save_tiny_clip(tmp_path / "clip"), save_tiny_clip(tmp_path / "other")
     paths = {
         "prompts.path": "captions.json",
@@ -341,6 +338,9 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
         "captions.images": "",
     }
     given += [f"--{key}={tmp_path / 'coco' / name}" for key, name in paths.items()]
+    status, errors = call_benchmark(*given)
+    assert status == 2
+    assert "compares images of 256 x 256 pixels, but the model paints 32 x 32; --image-size 32 measures" in errors
     given += ["--image-size", 32, "--num-images", 8, f"--clip=[{clip},{other}]", "--captions.max-new-tokens", 8]
     # 250 steps of the paper, times eight images, are minutes here.
     given += ["--num-inference-steps", 2, "--pickscore", clip, "--clip-prefix", "A photo depicts "]

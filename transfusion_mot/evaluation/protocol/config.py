@@ -8,11 +8,13 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from transfusion_mot.config import parse_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
+from transfusion_mot.installed import shipped
 
 
 @dataclass
@@ -201,6 +203,22 @@ def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:
     protocol = parse_config(ProtocolConfig, [_with_underscores(word) for word in arguments], "")
     check_protocol(protocol)
     return protocol
+
+
+def refuse_missing_paths(prompts: PromptsConfig, captions: CaptionsConfig | None = None) -> None:
+    """Refuse missing files and folders of prompts and captioned images, before networks are loaded.
+
+    Raises:
+        UserError: It gives the path and its key.
+    """
+    given = {"prompts.path": prompts.path, "prompts.images": prompts.images}
+    if captions is not None and captions.kind == "karpathy":
+        given |= {"captions.path": captions.path, "captions.images": captions.images}
+    for key, path in given.items():
+        if path is not None and not Path(shipped(path)).exists():
+            raise UserError(
+                f"there is no '{path}' ({key}); the first lines of each file in configs/eval/ say how to get its data"
+            )
 
 
 def _with_underscores(word: str) -> str:
