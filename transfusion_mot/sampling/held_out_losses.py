@@ -207,6 +207,8 @@ def code_metrics(
         lengths = [length for source in having for length in _span_lengths(source, modality)]
         if not lengths:
             continue
+        # Attention is compiled for these rows.
+        allow_shapes(len(held_out.media_pools))
         own = held_out.num_media_documents()
         for name, dropout in _WITH_AND_WITHOUT_CAPTIONS:
             validation = _validation(
