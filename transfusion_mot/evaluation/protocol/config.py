@@ -94,8 +94,8 @@ class ProtocolConfig:
         images_per_prompt: Images of each prompt.
         seed: Seed of the choice of prompts and, with a prompt's text, of the noise of its image.
         image_size: Size in pixels at which painted and real images are compared (centre square, Lanczos); the model
-            must have been trained with it. null paints each prompt at the size of its real image in training, and does
-            not resize images.
+            must have been trained with it. null paints each prompt at the size of its real image in training, or at
+            the model's default size, and does not resize images.
         num_inference_steps: Reverse steps; null takes the checkpoint's number.
         guidance_scale: Classifier-free guidance, 1 is off; null takes the checkpoint's.
         guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise).
