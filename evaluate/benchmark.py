@@ -17,11 +17,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from transfusion_mot.config import RunConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_checkpoint, add_device, command_parser, run_command
-from transfusion_mot.evaluation.protocol.config import ProtocolConfig, described_keys, read_protocol
+from transfusion_mot.evaluation.protocol.config import (
+    ProtocolConfig,
+    described_keys,
+    read_protocol,
+    refuse_missing_paths,
+)
 from transfusion_mot.evaluation.report.content import Report, now, used_versions
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.outputs import check_writable_folder
@@ -46,7 +52,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
     given, keys = parser.parse_known_args(arguments)
     if given.config is not None:
         keys = ["--config", given.config, *keys]
-    return given, read_protocol(keys)
+    protocol = read_protocol(keys)
+    refuse_missing_paths(protocol.prompts, protocol.captions)
+    return given, protocol
 
 
 if __name__ == "__main__":
@@ -65,7 +73,7 @@ from transfusion_mot.evaluation.report.published import own_row
 from transfusion_mot.evaluation.scoring import load_networks
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.benchmark import DISTANCE_TO_REFERENCE, Benchmark
-from transfusion_mot.sampling.held_out_losses import codecs_of, diffusion_metrics, text_metrics
+from transfusion_mot.sampling.held_out_losses import code_metrics, codecs_of, diffusion_metrics, text_metrics
 from transfusion_mot.sampling.painting import Painter, SamplerSettings, files_hash
 from transfusion_mot.schedulers import make_sampling_scheduler, sampler_name
 from transfusion_mot.training.checkpoint import read_run_config, run_config_file
@@ -113,7 +121,9 @@ def main() -> None:
     if sources is not None and config is not None and protocol.loss_documents:
         count = protocol.loss_documents
         losses = text_metrics(pipeline, config, sources, processes=processes, num_texts=count)
-        losses += diffusion_metrics(pipeline, config, sources, codecs=codecs, accelerator=accelerator, num_images=count)
+        of_run: dict[str, Any] = {"codecs": codecs, "accelerator": accelerator}
+        losses += diffusion_metrics(pipeline, config, sources, num_images=count, **of_run)
+        losses += code_metrics(pipeline, config, sources, num_media=count, **of_run)
         notes += [] if losses else ["There are no losses: of the run's data no text and no image is held out."]
         metrics += losses
     sweep = benchmark.sweep(tried)

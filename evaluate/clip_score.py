@@ -48,8 +48,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--hpsv2",
         action=PathOption,
         check=existing_or_on_hub("--hpsv2"),
-        metavar="FOLDER",
-        help="also compute HPSv2, with a model in the format of transformers (CLIP ViT-H/14)",
+        metavar="FILE_OR_FOLDER",
+        help="also compute HPSv2, with its published file (HPS_v2.1_compressed.pt or HPS_v2_compressed.pt) and the "
+        "tokenizer of --clip, or with a folder in the format of transformers",
     )
     parser.add_argument("--prefix", action="store_true", help=f"put '{CLIP_PREFIX}' in front of every text")
     parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
@@ -74,7 +75,7 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     images, texts = read_prompts(arguments.folder)
     processes, device = open_processes(arguments.device)
-    preferences = load_preferences(arguments.pickscore, arguments.hpsv2, device)
+    preferences = load_preferences(arguments.pickscore, arguments.hpsv2, arguments.clip or [], device)
     names = arguments.clip or ([] if preferences else [DEFAULT_CLIP])
     clips = [load_clip(name, device) for name in names]
     shared = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, "processes": processes}

@@ -3,7 +3,7 @@
     python evaluate/compare.py runs/a/evaluation runs/b/evaluation --output comparison.md
 
 Each is a report.json of evaluate/benchmark.py, or its folder; the others are compared with the first. Where two reports
-are of the same prompts or images, every image is compared with itself (paired bootstrap over the scores of images);
+are of the same prompts or images, each image is compared with that of the same prompt (paired bootstrap over scores);
 otherwise intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
 """
 

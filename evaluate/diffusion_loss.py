@@ -65,7 +65,10 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
     if not pipeline.transformer.architecture.of_objective("diffusion"):
-        raise UserError("the model has no modality with the objective diffusion, so it has no diffusion loss")
+        raise UserError(
+            "no modality of the model has the objective diffusion, so there is no diffusion loss; "
+            "evaluate/benchmark.py measures the loss of codes"
+        )
     held_out = open_documents(config.data, "held_out")
     codecs = codecs_of(pipeline, config, device)
     sources = with_encoded(held_out, config.data, codecs, config.codecs, accelerator)

@@ -63,7 +63,7 @@ from transfusion_mot.evaluation.feature_space import LayerSpace, layer_space, pl
 from transfusion_mot.evaluation.images import pick_device
 from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_losses import codecs_of
+from transfusion_mot.sampling.held_out_losses import codecs_of, of_checkpoint
 from transfusion_mot.sampling.hidden_states import check_one_width, hidden_states
 from transfusion_mot.training.checkpoint import read_run_config
 from transfusion_mot.training.plot import labels_of
@@ -95,11 +95,12 @@ def spaces_of(run: str, arguments: argparse.Namespace) -> list[LayerSpace]:
     """Feature spaces of every layer of a run's model."""
     snapshot = find_snapshot(run)
     config = read_run_config(snapshot, arguments.config, "--config")
-    check_one_width(config.model)
-    config.training = replace(config.training, num_validation_documents=arguments.num_documents)
     device = pick_device(arguments.device)
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     pipeline = TransfusionPipeline.from_pretrained(snapshot).to(device)
+    config = of_checkpoint(config, pipeline)
+    check_one_width(config.model)
+    config.training = replace(config.training, num_validation_documents=arguments.num_documents)
     codecs = codecs_of(pipeline, config, device)
     sources = with_encoded(open_documents(config.data, "held_out"), config.data, codecs, config.codecs, accelerator)
     validation = Validation(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import command_parser, run_command, writable_file
-from transfusion_mot.evaluation.protocol.config import ProtocolConfig, read_protocol
+from transfusion_mot.evaluation.protocol.config import ProtocolConfig, read_protocol, refuse_missing_paths
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -30,7 +30,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Proto
     )
     parser.add_argument("--output", required=True, type=writable_file, metavar="FILE", help="JSON lines to write")
     given, keys = parser.parse_known_args(arguments)
-    return given, read_protocol(["--config", given.config, *keys])
+    protocol = read_protocol(["--config", given.config, *keys])
+    refuse_missing_paths(protocol.prompts)
+    return given, protocol
 
 
 if __name__ == "__main__":

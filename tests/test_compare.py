@@ -72,14 +72,22 @@ def test_other_protocols_do_not_compare() -> None:
     assert found.reason == "measured with another clip, images"
 
 
-def test_other_references_do_not_compare_and_older_reports_do() -> None:
-    first, other = (clip(np.arange(3.0), **{"real images": name}) for name in ("sha256 a", "sha256 b"))
-    assert difference(first, other).reason == "measured with another real images"
+def test_captions_of_other_images_do_not_compare() -> None:
+    """The words of CIDEr weigh by the references of the images."""
+    first, other = (Metric("CIDEr", 1.0, {"captioned images": name}, (0.9, 1.1)) for name in ("sha256 a", "sha256 b"))
+    assert difference(first, other).reason == "measured with another captioned images"
     assert difference(first, first).verdict == "within noise"
-    older = replace(first, protocol={key: v for key, v in first.protocol.items() if key != "real images"})
+
+
+@pytest.mark.parametrize("key", ["real images", "held-out documents", "codec", "hash of texts"])
+def test_other_references_do_not_compare_and_older_reports_do(key: str) -> None:
+    first, other = (clip(np.arange(3.0), **{key: name}) for name in ("sha256 a", "sha256 b"))
+    assert difference(first, other).reason == f"measured with another {key}"
+    assert difference(first, first).verdict == "within noise"
+    older = replace(first, protocol={name: v for name, v in first.protocol.items() if name != key})
     found = difference(older, other)
     assert found.verdict == "within noise"
-    assert found.reason.endswith("; one report does not say its real images")
+    assert found.reason.endswith(f"; one report does not say its {key}")
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -127,7 +135,10 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     assert file.read_text() == before
 
 
-@pytest.mark.parametrize("name", ["FID (clean-fid)", "FD-DINOv2", "KID", "CMMD", "CLIP-MMD", "text loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["FID (clean-fid)", "FD-DINOv2", "KID", "CMMD", "CLIP-MMD", "text loss", "loss of image codes (conditional)"],
+)
 def test_less_of_a_distance_is_better(name: str) -> None:
     first, other = (Metric(name, value, {}, (value - 0.1, value + 0.1)) for value in (5.0, 1.0))
     assert difference(first, other).verdict == "better"

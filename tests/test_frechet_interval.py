@@ -1,7 +1,12 @@
 """The interval of a Frechet distance, against new images drawn from the same distribution."""
 
+import logging
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from transfusion_mot.evaluation.distances.frechet import (
     extrapolated_distance,
@@ -10,6 +15,9 @@ from transfusion_mot.evaluation.distances.frechet import (
     gaussian_of,
     standard_error,
 )
+from transfusion_mot.evaluation.distances.metrics import set_distance
+from transfusion_mot.evaluation.distances.mmd import kernel_distance
+from transfusion_mot.evaluation.features.sets import FeatureSet
 from transfusion_mot.evaluation.report.comparison import difference
 from transfusion_mot.evaluation.report.content import Metric
 
@@ -77,6 +85,21 @@ def test_equal_prompts_find_smaller_differences_than_separate_images() -> None:
     assert same.verdict == "within noise"
 
 
+@pytest.mark.parametrize("count", [NUM_FEATURES, 4 * NUM_FEATURES])
+def test_equal_models_differ_by_noise(count: int) -> None:
+    """Two paintings of each prompt: one in twenty pairs of lists differs by chance."""
+    rng = np.random.default_rng(1)
+    verdicts = []
+    for _ in range(200):
+        common = drawn(rng, count)
+        pair = []
+        for _ in range(2):
+            scores = frechet_scores(REFERENCE, common + 0.3 * rng.standard_normal(common.shape))
+            pair.append(Metric("FD", scores.mean(), {"prompts": "the same"}, None, tuple(scores)))
+        verdicts.append(difference(*pair).verdict)
+    assert 180 <= verdicts.count("within noise") < 200
+
+
 def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
     rng = np.random.default_rng(0)
     whole = frechet_distance(REFERENCE, gaussian_of(drawn(np.random.default_rng(3), 300_000)))
@@ -84,3 +107,44 @@ def test_extrapolated_intervals_hold_the_distance_of_infinitely_many() -> None:
     held = [abs(one.distance - whole) < 1.96 * one.standard_error for one in found]
     assert 0.87 < np.mean(held) <= 1
     assert np.mean([one.distance for one in found]) == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.parametrize("each", [4, 7, 10])
+def test_numbers_of_a_report_have_their_intervals_and_scores(
+    each: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Generated images for each feature: too few for infinite N, few, and enough."""
+    # Apple's GPUs have no float64, which distances of pairs need.
+    device = torch.device("mps")
+    names = {
+        "name": "toy",
+        "frechet_name": "FD",
+        "kernel_name": "KD",
+        "description": "toy",
+        "weights": "",
+        "resize": "",
+    }
+    network: Any = SimpleNamespace(**names, device=device, kernel=kernel_distance)
+    count = each * NUM_FEATURES
+    real, generated = (drawn(np.random.default_rng(count), count, shift).astype(np.float32) for shift in (0.2, 0.3))
+    sets = [FeatureSet(gaussian_of(features), features, {}) for features in (real, generated)]
+    with caplog.at_level(logging.WARNING):
+        found = {metric.name: metric for metric in set_distance(*sets, network, None)}
+    shown = capsys.readouterr().err
+    assert "toy: distances" in shown
+    assert ("infinite N" in shown) == (each >= 5)
+    distance = found["FD"]
+    assert distance.value == pytest.approx(frechet_distance(*(one.gaussian for one in sets)))
+    assert np.mean(distance.scores) == pytest.approx(distance.value)
+    half = 1.96 * np.std(distance.scores, ddof=1) / count**0.5
+    assert distance.interval == pytest.approx((max(0.0, distance.value - half), distance.value + half))
+    kernel = kernel_distance(*map(torch.from_numpy, (real, generated)))
+    half = 1.96 * kernel.standard_error
+    assert found["KD"].interval == pytest.approx((kernel.value - half, kernel.value + half))
+    assert ("FD, infinite N" in found) == (each >= 5)
+    if each >= 5:
+        whole = extrapolated_distance(sets[0].gaussian, generated)
+        half = 1.96 * whole.standard_error
+        assert found["FD, infinite N"].interval == pytest.approx((whole.distance - half, whole.distance + half))
+    warning = f"{count} generated images are few for FD at infinite N with 24 features: 240 or more are better"
+    assert (warning in caplog.text) == (each == 7)

@@ -1,6 +1,8 @@
 """GenEval's rules against outcomes of the published program, and its networks against naive versions of each step."""
 
 import json
+import runpy
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -219,3 +221,20 @@ def test_mistakes_of_the_user(detector_folder, clip, tmp_path):
     line = {"tag": "counting", "include": [{"class": "waffle", "count": 3}], "prompt": "three waffles"}
     with pytest.raises(UserError, match=r"asks for 'waffle'.*evaluate/composition\.py"):
         geneval_metrics([(line, Path("a.png"))], load_detector(str(detector_folder), CPU), clip)
+
+
+@pytest.mark.slow
+def test_the_command(detector_folder, clip, tmp_path, monkeypatch):
+    """Random networks find no bench in a plain picture."""
+    (tmp_path / "00000" / "samples").mkdir(parents=True)
+    line = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+    (tmp_path / "00000" / "metadata.jsonl").write_text(json.dumps(line))
+    for number in range(2):
+        Image.new("RGB", (16, 16)).save(tmp_path / "00000" / "samples" / f"{number:05d}.png")
+    script = Path(__file__).parents[1] / "evaluate" / "geneval.py"
+    words = [tmp_path, "--detector", detector_folder, "--clip", clip.name, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words), "--output", str(tmp_path / "out.json")])
+    runpy.run_path(str(script), run_name="__main__")
+    whole, task = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    assert (whole["name"], whole["value"], whole["protocol"]["images"]) == ("GenEval", 0.0, 2)
+    assert (task["name"], task["protocol"]["detector"]) == ("GenEval, single_object", str(detector_folder))

@@ -17,6 +17,7 @@ from PIL import Image
 from process_group import run_processes
 from safetensors.torch import save_file
 from tiny_clip import save_tiny_clip
+from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.transforms.functional import to_tensor
 
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
@@ -102,12 +103,16 @@ def test_legacy_features_equal_clean_fid(folders, legacy_file, monkeypatch):
         load_feature_network("legacy", CPU, legacy_weights=legacy_file, other_weights=True)
 
 
-def test_tensorflow_features_equal_torch_fidelity(folders, legacy_file):
+@pytest.mark.parametrize("program", ["torch-fidelity", "torchmetrics"])
+def test_tensorflow_features_equal_those_of_other_programs(folders, legacy_file, program):
     """Also images of 640 x 427, where the two resizes of the legacy modes differ most."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    extractor = module.FeatureExtractorInceptionV3(
-        "inception", ["2048"], feature_extractor_weights_path=str(legacy_file)
-    )
+    given = {"features_list": ["2048"], "feature_extractor_weights_path": str(legacy_file)}
+    if program == "torch-fidelity":
+        extractor = module.FeatureExtractorInceptionV3("inception", **given)
+    else:
+        extractor = NoTrainInceptionV3("inception", **given, antialias=False)
+        extractor.forward = extractor._torch_fidelity_forward
     images = [Image.open(path).convert("RGB") for path in find_images(folders[0])[:2]]
     images.append(Image.fromarray(np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)))
     with torch.inference_mode():

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfusion_mot.config import DataConfig, SourceConfig
+from transfusion_mot.data.mixture import Sources, open_documents
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.protocol.assignment import listed_prompts, open_assignment
 from transfusion_mot.evaluation.protocol.config import read_protocol
 from transfusion_mot.evaluation.protocol.prompts import (
     captioned_hash,
@@ -118,6 +121,41 @@ def test_coco_prompts_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
     assert prompts_hash(prompts) != prompts_hash(choose_coco_prompts(images, 5, seed=8))
     with pytest.raises(UserError, match="10 prompts of distinct images are requested, but there are only 9"):
         choose_coco_prompts(images, 10, seed=7)
+
+
+@pytest.mark.parametrize("kind", ["coco", "text", "geneval", "dpg"])
+def test_every_kind_of_prompts_has_several_images_of_each(tmp_path: Path, kind: str) -> None:
+    paths = {"coco": write_coco(tmp_path), "dpg": tmp_path}
+    for name, lines in (("text", "an owl\na sun\n"), ("geneval", '{"prompt": "an owl"}\n{"prompt": "a sun"}\n')):
+        paths[name] = tmp_path / f"{name}.list"
+        paths[name].write_text(lines)
+    for name in ("owl", "sun"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    words = [f"prompts.kind={kind}", f"prompts.path={paths[kind]}", f"prompts.images={tmp_path / 'val2014'}"]
+    words += ["captions.kind=none", "--num-images", "2"]
+    once, _, _ = listed_prompts(read_protocol(words))
+    found, _, _ = listed_prompts(read_protocol([*words, "--images-per-prompt", "4"]))
+    assert [prompt.text for prompt in found] == [prompt.text for prompt in once for _ in range(4)]
+    assert len({prompt.image_seed for prompt in found}) == len({prompt.file_name for prompt in found}) == 8
+
+
+def test_held_out_captions_have_several_images_of_each(tmp_path: Path) -> None:
+    write_coco(tmp_path, 3)
+    data = DataConfig(
+        sources=[SourceConfig("imagefolder", path=str(tmp_path / "val2014"), use="held_out")],
+        image_size=16,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    for path, text in zip(sorted((tmp_path / "val2014").glob("*.jpg")), ("an owl", "a sun", "a fox"), strict=True):
+        path.with_suffix(".txt").write_text(text)
+    sources = Sources(open_documents(data, "held_out"), {})
+    found = open_assignment(read_protocol(["--images-per-prompt", "2"]), sources, data, tmp_path)
+    assert [prompt.text for prompt in found.prompts] == ["an owl", "an owl", "a sun", "a sun", "a fox", "a fox"]
+    assert len({prompt.image_seed for prompt in found.prompts}) == 6
+    # Each real image is reconstructed, captioned and compared with once.
+    assert [prompt.text for prompt in found.own] == ["an owl", "a sun", "a fox"]
+    assert [item.captions for item in found.captioned] == [["an owl"], ["a sun"], ["a fox"]]
+    assert found.references == [item.image for item in found.captioned]
 
 
 def test_files_of_coco_that_are_wrong_are_named(tmp_path: Path) -> None:
@@ -234,4 +272,12 @@ def test_text_prompts(tmp_path: Path) -> None:
     assert read_text_prompts(str(path)) == ["an owl", "a sun"]
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no prompts"):
+        read_text_prompts(str(path))
+    # A mark that editors write in front, and characters that some line readers take for line ends.
+    path.write_text("two\u2028owls\x85\r\na sun\n", encoding="utf-8-sig")
+    assert read_text_prompts(str(path)) == ["two\u2028owls", "a sun"]
+    path.write_text('{"prompt": "two\u2028owls"}\n', encoding="utf-8-sig")
+    assert read_geneval(str(path)) == [{"prompt": "two\u2028owls"}]
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
         read_text_prompts(str(path))

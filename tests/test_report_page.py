@@ -18,7 +18,7 @@ from PIL import Image
 from transfusion_mot.data.emoji import emoji_captions, render_emoji
 from transfusion_mot.evaluation.report.content import Metric, Neighbour, Picture, Report, SweepPoint, metrics_table
 from transfusion_mot.evaluation.report.curves import sweep_figure
-from transfusion_mot.evaluation.report.page import PAGE_FILE, embedded, picture_groups, spread, write_report
+from transfusion_mot.evaluation.report.page import PAGE_FILE, embedded, headlines, picture_groups, spread, write_report
 from transfusion_mot.evaluation.report.published import own_row, published_table
 
 pytestmark = pytest.mark.slow
@@ -186,6 +186,14 @@ def test_tables(report: Report, page: Path) -> None:
     assert own[2] == "| **emoji** | guidance 3 | 48.13 (FD-EfficientNet, no FID) | 25 | 547 |  | this evaluation |"
     assert len(own) == 3 + 17
     assert {line.count("|") for line in own} == {8}
+
+
+@pytest.mark.parametrize("loss", ["diffusion loss", "loss of image codes"])
+def test_the_top_of_the_page_has_the_loss_of_pictures(loss: str) -> None:
+    names = ["FD-EfficientNet (generated)", "text loss (captions of emoji)", f"{loss} (conditional)"]
+    names += [f"{loss} (unconditional)", "FD-EfficientNet (reconstructed)"]
+    found = [metric.name for metric in headlines([Metric(name, 1.0) for name in names])]
+    assert found == ["FD-EfficientNet (generated)", f"{loss} (conditional)", "text loss (captions of emoji)"]
 
 
 def browse(page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -84,6 +84,10 @@ def test_recordings_of_a_folder(recordings, tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "text": "a", "split": "train"}\n')
     with pytest.raises(UserError, match="no recording is held out"):
         read_recordings(tmp_path, 1)
+    # As editors write it: a mark in front, and an empty line.
+    line = '{"file_name": "a.wav", "text": "a\u2028b"}'
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\n\n{line}\n", encoding="utf-8-sig")
+    assert read_recordings(tmp_path, 9).texts == ["a\u2028b"] * 2
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav"}\n')
     with pytest.raises(UserError, match="a line has no transcription or text"):
         read_recordings(tmp_path, 1)

@@ -20,6 +20,7 @@ from transfusion_mot.evaluation.defaults import CLIP_PREFIX
 from transfusion_mot.evaluation.images import ImageArray, ImageSource, device_batches
 from transfusion_mot.evaluation.intervals import mean_interval
 from transfusion_mot.evaluation.processes import shared_rows
+from transfusion_mot.evaluation.protocol.prompts import list_hash
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.row_blocks import row_blocks
 from transfusion_mot.evaluation.weights import weights_hash
@@ -244,7 +245,8 @@ def clip_scores(
     )
     cosines = embeddings.cosines()
     protocol = {**_protocol(images, clip), "text prefix": prefix or "none"}
-    among = {**protocol, "among texts": len(set(texts))}
+    distinct = sorted(set(texts))
+    among = {**protocol, "among texts": len(distinct), "hash of texts": list_hash([distinct])}
     return [
         _mean(f"CLIP cosine{suffix}", cosines, protocol),
         _mean(f"CLIP score x100{suffix}", 100 * cosines, protocol),

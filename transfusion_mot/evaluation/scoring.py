@@ -16,12 +16,13 @@ from transfusion_mot.evaluation.captions.sentence_similarity import (
     packaged_sentence_model,
 )
 from transfusion_mot.evaluation.clip_score import Clip, PreferenceChoice, load_clip
-from transfusion_mot.evaluation.defaults import default_num_workers
+from transfusion_mot.evaluation.defaults import DEFAULT_CLIP, default_num_workers
 from transfusion_mot.evaluation.distances.metrics import set_distance
 from transfusion_mot.evaluation.features.load import load_feature_networks
 from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.features.sets import FeatureArray, FeatureSet, SavedStatistics, feature_set
 from transfusion_mot.evaluation.images import ImageSource
+from transfusion_mot.evaluation.open_clip import load_hpsv2_file
 from transfusion_mot.evaluation.protocol.config import ProtocolConfig
 from transfusion_mot.evaluation.report.content import Metric
 
@@ -67,22 +68,35 @@ def load_networks(protocol: ProtocolConfig, device: torch.device) -> Networks:
     return Networks(
         features,
         [load_clip(name, device) for name in protocol.clips],
-        load_preferences(protocol.pickscore, protocol.hpsv2, device),
+        load_preferences(protocol.pickscore, protocol.hpsv2, protocol.clips, device),
         load_sentence_encoder(sentence_model, str(device)) if sentence_model is not None else None,
     )
 
 
-def load_preferences(pickscore: str | None, hpsv2: str | None, device: torch.device) -> dict[PreferenceChoice, Clip]:
-    """The given models of human preference, by name or folder.
+def load_preferences(
+    pickscore: str | None, hpsv2: str | None, clips: Sequence[str], device: torch.device
+) -> dict[PreferenceChoice, Clip]:
+    """The given models of human preference.
+
+    Args:
+        pickscore: Name or folder of PickScore's model.
+        hpsv2: Name or folder of HPSv2's model in the format of transformers, or its published file.
+        clips: Models of CLIP scores; the published file of HPSv2 is read with the tokenizer of the first.
+        device: Where they compute.
 
     Raises:
-        UserError: As for `load_clip`.
+        UserError: As for `load_clip` and `load_hpsv2_file`.
     """
-    given: dict[PreferenceChoice, tuple[str | None, str]] = {
-        "PickScore": (pickscore, "--pickscore"),
-        "HPSv2 x100": (hpsv2, "--hpsv2"),
-    }
-    return {kind: load_clip(name, device, option) for kind, (name, option) in given.items() if name is not None}
+    found: dict[PreferenceChoice, Clip] = {}
+    if pickscore is not None:
+        found["PickScore"] = load_clip(pickscore, device, "--pickscore")
+    if hpsv2 is not None:
+        is_file = Path(hpsv2).is_file()
+        tokenizer = next(iter(clips), DEFAULT_CLIP)
+        found["HPSv2 x100"] = (
+            load_hpsv2_file(hpsv2, tokenizer, device) if is_file else load_clip(hpsv2, device, "--hpsv2")
+        )
+    return found
 
 
 class Distances:

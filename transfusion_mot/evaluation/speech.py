@@ -63,7 +63,8 @@ def read_recordings(folder: str | Path, count: int) -> RecordingSet:
     """
     path = Path(folder) / "metadata.jsonl"
     try:
-        entries = [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]
+        lines = lines_of(path.read_text(encoding="utf-8-sig"))
+        entries = [json.loads(line) for line in lines if line.strip()]
         rows = [(_first(entry, _NAMES), _first(entry, _TEXTS), entry.get("split", _HELD_OUT)) for entry in entries]
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise UserError(

@@ -11,18 +11,22 @@ from accelerate import Accelerator, PartialState
 from transfusion_mot.codecs.base import Codec
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import TEXT, DiffusionConfig, RunConfig
-from transfusion_mot.data.mixture import Sources
+from transfusion_mot.data.mixture import Source, Sources
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.sources.base import Documents, Text
 from transfusion_mot.data.sources.edit_pairs import EditPairs
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.evaluation.defaults import TIMESTEP_BINS
 from transfusion_mot.evaluation.intervals import mean_interval
+from transfusion_mot.evaluation.protocol.prompts import list_hash
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.training.text_losses import TextReader, text_losses
 from transfusion_mot.training.validation import Validation
+
+# Name of a loss, and the share of media whose caption is dropped.
+_WITH_AND_WITHOUT_CAPTIONS = (("conditional", 0.0), ("unconditional", 1.0))
 
 _logger = logging.getLogger(__name__)
 
@@ -130,10 +134,6 @@ def diffusion_metrics(
     encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
     prediction = Diffusion.from_config(config.diffusion).prediction_type
     timesteps = [(index + 0.5) / bins for index in range(bins)]
-    # One image a row, so that every image is measured with the same noise for any length of its caption. There is
-    # no image before it, so it needs no clean copy of one, for which the row would have no slot either. Only before the
-    # result of an edit there is its source.
-    data = replace(config.data, image_context="noised")
     metrics: list[Metric] = []
     for modality in latents:
         with_it = [source for source in sources.sources if modality in source.documents.modalities]
@@ -145,27 +145,23 @@ def diffusion_metrics(
         if not parts:
             continue
         kind = "diffusion loss" if len(latents) == 1 else f"diffusion loss of {modality}"
-        for name, dropout in (("conditional", 0.0), ("unconditional", 1.0)):
+        for name, dropout in _WITH_AND_WITHOUT_CAPTIONS:
             found = []
             for held_out, media_slots in parts:
                 own = held_out.num_media_documents()
-                count = own if num_images is None else max(1, num_images * own // available)
                 readers = config.model.readers
+                # One image a row, so that every image is measured with the same noise for any length of its caption.
+                # Only before the result of an edit there is its source.
                 each = {name: 1 if dropout or name in readers else media_slots for name in latents}
-                # Of a modality that the pictures' data do not have, such as speech, a slot that stays empty.
-                empty = dict.fromkeys(config.model.made, 1)
-                slots = empty | config.data.slots | each | dict.fromkeys(readers.values(), 1)
-                validation = Validation(
+                validation = _validation(
+                    pipeline,
+                    config,
                     held_out,
-                    pipeline.text_tokenizer,
-                    replace(
-                        config,
-                        training=replace(config.training, num_validation_documents=count),
-                        # Only captions stand before them.
-                        data=replace(data, slots=slots, orders=data.orders and {f"{TEXT} {modality}": 1.0}),
-                    ),
-                    encoder=encoder,
-                    rows_at_once=batch_size,
+                    encoder,
+                    modality=modality,
+                    slots=each | dict.fromkeys(readers.values(), 1),
+                    count=own if num_images is None else max(1, num_images * own // available),
+                    batch_size=batch_size,
                     prompt_dropout_prob=dropout,
                 )
                 found.append(validation.item_losses(pipeline.transformer, accelerator, modality, timesteps).numpy())
@@ -175,6 +171,7 @@ def diffusion_metrics(
                 "prediction": prediction,
                 "unit": "squared error per element",
                 "noise": "fixed",
+                **_measured_on([held_out for held_out, _ in parts], codecs[modality]),
             }
             means = losses.mean(axis=1)
             over_all = {**protocol, "mean of t": _listed(timesteps)}
@@ -184,6 +181,103 @@ def diffusion_metrics(
                 for t, column in zip(timesteps, losses.T, strict=True)
             ]
     return metrics
+
+
+def code_metrics(
+    pipeline: TransfusionPipeline,
+    config: RunConfig,
+    sources: Sources,
+    *,
+    codecs: dict[str, Codec],
+    accelerator: Accelerator,
+    num_media: int | None = None,
+    batch_size: int = 8,
+) -> list[Metric]:
+    """Next-token loss of the codes of captioned media, with and without captions; called by all processes.
+
+    Arguments as of `diffusion_metrics`. A loss includes the end of a span, as in training. Empty if no media of codes
+    with captions are held out.
+    """
+    config = of_checkpoint(config, pipeline)
+    encoder = OnlineEncoder.of_model(config.model, codecs, config.codecs)
+    metrics: list[Metric] = []
+    for modality in config.model.of_objective("next_token"):
+        having = [s for s in sources.sources if s.documents.is_paired and modality in s.documents.media]
+        held_out = Sources(having, sources.latent_shapes)
+        lengths = [length for source in having for length in _span_lengths(source, modality)]
+        if not lengths:
+            continue
+        # Attention is compiled for these rows.
+        allow_shapes(len(held_out.media_pools))
+        own = held_out.num_media_documents()
+        for name, dropout in _WITH_AND_WITHOUT_CAPTIONS:
+            validation = _validation(
+                pipeline,
+                config,
+                held_out,
+                encoder,
+                modality=modality,
+                # One span a row, so that every one is measured for any length of its caption.
+                slots={modality: max(lengths)},
+                count=own if num_media is None else min(num_media, own),
+                batch_size=batch_size,
+                prompt_dropout_prob=dropout,
+            )
+            nats, codes = validation.row_losses(pipeline.transformer, accelerator, modality).numpy().T
+            protocol = {
+                "codes": int(codes.sum()),
+                "unit": "nats per code",
+                **_measured_on([held_out], codecs[modality]),
+            }
+            loss = float(nats.sum() / codes.sum())
+            metrics.append(Metric(f"loss of {modality} codes ({name})", loss, protocol, mean_interval(nats, codes)))
+    return metrics
+
+
+def _span_lengths(source: Source, modality: str) -> list[int]:
+    """Slots of each readable span of codes of a source."""
+    encoded = source.encoded[modality]
+    assert encoded.kind == "codes"
+    # Without the end of a span, which is only a label.
+    return [len(encoded.span(int(index))) - 1 for index in np.flatnonzero(encoded.readable)]
+
+
+def _validation(
+    pipeline: TransfusionPipeline,
+    config: RunConfig,
+    held_out: Sources,
+    encoder: OnlineEncoder,
+    *,
+    modality: str,
+    slots: dict[str, int],
+    count: int,
+    batch_size: int,
+    prompt_dropout_prob: float,
+) -> Validation:
+    """Held-out rows of one modality, with only captions before its media; `slots` replace those of the run."""
+    # Of a modality that the pictures' data do not have, such as speech, a slot that stays empty.
+    empty = dict.fromkeys(config.model.made, 1)
+    data = replace(
+        config.data,
+        slots=empty | config.data.slots | slots,
+        orders=config.data.orders and {f"{TEXT} {modality}": 1.0},
+        # No media follow, so none need a clean copy, for which the row has no slot.
+        image_context="noised",
+    )
+    return Validation(
+        held_out,
+        pipeline.text_tokenizer,
+        replace(config, training=replace(config.training, num_validation_documents=count), data=data),
+        encoder=encoder,
+        rows_at_once=batch_size,
+        prompt_dropout_prob=prompt_dropout_prob,
+    )
+
+
+def _measured_on(parts: Sequence[Sources], codec: Codec) -> dict[str, str]:
+    """Protocol of a loss of media: hashes of the held-out documents and of the codec."""
+    documents = [source.documents.documents_fingerprint for held_out in parts for source in held_out.sources]
+    return {"held-out documents": list_hash([documents]), "codec": f"sha256 {codec.fingerprint[:12]}"}
 
 
 def _listed(timesteps: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from transfusion_mot.evaluation.recognisers import Recogniser
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.evaluation.speech import RecordingSet, error_rates, normalise
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_losses import codecs_of
+from transfusion_mot.sampling.held_out_losses import codecs_of, of_checkpoint
 from transfusion_mot.training.validation import Validation
 
 
@@ -96,11 +96,12 @@ def loss_metrics(
 
     Args:
         pipeline: The model.
-        config: Configuration of its run.
+        config: Configuration with its data.
         sources: Held-out documents.
         accelerator: An accelerator in float32.
         batch_size: Rows of a forward.
     """
+    config = of_checkpoint(config, pipeline)
     encoder = OnlineEncoder.of_model(config.model, codecs_of(pipeline, config, accelerator.device), config.codecs)
     validation = Validation(sources, pipeline.text_tokenizer, config, encoder=encoder, rows_at_once=batch_size)
     losses = validation.losses(pipeline.transformer, accelerator)

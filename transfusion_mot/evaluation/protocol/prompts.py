@@ -282,7 +282,9 @@ def _all_there(images: list[CaptionedImage]) -> list[CaptionedImage]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"'{path}' cannot be read as UTF-8 text: {error}") from None
 
 

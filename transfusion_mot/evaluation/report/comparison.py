@@ -14,7 +14,7 @@ Verdict = Literal["better", "worse", "within noise", "unknown", "not comparable"
 # Metrics for which lower is better.
 _LOWER_IS_BETTER = (
     *("FID", "FD", "KID", "KD", "CMMD", "CLIP-MMD", "feature distance"),
-    *("text loss", "diffusion loss", "perplexity", "bits per byte"),
+    *("text loss", "diffusion loss", "loss of", "perplexity", "bits per byte"),
 )
 # Keys that may differ between the protocols of two comparable metrics, because they are compared.
 _COMPARED = {
@@ -26,10 +26,9 @@ _COMPARED = {
     "METEOR",
     "sentence similarity",
     "prompts",
-    "captioned images",
 }
 # Keys that older reports do not have; they must be equal if both reports have them.
-_UNSAID = {"real images"}
+_UNSAID = {"real images", "held-out documents", "codec", "hash of texts"}
 # Images are paired if both metrics have the same list of prompts or captioned images.
 _LISTS = ("prompts", "captioned images")
 

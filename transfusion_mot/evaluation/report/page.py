@@ -33,7 +33,10 @@ _THUMBNAIL = 256
 _TEXT = "text: "
 _EXTREMES, _RANDOM, _CAPTIONS, _NEIGHBOURS = 16, 48, 24, 16
 # Metrics at the top of the page: the first one of each line that a report has.
-_HEADLINES = (("FID", "FD-"), ("CLIP score x100", "CLIP cosine"), ("CIDEr x100",), ("diffusion loss",), ("text loss",))
+_HEADLINES = (
+    *(("FID", "FD-"), ("CLIP score x100", "CLIP cosine"), ("CIDEr x100",)),
+    *(("diffusion loss", "loss of"), ("text loss",)),
+)
 
 
 def render_page(report: Report, folder: Path, own: Row) -> str:
