@@ -70,11 +70,11 @@ class SlotIds:
         """Find the horizons.
 
         Args:
-            document_ids, order: [B, S]; -1 is padding.
+            document_ids: [B, S], the document of a slot; -1 is padding.
+            order: [B, S], reading order inside the document.
             span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
-                    copies: [B, K] bool, True for images that later slots see; the other images are seen only by
-                        themselves. None if
-            later slots see all images.
+            copies: [B, K] bool, True for images that later slots see; the others are seen only by themselves. None if
+                later slots see all images.
         """
         slots = torch.arange(order.shape[1], device=order.device)
         document_ids = torch.where(document_ids < 0, -1 - slots, document_ids)

@@ -123,7 +123,6 @@ class MoTBlock(nn.Module):
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         # Inside the compiled function, so that the compiler sees which operations to keep. Nothing is drawn at random
-        # in
         # here: what a compiled block draws again comes from generators of the compiler, which no seed of ours reaches.
         return checkpoint(
             lambda: self._transform(streams, rotary, mask, None, dropout_masks),

@@ -27,10 +27,10 @@ from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.training.metrics import CAPTION_LOSS, loss_name
 from transfusion_mot.training.step import loss_terms
 
-# Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 # (bucket, packer of its rows).
 _Packers = list[tuple[int, Packer]]
 
+# Equidistant, as in Stable Diffusion 3 (arXiv 2403.03206, section 5.3.3).
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0
 
@@ -269,10 +269,8 @@ def most_in_a_row(
 
 def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
     """Number of rows for the token-only documents of a validation, or for all held-out ones if there are fewer."""
-    most, reader = (
-        config.training.num_validation_documents,
-        DocumentReader(tokenizer, config.data, config.model.readers),
-    )
+    most = config.training.num_validation_documents
+    reader = DocumentReader(tokenizer, config.data, config.model.readers)
     num_rows = 1
     for name, indices in sources.stream_pools.items():
         pools = [sources.pools[index] for index in indices]
