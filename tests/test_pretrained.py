@@ -508,6 +508,18 @@ def test_contradictions_are_refused_by_name(arguments: list[str], words: str, tm
         configured(tmp_path, *arguments)
 
 
+def test_towers_of_a_snapshot_leave_the_settings_free_that_no_weight_depends_on() -> None:
+    snapshot = "checkpoints/emoji"
+    towers = [f"model.towers.{name}.pretrained={snapshot}" for name in ("text", "image")]
+    free = {"guidance_scale": 2.0, "code_noise_prob": 0.1, "loss_weight": 2.0}
+    given = [f"model.modalities.image.{key}={value}" for key, value in free.items()]
+    config = settled_config([*towers, "output_dir=nowhere", "model.towers.image.dropout=0.1", *given])
+    assert {key: getattr(config.model.modalities["image"], key) for key in free} == free
+    assert config.model.towers["image"].dropout == 0.1
+    with pytest.raises(UserError, match=r"model.modalities.image.patch_size is 4, but pretrained=checkpoints/emoji"):
+        settled_config([*towers, "output_dir=nowhere", "model.modalities.image.patch_size=4"])
+
+
 def test_a_language_model_is_for_the_tower_of_text(tmp_path: Path) -> None:
     save_language_model(tmp_path, "Llama")
     with pytest.raises(UserError, match=r"is for the tower of text, text; use copy_of=text, or the folder of a snap"):

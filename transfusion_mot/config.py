@@ -18,6 +18,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
 
+# Settings of a tower that only name the origin of its initial weights.
+ORIGINS = ("pretrained", "copy_of")
+# Settings of a tower and of a modality that no weight depends on: runs with the same weights may differ in them.
+FREE_OF_TOWER = ("dropout",)
+FREE_OF_MODALITY = ("loss_weight", "code_noise_prob", "guidance_scale")
 # Matrices of a block that can have adapters: those of the attention and of the feed-forward.
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # What a modality is trained for; `read` has no loss.

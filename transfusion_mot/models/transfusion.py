@@ -33,7 +33,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.config import ORIGINS, TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     CacheWindow,
@@ -126,7 +126,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         architecture = to_dict(model)
         for tower in architecture["towers"].values():
             # The origin of weights is not part of the model.
-            tower["pretrained"] = tower["copy_of"] = None
+            tower.update(dict.fromkeys(ORIGINS))
         return cls(sizes=sizes, architecture=architecture, diffusion=to_dict(diffusion))
 
     @classmethod
