@@ -38,6 +38,7 @@ from transfusion_mot.data import emoji_corpus
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import written_whole
 from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
@@ -222,10 +223,8 @@ def _write(drawing: Drawing, emoji: Path, output: Path) -> dict[str, tuple[str, 
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    # Renamed when complete, so that a partial file of a killed run is never read.
-    partial_path = path.with_suffix(".partial")
-    image.save(partial_path, format="PNG")
-    os.replace(partial_path, path)
+    with written_whole(path) as file:
+        image.save(file, format="PNG")
 
 
 def write_pairs(
@@ -288,9 +287,8 @@ def write_pairs(
     for drawing, other in style_pairs(drawings):
         add("style", drawing, f"../{_DRAWINGS}/{other.file_name}", [phrase.format(other.style) for phrase in _STYLE])
     for kind in KINDS:
-        partial_path = output / kind / "metadata.jsonl.partial"
-        partial_path.write_text("".join(lines[kind]), encoding="utf-8")
-        os.replace(partial_path, output / kind / "metadata.jsonl")
+        with written_whole(output / kind / "metadata.jsonl") as file:
+            file.write_text("".join(lines[kind]), encoding="utf-8")
     shutil.copyfile(emoji / "LICENSES", output / "LICENSES")
     return counts_by_split
 

@@ -31,7 +31,7 @@ from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
 from transfusion_mot.data.sources.base import Split, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import lines_of, written_whole
 from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
@@ -166,18 +166,15 @@ def _record_to_file(task: tuple[Utterance, Path, int]) -> float:
         return float(soundfile.info(path).duration)
     audio = record(utterance, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete, so that a partial file of a killed run is never read.
-    partial = path.with_suffix(".partial")
-    soundfile.write(partial, audio.samples, audio.sample_rate, format="OGG", subtype="VORBIS")
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        soundfile.write(file, audio.samples, audio.sample_rate, format="OGG", subtype="VORBIS")
     return audio.seconds
 
 
 def _write_metadata(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "metadata.jsonl.partial"
-    partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-    os.replace(partial, folder / "metadata.jsonl")
+    with written_whole(folder / "metadata.jsonl") as file:
+        file.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
 
 
 def write_corpus(
