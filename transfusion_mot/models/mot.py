@@ -25,7 +25,7 @@ from transfusion_mot.models.attention import (
     cached_attention,
     joint_attention,
 )
-from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, attention_factor, rotate
+from transfusion_mot.models.layers import ROPE_TYPES, QKVProjection, RMSNorm, SwiGLU, attention_factor, rotate
 
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
@@ -376,9 +376,8 @@ def _check_rope(config: ModelConfig) -> None:
     """Refuse invalid rotary positions."""
     scaling = config.rope_scaling
     if scaling is not None:
-        kinds = ("default", "linear", "dynamic", "llama3", "yarn")
-        if scaling.get("rope_type") not in kinds:
-            raise UserError(f"model.rope_scaling is {scaling}; its rope_type must be one of {', '.join(kinds)}")
+        if scaling.get("rope_type") not in ROPE_TYPES:
+            raise UserError(f"model.rope_scaling is {scaling}; its rope_type must be one of {', '.join(ROPE_TYPES)}")
         try:
             attention_factor(config.head_dim, config.rope_theta, scaling)
         except (KeyError, TypeError, ValueError) as error:
