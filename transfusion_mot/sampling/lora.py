@@ -20,7 +20,7 @@ from torch import Tensor
 
 from transfusion_mot.config import LoraConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG
+from transfusion_mot.files import ADAPTER_CONFIG, step_folders
 from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
@@ -260,8 +260,7 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         # `AdapterInfo.read` refuses a folder that is neither an adapter nor a run.
-        steps = {path: path.name[5:] for path in folder.glob("snapshots/step-*") if path.name[5:].isdigit()}
-        return max(steps, key=lambda path: int(steps[path]), default=folder)
+        return [folder, *step_folders(folder / "snapshots")][-1]
     refuse_missing_path(str(name), "adapter")
     try:
         return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
