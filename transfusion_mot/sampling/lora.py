@@ -12,8 +12,6 @@ from typing import Any, Self
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from transfusion_mot.config import LoraConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import ADAPTER_CONFIG, step_folders
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 
@@ -262,11 +260,7 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
         # `AdapterInfo.read` refuses a folder that is neither an adapter nor a run.
         return [folder, *step_folders(folder / "snapshots")][-1]
     refuse_missing_path(str(name), "adapter")
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-    except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"adapter {name} is not a folder and not on the Hugging Face hub ({reason})") from None
+    return download(str(name), [ADAPTER_CONFIG, ADAPTER_WEIGHTS], "adapter")
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
