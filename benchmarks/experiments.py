@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.arms import arms_parser
 from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import read_report
 from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str]) -> None:
         keys.append(f"--training.num_steps={given.steps}")
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    threads = max(1, usable_cores() // given.jobs)
     devices: SimpleQueue[str] = SimpleQueue()
     for _, device in zip(range(given.jobs), cycle(visible_devices()), strict=False):
         devices.put(device)

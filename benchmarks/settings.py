@@ -12,7 +12,6 @@ train.py.
 """
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from benchmarks.arms import arms_parser
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ class Runs:
         self.devices: SimpleQueue[str] = SimpleQueue()
         for _, device in zip(range(jobs), cycle(visible_devices()), strict=False):
             self.devices.put(device)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, usable_cores() // jobs)
         self.python = Experiments(Path.cwd(), output, keys, [], threads, self.devices)
 
     def folder(self, arm: str, seed: int) -> Path:

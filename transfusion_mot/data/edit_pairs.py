@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -34,6 +33,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data import emoji_corpus
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.data.sources.tables import rows_of
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--most", type=int, metavar="N", help="maximum number of drawings (default: all)")
     add("--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the names (default: 0.05)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    add("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
     given = parser.parse_args(arguments)
     if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
         raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")

@@ -8,7 +8,6 @@ them, a model must combine a known style and name.
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
@@ -236,7 +236,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
 
 
 def check_options(given: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.espeak import check_voices, speak
 from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
@@ -258,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the definitions (default: 0.05)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all choices (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
     return parser
 
 

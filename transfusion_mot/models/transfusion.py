@@ -20,7 +20,6 @@ import copy
 import functools
 import hashlib
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from transfusion_mot.config import ORIGINS, TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     CacheWindow,
@@ -212,7 +212,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         modules = ((base_name(name), module) for name, module in self.named_modules())
         owners = [(name, module) for name, module in modules if list(module.parameters(recurse=False))]
         # One thread draws 10^8 numbers a second, of which a model of the papers has up to 10^10.
-        threads = min(8, os.cpu_count() or 1)
+        threads = min(8, usable_cores())
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(owners), threads):
                 some = owners[start : start + threads]
