@@ -313,6 +313,14 @@ def test_modalities_that_no_model_can_have(modalities: dict[str, ModalityConfig]
         check_architecture(ModelConfig(towers={"a": TowerConfig(8, 8)}, modalities=modalities))
 
 
+def test_one_of_several_towers_is_not_named_like_the_weights_that_they_share() -> None:
+    modalities = {"text": ModalityConfig("shared"), "image": ModalityConfig("b", "diffusion")}
+    with pytest.raises(UserError, match="the name 'shared' beside"):
+        check_architecture(
+            ModelConfig(towers={"shared": TowerConfig(8, 8), "b": TowerConfig(8, 8)}, modalities=modalities)
+        )
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "none.yaml") in refusal("--config", str(tmp_path / "none.yaml"))
 

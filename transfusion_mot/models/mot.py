@@ -295,6 +295,11 @@ def check_architecture(config: ModelConfig) -> None:
                 )
     if len(config.made) == 1:
         raise UserError("model.modalities has only text; add another modality")
+    if SHARED in config.towers and len(config.towers) > 1:
+        raise UserError(
+            f"model.towers has the name '{SHARED}' beside {sorted(set(config.towers) - {SHARED})}; it is reserved for "
+            "the weights that towers share; give another one"
+        )
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
             f"model.modalities has the name '{min(taken)}', which is reserved for batches and the log; give another one"
