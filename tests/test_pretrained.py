@@ -33,7 +33,7 @@ from transfusion_mot.data.layout import TokenRun
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
-from transfusion_mot.models.attention import dense_mask
+from transfusion_mot.models.attention import dense_mask, slot_ids
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.layers import rotary_angles
 from transfusion_mot.models.pretrained import LanguageModel
@@ -363,7 +363,7 @@ def test_insulation_is_that_of_a_naive_attention(insulated: list[str]) -> None:
     config = tiny_config(num_heads=4, num_kv_heads=2)
     model = tiny_model(config)
     rows = make_rows([[[3, "image", 2], [2]], [[2, "image"]]], {"text": 8, "image": 1}, config)
-    slots = model.slot_ids(rows.inputs, rows.slots)
+    slots = slot_ids(model.architecture, rows.inputs, rows.slots)
     mask = dense_mask(slots, slots)
     generator = torch.Generator().manual_seed(0)
     count, length = mask.shape[0], mask.shape[1]
