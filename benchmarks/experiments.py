@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.arms import arms_parser
 from transfusion_mot.config import RunConfig, parse_config
@@ -130,6 +130,14 @@ class Experiments:
     protocol: list[str]
     threads: int
     devices: SimpleQueue[str]
+
+    @classmethod
+    def here(cls, output: Path, keys: list[str], protocol: list[str], jobs: int) -> Self:
+        """Arms that are trained from the working directory, `jobs` at a time."""
+        devices: SimpleQueue[str] = SimpleQueue()
+        for _, device in zip(range(jobs), cycle(visible_devices()), strict=False):
+            devices.put(device)
+        return cls(Path.cwd(), output, keys, protocol, max(1, usable_cores() // jobs), devices)
 
     def folder(self, arm: str, seed: int) -> Path:
         """The run folder of an arm."""
@@ -278,12 +286,8 @@ def main(arguments: Sequence[str]) -> None:
         keys.append(f"--training.num_steps={given.steps}")
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
-    threads = max(1, usable_cores() // given.jobs)
-    devices: SimpleQueue[str] = SimpleQueue()
-    for _, device in zip(range(given.jobs), cycle(visible_devices()), strict=False):
-        devices.put(device)
     protocol = [f"--{key.removeprefix('--')}" for key in given.protocol]
-    experiments = Experiments(Path.cwd(), output, keys, protocol, threads, devices)
+    experiments = Experiments.here(output, keys, protocol, given.jobs)
     wanted = [(arm, seed, experiments.snapshot(arm, seed)) for seed in given.seeds for arm in given.arms]
     if not all(snapshot.exists() for _, _, snapshot in wanted):
         experiments.cache()
