@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from transfusion_mot.cores import usable_cores
 from transfusion_mot.data import emoji_corpus
-from transfusion_mot.data.sources.base import share_of
+from transfusion_mot.data.sources.base import picked, share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.files import written_whole
@@ -72,9 +72,9 @@ class Drawing:
         """A random number in [0, 1) that depends only on the drawing and the purpose."""
         return share_of(f"{what}\n{self.file_name}", 0)
 
-    def pick(self, what: str, among: Sequence[Any]) -> Any:
+    def pick(self, what: str, among: Sequence[str]) -> str:
         """A random choice that depends only on the drawing and the purpose."""
-        return among[int(self.draw(what) * len(among))]
+        return picked(among, f"{what}\n{self.file_name}", 0)
 
 
 # Phrases of an instruction, and the target image.

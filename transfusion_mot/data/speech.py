@@ -29,7 +29,7 @@ from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.espeak import check_voices, speak
 from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
-from transfusion_mot.data.sources.base import Split, share_of
+from transfusion_mot.data.sources.base import Split, picked, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import lines_of, written_whole
@@ -89,10 +89,6 @@ class Utterance:
         return audio | {"text": self.text, "voice": self.voice, "split": self.split}
 
 
-def _pick(choices: Sequence[Any], what: str, seed: int) -> Any:
-    return choices[int(len(choices) * share_of(what, seed))]
-
-
 def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance]:
     """The names of the pictures that `python -m transfusion_mot.data.emoji` has written.
 
@@ -111,7 +107,7 @@ def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance
     for file_name, name, split in named:
         picture = os.path.relpath(pictures / file_name, output / "captions")
         recording = Path(file_name).with_suffix(".ogg").as_posix()
-        yield Utterance("captions", recording, name, _pick(VOICES, f"voice {file_name}", seed), split, picture)
+        yield Utterance("captions", recording, name, picked(VOICES, f"voice {file_name}", seed), split, picture)
 
 
 def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) -> list[Utterance]:
@@ -124,7 +120,7 @@ def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) 
             "glosses",
             f"{index // 1000:03d}/{index:06d}.ogg",
             text,
-            _pick(VOICES, f"voice {text}", seed),
+            picked(VOICES, f"voice {text}", seed),
             "held_out" if share_of(f"split {text}", seed) < fraction else "train",
         )
         for index, text in enumerate(drawn)
@@ -138,7 +134,7 @@ def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]
             "new_voices",
             f"{said.folder}/{said.name}",
             said.text,
-            _pick(NEW_VOICES, f"voice {said.name}", seed),
+            picked(NEW_VOICES, f"voice {said.name}", seed),
             "held_out",
         )
         for said in utterances
@@ -152,8 +148,8 @@ def record(utterance: Utterance, seed: int) -> Audio:
     spoken = speak(
         utterance.text,
         utterance.voice,
-        words_per_minute=_pick(range(_SLOWEST, _FASTEST + 1), f"rate {key}", seed),
-        pitch=_pick(range(_LOWEST, _HIGHEST + 1), f"pitch {key}", seed),
+        words_per_minute=picked(range(_SLOWEST, _FASTEST + 1), f"rate {key}", seed),
+        pitch=picked(range(_LOWEST, _HIGHEST + 1), f"pitch {key}", seed),
     )
     silence = int(_SILENCE_SECONDS * SAMPLE_RATE)
     return Audio(np.pad(resample(spoken, SAMPLE_RATE), silence), SAMPLE_RATE)
