@@ -14,7 +14,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, SourceConfig
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import Metric, save_metrics
 from transfusion_mot.path_options import PathOption, existing
@@ -119,7 +119,7 @@ def main() -> None:
         "consumption (rows a second)": given.consumption,
         "seconds": given.seconds,
         "device": name,
-        "CPUs": len(os.sched_getaffinity(0)),
+        "CPUs": usable_cores(),
     }
     metrics = [Metric(metric.name, metric.value, metric.protocol | settings) for metric in metrics]
     save_metrics(metrics, given.output, ["python", "-m", "benchmarks.data", *without_output(sys.argv[1:])])

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.arms import arms_parser
 from transfusion_mot.config import RunConfig, parse_config
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import read_report
 from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
@@ -129,6 +130,14 @@ class Experiments:
     protocol: list[str]
     threads: int
     devices: SimpleQueue[str]
+
+    @classmethod
+    def here(cls, output: Path, keys: list[str], protocol: list[str], jobs: int) -> Self:
+        """Arms that are trained from the working directory, `jobs` at a time."""
+        devices: SimpleQueue[str] = SimpleQueue()
+        for _, device in zip(range(jobs), cycle(visible_devices()), strict=False):
+            devices.put(device)
+        return cls(Path.cwd(), output, keys, protocol, max(1, usable_cores() // jobs), devices)
 
     def folder(self, arm: str, seed: int) -> Path:
         """The run folder of an arm."""
@@ -277,12 +286,8 @@ def main(arguments: Sequence[str]) -> None:
         keys.append(f"--training.num_steps={given.steps}")
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // given.jobs)
-    devices: SimpleQueue[str] = SimpleQueue()
-    for _, device in zip(range(given.jobs), cycle(visible_devices()), strict=False):
-        devices.put(device)
     protocol = [f"--{key.removeprefix('--')}" for key in given.protocol]
-    experiments = Experiments(Path.cwd(), output, keys, protocol, threads, devices)
+    experiments = Experiments.here(output, keys, protocol, given.jobs)
     wanted = [(arm, seed, experiments.snapshot(arm, seed)) for seed in given.seeds for arm in given.arms]
     if not all(snapshot.exists() for _, _, snapshot in wanted):
         experiments.cache()

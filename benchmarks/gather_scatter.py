@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, training_mask
-from transfusion_mot.models.inputs import ModalityInput, Slots, TokenInput
+from transfusion_mot.models.attention import AttentionMask, SlotIds, joint_attention, slot_ids, training_mask
+from transfusion_mot.models.inputs import ModalityInput, Slots
 from transfusion_mot.models.layers import QKVProjection, rotary_angles, rotate
 from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
@@ -145,7 +145,7 @@ class GatherScatterMoT(nn.Module):
         names = [name for name in config.stream_order if name in inputs]
         lengths = [model.num_slots(name, inputs[name]) for name in names]
         indexes = {name: part.flatten() for name, part in zip(names, places.split(lengths, dim=1), strict=True)}
-        ids = model.slot_ids(inputs, slots)
+        ids = slot_ids(config, inputs, slots)
         ids = SlotIds(
             ids.document_ids.gather(1, read),
             ids.order.gather(1, read),
@@ -174,7 +174,7 @@ class GatherScatterMoT(nn.Module):
         for name, index in indexes.items():
             hidden = model.final_norm[config.modalities[name].tower](packed_LD[index]).unflatten(0, (rows, -1))
             modality, given = model.modality(name), cast(Any, inputs[name])
-            if (given.labels if isinstance(given, TokenInput) else given.noise) is not None:
+            if given.has_loss:
                 terms[name] = modality.loss(hidden, given, kept[name], z_loss_weight)
             else:
                 predictions[name] = modality.predict(hidden, given, kept[name])

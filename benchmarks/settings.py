@@ -12,14 +12,11 @@ train.py.
 """
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
 from pathlib import Path
-from queue import SimpleQueue
 
 from benchmarks.arms import arms_parser
 from transfusion_mot.errors import UserError, exit_on_user_error
@@ -69,7 +66,7 @@ if __name__ == "__main__":
 
 from matplotlib.figure import Figure
 
-from benchmarks.experiments import Experiments, visible_devices
+from benchmarks.experiments import Experiments
 from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, Lines, loss_units, read_metrics
 
 
@@ -85,11 +82,8 @@ class Runs:
     def __init__(self, output: Path, keys: list[str], jobs: int) -> None:
         self.output = output
         self.keys = keys
-        self.devices: SimpleQueue[str] = SimpleQueue()
-        for _, device in zip(range(jobs), cycle(visible_devices()), strict=False):
-            self.devices.put(device)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.python = Experiments(Path.cwd(), output, keys, [], threads, self.devices)
+        self.python = Experiments.here(output, keys, [], jobs)
+        self.devices = self.python.devices
 
     def folder(self, arm: str, seed: int) -> Path:
         """The run folder of an arm."""

@@ -69,7 +69,7 @@ from benchmarks.kernel_profile import profile_step
 from benchmarks.workload import CHANNELS, DIFFUSION, make_loader
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.row_arrays import RowShape
-from transfusion_mot.models.attention import KernelChoice, dense_mask
+from transfusion_mot.models.attention import KernelChoice, dense_mask, slot_ids
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, TokenInput
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
@@ -279,7 +279,7 @@ def block_pairs(batch: Batch, model: TransfusionMoT, block: int) -> float:
     """Pairs of slots in the blocks of a row that a kernel cannot skip, mean over rows."""
     total = 0
     for row in batch.split(1):
-        slots = model.slot_ids(row.inputs, row.slots)
+        slots = slot_ids(model.architecture, row.inputs, row.slots)
         mask = dense_mask(slots, slots)[0]
         pad = -len(mask) % block
         tiles = nn.functional.pad(mask, (0, pad, 0, pad)).unflatten(1, (-1, block)).unflatten(0, (-1, block))

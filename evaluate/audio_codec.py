@@ -9,10 +9,10 @@ after the codec. The recogniser makes errors, too: compare the two numbers with 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_device,
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="held-out recordings of each folder (default: 200)",
     )
     parser.add_argument(
-        "--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="processes of the recogniser"
+        "--workers", type=at_least_one, default=usable_cores(), metavar="N", help="processes of the recogniser"
     )
     add_device(parser)
     add_output(parser)

@@ -11,11 +11,11 @@ are compared in lower case, without punctuation; see docs/speech.md.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from transfusion_mot.cli.options import DTYPES
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_checkpoint,
@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--batch-size", type=at_least_one, default=32, metavar="N", help="recordings at a time (default: 32)"
     )
     parser.add_argument(
-        "--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="processes of the recogniser"
+        "--workers", type=at_least_one, default=usable_cores(), metavar="N", help="processes of the recogniser"
     )
     parser.add_argument(
         "--save", metavar="FOLDER", help="also write the model's speech as WAV files, and its transcripts"

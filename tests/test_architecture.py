@@ -31,7 +31,7 @@ LAYERS = [
     ["diffusion", "losses", "codecs"],
     ["schedulers"],
     ["config"],
-    ["config_checks", "files", "hub_names", "installed", "outputs", "path_options"],
+    ["config_checks", "cores", "files", "hub_names", "installed", "outputs", "path_options"],
     ["errors", ""],
 ]
 

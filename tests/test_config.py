@@ -189,12 +189,32 @@ def test_wrong_type_is_refused_with_key_value_and_what_is_expected(argument: str
         ("codecs.image.batch_size=0", "at least 1"),
         ("model.modalities.image.loss_weight=-1", "at least 0"),
         ("model.modalities.image.unet_num_layers=0", "at least 1"),
+        ("model.towers.text.norm_eps=-1", "above 0"),
+        ("optimizer.betas=[0.9, 1.5]", "at least 0 and below 1"),
     ],
 )
 def test_number_that_no_run_can_have_is_refused(argument: str, needed: str) -> None:
     message = refusal(argument)
     assert f"{argument.split('=')[0]} is " in message
     assert f"must be {needed}" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "needed"),
+    [
+        ("block_out_channels=[]", "must have widths, each at least 1"),
+        ("block_out_channels=[64, 0]", "must have widths, each at least 1"),
+        ("layers_per_block=0", "must be at least 1"),
+        ("norm_num_groups=0", "must be at least 1"),
+        ("kl_weight=-1", "must be at least 0"),
+        ("audio.hop_length=0", "must be at least 1"),
+    ],
+)
+def test_number_that_no_codec_can_have_is_refused(argument: str, needed: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(AutoencoderTrainingConfig, [argument], "")
+    assert f"configuration: {argument.split('=')[0]} is " in str(error.value)
+    assert needed in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just a word\n", "b\0ad"])
@@ -291,6 +311,14 @@ def test_the_tower_of_a_modality_alone_is_answered_with_the_new_form() -> None:
 def test_modalities_that_no_model_can_have(modalities: dict[str, ModalityConfig], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_architecture(ModelConfig(towers={"a": TowerConfig(8, 8)}, modalities=modalities))
+
+
+def test_one_of_several_towers_is_not_named_like_the_weights_that_they_share() -> None:
+    modalities = {"text": ModalityConfig("shared"), "image": ModalityConfig("b", "diffusion")}
+    with pytest.raises(UserError, match="the name 'shared' beside"):
+        check_architecture(
+            ModelConfig(towers={"shared": TowerConfig(8, 8), "b": TowerConfig(8, 8)}, modalities=modalities)
+        )
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

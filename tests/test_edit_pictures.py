@@ -118,6 +118,22 @@ def test_an_adapter_that_was_trained_on_pairs_lets_a_model_edit(tmp_path) -> Non
     pipeline = tiny_pipeline()
     pipeline.load_lora_weights(folder)
     assert len(pipeline.edit(pictures(1), "sun", 2).images) == 1
+    pipeline.load_lora_weights(folder, "second")
+    pipeline.delete_adapters("default_0")
+    assert pipeline.config.trained_on_edits
+    pipeline.unload_lora_weights()
+    assert not pipeline.config.trained_on_edits
+    pipeline.load_lora_weights(folder)
+    pipeline.delete_adapters("default_0")
+    assert not pipeline.config.trained_on_edits
+    pipeline.load_lora_weights(folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert pipeline.config.trained_on_edits
+    editor = tiny_pipeline(trained_on_edits=True)
+    editor.load_lora_weights(folder)
+    editor.unload_lora_weights()
+    assert editor.config.trained_on_edits
 
 
 # --- sample.py. ---

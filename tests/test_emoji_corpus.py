@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on(packages, monkeypatch):
     entries = draw(packages)
     folder = packages / "corpus"
     (folder / "noto" / "red-dot.png").unlink()
-    (folder / "noto" / "red-dot.partial").write_bytes(b"half")
+    (folder / "noto" / ".red-dot.png.partial").write_bytes(b"half")
     kept = folder / "twemoji" / "red-dot.png"
     kept.write_bytes(b"not drawn again")
     assert draw(packages) == entries

@@ -190,6 +190,27 @@ def test_what_was_trained_as_a_whole_comes_and_goes_with_its_adapter(adapters: l
     pipeline.load_lora_weights(adapters[0])
 
 
+def test_an_adapter_of_the_name_of_one_fused_before_leaves_with_all_its_weights(adapters: list[Path]) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(adapters[0])
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    fused = painted(pipeline)
+    pipeline.load_lora_weights(adapters[1])
+    assert not torch.equal(painted(pipeline), fused)
+    pipeline.unload_lora_weights()
+    assert torch.equal(painted(pipeline), fused)
+
+
+def test_an_adapter_without_a_name_gets_a_free_one(adapters: list[Path]) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(adapters[1])
+    pipeline.load_lora_weights(adapters[0])
+    pipeline.delete_adapters("default_0")
+    pipeline.load_lora_weights(adapters[1])
+    assert set(pipeline.get_active_adapters()) == {"default_0", "default_1"}
+
+
 def test_what_is_no_adapter_of_the_model_is_refused(adapters: list[Path], tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     narrow = write_adapter(tmp_path / "narrow", LoraConfig(2), 3, num_layers=7)

@@ -21,7 +21,7 @@ from transfusion_mot.reporting.flops import (
     weight_flops_per_row,
 )
 from transfusion_mot.training.log import RunLog
-from transfusion_mot.training.metrics import read_metrics
+from transfusion_mot.training.metrics import append_metrics, read_metrics, replace_metrics
 from transfusion_mot.training.step import StepResult
 
 
@@ -48,7 +48,8 @@ def result(text: float, tokens: float, image: float, elements: float, norm: floa
     counts = torch.tensor([tokens, elements], dtype=torch.float64)
     text_losses, image_losses = torch.zeros(8, 12), torch.zeros(8, 2)
     text_losses[2, 5], image_losses[1, 0] = text, image  # a labelled slot, and a real image
-    return StepResult({"text": text_losses, "image": image_losses}, counts, torch.tensor(norm), {})
+    of_towers = {"text": torch.tensor(norm), "image": torch.tensor(norm)}
+    return StepResult({"text": text_losses, "image": image_losses}, counts, torch.tensor(norm), of_towers)
 
 
 def write(log: RunLog, lr: float) -> str:
@@ -67,7 +68,7 @@ def test_losses_are_sums_over_counts_of_all_steps_since_the_last_line(accelerato
     assert first["text_loss"] == pytest.approx(30 / 20)
     assert first["image_loss"] == pytest.approx(30 / 10)
     assert first["loss"] == pytest.approx(1.5 + 2 * 3.0)
-    assert (first["grad_norm"], first["lr"]) == (7.0, 0.5)
+    assert (first["grad_norm"], first["grad_norm/text"], first["lr"]) == (7.0, 7.0, 0.5)
     assert (first["image_items_seen"], first["text_documents_seen"], first["text_slots_seen"]) == (4, 2, 50)
     # Two steps of 8 rows of 12 + 2 * 4 slots.
     assert first["pad_fraction"] == pytest.approx(32 / (2 * 8 * 20))
@@ -172,6 +173,28 @@ def test_run_that_goes_on_in_another_folder_takes_the_history_with_it(accelerato
     log = make_log(accelerator, tmp_path, first_step=1, history=tmp_path / "old.jsonl")
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "seconds": 7.0}]
     assert log.running["seconds"] == 7
+
+
+def test_a_kill_while_the_history_is_written_again_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_metrics(file, [{"step": 1, "loss": 2.0}])
+    append_metrics(file, [{"step": 2, "loss": 1.0}])
+
+    def killed_in_the_middle(path: Path, text: str) -> None:
+        with path.open("w") as opened:
+            opened.write(text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        replace_metrics(file, [{"step": 1, "loss": 2.0}])
+    monkeypatch.undo()
+    assert [line["step"] for line in read_metrics(file)] == [1, 2]
+    replace_metrics(file, [{"step": 1, "loss": 2.0}])
+    assert file.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_new_run_in_an_old_folder_begins_a_new_file(accelerator, tmp_path: Path) -> None:

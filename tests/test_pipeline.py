@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transfusion_mot.data.images import load_image
 from transfusion_mot.data.tokenizer import train_tokenizer
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.positions import PositionCounter
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 
@@ -74,6 +75,23 @@ def snapshot(pipeline, tmp_path_factory):
 
 def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
+
+
+def test_documents_with_too_many_rotary_positions_are_refused() -> None:
+    pipeline = tiny_pipeline()
+    architecture = pipeline.transformer.architecture
+    side = IMAGE_SIZE // pipeline.codec.downsampling // architecture.modalities["image"].patch_size
+    counter = PositionCounter(architecture.rope)
+    counter.text(2 + len(pipeline.text_tokenizer.encode("sun")))
+    counter.image(side, side)
+    picture = pipeline("sun").images[0]
+    architecture.max_position_embeddings = counter.position
+    pipeline("sun")
+    architecture.max_position_embeddings -= 1
+    with pytest.raises(UserError, match=f"needs up to {counter.position} rotary positions"):
+        pipeline("sun")
+    with pytest.raises(UserError, match="rotary positions, but the model has"):
+        pipeline.caption([picture, picture], max_new_tokens=counter.position)
 
 
 def test_a_snapshot_paints_the_same_image(pipeline, snapshot):

@@ -33,7 +33,7 @@ from transfusion_mot.data.layout import TokenRun
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
-from transfusion_mot.models.attention import dense_mask
+from transfusion_mot.models.attention import dense_mask, slot_ids
 from transfusion_mot.models.inputs import Slots, TokenInput
 from transfusion_mot.models.layers import rotary_angles
 from transfusion_mot.models.pretrained import LanguageModel
@@ -363,7 +363,7 @@ def test_insulation_is_that_of_a_naive_attention(insulated: list[str]) -> None:
     config = tiny_config(num_heads=4, num_kv_heads=2)
     model = tiny_model(config)
     rows = make_rows([[[3, "image", 2], [2]], [[2, "image"]]], {"text": 8, "image": 1}, config)
-    slots = model.slot_ids(rows.inputs, rows.slots)
+    slots = slot_ids(model.architecture, rows.inputs, rows.slots)
     mask = dense_mask(slots, slots)
     generator = torch.Generator().manual_seed(0)
     count, length = mask.shape[0], mask.shape[1]
@@ -506,6 +506,18 @@ def test_contradictions_are_refused_by_name(arguments: list[str], words: str, tm
     save_language_model(tmp_path, "Llama")
     with pytest.raises(UserError, match=words):
         configured(tmp_path, *arguments)
+
+
+def test_towers_of_a_snapshot_leave_the_settings_free_that_no_weight_depends_on() -> None:
+    snapshot = "checkpoints/emoji"
+    towers = [f"model.towers.{name}.pretrained={snapshot}" for name in ("text", "image")]
+    free = {"guidance_scale": 2.0, "code_noise_prob": 0.1, "loss_weight": 2.0}
+    given = [f"model.modalities.image.{key}={value}" for key, value in free.items()]
+    config = settled_config([*towers, "output_dir=nowhere", "model.towers.image.dropout=0.1", *given])
+    assert {key: getattr(config.model.modalities["image"], key) for key in free} == free
+    assert config.model.towers["image"].dropout == 0.1
+    with pytest.raises(UserError, match=r"model.modalities.image.patch_size is 4, but pretrained=checkpoints/emoji"):
+        settled_config([*towers, "output_dir=nowhere", "model.modalities.image.patch_size=4"])
 
 
 def test_a_language_model_is_for_the_tower_of_text(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_error_rates_are_edits_over_lengths():
     assert wer.protocol["judge"] == "x"
     assert wer.protocol["recordings"] == 40
     assert [metric.value for metric in error_rates(texts, texts, {})] == [0, 0]
+    assert error_rates([], [], {}) == []
 
 
 @pytest.fixture(scope="module")

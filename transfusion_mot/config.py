@@ -17,7 +17,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import written_whole
 
+# Settings of a tower that only name the origin of its initial weights.
+ORIGINS = ("pretrained", "copy_of")
+# Settings of a tower and of a modality that no weight depends on: runs with the same weights may differ in them.
+FREE_OF_TOWER = ("dropout",)
+FREE_OF_MODALITY = ("loss_weight", "code_noise_prob", "guidance_scale")
 # Matrices of a block that can have adapters: those of the attention and of the feed-forward.
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # What a modality is trained for; `read` has no loss.
@@ -745,7 +751,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write a resolved configuration as YAML, keys in the order of the fields."""
-    path.write_text(_as_yaml(to_dict(config)))
+    with written_whole(path) as file:
+        file.write_text(_as_yaml(to_dict(config)))
 
 
 def is_saved_config(path: Path) -> bool:

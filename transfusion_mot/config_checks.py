@@ -47,6 +47,17 @@ _AT_LEAST = {
     "latent_channels": 1,
     "codebook_size": 2,
     "commitment_weight": 0,
+    "layers_per_block": 1,
+    "norm_num_groups": 1,
+    "warmup_steps": 0,
+    "kl_weight": 0,
+    "perceptual_weight": 0,
+    "gan_weight": 0,
+    "gan_start_step": 0,
+    "audio.sample_rate": 1,
+    "audio.hop_length": 1,
+    "audio.num_mels": 1,
+    "audio.num_code_layers": 0,
 }
 # Keys of earlier versions, and the keys that replace them.
 _MOVED = {
@@ -124,10 +135,16 @@ def check_ranges(config: Any) -> None:
     for name, tower in (value("model.towers") or {}).items():
         if min(tower.hidden_size, tower.intermediate_size) < 1:
             raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
+        if tower.norm_eps is not None and not tower.norm_eps > 0:
+            raise UserError(f"configuration: model.towers.{name}.norm_eps is {tower.norm_eps}; it must be above 0")
         if not 0 <= tower.dropout < 1:
             raise UserError(
                 f"configuration: model.towers.{name}.dropout is {tower.dropout}; it must be at least 0 and below 1"
             )
+    if (betas := value("optimizer.betas")) is not None and not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"configuration: optimizer.betas is {list(betas)}; both must be at least 0 and below 1")
+    if (widths := value("block_out_channels")) is not None and (not widths or min(widths) < 1):
+        raise UserError(f"configuration: block_out_channels is {widths}; it must have widths, each at least 1")
     for source in value("data.sources") or []:
         if source.weight <= 0:
             raise UserError(f"configuration: data.sources has a weight of {source.weight}; it must be above 0")

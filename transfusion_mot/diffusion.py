@@ -18,7 +18,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from transfusion_mot.config import DiffusionConfig
-from transfusion_mot.schedulers import is_flow, make_scheduler
+from transfusion_mot.schedulers import SMALLEST_ALPHAS_CUMPROD, is_flow, make_scheduler
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 
@@ -51,8 +51,7 @@ class Diffusion:
             # sigma / alpha at t = 0, 1/T, ..., 1. Its linear interpolation is what diffusers' Euler scheduler uses
             # between training timesteps.
             alphas_cumprod = scheduler.alphas_cumprod.double()
-            # Pure noise at the end would give infinity; diffusers' Euler scheduler takes this number instead.
-            alphas_cumprod = torch.where(alphas_cumprod == 0, 2**-24, alphas_cumprod)
+            alphas_cumprod = torch.where(alphas_cumprod == 0, SMALLEST_ALPHAS_CUMPROD, alphas_cumprod)
             ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
             self._noise_ratios = torch.cat([ratios.new_zeros(1), ratios])
 

@@ -1,7 +1,9 @@
-"""Files that commands read line by line, and folders of snapshots and states."""
+"""Files that commands read line by line or write as a whole, and folders of snapshots and states."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transfusion_mot.errors import UserError
@@ -37,6 +39,25 @@ def read_lines(path: str | Path, what: str) -> list[str]:
         return lines_of(content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} '{path}' cannot be read as UTF-8 text: {error}") from None
+
+
+@contextmanager
+def written_whole(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
+    """A temporary file that replaces `path` when the block ends without an error.
+
+    So nobody reads a part of a file: neither another process, nor the next run after a kill, which overwrites the
+    temporary file.
+
+    Args:
+        is_shared: Whether other processes may write the file at the same time. Each then has its own temporary file,
+            which a killed one leaves behind.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if is_shared else f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

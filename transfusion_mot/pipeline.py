@@ -181,8 +181,8 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
             guidance_scale: How strongly media follow their context; 1 is off, None is the pipeline's own.
             height: For pictures, as for painting; for other latents their height Y.
             width: As `height`.
-            temperature: Divides the logits; 0 takes the most probable token. None is 0 for text and 1 for codes. top_p,
-            top_k: As for `caption`.
+            temperature: Divides the logits; 0 takes the most probable token. None is 0 for text and 1 for codes.
+            top_p, top_k: As for `caption`.
             generator: One for each document, or one for all.
 
         Returns:

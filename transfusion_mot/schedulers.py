@@ -66,8 +66,8 @@ _SAMPLING_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
 _LARGEST_NOISE_RATIO_OF_HEUN = 200
 # Solvers in log(alpha / sigma) start where it is at least this; at the end of a cosine schedule it is -10.
 _SMALLEST_LOG_RATIO = -5.1
-# The value that diffusers' Euler scheduler uses for an alpha^2 of zero.
-_SMALLEST_ALPHAS_CUMPROD = 2**-24
+# The value that diffusers' Euler scheduler uses for an alpha^2 of zero, with which sigma / alpha would be infinite.
+SMALLEST_ALPHAS_CUMPROD = 2**-24
 
 
 def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
@@ -199,7 +199,7 @@ def fit_samplers(trained: SchedulerMixin) -> tuple[str, ...]:
     if trained.config.get("rescale_betas_zero_snr"):
         # This class has no such argument.
         unfit.add("DPMSolverSinglestepScheduler")
-        if before_last <= _SMALLEST_ALPHAS_CUMPROD:
+        if before_last <= SMALLEST_ALPHAS_CUMPROD:
             # Its last timestep has less noise than the one before.
             unfit.add("EulerDiscreteScheduler")
         if trained.config.prediction_type == "epsilon":

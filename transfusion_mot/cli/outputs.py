@@ -1,7 +1,6 @@
 """Outputs of sampling commands: a folder to which each command adds its results, and pictures of the denoising."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from transfusion_mot.data.images import grid
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import lines_of, written_whole
 from transfusion_mot.outputs import claim, read_claim
 from transfusion_mot.pipeline import TransfusionPipeline
 
@@ -126,13 +125,14 @@ class ResultFolder:
             if not self._lines.exists():
                 # One line for each number: two runs of the command at the same time make the same results twice.
                 lines = {int(line.pop("index")): line for line in self._lines_of_parts()}
-                _write_whole(
-                    self._lines, "".join(f"{json.dumps(lines[i], ensure_ascii=False)}\n" for i in sorted(lines))
-                )
+                with written_whole(self._lines, is_shared=True) as file:
+                    text = "".join(f"{json.dumps(lines[i], ensure_ascii=False)}\n" for i in sorted(lines))
+                    file.write_text(text, encoding="utf-8")
             claims = [file for file in sorted(self._commands.glob("*.json")) if file.with_suffix(".jsonl").exists()]
             ended = [file for file in claims if read_claim(file).get("results") == self.results.name]
             texts = [file.with_suffix(".jsonl").read_text(encoding="utf-8") for file in ended]
-            _write_whole(self.results, "".join(texts))
+            with written_whole(self.results, is_shared=True) as file:
+                file.write_text("".join(texts), encoding="utf-8")
             shutil.rmtree(self._part.parent, ignore_errors=True)
         self._state.wait_for_everyone()
 
@@ -141,13 +141,6 @@ class ResultFolder:
         with self._lines.open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file atomically, also if another process writes it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def save_png(image: Image.Image, path: Path, details: dict[str, Any]) -> None:

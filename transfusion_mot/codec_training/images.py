@@ -1,7 +1,6 @@
 """Training images of a codec, their augmentation, and reconstructions of held-out images."""
 
 import dataclasses
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from transfusion_mot.codecs.base import ImageCodec, reconstruct
 from transfusion_mot.config import DataConfig
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.images import ImageArray, grid, to_pil, to_pixels
 from transfusion_mot.data.sources.base import CaptionedImages, SkippedItems, Split, read_images
 from transfusion_mot.data.sources.open import open_source
@@ -33,7 +33,7 @@ def read_split(data: DataConfig, split: Split) -> tuple[ImageArray, list[str]]:
         if not isinstance(images, CaptionedImages):
             continue
         skipped = SkippedItems()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             starts = range(0, len(images), _READ_AT_ONCE)
             for start in tqdm(starts, desc=f"reading {images.name} ({split})", unit="batch"):
                 batch = range(start, min(start + _READ_AT_ONCE, len(images)))

@@ -1,6 +1,5 @@
 """Training recordings of a speech codec."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from transfusion_mot.config import DataConfig
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.audio import UnreadableAudio, resample
 from transfusion_mot.data.sources.base import AudioSet, Documents, MediaItem, SkippedItems, Split, Text
 from transfusion_mot.data.sources.open import open_source
@@ -44,7 +44,7 @@ def read_recordings(data: DataConfig, sample_rate: int, split: Split) -> list[Re
             except UnreadableAudio as error:
                 return error
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             results = pool.map(read, entries)
             progress = f"reading {documents.name} ({split})"
             for result in tqdm(results, desc=progress, total=len(entries), unit="recording", mininterval=1.0):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from transfusion_mot.codecs.base import fingerprint_of, full_precision
+from transfusion_mot.codecs.base import fingerprint_of, full_precision, settings_of
 from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.codecs.hubert_units import HubertUnits
 from transfusion_mot.codecs.mel_vq import MelVQModel
@@ -23,8 +23,6 @@ from transfusion_mot.errors import UserError
 
 # Key in the configuration of a model, which is saved with it, for the number of used codebooks.
 _USED_CODEBOOKS = "used_codebooks"
-# Keys that transformers adds to a configuration when it is saved, and the one that `AudioCodes` adds.
-_OF_THE_FILES = {"architectures", "dtype", "transformers_version", _USED_CODEBOOKS}
 
 
 class AudioCodes:
@@ -100,9 +98,8 @@ class AudioCodes:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights, configuration and number of codebooks."""
-        config: Any = self.model.config
-        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        settings = {key: settings[key] for key in settings.keys() - _OF_THE_FILES}
+        settings = settings_of(self.model)
+        settings.pop(_USED_CODEBOOKS, None)
         return fingerprint_of(self.model, settings | {"num_codebooks": self.num_codebooks})
 
     @torch.no_grad()

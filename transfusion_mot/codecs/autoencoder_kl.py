@@ -11,7 +11,7 @@ from typing import Literal, Self
 import torch
 from diffusers import AutoencoderKL
 
-from transfusion_mot.codecs.base import fingerprint_of
+from transfusion_mot.codecs.base import fingerprint_of, settings_of
 from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.errors import UserError
 
@@ -67,7 +67,7 @@ class Autoencoder:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights and config; the same in every number format that holds the saved weights exactly."""
-        return fingerprint_of(self.vae, dict(self.vae.config))
+        return fingerprint_of(self.vae, settings_of(self.vae))
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,6 +153,17 @@ def reconstruct(codec: ImageCodec, pixels: Tensor) -> Tensor:
     return codec.decode(codec.encode(pixels)[0] if codec.kind == "latents" else codec.encode(pixels))
 
 
+# Keys that transformers adds to a configuration when it is saved.
+_OF_THE_FILES = {"architectures", "dtype", "transformers_version"}
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """Configuration of a model of diffusers or transformers, the same before and after it is saved."""
+    config: Any = model.config
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {key: value for key, value in settings.items() if key not in _OF_THE_FILES}
+
+
 def fingerprint_of(model: nn.Module, config: dict[str, Any]) -> str:
     """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -12,7 +12,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 from transformers import ChameleonVQVAE, Emu3VQVAE, JanusVQVAE
 
-from transfusion_mot.codecs.base import fingerprint_of, full_precision
+from transfusion_mot.codecs.base import fingerprint_of, full_precision, settings_of
 from transfusion_mot.codecs.checkpoint import class_name_of, load_model
 from transfusion_mot.errors import UserError
 
@@ -61,9 +61,7 @@ class ImageCodes:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of weights and configuration; the same in every number format that holds the saved weights exactly."""
-        config: Any = self.model.config
-        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        return fingerprint_of(self.model, {key: settings[key] for key in settings.keys() - _OF_THE_FILES})
+        return fingerprint_of(self.model, settings_of(self.model))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -87,9 +85,6 @@ class ImageCodes:
         with full_precision(codes.device):
             return self._decode(codes).float().clamp(-1.0, 1.0)
 
-
-# Keys that transformers adds to a configuration when it is saved.
-_OF_THE_FILES = {"architectures", "dtype", "transformers_version"}
 
 # Number of codes, downsampling, pixels => codes in any shape, codes [B, h, w] => pixels.
 _Parts = tuple[int, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]

@@ -33,7 +33,6 @@ _NAMED = (
     ("brown", (10, 36), (0.4, 1.0), (0.3, 0.62)),
 )
 # Limits in Pillow's HSV, where all three values are from 0 to 255.
-_HSV = npt.NDArray[np.uint8]
 _OPAQUE, _COLOURED, _LIT = 128, 56, 48
 _OUTLINE = 80
 _WINDOW = 13  # about 18 degrees of hue in both directions
@@ -101,7 +100,7 @@ def recoloured(drawing: Image.Image, main: MainColour, colour: tuple[float, floa
         main: Its main colour.
         colour: Hue in degrees, saturation and value in [0, 1] of the new colour.
     """
-    hsv: _HSV = np.array(drawing.convert("RGB").convert("HSV"))
+    hsv: npt.NDArray[np.uint8] = np.array(drawing.convert("RGB").convert("HSV"))
     hues, saturations, values = hsv[..., 0], hsv[..., 1], hsv[..., 2]
     # A wider range than for the main colour, because soft edges of areas are darker or paler.
     chosen = _is_near(hues, main.hue, _WINDOW + 5) & (saturations >= 28) & (values >= 24)

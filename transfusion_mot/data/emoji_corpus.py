@@ -8,7 +8,6 @@ them, a model must combine a known style and name.
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -23,10 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.images import draw_svg
 from transfusion_mot.data.npm import fetch_package, package_folder
 from transfusion_mot.data.sources.base import share_of
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import written_whole
 from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
@@ -135,14 +136,12 @@ def captions_of(icon: Icon, tags: Sequence[str]) -> list[str]:
 def _render_to_file(task: tuple[Icon, int, Path]) -> tuple[Icon, str | None]:
     """Draw one icon => (icon, error message)."""
     icon, size, folder = task
-    path = folder / icon.file_name
-    # Renamed when complete, so that a partial file of a killed run is never read; the next run overwrites it.
-    partial = path.with_suffix(".partial")
     try:
-        draw_svg(icon.svg, size).save(partial, format="PNG")
+        drawing = draw_svg(icon.svg, size)
     except ValueError as error:  # the renderer raises it for a drawing that it cannot parse
         return icon, str(error)
-    os.replace(partial, path)
+    with written_whole(folder / icon.file_name) as file:
+        drawing.save(file, format="PNG")
     return icon, None
 
 
@@ -185,9 +184,8 @@ def write_corpus(
             "split": split,
         }
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    partial = output / "metadata.jsonl.partial"
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, output / "metadata.jsonl")
+    with written_whole(output / "metadata.jsonl") as file:
+        file.write_text("".join(lines), encoding="utf-8")
     (output / "LICENSES").write_text(licences_of(package, tags), encoding="utf-8")
     return counts
 
@@ -238,7 +236,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out-fraction", type=float, default=0.05, metavar="X", help="default: 0.05")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the held-out split (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
 
 
 def check_options(given: argparse.Namespace) -> None:

@@ -230,7 +230,6 @@ def encode_shards(
         num_workers=min(data.num_workers, len(batches)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_single_thread,
     )
     begun = time.perf_counter()
     decoded_media = _Timed(loader)
@@ -289,10 +288,6 @@ def _collate(items: list[_Item]) -> _Decoded:
     are_images = bool(present) and present[0].dtype == torch.uint8
     is_new = [array is not None for array in decoded]
     return _Decoded(contents, reasons, failures, is_new, torch.stack(present) if are_images else present)
-
-
-def _single_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 class _Timed:

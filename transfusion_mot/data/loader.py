@@ -171,7 +171,7 @@ class LaneLoader:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Rows are small: one thread for each worker, and no warning from the tokenizer's own threads after the fork.
+    """No warning from the tokenizer's own threads after the fork; PyTorch already gives each worker one thread.
 
     Workers ignore signals to the process group, so that the training process can finish its step. They end when the
     training process ends or asks them to, and watch for this from threads. PyTorch's data loader only checks between
@@ -185,7 +185,6 @@ def _quiet_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     for watch in (_end_after, _end_when_asked_by):
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from transfusion_mot.config import TEXT, ModelConfig
@@ -16,7 +15,7 @@ from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.images import ImageArray
 from transfusion_mot.data.row_arrays import Block, RowShape
 from transfusion_mot.data.tokenizer import TextTokenizer
-from transfusion_mot.models.attention import SlotIds, dense_mask
+from transfusion_mot.models.attention import dense_mask, slot_ids
 from transfusion_mot.models.inputs import TokenInput
 
 Colour = tuple[int, int, int]
@@ -98,7 +97,7 @@ def draw_row(
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, 40), title, fill=_INK, font=_font(34, bold=True))
     bottom = _draw_stored(canvas, draw, row, thumbnails, top=110)
-    ends = _draw_mask(canvas, draw, row, _attends(batch, model, row), top=bottom + 40)
+    ends = _draw_mask(canvas, draw, row, _attends(batch, model), top=bottom + 40)
     ends = max(ends, _draw_documents(canvas, draw, row, tokenizer, thumbnails, bottom + 40, ends))
     canvas.crop((0, 0, _WIDTH, ends + 30)).save(path)
 
@@ -121,16 +120,9 @@ def _row(batch: Batch, model: ModelConfig) -> _Row:
     return _Row(blocks, documents, order, span_ids, modalities, ids, clean_spans)
 
 
-def _attends(batch: Batch, model: ModelConfig, row: _Row) -> npt.NDArray[np.bool_]:
-    """[S, S] whether a slot attends to another."""
-    span_ids = batch.slots.span_ids.clone()
-    for name, block in row.blocks.items():
-        if not model.modalities[name].is_bidirectional:
-            span_ids[:, block.start : block.start + block.num_slots] = -1
-    latents = [given for given in batch.inputs.values() if not isinstance(given, TokenInput)]
-    seen = [images for images in (given.seen_later for given in latents) if images is not None]
-    known = torch.cat(seen, 1) if seen else None
-    slots = SlotIds.from_spans(batch.slots.document_ids, batch.slots.order, span_ids, known)
+def _attends(batch: Batch, model: ModelConfig) -> npt.NDArray[np.bool_]:
+    """[S, S] whether a slot of the first row attends to another."""
+    slots = slot_ids(model, batch.inputs, batch.slots)
     return dense_mask(slots, slots)[0].numpy()
 
 

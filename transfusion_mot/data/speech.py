@@ -25,13 +25,14 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.data.audio import Audio, resample
 from transfusion_mot.data.espeak import check_voices, speak
 from transfusion_mot.data.human_prompts import LICENCE, Prompt, read_prompts
-from transfusion_mot.data.sources.base import Split, share_of
+from transfusion_mot.data.sources.base import Split, picked, share_of
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import lines_of
+from transfusion_mot.files import lines_of, written_whole
 from transfusion_mot.outputs import check_writable_folder, claim_output
 from transfusion_mot.path_options import PathOption, existing
 
@@ -88,10 +89,6 @@ class Utterance:
         return audio | {"text": self.text, "voice": self.voice, "split": self.split}
 
 
-def _pick(choices: Sequence[Any], what: str, seed: int) -> Any:
-    return choices[int(len(choices) * share_of(what, seed))]
-
-
 def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance]:
     """The names of the pictures that `python -m transfusion_mot.data.emoji` has written.
 
@@ -110,7 +107,7 @@ def picture_names(pictures: Path, output: Path, seed: int) -> Iterator[Utterance
     for file_name, name, split in named:
         picture = os.path.relpath(pictures / file_name, output / "captions")
         recording = Path(file_name).with_suffix(".ogg").as_posix()
-        yield Utterance("captions", recording, name, _pick(VOICES, f"voice {file_name}", seed), split, picture)
+        yield Utterance("captions", recording, name, picked(VOICES, f"voice {file_name}", seed), split, picture)
 
 
 def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) -> list[Utterance]:
@@ -123,7 +120,7 @@ def definitions(wordnet: str | None, count: int, *, fraction: float, seed: int) 
             "glosses",
             f"{index // 1000:03d}/{index:06d}.ogg",
             text,
-            _pick(VOICES, f"voice {text}", seed),
+            picked(VOICES, f"voice {text}", seed),
             "held_out" if share_of(f"split {text}", seed) < fraction else "train",
         )
         for index, text in enumerate(drawn)
@@ -137,7 +134,7 @@ def by_new_voices(utterances: Sequence[Utterance], seed: int) -> list[Utterance]
             "new_voices",
             f"{said.folder}/{said.name}",
             said.text,
-            _pick(NEW_VOICES, f"voice {said.name}", seed),
+            picked(NEW_VOICES, f"voice {said.name}", seed),
             "held_out",
         )
         for said in utterances
@@ -151,8 +148,8 @@ def record(utterance: Utterance, seed: int) -> Audio:
     spoken = speak(
         utterance.text,
         utterance.voice,
-        words_per_minute=_pick(range(_SLOWEST, _FASTEST + 1), f"rate {key}", seed),
-        pitch=_pick(range(_LOWEST, _HIGHEST + 1), f"pitch {key}", seed),
+        words_per_minute=picked(range(_SLOWEST, _FASTEST + 1), f"rate {key}", seed),
+        pitch=picked(range(_LOWEST, _HIGHEST + 1), f"pitch {key}", seed),
     )
     silence = int(_SILENCE_SECONDS * SAMPLE_RATE)
     return Audio(np.pad(resample(spoken, SAMPLE_RATE), silence), SAMPLE_RATE)
@@ -166,18 +163,15 @@ def _record_to_file(task: tuple[Utterance, Path, int]) -> float:
         return float(soundfile.info(path).duration)
     audio = record(utterance, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete, so that a partial file of a killed run is never read.
-    partial = path.with_suffix(".partial")
-    soundfile.write(partial, audio.samples, audio.sample_rate, format="OGG", subtype="VORBIS")
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        soundfile.write(file, audio.samples, audio.sample_rate, format="OGG", subtype="VORBIS")
     return audio.seconds
 
 
 def _write_metadata(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "metadata.jsonl.partial"
-    partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-    os.replace(partial, folder / "metadata.jsonl")
+    with written_whole(folder / "metadata.jsonl") as file:
+        file.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
 
 
 def write_corpus(
@@ -261,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out-fraction", type=float, default=0.05, metavar="X", help="share of the definitions (default: 0.05)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all choices (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a CPU")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="default: one a CPU")
     return parser
 
 

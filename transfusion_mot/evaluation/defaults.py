@@ -1,8 +1,9 @@
 """Defaults of evaluations. The options of commands use them, so nothing here loads PyTorch."""
 
-import multiprocessing
 import os
 from typing import Literal
+
+from transfusion_mot.cores import usable_cores
 
 FeatureChoice = Literal["auto", "inception", "legacy", "legacy_tensorflow", "dinov2", "clip", "efficientnet"]
 
@@ -22,4 +23,4 @@ def default_num_workers() -> int:
     """Images decoded at a time: this process's share of the host's cores, at most 16."""
     # Environment variable of torchrun and `accelerate launch` with the number of processes on this host.
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, multiprocessing.cpu_count() // shared_by))
+    return max(1, min(16, usable_cores() // shared_by))

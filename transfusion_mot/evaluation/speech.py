@@ -106,7 +106,7 @@ def normalise(text: str) -> str:
 
 def error_rates(texts: Sequence[str], transcripts: Sequence[str], protocol: dict[str, Any]) -> list[Metric]:
     """Word and character error rate: insertions, deletions and substitutions over the words or characters of all
-    texts, each with an interval over the recordings.
+    texts, each with an interval over the recordings; no metrics without texts.
 
     Args:
         texts: The true texts; each has at least one word.
@@ -120,6 +120,8 @@ def error_rates(texts: Sequence[str], transcripts: Sequence[str], protocol: dict
         import jiwer
     except ImportError:
         raise UserError("word error rates need the package jiwer: pip install 'transfusion-mot[speech]'") from None
+    if not texts:
+        return []
     pairs = [(normalise(text), normalise(heard)) for text, heard in zip(texts, transcripts, strict=True)]
     metrics = []
     for name, process in (("WER", jiwer.process_words), ("CER", jiwer.process_characters)):

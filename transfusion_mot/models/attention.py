@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from transfusion_mot.config import ModelConfig
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # It comes with torch for CUDA only.
 if HAS_TRITON:
@@ -70,11 +72,11 @@ class SlotIds:
         """Find the horizons.
 
         Args:
-            document_ids, order: [B, S]; -1 is padding.
+            document_ids: [B, S], the document of a slot; -1 is padding.
+            order: [B, S], reading order inside the document.
             span_ids: [B, S], the image a patch belongs to, counted from 0 in each row; -1 on text.
-                    copies: [B, K] bool, True for images that later slots see; the other images are seen only by
-                        themselves. None if
-            later slots see all images.
+            copies: [B, K] bool, True for images that later slots see; the others are seen only by themselves. None if
+                later slots see all images.
         """
         slots = torch.arange(order.shape[1], device=order.device)
         document_ids = torch.where(document_ids < 0, -1 - slots, document_ids)
@@ -85,6 +87,29 @@ class SlotIds:
             return cls(document_ids, order, horizon, None)
         is_seen = F.pad(copies, (1, 0), value=True).gather(1, spans)
         return cls(document_ids, order, horizon, torch.where(is_seen, _BEYOND, horizon))
+
+
+def slot_ids(config: ModelConfig, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
+    """Ids of each slot of a batch; spans with causal attention do not count as spans."""
+    latents = [given for given in inputs.values() if isinstance(given, LatentInput)]
+    seen = [images for images in (given.seen_later for given in latents) if images is not None]
+    # Spans are counted over all latents of a row.
+    assert len(seen) in (0, len(latents)), "either all latents have clean copies, or none"
+    spans = _bidirectional(config, inputs, slots)
+    return SlotIds.from_spans(slots.document_ids, slots.order, spans, torch.cat(seen, 1) if seen else None)
+
+
+def _bidirectional(config: ModelConfig, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
+    """Span ids [B, S], -1 also where the attention inside a span is causal."""
+    if all(m.is_bidirectional for m in config.modalities.values() if m.objective != "next_token"):
+        return slots.span_ids
+    made_of = {name: config.modalities[name] for name in config.stream_order if name in inputs}
+    lengths = [inputs[name].num_slots(modality.patch_size) for name, modality in made_of.items()]
+    parts = [
+        part if modality.is_bidirectional else torch.full_like(part, -1)
+        for modality, part in zip(made_of.values(), slots.span_ids.split(lengths, dim=1), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _may_attend(

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ class WeightFiles:
     def __init__(self, folder: Path, stem: str) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
+        self._open_files: dict[Path, Any] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
             self._file_of = dict.fromkeys(self._opened(single).keys(), single)
@@ -74,10 +74,6 @@ class WeightFiles:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{self._file_of[name]}: {name} is not finite; use other weights, as of an earlier step")
         return tensor
-
-    @cached_property
-    def _open_files(self) -> dict[Path, Any]:
-        return {}
 
     def _opened(self, path: Path) -> Any:
         """Memory-mapped: a tensor takes memory when it is read."""

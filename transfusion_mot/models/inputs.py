@@ -30,6 +30,10 @@ class TokenInput(NamedTuple):
         """Whether there is something to predict."""
         return self.labels is not None
 
+    def num_slots(self, patch_size: int) -> int:
+        """Slots of a row that these tokens take; tokens have no patches."""
+        return self.ids.shape[1]
+
     def loss_count(self) -> Tensor:
         """[] float64, slots with a loss."""
         assert self.labels is not None
@@ -66,6 +70,11 @@ class LatentInput(NamedTuple):
     def has_loss(self) -> bool:
         """Whether there is something to predict."""
         return self.noise is not None
+
+    def num_slots(self, patch_size: int) -> int:
+        """Slots of a row that these images take."""
+        _, images, _, height, width = self.latents.shape
+        return images * height * width // patch_size**2
 
     @property
     def is_filled(self) -> Tensor:

@@ -25,7 +25,7 @@ from transfusion_mot.models.attention import (
     cached_attention,
     joint_attention,
 )
-from transfusion_mot.models.layers import QKVProjection, RMSNorm, SwiGLU, attention_factor, rotate
+from transfusion_mot.models.layers import ROPE_TYPES, QKVProjection, RMSNorm, SwiGLU, attention_factor, rotate
 
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
@@ -123,7 +123,6 @@ class MoTBlock(nn.Module):
         if self.checkpointing == "selective":
             kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         # Inside the compiled function, so that the compiler sees which operations to keep. Nothing is drawn at random
-        # in
         # here: what a compiled block draws again comes from generators of the compiler, which no seed of ours reaches.
         return checkpoint(
             lambda: self._transform(streams, rotary, mask, None, dropout_masks),
@@ -296,6 +295,11 @@ def check_architecture(config: ModelConfig) -> None:
                 )
     if len(config.made) == 1:
         raise UserError("model.modalities has only text; add another modality")
+    if SHARED in config.towers and len(config.towers) > 1:
+        raise UserError(
+            f"model.towers has the name '{SHARED}' beside {sorted(set(config.towers) - {SHARED})}; it is reserved for "
+            "the weights that towers share; give another one"
+        )
     if taken := set(config.modalities) & _TAKEN_NAMES:
         raise UserError(
             f"model.modalities has the name '{min(taken)}', which is reserved for batches and the log; give another one"
@@ -377,9 +381,8 @@ def _check_rope(config: ModelConfig) -> None:
     """Refuse invalid rotary positions."""
     scaling = config.rope_scaling
     if scaling is not None:
-        kinds = ("default", "linear", "dynamic", "llama3", "yarn")
-        if scaling.get("rope_type") not in kinds:
-            raise UserError(f"model.rope_scaling is {scaling}; its rope_type must be one of {', '.join(kinds)}")
+        if scaling.get("rope_type") not in ROPE_TYPES:
+            raise UserError(f"model.rope_scaling is {scaling}; its rope_type must be one of {', '.join(ROPE_TYPES)}")
         try:
             attention_factor(config.head_dim, config.rope_theta, scaling)
         except (KeyError, TypeError, ValueError) as error:

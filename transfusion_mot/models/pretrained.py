@@ -15,6 +15,7 @@ from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport
+from transfusion_mot.models.layers import ROPE_TYPES
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import TransfusionMoT
 
@@ -36,7 +37,6 @@ _REFUSED = {
     "OlmoeForCausalLM": _EXPERTS,
     "GPT2LMHeadModel": "it has LayerNorms and learned positions",
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt"]
 
 
@@ -238,9 +238,9 @@ def _check(name: str, family: str, config: PreTrainedConfig) -> None:
         raise UserError(f"{name} is quantised; give the model in bfloat16, float16 or float32")
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
+    if rope_type not in ROPE_TYPES:
         raise UserError(
-            f"{name} has rotary positions of the type {rope_type}; a tower can have {', '.join(_ROPE_TYPES)}"
+            f"{name} has rotary positions of the type {rope_type}; a tower can have {', '.join(ROPE_TYPES)}"
         )
     for what, wrong in (
         (f"the activation {config.hidden_act}, and a tower has silu", config.hidden_act not in ("silu", "swish")),

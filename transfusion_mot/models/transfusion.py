@@ -20,7 +20,6 @@ import copy
 import functools
 import hashlib
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,18 +32,19 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from transfusion_mot.config import TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.config import ORIGINS, TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
+from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.attention import (
     CacheWindow,
     Kernel,
     KernelChoice,
-    SlotIds,
     attention_kernel,
     runs_on_hopper,
+    slot_ids,
     training_mask,
 )
-from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
+from transfusion_mot.models.inputs import ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm, rotary_angles, unturned_angles
 from transfusion_mot.models.modalities import (
     DiffusionModality,
@@ -126,7 +126,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         architecture = to_dict(model)
         for tower in architecture["towers"].values():
             # The origin of weights is not part of the model.
-            tower["pretrained"] = tower["copy_of"] = None
+            tower.update(dict.fromkeys(ORIGINS))
         return cls(sizes=sizes, architecture=architecture, diffusion=to_dict(diffusion))
 
     @classmethod
@@ -212,7 +212,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         modules = ((base_name(name), module) for name, module in self.named_modules())
         owners = [(name, module) for name, module in modules if list(module.parameters(recurse=False))]
         # One thread draws 10^8 numbers a second, of which a model of the papers has up to 10^10.
-        threads = min(8, os.cpu_count() or 1)
+        threads = min(8, usable_cores())
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(owners), threads):
                 some = owners[start : start + threads]
@@ -285,7 +285,8 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask = None
         if slots is not None:
             rope_positions = slots.rope_positions
-            mask = training_mask(self.slot_ids(inputs, slots), self.kernel(slots.order.device, slots.order.shape[1])[0])
+            kernel, _ = self.kernel(slots.order.device, slots.order.shape[1])
+            mask = training_mask(slot_ids(config, inputs, slots), kernel)
         assert rope_positions is not None
         rotary = rotary_angles(rope_positions, config.head_dim, config.rope_theta, config.rope_scaling)
         unturned = unturned_angles(rotary) if config.layers_without_rope else rotary
@@ -311,34 +312,9 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 predictions[name] = modality.predict(hidden, given, kept[name])
         return TransfusionOutput(terms, predictions)
 
-    def slot_ids(self, inputs: dict[str, ModalityInput], slots: Slots) -> SlotIds:
-        """Ids of each slot for the attention mask; spans with causal attention do not count as spans."""
-        latents = [given for given in inputs.values() if isinstance(given, LatentInput)]
-        seen = [images for images in (given.seen_later for given in latents) if images is not None]
-        # Spans are counted over all latents of a row.
-        assert len(seen) in (0, len(latents)), "either all latents have clean copies, or none"
-        spans = self._bidirectional(inputs, slots)
-        return SlotIds.from_spans(slots.document_ids, slots.order, spans, torch.cat(seen, 1) if seen else None)
-
-    def _bidirectional(self, inputs: dict[str, ModalityInput], slots: Slots) -> Tensor:
-        """Span ids [B, S], -1 also where the attention inside a span is causal."""
-        config = self.architecture
-        if all(m.is_bidirectional for m in config.modalities.values() if m.objective != "next_token"):
-            return slots.span_ids
-        names = [name for name in config.stream_order if name in inputs]
-        lengths = [self.num_slots(name, inputs[name]) for name in names]
-        parts = [
-            part if config.modalities[name].is_bidirectional else torch.full_like(part, -1)
-            for name, part in zip(names, slots.span_ids.split(lengths, dim=1), strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-
     def num_slots(self, name: str, given: ModalityInput) -> int:
         """Slots of a row that an input of a modality takes."""
-        if isinstance(given, TokenInput):
-            return given.ids.shape[1]
-        _, images, _, height, width = given.latents.shape
-        return images * height * width // self.architecture.modalities[name].patch_size ** 2
+        return given.num_slots(self.architecture.modalities[name].patch_size)
 
     def _to_streams(self, embedded: dict[str, Tensor]) -> Streams:
         """Join the modalities of each tower into its stream."""

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.models.attention import slot_ids
 from transfusion_mot.models.layers import SwiGLU
 from transfusion_mot.models.modalities import DiffusionModality, ReadModality, TokenModality
 from transfusion_mot.models.mot import SHARED, MoTBlock
@@ -61,7 +62,7 @@ def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Siz
 
 def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
     """Pairs of slots of which one attends to the other, of all rows: []; padding is not counted."""
-    slots = model.slot_ids(batch.inputs, batch.slots)
+    slots = slot_ids(model.architecture, batch.inputs, batch.slots)
     # A document is contiguous in reading order: a slot attends to all places of it from the first to its own horizon.
     seen = slots.horizon + 1
     if slots.visible_until is not None:

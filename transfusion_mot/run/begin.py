@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import yaml
 from accelerate import Accelerator
 
-from transfusion_mot.config import RunConfig, parse_config, to_dict
+from transfusion_mot.config import ORIGINS, RunConfig, parse_config, to_dict
 from transfusion_mot.config_checks import given_values, merged
 from transfusion_mot.errors import UserError
+from transfusion_mot.files import RUN_CONFIG
 from transfusion_mot.models.initial_weights import WeightReport
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.from_snapshot import SnapshotStart
@@ -56,7 +57,7 @@ def named_starts(sections: dict[str, Any]) -> dict[str, str]:
     """Dotted keys of a configuration that name a start => the names."""
     named = {"init_from": str(sections["init_from"])} if sections.get("init_from") is not None else {}
     for name, tower in _at(sections, ("model", "towers")).items():
-        for key in ("pretrained", "copy_of"):
+        for key in ORIGINS:
             if isinstance(tower, dict) and tower.get(key) is not None:
                 named[f"model.towers.{name}.{key}"] = str(tower[key])
     return named
@@ -143,7 +144,7 @@ def fill_initial_weights(model: TransfusionMoT, config: RunConfig, accelerator: 
 
 def _config_before(run: Path, resume: str) -> dict[str, Any]:
     """`config.yaml` of the run to continue; empty if there is none."""
-    file = run / "config.yaml" if resume in ("auto", "never") else run_config_file(Path(resume))
+    file = run / RUN_CONFIG if resume in ("auto", "never") else run_config_file(Path(resume))
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):

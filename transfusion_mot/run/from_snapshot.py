@@ -11,6 +11,9 @@ from accelerate import Accelerator
 
 from transfusion_mot.codecs.load import load_codec
 from transfusion_mot.config import (
+    FREE_OF_MODALITY,
+    FREE_OF_TOWER,
+    ORIGINS,
     TEXT,
     CodecConfig,
     DiffusionConfig,
@@ -30,15 +33,8 @@ from transfusion_mot.sampling.snapshot import COMPONENT_MODALITIES, is_of_versio
 from transfusion_mot.schedulers import make_scheduler, trained_for
 from transfusion_mot.training.checkpoint import atomic_folder
 
-# Model settings that no weight depends on.
-_FREE = (
-    "towers.*.dropout",
-    "modalities.*.loss_weight",
-    "modalities.*.code_noise_prob",
-    "modalities.*.guidance_scale",
-)
-# Tower settings that only name the initial weights of the snapshot's own run.
-_ORIGINS = ("pretrained", "copy_of")
+# Patterns of the model settings that may differ from those of the snapshot.
+_FREE = (*(f"towers.*.{key}" for key in FREE_OF_TOWER), *(f"modalities.*.{key}" for key in FREE_OF_MODALITY))
 
 
 class SnapshotStart:
@@ -259,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _model_config(architecture: dict[str, Any]) -> ModelConfig:
     towers = {
-        name: TowerConfig(**{key: value for key, value in fields.items() if key not in _ORIGINS})
+        name: TowerConfig(**{key: value for key, value in fields.items() if key not in ORIGINS})
         for name, fields in architecture["towers"].items()
     }
     modalities = {name: ModalityConfig(**fields) for name, fields in architecture["modalities"].items()}

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from transfusion_mot.config import TEXT, ModelConfig, RunConfig, TowerConfig, to_dict
+from transfusion_mot.config import (
+    FREE_OF_MODALITY,
+    FREE_OF_TOWER,
+    ORIGINS,
+    TEXT,
+    ModelConfig,
+    RunConfig,
+    TowerConfig,
+    to_dict,
+)
 from transfusion_mot.config_checks import merged
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
@@ -22,8 +31,6 @@ from transfusion_mot.training.towers import tower_of
 # Settings that a copy shares with its original tower.
 _SIZES = ("hidden_size", "intermediate_size", "norm_eps", "qk_norm", "qkv_bias", "output_bias")
 _COMPONENTS = {"norm", "qkv", "output", "ffn"}
-# Settings of a snapshot's model that no weight depends on, or that only name its initial weights.
-_FREE_OF_TOWER = ("dropout", "pretrained", "copy_of")
 
 
 class TowerStarts:
@@ -113,11 +120,12 @@ class TowerStarts:
         everything = source.sections()
         model = everything["model"]
         modalities = {
-            name: {key: value for key, value in fields.items() if key != "loss_weight"}
+            name: {key: value for key, value in fields.items() if key not in FREE_OF_MODALITY}
             for name, fields in model["modalities"].items()
             if fields["tower"] == tower and name in source.model.made
         }
-        own = {key: value for key, value in model["towers"][tower].items() if key not in _FREE_OF_TOWER}
+        free = (*FREE_OF_TOWER, *ORIGINS)
+        own = {key: value for key, value in model["towers"][tower].items() if key not in free}
         # Settings that the tower inherited from its model.
         own |= {"norm_eps": source.model.norm_eps_of(tower), "qk_norm": source.model.has_qk_norm(tower)}
         shared: tuple[str, ...] = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling")
@@ -226,12 +234,13 @@ class TowerStarts:
             elif not name.startswith("modalities."):
                 report.missing[name] = ""
         others = {name for name in known if name not in report.taken}
+        parameters = base_parameters(model)
         for name in others:
             modality = name.split(".")[1] if name.startswith("modalities.") else None
             of_tower = tower_of(name, source.model)
             if of_tower != tower:
                 report.unexpected[name] = f"tower {of_tower} of the snapshot is not used"
-            elif modality in source.model.readers.values() and name in base_parameters(model):
+            elif modality in source.model.readers.values() and name in parameters:
                 report.unexpected[name] = f"{modality} of the snapshot fits a tower of another width"
             else:
                 report.unexpected[name] = f"{modality} of the snapshot is not in this run" if modality else ""

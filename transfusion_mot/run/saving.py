@@ -45,17 +45,14 @@ class RunSaver:
         Raises:
             UserError: The previous state could not be written.
         """
-        model, ema, optimizer, log = (
-            self.training.model,
-            self.training.ema,
-            self.training.optimizer,
-            self.training.log,
-        )
+        training, log = self.training, self.training.log
         self.writer.begin(step)
         if with_snapshot:
             # The snapshot first: a state whose snapshot is missing would never get one.
-            save_snapshot(model, ema, self.config, self.data, adapter=self.adapter, log=log, step=step)
-        lanes = self.accelerator.gather(self.training.loader.states.to(self.accelerator.device)).cpu()
-        tensors = state_tensors(model, ema, optimizer, lanes)
+            save_snapshot(
+                training.model, training.ema, self.config, self.data, adapter=self.adapter, log=log, step=step
+            )
+        lanes = self.accelerator.gather(training.loader.states.to(self.accelerator.device)).cpu()
+        tensors = state_tensors(training.model, training.ema, training.optimizer, lanes)
         progress = {"step": step, "seen": dict(log.seen), "made_of": self.fingerprint}
         self.writer.save(step, tensors, progress, log.best[1] if log.best is not None else None)

@@ -6,7 +6,15 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from transfusion_mot.config import DataConfig, ModelConfig, RunConfig, to_dict
+from transfusion_mot.config import (
+    FREE_OF_MODALITY,
+    FREE_OF_TOWER,
+    ORIGINS,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    to_dict,
+)
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.mot import check_architecture
@@ -132,10 +140,11 @@ def _settled_data(data: DataConfig) -> dict[str, Any]:
 def _settled_model(model: ModelConfig) -> dict[str, Any]:
     """Model settings that must not change when a run is resumed: its weights depend on them."""
     kept = to_dict(model)
-    for tower in kept["towers"].values():
-        del tower["dropout"], tower["pretrained"], tower["copy_of"]
-    for modality in kept["modalities"].values():
-        del modality["loss_weight"], modality["code_noise_prob"], modality["guidance_scale"]
+    free = (("towers", (*FREE_OF_TOWER, *ORIGINS)), ("modalities", FREE_OF_MODALITY))
+    for section, keys in free:
+        for entry in kept[section].values():
+            for key in keys:
+                del entry[key]
     _drop(kept, _NEW)
     for section, new in ((kept["towers"], _NEW_IN_TOWERS), (kept["modalities"], _NEW_IN_MODALITIES)):
         for entry in section.values():

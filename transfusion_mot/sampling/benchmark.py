@@ -210,7 +210,7 @@ class Benchmark:
     def _copied_captions(self) -> list[str]:
         """The caption of the training image nearest to each captioned one: a baseline for the model.
 
-        None if there are no training images; the report gives the reason.
+        Empty if there are no training images; the report gives the reason.
         """
         captioned = self.assignment.captioned
         if self.training is None or not captioned or self.assignment.held_out is None:

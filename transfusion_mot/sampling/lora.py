@@ -4,6 +4,7 @@ A folder has the adapter with all weights trained beside it (`adapter_model.safe
 model (`adapter_config.json`).
 """
 
+import itertools
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -12,16 +13,14 @@ from typing import Any, Self
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from transfusion_mot.config import LoraConfig
 from transfusion_mot.errors import UserError
-from transfusion_mot.files import ADAPTER_CONFIG
-from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.files import ADAPTER_CONFIG, step_folders
+from transfusion_mot.hub_names import download, refuse_missing_path
 from transfusion_mot.models.lora import add_adapter, base_parameters, digests, file_name, fingerprint
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 
@@ -114,6 +113,8 @@ class LoraPipeline(LoraBaseMixin):
     _put_in: set[str]
     # Digests of the model's tensors before any adapter.
     _pristine: dict[str, str] | None
+    # Adapters without which the model would not edit pictures.
+    _editing: set[str]
 
     def load_lora_weights(
         self, pretrained_model_name_or_path: str | os.PathLike[str], adapter_name: str | None = None
@@ -130,7 +131,9 @@ class LoraPipeline(LoraBaseMixin):
         """
         folder = find_adapter(pretrained_model_name_or_path)
         info = AdapterInfo.read(folder)
-        name = adapter_name or f"default_{len(self._adapters)}"
+        name = adapter_name or next(
+            free for number in itertools.count() if (free := f"default_{number}") not in self._adapters
+        )
         if name in self._adapters or "." in name:
             raise UserError(f"the adapter name '{name}' is taken or has a dot; give another adapter_name")
         tensors = _read(folder)
@@ -157,7 +160,8 @@ class LoraPipeline(LoraBaseMixin):
                 parameter.copy_(tensors[key])
         # Before activation, the stored tensors are the adapter's own.
         self._adapters[name] = whole
-        if info.trained_on_edits:
+        if info.trained_on_edits and (self._editing or not self.config.trained_on_edits):
+            self._editing.add(name)
             self.register_to_config(trained_on_edits=True)
         self.set_adapters([*active, name], [*(self._scale(other) for other in active), 1.0])
 
@@ -237,10 +241,16 @@ class LoraPipeline(LoraBaseMixin):
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters. Fused weights stay."""
-        self._use(self.fused_loras & self._adapters.keys())
+        fused = self.fused_loras & self._adapters.keys()
+        self._use(fused)
         super().unload_lora_weights()
+        # A later adapter of the same name is not fused.
+        self._merged_adapters: set[str] = set()
         self._adapters.clear()
         self._put_in.clear()
+        if self._editing and not self._editing & fused:
+            self.register_to_config(trained_on_edits=False)
+        self._editing.clear()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove some adapters."""
@@ -249,6 +259,9 @@ class LoraPipeline(LoraBaseMixin):
         super().delete_adapters(list(names))
         for name in names:
             self._adapters.pop(name, None)
+        if self._editing and not self._editing - names:
+            self.register_to_config(trained_on_edits=False)
+        self._editing -= names
 
 
 def find_adapter(name: str | os.PathLike[str]) -> Path:
@@ -260,14 +273,9 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         # `AdapterInfo.read` refuses a folder that is neither an adapter nor a run.
-        steps = {path: path.name[5:] for path in folder.glob("snapshots/step-*") if path.name[5:].isdigit()}
-        return max(steps, key=lambda path: int(steps[path]), default=folder)
+        return [folder, *step_folders(folder / "snapshots")][-1]
     refuse_missing_path(str(name), "adapter")
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-    except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"adapter {name} is not a folder and not on the Hugging Face hub ({reason})") from None
+    return download(str(name), [ADAPTER_CONFIG, ADAPTER_WEIGHTS], "adapter")
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -243,7 +243,8 @@ class PicturePipeline(DocumentPipeline):
             negative_prompt: Replaces the empty instruction of the prediction from the picture alone.
             guidance_interval, guidance_rescale, guidance_renorm: As for painting.
             generator, latents: As for painting.
-            code_temperature, code_top_p, code_top_k: For codes, as for painting. output_type, return_dict,
+            code_temperature, code_top_p, code_top_k: For codes, as for painting.
+            output_type, return_dict: As for painting.
             callback_on_step_end, callback_on_step_end_tensor_inputs: As for painting.
 
         Returns:

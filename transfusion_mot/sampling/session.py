@@ -6,7 +6,7 @@ Shapes: B rows that take part, C latent channels, Y and X latent height and widt
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -94,7 +94,7 @@ class Session:
     def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
         lengths = self._lengths(rows)
         positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
-        self._check_positions(rows)
+        self._check_positions(self._counters[row] for row in rows)
         # No token of a row sees its filler, and the next segment overwrites it.
         ids, rope_positions = padded(tokens, self.device), padded(positions, self.device)
         window = self.cache.window(lengths, ids.shape[1], causal=True, rows=self._index(rows), end=self._longest(rows))
@@ -187,7 +187,7 @@ class Session:
         held_back = [self._hold_back(row) for row in rows]
         self.read(rows)
         steps = uniform.shape[1]
-        self._check_positions(rows, steps)
+        self._check_positions((self._counters[row] for row in rows), steps)
         index = self._index(rows)
         state = {
             "lengths": self._lengths(rows),
@@ -257,11 +257,13 @@ class Session:
         """Rotary positions of the next latents of each document; advances the counters."""
         patch_size = self.model.architecture.modalities[modality].patch_size
         height, width = latents[-2] // patch_size, latents[-1] // patch_size
-        return padded([counter.image(height, width)[1] for counter in counters], self.device)
+        positions = padded([counter.image(height, width)[1] for counter in counters], self.device)
+        self._check_positions(counters)
+        return positions
 
-    def _check_positions(self, rows: list[int], more: int = 0) -> None:
+    def _check_positions(self, counters: Iterable[PositionCounter], more: int = 0) -> None:
         """Refuse documents that with `more` slots would exceed the model's maximum of rotary positions."""
-        longest = max(self._counters[row].position for row in rows) + more
+        longest = max(counter.position for counter in counters) + more
         limit = self.model.architecture.max_position_embeddings
         if limit is not None and longest > limit:
             raise UserError(

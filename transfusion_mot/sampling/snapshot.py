@@ -104,7 +104,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         examples: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
-        self._adapters, self._put_in, self._pristine = {}, set(), None
+        self._adapters, self._put_in, self._pristine, self._editing = {}, set(), None, set()
         # Set before the scheduler, which must fit it.
         self.register_to_config(trained_for=trained_for or schedulers.trained_for(scheduler))
         self.register_modules(

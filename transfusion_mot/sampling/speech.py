@@ -121,8 +121,8 @@ class SpeechPipeline(DocumentPipeline):
 
         Args:
             audio: One recording or several, of any sample rate; `decode_audio` reads files.
-            prompt: The beginning of every transcript, or one for each; the result does not repeat it. max_new_tokens,
-            temperature, top_p, generator, top_k: As for `caption`.
+            prompt: The beginning of every transcript, or one for each; the result does not repeat it.
+            max_new_tokens, temperature, top_p, generator, top_k: As for `caption`.
 
         Raises:
             UserError: The model has no speech, an argument is out of its range, or a recording cannot be used.

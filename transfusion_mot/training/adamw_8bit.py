@@ -57,24 +57,22 @@ class AdamW8bit(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state.update(_new_state(parameter))
-                self._update(group, parameter, parameter.grad, state)
+                self._update(settings, parameter, parameter.grad, state)
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+    def _update(self, settings: dict[str, Any], parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
         device = parameter.device
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+        # No new tensors where a step gives them: that would be two kernels for each parameter.
         settings = {
-            "lr": group["lr"],
-            "betas": group["betas"],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "grad_scale": one if self.grad_scale is None else self.grad_scale,
-            "found_inf": zero if self.found_inf is None else self.found_inf,
+            **settings,
+            "grad_scale": torch.ones((), device=device) if self.grad_scale is None else self.grad_scale,
+            "found_inf": torch.zeros((), device=device) if self.found_inf is None else self.found_inf,
         }
         if "exp_avg_scale" not in state:
             moments = state["exp_avg"].flatten(), state["exp_avg_sq"].flatten()

@@ -23,7 +23,14 @@ from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models.inputs import LatentInput, TokenInput
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.reporting.flops import attending_pairs, flops_per_pair, peak_flops, weight_flops_per_row
-from transfusion_mot.training.metrics import METRICS_FILE, VALIDATION, loss_name, read_metrics, write_metrics
+from transfusion_mot.training.metrics import (
+    METRICS_FILE,
+    VALIDATION,
+    append_metrics,
+    loss_name,
+    read_metrics,
+    replace_metrics,
+)
 from transfusion_mot.training.step import StepResult
 
 # Number of equal bins of the timesteps (0, 1] with separate diffusion losses.
@@ -160,7 +167,7 @@ class RunLog:
         # Read before the file changes, because all processes read it.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_metrics(self.path, kept, "w")
+            replace_metrics(self.path, kept)
         if config.training.tracker is not None:
             try:
                 accelerator.init_trackers("transfusion_mot")
@@ -278,7 +285,7 @@ class RunLog:
             **{loss_name(name): loss for name, loss in losses.items()},
             "loss": self.total(losses),
             "grad_norm": finite[-1].grad_norm if finite else 0.0,
-            **{f"grad_norm/{tower}": float(norm) for tower, norm in self._tower_grad_norms.items()},
+            **(self._norms_of_towers() if interval.steps[-1].is_finite else {}),
             "lr": lr,
             "seconds_per_step": seconds / len(interval.steps),
             "tokens_per_second": used_slots / seconds,
@@ -322,6 +329,10 @@ class RunLog:
         self._begin_interval(step)
         return "  ".join(shown)
 
+    def _norms_of_towers(self) -> dict[str, float]:
+        """Gradient norms of the last step."""
+        return {f"grad_norm/{tower}": float(norm) for tower, norm in self._tower_grad_norms.items()}
+
     def total(self, losses: dict[str, float]) -> float:
         """The mean losses of all modalities, weighted as in training."""
         return sum(self.config.model.modalities[name].loss_weight * loss for name, loss in losses.items())
@@ -346,7 +357,7 @@ class RunLog:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            write_metrics(self.path, [{"step": step, **values}], "a")
+            append_metrics(self.path, [{"step": step, **values}])
 
 
 def _mean(parts: list[tuple[float, float]]) -> float:

@@ -7,7 +7,7 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.models.lora import add_adapter
 from transfusion_mot.models.mot import SHARED
 from transfusion_mot.models.transfusion import TransfusionMoT, base_name, is_of_adapter
-from transfusion_mot.training.towers import freeze_towers, tower_of
+from transfusion_mot.training.towers import freeze_towers, owners, tower_of
 
 
 def check_lora(config: RunConfig) -> None:
@@ -23,7 +23,7 @@ def check_lora(config: RunConfig) -> None:
         raise UserError(f"lora.rank is {lora.rank}; it must be at least 1 (lora=null trains all weights)")
     if not lora.alpha > 0:
         raise UserError(f"lora.alpha is {lora.alpha}; it must be above 0")
-    towers = [*model.towers, *([SHARED] if len(set(model.untied)) < 4 else [])]
+    towers = owners(model)
     for key, names, known in (
         ("towers", lora.towers, towers),
         ("modules", lora.modules, list(LORA_MODULES)),
@@ -53,9 +53,8 @@ def check_lora(config: RunConfig) -> None:
 
 def trainable_parts(model: ModelConfig) -> list[str]:
     """Names that `lora.also_train` accepts."""
-    owners = [*model.towers, *([SHARED] if len(set(model.untied)) < 4 else [])]
     names = []
-    for owner in owners:
+    for owner in owners(model):
         is_shared = owner == SHARED
         own = [part for part in ("norm", "qkv", "output", "ffn") if (part not in model.untied) == is_shared]
         names += [owner, *(f"{owner}.{part}" for part in own)]

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transfusion_mot.files import written_whole
+
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "validation/"
 # Only in validation: captions after their media.
@@ -49,7 +51,17 @@ def read_metrics(path: Path) -> Lines:
     return lines
 
 
-def write_metrics(path: Path, lines: Lines, mode: str) -> None:
-    """Write lines; `mode` is that of `open`: `w` for a new file, `a` to append."""
-    with path.open(mode) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+def replace_metrics(path: Path, lines: Lines) -> None:
+    """Write a metrics file anew; a run that is killed meanwhile keeps the old one."""
+    with written_whole(path) as file:
+        file.write_text(_as_text(lines))
+
+
+def append_metrics(path: Path, lines: Lines) -> None:
+    """Add lines at the end of a metrics file."""
+    with path.open("a") as file:
+        file.write(_as_text(lines))
+
+
+def _as_text(lines: Lines) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

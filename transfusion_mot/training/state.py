@@ -302,6 +302,7 @@ def _saved_tensors(folder: Path) -> dict[str, Tensor]:
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    # torch derives the first one from BaseException.
     except (CheckpointException, Exception) as error:
         raise _unreadable(folder, error) from None
 

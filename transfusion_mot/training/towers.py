@@ -22,13 +22,18 @@ def tower_of(name: str, config: ModelConfig) -> str:
     return name.split(".owned.")[1].split(".")[0]
 
 
+def owners(model: ModelConfig) -> list[str]:
+    """Names of the owners of weights: the towers, and `shared` if they share components."""
+    return list(dict.fromkeys([*model.towers, *([SHARED] if len(set(model.untied)) < 4 else [])]))
+
+
 def check_towers(config: RunConfig) -> None:
     """Refuse settings of towers that the model does not have.
 
     Raises:
         UserError: Names the key, its value and the valid values.
     """
-    known = [*config.model.towers, *([SHARED] if len(set(config.model.untied)) < 4 else [])]
+    known = owners(config.model)
     frozen, scales = config.training.frozen_towers, config.optimizer.tower_lr_scale
     insulated = config.training.insulated_towers
     for key, names in (
@@ -37,7 +42,7 @@ def check_towers(config: RunConfig) -> None:
         ("optimizer.tower_lr_scale", scales),
     ):
         if unknown := sorted(set(names) - set(known)):
-            raise UserError(f"{key} names {unknown}; the model has {', '.join(dict.fromkeys(known))}")
+            raise UserError(f"{key} names {unknown}; the model has {', '.join(known)}")
     if insulated and (SHARED in known or len(config.model.towers) == 1):
         raise UserError(
             f"training.insulated_towers is {insulated}, but insulated towers must not share weights; use more than one "

@@ -288,10 +288,8 @@ def most_in_a_row(
 
 def token_rows(sources: Sources, tokenizer: TextTokenizer, config: RunConfig) -> int:
     """Number of rows for the token-only documents of a validation, or for all held-out ones if there are fewer."""
-    most, reader = (
-        config.training.num_validation_documents,
-        DocumentReader(tokenizer, config.data, config.model.readers),
-    )
+    most = config.training.num_validation_documents
+    reader = DocumentReader(tokenizer, config.data, config.model.readers)
     num_rows = 1
     for name, indices in sources.stream_pools.items():
         pools = [sources.pools[index] for index in indices]

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from transfusion_mot.files import written_whole
+
 # A process whose file is older than this many periods has ended or is frozen.
 _PERIODS_SILENT = 4
 
@@ -67,9 +69,8 @@ class Watchdog:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        aside = self._path(self.rank).with_suffix(".partial")
-        aside.write_text(json.dumps(state))
-        aside.replace(self._path(self.rank))
+        with written_whole(self._path(self.rank)) as file:
+            file.write_text(json.dumps(state))
 
     def _watch(self) -> None:
         told = self._since

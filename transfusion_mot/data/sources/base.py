@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ Split = Literal["train", "held_out"]
 Medium = Literal["image", "audio"]
 # Name of one media item in messages.
 NOUNS: dict[Medium, str] = {"image": "image", "audio": "audio clip"}
+
+_Item = TypeVar("_Item")
 
 _logger = logging.getLogger(__name__)
 _NUM_EXAMPLES = 3
@@ -227,6 +229,11 @@ def share_of(text: str, split_seed: int) -> float:
     """
     digest = hashlib.sha256(f"{split_seed}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
+
+
+def picked(items: Sequence[_Item], text: str, seed: int) -> _Item:
+    """One of several items, which depends only on a text and a seed."""
+    return items[int(share_of(text, seed) * len(items))]
 
 
 def read_images(

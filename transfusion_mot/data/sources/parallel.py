@@ -1,9 +1,10 @@
 """Work on many files at once."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
+
+from transfusion_mot.cores import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -11,7 +12,7 @@ Result = TypeVar("Result")
 
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """`map` on all cores; results are in the order of the items. Each process receives the function once."""
-    workers = min(len(os.sched_getaffinity(0)), len(items))
+    workers = min(usable_cores(), len(items))
     if workers <= 1:
         yield from map(function, items)
         return
