@@ -41,9 +41,8 @@ class RunData:
     def open(cls, config: RunConfig, accelerator: Accelerator, state: Path | None) -> Self:
         """Open everything; called by all processes.
 
-                The main process indexes the sources and trains the tokenizer; then the others load both. All processes
-                share the
-        encoding of media.
+        The main process indexes the sources and trains the tokenizer; then the others load both. All processes share
+        the encoding of media.
 
         Args:
             config: The run's configuration.
