@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import train
 from transfusion_mot.config import (
     AutoencoderTrainingConfig,
     DiffusionConfig,
@@ -467,13 +468,13 @@ def test_a_configuration_written_by_hand_is_not_overwritten(tmp_path: Path) -> N
 def test_folders_that_cannot_be_written_and_sources_given_twice_end_a_run_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "images").mkdir()
-    for key in ("output_dir", "data.cache_dir"):
-        with pytest.raises(UserError, match=f"{re.escape(key)} '.*file/x' cannot be written"):
-            checked_sections([f"{key}={tmp_path / 'file' / 'x'}"])
     given = f"{{kind: imagefolder, path: {tmp_path / 'images'}}}"
     again = f"{{kind: imagefolder, path: {tmp_path / 'images'}/, weight: 2}}"
     other = f"{{kind: imagefolder, path: {tmp_path / 'images'}, text_column: title}}"
     words = [f"output_dir={tmp_path / 'run'}", f"codecs.image.path={ROOT / 'checkpoints' / 'vae-emoji'}"]
+    for key in ("output_dir", "data.cache_dir"):
+        with pytest.raises(UserError, match=f"{re.escape(key)} '.*file/x' cannot be written"):
+            train.main([*words, f"data.sources=[{given}]", f"{key}={tmp_path / 'file' / 'x'}"])
     with pytest.raises(UserError, match=r"data\.sources\[1\] and data\.sources\[2\] are the same imagefolder source"):
         checked_sections([*words, f"data.sources=[{other}, {given}, {again}]"])
     checked_sections([*words, f"data.sources=[{given}, {other}]"])

@@ -9,19 +9,15 @@ from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import RUN_CONFIG, step_folders
 from transfusion_mot.hub_names import refuse_missing_path
-from transfusion_mot.outputs import check_writable_folder
 
 
 def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
     """The sections of a run's configuration, without those of its initial weights; see `parse_sections`.
 
     Raises:
-        UserError: There is a mistake in them, a folder cannot be written, or a source, start, tokenizer or codec that
-            they name is not there.
+        UserError: There is a mistake in them, or a source, start, tokenizer or codec that they name is not there.
     """
     sections = parse_sections(RunConfig, arguments, "")
-    check_writable_folder(sections["output_dir"], "output_dir")
-    check_writable_folder(sections["data"].cache_dir, "data.cache_dir")
     refuse_missing_sources(sections["data"].sources)
     # A run that is continued has its own weights and tokenizer.
     is_new = sections["resume"] in ("auto", "never") and not step_folders(Path(sections["output_dir"]) / "state")
