@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transfusion_mot.cli.train_help import train_help
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.run.early import checked_sections
 from transfusion_mot.training.checkpoint import find_state
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> None:
     # PyTorch takes seconds to load; --help, misspelt keys and missing files end before it.
     if "--plan" not in arguments:
         sections = checked_sections(arguments)
+        check_writable_folder(sections["output_dir"], "output_dir")
+        check_writable_folder(sections["data"].cache_dir, "data.cache_dir")
         find_state(Path(sections["output_dir"]), sections["resume"])
     from transfusion_mot.run.train import run
 

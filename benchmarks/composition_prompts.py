@@ -18,6 +18,7 @@ from typing import Any
 from transfusion_mot.config import DataConfig
 from transfusion_mot.data.sprites import Sprites
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.outputs import check_writable_file
 from transfusion_mot.path_options import PathOption
 
 
@@ -33,7 +34,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="of python -m transfusion_mot.data.sprites",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines in GenEval's format")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_file(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transfusion_mot.config import TEXT, CodecConfig, DataConfig, ModelConfig, S
 from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import Metric, save_metrics
+from transfusion_mot.outputs import check_writable_file
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -50,7 +51,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--output", default="benchmarks/results/data.json", metavar="FILE", help="JSON file to write")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_file(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
 from transfusion_mot.files import find_snapshot
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
     if given.num_images % len(PROMPTS):
         raise UserError(f"--num-images is {given.num_images}; it must be a multiple of the {len(PROMPTS)} prompts")
     return given

@@ -31,6 +31,7 @@ from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import read_report
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.training.metrics import METRICS_FILE, loss_units, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         f"--{word}" if "=" in word and not word.startswith("-") and before != "--protocol" else word
         for before, word in pairwise(["", *arguments])
     ]
-    return parser.parse_known_args(words)
+    given, keys = parser.parse_known_args(words)
+    check_writable_folder(given.output, "--output")
+    return given, keys
 
 
 if __name__ == "__main__":

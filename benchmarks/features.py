@@ -20,6 +20,7 @@ from typing import Any, get_args
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import add_device, at_least_one, command_parser
 from transfusion_mot.evaluation.defaults import FeatureChoice, default_num_workers
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing
 
 # An untrained Inception, as fast as the published one, if that is not available.
@@ -56,7 +57,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transfusion_mot.config import (
     TrainingConfig,
 )
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.outputs import check_writable_folder
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, metavar="GIB", help="memory limit in GiB (default: all)")
     parser.add_argument("--workers", type=int, default=4, help="processes that prepare rows (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

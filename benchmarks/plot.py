@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.outputs import check_picture_name, check_writable_file
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"mot": "#e87f2e", "dense": "#3465a4", "gather_scatter": "#888a85", "transfusion_pytorch": "#75507b"}
@@ -25,12 +26,25 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="PNG file (default: train_step.png in the folder)")
     options = parser.parse_args(arguments)
-    reports = {file.stem: json.loads(file.read_text()) for file in sorted(options.results.glob("train_step-*.json"))}
+    if options.output is not None:
+        check_picture_name(options.output, "--output")
+    output = options.output or options.results / "train_step.png"
+    check_writable_file(output, "--output")
+    reports = {file.stem: _read(file) for file in sorted(options.results.glob("train_step-*.json"))}
     if not reports:
         raise UserError(f"{options.results} holds no train_step-*.json; run python -m benchmarks.train_step first")
-    output = options.output or options.results / "train_step.png"
     draw(reports, output)
     print(output)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("contenders"), dict):
+        raise UserError(f"{file} is no report of python -m benchmarks.train_step; move it out of the folder")
+    return report
 
 
 def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, cast
 from benchmarks.shapes import LAYOUTS, SIZES, Size
 from transfusion_mot.config import TEXT, DiffusionConfig
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.outputs import check_writable_folder
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,7 +28,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["163m", "760m"], help="models (default: both)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.arms import arms_parser
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.outputs import check_writable_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "experiments" / "settings"
@@ -56,7 +57,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser = arms_parser("benchmarks.settings", __doc__, arm_names())
     # After --arms a key without dashes would be read as an arm.
     words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in arguments]
-    return parser.parse_known_args(words)
+    given, keys = parser.parse_known_args(words)
+    check_writable_folder(given.output, "--output")
+    return given, keys
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol, cast, get_args, get_type_hints
 from benchmarks.shapes import IMAGE, LAYOUTS, SIZES, Layout, Size
 from transfusion_mot.config import TEXT, OptimizerConfig, TrainingConfig
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.outputs import check_writable_folder
 
 CONTENDERS = ("mot", "dense", "gather_scatter", "transfusion_pytorch")
 
@@ -49,7 +50,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="add a table of where the time of `mot` goes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

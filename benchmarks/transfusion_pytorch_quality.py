@@ -22,6 +22,7 @@ from transfusion_mot.config import RunConfig, parse_config
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.evaluation.report.content import metrics_table, read_report, save_metrics
 from transfusion_mot.files import lines_of
+from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -61,7 +62,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--every", type=int, default=4, metavar="N", help="caption every N-th image: it writes slowly (4)"
     )
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_writable_folder(given.output, "--output")
+    return given
 
 
 if __name__ == "__main__":

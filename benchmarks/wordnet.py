@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from transfusion_mot.data.wordnet import wordnet_entries
 from transfusion_mot.errors import exit_on_user_error
+from transfusion_mot.outputs import check_writable_file
 from transfusion_mot.path_options import PathOption, existing
 
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines with a field text each")
     given = parser.parse_args(arguments)
+    check_writable_file(given.output, "--output")
     output = Path(given.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     count = 0

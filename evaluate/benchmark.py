@@ -81,12 +81,27 @@ from transfusion_mot.training.checkpoint import read_run_config, run_config_file
 
 def main() -> None:
     arguments, protocol = parse_arguments(sys.argv[1:])
-    processes, device = open_processes(arguments.device)
-    # Codecs in float32, like in the sampler.
-    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     snapshot = find_snapshot(arguments.checkpoint)
     output = Path(arguments.output or default_output(snapshot))
     check_writable_folder(output, "output")
+    try:
+        evaluate(snapshot, protocol, output, arguments.device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{output} keeps what is finished; the same command continues from there") from None
+
+
+def evaluate(snapshot: Path, protocol: ProtocolConfig, output: Path, device_name: str | None) -> None:
+    """Paint, caption and measure, and write the report.
+
+    Args:
+        snapshot: The model.
+        protocol: What is painted and measured.
+        output: Folder of the results.
+        device_name: For `open_processes`.
+    """
+    processes, device = open_processes(device_name)
+    # Codecs in float32, like in the sampler.
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     pipeline = load_pipeline(snapshot, protocol).to(device)
     networks = load_networks(protocol, device)
     config = run_config(protocol, snapshot)

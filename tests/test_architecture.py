@@ -31,6 +31,7 @@ LAYERS = [
     ["diffusion", "losses", "codecs"],
     ["schedulers"],
     ["config"],
+    ["config_mistakes"],
     ["config_checks", "cores", "files", "hub_names", "installed", "outputs", "path_options"],
     ["errors", ""],
 ]

@@ -500,3 +500,16 @@ def test_mistakes_end_before_anything_is_painted(
     assert status == 2
     assert message in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_benchmark_says_that_the_same_command_continues(
+    call_benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transfusion_mot.sampling.benchmark.Benchmark.paint", interrupt)
+    status, errors = call_benchmark("--num-images", "2", "--output", tmp_path / "out")
+    assert status == 130
+    told = f"interrupted: {tmp_path / 'out'} keeps what is finished; the same command continues from there"
+    assert told in errors.splitlines()

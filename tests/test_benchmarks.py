@@ -1,5 +1,6 @@
 """The benchmark of a training step at toy size: it runs, asserts equality and writes its results."""
 
+import importlib
 import importlib.util
 import json
 import shlex
@@ -94,3 +95,23 @@ def test_results_are_drawn(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no train_step"):
         plot.main(["--results", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data", "evaluation", "experiments", "features", "finetune_memory", "sample", "settings", "train_step"],
+)
+def test_an_output_that_cannot_be_written_ends_a_benchmark_before_its_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output '.*file/results' cannot be written"):
+        importlib.import_module(f"benchmarks.{name}").parse_arguments(["--output", str(tmp_path / "file" / "results")])
+
+
+def test_the_plot_refuses_other_files_and_other_outputs(tmp_path: Path) -> None:
+    (tmp_path / "train_step-mine.json").write_text('{"loss": 3}')
+    with pytest.raises(UserError, match=r"train_step-mine\.json is no report of python -m benchmarks\.train_step"):
+        plot.main(["--results", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--output is '.*plot\.txt'; its name must end like a picture's"):
+        plot.main(["--results", str(tmp_path), "--output", str(tmp_path / "plot.txt")])
+    with pytest.raises(UserError, match=r"--output '.*' cannot be written"):
+        plot.main(["--results", str(tmp_path), "--output", str(tmp_path / "train_step-mine.json" / "plot.png")])

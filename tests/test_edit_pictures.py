@@ -351,6 +351,15 @@ def test_the_same_drawings_give_the_same_pairs_and_names_are_held_out_as_a_whole
     assert not sides["train"] & sides["held_out"]
     with pytest.raises(UserError, match="holds editing pairs of other drawings"):
         write(emoji, tmp_path / "one", "--most", "6")
+    # A run may have trained on names that another split holds out.
+    before = (tmp_path / "one" / "hat" / "metadata.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"or another split, .*'seed': 0.*'seed': 1.* is requested; give another"):
+        write(emoji, tmp_path / "one", "--seed", "1")
+    with pytest.raises(UserError, match=r"'held_out_fraction': 0\.3.*'held_out_fraction': 0\.5"):
+        edit_pairs.main(
+            ["--emoji", str(emoji), "--output", str(tmp_path / "one"), "--size", "32", "--held-out-fraction", "0.5"]
+        )
+    assert (tmp_path / "one" / "hat" / "metadata.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

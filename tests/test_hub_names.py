@@ -14,6 +14,7 @@ from transfusion_mot.evaluation.clip_score import load_clip
 from transfusion_mot.evaluation.features.load import load_feature_network
 from transfusion_mot.evaluation.geneval import load_detector
 from transfusion_mot.evaluation.recognisers import TransformersRecogniser
+from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.pretrained import LanguageModel
 
 CPU = torch.device("cpu")
@@ -46,3 +47,8 @@ def test_the_hub_is_asked_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="it is not in the cache, and the hub cannot be reached, or HF_HUB_OFFLINE is"):
         load(asked)
     assert names == [asked]
+
+
+def test_an_empty_name_is_refused() -> None:
+    with pytest.raises(UserError, match="init_from is empty; give a folder or a name on the Hugging Face hub"):
+        refuse_missing_path("", "init_from")

@@ -145,6 +145,14 @@ def test_adapters_are_loaded_scaled_fused_and_unloaded(adapters: list[Path]) -> 
     pipeline.set_adapters("one", 0.5)
     half = painted(pipeline)
     assert not torch.equal(half, with_one)
+    for refused in (float("nan"), float("inf"), [float("nan")], {"transformer": float("nan")}, "1.0"):
+        with pytest.raises(UserError, match=r"adapter_weights has .*a scale must be a finite number"):
+            pipeline.set_adapters("one", refused)
+    with pytest.raises(UserError, match="there are 2 adapter_weights for 1 adapters"):
+        pipeline.set_adapters(["one"], [0.5, 0.5])
+    with pytest.raises(UserError, match="lora_scale has nan"):
+        pipeline.fuse_lora(lora_scale=float("nan"))
+    assert torch.equal(painted(pipeline), half), "what was refused has changed nothing"
     pipeline.fuse_lora()
     torch.testing.assert_close(painted(pipeline), half, rtol=0, atol=1e-4)
     pipeline.unfuse_lora()

@@ -1,6 +1,7 @@
 """The pipeline for a user who knows diffusers but not the training."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -295,6 +296,29 @@ def test_text_is_continued(pipeline):
 )
 def test_mistakes_in_a_call_are_named(pipeline, call, message):
     with pytest.raises(UserError, match=message):
+        call(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda p: p(None), "prompt is None; give one, or a list of them"),
+        (lambda p: p("sun", generator=5), "generator is 5; give a torch.Generator, such as"),
+        (lambda p: p(["sun"] * 2, generator=[torch.Generator(), 5]), "generator is 5; give a torch.Generator"),
+        (lambda p: p("sun", num_images_per_prompt=1.5), "num_images_per_prompt is 1.5; it must be a whole number"),
+        (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0; it must be at least 1"),
+        (lambda p: p("sun", image=Image.new("RGB", (16, 16)), strength="0.5"), "strength is 0.5; it must be above 0"),
+        (lambda p: p.caption(Image.new("RGB", (16, 16)), max_new_tokens=1.5), "max_new_tokens is 1.5; it must be a"),
+        (lambda p: p.caption(Image.new("RGB", (16, 16)), prompt=3), "prompt is 3; give one, or a list of them"),
+        (lambda p: p.complete(None), "text is None; give one, or a list of them"),
+        (lambda p: p.interleave(["sun"], max_images=None), "max_images is None; it must be a whole number"),
+        (lambda p: p.interleave(["sun"], max_images=-1), "max_images is -1; it must be at least 0"),
+        (lambda p: p.interleave(["sun"], generator=[torch.Generator()]), "1 generators for one document"),
+        (lambda p: p.interleave(["sun"], generator=0), "generator is 0; give a torch.Generator"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(pipeline, call, told):
+    with pytest.raises(UserError, match=re.escape(told)):
         call(pipeline)
 
 

@@ -6,7 +6,6 @@ names the key and the nearest valid name. The resolved configuration is what a r
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from transfusion_mot.config_checks import check_ranges, ends_by_epochs, explain, refuse_unsettled
+from transfusion_mot.config_checks import check_ranges, ends_by_epochs, refuse_unsettled
+from transfusion_mot.config_mistakes import explain, refuse_mistakes
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import written_whole
 
@@ -717,27 +717,22 @@ def parse_sections(config_class: type[Config], arguments: Sequence[str], descrip
     Raises:
         UserError: An unknown key, a value of the wrong type, or a file that cannot be read.
     """
+    refuse_mistakes(arguments, config_class)
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(config_class, as_group=False)
     # `key=value` is the same as `--key=value`.
-    arguments = [f"--{word}" if re.match(r"[a-z_][\w.]*=", word) else word for word in arguments]
+    words = [word if word.startswith("-") or "=" not in word else f"--{word}" for word in arguments]
     # A list of sources replaces the previous one; the parser would merge the two item by item.
-    arguments = given = [part for word in arguments for part in _replacing(word)]
+    words = [part for word in words for part in _replacing(word)]
     if issubclass(config_class, RunConfig):
         # An argument may change one key of a default modality, so the parser must know the defaults.
         modalities = {name: dataclasses.asdict(modality) for name, modality in ModelConfig().modalities.items()}
-        arguments = [f"--model.modalities={json.dumps(modalities)}", *arguments]
+        words = [f"--model.modalities={json.dumps(modalities)}", *words]
     try:
-        return vars(parser.instantiate(parser.parse_args(arguments)))
+        return vars(parser.instantiate(parser.parse_args(words)))
     except ArgumentError as error:
-        raise UserError(explain(str(error), given, config_class)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"configuration: {' '.join(arguments)}: a file is not UTF-8 text ({error})") from None
-    except TypeError as error:  # The parser raises this for a section without keys.
-        raise UserError(
-            f"configuration: a section is empty or not a mapping ({error}); remove it or give it keys"
-        ) from None
+        raise UserError(explain(str(error), arguments)) from None
 
 
 def _replacing(argument: str) -> list[str]:

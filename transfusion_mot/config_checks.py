@@ -1,13 +1,11 @@
-"""Checks of a configuration, each with a one-sentence message: numbers out of range, unknown keys."""
+"""Checks of the values of a configuration, each with a one-sentence message."""
 
 import dataclasses
-import difflib
 import functools
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -59,19 +57,9 @@ _AT_LEAST = {
     "audio.num_mels": 1,
     "audio.num_code_layers": 0,
 }
-# Keys of earlier versions, and the keys that replace them.
-_MOVED = {
-    "data.text_slots": "data.slots.text",
-    "data.images_per_row": "data.slots.image",
-    "training.diffusion_loss_weight": "model.modalities.image.loss_weight",
-    "model.patch_size": "model.modalities.image.patch_size",
-    "model.image_attention": "model.modalities.image.attention",
-    "model.image_adapter": "model.modalities.image.adapter",
-    "model.unet_channels": "model.modalities.image.unet_channels",
-    "model.unet_num_layers": "model.modalities.image.unet_num_layers",
-    "autoencoder.path": "codecs.image.path",
-    "autoencoder.batch_size": "codecs.image.batch_size",
-}
+# NumPy's generators take seeds of 32 bits. Larger images are a slip: one takes more than the memory of a machine.
+_MOST_PIXELS = 8192
+_AT_MOST = {"training.seed": 2**32 - 1, "seed": 2**32 - 1, "data.image_size": _MOST_PIXELS, "training.num_rows": 2**20}
 _SHARES = (
     "data.held_out_fraction",
     "data.caption_first_prob",
@@ -101,6 +89,13 @@ def check_ranges(config: Any) -> None:
     for key, smallest in _AT_LEAST.items():
         if (given := value(key)) is not None and not given >= smallest:  # nor is "not a number"
             raise UserError(f"configuration: {key} is {given}; it must be at least {smallest}")
+    for key, largest in _AT_MOST.items():
+        if (given := value(key)) is not None and given > largest:
+            raise UserError(f"configuration: {key} is {given}; it must be at most {largest}")
+    if not all(0 <= beta < 1 for beta in value("optimizer.betas") or ()):
+        raise UserError(
+            f"configuration: optimizer.betas is {value('optimizer.betas')}; each must be at least 0 and below 1"
+        )
     for key in _SHARES:
         if (given := value(key)) is not None and not 0 <= given <= 1:
             raise UserError(f"configuration: {key} is {given}; it must be from 0 to 1")
@@ -133,16 +128,17 @@ def check_ranges(config: Any) -> None:
     if value("output_dir") == "":
         raise UserError("configuration: output_dir is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():
-        if min(tower.hidden_size, tower.intermediate_size) < 1:
-            raise UserError(f"configuration: model.towers.{name} has a size below 1: {tower}")
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(tower, key) < 1:
+                raise UserError(
+                    f"configuration: model.towers.{name}.{key} is {getattr(tower, key)}; it must be at least 1"
+                )
         if tower.norm_eps is not None and not tower.norm_eps > 0:
             raise UserError(f"configuration: model.towers.{name}.norm_eps is {tower.norm_eps}; it must be above 0")
         if not 0 <= tower.dropout < 1:
             raise UserError(
                 f"configuration: model.towers.{name}.dropout is {tower.dropout}; it must be at least 0 and below 1"
             )
-    if (betas := value("optimizer.betas")) is not None and not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"configuration: optimizer.betas is {list(betas)}; both must be at least 0 and below 1")
     if (widths := value("block_out_channels")) is not None and (not widths or min(widths) < 1):
         raise UserError(f"configuration: block_out_channels is {widths}; it must have widths, each at least 1")
     for source in value("data.sources") or []:
@@ -151,8 +147,30 @@ def check_ranges(config: Any) -> None:
         if source.num_items is not None and source.num_items < 1:
             raise UserError(f"configuration: data.sources has num_items of {source.num_items}; it must be at least 1")
     for size in value("data.buckets") or []:
-        if len(size) != 2 or min(size) < 8:
-            raise UserError(f"configuration: data.buckets has {size}; a bucket is [height, width], each at least 8")
+        if len(size) != 2 or min(size) < 8 or max(size) > _MOST_PIXELS:
+            raise UserError(
+                f"configuration: data.buckets has {size}; a bucket is [height, width], each from 8 to {_MOST_PIXELS}"
+            )
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise UserError(f"configuration: {key} is {number}; it must be a finite number")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(Dotted key, number) of every float in a section."""
+    items: Iterable[tuple[Any, Any]]
+    if dataclasses.is_dataclass(value):
+        items = [(entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        if isinstance(value, float):
+            yield key, value
+        return
+    for name, item in items:
+        yield from _numbers(item, f"{key}.{name}" if key else str(name))
 
 
 def _check_modalities(config: Any, modalities: dict[str, Any]) -> None:
@@ -242,47 +260,13 @@ def _check_orders(orders: dict[str, float] | None, modalities: set[str]) -> None
         raise UserError(f"configuration: data.orders has no order with a chance above 0; give some, {example}, or null")
 
 
-def explain(message: str, arguments: Sequence[str], config_class: type) -> str:
-    """The parser's message in one sentence, with the nearest valid names for an unknown one."""
-    if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
-        parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
-        return f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
-    sentence = " ".join(message.replace("Parser key ", "").split())
-    sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.Literal", "one of ")
-    sentence = re.sub(r"Problem with given class_path '[\w.]+': ", "", sentence)
-    if "unrecognized arguments" in sentence:
-        unknown = sentence.split("unrecognized arguments:")[1].split()[0].lstrip("-").split("=")[0]
-    elif found := re.search(r"[Oo]ption '([\w.]+)'", sentence):
-        unknown = found[1]
-    elif missing := re.search(r"File does not exist: '(.+?)'", sentence):
-        return f"there is no configuration file {missing[1]}; configs/ holds those of this project"
-    elif "model.modalities" in sentence and "import path" in sentence:
-        return (
-            "configuration: model.modalities gives only the name of a tower, as in an earlier version; write "
-            "NAME: {tower: TOWER, objective: next_token or diffusion}"
-        )
-    else:
-        files = [word.removeprefix("--config=") for word in arguments if word.endswith((".yaml", ".yml"))]
-        return f"configuration: {sentence}{f' (in {files[0]}, if not on the command line)' if files else ''}"
-    names = _key_names(config_class)
-    if "." in unknown:
-        near = difflib.get_close_matches(unknown, names, n=3, cutoff=0.5)
-    else:
-        # A name from a file comes without its section.
-        last = {name: name.split(".")[-1] for name in names}
-        closest = difflib.get_close_matches(unknown, list(last.values()), n=3, cutoff=0.5)
-        near = sorted((name for name in names if last[name] in closest), key=lambda name: closest.index(last[name]))
-    hint = f"nearest valid: {', '.join(near[:3])}" if near else "--help lists the valid ones"
-    return f"configuration: unknown key '{unknown}' ({sentence}); {hint}"
-
-
 def given_values(arguments: Sequence[str]) -> dict[str, Any]:
     """Values set by the command line and its configuration files, nested as in YAML; later ones win.
 
-    Not for checks: unreadable files and values that are not YAML are skipped.
+    Not for checks: unreadable files are skipped.
     """
     given: dict[str, Any] = {}
-    for _, content in _layers(arguments):
+    for _, content in layers(arguments):
         given = merged(given, content)
     return given
 
@@ -296,7 +280,7 @@ def ends_by_epochs(arguments: Sequence[str]) -> bool:
     keys = {"num_steps", "num_epochs"}
     found: dict[str, set[str]] = {}
     last = ""
-    for place, content in _layers(arguments):
+    for place, content in layers(arguments):
         training = content.get("training")
         given = {key for key in keys if isinstance(training, dict) and training.get(key) is not None}
         found[place] = found.get(place, set()) | given
@@ -308,20 +292,24 @@ def ends_by_epochs(arguments: Sequence[str]) -> bool:
     return last == "num_epochs"
 
 
-def _layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Name of the file, or "the command line", and what it sets) of each argument, nested as in YAML."""
+def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(Key, value) of each argument `key=value`, `--key=value` or `--key value`."""
     words = iter(arguments)
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals and not key.startswith("--"):
-            continue
-        if not equals:
-            value = next(words, "")
-        key = key.removeprefix("--")
+        if equals or key.startswith("--"):
+            yield key.removeprefix("--"), value if equals else next(words, "")
+
+
+def layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Name of the file, or "the command line", and what it sets) of each argument, nested as in YAML."""
+    for key, value in pairs(arguments):
         try:
             content = yaml.safe_load(Path(value).read_text() if key == "config" else value)
         except (OSError, ValueError, yaml.YAMLError):
-            continue
+            if key == "config":
+                continue
+            content = value
         if key != "config":
             for name in reversed(key.split(".")):
                 content = {name: content}
@@ -351,22 +339,3 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         for key, value in above.items()
     }
     return below | both
-
-
-def _keys_given(arguments: Sequence[str]) -> list[str]:
-    """Dotted keys on the command line and in its configuration files, down to those of a section."""
-    keys = []
-    for section, values in given_values(arguments).items():
-        keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
-    return keys
-
-
-def _key_names(config_class: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every key, sections included; items of lists and dicts by their own names."""
-    names = []
-    for key, kind in get_type_hints(config_class).items():
-        names.append(prefix + key)
-        for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner):
-                names += _key_names(inner, f"{prefix}{key}.")
-    return names

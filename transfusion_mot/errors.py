@@ -59,8 +59,9 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        # A command may say what it has kept.
+        print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         # Libraries in Rust have exceptions of their own, which hold the number in their text.

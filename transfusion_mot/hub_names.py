@@ -28,6 +28,8 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
         UserError: The path does not exist, and it begins like a path, has more parts than a name on the hub, or lies in
             an existing folder.
     """
+    if not name:
+        raise UserError(f"{what} is empty{hint or '; give a folder or a name on the Hugging Face hub'}")
     path = Path(name)
     is_path = name.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
     # The owner in a hub name is not a local folder.

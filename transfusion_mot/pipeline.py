@@ -10,8 +10,8 @@ from transfusion_mot.data.images import to_pil
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.modalities import TokenModality
 from transfusion_mot.sampling import pictures, speech
-from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.documents import Generators, Item, one_each
+from transfusion_mot.sampling.decoding import Decoding, check_count
+from transfusion_mot.sampling.documents import Generators, Item, as_list, one_each
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import AUTO, Making, OpenDocument
 from transfusion_mot.sampling.variations import Pictures, as_pictures
@@ -55,7 +55,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         shown = as_pictures(images, "images")
         if not shown:
             raise UserError("there is no image to caption; give at least one")
-        beginnings = [prompt] * len(shown) if isinstance(prompt, str) else prompt
+        beginnings = [prompt] * len(shown) if isinstance(prompt, str) else as_list(prompt, "prompt", str)
         if len(beginnings) != len(shown):
             raise UserError(f"there are {len(beginnings)} prompts for {len(shown)} images; give one, or one each")
         self.check_prompts(beginnings)
@@ -80,7 +80,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         Raises:
             UserError: An argument is out of its range.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = as_list(text, "text", str)
         self.check_prompts(texts)
         return self._write(
             [OpenDocument([part]) for part in texts], Decoding(max_new_tokens, temperature, top_p, top_k), generator
@@ -128,8 +128,10 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
         """
         if not isinstance(document, list):
             raise UserError(f"a document must be a list of texts and images, got {type(document).__name__}")
-        if max_images < 0:
-            raise UserError(f"max_images is {max_images}; it must be 0 or more")
+        check_count(max_images, "max_images", least=0)
+        if isinstance(generator, list | tuple):
+            raise UserError(f"there are {len(generator)} generators for one document; give a single one")
+        (generator,) = one_each(generator, 1)
         for item in document:
             if not isinstance(item, str | Image.Image):
                 raise UserError(f"a document is made of texts and PIL images, got {type(item).__name__}")

@@ -234,14 +234,14 @@ def write_pairs(
 
     Args:
         emoji: Folder of drawings.
-        output: Folder of the kinds; created, or overwritten if it has pairs of the same drawings.
+        output: Folder of the kinds; created, or overwritten if it has the same pairs.
         fraction: Share of the names that are held out.
         seed: Seed of the held-out names.
         most: Maximum number of drawings, evenly chosen; None means all.
         workers: Number of processes.
 
     Raises:
-        UserError: `output` holds pairs of other drawings.
+        UserError: `output` holds pairs of other drawings, or another held-out split.
     """
     drawings = read_drawings(emoji)
     if most is not None:
@@ -253,9 +253,11 @@ def write_pairs(
     listed = "\n".join(drawing.file_name for drawing in drawings)
     settings = {
         "drawings": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        "held_out_fraction": fraction,
+        "seed": seed,
         "emoji": _read_json(emoji / "corpus.json"),
     }
-    claim_output(output, "edits.json", settings, "editing pairs of other drawings,")
+    claim_output(output, "edits.json", settings, "editing pairs of other drawings or another split,")
     for folder in {Path(drawing.file_name).parent for drawing in drawings}:
         for kind in (_DRAWINGS, *_MADE):
             (output / kind / folder).mkdir(parents=True, exist_ok=True)

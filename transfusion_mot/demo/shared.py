@@ -46,6 +46,15 @@ def add_seed() -> Any:
     """A field for the seed, with a button that draws one."""
     draw = gr.Button("Random", size="sm")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=130, buttons=[draw])
+    read = seed.preprocess
+
+    def filled_in(payload: float | None) -> Any:
+        # An empty field is None.
+        if payload is None:
+            raise refused(f"Give a seed first, a whole number from 0 to {MAX_SEED}.")
+        return read(payload)
+
+    seed.preprocess = filled_in
     # Drawn in the browser, which need not wait for the model.
     draw.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
     return seed

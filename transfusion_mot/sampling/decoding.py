@@ -5,6 +5,7 @@ Shapes: B rows, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ class Decoding:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_count(self.max_new_tokens, "max_new_tokens")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(
                 f"temperature is {self.temperature}; it must be 0 (the most probable token) or a positive number"
@@ -43,6 +43,18 @@ class Decoding:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be a whole number, 0 for all tokens")
+
+
+def check_count(number: object, what: str, least: int = 1) -> None:
+    """Refuse an argument that does not count something.
+
+    Raises:
+        UserError: It is no whole number, or too small.
+    """
+    if not isinstance(number, Integral):
+        raise UserError(f"{what} is {number!r}; it must be a whole number, at least {least}")
+    if number < least:
+        raise UserError(f"{what} is {number}; it must be at least {least}")
 
 
 def choose_tokens(logits: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor:

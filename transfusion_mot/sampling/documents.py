@@ -1,6 +1,7 @@
 """Documents for a model to continue: texts, pictures and other media, checked and encoded."""
 
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, cast
 
 import numpy as np
@@ -206,9 +207,37 @@ class DocumentPipeline(SnapshotPipeline):
         return ["".join(item for item in document.added if isinstance(item, str)) for document in documents]
 
 
+def as_list(given: object, what: str, kinds: type | UnionType) -> list[Any]:
+    """One thing or several => a list.
+
+    Args:
+        given: An object of one of `kinds`, or a sequence.
+        what: Name of the argument, for the message.
+        kinds: Types of one thing.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(given, kinds):
+        return [given]
+    if not isinstance(given, Sequence):
+        raise UserError(f"{what} is {given!r}; give one, or a list of them")
+    return [*given]
+
+
 def one_each(generator: Generators, count: int) -> list[torch.Generator | None]:
-    """A generator for each of `count` rows."""
-    if not isinstance(generator, list):
+    """A generator for each of `count` rows.
+
+    Raises:
+        UserError: There is another number of generators, or something else, such as a seed.
+    """
+    for one in generator if isinstance(generator, list | tuple) else [generator]:
+        if not isinstance(one, torch.Generator | None):
+            raise UserError(
+                f"generator is {one!r}; give a torch.Generator, such as torch.Generator().manual_seed(0), or a list of "
+                "them"
+            )
+    if not isinstance(generator, list | tuple):
         return [generator] * count
     if len(generator) != count:
         raise UserError(

@@ -6,6 +6,7 @@ model (`adapter_config.json`).
 
 import itertools
 import json
+import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -204,11 +205,22 @@ class LoraPipeline(LoraBaseMixin):
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Activate these adapters, each with its scale (`adapter_weights`, 1 if not given), and deactivate the
-        others."""
+        others.
+
+        Raises:
+            UserError: An adapter is not loaded, or a scale is no finite number.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        scales = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(scales) != len(names):
+            raise UserError(f"there are {len(scales)} adapter_weights for {len(names)} adapters; give one, or one each")
+        for scale in scales:
+            for number in scale.values() if isinstance(scale, dict) else [scale]:
+                if number is not None:
+                    _check_scale(number, "adapter_weights")
         if unknown := [name for name in names if name not in self._adapters]:
             raise UserError(f"there is no adapter '{unknown[0]}'; loaded: {', '.join(self._adapters) or 'none'}")
-        super().set_adapters(names, adapter_weights)
+        super().set_adapters(names, [*scales])
         self._use(set(names))
 
     def fuse_lora(
@@ -222,7 +234,11 @@ class LoraPipeline(LoraBaseMixin):
         """Add the active adapters to the weights, so that the model is as fast as one without adapters.
 
         Call `unload_lora_weights` afterwards to make the change permanent, so that the model can be saved.
+
+        Raises:
+            UserError: `lora_scale` is no finite number.
         """
+        _check_scale(lora_scale, "lora_scale")
         super().fuse_lora(components or ["transformer"], lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
@@ -276,6 +292,11 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
         return [folder, *step_folders(folder / "snapshots")][-1]
     refuse_missing_path(str(name), "adapter")
     return download(str(name), [ADAPTER_CONFIG, ADAPTER_WEIGHTS], "adapter")
+
+
+def _check_scale(scale: Any, what: str) -> None:
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UserError(f"{what} has {scale!r}; a scale must be a finite number, such as 1.0")
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

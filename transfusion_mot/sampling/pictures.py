@@ -14,8 +14,8 @@ from transfusion_mot.data.audio import Audio
 from transfusion_mot.data.images import to_pil
 from transfusion_mot.diffusion import Diffusion, Variation
 from transfusion_mot.errors import UserError
-from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.documents import DocumentPipeline, Generators, one_each
+from transfusion_mot.sampling.decoding import Decoding, check_count
+from transfusion_mot.sampling.documents import DocumentPipeline, Generators, as_list, one_each
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.per_row import random_rows
 from transfusion_mot.sampling.sampler import Denoise, Making, OpenDocument, Predict
@@ -159,12 +159,12 @@ class PicturePipeline(DocumentPipeline):
         Raises:
             UserError: An argument is out of its range.
         """
-        prompts = [prompt] if isinstance(prompt, str | Audio) else list(prompt)
+        prompts = as_list(prompt, "prompt", str | Audio)
         numbers = self._numbers(prompts, num_images_per_prompt)
         negatives = self._negatives(negative_prompt, len(prompts))
         steps, scale = self.sampling_settings(self.image_modality, num_inference_steps, guidance_scale)
         guidance = Guidance(scale, interval=guidance_interval, rescale=guidance_rescale, renorm=guidance_renorm)
-        if not 0 < strength <= 1:
+        if not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
         if mask_image is not None and image is None:
             raise UserError("there is a mask_image and no image; give the image that it belongs to")
@@ -310,8 +310,7 @@ class PicturePipeline(DocumentPipeline):
     def _numbers(self, prompts: Sequence[str | Audio], num_images_per_prompt: int) -> list[int]:
         """Check the prompts => the index of the prompt of each result."""
         self.check_prompts(prompts)
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
+        check_count(num_images_per_prompt, "num_images_per_prompt")
         return [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
 
     def _negatives(self, negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 from transfusion_mot.data.audio import Audio
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.decoding import Decoding
-from transfusion_mot.sampling.documents import DocumentPipeline, Generators, one_each
+from transfusion_mot.sampling.documents import DocumentPipeline, Generators, as_list, one_each
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import Making, OpenDocument
 
@@ -79,7 +79,7 @@ class SpeechPipeline(DocumentPipeline):
             UserError: The model cannot speak, an argument is out of its range, or a prompt cannot be used.
         """
         self.check_can_speak()
-        prompts = [prompt] if isinstance(prompt, str | Image.Image) else list(prompt)
+        prompts = as_list(prompt, "prompt", str | Image.Image)
         if texts := [item for item in prompts if not isinstance(item, Image.Image)]:
             self.check_prompts(texts)
         if not prompts:
@@ -127,10 +127,10 @@ class SpeechPipeline(DocumentPipeline):
         Raises:
             UserError: The model has no speech, an argument is out of its range, or a recording cannot be used.
         """
-        recordings = [audio] if isinstance(audio, Audio) else list(audio)
+        recordings = as_list(audio, "audio", Audio)
         if not recordings:
             raise UserError("there is no audio to transcribe; give at least one recording")
-        beginnings = [prompt] * len(recordings) if isinstance(prompt, str) else prompt
+        beginnings = [prompt] * len(recordings) if isinstance(prompt, str) else as_list(prompt, "prompt", str)
         if len(beginnings) != len(recordings):
             raise UserError(
                 f"there are {len(beginnings)} prompts for {len(recordings)} recordings; give one, or one each"

@@ -1,7 +1,9 @@
 """Checks that the files of data sources exist, without loading PyTorch or `datasets`, so that they are fast."""
 
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transfusion_mot.config import SourceConfig
@@ -17,13 +19,22 @@ _HINT = (
 
 
 def refuse_missing_sources(sources: Sequence[SourceConfig]) -> None:
-    """Refuse sources whose files are missing.
+    """Refuse sources whose files are missing, and sources that are given twice.
 
     Raises:
         UserError: It names the first one.
     """
     for source in sources:
         refuse_missing_source(source)
+    seen: list[SourceConfig] = []
+    for source in sources:
+        same = replace(source, weight=1.0, path=source.path and os.path.normpath(source.path))
+        if same in seen:
+            raise UserError(
+                f"data.sources[{seen.index(same)}] and data.sources[{len(seen)}] are the same {source.kind} source "
+                f"'{source.path}'; give it once, with the sum of the weights"
+            )
+        seen.append(same)
 
 
 def refuse_missing_source(source: SourceConfig) -> None:
