@@ -23,7 +23,7 @@ from transfusion_mot.models.initial_weights import WeightFiles
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.run import snapshots
 from transfusion_mot.run.begin import settled_config
-from transfusion_mot.run.data import RunData
+from transfusion_mot.run.data import RunData, load_codecs
 from transfusion_mot.run.start import Start, check_run
 from transfusion_mot.run.training import Training
 from transfusion_mot.sampling.previews import BEFORE_AND_AFTER
@@ -111,7 +111,9 @@ def test_a_run_begins_with_the_weights_of_a_snapshot(before: Path, tmp_path: Pat
     accelerator = make_accelerator(config.training, Path(config.output_dir))
     check_run(config, accelerator)
     start = Start()
-    training = Training.build(config, accelerator, RunData.open(config, accelerator, None), start)
+    training = Training.build(
+        config, accelerator, RunData.open(config, accelerator, load_codecs(config, accelerator.device), None), start
+    )
     batch, _ = next(iter(training.loader))
     pipeline = TransfusionPipeline.from_pretrained(find_snapshot(str(before)))
     with torch.no_grad():

@@ -356,8 +356,11 @@ def other_vae(tmp_path: Path, random_vae: Path) -> str:
 
 
 def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
-    arguments, tmp_path, capfd, picture_folder, random_vae
+    arguments, tmp_path, capfd, picture_folder, random_vae, monkeypatch
 ) -> None:
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("media were encoded first")
+
     train.main(arguments())
     run = tmp_path / "run"
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -377,7 +380,10 @@ def test_resuming_something_else_is_refused_and_the_run_stays_as_it_was(
     for other, (changes, words) in cases.items():
         if other not in ("never", "path"):
             changes["training"] = {"num_steps": 8} | changes.get("training", {})
-        sentence = refused(arguments(**changes), capfd)
+        with monkeypatch.context() as patch:
+            if other != "sources":
+                patch.setattr("transfusion_mot.run.data.with_encoded", too_late)
+            sentence = refused(arguments(**changes), capfd)
         assert all(word in sentence for word in words), sentence
         now = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         assert [path.name for path in kept.keys() | now.keys() if kept.get(path) != now.get(path)] == [], other

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import torch
 from accelerate import Accelerator
 
 from transfusion_mot.codecs.base import Codec
@@ -38,7 +39,7 @@ class RunData:
     encoder: OnlineEncoder
 
     @classmethod
-    def open(cls, config: RunConfig, accelerator: Accelerator, state: Path | None) -> Self:
+    def open(cls, config: RunConfig, accelerator: Accelerator, codecs: dict[str, Codec], state: Path | None) -> Self:
         """Open everything; called by all processes.
 
         The main process indexes the sources and trains the tokenizer; then the others load both. All processes share
@@ -47,15 +48,12 @@ class RunData:
         Args:
             config: The run's configuration.
             accelerator: The run's accelerator.
+            codecs: As `load_codecs`.
             state: Training state to resume from, or None.
 
         Raises:
-            UserError: A source, codec or tokenizer cannot be read, or does not fit the configuration.
+            UserError: A source or tokenizer cannot be read, or they or a codec do not fit the configuration.
         """
-        codecs = {
-            name: load_codec(codec, config.model.modalities[name].objective, accelerator.device)
-            for name, codec in config.codecs.items()
-        }
         check_media_sizes(config.data, codecs, config.model)
         check_positions(config.data, codecs, config.model)
         if config.training.float8:
@@ -94,6 +92,18 @@ class RunData:
             for name, codec in self.codecs.items()
         }
         return {TEXT: self.tokenizer.vocab_size, **media}
+
+
+def load_codecs(config: RunConfig, device: torch.device) -> dict[str, Codec]:
+    """Codec of each modality but text.
+
+    Raises:
+        UserError: One cannot be read, or does not fit its objective.
+    """
+    return {
+        name: load_codec(codec, config.model.modalities[name].objective, device)
+        for name, codec in config.codecs.items()
+    }
 
 
 def open_tokenizer(

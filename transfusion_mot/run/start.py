@@ -1,11 +1,13 @@
 """Where a run starts: at its first step, or after a training state of the same run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from accelerate import Accelerator
 
+from transfusion_mot.codecs.base import Codec
 from transfusion_mot.config import (
     FREE_OF_MODALITY,
     FREE_OF_TOWER,
@@ -68,15 +70,24 @@ class Start:
         """Metrics file of the steps done."""
         return None if self.run is None else self.run / METRICS_FILE
 
-    def check(self, config: RunConfig, data: RunData) -> None:
-        """Refuse a configuration or data that differ from those of the steps done.
+    def check_settings(self, config: RunConfig, codecs: Mapping[str, Codec]) -> None:
+        """Refuse settings or codecs that differ from those of the steps done. It needs no data, so it comes first.
 
         Raises:
             UserError: Names what differs.
         """
         if self.state is not None:
             # Older states do not mention adapters.
-            refuse_other_run({"lora": None, **self.fingerprint}, fingerprint(config, data), self.state)
+            refuse_other_run({"lora": None, **self.fingerprint}, _settled(config, codecs), self.state)
+
+    def check_data(self, data: RunData) -> None:
+        """Refuse data that differ from those of the steps done.
+
+        Raises:
+            UserError: Names what differs.
+        """
+        if self.state is not None:
+            refuse_other_run(self.fingerprint, _contents(data), self.state)
 
 
 def check_run(config: RunConfig, accelerator: Accelerator) -> None:
@@ -106,19 +117,25 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
 
 def fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
     """Settings and fingerprints that must not change when a run is resumed, by name."""
+    return _settled(config, data.codecs) | _contents(data)
+
+
+def _settled(config: RunConfig, codecs: Mapping[str, Codec]) -> dict[str, Any]:
     return {
         "model": _settled_model(config.model),
-        **{f"codec of {name}": codec.fingerprint for name, codec in data.codecs.items()},
-        "tokenizer": data.tokenizer.fingerprint,
+        **{f"codec of {name}": codec.fingerprint for name, codec in codecs.items()},
         "diffusion.scheduler": [config.diffusion.scheduler, config.diffusion.scheduler_args],
         "training.num_rows": config.training.num_rows,
         "training.seed": config.training.seed,
         "optimizer.name": config.optimizer.name,
         "lora": None if config.lora is None else to_dict(config.lora),
-        # Sources are compared by content, not by path: a run may move to another machine.
-        "list of data.sources": data.sources.contents(),
         "data": _settled_data(config.data),
     }
+
+
+def _contents(data: RunData) -> dict[str, Any]:
+    # Sources are compared by content, not by path: a run may move to another machine.
+    return {"tokenizer": data.tokenizer.fingerprint, "list of data.sources": data.sources.contents()}
 
 
 # Keys that states of earlier versions lack, with their values.

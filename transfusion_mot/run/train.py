@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transfusion_mot.config import RunConfig
 from transfusion_mot.reporting.plan import plan
 from transfusion_mot.run.begin import settled_config
-from transfusion_mot.run.data import RunData
+from transfusion_mot.run.data import RunData, load_codecs
 from transfusion_mot.run.from_snapshot import keep_codecs
 from transfusion_mot.run.length import with_num_steps
 from transfusion_mot.run.saving import RunSaver
@@ -60,9 +60,11 @@ def _train(config: RunConfig, accelerator: Accelerator, *, started: float, quiet
     start = Start.find(config)
     if start.state is None:
         config = keep_codecs(config, accelerator)
-    data = RunData.open(config, accelerator, start.state)
+    codecs = load_codecs(config, accelerator.device)
+    start.check_settings(config, codecs)
+    data = RunData.open(config, accelerator, codecs, start.state)
     end_preparing(accelerator)
-    start.check(config, data)
+    start.check_data(data)
     config = with_num_steps(config, data.packer(config))
     num_steps = config.training.num_steps
     if start.step >= num_steps:
