@@ -18,7 +18,9 @@ from transfusion_mot.errors import UserError, exit_on_user_error
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["760m", "163m"])
     parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
     parser.add_argument("--copies", action="store_true", help="every other image is a copy that later slots attend to")

@@ -30,7 +30,9 @@ from transfusion_mot.path_options import PathOption, existing
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of worker processes to try")
     add("--consumption", type=float, default=250.0, metavar="X", help="rows a second that training uses (250)")

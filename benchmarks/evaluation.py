@@ -30,7 +30,7 @@ PROMPTS = (
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, "python -m benchmarks.evaluation")
     shipped = str(ROOT / "checkpoints" / "emoji")
     parser.add_argument("--checkpoint", action=PathOption, check=find_snapshot, default=shipped, metavar="FOLDER")
     parser.add_argument("--num-images", type=at_least_one, default=30000, metavar="N", help="painted images (30000)")

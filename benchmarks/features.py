@@ -29,7 +29,7 @@ RANDOM = "random-inception"
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, "python -m benchmarks.features")
     parser.add_argument(
         "--folder",
         action=PathOption,

@@ -23,7 +23,9 @@ from transfusion_mot.path_options import PathOption, existing
 
 def main(arguments: Sequence[str]) -> None:
     """Write the texts as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.wordnet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "package",
         action=PathOption,

@@ -21,7 +21,14 @@ from collections.abc import Sequence
 from typing import get_args
 
 from transfusion_mot.errors import exit_on_user_error
-from transfusion_mot.evaluation.command import add_device, add_output, command_parser, publish, run_command
+from transfusion_mot.evaluation.command import (
+    add_device,
+    add_output,
+    at_least_one,
+    command_parser,
+    publish,
+    run_command,
+)
 from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.outputs import check_writable_folder
@@ -95,7 +102,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "images keep their size, so both sides should have the same size",
     )
     parser.add_argument("--cache-dir", metavar="FOLDER", help="folder in which the features of REAL are cached")
-    parser.add_argument("--batch-size", type=int, help="images at a time (GPU 64, CPU 4); does not change the numbers")
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        metavar="N",
+        help="images at a time (GPU 64, CPU 4); does not change the numbers",
+    )
     parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
     add_device(parser)
     add_output(parser)

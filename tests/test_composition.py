@@ -138,6 +138,11 @@ def test_real_scenes_are_right_and_those_of_other_prompts_are_not(
     ]
     with pytest.raises(UserError, match=r"holds no 00000/metadata\.jsonl.*configs/eval/composition\.yaml"):
         read_painted(tmp_path)
+    for count, told in ((2, "has 2 lines; GenEval's format has a folder for each prompt"), (0, "holds no prompts")):
+        (tmp_path / "00000").mkdir(exist_ok=True)
+        (tmp_path / "00000" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[:count]))
+        with pytest.raises(UserError, match=told):
+            read_painted(tmp_path)
     composer = Composer(sprites.sprites, seed=0, held_out_fraction=0.0, is_split=False)
     for number, line in enumerate(lines):
         # The picture of the last prompt is that of the one before.

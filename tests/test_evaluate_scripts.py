@@ -185,7 +185,7 @@ def test_every_command_of_the_docs_has_options_that_exist(monkeypatch):
         ),
         (
             ["fid.py", *PAIR, "--batch-size", "0"],
-            "the batch size must be at least 1",
+            "--batch-size: '0' is not a whole number of at least 1",
         ),
         (
             ["fid.py", *PAIR, "--num-workers", "-1"],

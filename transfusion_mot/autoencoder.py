@@ -19,7 +19,9 @@ from transfusion_mot.files import SNAPSHOT_INDEX
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
-    config = parse_config(AutoencoderTrainingConfig, arguments, __doc__ or "")
+    config = parse_config(
+        AutoencoderTrainingConfig, arguments, __doc__ or "", prog="python -m transfusion_mot.autoencoder"
+    )
     refuse_missing_sources(config.data.sources)
     for name, what in (("config.json", "a codec"), (SNAPSHOT_INDEX, "a snapshot"), ("state", "a run of train.py")):
         if (Path(config.output_dir) / name).exists():

@@ -693,15 +693,18 @@ class AutoencoderTrainingConfig:
 Config = TypeVar("Config")
 
 
-def parse_config(config_class: type[Config], arguments: Sequence[str], description: str) -> Config:
+def parse_config(
+    config_class: type[Config], arguments: Sequence[str], description: str, prog: str | None = None
+) -> Config:
     """Read a configuration from command-line arguments: `--config FILE`, `key=value`, `--key=value`, `--key value`.
 
-    Later arguments win over earlier ones. `--help` lists every key with its meaning, type and default.
+    Later arguments win over earlier ones. `--help` lists every key with its meaning, type and default. `prog` is the
+    name of the command in it.
 
     Raises:
         UserError: An unknown key, a value of the wrong type or out of its range, or a file that cannot be read.
     """
-    sections = parse_sections(config_class, arguments, description)
+    sections = parse_sections(config_class, arguments, description, prog)
     config = config_class(**{entry.name: sections[entry.name] for entry in dataclasses.fields(cast(Any, config_class))})
     if isinstance(config, RunConfig):
         refuse_unsettled(arguments)
@@ -711,14 +714,16 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], descripti
     return config
 
 
-def parse_sections(config_class: type[Config], arguments: Sequence[str], description: str) -> dict[str, Any]:
+def parse_sections(
+    config_class: type[Config], arguments: Sequence[str], description: str, prog: str | None = None
+) -> dict[str, Any]:
     """Read a configuration and check the types of its fields, not their ranges.
 
     Raises:
         UserError: An unknown key, a value of the wrong type, or a file that cannot be read.
     """
     refuse_mistakes(arguments, config_class)
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(config_class, as_group=False)
     # `key=value` is the same as `--key=value`.

@@ -14,10 +14,15 @@ from transfusion_mot.outputs import check_writable_file
 from transfusion_mot.path_options import PathOption, existing
 
 
-def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that keeps the line breaks of the description."""
+def command_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of the description.
+
+    Args:
+        description: What the command does.
+        prog: How a module is called; None for a script.
+    """
     return argparse.ArgumentParser(
-        prog=program(),
+        prog=prog or program(),
         description=as_called(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -262,8 +262,10 @@ def read_painted(folder: str | Path) -> list[tuple[dict[str, Any], Path]]:
     """
     painted = []
     for metadata in sorted(Path(folder).glob("*/metadata.jsonl")):
-        (line,) = read_geneval(str(metadata))
-        painted += [(line, picture) for picture in sorted((metadata.parent / "samples").glob("*.png"))]
+        lines = read_geneval(str(metadata))
+        if len(lines) > 1:
+            raise UserError(f"'{metadata}' has {len(lines)} lines; GenEval's format has a folder for each prompt")
+        painted += [(lines[0], picture) for picture in sorted((metadata.parent / "samples").glob("*.png"))]
     if not painted:
         raise UserError(
             f"'{folder}' holds no 00000/metadata.jsonl with 00000/samples/; give the folder generated/ of "
