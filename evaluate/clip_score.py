@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_device,
+    add_image_reading,
     add_output,
-    at_least_one,
     command_parser,
     publish,
     run_command,
 )
-from transfusion_mot.evaluation.defaults import CLIP_PREFIX, DEFAULT_CLIP, default_num_workers
+from transfusion_mot.evaluation.defaults import CLIP_PREFIX, DEFAULT_CLIP
 from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
 
 
@@ -60,13 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "tokenizer of --clip, or with a folder in the format of transformers",
     )
     parser.add_argument("--prefix", action="store_true", help=f"put '{CLIP_PREFIX}' in front of every text")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least_one,
-        metavar="N",
-        help="images at a time (GPU 64, CPU 4); does not change the numbers",
-    )
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
+    add_image_reading(parser)
     add_device(parser)
     add_output(parser)
     return parser.parse_args(arguments)

@@ -23,13 +23,13 @@ from typing import get_args
 from transfusion_mot.errors import exit_on_user_error
 from transfusion_mot.evaluation.command import (
     add_device,
+    add_image_reading,
     add_output,
-    at_least_one,
     command_parser,
     publish,
     run_command,
 )
-from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice, default_num_workers
+from transfusion_mot.evaluation.defaults import DEFAULT_CMMD_CLIP, DEFAULT_DINOV2, FeatureChoice
 from transfusion_mot.evaluation.report.content import Metric
 from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.path_options import PathOption, existing, existing_or_on_hub
@@ -102,13 +102,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "images keep their size, so both sides should have the same size",
     )
     parser.add_argument("--cache-dir", metavar="FOLDER", help="folder in which the features of REAL are cached")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least_one,
-        metavar="N",
-        help="images at a time (GPU 64, CPU 4); does not change the numbers",
-    )
-    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
+    add_image_reading(parser)
     add_device(parser)
     add_output(parser)
     given = parser.parse_args(arguments)

@@ -57,6 +57,8 @@ _AT_LEAST = {
     "audio.num_mels": 1,
     "audio.num_code_layers": 0,
 }
+# Where a value that is not from a file is from, in messages.
+COMMAND_LINE = "the command line"
 # NumPy's generators take seeds of 32 bits. Larger images are a slip: one takes more than the memory of a machine.
 _MOST_PIXELS = 8192
 _AT_MOST = {"training.seed": 2**32 - 1, "seed": 2**32 - 1, "data.image_size": _MOST_PIXELS, "training.num_rows": 2**20}
@@ -302,7 +304,7 @@ def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Name of the file, or "the command line", and what it sets) of each argument, nested as in YAML."""
+    """(Name of the file, or `COMMAND_LINE`, and what it sets) of each argument, nested as in YAML."""
     for key, value in pairs(arguments):
         try:
             content = yaml.safe_load(Path(value).read_text() if key == "config" else value)
@@ -314,7 +316,7 @@ def layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             for name in reversed(key.split(".")):
                 content = {name: content}
         if isinstance(content, dict):
-            yield value if key == "config" else "the command line", content
+            yield value if key == "config" else COMMAND_LINE, content
 
 
 def refuse_unsettled(arguments: Sequence[str]) -> None:

@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from transfusion_mot.config_checks import given_values, layers, pairs
+from transfusion_mot.config_checks import COMMAND_LINE, layers, pairs
 from transfusion_mot.errors import UserError
 
 # Keys of earlier versions, and the keys that replace them.
@@ -52,12 +52,11 @@ def refuse_mistakes(arguments: Sequence[str], config_class: type) -> None:
     for key, value in pairs(arguments):
         if key == "config":
             _check_file(value)
-    if moved := [key for key in _keys_given(arguments) if key in _MOVED]:
+    given = list(layers(arguments))
+    if moved := [key for key in _keys_in(content for _, content in given) if key in _MOVED]:
         parts = ", ".join(f"{key} (now {_MOVED[key]})" for key in moved)
-        raise UserError(
-            f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}"
-        ) from None
-    for place, content in layers(arguments):
+        raise UserError(f"configuration: {'a key' if len(moved) == 1 else 'keys'} of an earlier version: {parts}")
+    for place, content in given:
         _check_section(content, config_class, "", place=place, names=names)
 
 
@@ -105,7 +104,7 @@ def _located(keys: Sequence[str], value: str, arguments: Sequence[str]) -> tuple
         items: Any = content
         for name in section.split("."):
             items = items.get(name) if isinstance(items, dict) else None
-        where = "" if place == "the command line" else f" (in {place})"
+        where = _in_file(place)
         if inner:
             entries = [
                 (f"{name}.{inner}", item[inner])
@@ -117,6 +116,11 @@ def _located(keys: Sequence[str], value: str, arguments: Sequence[str]) -> tuple
         found += [(name, where) for name, item in entries if str(item) == value]
     name, where = min(found, key=lambda entry: entry[0] != "", default=(f".{inner}" if inner else "", ""))
     return section + name, where
+
+
+def _in_file(place: str) -> str:
+    """Where a value is from, for a message; nothing for the command line."""
+    return "" if place == COMMAND_LINE else f" (in {place})"
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
@@ -150,8 +154,9 @@ def _check_file(path: str) -> None:
     """Refuse a file that is no mapping in YAML, or that gives a key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, yaml.SafeLoader)
-        yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        if (root := loader.get_single_node()) is not None:
+            loader.construct_document(root)
     except FileNotFoundError:
         raise UserError(f"there is no configuration file '{path}'; configs/ holds those of this project") from None
     except OSError as error:
@@ -193,11 +198,11 @@ def _check_section(content: dict[str, Any], section: type, path: str, *, place: 
         content: Given keys and values.
         section: Its dataclass.
         path: Name of the section with a dot, or "".
-        place: File, or "the command line".
+        place: File, or `COMMAND_LINE`.
         names: Names of all keys.
     """
     kinds = get_type_hints(section)
-    where = "" if place == "the command line" else f" (in {place})"
+    where = _in_file(place)
     for given, value in content.items():
         # `--data.sources+=` adds to the list.
         key = str(given).removesuffix("+")
@@ -244,12 +249,12 @@ def _refuse_key(path: str, key: str, known: Sequence[str], *, names: Sequence[st
     raise UserError(f"configuration: unknown key '{path}{key}'{where}; {hint}")
 
 
-def _keys_given(arguments: Sequence[str]) -> list[str]:
-    """Dotted keys on the command line and in its configuration files, down to those of a section."""
-    keys = []
-    for section, values in given_values(arguments).items():
+def _keys_in(contents: Iterable[dict[str, Any]]) -> list[str]:
+    """Dotted keys of contents nested as in YAML, down to those of a section; each once."""
+    keys: list[str] = []
+    for section, values in (entry for content in contents for entry in content.items()):
         keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
-    return keys
+    return list(dict.fromkeys(keys))
 
 
 def _key_names(config_class: Any, prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from transfusion_mot.errors import UserError, exit_on_user_error
+from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.report.content import Metric, metrics_table, save_metrics
 from transfusion_mot.evaluation.speech import read_recordings
 from transfusion_mot.files import find_snapshot
@@ -95,6 +96,17 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write the numbers with their protocols as JSON",
     )
+
+
+def add_image_reading(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that read folders of images: `--batch-size`, `--num-workers`."""
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        metavar="N",
+        help="images at a time (GPU 64, CPU 4); does not change the numbers",
+    )
+    parser.add_argument("--num-workers", type=int, default=default_num_workers(), help="images decoded at a time")
 
 
 def at_least_one(text: str) -> int:

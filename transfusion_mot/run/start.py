@@ -20,7 +20,6 @@ from transfusion_mot.config import (
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.compilation import allow_shapes
 from transfusion_mot.models.mot import check_architecture
-from transfusion_mot.outputs import check_writable_folder
 from transfusion_mot.run.data import RunData
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.graph import why_not_recorded
@@ -99,7 +98,6 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
     try:
         for folder in (config.output_dir, config.data.cache_dir):
             Path(folder).mkdir(parents=True, exist_ok=True)
-        check_writable_folder(config.output_dir, "output_dir")
     except OSError as error:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
     check_architecture(config.model)
