@@ -210,7 +210,8 @@ def test_every_modality_is_generated(rich, tmp_path) -> None:
                     assert set(one) <= set(range(5))
                 case "motion":
                     assert one.shape == (2, 3, 2)
-                    assert torch.equal(one, other)
+                    # Loaded weights can have another alignment in memory, which changes the last digit on some processors.
+                    torch.testing.assert_close(one, other)
                     continue
             assert one == other
     painted = rich.generate([["sun"]], "image", generator=seeds(1))[0]
