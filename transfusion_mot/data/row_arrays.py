@@ -300,7 +300,7 @@ class Row:
         for where in replaceable:
             is_replaced[where] = True
         is_replaced &= (ids < noise.num_codes) & (rng.random(len(ids)) < noise.prob)
-        ids[is_replaced] = rng.integers(noise.num_codes, size=len(ids))[is_replaced]
+        ids[is_replaced] = rng.integers(noise.num_codes, size=is_replaced.sum())
 
     def _draw(
         self,
