@@ -212,7 +212,7 @@ def test_conditions_of_codes_have_no_labels(byte_tokenizer) -> None:
         TokenRun("text", [1, boi], [none] * 2),
         TokenRun("image", [start, 7, 7], [none] * 3),
         TokenRun("text", [eoi, 2, boi], [none] * 3),
-        TokenRun("image", [start, 8, 8], [8, 8, end]),
+        TokenRun("image", [start, 8, 8], [8, 8, end], is_last=True),
         TokenRun("text", [eoi], [none]),
     ]
 

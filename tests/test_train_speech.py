@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from transfusion_mot.data.documents import DocumentReader
 from transfusion_mot.data.images import to_pixels
 from transfusion_mot.data.layout import Media
 from transfusion_mot.data.mixture import open_documents, with_encoded
-from transfusion_mot.data.tokenizer import train_tokenizer
+from transfusion_mot.data.tokenizer import load_tokenizer, train_tokenizer
+from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.reporting.plan import plan
 
 pytestmark = pytest.mark.slow
@@ -138,6 +140,51 @@ def test_a_run_of_three_modalities_learns_each_and_can_be_resumed(folder: Path, 
         state = run / "state" / "step-0000002"
         train([*arguments(folder, image, "resumed"), f"resume={state}"])
         assert_same(final_state(run), final_state(folder / "resumed"))
+
+
+def test_a_run_reads_random_codes_only_in_last_items_and_in_training(
+    folder: Path, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in what the model reads: a label is the true next code."""
+    seen: list[tuple[bool, dict[str, Any], torch.Tensor, torch.Tensor]] = []
+    forward = TransfusionMoT.forward
+
+    def recorded(model: TransfusionMoT, inputs: Any, slots: Any = None, **rest: Any) -> Any:
+        if slots is not None:
+            seen.append((model.training, inputs, slots.document_ids, slots.order))
+        return forward(model, inputs, slots, **rest)
+
+    monkeypatch.setattr(TransfusionMoT, "forward", recorded)
+    noise = [f"model.modalities.{name}.code_noise_prob={prob}" for name, prob in (("image", 0.9), ("speech", 0.8))]
+    train([*arguments(folder, "codes", "noisy", num_steps=12), *noise])
+    # Whether in training, modality, whether last: changed codes and all of them.
+    counts: dict[tuple[bool, str, bool], list[int]] = {}
+    tokenizer = load_tokenizer(str(folder / "noisy" / "tokenizer"), ("text", "image", "speech"))
+    no_item = {tokenizer.eos_id, *tokenizer.end_ids.values()}
+    for in_training, inputs, document_ids, order in seen:
+        starts = np.cumsum([0, *(given.ids.shape[1] for given in inputs.values())])
+        documents = [(row, one) for row, ids in enumerate(document_ids) for one in range(ids.max() + 1)]
+        for row, document in documents:
+            slots: list[tuple[str, int, int]] = []
+            for slot in sorted(np.flatnonzero(document_ids[row] == document), key=lambda slot: order[row, slot]):
+                place = int(np.searchsorted(starts, slot, "right")) - 1
+                name, given = list(inputs)[place], list(inputs.values())[place]
+                index = slot - starts[place]
+                slots.append((name, int(given.ids[row, index]), int(given.labels[row, index])))
+            while slots[-1][0] == "text" and slots[-1][1] in no_item:
+                slots.pop()
+            for number, ((name, _, label), (behind, code, _)) in enumerate(pairwise(slots)):
+                if name == behind != "text":
+                    is_last = all(other == name for other, _, _ in slots[number:])
+                    of = counts.setdefault((in_training, name, is_last), [0, 0])
+                    of[0] += code != label
+                    of[1] += 1
+    assert len(counts) == 8
+    for (in_training, name, is_last), (changed, total) in counts.items():
+        assert total > 50
+        # A random code is sometimes the true one: one of 64 and one of 16.
+        share = {"image": 0.9 * 63 / 64, "speech": 0.8 * 15 / 16}[name] if in_training and is_last else 0.0
+        assert changed / total == pytest.approx(share, abs=6 * math.sqrt(share * (1 - share) / total))
 
 
 def test_documents_are_what_a_naive_reading_of_the_files_gives(folder: Path) -> None:

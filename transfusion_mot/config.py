@@ -285,8 +285,9 @@ class ModalityConfig:
         unet_num_layers: Residual layers in each block of the `unet` adapter.
         tied_embeddings: `next_token` only: embedding and head are one matrix.
         code_noise_prob: Codes only: chance, below 1, that training reads a random code in place of a code; labels keep
-            the true codes. Without noise the previous codes nearly determine the next one, and the model learns little
-            from its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
+            the true codes. Only codes of a document's last item are replaced; those that a later item reads, such as
+            speech before its transcript, stay true. Without noise the previous codes nearly determine the next one, and
+            the model learns little from its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
         guidance_scale: Not for text: classifier-free guidance scale of this modality in previews and snapshots; null is
             `diffusion.guidance_scale`.
         vocab_size: Text only: minimum rows of embedding and head. Rows beyond the tokenizer's ids are spare, as in

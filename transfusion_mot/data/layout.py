@@ -74,11 +74,13 @@ class TokenRun(NamedTuple):
         modality: Modality of the ids.
         ids: Input tokens.
         labels: The next token of each, or `IGNORE_INDEX`.
+        is_last: Whether they are codes of the document's last item, which no later item reads.
     """
 
     modality: str
     ids: list[int]
     labels: list[int]
+    is_last: bool = False
 
 
 class LatentSpan(NamedTuple):
@@ -118,10 +120,13 @@ def lay_out(
     """
 
     def outside(ids: list[int], following: int) -> TokenRun:
-        return TokenRun(stream, ids, [*ids[1:], following] if has_token_loss else [IGNORE_INDEX] * len(ids))
+        labels = [*ids[1:], following] if has_token_loss else [IGNORE_INDEX] * len(ids)
+        # Codes without text are the only item of their document.
+        return TokenRun(stream, ids, labels, is_last=stream != TEXT)
 
+    last = _last_item(segments, tokenizer, next_token)
     run: list[int] = []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         if not isinstance(segment, Media):
             run = run + segment if run else segment
             continue
@@ -129,9 +134,24 @@ def lay_out(
         yield outside(run, IGNORE_INDEX)
         if segment.is_codes:
             ids, following = segment.content[:-1], segment.content[1:]
-            yield TokenRun(segment.modality, ids, [IGNORE_INDEX] * len(ids) if segment.is_condition else following)
+            labels = [IGNORE_INDEX] * len(ids) if segment.is_condition else following
+            yield TokenRun(segment.modality, ids, labels, is_last=index == last)
         else:
             yield from segment.spans
         run = [tokenizer.end_ids[segment.modality]]
     if run:
         yield outside(run, next_token)
+
+
+def _last_item(segments: Sequence[Segment], tokenizer: TextTokenizer, next_token: int) -> int | None:
+    """Index of the document's last item, which may be in another piece (None).
+
+    The end token of media and EOS are no item: they follow media of any content.
+    """
+    if next_token not in (IGNORE_INDEX, tokenizer.eos_id):
+        return None
+    for index in range(len(segments) - 1, -1, -1):
+        segment = segments[index]
+        if isinstance(segment, Media) or any(token != tokenizer.eos_id for token in segment):
+            return index
+    return None

@@ -5,7 +5,8 @@ each document once per epoch.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from transfusion_mot.data.draws import weighted_index
 from transfusion_mot.data.lanes import LaneArray, LaneSizes, LaneState, Waiting
 from transfusion_mot.data.mixture import Pool, Sources, counter
 from transfusion_mot.data.permutation import NUM_ROUNDS, permuted
-from transfusion_mot.data.row_arrays import Row, RowArrays, RowShape
+from transfusion_mot.data.row_arrays import CodeNoise, Row, RowArrays, RowShape
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
@@ -58,6 +59,7 @@ class Packer:
         num_lanes: Rows R of a global batch.
         seed: The run's seed.
         timesteps_from_uniform: The objective's distribution of timesteps.
+        code_noise: Modality => noise of its codes. Only training has noise.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Packer:
         num_lanes: int,
         seed: int,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
+        code_noise: Mapping[str, CodeNoise] = MappingProxyType({}),
     ) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
@@ -78,6 +81,7 @@ class Packer:
         self.num_lanes = num_lanes
         self.seed = seed
         self.timesteps_from_uniform = timesteps_from_uniform
+        self.code_noise = dict(code_noise)
         self.token_modalities = model.of_objective("next_token")
         self.lane_sizes = LaneSizes(
             len(sources.pools), len(self.token_modalities), len(sources.media_pools), config.lookahead
@@ -124,7 +128,7 @@ class Packer:
         """
         bucket = self.bucket(step) if bucket is None else bucket
         shape = self.row_shape(bucket)
-        arrays = RowArrays(shape, len(lanes), self.tokenizer, self.config, bucket)
+        arrays = RowArrays(shape, len(lanes), self.tokenizer, self.config, bucket, self.code_noise)
         counts: Counter[str] = Counter()
         new_states = np.empty_like(states)
         for position, lane in enumerate(lanes):

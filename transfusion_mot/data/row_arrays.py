@@ -1,8 +1,8 @@
 """Arrays of a batch on the host, and filling of rows with the slots of documents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -116,14 +116,33 @@ class RowShape:
         )
 
 
+class CodeNoise(NamedTuple):
+    """Noise of the codes of a modality, see `ModalityConfig.code_noise_prob`.
+
+    Attributes:
+        prob: Chance that a random code replaces a code.
+        num_codes: Number of codes; higher ids, such as `start`, are kept.
+    """
+
+    prob: float
+    num_codes: int
+
+
 class RowArrays:
     """The arrays of some rows."""
 
     def __init__(
-        self, shape: RowShape, num_rows: int, tokenizer: TextTokenizer, config: DataConfig, bucket: int
+        self,
+        shape: RowShape,
+        num_rows: int,
+        tokenizer: TextTokenizer,
+        config: DataConfig,
+        bucket: int,
+        code_noise: Mapping[str, CodeNoise],
     ) -> None:
         self.shape = shape
         self.tokenizer = tokenizer
+        self.code_noise = code_noise
         slots = shape.num_slots
         self.document_ids = np.full((num_rows, slots), -1)
         self.order = np.zeros((num_rows, slots), dtype=np.int64)
@@ -198,6 +217,8 @@ class Row:
         # Tokens of each modality, written at once at the end.
         self._ids: dict[str, list[int]] = {name: [] for name in arrays.ids}
         self._labels: dict[str, list[int]] = {name: [] for name in arrays.labels}
+        # Tokens that may be replaced by random ones.
+        self._replaceable: dict[str, list[slice]] = {name: [] for name in arrays.code_noise}
         self._documents = 0
 
     def add(self, piece: Piece, document: Document, source: int) -> None:
@@ -215,6 +236,9 @@ class Row:
         for part in laid_out:
             if not isinstance(part, LatentSpan):
                 self._take(part.modality, len(part.ids), source, *positions.text(len(part.ids)))
+                if part.is_last and part.modality in self._replaceable:
+                    first = len(self._ids[part.modality])
+                    self._replaceable[part.modality].append(slice(first, first + len(part.ids)))
                 self._ids[part.modality] += part.ids
                 self._labels[part.modality] += part.labels
                 continue
@@ -258,12 +282,25 @@ class Row:
         rng: np.random.Generator,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Write the tokens, and draw noise and timesteps of the latents, one modality after the other."""
+        """Write the tokens, draw noise and timesteps of the latents, then replace codes, one modality at a time."""
         for name, ids in self._ids.items():
             self.arrays.ids[name][self.row, : len(ids)] = ids
             self.arrays.labels[name][self.row, : len(ids)] = self._labels[name]
         for name, media in self._media.items():
             self._draw(name, media, sources, rng, timesteps_from_uniform)
+        for name, noise in self.arrays.code_noise.items():
+            self._replace_codes(self.arrays.ids[name][self.row], self._replaceable[name], noise, rng)
+
+    @staticmethod
+    def _replace_codes(
+        ids: NDArray[np.int64], replaceable: list[slice], noise: CodeNoise, rng: np.random.Generator
+    ) -> None:
+        """Replace some codes [T] in place. Labels keep the true codes."""
+        is_replaced = np.zeros(len(ids), dtype=np.bool_)
+        for where in replaceable:
+            is_replaced[where] = True
+        is_replaced &= (ids < noise.num_codes) & (rng.random(len(ids)) < noise.prob)
+        ids[is_replaced] = rng.integers(noise.num_codes, size=is_replaced.sum())
 
     def _draw(
         self,

@@ -53,13 +53,11 @@ class TokenModality(nn.Module):
         vocab_size: Number of token ids V, including special and spare ones.
         hidden_size: Width D of its tower.
         tied: Embedding and head are one matrix; then there is no `head`.
-        code_noise_prob: See `ModalityConfig`.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tied: bool = False, code_noise_prob: float = 0.0) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tied: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.code_noise_prob = code_noise_prob
         self.embedding = (TiedEmbedding if tied else nn.Embedding)(vocab_size, hidden_size)
         self.head = None if tied else nn.Linear(hidden_size, vocab_size, bias=False)
         self.initial_values: Mapping[str, InitialValues] = dict.fromkeys(
@@ -83,13 +81,7 @@ class TokenModality(nn.Module):
 
     def embed(self, given: TokenInput) -> tuple[Tensor, None]:
         """Token ids => (hidden states [B, T, D], nothing)."""
-        has_noise = self.code_noise_prob > 0 and self.training and given.has_loss
-        return self.embedding(self._with_noise(given.ids) if has_noise else given.ids), None
-
-    def _with_noise(self, ids: Tensor) -> Tensor:
-        """Codes [B, T] with some replaced by random ones; `start` is kept."""
-        is_replaced = (torch.rand(ids.shape, device=ids.device) < self.code_noise_prob) & (ids < self.start_id)
-        return torch.where(is_replaced, torch.randint_like(ids, self.start_id), ids)
+        return self.embedding(given.ids), None
 
     def loss(self, hidden: Tensor, given: TokenInput, kept: None, z_loss_weight: float) -> Terms:
         """Hidden states [B, T, D] after the last norm => cross-entropies, without keeping all logits in memory."""

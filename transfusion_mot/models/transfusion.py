@@ -105,9 +105,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             modality = config.modalities[name]
             width = towers[modality.tower].hidden_size
             if modality.objective == "next_token":
-                self.modalities[name] = TokenModality(
-                    sizes[name], width, modality.tied_embeddings, modality.code_noise_prob
-                )
+                self.modalities[name] = TokenModality(sizes[name], width, modality.tied_embeddings)
             elif modality.objective == "read":
                 self.modalities[name] = ReadModality(sizes[config.content_of(name)], width, modality)
             else:

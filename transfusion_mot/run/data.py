@@ -14,6 +14,7 @@ from transfusion_mot.data.encoding import check_media_sizes, check_positions
 from transfusion_mot.data.mixture import Source, Sources, open_documents, training_texts, with_encoded
 from transfusion_mot.data.online import OnlineEncoder
 from transfusion_mot.data.packing import Packer
+from transfusion_mot.data.row_arrays import CodeNoise
 from transfusion_mot.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from transfusion_mot.diffusion import Diffusion
 from transfusion_mot.training.float8 import check_float8
@@ -81,6 +82,11 @@ class RunData:
             num_lanes=config.training.num_rows,
             seed=config.training.seed,
             timesteps_from_uniform=Diffusion.from_config(config.diffusion).timesteps_from_uniform,
+            code_noise={
+                name: CodeNoise(prob, codec.codebook_size)
+                for name, codec in self.codecs.items()
+                if codec.kind == "codes" and (prob := config.model.modalities[name].code_noise_prob)
+            },
         )
 
     @property

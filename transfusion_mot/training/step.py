@@ -84,7 +84,7 @@ def train_step(
     """Forward, backward and update over this rank's rows of a step, in microbatches.
 
     Each loss is a sum divided by its count over the global batch. So the gradient does not depend on how rows are split
-    into microbatches and ranks, unless there is dropout, code noise or 8-bit products.
+    into microbatches and ranks, unless there is dropout or 8-bit products.
 
     Args:
         loss_weights: Factor of the mean loss of each modality.
