@@ -14,7 +14,7 @@ CATEGORIES = {
     "norm, rotation and joining of heads": ("join_heads",),
     "cross-entropy": ("logsumexp",),
     "SwiGLU": ("silu",),
-    "optimizer and clipping": ("multi_tensor_apply", "foreach"),
+    "optimizer and clipping": ("multi_tensor_apply", "foreach", "adamw"),
     "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add"),
     "casts and copies": ("copy", "memcpy", "memset"),
 }
