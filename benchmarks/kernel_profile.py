@@ -15,7 +15,7 @@ CATEGORIES = {
     "cross-entropy": ("logsumexp",),
     "SwiGLU": ("silu",),
     "optimizer and clipping": ("multi_tensor_apply", "foreach", "adamw"),
-    "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add"),
+    "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add", "_norm_forward", "_norm_reverse"),
     "casts and copies": ("copy", "memcpy", "memset"),
 }
 
