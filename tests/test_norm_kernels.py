@@ -18,7 +18,7 @@ EPS = 0.1
 
 def check_norms(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> None:
     """Results and gradients, computed from the same rounded inputs in float32."""
-    from transfusion_mot.models.norm_kernels import add_rms_norm, rms_norm
+    from transfusion_mot.models.norm_kernels import add_rms_norm, rms_norm, rms_norm_beside
 
     generator = torch.Generator().manual_seed(0)
     x, added, *upstream = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
@@ -45,6 +45,10 @@ def check_norms(shape: tuple[int, int, int], device: str, dtype: torch.dtype) ->
         (
             run(lambda one: (rms_norm(one, norm.weight, EPS),), x),
             run(lambda one: (norm(one),), x.float()),
+        ),
+        (
+            run(lambda one: rms_norm_beside(one, norm.weight, EPS), x),
+            run(lambda one: (one, norm(one)), x.float()),
         ),
         (
             run(lambda one, two: add_rms_norm(one, two, norm.weight, EPS), x, added),

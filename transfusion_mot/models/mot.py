@@ -29,7 +29,7 @@ from transfusion_mot.models.layers import ROPE_TYPES, QKVProjection, RMSNorm, Sw
 
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
-    from transfusion_mot.models.norm_kernels import add_rms_norm, rms_norm
+    from transfusion_mot.models.norm_kernels import add_rms_norm, rms_norm, rms_norm_beside
 
 Streams = dict[str, Tensor]
 # Tower => dropout masks [B, slots, D] of the outputs of its attention and of its feed-forward.
@@ -150,7 +150,11 @@ class MoTBlock(nn.Module):
         dropout_masks: DropoutMasks,
     ) -> Streams:
         lengths = [hidden.shape[1] for hidden in streams.values()]
-        projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
+        pairs = {
+            tower: _kept_and_norm(hidden, cast(RMSNorm, self.attention_norm[tower]))
+            for tower, hidden in streams.items()
+        }
+        projected = [self.qkv[tower](normed) for tower, (_, normed) in pairs.items()]
         q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)
         if cache is None:
             assert mask is not None
@@ -159,7 +163,7 @@ class MoTBlock(nn.Module):
             parts = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2).split(lengths, dim=1)
             attended = dict(zip(streams, parts, strict=True))
         result = {}
-        for tower, hidden in streams.items():
+        for tower, (hidden, _) in pairs.items():
             of_attention, of_ffn = dropout_masks.get(tower, (None, None))
             rate = self.dropout.get(tower, 0.0)
             added = _dropped(self.output[tower](attended[tower]), of_attention, rate)
@@ -228,6 +232,13 @@ def _sum_and_norm(hidden: Tensor, added: Tensor, norm: RMSNorm) -> tuple[Tensor,
     if _has_norm_kernel(hidden) and hidden.dtype == added.dtype:
         return add_rms_norm(hidden, added, norm.weight, norm.eps)
     hidden = hidden + added
+    return hidden, norm(hidden)
+
+
+def _kept_and_norm(hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """A stream [B, slots, D], whose gradient passes through the norm's backward, and its norm."""
+    if _has_norm_kernel(hidden):
+        return rms_norm_beside(hidden, norm.weight, norm.eps)
     return hidden, norm(hidden)
 
 

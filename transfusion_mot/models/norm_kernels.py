@@ -1,8 +1,8 @@
 """Triton kernels for the root-mean-square norm in training: sum and norm in one pass over memory, and one pass for all
 gradients. On other devices the equivalent plain torch code of `RMSNorm` runs.
 
-Each pass reads and writes every element once. On an H100 the compiler's backward of a norm after a sum takes 7.0 ms of
-a step at width 1536, 24 layers and 32,768 slots; four passes over memory take 3.2 ms.
+Each pass reads and writes every element once. On an H100 the compiler's backward of the two norms of a block takes
+12.1 ms of a step at width 1536, 24 layers and 32,768 slots; reading three tensors and writing one for each takes 6.4.
 
 Shapes: L slots of all rows, D width.
 """
@@ -172,3 +172,24 @@ def _gradients_of_both(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Ten
 
 rms_norm.register_autograd(_gradients, setup_context=_keep_input)
 add_rms_norm.register_autograd(_gradients_of_both, setup_context=_keep_sum)
+
+
+class _NormBeside(torch.autograd.Function):
+    """x => x and `rms_norm` of it, whose backward adds the gradient of x's other use in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x.view_as(x), rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_x, d_normed = gradients
+        x, weight = ctx.saved_tensors
+        return *_add_rms_norm_backward(d_x, d_normed, x.contiguous(), weight, ctx.eps), None
+
+
+def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, to be used from now on, and `rms_norm` of it."""
+    return _NormBeside.apply(x, weight, eps)
