@@ -14,8 +14,8 @@ CATEGORIES = {
     "norm, rotation and joining of heads": ("join_heads",),
     "cross-entropy": ("logsumexp",),
     "SwiGLU": ("silu",),
-    "optimizer and clipping": ("multi_tensor_apply", "foreach"),
-    "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add"),
+    "optimizer and clipping": ("multi_tensor_apply", "foreach", "adamw"),
+    "norms and residual sums": ("rsqrt", "pow", "unsafe_view_add", "_norm_forward", "_norm_reverse"),
     "casts and copies": ("copy", "memcpy", "memset"),
 }
 

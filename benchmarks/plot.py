@@ -59,11 +59,11 @@ def draw(reports: dict[str, dict[str, Any]], output: Path) -> None:
             if contender not in report["contenders"]:
                 continue
             result = report["contenders"][contender]
-            rate = result["slots_per_step"] * report["processes"] / statistics.median(result["milliseconds"]) * 1000
+            rate = result["slots_per_step"] * report["processes"] / statistics.mean(result["milliseconds"]) * 1000
             ours = report["contenders"].get("mot")
             values = [rate / 1000, None]
             if ours is not None:
-                own = ours["slots_per_step"] / statistics.median(ours["milliseconds"]) * 1000 * report["processes"]
+                own = ours["slots_per_step"] / statistics.mean(ours["milliseconds"]) * 1000 * report["processes"]
                 values[1] = own / rate
             for panel, value in zip(panels, values, strict=True):
                 if value is None:

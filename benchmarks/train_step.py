@@ -3,6 +3,9 @@
 Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer,
 averaged weights. They take turns, so that temperature and host load affect all of them equally. While one runs, the
 weights and moments of the others are in host memory.
+
+Times are means: only every tenth step updates the averaged weights, which a median would leave out. So each turn should
+have a multiple of ten steps.
 """
 
 import argparse
@@ -401,7 +404,7 @@ def compare(
                 assert isinstance(contender, Contender)
                 result["difference_to_mot"] = assert_equal(ours, contender, sample)
                 ours.move(host)
-            accelerator.print(f"{name}: {statistics.median(result['milliseconds']):.1f} ms", flush=True)
+            accelerator.print(f"{name}: {statistics.mean(result['milliseconds']):.1f} ms", flush=True)
             if len(options.contenders) > 1:
                 contender.move(host)
                 gc.collect()
@@ -432,18 +435,19 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     lines = [
-        "| contender | parameters | ms a step | to mot | tokens/s | MFU | peak GiB | first step | recompiles | waits |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| contender | parameters | ms a step, mean | median | to mot | tokens/s | MFU | peak GiB | first step "
+        "| recompiles | waits |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     contenders = report["contenders"]
-    reference = statistics.median(contenders["mot"]["milliseconds"]) if "mot" in contenders else float("nan")
+    reference = statistics.mean(contenders["mot"]["milliseconds"]) if "mot" in contenders else float("nan")
     for name, result in contenders.items():
-        median = statistics.median(result["milliseconds"])
-        rate = result["slots_per_step"] * report["processes"] / median * 1000
-        mfu = result["flops_per_step"] / median * 1000 / result["peak_flops"] if "flops_per_step" in result else None
+        mean, median = statistics.mean(result["milliseconds"]), statistics.median(result["milliseconds"])
+        rate = result["slots_per_step"] * report["processes"] / mean * 1000
+        mfu = result["flops_per_step"] / mean * 1000 / result["peak_flops"] if "flops_per_step" in result else None
         lines.append(
-            f"| {name} | {result['parameters'] / 1e6:.0f}M | {median:.1f} | {reference / median:.3f} | {rate:,.0f} "
-            f"| {f'{mfu:.3f}' if mfu else '-'} | {result.get('peak_gib', float('nan')):.1f} "
+            f"| {name} | {result['parameters'] / 1e6:.0f}M | {mean:.1f} | {median:.1f} | {reference / mean:.3f} "
+            f"| {rate:,.0f} | {f'{mfu:.3f}' if mfu else '-'} | {result.get('peak_gib', float('nan')):.1f} "
             f"| {result['first_step_seconds']:.0f} s | {result['recompiles']} | {result.get('waits_for_device', '-')} |"
         )
     return "\n".join(lines)

@@ -82,6 +82,21 @@ def test_a_contender_that_computes_something_else_is_found_out(tmp_path: Path, m
         train_step.main(["--size", "tiny", "--steps", "2", "--workers", "0", "--output", str(tmp_path)])
 
 
+def test_the_table_has_the_mean_and_so_the_step_that_updates_the_averages() -> None:
+    result = {
+        "milliseconds": [10.0] * 9 + [20.0],
+        "slots_per_step": 1000,
+        "parameters": 2_000_000,
+        "first_step_seconds": 3.0,
+        "recompiles": 0,
+    }
+    table = train_step.table(
+        {"contenders": {"mot": result, "dense": result | {"milliseconds": [22.0]}}, "processes": 1}
+    )
+    assert "| mot | 2M | 11.0 | 10.0 | 1.000 | 90,909 |" in table
+    assert "| dense | 2M | 22.0 | 22.0 | 0.500 | 45,455 |" in table
+
+
 def test_results_are_drawn(tmp_path: Path) -> None:
     result = {"milliseconds": [10.0, 11.0], "slots_per_step": 1000}
     contenders = {"mot": result, "dense": result | {"milliseconds": [9.0]}}

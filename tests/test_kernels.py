@@ -81,11 +81,13 @@ def check_join_heads(case: Case, device: str, dtype: torch.dtype) -> None:
 def test_kernels_by_the_interpreter() -> None:
     """All in one separate process, because Triton reads the variable when it is imported."""
     program = (
-        "import torch, decode_kernel_checks, test_interval_attention\n"
+        "import torch, decode_kernel_checks, test_adamw, test_interval_attention, test_norm_kernels\n"
         "from test_kernels import CASES, check_join_heads\n"
         "for case in CASES: check_join_heads(case, 'cpu', torch.float32)\n"
         "test_interval_attention.check_by_interpreter()\n"
         "decode_kernel_checks.compare_by_interpreter()\n"
+        "test_adamw.check_by_interpreter()\n"
+        "test_norm_kernels.check_by_interpreter()\n"
         "print('equal')"
     )
     folder = Path(__file__).parent

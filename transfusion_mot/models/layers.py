@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and hidden.is_cuda and hidden.dtype == self.weight.dtype:
-            # One kernel that computes in float32, too; in training the compiler makes one of what follows.
+            # One kernel that computes in float32, too. In training there are `norm_kernels`, or the compiler makes one.
             return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.eps)
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)

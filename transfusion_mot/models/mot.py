@@ -29,6 +29,7 @@ from transfusion_mot.models.layers import ROPE_TYPES, QKVProjection, RMSNorm, Sw
 
 if HAS_TRITON:
     from transfusion_mot.models.kernels import join_heads
+    from transfusion_mot.models.norm_kernels import add_rms_norm, rms_norm, rms_norm_beside
 
 Streams = dict[str, Tensor]
 # Tower => dropout masks [B, slots, D] of the outputs of its attention and of its feed-forward.
@@ -149,7 +150,11 @@ class MoTBlock(nn.Module):
         dropout_masks: DropoutMasks,
     ) -> Streams:
         lengths = [hidden.shape[1] for hidden in streams.values()]
-        projected = [self.qkv[tower](self.attention_norm[tower](hidden)) for tower, hidden in streams.items()]
+        pairs = {
+            tower: _kept_and_norm(hidden, cast(RMSNorm, self.attention_norm[tower]))
+            for tower, hidden in streams.items()
+        }
+        projected = [self.qkv[tower](normed) for tower, (_, normed) in pairs.items()]
         q_BSNH, k_BSMH, v_BSMH = self._joint_heads(list(streams), projected, rotary)
         if cache is None:
             assert mask is not None
@@ -158,11 +163,12 @@ class MoTBlock(nn.Module):
             parts = cached_attention(q_BSNH, k_BSMH, v_BSMH, cache).flatten(2).split(lengths, dim=1)
             attended = dict(zip(streams, parts, strict=True))
         result = {}
-        for tower, hidden in streams.items():
+        for tower, (hidden, _) in pairs.items():
             of_attention, of_ffn = dropout_masks.get(tower, (None, None))
             rate = self.dropout.get(tower, 0.0)
-            hidden = hidden + _dropped(self.output[tower](attended[tower]), of_attention, rate)
-            result[tower] = hidden + _dropped(self.ffn[tower](self.ffn_norm[tower](hidden)), of_ffn, rate)
+            added = _dropped(self.output[tower](attended[tower]), of_attention, rate)
+            hidden, normed = _sum_and_norm(hidden, added, cast(RMSNorm, self.ffn_norm[tower]))
+            result[tower] = hidden + _dropped(self.ffn[tower](normed), of_ffn, rate)
         return result
 
     def closed_to(self, tower: str) -> tuple[str, ...]:
@@ -219,6 +225,31 @@ class MoTBlock(nn.Module):
             parts.append((rotate(q_BSNH, cos, sin), rotate(k_BSMH, cos, sin), v_BSMH))
         q_BSNH, k_BSMH, v_BSMH = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return q_BSNH, k_BSMH, v_BSMH
+
+
+def _sum_and_norm(hidden: Tensor, added: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """Sum of two streams [B, slots, D], and its norm."""
+    if _has_norm_kernel(hidden) and hidden.dtype == added.dtype:
+        return add_rms_norm(hidden, added, norm.weight, norm.eps)
+    hidden = hidden + added
+    return hidden, norm(hidden)
+
+
+def _kept_and_norm(hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """A stream [B, slots, D], whose gradient passes through the norm's backward, and its norm."""
+    if _has_norm_kernel(hidden):
+        return rms_norm_beside(hidden, norm.weight, norm.eps)
+    return hidden, norm(hidden)
+
+
+def eager_norm(hidden: Tensor, norm: RMSNorm) -> Tensor:
+    """Norm of a stream [B, slots, D] outside of compiled code, which would take a kernel for each operation."""
+    return rms_norm(hidden, norm.weight, norm.eps) if _has_norm_kernel(hidden) else norm(hidden)
+
+
+def _has_norm_kernel(hidden: Tensor) -> bool:
+    """Whether norms use the kernels of `norm_kernels`: in training on CUDA."""
+    return HAS_TRITON and torch.is_grad_enabled() and hidden.is_cuda and hidden.dtype != torch.float64
 
 
 def _dropped(added: Tensor, mask: Tensor | None, rate: float) -> Tensor:

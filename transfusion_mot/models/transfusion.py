@@ -54,7 +54,14 @@ from transfusion_mot.models.modalities import (
     Terms,
     TokenModality,
 )
-from transfusion_mot.models.mot import Checkpointing, MoTBlock, Streams, TowerModules, check_architecture
+from transfusion_mot.models.mot import (
+    Checkpointing,
+    MoTBlock,
+    Streams,
+    TowerModules,
+    check_architecture,
+    eager_norm,
+)
 
 # Standard deviation of embedding, head and block matrices.
 INIT_STD = 0.02
@@ -323,7 +330,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _from_streams(self, streams: Streams, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Apply the final norms and cut the streams back into modalities."""
-        normed = {tower: self.final_norm[tower](hidden) for tower, hidden in streams.items()}
+        normed = {tower: eager_norm(hidden, cast(RMSNorm, self.final_norm[tower])) for tower, hidden in streams.items()}
         result = {}
         for name, tokens in embedded.items():
             tower, length = self.architecture.modalities[name].tower, tokens.shape[1]

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from transfusion_mot.config import OptimizerConfig
 from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.training.adamw import AdamW
 from transfusion_mot.training.adamw_8bit import AdamW8bit
 from transfusion_mot.training.muon import MuonAdamW
 from transfusion_mot.training.towers import tower_of
@@ -40,7 +41,7 @@ def make_optimizer(model: TransfusionMoT, config: OptimizerConfig) -> Optimizer:
         }
         groups.setdefault((kind, tower), {"params": [], **settings})["params"].append((name, parameter))
     if config.name == "adamw":
-        return AdamW(list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return AdamW(list(groups.values()), config.lr, config.betas, config.eps)
     if config.name == "adamw_8bit":
         return AdamW8bit(list(groups.values()), config.lr, config.betas, config.eps)
     head_dim, heads, kv_heads = architecture.head_dim, architecture.num_heads, architecture.num_kv_heads
