@@ -210,7 +210,7 @@ def test_every_modality_is_generated(rich, tmp_path) -> None:
                     assert set(one) <= set(range(5))
                 case "motion":
                     assert one.shape == (2, 3, 2)
-                    # Loaded weights can have another alignment in memory, which changes the last digit on some processors.
+                    # Loaded weights can have another alignment in memory; on some processors this changes a last digit.
                     torch.testing.assert_close(one, other)
                     continue
             assert one == other
