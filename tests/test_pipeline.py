@@ -200,6 +200,18 @@ def test_a_call_runs_where_diffusers_says():
     assert pipeline._execution_device == theirs(pipeline) == torch.device("cuda:2")
 
 
+def test_an_error_frees_the_cache(pipeline):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    pipeline("sun", output_type="latent")
+    assert pipeline.workspace._cache is not None
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("sun", callback_on_step_end=stop)
+    assert pipeline.workspace._cache is None
+    pipeline("sun", output_type="latent")
+
+
 def test_the_callback_sees_every_step_and_can_replace_latents(pipeline):
     seen = []
 

@@ -144,7 +144,16 @@ class Sampler:
             self.session.feed(row, *parts)
 
     def run(self) -> None:
-        """Write texts and make media, and add them to the documents."""
+        """Write texts and make media, and add them to the documents. After an error the workspace is empty."""
+        try:
+            self._write_and_make()
+        except BaseException:
+            # If the memory was too small, a smaller batch needs all of it; and a step may be half recorded.
+            self.workspace.release()
+            raise
+        self.workspace.finish()
+
+    def _write_and_make(self) -> None:
         # The modality with which each document continues.
         phases = dict.fromkeys(range(len(self.documents)), TEXT if self.target == AUTO else self.target)
         while phases:
@@ -156,7 +165,6 @@ class Sampler:
                 for row in rows:
                     del phases[row]
                 phases |= following
-        self.workspace.finish()
 
     def _write_text(self, rows: list[int]) -> dict[int, str]:
         """Write in these documents => the modality with which each of them continues, unless it has ended."""
