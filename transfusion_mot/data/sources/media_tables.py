@@ -13,6 +13,7 @@ from transfusion_mot.data.sources.base import NOUNS, Medium
 from transfusion_mot.data.sources.columns import MediaColumns
 from transfusion_mot.data.sources.stored_media import CaptionWriter
 from transfusion_mot.data.sources.tables import (
+    ROWS_AT_ONCE,
     Row,
     open_parquet,
     pick_column,
@@ -22,8 +23,6 @@ from transfusion_mot.data.sources.tables import (
     texts_in,
 )
 from transfusion_mot.errors import UserError
-
-_ROWS_AT_ONCE = 1024
 
 
 def index_parquet(
@@ -168,7 +167,7 @@ def index_dataset(
         index = 0
         with tqdm(total=len(dataset), desc=f"reading captions of {name}", unit="row") as progress:
             # A table without columns has no rows.
-            batches = texts.iter(_ROWS_AT_ONCE) if wanted else [{"": [None] * len(dataset)}]
+            batches = texts.iter(ROWS_AT_ONCE) if wanted else [{"": [None] * len(dataset)}]
             for batch in batches:
                 for values in zip(*batch.values(), strict=True):
                     row = dict(zip(batch, values, strict=True))

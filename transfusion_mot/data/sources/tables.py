@@ -17,7 +17,8 @@ from transfusion_mot.errors import UserError
 
 Row = dict[str, Any]
 
-_ROWS_AT_ONCE = 1024
+# Rows of a table that are read at a time.
+ROWS_AT_ONCE = 1024
 _UNUSABLE = "unusable row"
 # This many unusable items without a usable one are not an accident.
 _MOST_UNUSABLE = 1000
@@ -121,7 +122,7 @@ def rows_of(
     if suffix_of(file) == ".parquet":
         with open_parquet(file) as table:
             number = 0
-            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", row

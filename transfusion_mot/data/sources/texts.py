@@ -11,6 +11,7 @@ from transfusion_mot.data.sources.arrays import ArrayWriter, StoredArrays, file_
 from transfusion_mot.data.sources.base import MediaItem, MediaSet, Split, Text, fingerprint_of
 from transfusion_mot.data.sources.stored_media import SplitWriter, items_of, skipped_on_opening
 from transfusion_mot.data.sources.tables import (
+    ROWS_AT_ONCE,
     Unusable,
     find_files,
     lines_of,
@@ -24,7 +25,6 @@ from transfusion_mot.data.sources.tables import (
 from transfusion_mot.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
-_ROWS_AT_ONCE = 1024
 # (place, texts, split) of a row or paragraph.
 _Read = tuple[str, list[str], Split | None]
 
@@ -93,7 +93,7 @@ def open_dataset_texts(
 
     def read() -> Iterator[_Read]:
         with tqdm(total=len(texts), desc=f"reading {name}", unit="row") as progress:
-            for batch in texts.iter(_ROWS_AT_ONCE):
+            for batch in texts.iter(ROWS_AT_ONCE):
                 for values in zip(*batch.values(), strict=True):
                     where = f"{name}:{progress.n}"
                     row = dict(zip(batch, values, strict=True))
