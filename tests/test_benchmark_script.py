@@ -275,7 +275,8 @@ def test_it_goes_on_after_a_kill_and_refuses_other_settings(held_out: Path, call
     next((held_out / "captions").glob("000000.json")).unlink()
     assert call_benchmark("--output", held_out)[0] == 0
     assert pngs(held_out) == before
-    assert values(read_report(held_out)) == numbers
+    # Matrix functions round by the alignment of memory on some processors.
+    assert values(read_report(held_out)) == pytest.approx(numbers, rel=1e-12)
     assert painted[-1].stat().st_mtime_ns == kept
     status, errors = call_benchmark("--output", held_out, "--guidance-scale", 2)
     assert status == 2

@@ -425,7 +425,8 @@ def test_a_number_of_scenes_is_stored_once(kind: str, random_vae: Path, folder: 
             assert first.span(number) == [24, *codec.encode(pixels).flatten().tolist(), 25]
         else:
             mean = codec.encode_fast(pixels, 1, compiled=False)[0][0]
-            assert torch.equal(torch.from_numpy(first.posterior(number)[0].copy()), mean.half())
+            # One picture and a batch of them may differ by a last digit, and then round to neighbouring numbers.
+            torch.testing.assert_close(torch.from_numpy(first.posterior(number)[0].copy()), mean.half())
     assert stored(12, "train").num_encoded == 0
     # Of so few drawings two scenes may be the same.
     assert stored(15, "train").num_encoded == sum(new not in pictures[:12] for new in pictures[12:]) > 0
