@@ -144,9 +144,9 @@ def lay_out(
 
 
 def _last_item(segments: Sequence[Segment], tokenizer: TextTokenizer, next_token: int) -> int | None:
-    """Index of the document's last item, which may be in another piece (None).
+    """Index of the document's last item; None if it is in another piece.
 
-    The end token of media and EOS are no item: they follow media of any content.
+    The end token of media and EOS are not items, because they follow media whatever it contains.
     """
     if next_token not in (IGNORE_INDEX, tokenizer.eos_id):
         return None

@@ -236,14 +236,14 @@ def _sum_and_norm(hidden: Tensor, added: Tensor, norm: RMSNorm) -> tuple[Tensor,
 
 
 def _kept_and_norm(hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """A stream [B, slots, D], whose gradient passes through the norm's backward, and its norm."""
+    """A stream [B, slots, D], to be used from now on, and its norm, whose backward adds the gradients of both."""
     if _has_norm_kernel(hidden):
         return rms_norm_beside(hidden, norm.weight, norm.eps)
     return hidden, norm(hidden)
 
 
 def eager_norm(hidden: Tensor, norm: RMSNorm) -> Tensor:
-    """Norm of a stream [B, slots, D] outside of compiled code, which would take a kernel for each operation."""
+    """Norm of a stream [B, slots, D] in code that is not compiled, where `RMSNorm` takes one kernel an operation."""
     return rms_norm(hidden, norm.weight, norm.eps) if _has_norm_kernel(hidden) else norm(hidden)
 
 

@@ -93,13 +93,12 @@ def _backward(
     width = total.shape[-1]
     slots = total.numel() // width
     gradient = torch.empty_like(total)
-    programs = min(slots, max(1, _ELEMENTS // triton.next_power_of_2(width)))
+    constants = _constants(width, add=add)
+    programs = min(slots, max(1, _ELEMENTS // constants["BLOCK"]))
     partial = weight.new_empty(programs, width, dtype=torch.float32)
     if slots:
         with torch.cuda.device_of(total):
-            _norm_reverse[(programs,)](
-                total, weight, d_normed, d_total, gradient, partial, slots, eps, **_constants(width, add=add)
-            )
+            _norm_reverse[(programs,)](total, weight, d_normed, d_total, gradient, partial, slots, eps, **constants)
     return gradient, partial.sum(0).to(weight.dtype)
 
 
