@@ -39,10 +39,7 @@ def check_join_heads(case: Case, device: str, dtype: torch.dtype) -> None:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     projections = [drawn(ROWS, length, (heads + 2 * kv_heads) * head_dim, dtype=dtype) for length in lengths]
-    modules = [
-        QKVProjection(8, heads, kv_heads, head_dim, qk_norm=eps is not None, eps=eps or 0.0).to(device)
-        for eps in epsilons
-    ]
+    modules = [QKVProjection(8, heads, kv_heads, head_dim, qk_norm=eps is not None, eps=eps or 0.0) for eps in epsilons]
     normed = [eps is not None for eps in epsilons]
     weights = [
         getattr(module, name).weight
@@ -51,7 +48,9 @@ def check_join_heads(case: Case, device: str, dtype: torch.dtype) -> None:
         if has_norm
     ]
     for weight in weights:
-        torch.nn.init.normal_(weight, 1.0, 0.3)
+        torch.nn.init.normal_(weight, 1.0, 0.3, generator=generator)
+    for module in modules:
+        module.to(device)
     positions = torch.randint(50, (ROWS, sum(lengths)), generator=generator).to(device)
     cos, sin = rotary_angles(positions, head_dim, 10000.0)
     half = len(weights) // 2
@@ -82,6 +81,7 @@ def test_kernels_by_the_interpreter() -> None:
     """All in one separate process, because Triton reads the variable when it is imported."""
     program = (
         "import torch, decode_kernel_checks, test_adamw, test_interval_attention, test_norm_kernels\n"
+        "torch.manual_seed(0)\n"
         "from test_kernels import CASES, check_join_heads\n"
         "for case in CASES: check_join_heads(case, 'cpu', torch.float32)\n"
         "test_interval_attention.check_by_interpreter()\n"
