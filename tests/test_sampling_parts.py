@@ -6,11 +6,15 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from test_sampling import CPU, LATENT_SHAPE, PATCHES, PROMPTS, tiny_model, tiny_tokenizer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from transfusion_mot.data.layout import TokenRun
 from transfusion_mot.errors import UserError
 from transfusion_mot.sampling.decoding import Decoding
 from transfusion_mot.sampling.guidance import Guidance
 from transfusion_mot.sampling.sampler import Making, OpenDocument, Sampler
+from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Step, Workspace, can_record
 
 
@@ -105,6 +109,65 @@ def test_calls_of_one_shape_share_their_memory_and_nothing_else() -> None:
     workspace.records = False
     workspace.finish()
     assert workspace.cache(model, 5, 200, CPU) is not first
+
+
+def test_values_that_are_not_finite_do_not_stay() -> None:
+    """A mask does not hide them: zero times them is not a number."""
+    tokenizer, workspace = tiny_tokenizer(), Workspace()
+    model = tiny_model(tokenizer.vocab_size)
+
+    def painted(prompts: list[str], noise: float) -> torch.Tensor:
+        documents = [OpenDocument([prompt]) for prompt in prompts]
+
+        def denoise(predict, rows):
+            return predict(torch.full((len(rows), *LATENT_SHAPE), noise, dtype=torch.float64), torch.tensor(0.5))
+
+        making = {"image": Making(1, PATCHES, denoise)}
+        Sampler(model, tokenizer, workspace, documents, target="image", device=CPU, making=making).run()
+        return torch.stack([document.made[0] for document in documents])
+
+    expected = painted(PROMPTS[:2], 0.5)
+    assert not painted([PROMPTS[0]] * 2, math.nan).isfinite().any()
+    assert torch.equal(painted(PROMPTS[:2], 0.5), expected)
+
+
+def flash_attention(q, k, v, q_begin, k_begin, most_q, most_k, dropout, causal, mask, *, seqused_k) -> tuple[Tensor]:
+    """FlashAttention of rows of any lengths, in plain torch: the last query of a row sees its last used key."""
+    result = torch.empty_like(q)
+    for row, used in enumerate(seqused_k.tolist()):
+        queries = slice(q_begin[row], q_begin[row + 1])
+        keys = slice(k_begin[row], k_begin[row] + used)
+        count = q_begin[row + 1] - q_begin[row]
+        seen = torch.ones(count, used, dtype=torch.bool)
+        seen = seen.tril(used - count) if causal else seen
+        heads = (part.transpose(0, 1) for part in (q[queries], k[keys], v[keys]))
+        result[queries] = scaled_dot_product_attention(*heads, attn_mask=seen).transpose(0, 1)
+    return (result,)
+
+
+def test_a_short_segment_beside_a_long_one_sees_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its filler would end beyond the row, with the kernel that counts slots, and with masks."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer.vocab_size)
+    ids = torch.randint(tokenizer.vocab_size, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    segments = {0: [ids[:300], ids[300:303]], 1: [ids[:20], ids[100:300]], 2: [ids[:150], ids[150:152]]}
+
+    def read(rows: list[int], *, counts_slots: bool) -> list[torch.Tensor]:
+        """The keys of these documents."""
+        session = Session(model, Workspace(), rows=len(rows), capacity=310, device=CPU)
+        session.cache.counts_slots = counts_slots
+        for number in range(2):
+            for place, row in enumerate(rows):
+                session.feed(place, TokenRun("text", segments[row][number], []))
+            session.read(range(len(rows)))
+        lengths = [sum(map(len, segments[row])) for row in rows]
+        return [session.cache.keys[:, place, :length] for place, length in enumerate(lengths)]
+
+    alone = [read([row], counts_slots=False)[0] for row in segments]
+    for counts_slots in (False, True):
+        for one, two in zip(read([*segments], counts_slots=counts_slots), alone, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def test_a_step_reads_its_state_in_every_run() -> None:

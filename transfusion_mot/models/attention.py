@@ -387,6 +387,12 @@ class KVCache:
             and torch.cuda.get_device_capability(device)[0] >= 8
         )
 
+    def forget(self) -> None:
+        """Zero all slots where a mask hides unused ones: it does not hide values that are not finite."""
+        if not self.counts_slots:
+            self.keys.zero_()
+            self.values.zero_()
+
     def window(
         self, lengths: Tensor, num_slots: int, causal: bool, rows: Tensor | None = None, end: int | None = None
     ) -> CacheWindow:

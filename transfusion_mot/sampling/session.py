@@ -92,6 +92,14 @@ class Session:
                     self.read_latents(modality, list(contents), latents, timestep=0.0)
 
     def _read_tokens(self, modality: str, rows: list[int], tokens: list[NDArray[np.int64]]) -> None:
+        longest = max(map(len, tokens))
+        fits = [self._counters[row].order + longest <= self.cache.capacity for row in rows]
+        if not all(fits):
+            # A kernel that counts slots counts filler, too, so that it must have places. The longest segment has.
+            for together in (True, False):
+                places = [place for place, fit in enumerate(fits) if fit == together]
+                self._read_tokens(modality, [rows[place] for place in places], [tokens[place] for place in places])
+            return
         lengths = self._lengths(rows)
         positions = [self._counters[row].text(len(ids))[1] for row, ids in zip(rows, tokens, strict=True)]
         self._check_positions(self._counters[row] for row in rows)

@@ -112,7 +112,7 @@ class Workspace:
         self._pool: Any = None
 
     def cache(self, model: TransfusionMoT, rows: int, capacity: int, device: torch.device) -> KVCache:
-        """A cache of at least that capacity, with arbitrary contents."""
+        """A cache of at least that capacity, without used slots."""
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
         # One more slot, for the filler of shorter rows.
@@ -128,6 +128,8 @@ class Workspace:
             self._cache = KVCache(config.num_layers, rows, kv_heads, config.head_dim, capacity, device, dtype)
             self._pool = torch.cuda.graph_pool_handle() if records else None
             self._key = key
+        else:
+            self._cache.forget()
         return self._cache
 
     def end(self, used: int) -> int | None:
