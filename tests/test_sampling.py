@@ -392,6 +392,36 @@ def test_documents_that_go_on_by_themselves_equal_whole_documents(model, tokeniz
                 torch.testing.assert_close(item.content, other.content, rtol=0, atol=1e-11)
 
 
+@torch.no_grad()
+def test_a_document_with_a_few_tokens_left_goes_on_beside_one_with_many(tokenizer, monkeypatch):
+    """The few are written in as many steps as the many, which end beyond its row of the cache."""
+    model, begin = tiny_model(tokenizer.vocab_size), tokenizer.begin_ids["image"]
+    prompt, token = "sun" * 50, tokenizer.encode("sun")[0]
+    made = iter(range(1, 1000))
+
+    def choose(logits, decoding, uniform):
+        step = next(made)
+        return torch.tensor([begin if step == last else token for last in (55, 2)])
+
+    monkeypatch.setattr("transfusion_mot.sampling.session.choose_tokens", choose)
+    documents = [OpenDocument([prompt]) for _ in range(2)]
+
+    def denoise(predict, rows):
+        return predict(torch.zeros(len(rows), *LATENT_SHAPE, dtype=torch.float64), torch.tensor(0.5))
+
+    making = {"image": Making(1, PATCHES, denoise)}
+    decoding = Decoding(max_new_tokens=64)
+    sampler = Sampler(
+        model, tokenizer, Workspace(), documents, target="auto", device=CPU, decoding=decoding, making=making
+    )
+    longest = len(tokenizer.encode(prompt)) + 1
+    assert longest + 55 + PATCHES + (64 - 2) > sampler.session.cache.capacity
+    sampler.run()
+    written = [[item for item in document.added if isinstance(item, str)] for document in documents]
+    # The begin token is one of the 64.
+    assert [[len(tokenizer.encode(text)) for text in texts] for texts in written] == [[54, 9], [1, 62]]
+
+
 class FixedLogits(nn.Module):
     """A text head that likes special tokens best."""
 

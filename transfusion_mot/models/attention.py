@@ -407,7 +407,8 @@ class KVCache:
             end: Upper bound on the slots of any row after the addition; a smaller bound reads less.
         """
         device, count = lengths.device, lengths.shape[0]
-        end = self.capacity if end is None else end
+        # Filler can end beyond the capacity.
+        end = self.capacity if end is None else min(end, self.capacity)
         starts = (torch.arange(count, device=device) if rows is None else rows) * self.capacity
         places = (lengths[:, None] + torch.arange(num_slots, device=device)).clamp(max=self.capacity - 1)
         slots = (starts[:, None] + places).flatten()
