@@ -45,6 +45,22 @@ def test_seldom_updates_average_the_same_weights(decay: float) -> None:
     assert updates <= {0.99: 20_000, 0.999: 5_000, 0.9999: 4_500}[decay]
 
 
+@pytest.mark.parametrize(("decay", "every"), [(0.99, 1), (0.998, 5), (0.999, 10), (0.9999, 16)])
+def test_updates_come_as_often_as_documented(decay: float, every: int) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(model, decay)
+    torch.nn.init.constant_(model.weight, 3.0)
+    updated = []
+    # Late enough for the whole decay.
+    for step in range(100_000, 100_080):
+        torch.nn.init.zeros_(ema.weights["weight"])
+        ema.update(model, step)
+        if ema.weights["weight"].item():
+            updated.append(step + 1)
+            assert ema.weights["weight"].item() == pytest.approx(3 * (1 - decay**every), rel=1e-4)
+    assert updated == [step for step in range(100_001, 100_081) if step % every == 0]
+
+
 def test_every_parameter_is_averaged() -> None:
     model = tiny_model(tiny_config())
     ema = EMA(model, 0.99)

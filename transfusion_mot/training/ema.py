@@ -56,7 +56,8 @@ class EMA:
     def _is_due(self, step: int) -> bool:
         """Whether an update is due after a step. It depends on the step alone, so that a resumed run does the same."""
         forgotten = 1 - self._decay_of(step)
-        every = _MOST_STEPS if forgotten * _MOST_STEPS <= _SHARE else max(1, int(_SHARE / forgotten))
+        # Rounded first, because 0.01 / (1 - 0.999) is a little less than 10.
+        every = _MOST_STEPS if forgotten * _MOST_STEPS <= _SHARE else max(1, int(round(_SHARE / forgotten, 6)))
         return (1 + step) % every == 0
 
     @contextmanager
