@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_pipeline_speech import RATE, speech_pipeline, tone
 
 from transfusion_mot.data.audio import Audio, write_wav
@@ -15,7 +16,7 @@ from transfusion_mot.data.espeak import speak
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.recognisers import PocketSphinx
 from transfusion_mot.evaluation.speech import at_most, error_rates, normalise, read_recordings
-from transfusion_mot.sampling.held_out_speech import intelligibility_metrics, through_codec
+from transfusion_mot.sampling.held_out_speech import intelligibility_metrics, through_codec, transcription_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,7 @@ def test_texts_are_compared_by_their_words():
         "login incorrect don't press 1 now"
     )
     assert normalise("Café") == "café"
+    assert normalise("Cafe\N{COMBINING ACUTE ACCENT}") == "café"
     assert normalise("...") == ""
 
 
@@ -141,6 +143,23 @@ class Listening:
     def transcribe(self, recordings):
         self.heard.append(recordings)
         return [f"{audio.seconds:.1f}" for audio in recordings]
+
+
+def test_a_long_text_is_transcribed_to_its_end(tmp_path, monkeypatch):
+    pipeline, text = speech_pipeline(), " ".join(TEXTS * 2)
+    written = [*pipeline.text_tokenizer.encode(text), pipeline.text_tokenizer.eos_id]
+    assert len(written) > 65
+    # A model that knows what is said.
+    left = iter(written)
+    monkeypatch.setattr(
+        "transfusion_mot.sampling.session.choose_tokens",
+        lambda logits, decoding, uniform: torch.tensor([next(left, written[-1])]),
+    )
+    write_wav(tone(0.2), tmp_path / "a.wav")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.wav", "text": text}))
+    metrics, pairs = transcription_metrics(pipeline, read_recordings(tmp_path, 1), batch_size=1)
+    assert pairs == [(text, text)]
+    assert [metric.value for metric in metrics] == [0, 0]
 
 
 def test_a_recogniser_hears_the_real_the_rebuilt_and_the_spoken(recordings):

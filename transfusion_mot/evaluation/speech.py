@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,9 @@ def _first(entry: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def normalise(text: str) -> str:
-    """The normalised text for comparison: "Login  incorrect." => "login incorrect"."""
+    """The normalised text for comparison: "Login  incorrect." => "login incorrect". An accent may be a character of its
+    own."""
+    text = unicodedata.normalize("NFC", text)
     return " ".join(_NO_WORD.sub(" ", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")).split())
 
 

@@ -32,10 +32,13 @@ def transcription_metrics(
         batch_size: Recordings at a time.
     """
     said = [one for one in recordings.held_out if normalise(one.text)]
+    texts = [one.text for one in said]
+    # The longest text and its end must fit; the first number is the default of `transcribe`.
+    most = max([64, *(1 + len(pipeline.text_tokenizer.encode(text)) for text in texts)])
     transcripts: list[str] = []
     for start in tqdm(range(0, len(said), batch_size), desc=f"transcribing {recordings.name}", unit="batch"):
-        transcripts += pipeline.transcribe([one.audio() for one in said[start : start + batch_size]])
-    texts = [one.text for one in said]
+        batch = [one.audio() for one in said[start : start + batch_size]]
+        transcripts += pipeline.transcribe(batch, max_new_tokens=most)
     metrics = error_rates(texts, transcripts, {"transcripts": "of the model, temperature 0"})
     return _named(metrics, f"{recordings.name}, transcribed by the model"), list(zip(texts, transcripts, strict=True))
 
