@@ -18,6 +18,7 @@ from test_pipeline import IMAGE_SIZE, seeds, tiny_pipeline
 from transfusion_mot.codecs.autoencoder_kl import Autoencoder
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
+from transfusion_mot.sampling.variations import as_pictures
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -144,6 +145,16 @@ def test_images_may_be_arrays_and_tensors(pipeline, kind) -> None:
     one = pipeline("sun", image=given[0], generator=seeds(1), **settings).images
     torch.testing.assert_close(one, expected[:1], rtol=1e-4, atol=1e-4)
     assert pipeline.caption(given, max_new_tokens=4) == pipeline.caption(pictures, max_new_tokens=4)
+
+
+def test_a_tensor_without_channels_is_grey() -> None:
+    """Also one with a gradient, or on a GPU."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    values = torch.rand(5, 4)
+    (expected,) = as_pictures(values.expand(3, 5, 4), "mask_image")
+    for device in devices:
+        (picture,) = as_pictures(values.to(device).requires_grad_(), "mask_image")
+        assert np.array_equal(picture, expected)
 
 
 @pytest.mark.parametrize(

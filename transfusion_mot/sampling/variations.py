@@ -130,8 +130,8 @@ def as_pictures(given: Pictures, what: str) -> list[Image.Image]:
 def _pictures_of(given: Tensor | NDArray[Any], what: str) -> list[Image.Image]:
     values = given
     if isinstance(values, Tensor):
-        values = values if values.dtype == torch.uint8 else values.float()
-        values = np.moveaxis(values.detach().cpu().numpy(), -3, -1) if values.ndim > 2 else values.numpy()
+        values = (values if values.dtype == torch.uint8 else values.float()).detach().cpu().numpy()
+        values = np.moveaxis(values, -3, -1) if values.ndim > 2 else values
     values = values[..., None] if values.ndim == 2 else values
     if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3):
         order = "[C, H, W] or [B, C, H, W]" if isinstance(given, Tensor) else "[H, W, C] or [B, H, W, C]"
