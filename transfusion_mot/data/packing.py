@@ -60,6 +60,7 @@ class Packer:
         seed: The run's seed.
         timesteps_from_uniform: The objective's distribution of timesteps.
         code_noise: Modality => noise of its codes. Only training has noise.
+        most_documents: Maximum number of documents with media in a row; None is any number.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Packer:
         seed: int,
         timesteps_from_uniform: Callable[[torch.Tensor], torch.Tensor],
         code_noise: Mapping[str, CodeNoise] = MappingProxyType({}),
+        most_documents: int | None = None,
     ) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
@@ -82,6 +84,7 @@ class Packer:
         self.seed = seed
         self.timesteps_from_uniform = timesteps_from_uniform
         self.code_noise = dict(code_noise)
+        self.most_documents = most_documents
         self.token_modalities = model.of_objective("next_token")
         self.lane_sizes = LaneSizes(
             len(sources.pools), len(self.token_modalities), len(sources.media_pools), config.lookahead
@@ -159,6 +162,7 @@ class Packer:
             any(row.free[name] for name in self._media[bucket])
             and row.free[TEXT] >= _SHORTEST_DOCUMENT
             and len(waiting) < self.config.lookahead
+            and (self.most_documents is None or row.num_documents < self.most_documents)
         ):
             entry = self._take(lane, state, self.sources.media_pools[bucket], bucket, counts)
             waiting += self._place(row, lane, entry, counts)

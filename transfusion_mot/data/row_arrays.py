@@ -206,6 +206,7 @@ class Row:
 
     Attributes:
         free: Remaining tokens or media slots, by modality.
+        num_documents: Number of its documents, or pieces of them.
     """
 
     def __init__(self, arrays: RowArrays, row: int) -> None:
@@ -219,7 +220,7 @@ class Row:
         self._labels: dict[str, list[int]] = {name: [] for name in arrays.labels}
         # Tokens that may be replaced by random ones.
         self._replaceable: dict[str, list[slice]] = {name: [] for name in arrays.code_noise}
-        self._documents = 0
+        self.num_documents = 0
 
     def add(self, piece: Piece, document: Document, source: int) -> None:
         """Place a piece of a document of a source."""
@@ -255,7 +256,7 @@ class Row:
             self._take(name, 1, source, order, rope_positions)
             first = block.start + slot * block.slots_each
             self.arrays.span_ids[self.row, first : first + block.slots_each] = self.arrays.first_span[name] + slot
-        self._documents += 1
+        self.num_documents += 1
 
     def _take(
         self,
@@ -273,7 +274,7 @@ class Row:
         where = self.row, slice(first, first + count * block.slots_each)
         arrays = self.arrays
         arrays.order[where], arrays.rope_positions[where] = order, rope_positions
-        arrays.document_ids[where] = self._documents
+        arrays.document_ids[where] = self.num_documents
         arrays.source_ids[where] = source
 
     def finish(

@@ -217,8 +217,9 @@ def code_metrics(
                 held_out,
                 encoder,
                 modality=modality,
-                # One span a row, so that every one is measured for any length of its caption.
+                # One span a row, so that every one is measured for any length of its caption and of others.
                 slots={modality: max(lengths)},
+                one_a_row=True,
                 count=own if num_media is None else min(num_media, own),
                 batch_size=batch_size,
                 prompt_dropout_prob=dropout,
@@ -253,6 +254,7 @@ def _validation(
     count: int,
     batch_size: int,
     prompt_dropout_prob: float,
+    one_a_row: bool = False,
 ) -> Validation:
     """Held-out rows of one modality, with only captions before its media; `slots` replace those of the run."""
     # Of a modality that the pictures' data do not have, such as speech, a slot that stays empty.
@@ -271,6 +273,7 @@ def _validation(
         encoder=encoder,
         rows_at_once=batch_size,
         prompt_dropout_prob=prompt_dropout_prob,
+        one_a_row=one_a_row,
     )
 
 

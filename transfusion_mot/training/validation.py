@@ -54,6 +54,8 @@ class Validation:
         encoder: Encodes media that have no cached latents.
         rows_at_once: Rows of one forward.
         prompt_dropout_prob: Share of the media without anything before them (neither caption nor source image).
+        one_a_row: Give each document with media a row of its own. Otherwise rows are as full as in training, and there
+            are as many as are needed if all documents are as short as the shortest.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Validation:
         encoder: OnlineEncoder,
         rows_at_once: int,
         prompt_dropout_prob: float = 0.0,
+        one_a_row: bool = False,
     ) -> None:
         self.encoder = encoder
         self.rows_at_once = rows_at_once
@@ -90,6 +93,7 @@ class Validation:
                 num_lanes=num_rows,
                 seed=SEED,
                 timesteps_from_uniform=timesteps_from_uniform,
+                most_documents=1 if one_a_row else None,
             )
 
         def packers(sources: Sources, layout: dict[str, Any], order: Sequence[str] | None = None) -> _Packers:
@@ -104,7 +108,7 @@ class Validation:
                 most = most_in_a_row(
                     sources, bucket, config, is_copied=config.data.has_copies and is_copied, order=order
                 )
-                num_rows = max(1, wanted * available // total // most)
+                num_rows = max(1, wanted * available // total // (1 if one_a_row else most))
                 result.append((bucket, packer(sources, layout, num_rows)))
             return result
 
