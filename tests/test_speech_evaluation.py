@@ -185,6 +185,21 @@ def test_a_recogniser_hears_the_real_the_rebuilt_and_the_spoken(recordings):
         np.testing.assert_allclose(one.samples, other.samples, atol=1e-4)
 
 
+def test_a_text_that_is_longer_than_any_prompt_is_left_out(recordings):
+    """Training cuts it, and painting or speaking refuses it."""
+    own = at_most(read_recordings(recordings, 100), 1.0)
+    tokens = speech_pipeline().text_tokenizer.encode
+    lengths = [len(tokens(text)) for text in TEXTS[::2]]
+    pipeline, listening = speech_pipeline(max_prompt_tokens=max(lengths) - 1), Listening()
+    listening.knows = lambda text: True
+    speaking = {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0}
+    metrics, spoken = intelligibility_metrics(pipeline, own, listening, speaking=speaking, seed=3, batch_size=2)
+    expected = [text for text in TEXTS[::2] if len(tokens(text)) < max(lengths)]
+    assert [text for text, _ in spoken] == expected
+    assert {metric.protocol["left out for length"] for metric in metrics} == {3 - len(expected)}
+    assert {metric.protocol["left out for unknown words"] for metric in metrics} == {0}
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Call the script; status, output, errors."""

@@ -56,7 +56,8 @@ def intelligibility_metrics(
 
     Args:
         pipeline: The model.
-        recordings: Held-out recordings, without texts whose words the recogniser does not know.
+        recordings: Held-out recordings. Texts are left out if the recogniser does not know their words, or if they are
+            longer than any prompt of training.
         recogniser: A recogniser that is independent of the model.
         speaking: Keyword arguments of `TransfusionPipeline.speak`.
         seed: The audio of a text depends only on the seed and the text.
@@ -65,11 +66,16 @@ def intelligibility_metrics(
     Returns:
         The error rates, and pairs of a text and the model's speech.
     """
-    said = [one for one in recordings.held_out if normalise(one.text) and recogniser.knows(one.text)]
+    known = [one for one in recordings.held_out if normalise(one.text) and recogniser.knows(one.text)]
+    said = [one for one in known if pipeline.is_short_enough(one.text)]
     if not said:
         return [], []
     texts, real = [one.text for one in said], [one.audio() for one in said]
-    about = {"recogniser": recogniser.name, "left out for unknown words": len(recordings.held_out) - len(said)}
+    about = {
+        "recogniser": recogniser.name,
+        "left out for unknown words": len(recordings.held_out) - len(known),
+        "left out for length": len(known) - len(said),
+    }
     metrics = _named(error_rates(texts, recogniser.transcribe(real), about), f"{recordings.name}, real audio")
     if not pipeline.can_speak:
         return metrics, []
