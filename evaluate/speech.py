@@ -6,9 +6,8 @@
 A folder of recordings has a metadata.jsonl with the text of each; held-out recordings are used. The output has, for
 each folder, the word and character error rates (WER, CER) of the model's transcripts, and of an independent recogniser
 on the recordings, on the recordings after the codec, and on the model's own speech of the same texts. The recogniser
-makes errors, too: compare its three numbers with each other. Recordings longer than any in training are skipped, and texts
-longer than any prompt are not spoken. Texts
-are compared in lower case, without punctuation; see docs/speech.md.
+makes errors, too: compare its three numbers with each other. Recordings longer than any in training are skipped, and
+texts longer than any prompt are not spoken. Texts are compared in lower case, without punctuation; see docs/speech.md.
 """
 
 import argparse
