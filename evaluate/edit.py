@@ -103,7 +103,7 @@ def main() -> None:
     found = [
         edits
         for name, source in zip(sources.names, sources.sources, strict=True)
-        if (edits := held_out_edits(name, source, arguments.num_pairs)) is not None and edits.before
+        if (edits := held_out_edits(pipeline, name, source, arguments.num_pairs)) is not None and edits.before
     ]
     if not found:
         raise UserError(

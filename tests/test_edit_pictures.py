@@ -17,7 +17,7 @@ from test_pipeline_codes import codes_pipeline
 from test_sources_edits import as_imagefolder, pictures
 
 import train
-from transfusion_mot.config import LoraConfig, RunConfig, parse_config
+from transfusion_mot.config import DataConfig, LoraConfig, RunConfig, parse_config
 from transfusion_mot.data import edit_pairs
 from transfusion_mot.data.edit_pairs import Drawing
 from transfusion_mot.data.mixture import open_documents
@@ -26,7 +26,7 @@ from transfusion_mot.demo.page import build_page
 from transfusion_mot.demo.shared import gr
 from transfusion_mot.errors import UserError
 from transfusion_mot.pipeline import TransfusionPipeline
-from transfusion_mot.sampling.held_out_edits import edit_metrics, pixel_distance
+from transfusion_mot.sampling.held_out_edits import edit_metrics, edited, held_out_edits, pixel_distance
 from transfusion_mot.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +262,22 @@ def test_a_run_on_pairs_trains_and_is_measured(arguments, tmp_path, monkeypatch,
     conditional, unconditional = (metrics[f"diffusion loss ({kind}onditional)"] for kind in ("c", "unc"))
     assert conditional["protocol"]["images"] == unconditional["protocol"]["images"] == held_out
     assert conditional["value"] != unconditional["value"]
+
+
+def test_held_out_instructions_that_are_too_long_are_left_out(pipeline, tmp_path) -> None:
+    """Otherwise the first preview would end a run."""
+    source = as_imagefolder(tmp_path / "pairs")
+    file = Path(source.path) / "metadata.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    # The longest instruction that the pipeline takes, and one more token.
+    texts = ["z" * 10, "z" * 11] * len(lines)
+    pairs = zip(lines, texts, strict=False)
+    file.write_text("\n".join(json.dumps(line | {"text": text, "split": "held_out"}) for line, text in pairs))
+    documents = open_documents(DataConfig(slots={"text": 8, "image": 2}, sources=[source]), "held_out")
+    found = held_out_edits(pipeline, "pairs", documents[0], None)
+    assert 0 < len(found.before) == len(found.instructions) < len(documents[0].documents)
+    assert set(found.instructions) == {"z" * 10}
+    assert len(edited(pipeline, found, batch_size=2, seed=0, num_inference_steps=1)) == len(found.before)
 
 
 def test_distances_are_those_computed_by_hand() -> None:

@@ -46,10 +46,12 @@ class HeldOutEdits:
     after: list[Image.Image]
 
 
-def held_out_edits(name: str, source: Source, count: int | None) -> HeldOutEdits | None:
-    """Evenly spaced held-out pairs of a source, with their first instructions; unreadable pairs are skipped.
+def held_out_edits(pipeline: TransfusionPipeline, name: str, source: Source, count: int | None) -> HeldOutEdits | None:
+    """Evenly spaced held-out pairs of a source, with their first instructions; unreadable pairs are skipped, and those
+    whose instruction is too long: training cuts it, and the pipeline refuses it.
 
     Args:
+        pipeline: The model that will edit them.
         name: Name of the source.
         source: The held-out side of the source.
         count: Maximum number of pairs; None is all.
@@ -65,6 +67,8 @@ def held_out_edits(name: str, source: Source, count: int | None) -> HeldOutEdits
     for index in np.unique(np.linspace(0, len(pairs) - 1, min(count or len(pairs), len(pairs))).round().astype(int)):
         before, text, after = pairs.document(int(index))
         assert isinstance(text, Text)
+        if not pipeline.is_short_instruction(text.choices[0]):
+            continue
         try:
             pictures = [
                 Image.fromarray(images.image(item.index)) for item in (before, after) if not isinstance(item, Text)

@@ -69,7 +69,7 @@ class Previews:
         self.prompts = prompts
         self.pictures, self.captions = pictures_of(held_out, pipeline.image_modality, _NUM_CAPTIONED)
         pairs = zip(held_out.names, held_out.sources, strict=True)
-        found = [held_out_edits(name, source, _NUM_EDITED) for name, source in pairs]
+        found = [held_out_edits(pipeline, name, source, _NUM_EDITED) for name, source in pairs]
         self.edits = [edits for edits in found if edits is not None and edits.before]
 
     def make(self, step: int, accelerator: Accelerator) -> list[str]:
