@@ -119,19 +119,19 @@ class AudioCodes:
         """Codes [N] => a waveform [T] clamped to [-1, 1].
 
         A code from the range of another codebook is read as the same entry of the expected codebook. An incomplete last
-        frame is dropped.
+        frame is dropped; without a complete frame the waveform is empty.
 
         Raises:
-            UserError: The tokenizer has no decoder, or there is no complete frame.
+            UserError: The tokenizer has no decoder.
         """
         if self._parts.decode is None:
             raise UserError(
                 f"{type(self.model).__name__} has no decoder, so its codes cannot become audio; use it to read speech, "
                 "or another tokenizer to speak"
             )
-        if len(codes) < self.num_codebooks:
-            raise UserError(f"{len(codes)} codes are less than one frame of audio; give at least {self.num_codebooks}")
         frames = len(codes) // self.num_codebooks
+        if not frames:
+            return torch.zeros(0, device=codes.device)
         frames_QF = codes[: frames * self.num_codebooks].view(frames, self.num_codebooks).T % self._parts.codebook_size
         with full_precision(codes.device):
             return self._parts.decode(frames_QF).float().clamp(-1.0, 1.0)

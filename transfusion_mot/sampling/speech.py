@@ -141,9 +141,7 @@ class SpeechPipeline(DocumentPipeline):
         return self._write(documents, Decoding(max_new_tokens, temperature, top_p, top_k), generator)
 
     def decode_audio(self, codes: Sequence[int]) -> Audio:
-        """Codes => audio; no codes give empty audio."""
+        """Codes => audio; fewer codes than a frame has give empty audio."""
         codec = self.audio_codec
-        if not codes:
-            return Audio(torch.zeros(0).numpy(), codec.sample_rate)
-        samples = codec.decode(torch.tensor(codes, device=codec.device))
+        samples = codec.decode(torch.tensor(codes, dtype=torch.long, device=codec.device))
         return Audio(samples.float().cpu().numpy(), codec.sample_rate)
