@@ -85,6 +85,16 @@ MISTAKES = {
         for key in keys
     },
     **{
+        f"{command} {shlex.quote(mistake)}": message
+        for command in _OF_A_RUN
+        for mistake, message in (
+            ("model.modalities.image.tower=imag", "model.modalities.image.tower is 'imag'; it needs one of"),
+            ("training.frozen_towers=[imag]", "training.frozen_towers names ['imag']; the model has text, image"),
+            ("lora={towers: [imag]}", "lora.towers names imag; known: text, image"),
+            ("training.tracker=tensorbord", "configuration: training.tracker is 'tensorbord'; it must be one of 'all'"),
+        )
+    },
+    **{
         f"{command} {_SOURCES}": f"imagefolder source '{MISSING}' is not a folder"
         for command in ("transfusion_mot/autoencoder.py", *_OF_A_RUN)
     },
