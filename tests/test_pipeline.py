@@ -29,6 +29,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 
 IMAGE_SIZE = 8
+NOTHING = Image.new("RGB", (0, 0))
 
 
 def tiny_vae(latent_channels: int = 3) -> AutoencoderKL:
@@ -320,6 +321,13 @@ def test_mistakes_in_a_call_are_named(pipeline, call, message):
         (lambda p: p("sun", num_images_per_prompt=1.5), "num_images_per_prompt is 1.5; it must be a whole number"),
         (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0; it must be at least 1"),
         (lambda p: p("sun", image=Image.new("RGB", (16, 16)), strength="0.5"), "strength is 0.5; it must be above 0"),
+        (lambda p: p("sun", image=Image.new("RGB", (0, 5))), "has 0 x 5 pixels; it needs at least one"),
+        (lambda p: p("sun", image=NOTHING, mask_image=NOTHING), "has 0 x 0 pixels; it needs at least one"),
+        (lambda p: p.caption(Image.new("RGB", (5, 0))), "has 5 x 0 pixels; it needs at least one"),
+        (lambda p: p.caption(np.zeros((0, 5, 3))), "images has the shape [0, 5, 3]; it must be [H, W, C]"),
+        (lambda p: p.caption(torch.zeros(1, 3, 5, 0)), "images has the shape [1, 3, 5, 0]; it must be [C, H, W]"),
+        (lambda p: p.interleave(["sun", NOTHING]), "has 0 x 0 pixels; it needs at least one"),
+        (lambda p: p.generate([["sun", NOTHING]], "text"), "has 0 x 0 pixels; it needs at least one"),
         (lambda p: p.caption(Image.new("RGB", (16, 16)), max_new_tokens=1.5), "max_new_tokens is 1.5; it must be a"),
         (lambda p: p.caption(Image.new("RGB", (16, 16)), prompt=3), "prompt is 3; give one, or a list of them"),
         (lambda p: p.complete(None), "text is None; give one, or a list of them"),
