@@ -504,6 +504,7 @@ def test_folders_that_cannot_be_written_and_sources_given_twice_end_a_run_at_onc
     for key in ("output_dir", "data.cache_dir"):
         with pytest.raises(UserError, match=f"{re.escape(key)} '.*file/x' cannot be written"):
             train.main([*words, f"data.sources=[{given}]", f"{key}={tmp_path / 'file' / 'x'}"])
+        assert refusal(f"{key}=") == f"configuration: {key} is empty; give a folder"
     with pytest.raises(UserError, match=r"data\.sources\[1\] and data\.sources\[2\] are the same imagefolder source"):
         checked_sections([*words, f"data.sources=[{other}, {given}, {again}]"])
     checked_sections([*words, f"data.sources=[{given}, {other}]"])

@@ -135,7 +135,7 @@ def test_mistakes(run, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     status, _, errors = run(a, tmp_path / "nothing")
     assert status == 2
-    assert "nothing holds no metrics.jsonl with losses" in errors
+    assert "nothing' holds no metrics.jsonl with losses" in errors
     assert run("--help")[0] == 0
 
 
