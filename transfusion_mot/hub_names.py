@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -44,16 +45,20 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
         )
 
 
-def ask_hub(name: str) -> None:
+def ask_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     """Ask the hub once for a repository, before a library asks for each of its files.
 
     Without a network the libraries retry every file, for half a minute.
+
+    Args:
+        name: On the hub; of a local path nothing is asked.
+        kind: What the repository holds.
 
     Raises:
         OSError, ValueError: The repository does not exist, or it is not in the cache and the hub cannot be reached.
     """
     if not Path(name).exists():
-        _fetched(name, ["config.json"])
+        _fetched(name, [{"model": "config.json", "dataset": "README.md"}[kind]], kind)
 
 
 def download(name: str, patterns: Sequence[str], what: str) -> Path:
@@ -76,9 +81,9 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         ) from None
 
 
-def _fetched(name: str, patterns: Sequence[str]) -> Path:
+def _fetched(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
     """`snapshot_download`, with a short message where there is no network."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise OSError("it is not in the cache, and the hub cannot be reached, or HF_HUB_OFFLINE is set") from None
