@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -393,8 +394,28 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
 
 def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no pipeline can be loaded from a/b/c"):
-        TransfusionPipeline.from_pretrained("a/b/c")
+    with pytest.raises(UserError, match="no pipeline can be loaded from nobody/nothing"):
+        TransfusionPipeline.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_missing_folder_is_refused(pipeline, tmp_path, kind):
+    missing = kind(tmp_path / "a" / "b")
+    told = f"'{tmp_path}/a/b' does not exist; there is '{tmp_path}', but no 'a/b' in it"
+    for load, what in ((TransfusionPipeline.from_pretrained, "snapshot"), (pipeline.load_lora_weights, "adapter")):
+        with pytest.raises(UserError, match=re.escape(f"{what} {told}")):
+            load(missing)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"a", ["a"], {}, ""])
+def test_what_is_no_path_is_refused(pipeline, given):
+    shown = "empty" if given == "" else repr(given)
+    for load, what in ((TransfusionPipeline.from_pretrained, "snapshot"), (pipeline.load_lora_weights, "adapter")):
+        with pytest.raises(UserError, match=re.escape(f"{what} is {shown}; give a folder or a name on the")):
+            load(given)
+    if given != "":
+        with pytest.raises(UserError, match=re.escape(f"save_directory is {shown}; give a folder")):
+            pipeline.save_pretrained(given)
 
 
 @pytest.mark.parametrize(

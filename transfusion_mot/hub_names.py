@@ -1,5 +1,6 @@
 """Names that are a local path or a repository on the Hugging Face hub."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,20 +19,22 @@ _HINTS = {
 }
 
 
-def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
+def refuse_missing_path(name: str | os.PathLike[str], what: str, hint: str = "") -> None:
     """Refuse a missing local path instead of asking the hub for it.
 
     Args:
+        name: A path, or a name on the hub.
         what: What is named, for the message: "codec path".
         hint: What to do, after a semicolon; for the settings of a run it is known.
 
     Raises:
-        UserError: The path does not exist, and it begins like a path, has more parts than a name on the hub, or lies in
-            an existing folder.
+        UserError: It is empty or no path; or it does not exist, and it begins like a path, has more parts than a name
+            on the hub, or lies in an existing folder.
     """
-    if not name:
-        raise UserError(f"{what} is empty{hint or '; give a folder or a name on the Hugging Face hub'}")
-    path = Path(name)
+    if not name or not isinstance(name, str | os.PathLike):
+        given = "empty" if name == "" else repr(name)
+        raise UserError(f"{what} is {given}{hint or '; give a folder or a name on the Hugging Face hub'}")
+    path, name = Path(name), str(name)
     is_path = name.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
     # The owner in a hub name is not a local folder.
     is_path = is_path or (len(path.parts) == 2 and path.parent.is_dir())
