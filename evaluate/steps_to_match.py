@@ -89,11 +89,16 @@ def read_run(run: str) -> Lines:
     """The log of a run.
 
     Raises:
-        UserError: It has none, or has not trained.
+        UserError: It has none, has not trained, or does not say at which step, FLOPs and seconds.
     """
-    lines = read_metrics(Path(run) / METRICS_FILE)
-    if not loss_units(lines):
+    file = Path(run) / METRICS_FILE
+    lines = read_metrics(file)
+    losses = loss_units(lines)
+    if not losses:
         raise UserError(f"'{run}' holds no {METRICS_FILE} with losses; give run folders of train.py that have trained")
+    for axis in AXES:
+        if any(losses.keys() & line.keys() and axis not in line for line in lines):
+            raise UserError(f"'{file}' has losses without {axis}; give run folders of train.py")
     return lines
 
 
