@@ -90,13 +90,13 @@ def find_snapshot(path: str) -> Path:
         UserError: There is no snapshot.
     """
     folder = Path(path)
-    if not path or not folder.exists():
-        raise UserError(f"there is no folder '{path}'; give a run folder of train.py or one of its snapshots/step-N")
     if (folder / SNAPSHOT_INDEX).is_file() or (folder / ADAPTER_CONFIG).is_file():
         return folder
     snapshots = step_folders(folder / "snapshots")
     if snapshots:
         return snapshots[-1]
+    if not folder.exists():
+        raise UserError(f"there is no folder '{path}'; give a run folder of train.py or one of its snapshots/step-N")
     raise UserError(
         f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
         "that has saved one, or a snapshot"
