@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from transfusion_mot.errors import UserError, exit_on_user_error
 from transfusion_mot.outputs import check_picture_name, check_writable_file
+from transfusion_mot.path_options import PathOption, existing
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"mot": "#e87f2e", "dense": "#3465a4", "gather_scatter": "#888a85", "transfusion_pytorch": "#75507b"}
@@ -23,16 +24,23 @@ COLOURS = {"mot": "#e87f2e", "dense": "#3465a4", "gather_scatter": "#888a85", "t
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files (default: %(default)s)")
+    parser.add_argument(
+        "--results",
+        action=PathOption,
+        check=existing("a folder that benchmarks.train_step has written to"),
+        default=str(RESULTS),
+        help="folder of JSON files (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="PNG file (default: train_step.png in the folder)")
     options = parser.parse_args(arguments)
     if options.output is not None:
         check_picture_name(options.output, "--output")
-    output = options.output or options.results / "train_step.png"
+    results = Path(options.results)
+    output = options.output or results / "train_step.png"
     check_writable_file(output, "--output")
-    reports = {file.stem: _read(file) for file in sorted(options.results.glob("train_step-*.json"))}
+    reports = {file.stem: _read(file) for file in sorted(results.glob("train_step-*.json"))}
     if not reports:
-        raise UserError(f"{options.results} holds no train_step-*.json; run python -m benchmarks.train_step first")
+        raise UserError(f"{results} holds no train_step-*.json; run python -m benchmarks.train_step first")
     draw(reports, output)
     print(output)
 

@@ -64,7 +64,7 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     check_writable_folder(arguments.output, "output")
     pairs = [(arguments.run_a, arguments.run_b), *map(tuple, arguments.seed)]
-    logs = [[read_run(Path(run)) for run in pair] for pair in pairs]
+    logs = [[read_run(run) for run in pair] for pair in pairs]
     labels = labels_of([Path(arguments.run_a), Path(arguments.run_b)])
     compared = [compare_runs(a, b) for a, b in logs]
     output = Path(arguments.output)
@@ -85,15 +85,20 @@ def main() -> None:
     print(f"steps_to_match.json, .md and .png are in {output}")
 
 
-def read_run(run: Path) -> Lines:
+def read_run(run: str) -> Lines:
     """The log of a run.
 
     Raises:
-        UserError: It has none, or has not trained.
+        UserError: It has none, has not trained, or does not say at which step, FLOPs and seconds.
     """
-    lines = read_metrics(run / METRICS_FILE)
-    if not loss_units(lines):
-        raise UserError(f"{run} holds no {METRICS_FILE} with losses; give run folders of train.py that have trained")
+    file = Path(run) / METRICS_FILE
+    lines = read_metrics(file)
+    losses = loss_units(lines)
+    if not losses:
+        raise UserError(f"'{run}' holds no {METRICS_FILE} with losses; give run folders of train.py that have trained")
+    for axis in AXES:
+        if any(losses.keys() & line.keys() and axis not in line for line in lines):
+            raise UserError(f"'{file}' has losses without {axis}; give run folders of train.py")
     return lines
 
 

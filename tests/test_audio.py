@@ -86,6 +86,9 @@ def test_what_is_no_audio_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read: Is a directory") as caught:
         decode_audio(tmp_path)
     assert not isinstance(caught.value, UnreadableAudio)
+    for read in (decode_audio, audio_seconds):
+        with pytest.raises(UserError, match="audio is None; give a path, the content of a file, or an open file"):
+            read(None)
 
 
 def test_the_header_tells_how_long_audio_lasts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transfusion_mot.data.sources.base import MediaItem, Text
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.losses import IGNORE_INDEX
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.architecture import check_architecture
 
 # Nearly every replaced code differs: the codes of toy media are all their index.
 PROB, NUM_CODES = 0.9, START

@@ -1,6 +1,7 @@
 """`--help`, wrong options and missing files are answered before PyTorch is loaded, which takes seconds."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -72,9 +73,15 @@ _HERE = " ".join(f"--{key}=." for key in _OF_COCO)
 # What options and files say together.
 MISTAKES = {
     "sample.py": "there is nothing to do",
-    "sample.py sun --checkpoint nowhere": "there is no folder nowhere",
-    "evaluate/benchmark.py --checkpoint nowhere": "there is no folder nowhere",
+    "sample.py sun --checkpoint nowhere": "there is no folder 'nowhere'",
+    "evaluate/benchmark.py --checkpoint nowhere": "there is no folder 'nowhere'",
     "train.py --config nowhere.yaml": "there is no configuration file",
+    **{
+        f"{command} --config ''": "--config is empty; give a configuration file, such as one of configs/"
+        for command in (*_OF_A_RUN, "transfusion_mot/autoencoder.py")
+    },
+    "train.py --config=": "--config is empty; give a configuration file, such as one of configs/",
+    "train.py --config configs": "configuration file 'configs' cannot be read: Is a directory; give a YAML file",
     # The later of two values wins: all other paths are there.
     **{
         f"{command} --config configs/eval/coco.yaml {_HERE} --{key}={MISSING}": f"there is no '{MISSING}' ({key})"
@@ -83,6 +90,16 @@ MISTAKES = {
             ("evaluate/prompts.py --output new", _OF_COCO[:2]),
         )
         for key in keys
+    },
+    **{
+        f"{command} {shlex.quote(mistake)}": message
+        for command in _OF_A_RUN
+        for mistake, message in (
+            ("model.modalities.image.tower=imag", "model.modalities.image.tower is 'imag'; it needs one of"),
+            ("training.frozen_towers=[imag]", "training.frozen_towers names ['imag']; the model has text, image"),
+            ("lora={towers: [imag]}", "lora.towers names imag; known: text, image"),
+            ("training.tracker=tensorbord", "configuration: training.tracker is 'tensorbord'; it must be one of 'all'"),
+        )
     },
     **{
         f"{command} {_SOURCES}": f"imagefolder source '{MISSING}' is not a folder"
@@ -143,7 +160,10 @@ def test_what_is_missing_is_said_before_pytorch_is_loaded(line: str, outcomes: d
     assert f"error: {MISTAKES[line]}" in printed
 
 
-def test_every_path_that_is_missing_is_said_before_pytorch_is_loaded(outcomes: dict[str, list]) -> None:
+@pytest.mark.parametrize(("path", "said"), [(MISSING, r"nowhere"), ("", r"''|is empty")])
+def test_every_path_that_is_missing_is_said_before_pytorch_is_loaded(
+    path: str, said: str, outcomes: dict[str, list]
+) -> None:
     lines = []
     for command in COMMANDS:
         _, _, texts = outcomes[f"{command} --help"]
@@ -153,12 +173,12 @@ def test_every_path_that_is_missing_is_said_before_pytorch_is_loaded(outcomes: d
             before = ["."] * arguments.index(name) if name in arguments else [name]
             after = [] if name in arguments else ["."] * len(arguments)
             if name not in NOT_READ:
-                lines.append([command, *before, *[MISSING] * count, *after])
+                lines.append([command, *before, *[path] * count, *after])
     assert len(lines) > 50
     answers = {line: answer for line, (*answer, _) in run(lines).items()}
     wrong = {
         line: (outcome, printed)
         for line, (outcome, printed) in answers.items()
-        if outcome != 2 or not printed.startswith("error: ") or "nowhere" not in printed or printed.count("\n") != 1
+        if outcome != 2 or not printed.startswith("error: ") or not re.search(said, printed) or printed.count("\n") != 1
     }
     assert not wrong, "\n".join(f"{line}: {outcome} {printed}" for line, (outcome, printed) in wrong.items())

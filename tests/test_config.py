@@ -3,10 +3,12 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import LoggerType
 
 import train
 from transfusion_mot.config import (
@@ -16,13 +18,14 @@ from transfusion_mot.config import (
     ModelConfig,
     RunConfig,
     TowerConfig,
+    Tracker,
     parse_config,
     save_config,
     to_dict,
 )
 from transfusion_mot.config_checks import given_values
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.run.begin import settled_config
 from transfusion_mot.run.early import checked_sections
@@ -501,6 +504,11 @@ def test_folders_that_cannot_be_written_and_sources_given_twice_end_a_run_at_onc
     for key in ("output_dir", "data.cache_dir"):
         with pytest.raises(UserError, match=f"{re.escape(key)} '.*file/x' cannot be written"):
             train.main([*words, f"data.sources=[{given}]", f"{key}={tmp_path / 'file' / 'x'}"])
+        assert refusal(f"{key}=") == f"configuration: {key} is empty; give a folder"
     with pytest.raises(UserError, match=r"data\.sources\[1\] and data\.sources\[2\] are the same imagefolder source"):
         checked_sections([*words, f"data.sources=[{other}, {given}, {again}]"])
     checked_sections([*words, f"data.sources=[{given}, {other}]"])
+
+
+def test_trackers_are_those_of_accelerate() -> None:
+    assert set(get_args(Tracker)) == {str(tracker) for tracker in LoggerType}

@@ -80,7 +80,7 @@ def test_what_goes_wrong_in_painting_is_raised_where_it_can_be_shown():
 @pytest.mark.parametrize(
     ("arguments", "missing", "message"),
     [
-        (["--checkpoint", "nothing"], False, "there is no folder nothing"),
+        (["--checkpoint", "nothing"], False, "there is no folder 'nothing'"),
         (["--colour"], False, "unrecognized arguments: --colour"),
         ([], True, r"pip install 'transfusion-mot\[demo\]'"),
     ],

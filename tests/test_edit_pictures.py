@@ -86,6 +86,7 @@ def test_pictures_of_codes_are_edited_likewise() -> None:
         (lambda p: p.edit(pictures(1), []), "there is no prompt"),
         (lambda p: p.edit(pictures(1), "sun", image_guidance_scale=float("nan")), "image_guidance_scale is nan"),
         (lambda p: p.edit("sun", pictures(1)[0]), "the picture comes first: edit(image, instruction)"),
+        (lambda p: p.edit(Image.new("RGB", (0, 5)), "sun"), "has 0 x 5 pixels; it needs at least one"),
         (lambda p: p.edit("apple.png", "sun"), "image must be PIL images, arrays or tensors, got str"),
         (
             lambda p: p.edit(pictures(1), "z" * 11),

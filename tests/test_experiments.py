@@ -23,7 +23,7 @@ from transfusion_mot.config import RunConfig, parse_config, to_dict
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.wordnet import Entry, parse_entry
 from transfusion_mot.evaluation.protocol.config import read_protocol
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.reporting.flops import weight_flops_per_row
 from transfusion_mot.schedulers import make_scheduler

@@ -1,12 +1,18 @@
 """Names on the Hugging Face hub without a network: one request, one message."""
 
+import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transfusion_mot.codecs.checkpoint import class_name_of
+from transfusion_mot.config import SourceConfig
+from transfusion_mot.data.sources.media_tables import open_dataset
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.captions.sentence_similarity import load_sentence_encoder
@@ -28,6 +34,7 @@ LOADERS: dict[str, tuple[Callable[[str], object], str]] = {
     "tokenizer": (lambda name: load_tokenizer(name, ["text"]), "owner/model"),
     "codec": (class_name_of, "owner/model"),
     "DINOv2": (lambda name: load_feature_network("dinov2", CPU, dinov2=name.split("/")[1]), f"timm/{DINOV2}"),
+    "data set": (lambda name: open_dataset(SourceConfig("datasets", name)), "owner/data"),
     "language model": (LanguageModel.open, "owner/model"),
 }
 
@@ -52,3 +59,29 @@ def test_the_hub_is_asked_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_empty_name_is_refused() -> None:
     with pytest.raises(UserError, match="init_from is empty; give a folder or a name on the Hugging Face hub"):
         refuse_missing_path("", "init_from")
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def test_a_data_set_that_was_loaded_before_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do both take the half a minute for which the library would try to reach the hub."""
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
+    for name in ("huggingface_hub.constants.ENDPOINT", "datasets.config.HF_ENDPOINT"):
+        monkeypatch.setattr(name, f"http://localhost:{closed_port()}")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "texts.txt").write_text("one\ntwo\n")
+    datasets.load_dataset(str(tmp_path / "data"), split="train")
+    # As if it had been loaded by its name on the hub.
+    (tmp_path / "cache" / "data").rename(tmp_path / "cache" / "owner___data")
+    begun = time.perf_counter()
+    assert open_dataset(SourceConfig("datasets", "owner/data"))["text"] == ["one", "two"]
+    with pytest.raises(UserError, match=r"cannot load 'owner/other'.*the hub cannot be reached"):
+        open_dataset(SourceConfig("datasets", "owner/other"))
+    assert time.perf_counter() - begun < 10
+    assert not datasets.config.HF_HUB_OFFLINE

@@ -5,15 +5,18 @@ import math
 import struct
 import zlib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
 
-from transfusion_mot.data.images import displayed_size, grid, load_image, nearest_buckets, to_pil, to_pixels
+from transfusion_mot.data.images import ImageFit, displayed_size, grid, load_image, nearest_buckets, to_pil, to_pixels
 from transfusion_mot.errors import UserError
+from transfusion_mot.evaluation.images import load_rgb
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -283,6 +286,26 @@ def test_nearest_bucket_against_every_bucket(sizes, buckets):
     for (height, width), index in zip(sizes, found, strict=True):
         distances = [abs(math.log(height / width * w / h)) for h, w in buckets]
         assert distances[index] <= min(distances) + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_pictures_without_pixels_are_refused(mode, size):
+    reads = [partial(load_image, image_size=8, fit=fit) for fit in get_args(ImageFit)]
+    for read in (*reads, displayed_size, load_rgb, partial(load_rgb, image_size=8)):
+        with pytest.raises(UserError, match=f"image 'the given picture' has {size[0]} x {size[1]} pixels; it needs at"):
+            read(Image.new(mode, size))
+
+
+def test_a_webp_file_without_pixels_is_refused():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 5)).save(buffer, "WEBP")
+    content = bytearray(buffer.getvalue())
+    assert content[12:16] == b"VP8 "
+    # The width.
+    content[26:28] = bytes(2)
+    with pytest.raises(UserError, match="cannot be read"):
+        displayed_size(io.BufferedReader(io.BytesIO(content)))
 
 
 def test_bad_files_are_refused_by_name(tmp_path, monkeypatch):

@@ -286,8 +286,8 @@ def test_a_name_on_the_hub(before: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Large weights are fetched when they are needed, not by `--plan`."""
     asked: list[list[str]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        assert name == "someone/emoji"
+    def download(name: str, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("someone/emoji", "model")
         asked.append(allow_patterns)
         return str(find_snapshot(str(before)))
 

@@ -1,6 +1,7 @@
 """Settings of the launcher and the shell besides the configuration: they are used, or refused with a message."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,13 @@ def test_rows_that_the_processes_cannot_share_evenly_are_refused(tmp_path: Path)
     training = TrainingConfig(mixed_precision="no", num_rows=3, tracker=None)
     for sentence in run_processes(refused, 2, {}, tmp_path, training):
         assert "training.num_rows is 3, which 2 processes cannot share evenly" in sentence
+
+
+@pytest.mark.skipif(find_spec("aim") is not None, reason="the tracker aim is installed")
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    """accelerate only warns, and the run would be tracked nowhere."""
+    with pytest.raises(UserError, match=r"training\.tracker is aim, which is not installed"):
+        make_accelerator(TrainingConfig(mixed_precision="no", tracker="aim"), tmp_path)
 
 
 def joined(training: TrainingConfig) -> int | str:

@@ -17,10 +17,11 @@ from transfusion_mot.models.lora import add_adapter, base_parameters, digests, f
 from transfusion_mot.models.transfusion import TransfusionMoT, is_of_adapter
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.ema import EMA
-from transfusion_mot.training.lora import check_lora, choose_trained, trainable_parts
+from transfusion_mot.training.lora import choose_trained
 from transfusion_mot.training.optimizer import make_optimizer
 from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.step import loss_terms
+from transfusion_mot.training.tower_settings import check_lora, trainable_parts
 from transfusion_mot.training.towers import freeze_towers
 
 RANK, ALPHA = 3, 5.0

@@ -16,8 +16,7 @@ from transfusion_mot.models.adapters import TimestepEmbedder, UNetAdapter, patch
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, Slots, TokenInput
 from transfusion_mot.models.layers import RMSNorm
 from transfusion_mot.models.modalities import DiffusionModality
-from transfusion_mot.models.mot import check_architecture
-from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput
+from transfusion_mot.models.transfusion import TransfusionMoT, TransfusionOutput, check_model
 
 # Two packed documents, an image that stands first, two images in a document, text alone; padding in each row.
 SPEC = [
@@ -521,6 +520,8 @@ TEXT, IMAGE = ModalityConfig("text"), ModalityConfig("image", "diffusion")
             "intermediate_size",
         ),
         ({"head_dim": 7}, "head_dim is 7"),
+        ({"rope_scaling": {"rope_type": "su"}}, "rope_type must be one of default, linear, dynamic, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "which transformers cannot read"),
         ({"num_heads": 3, "num_kv_heads": 2}, "num_heads 3"),
         ({"image": {"patch_size": 3}}, "image.patch_size is 3"),
         ({"image": {"adapter": "unet", "unet_channels": [32]}}, "at least 2"),
@@ -534,10 +535,10 @@ TEXT, IMAGE = ModalityConfig("text"), ModalityConfig("image", "diffusion")
 )
 def test_sizes_that_do_not_go_together_are_refused(changes, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_architecture(tiny_config(**changes))
+        check_model(tiny_config(**changes))
 
 
 def test_good_sizes_are_accepted() -> None:
     for changes in VARIANTS.values():
-        check_architecture(tiny_config(**changes))
-    check_architecture(replace(tiny_config(), num_kv_heads=1))
+        check_model(tiny_config(**changes))
+    check_model(replace(tiny_config(), num_kv_heads=1))

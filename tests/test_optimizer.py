@@ -16,7 +16,8 @@ from transfusion_mot.training.muon import StackedMuon
 from transfusion_mot.training.optimizer import lr_factor, make_optimizer, set_lr
 from transfusion_mot.training.state import StateWriter, load_tensors, state_tensors
 from transfusion_mot.training.step import clipped_step
-from transfusion_mot.training.towers import check_towers, freeze_towers, grad_norms, tower_of
+from transfusion_mot.training.tower_settings import check_towers
+from transfusion_mot.training.towers import freeze_towers, grad_norms, tower_of
 
 
 def saved(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:

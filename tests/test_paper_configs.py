@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transfusion_mot.config import RunConfig, parse_config
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.schedulers import make_scheduler
 

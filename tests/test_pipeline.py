@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.schedulers import FLOW_SCHEDULERS, make_sampling_scheduler, make_scheduler
 
 IMAGE_SIZE = 8
+NOTHING = Image.new("RGB", (0, 0))
 
 
 def tiny_vae(latent_channels: int = 3) -> AutoencoderKL:
@@ -320,6 +322,13 @@ def test_mistakes_in_a_call_are_named(pipeline, call, message):
         (lambda p: p("sun", num_images_per_prompt=1.5), "num_images_per_prompt is 1.5; it must be a whole number"),
         (lambda p: p("sun", num_images_per_prompt=0), "num_images_per_prompt is 0; it must be at least 1"),
         (lambda p: p("sun", image=Image.new("RGB", (16, 16)), strength="0.5"), "strength is 0.5; it must be above 0"),
+        (lambda p: p("sun", image=Image.new("RGB", (0, 5))), "has 0 x 5 pixels; it needs at least one"),
+        (lambda p: p("sun", image=NOTHING, mask_image=NOTHING), "has 0 x 0 pixels; it needs at least one"),
+        (lambda p: p.caption(Image.new("RGB", (5, 0))), "has 5 x 0 pixels; it needs at least one"),
+        (lambda p: p.caption(np.zeros((0, 5, 3))), "images has the shape [0, 5, 3]; it must be [H, W, C]"),
+        (lambda p: p.caption(torch.zeros(1, 3, 5, 0)), "images has the shape [1, 3, 5, 0]; it must be [C, H, W]"),
+        (lambda p: p.interleave(["sun", NOTHING]), "has 0 x 0 pixels; it needs at least one"),
+        (lambda p: p.generate([["sun", NOTHING]], "text"), "has 0 x 0 pixels; it needs at least one"),
         (lambda p: p.caption(Image.new("RGB", (16, 16)), max_new_tokens=1.5), "max_new_tokens is 1.5; it must be a"),
         (lambda p: p.caption(Image.new("RGB", (16, 16)), prompt=3), "prompt is 3; give one, or a list of them"),
         (lambda p: p.complete(None), "text is None; give one, or a list of them"),
@@ -385,8 +394,28 @@ def test_a_folder_that_is_no_snapshot_is_refused_in_one_sentence(pipeline, tmp_p
 
 def test_a_name_that_is_neither_folder_nor_on_the_hub_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no pipeline can be loaded from a/b/c"):
-        TransfusionPipeline.from_pretrained("a/b/c")
+    with pytest.raises(UserError, match="no pipeline can be loaded from nobody/nothing"):
+        TransfusionPipeline.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_missing_folder_is_refused(pipeline, tmp_path, kind):
+    missing = kind(tmp_path / "a" / "b")
+    told = f"'{tmp_path}/a/b' does not exist; there is '{tmp_path}', but no 'a/b' in it"
+    for load, what in ((TransfusionPipeline.from_pretrained, "snapshot"), (pipeline.load_lora_weights, "adapter")):
+        with pytest.raises(UserError, match=re.escape(f"{what} {told}")):
+            load(missing)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"a", ["a"], {}, ""])
+def test_what_is_no_path_is_refused(pipeline, given):
+    shown = "empty" if given == "" else repr(given)
+    for load, what in ((TransfusionPipeline.from_pretrained, "snapshot"), (pipeline.load_lora_weights, "adapter")):
+        with pytest.raises(UserError, match=re.escape(f"{what} is {shown}; give a folder or a name on the")):
+            load(given)
+    if given != "":
+        with pytest.raises(UserError, match=re.escape(f"save_directory is {shown}; give a folder")):
+            pipeline.save_pretrained(given)
 
 
 @pytest.mark.parametrize(

@@ -28,16 +28,16 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.files import find_snapshot
 from transfusion_mot.losses import IGNORE_INDEX
 from transfusion_mot.models import mot
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.inputs import LatentInput, ModalityInput, TokenInput
-from transfusion_mot.models.mot import check_architecture
 from transfusion_mot.pipeline import TransfusionPipeline
 from transfusion_mot.sampling.session import Session
 from transfusion_mot.sampling.workspace import Workspace
 from transfusion_mot.schedulers import make_scheduler
 from transfusion_mot.training.checkpoint import find_state
-from transfusion_mot.training.lora import trainable_parts
 from transfusion_mot.training.metrics import read_metrics
 from transfusion_mot.training.step import loss_terms
+from transfusion_mot.training.tower_settings import trainable_parts
 from transfusion_mot.training.towers import freeze_towers
 
 TEXT_SLOTS, PATCHES = 64, 4

@@ -13,7 +13,7 @@ from training_runs import flat
 from benchmarks.settings import CONFIGS, SETTINGS, Runs, arm_names, config_files, plot, table, twin_of
 from transfusion_mot.config import RunConfig, parse_config, to_dict
 from transfusion_mot.data.row_arrays import RowShape
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.reporting.flops import weight_flops_per_row
 

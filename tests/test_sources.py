@@ -322,8 +322,9 @@ def test_an_image_of_two_spellings_is_one_image_on_one_side(tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match="needs 'path'"):
-        open_source(SourceConfig(kind="imagefolder"), DataConfig(), "train")
+    for path in (None, ""):
+        with pytest.raises(UserError, match="needs 'path'"):
+            open_source(SourceConfig(kind="imagefolder", path=path), DataConfig(), "train")
     with pytest.raises(UserError, match="is not a folder"):
         open_folder(tmp_path / "missing")
     with pytest.raises(UserError, match=r"has no images; known: \.png"):

@@ -127,6 +127,19 @@ def test_several_seeds_and_modalities(run, tmp_path: Path) -> None:
     assert "not reached by 1 of 2, else 50.0 %" in output
 
 
+@pytest.mark.parametrize(("axis", "lines"), [("step", 20), ("flops", 20), ("seconds", 20), ("flops", 1000)])
+def test_a_log_without_an_axis_is_refused(run, tmp_path: Path, axis: str, lines: int) -> None:
+    """Of all steps, or of the first, which its sums would lack."""
+    a, b = write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0)
+    log = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
+    for line in log[:lines]:
+        line.pop(axis, None)
+    (b / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    status, _, errors = run(a, b)
+    assert status == 2
+    assert errors == f"error: '{b / 'metrics.jsonl'}' has losses without {axis}; give run folders of train.py\n"
+
+
 def test_mistakes(run, tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", 1.0)
     status, _, errors = run(a, tmp_path / "nothing")
@@ -135,7 +148,7 @@ def test_mistakes(run, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     status, _, errors = run(a, tmp_path / "nothing")
     assert status == 2
-    assert "nothing holds no metrics.jsonl with losses" in errors
+    assert "nothing' holds no metrics.jsonl with losses" in errors
     assert run("--help")[0] == 0
 
 

@@ -28,6 +28,10 @@ FREE_OF_MODALITY = ("loss_weight", "code_noise_prob", "guidance_scale")
 LORA_MODULES = ("q", "k", "v", "output", "gate", "up", "down")
 # What a modality is trained for; `read` has no loss.
 Objective = Literal["next_token", "diffusion", "read"]
+# accelerate's names of trackers; `all` are those that are installed.
+Tracker = Literal[
+    "all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
+]
 # Noise level at which a variation starts. With checkpoints/emoji, lower levels leave the picture as it is.
 DEFAULT_STRENGTH = 0.9
 # The modality that every model has. Its vocabulary holds the begin and end tokens of the others.
@@ -535,7 +539,7 @@ class TrainingConfig:
         max_minutes: The run saves its state and ends this many minutes after the program started; 0 is no limit.
         sample_prompts: Prompts of the sample grids; null takes captions of held-out images, [] paints none.
         num_validation_documents: Number of held-out documents in a validation.
-        tracker: Where metrics go besides `metrics.jsonl`: an accelerate tracker's name, or null.
+        tracker: Where metrics go besides `metrics.jsonl`: a tracker of accelerate, or null.
         on_non_finite: What happens when a loss or gradient is not finite. The step changes no parameter; `stop` names
             its rows and documents and ends the run, `skip` names them and continues.
         watchdog_minutes: After this many minutes without a step, the run names the process that the others wait for; 0
@@ -567,7 +571,7 @@ class TrainingConfig:
     max_minutes: float = 0.0
     sample_prompts: list[str] | None = None
     num_validation_documents: int = 128
-    tracker: str | None = "tensorboard"
+    tracker: Tracker | None = "tensorboard"
     on_non_finite: Literal["stop", "skip"] = "stop"
     watchdog_minutes: float = 10.0
 

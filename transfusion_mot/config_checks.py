@@ -127,8 +127,9 @@ def check_ranges(config: Any) -> None:
     # If text is missing, `check_architecture` reports it.
     if "text" in (modalities := value("model.modalities") or {}):
         _check_modalities(config, modalities)
-    if value("output_dir") == "":
-        raise UserError("configuration: output_dir is empty; give a folder")
+    for key in ("output_dir", "data.cache_dir"):
+        if value(key) == "":
+            raise UserError(f"configuration: {key} is empty; give a folder")
     for name, tower in (value("model.towers") or {}).items():
         for key in ("hidden_size", "intermediate_size"):
             if getattr(tower, key) < 1:

@@ -152,6 +152,8 @@ def _check_words(arguments: Sequence[str], names: Sequence[str]) -> None:
 
 def _check_file(path: str) -> None:
     """Refuse a file that is no mapping in YAML, or that gives a key twice."""
+    if not path:
+        raise UserError("--config is empty; give a configuration file, such as one of configs/")
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = yaml.SafeLoader(text)
@@ -160,7 +162,7 @@ def _check_file(path: str) -> None:
     except FileNotFoundError:
         raise UserError(f"there is no configuration file '{path}'; configs/ holds those of this project") from None
     except OSError as error:
-        raise UserError(f"configuration file '{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"configuration file '{path}' cannot be read: {error.strerror}; give a YAML file") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(

@@ -96,7 +96,7 @@ def find_snapshot(path: str) -> Path:
     if snapshots:
         return snapshots[-1]
     if not folder.exists():
-        raise UserError(f"there is no folder {path}; give a run folder of train.py or one of its snapshots/step-N")
+        raise UserError(f"there is no folder '{path}'; give a run folder of train.py or one of its snapshots/step-N")
     raise UserError(
         f"{path} holds no snapshot (neither model_index.json nor snapshots/step-N); give a run folder of train.py "
         "that has saved one, or a snapshot"

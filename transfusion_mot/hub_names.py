@@ -1,7 +1,9 @@
 """Names that are a local path or a repository on the Hugging Face hub."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -17,20 +19,22 @@ _HINTS = {
 }
 
 
-def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
+def refuse_missing_path(name: str | os.PathLike[str], what: str, hint: str = "") -> None:
     """Refuse a missing local path instead of asking the hub for it.
 
     Args:
+        name: A path, or a name on the hub.
         what: What is named, for the message: "codec path".
         hint: What to do, after a semicolon; for the settings of a run it is known.
 
     Raises:
-        UserError: The path does not exist, and it begins like a path, has more parts than a name on the hub, or lies in
-            an existing folder.
+        UserError: It is empty or no path; or it does not exist, and it begins like a path, has more parts than a name
+            on the hub, or lies in an existing folder.
     """
-    if not name:
-        raise UserError(f"{what} is empty{hint or '; give a folder or a name on the Hugging Face hub'}")
-    path = Path(name)
+    if not name or not isinstance(name, str | os.PathLike):
+        given = "empty" if name == "" else repr(name)
+        raise UserError(f"{what} is {given}{hint or '; give a folder or a name on the Hugging Face hub'}")
+    path, name = Path(name), str(name)
     is_path = name.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
     # The owner in a hub name is not a local folder.
     is_path = is_path or (len(path.parts) == 2 and path.parent.is_dir())
@@ -44,16 +48,20 @@ def refuse_missing_path(name: str, what: str, hint: str = "") -> None:
         )
 
 
-def ask_hub(name: str) -> None:
+def ask_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     """Ask the hub once for a repository, before a library asks for each of its files.
 
     Without a network the libraries retry every file, for half a minute.
+
+    Args:
+        name: On the hub; of a local path nothing is asked.
+        kind: What the repository holds.
 
     Raises:
         OSError, ValueError: The repository does not exist, or it is not in the cache and the hub cannot be reached.
     """
     if not Path(name).exists():
-        _fetched(name, ["config.json"])
+        _fetched(name, [{"model": "config.json", "dataset": "README.md"}[kind]], kind)
 
 
 def download(name: str, patterns: Sequence[str], what: str) -> Path:
@@ -76,9 +84,9 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         ) from None
 
 
-def _fetched(name: str, patterns: Sequence[str]) -> Path:
+def _fetched(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
     """`snapshot_download`, with a short message where there is no network."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise OSError("it is not in the cache, and the hub cannot be reached, or HF_HUB_OFFLINE is set") from None

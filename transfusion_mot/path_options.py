@@ -29,6 +29,9 @@ class PathOption(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         for path in [values] if isinstance(values, str) else values or []:
+            # For `Path`, an empty text is the working directory; here it is mostly a variable that is not set.
+            if not path:
+                raise UserError(f"{option_string or self.metavar} is empty; give a path, as --help says")
             self.check(path)
         setattr(namespace, self.dest, values)
 
@@ -41,7 +44,7 @@ def existing(needed: str) -> Callable[[str], None]:
     """
 
     def check(path: str) -> None:
-        if not Path(path).exists():
+        if not path or not Path(path).exists():
             raise UserError(f"there is no '{path}'; give {needed}")
 
     return check

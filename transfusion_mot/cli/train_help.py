@@ -120,6 +120,8 @@ def _type_name(kind: Any) -> str:
     options = get_args(kind)
     if options and all(isinstance(option, str) for option in options):
         return " or ".join(options)
+    if type(None) in options:
+        return f"{' or '.join(_type_name(option) for option in options if option is not type(None))} or null"
     name = getattr(kind, "__name__", str(kind)) if not options else str(kind)
     for module in ("transfusion_mot.config.", "typing."):
         name = name.replace(module, "")

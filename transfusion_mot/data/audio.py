@@ -76,6 +76,8 @@ def audio_seconds(content: AudioInput, where: str | None = None) -> float:
 @contextmanager
 def _opened(content: AudioInput, where: str | None) -> Iterator[tuple[soundfile.SoundFile, str]]:
     """An open file that is not decoded yet, and its name; every error becomes a `UserError` with this name."""
+    if not isinstance(content, str | Path | bytes) and not hasattr(content, "read"):
+        raise UserError(f"audio is {content!r}; give a path, the content of a file, or an open file")
     where = where or (str(content) if isinstance(content, str | Path) else "the given audio")
     try:
         # libsndfile gives no reason for a path that cannot be opened.

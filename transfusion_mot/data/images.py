@@ -59,7 +59,7 @@ def load_image(
         name: Name of the picture in messages; None is its path.
 
     Raises:
-        UnreadableImage: The file is missing, no image, cut off, has more pixels than Pillow's limit against
+        UnreadableImage: The file is missing, no image, cut off, has no pixels or more than Pillow's limit against
             decompression bombs, or holds floating-point values, signed or 32-bit integers, whose range is unknown.
         UserError: The system failed to read the file.
     """
@@ -121,7 +121,7 @@ def _webp_size(file: BufferedReader) -> tuple[int, int] | None:
             file.seek(0)
     else:
         return None
-    return _turned((width, height), exif)
+    return _turned((width, height), exif) if width and height else None
 
 
 def _read_at(file: BufferedReader, place: int, length: int) -> bytes:
@@ -152,12 +152,23 @@ def _opened(source: ImageInput, name: str | None) -> Iterator[tuple[Image.Image,
             image = source
         else:
             image = stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        refuse_empty(image, name)
         width, height = image.size
         if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
             raise UnreadableImage(
                 name, f"has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
             )
         yield image, name
+
+
+def refuse_empty(image: Image.Image, name: str) -> None:
+    """Refuse a picture without pixels. Pillow finds none in a file, but makes some in memory.
+
+    Raises:
+        UnreadableImage: Its height or width is 0.
+    """
+    if not all(image.size):
+        raise UnreadableImage(name, f"has {image.width} x {image.height} pixels; it needs at least one")
 
 
 def _name_of(source: ImageInput, name: str | None) -> str:

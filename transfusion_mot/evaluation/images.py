@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from transfusion_mot.data.images import displayed_size, load_image
+from transfusion_mot.data.images import displayed_size, load_image, refuse_empty
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import lines_of
 
@@ -197,7 +197,7 @@ def load_rgb(source: ImageSource, image_size: int | None = None) -> ImageArray:
     COCO. Otherwise the image keeps its size and its stored orientation, as in clean-fid.
 
     Raises:
-        UserError: The file cannot be read or has more than 8 bits a channel; the message names it.
+        UserError: The picture cannot be read, has no pixels or more than 8 bits a channel; the message names it.
     """
     content = source.read() if isinstance(source, TarImage) else source
     if image_size is not None:
@@ -226,6 +226,7 @@ def _centre_square(content: Path | bytes | Image.Image, size: int, name: str | N
 
 
 def _to_rgb(image: Image.Image, name: str) -> ImageArray:
+    refuse_empty(image, name)
     if image.mode.startswith(("I", "F")):
         raise UserError(f"image '{name}' has more than 8 bits a channel; save it with 8")
     if image.has_transparency_data:

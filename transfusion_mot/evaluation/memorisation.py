@@ -4,13 +4,16 @@ import bisect
 import functools
 import itertools
 import logging
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -21,13 +24,14 @@ from transfusion_mot.errors import UserError
 from transfusion_mot.evaluation.defaults import default_num_workers
 from transfusion_mot.evaluation.features.network import FeatureNetwork
 from transfusion_mot.evaluation.features.sets import FeatureArray, image_features
+from transfusion_mot.evaluation.processes import shared_rows
 from transfusion_mot.evaluation.protocol.prompts import Prompt
 from transfusion_mot.evaluation.report.content import Neighbour
 from transfusion_mot.evaluation.scoring import nearest, unit_length
 
 # Maximum number of painted images to compare.
 MOST_PAINTED = 2000
-# Bytes of training images in memory at a time, and number of pairs to keep.
+# Bytes of training images in the memory of a process at a time, and number of pairs to keep.
 _BYTES_AT_ONCE, _KEPT = 2**28, 16
 
 # A source and the index of an image in it.
@@ -56,22 +60,17 @@ class TrainingImages:
     image_size: int | None
     processes: PartialState
 
-    def nearest(self, features: FeatureArray) -> tuple[list[Item], npt.NDArray[np.float64]]:
+    def nearest(self, features: FeatureArray) -> tuple[list[Item], npt.NDArray[np.float32]]:
         """The training image nearest to each image of `features` [N, D], and 1 - cosine of the two [N].
 
         Raises:
             UserError: The training data cannot be opened or have no image with a caption.
         """
-        if not self._features:
+        places, theirs = self._features
+        if not len(places):
             raise UserError("the training data have no image with a caption that can be read")
-        queries = unit_length(features)
-        distances = np.full(len(queries), np.inf)
-        found = np.zeros(len(queries), dtype=np.int64)
-        for places, theirs in self._features:
-            indices, distance = nearest(queries, theirs)
-            closer = distance < distances
-            distances[closer], found[closer] = distance[closer], places[indices[closer]]
-        return [self._items[place] for place in found], distances
+        indices, distances = nearest(unit_length(features), theirs)
+        return [self._items[place] for place in places[indices]], distances
 
     @functools.cached_property
     def _items(self) -> list[Item]:
@@ -87,31 +86,40 @@ class TrainingImages:
         ]
 
     @functools.cached_property
-    def _features(self) -> list[tuple[npt.NDArray[np.int64], FeatureArray]]:
-        """Parts: places in `_items` [n], and features of length one [n, D]."""
-        parts = []
+    def _features(self) -> tuple[npt.NDArray[np.int64], FeatureArray]:
+        """Places in `_items` of the readable images [n], and their features of length one [n, D]."""
+        network = self.network
+        shared = shared_rows(self._batches, len(self._items), network.num_features, network.device, self.processes)
+        rows = cast(FeatureArray, shared.cpu().numpy())
+        places = np.flatnonzero(np.isfinite(rows).all(axis=1))
+        return places, unit_length(rows[places])
+
+    def _batches(self, rank: int, world: int) -> Iterator[torch.Tensor]:
+        """Features of the images of one process, for `shared_rows`; NaN for images that cannot be read."""
         largest = max(height * width for height, width in self.data.image_sizes)
         at_once = max(1, _BYTES_AT_ONCE // (3 * largest))
-        for start in range(0, len(self._items), at_once):
+        mine = self._items[rank::world]
+        for start in range(0, len(mine), at_once):
+            part = mine[start : start + at_once]
             pictures, places = [], []
-            for place, (images, index) in enumerate(self._items[start : start + at_once], start=start):
+            for place, (images, index) in enumerate(part):
                 try:
                     pictures.append(Image.fromarray(images.image(index)))
                     places.append(place)
                 except UserError as error:
                     _logger.warning("left out of the training images: %s", error)
-            if not pictures:
-                continue
-            features = image_features(
-                pictures,
-                self.network,
-                num_workers=default_num_workers(),
-                image_size=self.image_size,
-                description="training images",
-                processes=self.processes,
-            )
-            parts.append((np.array(places), unit_length(features)))
-        return parts
+            rows = torch.full((len(part), self.network.num_features), math.nan)
+            if pictures:
+                features = image_features(
+                    pictures,
+                    self.network,
+                    num_workers=default_num_workers(),
+                    image_size=self.image_size,
+                    description="training images",
+                    quiet=rank > 0,
+                )
+                rows[places] = torch.from_numpy(features)
+            yield rows
 
 
 def nearest_training_images(

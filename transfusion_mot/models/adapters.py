@@ -8,9 +8,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from torch import Tensor, nn
 
+from transfusion_mot.models.architecture import UNET_GROUPS
+
 TIMESTEP_FREQUENCIES = 256
-# Groups of the group norms in diffusers' U-Net blocks; widths are multiples of it.
-UNET_GROUPS = 32
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

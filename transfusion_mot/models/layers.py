@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Supported values of `rope_type` in `ModelConfig.rope_scaling`.
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 for any number format of the input."""

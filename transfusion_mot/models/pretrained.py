@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transfusion_mot.config import TEXT, ModelConfig
 from transfusion_mot.errors import UserError
 from transfusion_mot.hub_names import download, refuse_missing_path
+from transfusion_mot.models.architecture import ROPE_TYPES
 from transfusion_mot.models.initial_weights import WeightFiles, WeightReport
-from transfusion_mot.models.layers import ROPE_TYPES
 from transfusion_mot.models.lora import base_parameters
 from transfusion_mot.models.transfusion import TransfusionMoT
 

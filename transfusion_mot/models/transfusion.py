@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transfusion_mot.config import ORIGINS, TEXT, DiffusionConfig, ModalityConfig, ModelConfig, TowerConfig, to_dict
 from transfusion_mot.cores import usable_cores
 from transfusion_mot.errors import UserError
+from transfusion_mot.models.architecture import check_architecture
 from transfusion_mot.models.attention import (
     CacheWindow,
     Kernel,
@@ -45,7 +46,7 @@ from transfusion_mot.models.attention import (
     training_mask,
 )
 from transfusion_mot.models.inputs import ModalityInput, Slots, TokenInput
-from transfusion_mot.models.layers import RMSNorm, rotary_angles, unturned_angles
+from transfusion_mot.models.layers import RMSNorm, attention_factor, rotary_angles, unturned_angles
 from transfusion_mot.models.modalities import (
     DiffusionModality,
     InitialValues,
@@ -59,7 +60,6 @@ from transfusion_mot.models.mot import (
     MoTBlock,
     Streams,
     TowerModules,
-    check_architecture,
     eager_norm,
 )
 
@@ -80,6 +80,27 @@ class TransfusionOutput(NamedTuple):
 
     terms: dict[str, Terms]
     predictions: dict[str, Tensor]
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse what `check_architecture` refuses, and names and rotary positions that torch and transformers refuse.
+
+    Raises:
+        UserError: Names the key, its value and the valid values.
+    """
+    for key, names in (("towers", config.towers), ("modalities", config.modalities)):
+        for name in names:
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise UserError(
+                    f"model.{key} has the name '{name}', which torch does not allow for weights; give another one"
+                )
+    check_architecture(config)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        try:
+            attention_factor(config.head_dim, config.rope_theta, scaling)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"model.rope_scaling is {scaling}, which transformers cannot read ({error!r})") from None
 
 
 class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -106,7 +127,7 @@ class TransfusionMoT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         towers = {name: TowerConfig(**fields) for name, fields in architecture["towers"].items()}
         modalities = {name: ModalityConfig(**fields) for name, fields in architecture["modalities"].items()}
         self.architecture = config = ModelConfig(**{**architecture, "towers": towers, "modalities": modalities})
-        check_architecture(config)
+        check_model(config)
         self.modalities = nn.ModuleDict()
         for name in config.stream_order:
             modality = config.modalities[name]

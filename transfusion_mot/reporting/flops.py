@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion_mot.config import ModelConfig
 from transfusion_mot.data.batch import Batch
 from transfusion_mot.data.row_arrays import RowShape
+from transfusion_mot.models.architecture import SHARED
 from transfusion_mot.models.attention import slot_ids
 from transfusion_mot.models.layers import SwiGLU
 from transfusion_mot.models.modalities import DiffusionModality, ReadModality, TokenModality
-from transfusion_mot.models.mot import SHARED, MoTBlock
+from transfusion_mot.models.mot import MoTBlock
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.

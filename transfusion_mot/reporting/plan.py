@@ -19,13 +19,14 @@ from transfusion_mot.config import TEXT, CodecConfig, LoraConfig, RunConfig
 from transfusion_mot.data.row_arrays import RowShape
 from transfusion_mot.data.tokenizer import load_tokenizer
 from transfusion_mot.errors import UserError
-from transfusion_mot.models.mot import Checkpointing, check_architecture
-from transfusion_mot.models.transfusion import TransfusionMoT
+from transfusion_mot.models.mot import Checkpointing
+from transfusion_mot.models.transfusion import TransfusionMoT, check_model
 from transfusion_mot.reporting.flops import PEAK_FLOPS, active_parameters, flops_per_pair, weight_flops_per_row
 from transfusion_mot.reporting.memory import Memory, Parallelism, Setting, step_memory
 from transfusion_mot.training.graph import why_not_recorded
-from transfusion_mot.training.lora import check_lora, choose_trained
-from transfusion_mot.training.towers import check_towers, tower_of
+from transfusion_mot.training.lora import choose_trained
+from transfusion_mot.training.tower_settings import check_lora, check_towers
+from transfusion_mot.training.towers import tower_of
 
 GIB = 2**30
 # Memory of a GPU as torch reports it, in GiB.
@@ -74,7 +75,7 @@ def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str]], RunCon
     parser.add_argument("--mfu", type=float, default=0.4)
     options, rest = parser.parse_known_args(list(arguments))
     config = read_config(rest)
-    check_architecture(config.model)
+    check_model(config.model)
     check_towers(config)
     check_lora(config)
     if options.gpus < 1 or config.training.num_rows % options.gpus:

@@ -9,6 +9,8 @@ from transfusion_mot.data.sources.paths import refuse_missing_sources
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import RUN_CONFIG, step_folders
 from transfusion_mot.hub_names import refuse_missing_path
+from transfusion_mot.models.architecture import check_architecture
+from transfusion_mot.training.tower_settings import check_lora, check_towers
 
 
 def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
@@ -41,6 +43,9 @@ def checked_sections(arguments: Sequence[str]) -> dict[str, Any]:
         if not has_start or codec.path != CodecConfig.path:
             refuse_missing_path(codec.path, "codec path")
     if not has_start:
-        # Also numbers that are out of range.
-        parse_config(RunConfig, arguments, "")
+        # A start would give sections, too.
+        config = parse_config(RunConfig, arguments, "")
+        check_architecture(config.model)
+        check_towers(config)
+        check_lora(config)
     return sections

@@ -19,15 +19,14 @@ from transfusion_mot.config import (
 )
 from transfusion_mot.errors import UserError
 from transfusion_mot.models.compilation import allow_shapes
-from transfusion_mot.models.mot import check_architecture
+from transfusion_mot.models.transfusion import check_model
 from transfusion_mot.run.data import RunData
 from transfusion_mot.training.checkpoint import find_state
 from transfusion_mot.training.graph import why_not_recorded
-from transfusion_mot.training.lora import check_lora
 from transfusion_mot.training.metrics import METRICS_FILE
 from transfusion_mot.training.state import load_progress, refuse_other_run
 from transfusion_mot.training.step import num_shapes
-from transfusion_mot.training.towers import check_towers
+from transfusion_mot.training.tower_settings import check_lora, check_towers
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {error.filename}: {error.strerror}; choose another") from None
-    check_architecture(config.model)
+    check_model(config.model)
     check_towers(config)
     check_lora(config)
     if config.training.ema_on_cpu and accelerator.is_fsdp2:

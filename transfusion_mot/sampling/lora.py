@@ -286,11 +286,11 @@ def find_adapter(name: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: There is none.
     """
+    refuse_missing_path(name, "adapter")
     folder = Path(name)
     if folder.is_dir():
         # `AdapterInfo.read` refuses a folder that is neither an adapter nor a run.
         return [folder, *step_folders(folder / "snapshots")][-1]
-    refuse_missing_path(str(name), "adapter")
     return download(str(name), [ADAPTER_CONFIG, ADAPTER_WEIGHTS], "adapter")
 
 

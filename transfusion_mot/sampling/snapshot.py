@@ -21,6 +21,7 @@ from transfusion_mot.config import TEXT, CodecConfig
 from transfusion_mot.data.tokenizer import TextTokenizer
 from transfusion_mot.errors import UserError
 from transfusion_mot.files import ADAPTER_CONFIG, SNAPSHOT_INDEX, find_snapshot, refuse_dangling_links
+from transfusion_mot.hub_names import refuse_missing_path
 from transfusion_mot.models.modalities import DiffusionModality
 from transfusion_mot.models.transfusion import TransfusionMoT
 from transfusion_mot.sampling.lora import AdapterInfo, LoraPipeline
@@ -259,9 +260,10 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         Raises:
             UserError: It does not exist, is another pipeline, is incomplete, or its parts do not belong together.
         """
-        path = pretrained_model_name_or_path
-        if os.path.isdir(path):
-            path = find_snapshot(str(path))
+        refuse_missing_path(pretrained_model_name_or_path, "snapshot")
+        path = str(pretrained_model_name_or_path)
+        if Path(path).is_dir():
+            path = str(find_snapshot(path))
         index = Path(path) / SNAPSHOT_INDEX
         kwargs.setdefault("use_safetensors", True)
         if (Path(path) / ADAPTER_CONFIG).is_file():
@@ -327,8 +329,10 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
         """As in diffusers, with the model card and the code with which diffusers' generic loader finds this class.
 
         Raises:
-            UserError: Adapters are loaded.
+            UserError: Adapters are loaded, or `save_directory` is no path.
         """
+        if not isinstance(save_directory, str | os.PathLike):
+            raise UserError(f"save_directory is {save_directory!r}; give a folder")
         if self._adapters:
             raise UserError(
                 f"the adapters {', '.join(self._adapters)} are loaded, but a snapshot cannot contain adapters: call "

@@ -133,9 +133,11 @@ def _pictures_of(given: Tensor | NDArray[Any], what: str) -> list[Image.Image]:
         values = (values if values.dtype == torch.uint8 else values.float()).detach().cpu().numpy()
         values = np.moveaxis(values, -3, -1) if values.ndim > 2 else values
     values = values[..., None] if values.ndim == 2 else values
-    if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3):
+    if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3) or 0 in values.shape[-3:]:
         order = "[C, H, W] or [B, C, H, W]" if isinstance(given, Tensor) else "[H, W, C] or [B, H, W, C]"
-        raise UserError(f"{what} has the shape {list(given.shape)}; it must be {order}, with 1 or 3 channels C")
+        raise UserError(
+            f"{what} has the shape {list(given.shape)}; it must be {order}, with 1 or 3 channels C and some pixels"
+        )
     if values.dtype != np.uint8:
         # This form also refuses NaN.
         if not ((values >= 0) & (values <= 1)).all():

@@ -70,6 +70,10 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
         raise UserError(
             f"accelerate refuses its launcher's settings or training.tracker: {' '.join(str(error).split())}"
         ) from None
+    if training.tracker is not None and not accelerator.log_with:
+        raise UserError(
+            f"training.tracker is {training.tracker}, which is not installed; install it, or give another one or null"
+        )
     kind, mesh = accelerator.distributed_type, accelerator.parallelism_config
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
     if kind not in known:

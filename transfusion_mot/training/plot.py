@@ -173,7 +173,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     for run in given.runs:
         if not (Path(run) / METRICS_FILE).is_file():
-            raise UserError(f"{run} holds no {METRICS_FILE}; give run folders of train.py")
+            raise UserError(f"'{run}' holds no {METRICS_FILE}; give run folders of train.py")
     labels = labels_of([Path(run) for run in given.runs])
     runs = {label: Path(run) / METRICS_FILE for label, run in zip(labels, given.runs, strict=True)}
     output = Path(given.output)

@@ -5,9 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from transfusion_mot.config import ModelConfig, RunConfig
-from transfusion_mot.errors import UserError
-from transfusion_mot.models.mot import SHARED
+from transfusion_mot.config import ModelConfig
 from transfusion_mot.models.transfusion import TransfusionMoT
 
 
@@ -20,40 +18,6 @@ def tower_of(name: str, config: ModelConfig) -> str:
     if name.startswith("modalities."):
         return config.modalities[config.content_of(name.split(".")[1])].tower
     return name.split(".owned.")[1].split(".")[0]
-
-
-def owners(model: ModelConfig) -> list[str]:
-    """Names of the owners of weights: the towers, and `shared` if they share components."""
-    return list(dict.fromkeys([*model.towers, *([SHARED] if len(set(model.untied)) < 4 else [])]))
-
-
-def check_towers(config: RunConfig) -> None:
-    """Refuse settings of towers that the model does not have.
-
-    Raises:
-        UserError: Names the key, its value and the valid values.
-    """
-    known = owners(config.model)
-    frozen, scales = config.training.frozen_towers, config.optimizer.tower_lr_scale
-    insulated = config.training.insulated_towers
-    for key, names in (
-        ("training.frozen_towers", frozen),
-        ("training.insulated_towers", insulated),
-        ("optimizer.tower_lr_scale", scales),
-    ):
-        if unknown := sorted(set(names) - set(known)):
-            raise UserError(f"{key} names {unknown}; the model has {', '.join(known)}")
-    if insulated and (SHARED in known or len(config.model.towers) == 1):
-        raise UserError(
-            f"training.insulated_towers is {insulated}, but insulated towers must not share weights; use more than one "
-            "tower and model.untied=[norm, qkv, output, ffn]"
-        )
-    if set(frozen) == set(known):
-        raise UserError(f"training.frozen_towers is {frozen}, which freezes the whole model; leave a tower to train")
-    if too_low := {tower: scale for tower, scale in scales.items() if scale <= 0}:
-        raise UserError(
-            f"optimizer.tower_lr_scale has {too_low}; it must be above 0 (training.frozen_towers freezes a tower)"
-        )
 
 
 def freeze_towers(model: TransfusionMoT, towers: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Tables with columns of images, audio and texts: parquet and Arrow files, data sets of the library `datasets`."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,6 +24,7 @@ from transfusion_mot.data.sources.tables import (
     texts_in,
 )
 from transfusion_mot.errors import UserError
+from transfusion_mot.hub_names import ask_hub
 
 
 def index_parquet(
@@ -116,7 +118,7 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
                     raise UserError(f"'{source.path}' has no split '{source.split}'; it has {sorted(dataset)}")
                 dataset = dataset[source.split]
         else:
-            dataset = datasets.load_dataset(source.path, source.name, split=source.split)
+            dataset = _load_by_name(source.path, source)
     except UserError:
         raise
     # The library raises many kinds of errors: of files, the network, names, splits and Arrow.
@@ -126,6 +128,23 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
     return dataset
+
+
+def _load_by_name(path: str, source: SourceConfig) -> datasets.Dataset:
+    """`datasets.load_dataset`; where the hub does not answer, at once from its cache or not at all."""
+    load = partial(datasets.load_dataset, path, source.name, split=source.split)
+    try:
+        ask_hub(path, "dataset")
+    except OSError as error:
+        was_offline = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            return load()
+        except ConnectionError:
+            raise error from None
+        finally:
+            datasets.config.HF_HUB_OFFLINE = was_offline
+    return load()
 
 
 def open_arrow_files(files: Sequence[Path]) -> datasets.Dataset:

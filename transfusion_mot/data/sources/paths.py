@@ -45,7 +45,7 @@ def refuse_missing_source(source: SourceConfig) -> None:
     """
     if source.kind == "openmoji":
         return
-    if source.path is None:
+    if not source.path:
         raise UserError(f"a source of kind '{source.kind}' needs 'path'")
     if source.kind == "datasets":
         refuse_missing_path(source.path, "datasets source")

@@ -79,6 +79,7 @@ def image_features(
     image_size: int | None = None,
     description: str = "features",
     processes: PartialState | None = None,
+    quiet: bool = False,
 ) -> FeatureArray:
     """Features `[N, D]` of images, in their order; computed in float32 without TF32.
 
@@ -90,6 +91,7 @@ def image_features(
         image_size: Resize images to this size first, like training data; None keeps their own sizes.
         description: Label of the progress bar.
         processes: Processes that share the images; all call this, and all receive all features.
+        quiet: Without a progress bar.
 
     Raises:
         UserError: An image cannot be read; with `processes`, on all of them.
@@ -105,7 +107,7 @@ def image_features(
             num_workers=num_workers,
             description=description,
             image_size=image_size,
-            quiet=rank > 0,
+            quiet=quiet or rank > 0,
         )
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for batch in part:
