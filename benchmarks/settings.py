@@ -6,8 +6,8 @@
 An arm is a setting of configs/experiments/settings, with `_wide` for the wider size, and `_dense` if all modalities
 share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. --jobs arms
 are trained at a time, distributed over the visible GPUs. Finished runs are skipped, and interrupted ones continue. The
-output folder has a run folder for each arm and seed, results.md with the held-out losses of all, results.png with their
-curves, and a folder of evaluate/steps_to_match.py for each arm with a dense counterpart. Other arguments are keys of
+output folder has a run folder for each arm and seed, results.md with all held-out losses, results.png with their
+curves, and a folder of evaluate/steps_to_match.py for each arm that has a dense version. Other arguments are keys of
 train.py.
 """
 

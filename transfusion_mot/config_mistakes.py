@@ -40,7 +40,7 @@ _SECTION = "a mapping of keys to values"
 
 
 def refuse_mistakes(arguments: Sequence[str], config_class: type) -> None:
-    """Refuse arguments and files that are no configuration, unknown keys, and null where a key needs a value.
+    """Refuse arguments and files that are not a configuration, unknown keys, and null for a key that needs a value.
 
     Raises:
         UserError: Names the argument, or the file and the key.
@@ -235,8 +235,8 @@ def _refuse_key(path: str, key: str, known: Sequence[str], *, names: Sequence[st
     """Refuse an unknown key, with the nearest valid names: those of its section before those of others."""
     if "." in key and where:
         raise UserError(
-            f"configuration: '{path}{key}' has a dot{where}; in a file write each section on a line of its own, and "
-            "its keys indented below it"
+            f"configuration: '{path}{key}' has a dot{where}; in a file write each section on its own line, and its "
+            "keys indented below it"
         )
     near = [path + name for name in difflib.get_close_matches(key, known, n=3, cutoff=0.6)]
     if not near:

@@ -121,7 +121,7 @@ class Packer:
         """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states after them, counters).
 
         Args:
-            bucket: Bucket of the media; None means that of the step.
+            bucket: Bucket of the media; None means the bucket of the step.
 
         Raises:
             UserError: No document of a source can be read.

@@ -61,7 +61,7 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
 
     Args:
         name_or_path: Name or folder.
-        device: Where it computes.
+        device: Device of the model.
         option: Command-line option that takes a local folder; for the message.
 
     Raises:

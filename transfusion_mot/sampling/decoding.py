@@ -21,8 +21,8 @@ class Decoding:
         max_new_tokens: Maximum number of written tokens, including the end of the text.
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Tokens are drawn from this many most probable ones; 0 is all.
-        top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1] (nucleus sampling,
-            arXiv 1904.09751), after `temperature` and before `top_k`.
+        top_p: Tokens are drawn from the smallest set with a total probability of at least this, in (0, 1] (nucleus
+            sampling, arXiv 1904.09751), after `temperature` and before `top_k`.
 
     Raises:
         UserError: A value is out of its range.

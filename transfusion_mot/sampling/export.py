@@ -3,7 +3,7 @@
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
     python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
-Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; loading converts both to
+Weights of the transformer are rounded to bfloat16, weights of an autoencoder to float16; loading converts both to
 float32. Tokenizers of images and audio keep their weights, because rounded ones give other codes. The model card is
 exported, too, with the given licences of the data and numbers of an evaluation.
 

@@ -53,7 +53,7 @@ class StateWriter:
     Args:
         run: Run folder.
         keep_last: Number of newest states and of newest snapshots to keep.
-        keep_every: Also keep those of every multiple of this number of steps; 0 is none.
+        keep_every: Also keep states and snapshots of every multiple of this number of steps; 0 is none.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:

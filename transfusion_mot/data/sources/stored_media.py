@@ -24,7 +24,7 @@ _HEADERS_AT_ONCE = 4096
 _STAMPS = ("first_halves", "second_halves")
 # Hints if none of the media is found.
 _CHECK = {
-    "coco": "perhaps the annotations are of another folder",
+    "coco": "perhaps the annotations belong to another folder",
     "interleaved": "their names begin below 'images', or beside the documents if it is not given",
 }
 
@@ -180,7 +180,7 @@ class StoredMedia:
         return content_of(self.store, int(self.items[index]))
 
     def where(self, index: int) -> str:
-        """Where one lies, for messages."""
+        """Place of an item, for messages."""
         return self.store.where(int(self.items[index]))
 
     def read(self, index: int) -> bytes | Image.Image:

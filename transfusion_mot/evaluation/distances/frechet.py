@@ -135,7 +135,7 @@ def extrapolated_distance(
 
 
 def frechet_scores(reference: Gaussian, features: Features) -> Array:
-    """One value for each generated image of features `[N, D]` => [N], whose mean is the Frechet distance.
+    """One value for each generated image of features `[N, D]` => [N]; their mean is the Frechet distance.
 
     They are the distance plus its influence function at each image: the change of the distance with more images like
     this one. With c the features less their mean m, A the factor of the reference's covariance, w and v the

@@ -22,13 +22,14 @@ class PromptsConfig:
     """The prompts to paint.
 
     Attributes:
-        kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
-            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval, `dpg` those
-            of DPG-Bench.
+        kind: `held_out`: captions of the held-out documents of the checkpoint's run; `coco`: captions of a captions
+            file of COCO, one for each image; `text`: lines of a file; `geneval`: prompts of GenEval; `dpg`: prompts of
+            DPG-Bench.
         path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`; of
             `dpg` the folder of text files.
         images: Folder of the images that `path` names (`coco`).
-        run_config: Configuration of `train.py` that names the data (`held_out`); null takes that of the checkpoint.
+        run_config: Configuration of `train.py` that names the data (`held_out`); null takes the checkpoint's
+            configuration.
     """
 
     kind: Literal["held_out", "coco", "text", "geneval", "dpg"] = "held_out"
@@ -101,7 +102,7 @@ class ProtocolConfig:
         guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise).
         scheduler: diffusers scheduler to sample with; null takes the checkpoint's.
         code_temperature: Temperature of the logits, for a model whose pictures are codes.
-        code_top_p: Top-p sampling of codes: from the fewest codes whose probabilities sum to at least this.
+        code_top_p: Top-p sampling of codes: from the smallest set with a total probability of at least this.
         code_top_k: Top-k sampling of codes: from this number of most probable codes; 0 means all.
         batch_size: Images painted or captioned at a time.
         reconstructions: Whether to compare the real images with their reconstructions by the autoencoder, too: the
