@@ -151,14 +151,14 @@ def _check_words(arguments: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _check_file(path: str) -> None:
-    """Refuse a file that is no mapping in YAML, or that gives a key twice."""
+    """Refuse a file that is not a mapping in YAML, or that gives a key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = yaml.SafeLoader(text)
         if (root := loader.get_single_node()) is not None:
             loader.construct_document(root)
     except FileNotFoundError:
-        raise UserError(f"there is no configuration file '{path}'; configs/ holds those of this project") from None
+        raise UserError(f"there is no configuration file '{path}'; configs/ has those of this project") from None
     except OSError as error:
         raise UserError(f"configuration file '{path}' cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -113,7 +113,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
             max_new_tokens: Maximum number of written tokens, over all texts.
             num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
             guidance_scale: How strongly an image follows its context; 1 is off, None is the pipeline's own. The
-                unconditional prediction has no context, as in training where prompts are dropped.
+                unconditional prediction has no context, as in training with dropped prompts.
             height, width: Size of all images of the document; None is the size of the first picture.
             temperature, top_p, top_k: For texts, as for `caption`.
             code_temperature, code_top_p, code_top_k: For images, as for painting.

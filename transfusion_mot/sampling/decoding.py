@@ -49,7 +49,7 @@ def check_count(number: object, what: str, least: int = 1) -> None:
     """Refuse an argument that does not count something.
 
     Raises:
-        UserError: It is no whole number, or too small.
+        UserError: It is not a whole number, or too small.
     """
     if not isinstance(number, Integral):
         raise UserError(f"{what} is {number!r}; it must be a whole number, at least {least}")

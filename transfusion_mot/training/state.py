@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class StateWriter:
-    """Writes training states while training goes on, and removes old states and snapshots.
+    """Writes training states while training continues, and removes old states and snapshots.
 
     `save` copies the state to the CPU and returns. The next `save` waits for the previous one, and the end of the
     `with` block waits for the last. All ranks call each method.
