@@ -29,7 +29,7 @@ SETTINGS = ("chameleon", "chameleon_speech", "transfusion_speech")
 
 
 def arm_names() -> list[str]:
-    """All arms: each setting in two sizes, MoT and dense, and those in which two modalities share a tower."""
+    """All arms: each setting in two sizes, MoT and dense, and the arms with a tower that two modalities share."""
     names = [f"{setting}{size}{kind}" for setting in SETTINGS for size in ("", _WIDE) for kind in ("", _DENSE)]
     files = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     return names + [name for name in files if name not in names and name != _DENSE.removeprefix("_")]

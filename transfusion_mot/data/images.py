@@ -75,7 +75,7 @@ def displayed_size(source: ImageInput, name: str | None = None) -> tuple[int, in
     """(height, width) of a picture as displayed, read only from its header.
 
     Raises:
-        UnreadableImage, UserError: As `load_image`, as far as the header tells.
+        UnreadableImage, UserError: As `load_image`, but only the header is checked.
     """
     if isinstance(source, BufferedReader):
         with _errors_told(_name_of(source, name)):

@@ -92,7 +92,7 @@ class Sources:
         pools: Pools of all sources.
         media_pools: Indices of the pools of every bucket.
         stream_pools: Indices of the pools of documents of only one modality of tokens, by modality.
-        shares: Share of each pool among those of its kind.
+        shares: Share of each pool among the pools of its kind.
         bucket_shares: Probability of each bucket.
     """
 

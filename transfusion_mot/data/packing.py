@@ -37,8 +37,8 @@ _MOST_DROPPED = 1000
 
 
 def counted_by(model: ModelConfig) -> list[str]:
-    """Counters of rows besides those of sources: documents that filled a stream, used slots of each modality (with
-    copies), empty slots, cut captions, and media of each modality."""
+    """Counters of rows, in addition to the counters of sources: documents that filled a stream, used slots of each
+    modality (with copies), empty slots, cut captions, and media of each modality."""
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),
         *(f"{name}_slots" for name in model.stream_order),

@@ -135,7 +135,7 @@ def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """A model card whose section of that title has `text`; a new section is inserted before the configuration."""
+    """The model card with `text` in the section of that title; a new section is inserted before the configuration."""
     section = f"## {title}\n\n{text.strip()}\n\n"
     pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
     if re.search(pattern, card, flags=re.MULTILINE | re.DOTALL):
