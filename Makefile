@@ -1,9 +1,9 @@
-# Everything installs into $(VENV) by itself; the only need is Python 3.11 or newer.
+# Everything is installed into $(VENV); only Python 3.11 or newer is needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
-# accelerate gives a process one CPU thread unless it is told otherwise.
+# Without the last option accelerate gives a process one CPU thread.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell nproc)
 
@@ -11,11 +11,11 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:
 	@echo "make quickstart   install, teach checkpoints/emoji to draw in lines, measure it (11 minutes on 2 CPU cores)"
 	@echo "make demo         open a page to play with the model of the quickstart"
-	@echo "make test         install and run all tests but those that need a GPU"
-	@echo "make test-fast    those of them that take three minutes together"
-	@echo "make test-gpu     the tests that need a GPU, some at a time"
+	@echo "make test         install, and run all tests except those that need a GPU"
+	@echo "make test-fast    only the fast ones of these: three minutes"
+	@echo "make test-gpu     the tests that need a GPU, several at a time"
 	@echo "make lint types   check style and types"
-	@echo "make lock         renew requirements.lock, the exact versions that all of these install"
+	@echo "make lock         renew requirements.lock, the exact versions that these commands install"
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml requirements.lock
@@ -46,7 +46,7 @@ quickstart: install
 demo: install
 	$(BIN)/python -m transfusion_mot.demo --checkpoint $(RUN)
 
-# Neighbours share what they build, so each process takes a stretch of the tests, and what is left of others' at its end.
+# Neighbouring tests share fixtures, so each process takes consecutive tests; a process that is done takes some of another's.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: install

@@ -1,9 +1,9 @@
-"""The prompts of configs/eval/composition.yaml, which can be judged by `evaluate/composition.py`.
+"""Write the prompts of configs/eval/composition.yaml. `evaluate/composition.py` judges their pictures.
 
     python -m benchmarks.composition_prompts --sprites data/sprites --output configs/eval/composition.jsonl
 
-The things have at least five drawings, and 80 % of these are recognised by the other drawings. Half of the prompts of
-two things, and half of those of a colour, have a pair that is held out of training on `scenes` with the default
+The things have at least five drawings, and 80 % of these are recognised by the other drawings. Half of the prompts with
+two things, and half of the prompts with a colour, have a pair that is held out of training on `scenes` with the default
 `data.split_seed` and `data.held_out_fraction`.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.data --workers 1 2 4 8 --consumption 250
 
 It makes its own data: photograph-like JPEG files of 640 x 480, captions as long as COCO's, and texts. It reads them
-with the loader of train.py, into pinned memory and to the GPU if there is one. The default shape is that of a
+with the loader of train.py, into pinned memory and to the GPU if there is one. The default shape is for a
 163M-parameter model: 32 rows of 1024 text slots and 4 images of 256 patches, latents 8 x 32 x 32. `--consumption` is
 the speed of training in rows a second (rows of a step / seconds a step); the last column is the speed of the loader
 relative to it. A table is printed, and written with its settings to a JSON file.

@@ -2,7 +2,8 @@
 
 It calls evaluate/benchmark.py twice. The first call paints the images and computes the features of the same number of
 references and all distances in the features of EfficientNet-Lite0. The second call reuses the images and the features
-of references, so its time is that of the rest. Prompts and references are made here, so only the checkpoint is needed.
+of references, so it takes the time of everything else. Prompts and references are made here, so only the checkpoint is
+needed.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python -m benchmarks.experiments --output runs/experiments
     python -m benchmarks.experiments --output runs/experiments --arms base dense --seeds 0 1 2 --steps 1000 --jobs 6
 
-Every arm is a call of train.py and one of evaluate/benchmark.py on its last snapshot. --jobs of them run at a time,
-distributed over the visible GPUs, each on one GPU. Models of this size leave most of a GPU idle, so several runs at
-once take little longer than one; but only compare the times of runs that ran alone. Finished runs are skipped, and
-interrupted ones continue. The output folder has a run folder for each arm and seed, results.json, results.md and
-results.png. Other arguments are keys of train.py: --training.num_rows=16.
+For every arm it calls train.py, and evaluate/benchmark.py on the last snapshot. --jobs arms run at a time, distributed
+over the visible GPUs, each on one GPU. Models of this size leave most of a GPU idle, so several runs at once take
+little longer than one; but only compare the times of runs that ran alone. Finished runs are skipped, and interrupted
+ones continue. The output folder has a run folder for each arm and seed, results.json, results.md and results.png. Other
+arguments are keys of train.py: --training.num_rows=16.
 """
 
 import argparse

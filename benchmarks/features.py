@@ -187,9 +187,9 @@ def shown(line: dict[str, Any]) -> str:
     names = ("network_images_per_second", "images_per_second", "images_per_second_once_started")
     alone, whole, steady = (f"{statistics.median(line[name]):,.1f}" for name in names)
     return (
-        f"{line['network']}: {line['images']:,} images of {line['pixels'][0]} px, {alone} images/s the network alone, "
-        f"{whole} images/s from files ({line['share_of_network']:.3f} of it), "
-        f"{statistics.median(line['seconds_to_start']):.2f} s of it the start and {steady} images/s from then on "
+        f"{line['network']}: {line['images']:,} images of {line['pixels'][0]} px, network alone {alone} images/s, "
+        f"from files {whole} images/s ({line['share_of_network']:.3f} of that), "
+        f"{statistics.median(line['seconds_to_start']):.2f} s to start, then {steady} images/s "
         f"({line['share_of_network_once_started']:.3f})"
     )
 

@@ -1,7 +1,7 @@
 """Memory and time of fine-tuning steps by what is trained: `python -m benchmarks.finetune_memory --size 1.5b`.
 
 Each variant trains a model with random weights on real rows, with the step function of `train.py`. The table shows its
-peak memory beside the prediction of `train.py --plan`. `--limit 21.6` limits memory to that of a card of 24 GB.
+peak memory beside the prediction of `train.py --plan`. `--limit 21.6` limits memory as on a GPU with 24 GB.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         report = None
     if not isinstance(report, dict) or not isinstance(report.get("contenders"), dict):
-        raise UserError(f"{file} is no report of python -m benchmarks.train_step; move it out of the folder")
+        raise UserError(f"{file} is not a report of python -m benchmarks.train_step; move it out of the folder")
     return report
 
 

@@ -6,8 +6,8 @@
 An arm is a setting of configs/experiments/settings, with `_wide` for the wider size, and `_dense` if all modalities
 share all weights; or a setting in which two modalities share a tower, such as chameleon_speech_text_image. --jobs arms
 are trained at a time, distributed over the visible GPUs. Finished runs are skipped, and interrupted ones continue. The
-output folder has a run folder for each arm and seed, results.md with the held-out losses of all, results.png with their
-curves, and a folder of evaluate/steps_to_match.py for each arm with a dense counterpart. Other arguments are keys of
+output folder has a run folder for each arm and seed, results.md with all held-out losses, results.png with their
+curves, and a folder of evaluate/steps_to_match.py for each arm that has a dense version. Other arguments are keys of
 train.py.
 """
 
@@ -29,7 +29,7 @@ SETTINGS = ("chameleon", "chameleon_speech", "transfusion_speech")
 
 
 def arm_names() -> list[str]:
-    """All arms: each setting in two sizes, MoT and dense, and those in which two modalities share a tower."""
+    """All arms: each setting in two sizes, MoT and dense, and the arms with a tower that two modalities share."""
     names = [f"{setting}{size}{kind}" for setting in SETTINGS for size in ("", _WIDE) for kind in ("", _DENSE)]
     files = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     return names + [name for name in files if name not in names and name != _DENSE.removeprefix("_")]

@@ -1,11 +1,11 @@
 """Compare times of a training step: `python -m benchmarks.train_step --size 760m`.
 
 Every contender trains on the same rows with the step function of `train.py`: forward, backward, clipping, optimizer,
-averaged weights. They take turns, so that temperature and host load affect all of them equally. While one runs, the
-weights and moments of the others are in host memory.
+averaged weights. They take turns: temperature and host load affect all of them equally. While one runs, the weights and
+moments of the others are in host memory.
 
-Times are means: only every tenth step updates the averaged weights, which a median would leave out. So each turn should
-have a multiple of ten steps.
+Times are means: only every tenth step updates the averaged weights, and a median would ignore these steps. So each turn
+should have a multiple of ten steps.
 """
 
 import argparse

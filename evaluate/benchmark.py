@@ -1,14 +1,14 @@
-"""Everything about a trained model in one command: it paints and captions, then all numbers and a report are made.
+"""Measure a trained model with one command: it paints and captions, computes all numbers and makes a report.
 
     python evaluate/benchmark.py --checkpoint runs/quickstart --output runs/quickstart/evaluation
     accelerate launch evaluate/benchmark.py --checkpoint runs/coco --config configs/eval/coco.yaml
 
-Without --config the model paints every held-out caption and captions every held-out image of the run's own data; a
-configuration describes another protocol (configs/eval/). Every key of it is also an option: --num-images 100,
---clip FOLDER, 'sweep.guidance_scale=[1,1.5,3]'. Processes share the work. A benchmark that was killed goes on when it
-is started again: the output folder keeps every image. It receives real/, reconstructed/ (the same images through the
-autoencoder: what a perfect model would reach), generated/, captions.jsonl, report.json, metrics.md and the page
-report.html; see docs/evaluation.md for what the numbers mean.
+Without --config the model paints every held-out caption and captions every held-out image of the run's own data. With
+--config it follows another protocol (configs/eval/). Every key of a protocol is also an option: --num-images 100,
+--clip FOLDER, 'sweep.guidance_scale=[1,1.5,3]'. Processes share the work. To continue an interrupted benchmark, start
+it again: the output folder keeps every image. The output folder has real/, reconstructed/ (the same images through the
+autoencoder: the limit for any model), generated/, captions.jsonl, report.json, metrics.md and the page report.html.
+docs/evaluation.md explains the numbers.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
     try:
         evaluate(snapshot, protocol, output, arguments.device)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{output} keeps what is finished; the same command continues from there") from None
+        raise KeyboardInterrupt(f"{output} keeps the finished images; the same command continues") from None
 
 
 def evaluate(snapshot: Path, protocol: ProtocolConfig, output: Path, device_name: str | None) -> None:
@@ -139,7 +139,7 @@ def evaluate(snapshot: Path, protocol: ProtocolConfig, output: Path, device_name
         of_run: dict[str, Any] = {"codecs": codecs, "accelerator": accelerator}
         losses += diffusion_metrics(pipeline, config, sources, num_images=count, **of_run)
         losses += code_metrics(pipeline, config, sources, num_media=count, **of_run)
-        notes += [] if losses else ["There are no losses: of the run's data no text and no image is held out."]
+        notes += [] if losses else ["There are no losses: the run's data have no held-out text or image."]
         metrics += losses
     sweep = benchmark.sweep(tried)
     pictures, score_name = benchmark.pictures(metrics)
@@ -150,7 +150,7 @@ def evaluate(snapshot: Path, protocol: ProtocolConfig, output: Path, device_name
     shortened = sum(painter.shortened(prompt.text) != prompt.text for prompt in assignment.prompts)
     if shortened:
         limit = pipeline.config.max_prompt_tokens
-        notes.append(f"{shortened} prompts are longer than the {limit} tokens that the model knows and are cut there.")
+        notes.append(f"{shortened} prompts are longer than the {limit} tokens that the model can read and were cut.")
     report = Report(
         title=protocol.name,
         command=shlex.join(["evaluate/benchmark.py", *sys.argv[1:]]),

@@ -3,13 +3,14 @@
     python evaluate/captioning.py CANDIDATES REFERENCES --output metrics.json
     python evaluate/captioning.py runs/quickstart/evaluation/captions.jsonl
 
-Both files are JSON lines (or a JSON list), one object an image, about the same images:
+Both files have the same images, one object for each image, as JSON lines or a JSON list:
     candidates  {"file_name": "000.png", "caption": "a red apple"}
     references  {"file_name": "000.png", "captions": ["an apple", "a red apple on a table"]}
-References may also be lines with one "text" each, several for an image, or a COCO annotation file, whose "image_id" the
-candidates then use. Without a second file they are the "references" in the lines of the first, as evaluate/benchmark.py
-writes them. CIDEr depends on the set of images; see docs/evaluation.md. Java is needed for METEOR, and
-sentence-transformers for the similarity of sentence embeddings; what is missing is left out, and the table says so.
+References may also have one "text" a line, with several lines for an image, or be a COCO annotation file; candidates
+then use its "image_id". Without a second file the references are the "references" in the first file, as
+evaluate/benchmark.py writes it. CIDEr depends on the set of images; see docs/evaluation.md. METEOR needs Java, and the
+similarity of sentence embeddings needs sentence-transformers. Metrics without their packages are left out, and the
+table says so.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""CLIP score of a folder of generated images: how well each matches the text it was made from.
+"""CLIP score of a folder of generated images: how well each image matches its prompt.
 
     python evaluate/clip_score.py GENERATED_FOLDER --output metrics.json
     accelerate launch evaluate/clip_score.py GENERATED_FOLDER --clip openai/clip-vit-base-patch32 --pickscore FOLDER
 
-The folder holds images and a metadata.jsonl with one line an image, as sample.py writes it:
+The folder has images and a metadata.jsonl with one line for each image, as sample.py writes it:
     {"file_name": "000.png", "text": "a red apple"}
 The model is downloaded once from huggingface.co, or taken from a local folder given with --clip. Scores of different
 CLIP models cannot be compared; see docs/evaluation.md.

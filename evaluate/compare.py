@@ -1,10 +1,10 @@
-"""Reports side by side, and which differences exceed the noise.
+"""Compare reports side by side, and show which differences exceed the noise.
 
     python evaluate/compare.py runs/a/evaluation runs/b/evaluation --output comparison.md
 
-Each is a report.json of evaluate/benchmark.py, or its folder; the others are compared with the first. Where two reports
-are of the same prompts or images, each image is compared with that of the same prompt (paired bootstrap over scores);
-otherwise intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
+Each report is a report.json of evaluate/benchmark.py, or its folder. All are compared with the first. If two reports
+have the same prompts or images, images of the same prompt are compared (paired bootstrap over scores). Otherwise
+intervals of 95 % must not overlap. Numbers of different protocols are not compared; see docs/evaluation.md.
 """
 
 import argparse

@@ -4,8 +4,7 @@
     python evaluate/composition.py painted/generated --sprites data/sprites
 
 The folder has GenEval's layout: 00012/metadata.jsonl and 00012/samples/*.png. Each part of a picture gets the name of
-the most similar drawing of the sprites (docs/evaluation.md). The accuracy on real scenes is printed beside the numbers
-of the painted ones.
+the most similar drawing of the sprites (docs/evaluation.md). The accuracy on real scenes is printed beside the results.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python evaluate/diffusion_loss.py --checkpoint runs/quickstart --output diffusion.json
     accelerate launch evaluate/diffusion_loss.py --checkpoint runs/quickstart --num-images 5000
 
-The timesteps are the middles of equal bins of (0, 1), t = 0 clean and t = 1 noise. Conditional is with the caption
-before the image, unconditional without one; both see the same images and noise. A loss compares only with one of the
-same autoencoder and prediction type; see docs/evaluation.md.
+The timesteps are the middles of equal bins of (0, 1), t = 0 clean and t = 1 noise. The conditional loss has the caption
+before the image, the unconditional loss does not; images and noise are the same. Only compare losses with the same
+autoencoder and prediction type; see docs/evaluation.md.
 """
 
 import argparse

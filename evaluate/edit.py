@@ -1,10 +1,11 @@
-"""Distances of a model's edits to the real results on held-out editing pairs, compared with the unedited picture.
+"""Distances of a model's edits to the targets of held-out editing pairs, compared with the unedited picture.
 
     python evaluate/edit.py --checkpoint runs/edit --pictures edits.png --output edits.json
 
-For each source of editing pairs, and for all of them: the distance to the target of the unedited source, of the model's
-edit, and of the encoded and decoded target, which is the limit for any painting. Distances are measured in pixels (mean
-absolute difference, from 0 to 1) and in features (1 - cosine), each a mean over the pairs with an interval.
+For each source of editing pairs, and for all of them, the output has three distances to the target: of the unedited
+source image, of the model's edit, and of the encoded and decoded target (the limit for any model). Distances are
+measured in pixels (mean absolute difference, from 0 to 1) and in features (1 - cosine), each a mean over the pairs with
+an interval.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python evaluate/feature_space.py runs/settings/chameleon-dense-seed-0 runs/settings/chameleon-seed-0 --output spaces
 
-For each run and each layer: the share of hidden states that are closer to the mean of their own modality than to that
-of any other, on the run's held-out documents, with latents at t = 0.5. A share of 1 means that modalities are separate;
-one over the number of modalities means that they are mixed.
+For each run and each layer: the share of hidden states that are closest to the mean of their own modality, on the run's
+held-out documents, with latents at t = 0.5. A share of 1 means that modalities are separate. A share of 1 / (number of
+modalities) means that they are mixed.
 
 The output folder receives feature_space.json, the table feature_space.md, and feature_space.png with the states of some
 layers on their first two principal components.

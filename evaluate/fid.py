@@ -4,15 +4,16 @@
     accelerate launch evaluate/fid.py REAL GENERATED --features inception legacy dinov2 clip --cache-dir cache
 
 REAL is a folder, an uncompressed tar file, or an .npz file of statistics (mu, sigma); GENERATED a folder or a tar file.
-Each network needs its weights, downloaded once or given by path; one of the first two files serves all three FIDs:
+Each network needs its weights, downloaded once or given by path. One of the first two files is enough for all three
+FIDs:
     inception          FID of clean-fid                    --inception-weights inception-2015-12-05.pt
     legacy             FID of pytorch-fid                  --legacy-weights pt_inception-2015-12-05-6726825d.pth
     legacy_tensorflow  FID of torch-fidelity               either of the two
     dinov2             FD-DINOv2                           --dinov2-weights model.safetensors
     clip               CMMD                                --cmmd-clip FOLDER
-    efficientnet       FD-EfficientNet, no FID; its weights come with a Python package
-    auto               inception if its weights can be had, else efficientnet
-Compare numbers only from as many images, and see docs/evaluation.md for what else has to agree.
+    efficientnet       FD-EfficientNet, not FID; its weights come with a Python package
+    auto               inception if its weights are available, else efficientnet
+Compare numbers only if they have the same number of images; docs/evaluation.md says what else must be the same.
 """
 
 import argparse

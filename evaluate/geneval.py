@@ -3,9 +3,9 @@
     python evaluate/benchmark.py --checkpoint runs/mine --config configs/eval/geneval.yaml --output painted
     python evaluate/geneval.py painted/generated --output geneval.json
 
-The folder has GenEval's layout: 00012/metadata.jsonl and 00012/samples/*.png. The rules are those of its program, the
-detector is a Mask2Former of transformers; docs/evaluation.md says where scores may differ. Both models are downloaded
-once from huggingface.co, or taken from local folders.
+The folder has GenEval's layout: 00012/metadata.jsonl and 00012/samples/*.png. The rules are those of GenEval's program.
+The detector is a Mask2Former of transformers, so scores may differ a little; see docs/evaluation.md. Both models are
+downloaded once from huggingface.co, or taken from local folders.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""The share of run A's steps, FLOPs and wall-clock after which a run B reaches A's final losses.
+"""When does run B reach the final losses of run A? The share of A's steps, FLOPs and wall-clock time.
 
     python evaluate/steps_to_match.py RUN_A RUN_B --output steps_to_match
     python evaluate/steps_to_match.py dense-seed-0 mot-seed-0 --seed dense-seed-1 mot-seed-1
 
-All are run folders of train.py. The answer is given for the loss of each modality that both have, in training (means
-over a twentieth of A's steps) and held out (as far as both runs have validated). With several seeds the table has means
-and standard deviations. The output folder receives steps_to_match.json, the table steps_to_match.md and, of the first
-two runs, the plot steps_to_match.png; see docs/evaluation.md.
+Give run folders of train.py. The results are for the loss of each modality that both have, in training (means over a
+twentieth of A's steps) and held out (if both runs have validated). With several seeds the table has means and standard
+deviations. The output folder has steps_to_match.json, the table steps_to_match.md, and steps_to_match.png, a plot of
+the first two runs; see docs/evaluation.md.
 """
 
 import argparse

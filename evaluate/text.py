@@ -3,9 +3,9 @@
     python evaluate/text.py --checkpoint runs/quickstart --output text.json
     accelerate launch evaluate/text.py --checkpoint runs/quickstart --texts c4.jsonl wikipedia/*.parquet
 
-Held out are the captions and texts that the run's own configuration sets aside, or with --texts the whole of other
-files (.txt, .jsonl or .parquet, as for data sources of kind text). Bits per byte compare models of different
-tokenizers, perplexity only those of one tokenizer; see docs/evaluation.md.
+It reads the captions and texts that the run's own configuration holds out, or with --texts other files (.txt, .jsonl or
+.parquet, as for data sources of kind text). Compare perplexity only between models with the same tokenizer, bits per
+byte between all models; see docs/evaluation.md.
 """
 
 import argparse

@@ -512,5 +512,5 @@ def test_an_interrupted_benchmark_says_that_the_same_command_continues(
     monkeypatch.setattr("transfusion_mot.sampling.benchmark.Benchmark.paint", interrupt)
     status, errors = call_benchmark("--num-images", "2", "--output", tmp_path / "out")
     assert status == 130
-    told = f"interrupted: {tmp_path / 'out'} keeps what is finished; the same command continues from there"
+    told = f"interrupted: {tmp_path / 'out'} keeps the finished images; the same command continues"
     assert told in errors.splitlines()

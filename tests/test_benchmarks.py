@@ -124,7 +124,7 @@ def test_an_output_that_cannot_be_written_ends_a_benchmark_before_its_work(name:
 
 def test_the_plot_refuses_other_files_and_other_outputs(tmp_path: Path) -> None:
     (tmp_path / "train_step-mine.json").write_text('{"loss": 3}')
-    with pytest.raises(UserError, match=r"train_step-mine\.json is no report of python -m benchmarks\.train_step"):
+    with pytest.raises(UserError, match=r"train_step-mine\.json is not a report of python -m benchmarks\.train_step"):
         plot.main(["--results", str(tmp_path)])
     with pytest.raises(UserError, match=r"--output is '.*plot\.txt'; its name must end like a picture's"):
         plot.main(["--results", str(tmp_path), "--output", str(tmp_path / "plot.txt")])

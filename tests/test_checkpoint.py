@@ -134,7 +134,7 @@ def test_a_folder_that_holds_another_run_or_a_model_is_refused(tmp_path: Path) -
     save(tmp_path / "other", 1, 2)
     state = str(tmp_path / "one" / "state" / "step-0000001")
     assert find_state(tmp_path / "one" / ".." / "one", state) == find_state(tmp_path / "new", state) == Path(state)
-    with pytest.raises(UserError, match=r"is a state of another run than the one that output_dir .*other holds"):
+    with pytest.raises(UserError, match=r"is a state of another run\. Output_dir .*other holds"):
         find_state(tmp_path / "other", state)
     for name in ("model_index.json", "config.json", "adapter_config.json"):
         folder = tmp_path / name.removesuffix(".json")

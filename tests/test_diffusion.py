@@ -415,7 +415,7 @@ def test_unknown_scheduler_lists_the_known_ones() -> None:
 def test_sampler_that_does_not_fit_is_refused_with_those_that_do(trained, arguments, asked, fit) -> None:
     with pytest.raises(UserError) as error:
         make_sampling_scheduler(make_scheduler(trained, arguments), asked)
-    assert all(name in str(error.value).partition("fit: ")[2].split(", ") for name in (*fit, STOCHASTIC_SOLVER))
+    assert all(name in str(error.value).partition("suitable: ")[2].split(", ") for name in (*fit, STOCHASTIC_SOLVER))
 
 
 @pytest.mark.parametrize(("trained", "arguments"), [(FLOW, {"shift": 3.0}), ("DDPMScheduler", COSINE)], ids=label)

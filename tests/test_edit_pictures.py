@@ -388,7 +388,7 @@ def test_the_same_drawings_give_the_same_pairs_and_names_are_held_out_as_a_whole
             ["--emoji", "nowhere"],
             "there is no 'nowhere'; give a folder that `python -m transfusion_mot.data.emoji` has",
         ),
-        (["--emoji", str(Path(__file__).parent)], "has no metadata.jsonl; draw it by"),
+        (["--emoji", str(Path(__file__).parent)], "has no metadata.jsonl; make it with"),
     ],
 )
 def test_mistakes_in_the_command_are_told(emoji, tmp_path, words, message) -> None:

@@ -134,7 +134,7 @@ def test_sizes_of_a_mesh_that_the_processes_do_not_fill_are_refused(tmp_path: Pa
 def test_rows_that_the_processes_cannot_share_evenly_are_refused(tmp_path: Path) -> None:
     training = TrainingConfig(mixed_precision="no", num_rows=3, tracker=None)
     for sentence in run_processes(refused, 2, {}, tmp_path, training):
-        assert "training.num_rows is 3, which 2 processes cannot share evenly" in sentence
+        assert "training.num_rows is 3 and cannot be split evenly over 2 processes" in sentence
 
 
 @pytest.mark.skipif(find_spec("aim") is not None, reason="the tracker aim is installed")

@@ -317,7 +317,7 @@ def test_an_image_of_two_spellings_is_one_image_on_one_side(tmp_path):
     write_metadata(tmp_path, [lines[0], lines[1] | {"split": "test"}, *lines[2:]])
     assert all_captions(open_folder(tmp_path, held_out_fraction=0.0)) == [["other"]]
     write_metadata(tmp_path, [lines[0] | {"split": "train"}, lines[1] | {"split": "test"}])
-    with pytest.raises(UserError, match=r"jsonl:2: puts '0\.png' on another side of the split than .*jsonl:1; give"):
+    with pytest.raises(UserError, match=r"jsonl:2: has another 'split' for '0\.png' than .*jsonl:1; give"):
         open_folder(tmp_path)
 
 

@@ -86,10 +86,10 @@ def test_what_coco_lacks_is_counted(tmp_path, cache, caplog) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a JSON file.*downloaded whole"),
-        (b'{"images": [], "annotations": [{"ima', "not a JSON file"),
-        (b'{"images": [{"file_name": "\xe4.jpg"}]}', "not a JSON file"),
-        (b"[" * 100_000, "not a JSON file.*nested too deeply"),
+        (b"", "not a complete JSON file"),
+        (b'{"images": [], "annotations": [{"ima', "not a complete JSON file"),
+        (b'{"images": [{"file_name": "\xe4.jpg"}]}', "not a complete JSON file"),
+        (b"[" * 100_000, "not a complete JSON file.*nested too deeply"),
         (b'{"images": [{"file_name": 7, "id": 1}], "annotations": []}', "image 0: the field 'file_name' must be"),
         (b"[]", "needs the lists 'images' and 'annotations'.*list"),
         (b'{"images": []}', r"needs the lists 'images' and 'annotations'.*\['images'\]"),
@@ -128,7 +128,7 @@ def test_coco_needs_both_paths(tmp_path, cache) -> None:
         coco(tmp_path / "coco", cache, annotations=tmp_path / "coco" / "caption.json")
     (tmp_path / "val2017").mkdir()
     with pytest.raises(
-        UserError, match=r"val2017.*it lists 1 image, but none exists.*perhaps the annotations are"
+        UserError, match=r"val2017.*it lists 1 image, but none exists.*perhaps the annotations belong"
     ) as refused:
         coco(tmp_path / "coco", cache, path=tmp_path / "val2017")
     assert "held_out_fraction" not in str(refused.value)

@@ -61,7 +61,7 @@ def test_late_process_is_named_and_then_one_that_has_ended(tmp_path: Path, capfd
             time.sleep(2)
             told = warning_after(capfd, 10)
             assert f"Rank 1 (process {others[0].pid}" in told
-            assert "has not been heard of" in told
+            assert "has sent no sign" in told
             assert "furthest behind" not in told
         assert not (tmp_path / "rank-00000.json").exists()
         assert (tmp_path / "rank-00001.json").exists(), "what a killed process has left"
@@ -75,7 +75,7 @@ def test_late_process_is_named_and_then_one_that_has_ended(tmp_path: Path, capfd
 def test_process_without_a_file_is_named(tmp_path: Path) -> None:
     with Watchdog(tmp_path / "beats", rank=0, world_size=2, minutes=10) as watchdog:
         watchdog.at(3, "training")
-        assert "Rank 1 has left no sign" in watchdog.report()
+        assert "Rank 1 has written nothing" in watchdog.report()
     assert not (tmp_path / "beats").exists()
 
 

@@ -52,8 +52,8 @@ class SourceConfig:
             `imagefolder`, but without captions from subfolders), and `webdataset`, `parquet` and `datasets` with
             `audio_column`. `datasets` is a data set of the library `datasets`; without `image_column` and
             `audio_column` it is a source of texts.
-        path: Folder or file, or a pattern with `*` or with numbers (`{000..012}.tar`); for `datasets` a name or a
-            folder of `save_to_disk`; unused by `openmoji`.
+        path: Folder, file, or a pattern with `*` or numbers (`{000..012}.tar`); for `datasets` a name or a folder of
+            `save_to_disk`; not used by `openmoji`.
         weight: Relative chance that the next document comes from this source. Sources of images and audio compete with
             each other; sources of text compete for the remaining text slots.
         use: `split` holds out a share of the source (`held_out_fraction`), `train` none of it, `held_out` all of it.
@@ -61,19 +61,19 @@ class SourceConfig:
         text_column: Field or column of the captions or texts; null takes `text` or else `caption`, for audio
             `transcription` or else `text`.
         image_column: Field or column of the images; null takes `file_name` (imagefolder), `image` or `images`.
-        audio_column: Field or column of the audio; for `webdataset` the end of a member's name, such as `wav`. With
-            `image_column`, and always in an `imagefolder`, a document has text, image and audio of one thing; otherwise
-            it is a source of audio. Null takes `file_name` (audiofolder); other kinds then have no audio.
-        source_image_column: Field or column of the image to edit. It makes the source one of editing pairs:
-            `image_column` is then the result, and `text_column` the instruction. For `webdataset` the image columns are
-            ends of a member's name, such as `source.png` and `target.png`.
+        audio_column: Field or column of the audio; for `webdataset` the extension, such as `wav`. With `image_column`,
+            and always in an `imagefolder`, a document has text, image and audio of one thing. Otherwise it is a source
+            of audio. Null takes `file_name` (audiofolder); other kinds then have no audio.
+        source_image_column: Field or column of the image to edit. The source then has editing pairs: `image_column` is
+            the result, and `text_column` the instruction. For `webdataset` both image columns are extensions, such as
+            `source.png` and `target.png`.
         annotations: The captions JSON of `coco`.
         images: Folder or tar files with the images of `interleaved`; null: beside the documents, or in their file.
-        name: Configuration of a `datasets` name, where it has several.
+        name: Configuration of a `datasets` name, if it has several.
         split: Split of a `datasets` name.
         num_items: Number of pictures of `scenes`, all different; null is 10,000,000.
         modality: Modality of its images, a key of `model.modalities`.
-        audio_modality: Modality of its audio, likewise.
+        audio_modality: Modality of its audio, also a key of `model.modalities`.
     """
 
     kind: Literal[
@@ -111,7 +111,7 @@ class EditDropoutConfig:
     Attributes:
         instruction: Chance that the instruction is left out, and the source image stays.
         source: Chance that the source image is left out, and the instruction stays.
-        both: Chance that both are.
+        both: Chance that both are left out.
     """
 
     instruction: float = 0.05
@@ -129,39 +129,39 @@ class DataConfig:
     """Data sources and how their documents are laid out in rows.
 
     Attributes:
-        sources: Data sources; at least one with images.
+        sources: Data sources; at least one with images or audio.
         image_size: Height and width of every image in pixels, unless `buckets` are given.
         buckets: Sizes [height, width] in pixels: each image uses the one with the closest aspect ratio, and all images
             of a step have one size.
         image_fit: How an image is brought to its size: `crop` cuts the edges, `stretch` changes the proportions, `pad`
             adds white.
-        random_flip: Mirror images at random, all of a document or none; unsuitable for pictures with writing.
+        random_flip: Mirror images at random, all images of a document or none. Not suitable for pictures with text.
         max_audio_seconds: Longer audio is skipped and counted. As codes, audio of this length must fit a row.
         held_out_fraction: Share of each source that is never trained on, chosen by caption or name and `split_seed`.
         split_seed: Seed of the held-out split.
         slots: Slots of a row for each modality: tokens (`next_token`), images (`diffusion`; at least 2 if images have
             copies, see `image_context`), or clean images (`read`).
-        caption_first_prob: Chance that a caption stands before its image (0.8 in Transfusion, section 4.1).
+        caption_first_prob: Chance that a caption comes before its image (0.8 in Transfusion, section 4.1).
         orders: Items of a document about one thing, and their order: lists of modalities with a relative chance, such
-            as `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. A document draws one of the lists
-            whose items it has; its other items are left out. Null puts all items into a document, and
-            `caption_first_prob` decides where the caption stands.
-        image_context: What the text and images after an image see of it. `noised`: its noised patches (Transfusion).
-            `clean`: a copy without noise, as in sampling; only the image itself sees its noised patches. The copy takes
-            another image slot, or a slot of the modality that reads the image. An image that ends a caption-first
-            document has no copy, and no label after it.
-        image_first_max_timestep: Highest timestep of an image that stands before its caption, in (0, 1]; 1 is no limit
-            (0.5 in Transfusion, section 4.3.4). Unused with `image_context: clean`, where captions see clean images.
+            as `{text image: 4, image text: 1, text speech: 1, image speech: 0.5}`. For each document one list is drawn,
+            among those whose items it has; its other items are left out. Null puts all items into a document, and
+            `caption_first_prob` decides the place of the caption.
+        image_context: What text and images after an image see. `noised`: its noised patches (Transfusion). `clean`: a
+            copy without noise, as in sampling; only the image itself sees its noised patches. The copy takes one more
+            image slot, or a slot of the modality that reads the image. An image at the end of a caption-first document
+            has no copy, and no label after it.
+        image_first_max_timestep: Highest timestep of an image before its caption, in (0, 1]; 1 is no limit (0.5 in
+            Transfusion, section 4.3.4). Unused with `image_context: clean`, where captions see clean images.
         prompt_dropout_prob: Chance that the caption before an image is left out, for classifier-free guidance. With
             `orders`, everything before the last item is left out, unless that item is text.
-        edit_dropout: Chances that parts of an editing pair are left out, likewise.
-        lookahead: Number of documents with images, per lane and bucket, that may wait for a row with room while shorter
-            ones are tried.
+        edit_dropout: Chances that parts of an editing pair are left out, for guidance.
+        lookahead: Number of documents with media, per lane and bucket, that may wait for a row with enough space while
+            shorter ones are tried.
         num_workers: Processes that prepare rows, per rank; 0 prepares them in the training process.
-        latents: Where latents come from: `cache` encodes the images that `cache_dir` lacks before training; `prepared`
-            refuses to train unless `python -m transfusion_mot.data.cache` has encoded all of them; `online` encodes the
-            images of each step on its device, again in every epoch.
-        cache_dir: Folder of encoded latents; all machines of a run must see it.
+        latents: When images are encoded to latents: `cache` before training, if they are not yet in `cache_dir`;
+            `prepared` never: the run is refused unless `python -m transfusion_mot.data.cache` has encoded all of them;
+            `online` in each step on its device, again in every epoch.
+        cache_dir: Folder of latents, codes and indices of sources; all machines of a run must share it.
     """
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
@@ -224,14 +224,14 @@ class CodecConfig:
     """The codec of a modality: media to latents or codes, and back.
 
     Attributes:
-        path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`), or of an image tokenizer (`next_token`):
+        path: Name or local path of a diffusers `AutoencoderKL` (`diffusion`); of an image tokenizer (`next_token`):
             `VQModel` of diffusers, `ChameleonVQVAE`, `Emu3VQVAE` or `JanusVQVAE` of transformers; or of an audio
-            tokenizer, see docs/codecs.md.
+            tokenizer (docs/speech.md).
         batch_size: Images encoded or decoded at a time.
-        num_codebooks: Audio tokenizers with several codebooks only: how many of them are used, from the first on, which
-            is the number of codes for a frame. Null is the number that a snapshot was trained with, else 1.
-        layer: `HubertModel` only: the hidden layer whose states the centroids belong to. Null is the layer that a
-            snapshot was trained with, else the last.
+        num_codebooks: Audio tokenizers with several codebooks only: how many are used, starting with the first; this is
+            also the number of codes for a frame. Null is the number that a snapshot was trained with, else 1.
+        layer: `HubertModel` only: the hidden layer of the centroids. Null is the layer that a snapshot was trained
+            with, else the last.
     """
 
     path: str = "checkpoints/vae-emoji"
@@ -248,16 +248,16 @@ class TowerConfig:
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU feed-forward.
         dropout: Dropout probability, below 1, of the elements that an attention or a feed-forward adds to the stream; 0
-            is off. Masks follow from seed, step, process and microbatch, so with dropout the gradient depends on how
-            rows are split. This key may change when a run is resumed.
+            is off. Masks depend on seed, step, process and microbatch, so with dropout the gradient depends on how rows
+            are split. This key may change when a run is resumed.
         norm_eps: Epsilon of its norms; null is `model.norm_eps`.
         qk_norm: RMSNorm on its queries and keys; null is `model.qk_norm`.
         qkv_bias: The projection to queries, keys and values has a bias.
         output_bias: The output projection of the attention has a bias.
-        pretrained: Where a new run takes its weights from: a language model (folder or Hugging Face name) for the tower
-            of text, or the tower of the same name in a snapshot of this project. Sizes, norms and biases then follow
+        pretrained: Origin of its weights in a new run: a language model (folder or Hugging Face name) for the tower of
+            text, or the tower of the same name in a snapshot of this project. Sizes, norms and biases are then taken
             from it. Null draws the weights at random.
-        copy_of: A tower of the same sizes, whose initial weights it copies.
+        copy_of: Another tower of the same sizes: its initial weights are copied.
     """
 
     hidden_size: int = 384
@@ -276,7 +276,8 @@ class ModalityConfig:
     """One modality: its weights, its objective and how its spans attend.
 
     Attributes:
-        tower: The tower whose weights its slots use. Several modalities may share one; all on one is the dense model.
+        tower: The tower that its slots use. Several modalities may share a tower; with one tower for all, the model is
+            dense.
         objective: `next_token` for codes of its own vocabulary, `diffusion` for continuous latents, `read` for clean
             latents of another modality, which have no loss.
         loss_weight: Factor of its mean loss in the total (the papers' lambda for images is 5).
@@ -288,16 +289,16 @@ class ModalityConfig:
             size and at least one more.
         unet_num_layers: Residual layers in each block of the `unet` adapter.
         tied_embeddings: `next_token` only: embedding and head are one matrix.
-        code_noise_prob: Codes only: chance, below 1, that training reads a random code in place of a code; labels keep
-            the true codes. Only codes of a document's last item are replaced; those that a later item reads, such as
-            speech before its transcript, stay true. Without noise the previous codes nearly determine the next one, and
-            the model learns little from its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
+        code_noise_prob: Codes only: chance, below 1, that an input code is replaced with a random code in training;
+            labels keep the true codes. Only codes of a document's last item are replaced, not those that a later item
+            reads, such as speech before its transcript. Without noise the previous codes nearly determine the next one,
+            and the model learns little from its prompt (1 - `pkeep` of Taming Transformers' code, arXiv 2012.09841).
         guidance_scale: Not for text: classifier-free guidance scale of this modality in previews and snapshots; null is
             `diffusion.guidance_scale`.
         vocab_size: Text only: minimum rows of embedding and head. Rows beyond the tokenizer's ids are spare, as in
             language models with a padded vocabulary. Null is the number of ids.
         reads: `read` only: another modality. Its clean copies (`data.image_context: clean`) and source images of
-            editing pairs stand in slots of this modality and go through this modality's tower.
+            editing pairs take slots of this modality and go through this modality's tower.
     """
 
     tower: str
@@ -420,7 +421,7 @@ class DiffusionConfig:
 
     Attributes:
         scheduler: diffusers scheduler class that defines noise schedule and prediction type:
-            `FlowMatchEulerDiscreteScheduler` (flow), or `DDPMScheduler` and its kin.
+            `FlowMatchEulerDiscreteScheduler` (flow), or `DDPMScheduler` and similar ones.
         scheduler_args: Arguments of that class, e.g. `{beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}`.
             Arguments with which sampling would not match training, such as `clip_sample: true`, are refused with a
             list of the accepted ones.
@@ -429,7 +430,8 @@ class DiffusionConfig:
         min_snr_gamma: Weighs the squared errors of the clean latents by min(SNR, gamma) in training (Min-SNR, arXiv
             2303.09556, which uses 5); null is off. Logged losses are unweighted.
         num_inference_steps: Reverse steps of samples during training, and the default of a snapshot.
-        guidance_scale: Classifier-free guidance scale, likewise, also for codes; 1 is off. A modality may have its own.
+        guidance_scale: Classifier-free guidance scale of samples during training and default of a snapshot, also for
+            codes; 1 is off. A modality may have its own.
     """
 
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
@@ -450,8 +452,8 @@ class OptimizerConfig:
             `adamw_8bit`: AdamW with 8-bit moments, which take a quarter of the memory (arXiv 2110.02861); needs the
             package torchao.
         lr: Peak learning rate.
-        tower_lr_scale: Tower name to a factor on `lr`. A tower includes its share of the blocks and the embedding, head
-            or adapter of its modalities; `shared` are the weights that towers share.
+        tower_lr_scale: Tower name to a factor on `lr`. A tower is its part of the blocks, and the embedding, head or
+            adapter of its modalities; `shared` means the weights that towers share.
         betas: Decay rates of AdamW's moments.
         eps: Denominator constant of AdamW.
         weight_decay: Decoupled weight decay of matrices; norms, biases and embeddings have none.
@@ -477,7 +479,7 @@ class OptimizerConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) in place of training all weights.
+    """Low-rank adapters (LoRA, arXiv 2106.09685), trained instead of all weights.
 
     Attributes:
         rank: Rank of every adapter. Queries, keys and values each have their own adapter.
@@ -502,13 +504,13 @@ class TrainingConfig:
 
     Attributes:
         num_steps: Optimizer steps.
-        num_epochs: In place of `num_steps`: how many times the documents of all sources together are read.
+        num_epochs: Instead of `num_steps`: how many times the documents of all sources together are read.
         num_rows: Rows of a global batch, over all ranks and microbatches.
         microbatch_rows: Rows of one forward and backward on one device; null takes all of a device's rows at once.
-        z_loss_weight: Adds weight * log(Z)^2 to each next-token loss, where Z is the sum of the exponentiated logits,
-            so that logits do not drift (PaLM; 1e-5 in Chameleon); 0 is off. Logged losses do not include it.
+        z_loss_weight: Adds weight * log(Z)^2 to each next-token loss; Z is the sum of the exponentiated logits. It
+            keeps logits from drifting (PaLM; 1e-5 in Chameleon); 0 is off. Logged losses do not include it.
         frozen_towers: Towers that keep their weights: no gradient, no optimizer state, no weight decay, no averages.
-            With `mixed_precision: bf16` their matrices are kept in bfloat16, in which they are multiplied anyway.
+            With `mixed_precision: bf16` their matrices are stored in bfloat16; products use bfloat16 anyway.
         insulated_towers: Towers whose keys and values the other towers read without sending gradients through them
             (knowledge insulation, arXiv 2505.23705). Attention is computed once more for each.
         ema_decay: Decay of the averaged weights, which samples and snapshots use.
@@ -518,32 +520,32 @@ class TrainingConfig:
             dropout masks and code noise.
         mixed_precision: `bf16` computes in bfloat16 with float32 weights; `no` in float32.
         compile: Compile the transformer blocks (CUDA only).
-        cuda_graph: Record the step as a CUDA graph, so that the host makes one launch a step instead of thousands. For
-            small models, whose kernels run faster than the host starts them. Works on one CUDA device and has no effect
-            elsewhere; the memory of a step stays allocated between steps.
+        cuda_graph: Record the step as a CUDA graph: the host then makes one launch a step instead of thousands. For
+            small models, in which kernels run faster than the host starts them. Works on one CUDA device and has no
+            effect elsewhere. The memory of a step stays allocated between steps.
         float8: Compute the matrix products of the blocks with 8-bit numbers, one scale for each tensor; the weights
             stay float32. For wide models on GPUs of compute capability 8.9 or more (Ada, Hopper); needs `compile` and
             the package torchao. A run can be resumed with it or without.
         attention: Attention kernel; it changes only the speed. `interval` (the project's own) skips empty tiles of 64
             slots, and `flex` (PyTorch's FlexAttention) empty blocks of 128 slots, both on CUDA only; `sdpa` takes a
             dense mask. `auto` chooses by device, head width and row length and says why.
-        activation_checkpointing: What a block keeps for the backward pass: `none` everything, `selective` the results
-            of matrix products and attention, `full` only the block's input. The rest is computed again.
+        activation_checkpointing: What a block stores for the backward pass: everything (`none`), the results of matrix
+            products and attention (`selective`), or only its input (`full`). The rest is computed again.
         log_every: Steps between two lines of metrics.
         validate_every: Steps between two validations; 0 is only at the end.
         sample_every: Steps between two grids of samples; 0 is only at the end.
         save_every: Steps between two saves of the training state; 0 is only at the end.
         keep_last: Number of newest training states and snapshots to keep. The snapshot with the lowest held-out loss is
             kept, too.
-        keep_every: Also keep those of every multiple of this number of steps; 0 is none.
+        keep_every: Also keep states and snapshots of every multiple of this number of steps; 0 is none.
         max_minutes: The run saves its state and ends this many minutes after the program started; 0 is no limit.
         sample_prompts: Prompts of the sample grids; null takes captions of held-out images, [] paints none.
         num_validation_documents: Number of held-out documents in a validation.
         tracker: Where metrics go besides `metrics.jsonl`: a tracker of accelerate, or null.
         on_non_finite: What happens when a loss or gradient is not finite. The step changes no parameter; `stop` names
             its rows and documents and ends the run, `skip` names them and continues.
-        watchdog_minutes: After this many minutes without a step, the run names the process that the others wait for; 0
-            is never.
+        watchdog_minutes: After this many minutes without progress, the run names the process that the others wait for;
+            0 is never.
     """
 
     num_steps: int = 1000
@@ -593,7 +595,7 @@ class RunConfig:
         model: The Mixture-of-Transformers.
         diffusion: The objective of the modalities with `objective: diffusion`.
         optimizer: The optimizer and its learning-rate schedule.
-        lora: Low-rank adapters, trained in place of the weights; null trains the weights.
+        lora: Low-rank adapters, trained instead of the weights; null trains the weights.
         training: The run.
     """
 
@@ -617,7 +619,7 @@ class AudioFramesConfig:
     Attributes:
         sample_rate: Samples a second; recordings are resampled to it.
         hop_length: Samples from one frame to the next.
-        window_length: Samples of a frame. With short ones (25 ms) codes lose most of the pitch.
+        window_length: Samples of a frame. With short windows (25 ms) codes lose most of the pitch.
         num_mels: Mel bands.
         num_code_layers: Layers at the rate of codes, in the encoder and in the decoder.
     """
@@ -637,23 +639,24 @@ class AutoencoderTrainingConfig:
         output_dir: Folder that receives the codec, its metrics and a grid of reconstructions.
         kind: `latents` trains an `AutoencoderKL`, for the objective `diffusion`; `codes` a `VQModel`, for `next_token`;
             `audio_codes` an audio codec, for `next_token`.
-        init_from: A codec of the same kind and sizes to start from: a name or local path; null starts at random.
+        init_from: Name or local path of a codec of the same kind and sizes to start from; null draws the weights at
+            random.
         data: Images or recordings to train on; only `sources`, `image_size`, `max_audio_seconds`, `cache_dir` and the
             held-out split are used.
         audio: `audio_codes` only: the mel frames.
         latent_channels: Channels of the latents, or of a code.
         codebook_size: `codes` and `audio_codes` only: number of codes.
         block_out_channels: Width at each resolution; n widths downsample by 2^(n - 1). For audio the width at each rate
-            of frames, down to that of codes.
-        layers_per_block: Residual layers at each resolution; for audio at each rate but that of codes.
+            of frames, down to the rate of codes.
+        layers_per_block: Residual layers at each resolution; for audio at each rate except the rate of codes.
         norm_num_groups: Groups of every group normalisation; divides all of `block_out_channels`.
         mid_block_attention: Self-attention at the lowest resolution.
         num_steps: Optimizer steps.
         batch_size: Images a step, or pieces of recordings, of 64 codes each.
         lr: Peak learning rate of AdamW; cosine decay after warm-up.
         warmup_steps: Steps of linear warm-up.
-        kl_weight: Weight of the KL term against the L1 term, both summed over an image (1e-6 in Transfusion,
-            appendix A). It sets how much noise in the latents the decoder learns to tolerate. `latents` only.
+        kl_weight: Weight of the KL term relative to the L1 term, both summed over an image (1e-6 in Transfusion,
+            appendix A). It decides how much noise in the latents the decoder tolerates. `latents` only.
         commitment_weight: Weight of the squared distance between the encoder's output and its codes, both normalised to
             length one (0.25 in VQ-VAE). `codes` and `audio_codes` only.
         perceptual_weight: Weight of the LPIPS term (1 in Transfusion); 0 is off and needs no weights.

@@ -330,7 +330,7 @@ def refuse_unsettled(arguments: Sequence[str]) -> None:
     if given.get("init_from") is not None and "codecs" not in given:
         raise UserError(
             f"configuration: init_from={given['init_from']} works with train.py only; give this command the "
-            "config.yaml of the run, or in place of init_from the settings of the snapshot: "
+            "config.yaml of the run, or, instead of init_from, the settings of the snapshot: "
             "codecs.image.path=FOLDER/vae, tokenizer.path=FOLDER/tokenizer, data.image_size and the sizes of the model"
         )
 

@@ -40,7 +40,7 @@ _SECTION = "a mapping of keys to values"
 
 
 def refuse_mistakes(arguments: Sequence[str], config_class: type) -> None:
-    """Refuse arguments and files that are no configuration, unknown keys, and null where a key needs a value.
+    """Refuse arguments and files that are not a configuration, unknown keys, and null for a key that needs a value.
 
     Raises:
         UserError: Names the argument, or the file and the key.
@@ -151,7 +151,7 @@ def _check_words(arguments: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _check_file(path: str) -> None:
-    """Refuse a file that is no mapping in YAML, or that gives a key twice."""
+    """Refuse a file that is not a mapping in YAML, or that gives a key twice."""
     if not path:
         raise UserError("--config is empty; give a configuration file, such as one of configs/")
     try:
@@ -160,7 +160,7 @@ def _check_file(path: str) -> None:
         if (root := loader.get_single_node()) is not None:
             loader.construct_document(root)
     except FileNotFoundError:
-        raise UserError(f"there is no configuration file '{path}'; configs/ holds those of this project") from None
+        raise UserError(f"there is no configuration file '{path}'; configs/ has those of this project") from None
     except OSError as error:
         raise UserError(f"configuration file '{path}' cannot be read: {error.strerror}; give a YAML file") from None
     except UnicodeDecodeError as error:
@@ -237,8 +237,8 @@ def _refuse_key(path: str, key: str, known: Sequence[str], *, names: Sequence[st
     """Refuse an unknown key, with the nearest valid names: those of its section before those of others."""
     if "." in key and where:
         raise UserError(
-            f"configuration: '{path}{key}' has a dot{where}; in a file write each section on a line of its own, and "
-            "its keys indented below it"
+            f"configuration: '{path}{key}' has a dot{where}; in a file write each section on its own line, and its "
+            "keys indented below it"
         )
     near = [path + name for name in difflib.get_close_matches(key, known, n=3, cutoff=0.6)]
     if not near:

@@ -253,7 +253,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Variation:
-    """An image to start from, in place of noise alone.
+    """An image to start from, instead of noise alone.
 
     Attributes:
         clean: [B, C, Y, X], the latents of the image, which are noised to `strength` (SDEdit, arXiv 2108.01073).

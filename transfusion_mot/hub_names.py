@@ -85,7 +85,7 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
 
 
 def _fetched(name: str, patterns: Sequence[str], kind: str = "model") -> Path:
-    """`snapshot_download`, with a short message where there is no network."""
+    """`snapshot_download`, with a short message if there is no network."""
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:

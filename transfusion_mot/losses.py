@@ -25,8 +25,8 @@ def next_token_loss(
         weight: [V, D], in any number format.
         labels: [B, T], `IGNORE_INDEX` where there is no loss.
         z_loss_weight: The gradient is that of cross-entropy + weight * log(Z)^2, where Z is the sum of the
-            exponentiated logits (PaLM, arXiv 2204.02311, section 5). The value is the cross-entropy alone, so it
-            compares between runs and with held-out text.
+            exponentiated logits (PaLM, arXiv 2204.02311, section 5). The value is the cross-entropy alone, so
+            it can be compared between runs and with held-out text.
 
     Returns:
         (sum [], its terms [B, T], without a gradient and 0 where there is no label), in float32 (float64 if `hidden`

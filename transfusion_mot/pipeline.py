@@ -45,7 +45,7 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
             prompt: The beginning of every caption, or one for each; the result does not repeat it.
             max_new_tokens: Maximum tokens of a caption.
             temperature: Divides the logits; 0 takes the most probable token.
-            top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
+            top_p: Tokens are drawn from the smallest set with a total probability of at least this, in (0, 1].
             generator: As for images: one for each picture, or one for all.
             top_k: Tokens are drawn from this many most probable ones; 0 is all.
 
@@ -113,8 +113,8 @@ class TransfusionPipeline(pictures.PicturePipeline, speech.SpeechPipeline):
             max_new_tokens: Maximum number of written tokens, over all texts.
             num_inference_steps: Reverse steps of an image; None is the pipeline's own number.
             guidance_scale: How strongly an image follows its context; 1 is off, None is the pipeline's own. The
-                unconditional prediction has no context, as in training where prompts are dropped.
-            height, width: Size of all images of the document; None is that of the first picture.
+                unconditional prediction has no context, as in training with dropped prompts.
+            height, width: Size of all images of the document; None is the size of the first picture.
             temperature, top_p, top_k: For texts, as for `caption`.
             code_temperature, code_top_p, code_top_k: For images, as for painting.
             generator: Randomness of texts and images.

@@ -117,7 +117,7 @@ def make_scheduler(name: str, arguments: dict[str, Any]) -> SchedulerMixin:
             )
     if name not in (fit := fit_samplers(scheduler)):
         raise UserError(
-            f"diffusion.scheduler {name} cannot sample what it would train with {arguments}; take one of "
+            f"diffusion.scheduler {name} cannot sample a model that it trains with {arguments}; use one of "
             f"{', '.join(other for other in known if other in fit)}"
         )
     return scheduler
@@ -254,8 +254,8 @@ def fit_scheduler(scheduler: SchedulerMixin, trained: dict[str, Any]) -> Schedul
             kept[key] = value
         elif not np.array_equal(value, accepted[key].default):
             raise UserError(
-                f"scheduler {class_name} with {key}={value!r} does not sample what this model was trained for; "
-                f"leave it out (it takes {_listed(sampling) or 'no others'})"
+                f"scheduler {class_name} with {key}={value!r} does not fit the training of this model; "
+                f"leave it out (accepted: {_listed(sampling) or 'no others'})"
             )
     fit = _build(name, trained, kept)
     is_fit = all(np.array_equal(scheduler.config[key], fit.config[key]) for key in accepted if key != "self")
@@ -268,7 +268,7 @@ def _refuse_unfit(name: str, trained: SchedulerMixin) -> None:
         kind = "flow" if is_flow(trained) else trained.config.prediction_type
         raise UserError(
             f"scheduler '{name}' does not fit a model trained with {kind} prediction and this noise schedule; "
-            f"fit: {', '.join(fit)}"
+            f"suitable: {', '.join(fit)}"
         )
 
 

@@ -71,7 +71,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         "--task",
         choices=TASKS,
         help="image: paint prompts; edit: edit a picture by instruction; caption: caption images; text: continue "
-        "texts; auto: the model decides when it writes and when it paints; speech: speak; transcribe: transcribe audio "
+        "texts; auto: the model decides when to write and when to paint; speech: speak; transcribe: transcribe audio "
         "(default: caption, edit or transcribe if that option is given, else image)",
     )
     add(
@@ -128,7 +128,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="X",
-        help="share, from 0 to 1, of the contrast added by guidance to remove (default: 0)",
+        help="how much of the contrast that guidance adds is removed, from 0 to 1 (default: 0)",
     )
     add(
         "--guidance-renorm",

@@ -123,7 +123,7 @@ def show(task: str, lines: Iterable[dict[str, Any]], folder: ResultFolder | None
 
 
 def files_of(arguments: argparse.Namespace) -> list[str]:
-    """The files given in place of prompts; empty if there are prompts."""
+    """The files given instead of prompts; empty if there are prompts."""
     pictures = [arguments.image] if arguments.task == SPEAK and arguments.image else []
     files: list[str] = arguments.caption or arguments.transcribe or arguments.speech or pictures
     return files

@@ -67,7 +67,7 @@ def audio_seconds(content: AudioInput, where: str | None = None) -> float:
     """Duration of a file in seconds, read only from its header.
 
     Raises:
-        UnreadableAudio, UserError: As `decode_audio`, as far as the header tells.
+        UnreadableAudio, UserError: As `decode_audio`, but only the header is checked.
     """
     with _opened(content, where) as (file, _):
         return file.frames / file.samplerate

@@ -2,16 +2,16 @@
 
     python -m transfusion_mot.data.edit_pairs --output data/edits --size 128
 
-Each kind of edit is a separate image folder with the source image, the instruction and the target image of each pair,
-so that each kind can be a source with its own weight:
+Each kind of edit is a separate image folder with the source image, the instruction and the target image of each pair.
+So each kind can be a source with its own weight:
 
     recolour   "make it green": another hue, or grey
     mirror     "mirror it", "turn it upside down"
     hat        "add a top hat": a hat is laid on the drawing
     style      "draw it as a noto emoji": the drawing of that name in another set
 
-The drawings are those of `python -m transfusion_mot.data.emoji`, which is run first if they are missing. A held-out
-name is held out in all styles and kinds. The same drawings give the same pairs.
+The drawings are made with `python -m transfusion_mot.data.emoji`, if they are missing. A held-out name is held out in
+all styles and kinds. The same drawings give the same pairs.
 """
 
 import argparse
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("metadata.jsonl", "corpus.json", "LICENSES"):
         if not (emoji / name).is_file():
             raise UserError(
-                f"'{emoji}' has no {name}; draw it by `python -m transfusion_mot.data.emoji --output {emoji}`"
+                f"'{emoji}' has no {name}; make it with `python -m transfusion_mot.data.emoji --output {emoji}`"
             )
     if (size := _read_json(emoji / "corpus.json").get("size")) != given.size:
         raise UserError(f"'{emoji}' holds drawings of {size} px, but --size is {given.size}; give --size {size}")

@@ -53,7 +53,7 @@ class EncodedLatents(Protocol):
 
 
 class EncodedCodes(Protocol):
-    """Media of a source as codes; attributes as of `EncodedLatents`."""
+    """Media of a source as codes; attributes as in `EncodedLatents`."""
 
     kind: Literal["codes"]
     readable: npt.NDArray[np.bool_]
@@ -394,7 +394,7 @@ def _encode(
         )
         if is_main and waited > 0.5 and time.perf_counter() - begun > 30:
             _logger.info(
-                "the codec waited for media in %.0f %% of the time; more than %d data.num_workers may help",
+                "the codec waited for media %.0f %% of the time; data.num_workers above %d may help",
                 100 * waited,
                 data.num_workers,
             )

@@ -59,8 +59,8 @@ def load_image(
         name: Name of the picture in messages; None is its path.
 
     Raises:
-        UnreadableImage: The file is missing, no image, cut off, has no pixels or more than Pillow's limit against
-            decompression bombs, or holds floating-point values, signed or 32-bit integers, whose range is unknown.
+        UnreadableImage: The file is missing, truncated, not an image, has no pixels, has more than Pillow's limit against
+            decompression bombs, or has values of unknown range (floating-point, signed or 32-bit integers).
         UserError: The system failed to read the file.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -75,7 +75,7 @@ def displayed_size(source: ImageInput, name: str | None = None) -> tuple[int, in
     """(height, width) of a picture as displayed, read only from its header.
 
     Raises:
-        UnreadableImage, UserError: As `load_image`, as far as the header tells.
+        UnreadableImage, UserError: As `load_image`, but only the header is checked.
     """
     if isinstance(source, BufferedReader):
         with _errors_told(_name_of(source, name)):

@@ -2,9 +2,9 @@
 
     python -m transfusion_mot.data.inspect --config configs/emoji_small.yaml --picture row.png
 
-Packs some hundred rows and prints the lengths of each source's documents, empty slots, cut and dropped documents, the
-share of each source, and the best numbers of slots. With --picture it draws one row. Nothing is encoded. Any setting
-of train.py can be given after the options as key=value.
+It packs some hundred rows and prints the lengths of each source's documents, empty slots, cut and dropped documents,
+the share of each source, and the best numbers of slots. With --picture it draws one row. Nothing is encoded. Any
+setting of train.py can be given after the options as key=value.
 """
 
 import argparse
@@ -443,7 +443,7 @@ def main(arguments: Sequence[str]) -> None:
         title=f"A row of {shape}",
         path=Path(given.picture),
     )
-    print(f"\na row is drawn in {given.picture}")
+    print(f"\npicture of a row: {given.picture}")
 
 
 def prepare_picture(path: Path) -> None:

@@ -92,7 +92,7 @@ class Sources:
         pools: Pools of all sources.
         media_pools: Indices of the pools of every bucket.
         stream_pools: Indices of the pools of documents of only one modality of tokens, by modality.
-        shares: Share of each pool among those of its kind.
+        shares: Share of each pool among the pools of its kind.
         bucket_shares: Probability of each bucket.
     """
 
@@ -375,7 +375,7 @@ def _refuse_cached_scenes(sources: list[Source], data: DataConfig, codecs: dict[
     for documents in (source.documents for source in sources if isinstance(source.documents, Scenes)):
         kind = codecs[documents.modality].kind
         if not documents.is_storable and (kind == "codes" or data.latents != "online"):
-            online = f", or data.latents to online, not {data.latents}" if kind == "latents" else ""
+            online = f", or set data.latents to online (now {data.latents})" if kind == "latents" else ""
             raise UserError(
                 f"the source '{documents.name}' of kind 'scenes' has {len(documents):,} pictures, too many to store "
                 f"their {kind}; set its num_items, for example to 300000{online}"

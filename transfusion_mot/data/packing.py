@@ -37,8 +37,8 @@ _MOST_DROPPED = 1000
 
 
 def counted_by(model: ModelConfig) -> list[str]:
-    """Counters of rows besides those of sources: documents that filled a stream, used slots of each modality (with
-    copies), empty slots, cut captions, and media of each modality."""
+    """Counters of rows, in addition to the counters of sources: documents that filled a stream, used slots of each
+    modality (with copies), empty slots, cut captions, and media of each modality."""
     return [
         *(f"{name}_documents" for name in model.of_objective("next_token")),
         *(f"{name}_slots" for name in model.stream_order),
@@ -124,7 +124,7 @@ class Packer:
         """The rows of `lanes` at `step`, given their states [lanes, n] => (rows, states after them, counters).
 
         Args:
-            bucket: Bucket of the media; None means that of the step.
+            bucket: Bucket of the media; None means the bucket of the step.
 
         Raises:
             UserError: No document of a source can be read.

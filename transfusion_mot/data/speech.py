@@ -1,7 +1,7 @@
 """Make speech from emoji names and WordNet definitions: `python -m transfusion_mot.data.speech --output data/speech`.
 
-The voices are those of espeak-ng. The spoken text of a picture is its name ("octopus"), without the style of the
-drawing. The output has four folders, each a source for training or evaluation:
+The voices are from espeak-ng. The spoken text of a picture is its name ("octopus"), without the style of the drawing.
+The output has four folders, each a source for training or evaluation:
 
     captions/    emoji names; each line also has the path of its picture: documents of picture, text and speech
     glosses/     definitions of WordNet: text and speech
@@ -209,9 +209,9 @@ def write_human(prompts: Sequence[Prompt], output: Path) -> list[float]:
 def _licences(with_human: bool) -> str:
     lines = [
         "captions/, glosses/, new_voices/: spoken by espeak-ng 1.52 (package espeakng-loader), whose licence is the",
-        "  GPL 3.0 or later. The licence of a program does not cover what the program puts out",
+        "  GPL 3.0 or later. The licence of a program does not cover its output",
         "  (gnu.org/licenses/gpl-faq.html#GPLOutput).",
-        "  texts of captions/: names of emoji in npm @iconify/json; LICENSES beside the pictures says more",
+        "  texts of captions/: names of emoji in npm @iconify/json; see LICENSES beside the pictures",
         "  texts of glosses/: WordNet 3.1, Copyright 2006 by Princeton University, under the WordNet licence, which",
         "  allows use, copies and changes for any purpose and asks to keep its notice (wordnet.princeton.edu)",
     ]

@@ -1,9 +1,9 @@
 """Make drawings for scenes, with a transparent background: `python -m transfusion_mot.data.sprites --output DIR`.
 
-The drawings come from the npm package `@iconify/json`, without the skin tones of people. The folder has `sprites.bin`,
-concatenated lossless WebP files, and `sprites.jsonl`, with a line for each: its offset and size, style, name, box,
-main colour, and whether it is held out. The held-out pairs of style and name are those of the corpus that
-`python -m transfusion_mot.data.emoji` writes.
+The drawings come from the npm package `@iconify/json`, without the skin tones of people. The folder has `sprites.bin`
+(concatenated lossless WebP files) and `sprites.jsonl` with a line for each drawing: offset and size, style, name, box,
+main colour, and whether it is held out. The same pairs of style and name are held out as in the output of `python -m
+transfusion_mot.data.emoji`.
 """
 
 import argparse

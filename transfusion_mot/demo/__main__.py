@@ -19,8 +19,12 @@ def main() -> None:
         metavar="FOLDER",
         help="a run folder of train.py, or a snapshot (default: checkpoints/emoji)",
     )
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in (default: 127.0.0.1)")
-    add("--port", type=int, default=7860, help="port to listen at (default: 7860)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address of the page; 0.0.0.0 makes it visible to other machines (default: 127.0.0.1)",
+    )
+    add("--port", type=int, default=7860, help="port of the page (default: 7860)")
     add("--share", action="store_true", help="open a public link through Gradio's servers")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--dtype", choices=DTYPES, help="number format of the transformer (default: bf16 on CUDA, else fp32)")

@@ -68,7 +68,7 @@ class DocumentTab:
                 text = gr.Textbox(
                     label="Beginning of the document", placeholder="a red apple", lines=2, elem_id="begins"
                 )
-                with gr.Accordion("A picture in front of it (optional)", open=False):
+                with gr.Accordion("A picture before the text (optional)", open=False):
                     picture = add_upload("begins-picture", height=220)
                 start = gr.Button("Continue", variant="primary", elem_id="go-on")
                 with gr.Row():

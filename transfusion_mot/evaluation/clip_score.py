@@ -61,7 +61,7 @@ def load_clip(name_or_path: str, device: torch.device, option: str = "--clip") -
 
     Args:
         name_or_path: Name or folder.
-        device: Where it computes.
+        device: Device of the model.
         option: Command-line option that takes a local folder; for the message.
 
     Raises:
@@ -209,7 +209,7 @@ def _padded(image: ImageArray, size: int) -> ImageArray:
 
 
 def retrieved(embeddings: ClipEmbeddings, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """`[N]` whether no other text of the set is closer to an image than its own; equal texts count as one."""
+    """`[N]` whether an image is closer to its own text than to all other texts; equal texts count as one."""
     first = {text: index for index, text in reversed(list(enumerate(texts)))}
     places = {text: place for place, text in enumerate(first)}
     candidates = embeddings.texts[list(first.values())]
@@ -238,7 +238,7 @@ def clip_scores(
 
     Returns:
         The mean cosine, the same times 100, CLIPScore, the mean of 2.5 max(cosine, 0) (arXiv 2104.08718, eq. 1), and
-        the share of images to which no other text of the set is closer.
+        the share of images that are closer to their own text than to all others.
     """
     embeddings = clip_embeddings(
         images, texts, clip, batch_size=batch_size, num_workers=num_workers, prefix=prefix, processes=processes

@@ -19,8 +19,8 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """The 95 % confidence interval (low, high) of a mean; None with fewer than two values.
 
-    It is a percentile bootstrap. For shares, whose values are all 0 or 1, it is Wilson's score interval (1927), which
-    has a width even if all values are equal. The order of the values does not matter, and the seed fixes the draws.
+    It is a percentile bootstrap. For shares (all values are 0 or 1) it is Wilson's score interval (1927), which has a
+    width even if all values are equal. The order of the values does not matter, and the seed fixes the draws.
 
     Args:
         values: One number for each image (or document).

@@ -42,9 +42,9 @@ def load_hpsv2_file(path: str, tokenizer: str, device: torch.device) -> Clip:
 
     Args:
         path: The `.pt` file.
-        tokenizer: CLIP model of transformers, a name or folder, whose tokenizer is used: the file has none, and that of
-            all models of CLIP is the same.
-        device: Where it computes.
+        tokenizer: CLIP model of transformers, a name or folder. Its tokenizer is used, because the file has none; all
+            models of CLIP have the same tokenizer.
+        device: Device of the model.
 
     Raises:
         UserError: The file cannot be read or has other weights, or there is no tokenizer.

@@ -82,7 +82,7 @@ def load_preferences(
         pickscore: Name or folder of PickScore's model.
         hpsv2: Name or folder of HPSv2's model in the format of transformers, or its published file.
         clips: Models of CLIP scores; the published file of HPSv2 is read with the tokenizer of the first.
-        device: Where they compute.
+        device: Device of the models.
 
     Raises:
         UserError: As for `load_clip` and `load_hpsv2_file`.

@@ -72,7 +72,9 @@ class WeightFiles:
         """
         tensor: Tensor = self._opened(self._file_of[name]).get_tensor(name)
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{self._file_of[name]}: {name} is not finite; use other weights, as of an earlier step")
+            raise UserError(
+                f"{self._file_of[name]}: {name} is not finite; use other weights, such as those of an earlier step"
+            )
         return tensor
 
     def _opened(self, path: Path) -> Any:

@@ -160,7 +160,7 @@ class LanguageModel:
             if name.endswith("rotary_emb.inv_freq"):
                 reason = "computed from its configuration"
             if name == "lm_head.weight" and is_tied:
-                reason = "its configuration takes the embedding in its place"
+                reason = "its configuration uses the embedding instead"
             report.unexpected[name] = reason
 
     def _with_weights(self) -> Path:
@@ -245,7 +245,7 @@ def _check(name: str, family: str, config: PreTrainedConfig) -> None:
     for what, wrong in (
         (f"the activation {config.hidden_act}, and a tower has silu", config.hidden_act not in ("silu", "swish")),
         ("biases in its feed-forwards, and a tower has none", getattr(config, "mlp_bias", False)),
-        ("heads that are turned in part", rope.get("partial_rotary_factor", 1.0) != 1.0),
+        ("rotary positions on a part of each head", rope.get("partial_rotary_factor", 1.0) != 1.0),
     ):
         if wrong:
             raise UserError(f"{name} does not fit: it has {what}; give another model")

@@ -62,7 +62,7 @@ def adapter_flops(modality: DiffusionModality | ReadModality, latents: torch.Siz
 
 
 def attending_pairs(batch: Batch, model: TransfusionMoT) -> Tensor:
-    """Pairs of slots of which one attends to the other, of all rows: []; padding is not counted."""
+    """Number of pairs of slots in which one attends to the other, over all rows: []; padding is not counted."""
     slots = slot_ids(model.architecture, batch.inputs, batch.slots)
     # A document is contiguous in reading order: a slot attends to all places of it from the first to its own horizon.
     seen = slots.horizon + 1

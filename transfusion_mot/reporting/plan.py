@@ -80,7 +80,7 @@ def plan(arguments: Sequence[str], read_config: Callable[[Sequence[str]], RunCon
     check_lora(config)
     if options.gpus < 1 or config.training.num_rows % options.gpus:
         raise UserError(
-            f"training.num_rows is {config.training.num_rows}, which {options.gpus} GPUs cannot share evenly; "
+            f"training.num_rows is {config.training.num_rows} and cannot be split evenly over {options.gpus} GPUs; "
             "give --gpus a divisor of it"
         )
     if not 0 < options.mfu <= 1:

@@ -1,4 +1,4 @@
-"""What can be said about the configuration of a run at once: nothing here loads PyTorch, which takes seconds."""
+"""Checks of a run's configuration that are made at once: nothing here loads PyTorch, which takes seconds."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -183,7 +183,7 @@ class SnapshotStart:
             ]
         if before != now:
             parts = [f"{key} was {before[key]} and is {now.get(key)}" for key in before if before[key] != now.get(key)]
-            return [f"another noise schedule than that of the snapshot (diffusion.scheduler_args): {', '.join(parts)}"]
+            return [f"not the noise schedule of the snapshot (diffusion.scheduler_args): {', '.join(parts)}"]
         return []
 
 

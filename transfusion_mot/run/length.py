@@ -18,7 +18,7 @@ _MEASURED_ROWS = 64
 
 
 def with_num_steps(config: RunConfig, packer: Packer) -> RunConfig:
-    """The configuration with `num_steps` in place of `num_epochs`, if `num_epochs` is given."""
+    """The configuration with `num_steps` instead of `num_epochs`, if `num_epochs` is given."""
     epochs = config.training.num_epochs
     if epochs is None:
         return config

@@ -40,7 +40,7 @@ class RunSaver:
         self.writer.__exit__(*error)
 
     def save(self, step: int, *, with_snapshot: bool) -> None:
-        """Save the run after `step` steps; the state is written while training goes on.
+        """Save the run after `step` steps; the state is written while training continues.
 
         Raises:
             UserError: The previous state could not be written.

@@ -1,4 +1,4 @@
-"""Where a run starts: at its first step, or after a training state of the same run."""
+"""The start of a run: at its first step, or after a training state of the same run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -21,8 +21,8 @@ class Decoding:
         max_new_tokens: Maximum number of written tokens, including the end of the text.
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Tokens are drawn from this many most probable ones; 0 is all.
-        top_p: Tokens are drawn from the fewest whose probabilities sum to at least this, in (0, 1] (nucleus sampling,
-            arXiv 1904.09751), after `temperature` and before `top_k`.
+        top_p: Tokens are drawn from the smallest set with a total probability of at least this, in (0, 1] (nucleus
+            sampling, arXiv 1904.09751), after `temperature` and before `top_k`.
 
     Raises:
         UserError: A value is out of its range.
@@ -49,7 +49,7 @@ def check_count(number: object, what: str, least: int = 1) -> None:
     """Refuse an argument that does not count something.
 
     Raises:
-        UserError: It is no whole number, or too small.
+        UserError: It is not a whole number, or too small.
     """
     if not isinstance(number, Integral):
         raise UserError(f"{what} is {number!r}; it must be a whole number, at least {least}")

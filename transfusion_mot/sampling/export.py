@@ -3,7 +3,7 @@
     python -m transfusion_mot.sampling.export --checkpoint runs/emoji_128 --output checkpoints/emoji
     python -m transfusion_mot.sampling.export --checkpoint runs/mine --output my-lm --language-model bfloat16
 
-Weights of the transformer are rounded to bfloat16 and those of an autoencoder to float16; loading converts both to
+Weights of the transformer are rounded to bfloat16, weights of an autoencoder to float16; loading converts both to
 float32. Tokenizers of images and audio keep their weights, because rounded ones give other codes. The model card is
 exported, too, with the given licences of the data and numbers of an evaluation.
 
@@ -135,7 +135,7 @@ def _weights(pipeline: TransfusionPipeline) -> list[Tensor]:
 
 
 def with_section(card: str, title: str, text: str) -> str:
-    """A model card whose section of that title has `text`; a new section is inserted before the configuration."""
+    """The model card with `text` in the section of that title; a new section is inserted before the configuration."""
     section = f"## {title}\n\n{text.strip()}\n\n"
     pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
     if re.search(pattern, card, flags=re.MULTILINE | re.DOTALL):

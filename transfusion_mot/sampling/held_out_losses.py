@@ -195,7 +195,7 @@ def code_metrics(
 ) -> list[Metric]:
     """Next-token loss of the codes of captioned media, with and without captions; called by all processes.
 
-    Arguments as of `diffusion_metrics`. A loss includes the end of a span, as in training. Empty if no media of codes
+    Arguments as in `diffusion_metrics`. A loss includes the end of a span, as in training. Empty if no media of codes
     with captions are held out.
     """
     config = of_checkpoint(config, pipeline)

@@ -38,7 +38,7 @@ def hidden_states(
 
     Args:
         model: A model with towers of one width, see `check_one_width`.
-        validation: Validation whose rows are read.
+        validation: The validation that has the rows.
         accelerator: An accelerator with one process.
         most: Maximum number of states of a modality.
         seed: Seed of the choice of states.

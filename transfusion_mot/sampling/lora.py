@@ -208,7 +208,7 @@ class LoraPipeline(LoraBaseMixin):
         others.
 
         Raises:
-            UserError: An adapter is not loaded, or a scale is no finite number.
+            UserError: An adapter is not loaded, or a scale is not a finite number.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         scales = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
@@ -236,7 +236,7 @@ class LoraPipeline(LoraBaseMixin):
         Call `unload_lora_weights` afterwards to make the change permanent, so that the model can be saved.
 
         Raises:
-            UserError: `lora_scale` is no finite number.
+            UserError: `lora_scale` is not a finite number.
         """
         _check_scale(lora_scale, "lora_scale")
         super().fuse_lora(components or ["transformer"], lora_scale, safe_fusing, adapter_names, **kwargs)

@@ -121,7 +121,7 @@ class Painter:
         self._write(prompts, folder, make, description="painting", settings=settings)
 
     def told(self, sampling: SamplerSettings) -> dict[str, Any]:
-        """The settings that the model uses: those of reverse steps, or those of drawing codes."""
+        """The settings that the model uses: of reverse steps, or of drawing codes."""
         idle = self.idle
         return {name: value for name, value in vars(sampling).items() if name not in idle}
 

@@ -130,7 +130,7 @@ class PicturePipeline(DocumentPipeline):
             negative_prompt: Replaces the empty prompt of the unconditional prediction; one, or one for each prompt.
             guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise); outside of it a
                 step takes half the time.
-            guidance_rescale: From 0 to 1, share of the contrast added by guidance to remove (arXiv 2305.08891).
+            guidance_rescale: How much of the contrast that guidance adds is removed, from 0 to 1 (arXiv 2305.08891).
             guidance_renorm: Limit the norm of the guided prediction to that of the conditional one.
             generator: A list has one generator for each image. With CPU generators the same seed then gives the same
                 image, up to rounding, in any batch and on any device. A single generator draws for all images, one
@@ -141,7 +141,7 @@ class PicturePipeline(DocumentPipeline):
             strength: Noise level to start from, above 0 (the image is kept) and at most 1 (the image is replaced).
             mask_image: A mask of the image's size: white is repainted, black is kept, pixel by pixel.
             code_temperature: For codes: divides the logits; 0 takes the most probable code.
-            code_top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
+            code_top_p: Codes are drawn from the smallest set with a total probability of at least this, in (0, 1].
             code_top_k: Codes are drawn from this many most probable ones; 0 is all.
             output_type: `pil`, `np` (float [B, H, W, 3] in [0, 1]), `pt` (float [B, 3, H, W] in [0, 1]) or `latent`
                 (normalised latents [B, C, Y, X], or codes [B, Y, X]).

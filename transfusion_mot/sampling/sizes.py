@@ -69,7 +69,7 @@ class ImageSizes:
         once.
 
         Args:
-            height: In pixels; None is that of the pictures, or the default.
+            height: In pixels; None is the height of the pictures, or the default.
             width: As `height`.
             pictures: Pictures that are varied or edited.
 

@@ -68,7 +68,7 @@ class SnapshotPipeline(LoraPipeline, DiffusionPipeline):
             takes those of `scheduler`.
         image_modality: The modality of the pictures; None is the only modality besides text.
         trained_on_edits: Whether it was trained on editing pairs, and so can edit pictures.
-        audio_modality: The modality of the audio, likewise.
+        audio_modality: The modality of the audio.
         max_audio_seconds: Longest audio of training; None is no limit.
         examples: For the demo page: some `prompts`, and common `beginnings` of its captions, if there are any.
 

@@ -67,7 +67,7 @@ class SpeechPipeline(DocumentPipeline):
             prompt: One prompt or several: a text, or a picture of any size.
             temperature: Divides the logits; 0 takes the most probable code.
             top_k: Codes are drawn from this many most probable ones; 0 is all.
-            top_p: Codes are drawn from the fewest whose probabilities sum to at least this, in (0, 1].
+            top_p: Codes are drawn from the smallest set with a total probability of at least this, in (0, 1].
             guidance_scale: Classifier-free guidance of the logits, 1 is off; None is the pipeline's own.
             max_seconds: Maximum duration; longer speech is cut with a warning. None is the longest of training.
             generator: As for images: one for each prompt, or one for all.

@@ -88,7 +88,7 @@ def find_state(run: Path, resume: str) -> Path | None:
         )
     if resume in ("auto", "never") and not states and snapshots and not _was_killed_before_a_state(run, snapshots):
         raise UserError(
-            f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to go on from; choose another "
+            f"output_dir {run} holds {snapshots[-1].name} of a run but no training state to continue; choose another "
             "folder, or remove snapshots/ to start over"
         )
     if resume == "auto":
@@ -107,8 +107,8 @@ def find_state(run: Path, resume: str) -> Path | None:
         )
     if (states or snapshots) and folder.resolve().parent.parent != run.resolve():
         raise UserError(
-            f"resume={resume} is a state of another run than the one that output_dir {run} holds, whose states and "
-            "snapshots would be overwritten; choose another output_dir"
+            f"resume={resume} is a state of another run. Output_dir {run} holds a run whose states and snapshots "
+            "would be overwritten; choose another output_dir"
         )
     return folder
 
@@ -122,7 +122,7 @@ def _was_killed_before_a_state(run: Path, snapshots: list[Path]) -> bool:
 
 
 def clear_behind(run: Path, step: int) -> list[str]:
-    """Remove the states and snapshots after a step, so that they are not mistaken for those of the resumed run.
+    """Remove the states and snapshots after a step: they must not be mistaken for those of the resumed run.
 
     Folders that were being written when the run was killed are removed, too.
 
@@ -139,8 +139,7 @@ def clear_behind(run: Path, step: int) -> list[str]:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) -> None:
-    """Remove all of the folders step-N in `folder` but the newest, those of every `keep_every` steps (0: none), and
-    that of the best step."""
+    """Remove folders step-N in `folder`; the newest, every `keep_every` steps (0: none) and the best step are kept."""
     for old in step_folders(folder)[:-keep_last]:
         step = step_number(old)
         if step != best_step and (not keep_every or step % keep_every):
@@ -166,6 +165,6 @@ def read_run_config(snapshot: Path, given: str | None, option: str) -> RunConfig
     """
     file = Path(given) if given is not None else run_config_file(snapshot)
     if not file.is_file():
-        missing = f"there is no configuration {file}" if given is not None else f"{snapshot} lies in no run folder"
+        missing = f"there is no configuration {file}" if given is not None else f"{snapshot} is not in a run folder"
         raise UserError(f"{missing}; give the configuration of its training by {option}, to find its data")
     return parse_config(RunConfig, ["--config", str(file)], "")

@@ -1,4 +1,4 @@
-"""Parameters that a run trains: all, all except those of frozen towers, or adapters and `lora.also_train`."""
+"""Parameters that a run trains: all, all except frozen towers, or adapters and `lora.also_train`."""
 
 import torch
 

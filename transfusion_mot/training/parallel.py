@@ -91,8 +91,8 @@ def make_accelerator(training: TrainingConfig, run: Path) -> Accelerator:
         )
     if training.num_rows % accelerator.num_processes:
         raise UserError(
-            f"training.num_rows is {training.num_rows}, which {accelerator.num_processes} processes cannot share "
-            "evenly; give a multiple of the number of processes"
+            f"training.num_rows is {training.num_rows} and cannot be split evenly over {accelerator.num_processes} "
+            "processes; give a multiple of the number of processes"
         )
     return accelerator
 

@@ -1,7 +1,7 @@
 """Compare loss curves of runs: `python -m transfusion_mot.training.plot RUN... [--output FILE]`.
 
-Draws the loss of each modality: for one run against steps, for several against steps, FLOPs and seconds of training.
-Held-out losses are dotted lines with points.
+The plot has the loss of each modality: for one run against steps, for several runs against steps, FLOPs and seconds of
+training. Held-out losses are dotted lines with points.
 """
 
 import argparse

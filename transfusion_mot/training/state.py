@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class StateWriter:
-    """Writes training states while training goes on, and removes old states and snapshots.
+    """Writes training states while training continues, and removes old states and snapshots.
 
     `save` copies the state to the CPU and returns. The next `save` waits for the previous one, and the end of the
     `with` block waits for the last. All ranks call each method.
@@ -53,7 +53,7 @@ class StateWriter:
     Args:
         run: Run folder.
         keep_last: Number of newest states and of newest snapshots to keep.
-        keep_every: Also keep those of every multiple of this number of steps; 0 is none.
+        keep_every: Also keep states and snapshots of every multiple of this number of steps; 0 is none.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int) -> None:

@@ -98,11 +98,11 @@ class Watchdog:
         behind = {rank: s for rank, s in moving.items() if (s["step"], s["since"]) == first}
         lines = [f"no progress for {(now - self._since) / 60:.1f} minutes."]
         lines += [
-            f"{self._name(rank, state)} has not been heard of for {(now - state['written']) / 60:.1f} minutes: it has "
-            f"ended or is frozen, last {state['doing']} of step {state['step']}."
+            f"{self._name(rank, state)} has sent no sign for {(now - state['written']) / 60:.1f} minutes: it has ended "
+            f"or hangs (last sign: {state['doing']} of step {state['step']})."
             for rank, state in silent.items()
         ]
-        lines += [f"Rank {rank} has left no sign in {self.folder}." for rank in missing]
+        lines += [f"Rank {rank} has written nothing in {self.folder}." for rank in missing]
         if not silent and not missing:
             lines += [f"{self._name(rank, state)} is the furthest behind." for rank, state in behind.items()]
         groups: dict[str, list[int]] = {}

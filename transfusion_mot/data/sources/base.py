@@ -87,7 +87,7 @@ class _Media(Protocol):
         ...
 
     def where(self, index: int) -> str:
-        """Where one lies, for messages."""
+        """Place of an item, for messages."""
         ...
 
 

@@ -50,7 +50,7 @@ def index_coco(source: SourceConfig, data: DataConfig) -> StoredArrays:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = from_json(path.read_bytes(), f"'{path}' is not a JSON file that was downloaded whole")
+    content = from_json(path.read_bytes(), f"'{path}' is not a complete JSON file")
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             has = sorted(content) if isinstance(content, dict) else type(content).__name__

@@ -70,7 +70,7 @@ def index_folder(source: SourceConfig, data: DataConfig, folder: Path, columns: 
             entry = listed.setdefault(key, _Listed(name, where, side, second))
             if side is not None and entry.side not in (None, side):
                 raise UserError(
-                    f"{where}: puts '{name}' on another side of the split than {entry.where}; give all lines of an "
+                    f"{where}: has another 'split' for '{name}' than {entry.where}; give all lines of an "
                     f"{columns.noun} the same 'split'"
                 )
             entry.side = entry.side or side

@@ -83,8 +83,8 @@ def open_source(source: SourceConfig, data: DataConfig, split: Split) -> Documen
         )
     if split == "held_out" and source.use == "split" and data.held_out_fraction > 0 and len(opened) == 0:
         _logger.warning(
-            "%s: nothing is held out, so all of it is trained on: it has too few items for data.held_out_fraction %g, "
-            "or its field 'split' says so",
+            "%s: nothing is held out, so all items are for training: there are too few for data.held_out_fraction %g, "
+            "or their field 'split' says so",
             opened.name,
             data.held_out_fraction,
         )

@@ -24,7 +24,7 @@ _HEADERS_AT_ONCE = 4096
 _STAMPS = ("first_halves", "second_halves")
 # Hints if none of the media is found.
 _CHECK = {
-    "coco": "perhaps the annotations are of another folder",
+    "coco": "perhaps the annotations belong to another folder",
     "interleaved": "their names begin below 'images', or beside the documents if it is not given",
 }
 
@@ -60,7 +60,7 @@ class SplitWriter:
 def items_of(arrays: StoredArrays, source: SourceConfig, data: DataConfig, split: Split) -> Items:
     """The items on one side, in order.
 
-    If a share holds out every item, as is possible with few items, none is held out, so that training has data.
+    With few items, a share may hold out all of them. Then none is held out, so training has data.
     """
     sides = arrays["sides"]
     if source.use == "split":
@@ -121,9 +121,9 @@ class CaptionWriter:
     ) -> bool:
         """Add one item, by the name of its media; False if it has no text and is skipped.
 
-        The side follows from the caption if no other item has the same one, else from the name. For speech it follows
-        from the text, so that all voices with one text are on one side. For a pair it follows from the name of the
-        source image, so that all edits of an image are on one side.
+        The side (training or held out) depends on the caption if no other item has the same one, else on the name. For
+        speech it depends on the text: all voices with one text are on one side. For a pair it depends on the name of
+        the source image: all edits of an image are on one side.
 
         Args:
             second: Name of its second media; empty if it has none.
@@ -180,7 +180,7 @@ class StoredMedia:
         return content_of(self.store, int(self.items[index]))
 
     def where(self, index: int) -> str:
-        """Where one lies, for messages."""
+        """Place of an item, for messages."""
         return self.store.where(int(self.items[index]))
 
     def read(self, index: int) -> bytes | Image.Image:

@@ -53,7 +53,7 @@ class MediaStore(Protocol):
         ...
 
     def where(self, item: int) -> str:
-        """Where one lies, for messages."""
+        """Place of an item, for messages."""
         ...
 
 

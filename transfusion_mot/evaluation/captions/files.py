@@ -21,9 +21,9 @@ def read_captions(path: str | Path, keys: Sequence[str] = CAPTION_KEYS) -> dict[
     """Captions by image, in the order of the file.
 
     The file is JSON lines or a JSON list of objects with `file_name` (or `image_id`) and `caption`, `text` or
-    `captions` (a list); objects of one image are merged. COCO's annotation files, whose list is under `annotations`,
-    are read, too. Other `keys` are tried in their order, for example `references` (a list), which the captions.jsonl
-    of a benchmark has beside each caption.
+    `captions` (a list); objects of one image are merged. COCO's annotation files, with a list under `annotations`, are
+    read, too. Other `keys` are tried in their order, for example `references` (a list), which the captions.jsonl of a
+    benchmark has beside each caption.
 
     Raises:
         UserError: The file cannot be read, has another form, or has no captions.

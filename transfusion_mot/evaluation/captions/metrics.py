@@ -47,8 +47,8 @@ def caption_metrics(
             raise UserError(f"image {index} (counted from 0) has no reference caption; every image needs at least one")
     if len(candidates) < _FEW_IMAGES:
         _logger.warning(
-            "CIDEr of only %d images: its word weights come from their own references, so compare it with nothing but "
-            "the same images (COCO's test split has 5,000)",
+            "CIDEr of only %d images: its word weights depend on their references, so compare it only on the same "
+            "images (COCO's test split has 5,000)",
             len(candidates),
         )
     flat = [caption for captions in references for caption in captions]

@@ -28,9 +28,10 @@ def _ngram_counts(words: Words) -> list[Counter[_Ngram]]:
 def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> list[float]:
     """CIDEr-D (arXiv 1411.5726, section 6) of each image, 0 to 10; the corpus's is their mean.
 
-    An n-gram weighs (its count) x log(number of images / number of images whose references hold it). A candidate's
-    weights are clipped at the reference's, the cosine is damped by exp(-(length difference)^2 / 2 sigma^2), averaged
-    over the references and n = 1..4, and multiplied by 10. A single image has weights of zero and a score of zero.
+    The weight of an n-gram is (its count) x log(number of images / number of images with it in a reference). A
+    candidate's weights are clipped at the reference's, the cosine is damped by exp(-(length difference)^2 / 2 sigma^2),
+    averaged over the references and n = 1..4, and multiplied by 10. A single image has weights of zero and a score of
+    zero.
     """
     document_frequency: Counter[_Ngram] = Counter()
     reference_counts = [[_ngram_counts(words) for words in captions] for captions in references]

@@ -144,7 +144,7 @@ def tokenize_captions(*lists: Sequence[str]) -> tuple[list[list[list[str]]], str
     try:
         return [_by_java(captions) for captions in lists], "PTBTokenizer of CoreNLP 3.4.1"
     except JavaMissing as missing:
-        _logger.info("captions are cut into words by rules like those of COCO's program: %s", missing)
+        _logger.info("captions are split into words by rules similar to COCO's program: %s", missing)
         return [
             [tokenize_caption(caption) for caption in captions] for captions in lists
         ], "PTB rules of transfusion_mot"

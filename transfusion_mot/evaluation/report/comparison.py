@@ -35,7 +35,7 @@ _LISTS = ("prompts", "captioned images")
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of one report minus that of the first.
+    """A metric of one report minus the same metric of the first report.
 
     Attributes:
         name: Name of the metric.

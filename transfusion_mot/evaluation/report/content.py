@@ -126,7 +126,8 @@ class Report:
 def metrics_table(metrics: Sequence[Metric]) -> str:
     """A markdown table, aligned for reading in a terminal: metric, value to four digits, how it was measured.
 
-    An interval follows its value. If most of a protocol equals that of the row above, only the differences are shown.
+    An interval follows its value. If most of a protocol is the same as in the row above, only the differences are
+    shown.
     """
     lines = [("metric", "value", "measured with")]
     above: dict[str, Any] = {}
@@ -196,7 +197,7 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def read_report(path: str | Path) -> Report:
-    """Read report.json, given by its path or by that of its folder.
+    """Read report.json, given by its path or by the path of its folder.
 
     Raises:
         UserError: The file does not exist or is not a report.

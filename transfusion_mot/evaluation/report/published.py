@@ -68,9 +68,9 @@ PUBLISHED = (
 
 CAVEAT = (
     "Published rows are zero-shot MS-COCO at 256 pixels, captions of the Karpathy test split, perplexity with the "
-    "tokenizer of Llama 2. The papers name neither the implementation of FID nor its reference images nor the CLIP "
-    "model; that Transfusion's rows of guidance 3 have 5,000 images is taken from a footnote. A number of another "
-    "protocol, number of images or network does not compare with them."
+    "tokenizer of Llama 2. The papers do not name the implementation of FID, its reference images or the CLIP model. "
+    "A footnote says that Transfusion's rows of guidance 3 have 5,000 images. Do not compare them with numbers of "
+    "another protocol, number of images or network."
 )
 
 
