@@ -59,8 +59,8 @@ def load_image(
         name: Name of the picture in messages; None is its path.
 
     Raises:
-        UnreadableImage: The file is missing, truncated, not an image, has no pixels, has more than Pillow's limit against
-            decompression bombs, or has values of unknown range (floating-point, signed or 32-bit integers).
+        UnreadableImage: The file is missing, truncated or not an image, has no pixels or more than Pillow's limit
+            against decompression bombs, or has values of unknown range (floating-point, signed or 32-bit integers).
         UserError: The system failed to read the file.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
