@@ -437,7 +437,7 @@ def test_what_cannot_be_is_refused(random_vae: Path, folder: Path, tmp_path: Pat
     autoencoder = Autoencoder.load(str(random_vae), "cpu")
     data = data_of(folder, latents="cache")
     with pytest.raises(
-        UserError, match=r"'.*sprites' of kind 'scenes' has 10,000,000 pictures, .*set its num_items.*online, not cache"
+        UserError, match=r"'.*sprites' of kind 'scenes' has 10,000,000 pictures.*its num_items.*online \(now cache\)"
     ):
         with_encoded(open_documents(data, "train"), data, {"image": autoencoder}, {"image": CodecConfig()})
     with pytest.raises(UserError, match=r"holds no sprites; give the folder that .*data\.sprites"):
