@@ -162,7 +162,7 @@ def _opened(source: ImageInput, name: str | None) -> Iterator[tuple[Image.Image,
 
 
 def refuse_empty(image: Image.Image, name: str) -> None:
-    """Refuse a picture without pixels. Pillow finds none in a file, but makes some in memory.
+    """Refuse a picture without pixels. Pillow does not open such files, but such pictures can be made in memory.
 
     Raises:
         UnreadableImage: Its height or width is 0.

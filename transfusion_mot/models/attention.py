@@ -388,7 +388,7 @@ class KVCache:
         )
 
     def forget(self) -> None:
-        """Zero all slots where a mask hides unused ones: it does not hide values that are not finite."""
+        """Zero all slots if attention uses a mask, because a mask does not hide values that are not finite."""
         if not self.counts_slots:
             self.keys.zero_()
             self.values.zero_()

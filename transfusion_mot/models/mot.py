@@ -234,7 +234,7 @@ def _sum_and_norm(hidden: Tensor, added: Tensor, norm: RMSNorm) -> tuple[Tensor,
 
 
 def _kept_and_norm(hidden: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """A stream [B, slots, D], to be used from now on, and its norm, whose backward adds the gradients of both."""
+    """A stream [B, slots, D] and its norm. Use the returned stream: one backward adds the gradients of both."""
     if _has_norm_kernel(hidden):
         return rms_norm_beside(hidden, norm.weight, norm.eps)
     return hidden, norm(hidden)

@@ -52,10 +52,17 @@ class DocumentPipeline(SnapshotPipeline):
                     f"on at most {self.config.max_prompt_tokens}: shorten it"
                 )
 
-    def is_short_enough(self, prompt: str) -> bool:
-        """Whether a prompt is no longer than any in training."""
+    def is_short_enough(self, *document: Item) -> bool:
+        """Whether the texts of a document, such as one prompt, are together no longer than a prompt of training."""
         limit = self.config.max_prompt_tokens
-        return limit is None or len(self.text_tokenizer.encode(prompt)) <= limit
+        return limit is None or self._num_text_tokens(document) <= limit
+
+    def _num_text_tokens(self, document: Sequence[Item]) -> int:
+        """Tokens of the texts of a document. Each media item adds two; the limit of training includes those of one."""
+        parts = join_texts(document)
+        texts = [part for part in parts if isinstance(part, str)]
+        delimiters = 2 * max(0, len(parts) - len(texts) - 1)
+        return delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
 
     def check_audio(self, audio: Audio, name: str = "the audio") -> None:
         """Refuse audio that the model cannot read.
@@ -115,15 +122,10 @@ class DocumentPipeline(SnapshotPipeline):
 
     def _check_document(self, document: Sequence[Item]) -> None:
         """Refuse a document whose texts together are longer than a row of training."""
-        parts = join_texts(document)
-        texts = [part for part in parts if isinstance(part, str)]
-        # Each media item adds two tokens; the limit for prompts already includes those of one item.
-        delimiters = 2 * max(0, len(parts) - len(texts) - 1)
-        length = delimiters + sum(len(self.text_tokenizer.encode(text)) for text in texts)
-        limit = self.config.max_prompt_tokens
-        if limit is not None and length > limit:
+        if not self.is_short_enough(*document):
             raise UserError(
-                f"the document has {length} tokens in all; the model was trained on at most {limit}: shorten it"
+                f"the document has {self._num_text_tokens(document)} tokens in all; the model was trained on at most "
+                f"{self.config.max_prompt_tokens}: shorten it"
             )
 
     def guidance_of(self, modality: str) -> float:

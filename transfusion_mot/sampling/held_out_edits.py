@@ -47,8 +47,9 @@ class HeldOutEdits:
 
 
 def held_out_edits(pipeline: TransfusionPipeline, name: str, source: Source, count: int | None) -> HeldOutEdits | None:
-    """Evenly spaced held-out pairs of a source, with their first instructions; unreadable pairs are skipped, and those
-    whose instruction is too long: training cuts it, and the pipeline refuses it.
+    """Evenly spaced held-out pairs of a source, with their first instructions.
+
+    Unreadable pairs are skipped, and pairs with an instruction that the pipeline refuses because it is too long.
 
     Args:
         pipeline: The model that will edit them.
@@ -67,13 +68,13 @@ def held_out_edits(pipeline: TransfusionPipeline, name: str, source: Source, cou
     for index in np.unique(np.linspace(0, len(pairs) - 1, min(count or len(pairs), len(pairs))).round().astype(int)):
         before, text, after = pairs.document(int(index))
         assert isinstance(text, Text)
-        if not pipeline.is_short_instruction(text.choices[0]):
-            continue
         try:
             pictures = [
                 Image.fromarray(images.image(item.index)) for item in (before, after) if not isinstance(item, Text)
             ]
         except UserError:
+            continue
+        if not pipeline.is_short_enough(pictures[0], text.choices[0], pictures[1]):
             continue
         found.before.append(pictures[0])
         found.instructions.append(text.choices[0])

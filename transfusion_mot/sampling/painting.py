@@ -132,11 +132,8 @@ class Painter:
 
     def shortened(self, text: str) -> str:
         """A prompt cut after the last word that fits the model."""
-        limit = self.pipeline.config.max_prompt_tokens
         words = text.split(" ")
-        while (
-            limit is not None and len(words) > 1 and len(self.pipeline.text_tokenizer.encode(" ".join(words))) > limit
-        ):
+        while len(words) > 1 and not self.pipeline.is_short_enough(" ".join(words)):
             words.pop()
         return " ".join(words)
 

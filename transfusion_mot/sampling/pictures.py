@@ -290,12 +290,6 @@ class PicturePipeline(DocumentPipeline):
         )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def is_short_instruction(self, instruction: str) -> bool:
-        """Whether an instruction is no longer than any in training, where it stands beside two pictures."""
-        limit = self.config.max_prompt_tokens
-        # Begin and end token of the source.
-        return limit is None or len(self.text_tokenizer.encode(instruction)) + 2 <= limit
-
     def check_can_edit(self) -> None:
         """Refuse to edit with a model that was not trained on editing pairs.
 

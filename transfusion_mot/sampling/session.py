@@ -95,7 +95,8 @@ class Session:
         longest = max(map(len, tokens))
         fits = [self._counters[row].order + longest <= self.cache.capacity for row in rows]
         if not all(fits):
-            # A kernel that counts slots counts filler, too, so that it must have places. The longest segment has.
+            # A kernel that counts slots reads filler, too, so filler must lie inside the cache. The row with the
+            # longest segment has no filler, so it always fits.
             for together in (True, False):
                 places = [place for place, fit in enumerate(fits) if fit == together]
                 self._read_tokens(modality, [rows[place] for place in places], [tokens[place] for place in places])

@@ -131,7 +131,7 @@ def open_dataset(source: SourceConfig) -> datasets.Dataset:
 
 
 def _load_by_name(path: str, source: SourceConfig) -> datasets.Dataset:
-    """`datasets.load_dataset`; where the hub does not answer, at once from its cache or not at all."""
+    """`datasets.load_dataset`. If the hub does not answer, it reads only its cache, and fails at once."""
     load = partial(datasets.load_dataset, path, source.name, split=source.split)
     try:
         ask_hub(path, "dataset")
